@@ -1,0 +1,12 @@
+"""Branch-Train-MiX (arXiv 2403.07816) in JAX and Flax.
+
+Branch a pretrained Llama into one copy per domain, train the copies without any
+communication, mix them into one mixture-of-experts model, and finetune that.
+
+The letters behind an underscore name the dimensions of an array:
+
+  B  batch rows             T  positions in a row       D  model width
+  F  feed-forward width     V  vocabulary               L  layers
+  N  attention heads        K  key-value heads          H  head size
+  E  experts                k  experts per token        C  expert capacity
+"""

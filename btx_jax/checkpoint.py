@@ -1,0 +1,69 @@
+"""Checkpoints of a run. The only file that knows orbax.
+
+Parameters, optimizer state and data position are saved side by side, so that a mixture can
+read an expert's parameters without its moments.
+"""
+
+import os
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from btx_jax.errors import RunError
+from btx_jax.train import TrainState
+
+
+class Checkpoints:
+  """The checkpoints of one run, the newest `keep` of them; a context manager."""
+
+  def __init__(self, folder: str, keep: int = 2):
+    self._folder = os.path.abspath(folder)
+    self._checkpointer = ocp.training.Checkpointer(
+        self._folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._checkpointer.close()  # waits for what is being written
+
+  @property
+  def latest(self) -> int | None:
+    """Step of the newest complete checkpoint."""
+    newest = self._checkpointer.latest
+    return None if newest is None else newest.step
+
+  def save(self, step: int, state: TrainState, position: dict):
+    """Saves in the background; the arrays may be donated once this returns.
+
+    Args:
+      step: steps done.
+      state: of the training.
+      position: of the data; a flat dict of ints and lists.
+    """
+    self._checkpointer.save_checkpointables_async(
+        step, {'params': state.params, 'train': _rest(state), 'data': position}, force=True)
+
+  def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
+    """The state of a step, in the shapes, types and shardings of `like`, and the position."""
+    loaded = self._checkpointer.load_checkpointables(
+        step, {'params': like.params, 'train': _rest(like), 'data': None})
+    return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
+
+
+def _rest(state: TrainState) -> dict:
+  return {'step': state.step, 'opt_state': state.opt_state}
+
+
+def load_params(folder: str, step: int, like):
+  """The parameters alone, in the shapes, types and shardings of `like`."""
+  path = os.path.join(os.path.abspath(folder), str(step))
+  if not os.path.isdir(path):
+    raise RunError(f'The checkpoint {path} is missing; was it deleted? Train its run again.')
+  return ocp.load(path, like, checkpointable_name='params')
+
+
+def abstract(tree, shardings):
+  """Shapes and types of `tree` with shardings, as `restore` and `load_params` want them."""
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

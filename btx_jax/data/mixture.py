@@ -1,0 +1,130 @@
+"""One global order of training rows, a pure function of the config and the step.
+
+A source is a random-access array of windows; grain shuffles each, repeats it and interleaves
+them by weight. Row i of global batch s is element s * B + i of that mixture, and a process
+reads only the rows that its devices hold. So every global batch is the same on any number of
+processes, each domain has its share in each batch, and all there is to resume is the step.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import zlib
+
+import grain
+import numpy as np
+
+from btx_jax.data.tokens import Tokens
+from btx_jax.errors import UsageError
+
+Batch = dict[str, np.ndarray]
+
+
+class Windows:
+  """A split of a domain, as rows of `length` tokens to predict.
+
+  Row i: tokens i * length up to (i + 1) * length, and their successors as targets. Documents
+  lie one behind the other; a row sees each apart, by its segment ids.
+  """
+
+  def __init__(self, tokens: Tokens, length: int, domain: int, keep_last: bool = False):
+    """`keep_last` keeps a last window that is not full, padded (for evaluation)."""
+    self._tokens, self._length, self._domain = tokens, length, domain
+    rows = (len(tokens.ids) - 1) / length
+    self._len = int(np.ceil(rows) if keep_last else rows)
+
+  def __len__(self) -> int:
+    return self._len
+
+  def __getitem__(self, index: int) -> Batch:
+    T = self._length
+    low = index * T
+    ids = np.asarray(self._tokens.ids[low:low + T + 1], np.int32)
+    starts = self._tokens.starts
+    starts = starts[np.searchsorted(starts, low):np.searchsorted(starts, low + len(ids))] - low
+    begins = np.zeros(len(ids), np.int32)
+    begins[starts] = 1
+    at = np.arange(len(ids), dtype=np.int32)
+    segment_ids = 1 + np.cumsum(begins, dtype=np.int32)  # 0 is padding
+    positions = at - np.maximum.accumulate(at * begins)
+    row = {
+        'tokens': ids[:-1],
+        'targets': ids[1:],
+        'segment_ids': segment_ids[:-1],
+        'positions': positions[:-1],
+        'loss_mask': segment_ids[1:] == segment_ids[:-1],
+    }
+    row = {name: np.pad(values, (0, T + 1 - len(ids))) for name, values in row.items()}
+    return row | {'domain': np.int32(self._domain)}
+
+
+def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], length: int,
+                   seed: int) -> grain.MapDataset:
+  """The endless mixture of windows: element i is the i-th row that training sees.
+
+  Args:
+    domains: training tokens by name; a row's `domain` is the place of its domain here.
+    weights: share of the rows of each domain; one that is not named has none.
+    length: T.
+    seed: of the shuffle, which is another one in each pass over a domain.
+
+  Raises:
+    UsageError: a domain is shorter than one row.
+  """
+  sources = []
+  for index, (name, tokens) in enumerate(domains.items()):
+    if name in weights:
+      windows = Windows(tokens, length, index)
+      if not len(windows):
+        raise UsageError(f'domains.{name} has {len(tokens.ids)} training tokens, fewer than '
+                         f'one row of data.length = {length}.')
+      sources.append(grain.MapDataset.source(windows).seed(seed + index).shuffle().repeat())
+  shares = [weights[name] for name in domains if name in weights]
+  return grain.MapDataset.mix(sources, weights=shares)
+
+
+def global_batches(order: grain.MapDataset, batch_size: int, accumulation: int,
+                   rows: Sequence[int] | None = None) -> grain.MapDataset:
+  """Element s is step s: arrays [accumulation, rows, ...] of global batch s.
+
+  Args:
+    order: from `training_order`.
+    batch_size: B, rows of a global batch, all microbatches together.
+    accumulation: microbatches, each of B / accumulation consecutive rows of the order.
+    rows: which rows of every microbatch this process reads; all by default.
+  """
+  return grain.MapDataset.source(_Batches(order, batch_size, accumulation, rows))
+
+
+class _Batches:
+
+  def __init__(self, order, batch_size, accumulation, rows):
+    self._order, self._batch_size, self._accumulation = order, batch_size, accumulation
+    self._microbatch = batch_size // accumulation
+    self._rows = range(self._microbatch) if rows is None else rows
+
+  def __len__(self) -> int:
+    return len(self._order) // self._batch_size
+
+  def __getitem__(self, step: int) -> Batch:
+    first = step * self._batch_size
+    return stack([
+        stack([self._order[first + m * self._microbatch + row] for row in self._rows])
+        for m in range(self._accumulation)])
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+  """Batches or rows with one more leading dimension."""
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def evaluation_batches(tokens: Tokens, length: int, batch_size: int) -> Iterator[Batch]:
+  """All windows of a split in order, the last batch filled up with empty rows."""
+  windows = Windows(tokens, length, 0, keep_last=True)
+  for first in range(0, len(windows), batch_size):
+    rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]
+    empty = {name: np.zeros_like(values) for name, values in rows[0].items()}
+    yield stack(rows + [empty] * (batch_size - len(rows)))
+
+
+def seed_of(name: str, seed: int) -> int:
+  """A seed for the run of this name, so that no run repeats another's rows."""
+  return zlib.crc32(f'{seed}/{name}'.encode()) % 2**31

@@ -1,0 +1,90 @@
+"""Sentencepiece, without loss: decode(encode(text)) == text for any text.
+
+Sentencepiece's defaults destroy newlines and indentation, so a model trained here normalises
+nothing, keeps whitespace pieces and falls back to bytes. What is left is sentencepiece's own
+mark for a space, U+2581: a text that holds this very character would lose it, so it is
+encoded as its three bytes.
+"""
+
+from collections.abc import Iterable, Sequence
+import hashlib
+import io
+
+import sentencepiece as spm
+
+from btx_jax.errors import UsageError
+
+_SPACE_MARK = '\u2581'
+_PIECE = 4000  # characters of a training sentence; sentencepiece leaves out long ones
+
+
+class Tokenizer:
+  """A sentencepiece model. `hash` identifies it; every document begins with `bos_id`."""
+
+  def __init__(self, proto: bytes, name: str):
+    try:
+      self._model = spm.SentencePieceProcessor(model_proto=proto)
+    except RuntimeError as error:
+      raise UsageError(f'{name} is not a sentencepiece model: {error}') from error
+    self.proto = proto
+    self.hash = hashlib.sha256(proto).hexdigest()[:16]
+    self.vocab_size = self._model.vocab_size()
+    self.eos_id = self._model.eos_id()
+    self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos_id
+    if self.eos_id < 0:
+      raise UsageError(f'{name} has no end-of-sentence piece (eos), which ends documents.')
+    self._mark_ids = [self._model.piece_to_id(f'<0x{b:02X}>') for b in _SPACE_MARK.encode()]
+
+  def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without begin and end marks."""
+    if not any(_SPACE_MARK in text for text in texts):
+      return self._model.encode(list(texts), num_threads=-1)
+    return [self._encode_marked(text) if _SPACE_MARK in text else self._model.encode(text)
+            for text in texts]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of token ids."""
+    return self._model.decode([int(i) for i in ids])
+
+  def _encode_marked(self, text: str) -> list[int]:
+    # A character that neither the text nor the vocabulary has becomes its bytes, which are
+    # then exchanged for those of the mark.
+    stand_in = next(c for c in map(chr, range(0xE000, 0xF900))
+                    if c not in text and self._model.piece_to_id(c) == self._model.unk_id())
+    stand_in_ids = self._model.encode(stand_in)[-3:]
+    ids, result = self._model.encode(text.replace(_SPACE_MARK, stand_in)), []
+    for i in ids:
+      result.append(i)
+      if result[-3:] == stand_in_ids:
+        result[-3:] = self._mark_ids
+    return result
+
+
+def load(path: str) -> Tokenizer:
+  """Reads a .model file. Raises UsageError if it cannot."""
+  try:
+    with open(path, 'rb') as file:
+      return Tokenizer(file.read(), path)
+  except OSError as error:
+    raise UsageError(f'tokenizer.path = {path!r} cannot be read: {error}') from error
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+  """A byte-pair model with byte fallback, from a sample of the text.
+
+  Raises:
+    UsageError: the text does not have so many pieces.
+  """
+  proto = io.BytesIO()
+  pieces = (text[i:i + _PIECE] for text in texts for i in range(0, len(text), _PIECE))
+  try:
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=pieces, model_writer=proto, vocab_size=vocab_size,
+        model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
+        add_dummy_prefix=False, remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, split_digits=True, character_coverage=0.9999,
+        max_sentence_length=4 * _PIECE, minloglevel=2)
+  except RuntimeError as error:
+    raise UsageError(f'A tokenizer of tokenizer.vocab_size = {vocab_size} pieces cannot be '
+                     f'trained from the text of the domains: {error}') from error
+  return Tokenizer(proto.getvalue(), 'the trained tokenizer')

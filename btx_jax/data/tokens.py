@@ -1,0 +1,185 @@
+"""Text tokenized once into flat files on disk, with document boundaries and a held-out split.
+
+A document is either training or held-out text, by the hash of its text, whatever its domain:
+so exact copies never stand on both sides, and the choice does not depend on what other
+documents there are.
+
+  DIR/train.bin, heldout.bin              token ids, uint16 or uint32; each document is
+                                          begin mark, text, end mark
+  DIR/train.documents.npy, heldout...     [documents + 1, 2] int64: first token, first byte of
+                                          the raw text; the last row holds the totals
+  DIR/meta.json                           what they were made from; written last
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+
+import numpy as np
+
+from btx_jax.data import corpora
+from btx_jax.data.tokenizer import Tokenizer
+from btx_jax.errors import UsageError
+
+SPLITS = ('train', 'heldout')
+_BATCH = 256  # documents tokenized at a time
+_CHECKED = 256  # documents of a domain whose round trip is checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """One split of one domain: memory-mapped token ids and document boundaries.
+
+  Attributes:
+    ids: [tokens], all documents one after another.
+    starts: [documents + 1], first token of each document, then the number of tokens.
+    bytes: [documents + 1], bytes of raw text before each document, then all bytes.
+    hash: of the ids and boundaries.
+  """
+  ids: np.ndarray
+  starts: np.ndarray
+  bytes: np.ndarray
+  hash: str
+
+  @property
+  def num_documents(self) -> int:
+    return len(self.starts) - 1
+
+  def first_documents(self, num_tokens: int) -> 'Tokens':
+    """As many whole documents as fit in `num_tokens`, and at least one."""
+    n = max(1, int(np.searchsorted(self.starts, num_tokens, side='right')) - 1)
+    return dataclasses.replace(
+        self, ids=self.ids[:self.starts[n]], starts=self.starts[:n + 1], bytes=self.bytes[:n + 1])
+
+
+def load(folder: str, split: str) -> Tokens:
+  """Opens a split that `prepare` has made."""
+  meta = _read_meta(folder)
+  documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
+  ids = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
+  return Tokens(ids, documents[:, 0], documents[:, 1], meta['hash'][split])
+
+
+def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
+            held_out: float) -> dict:
+  """Tokenizes a domain into `folder`, unless it is there already.
+
+  Args:
+    folder: of this domain.
+    domain: where the text comes from.
+    tokenizer: must give back the text it was given.
+    held_out: the share of documents that are kept from training.
+
+  Returns:
+    The content of meta.json: documents, bytes and tokens of each split among it.
+
+  Raises:
+    UsageError: the domain has fewer than two documents, the tokenizer loses text, or
+      `folder` was made from something else.
+  """
+  made_from = {'domain': {**domain._asdict(), 'paths': list(domain.paths)},
+               'tokenizer': tokenizer.hash, 'held_out': held_out}
+  if os.path.exists(folder):
+    meta = _read_meta(folder)
+    for key, value in made_from.items():
+      if meta['made_from'].get(key) != value:
+        raise UsageError(
+            f'{folder} was made from another config: {key} was '
+            f'{meta["made_from"].get(key)!r}, now it is {value!r}. Use another --workdir, or '
+            'delete that folder if no run needs it.')
+    return meta
+
+  partial = folder + '.partial'
+  smallest = _write(partial, domain, tokenizer, threshold=held_out)
+  if smallest is not None:  # none is held out: hold out the one that comes next
+    _write(partial, domain, tokenizer, threshold=np.nextafter(smallest, 1))
+  meta = {'made_from': made_from, 'dtype': _dtype(tokenizer).name, 'hash': {}}
+  for split in SPLITS:
+    totals = np.load(os.path.join(partial, f'{split}.documents.npy'))
+    meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
+                   'bytes': int(totals[-1, 1])}
+    meta['hash'][split] = _hash_files(partial, split)
+  with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
+    json.dump(meta, file, indent=1)
+  os.rename(partial, folder)
+  return meta
+
+
+def _write(folder: str, domain, tokenizer, threshold: float) -> float | None:
+  """Writes both splits. Returns None, or if nothing was held out the smallest hash there is."""
+  shutil.rmtree(folder, ignore_errors=True)
+  os.makedirs(folder)
+  dtype = _dtype(tokenizer)
+  boundaries = {split: [(0, 0)] for split in SPLITS}
+  smallest, count = 1.0, 0
+  with (open(os.path.join(folder, 'train.bin'), 'wb') as train,
+        open(os.path.join(folder, 'heldout.bin'), 'wb') as heldout):
+    files = dict(train=train, heldout=heldout)
+    for batch in _batches(corpora.documents(domain)):
+      for text, ids in zip(batch, tokenizer.encode(batch)):
+        if count < _CHECKED:
+          _check_round_trip(text, tokenizer.decode(ids), domain)
+        raw = text.encode('utf-8')
+        share = int.from_bytes(hashlib.sha256(raw).digest()[:8], 'big') / 2**64
+        split = 'heldout' if share < threshold else 'train'
+        files[split].write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
+        tokens, size = boundaries[split][-1]
+        boundaries[split].append((tokens + len(ids) + 2, size + len(raw)))
+        smallest, count = min(smallest, share), count + 1
+  for split in SPLITS:
+    np.save(os.path.join(folder, f'{split}.documents.npy'),
+            np.array(boundaries[split], np.int64))
+  train_count, heldout_count = (len(boundaries[split]) - 1 for split in SPLITS)
+  if not count:
+    raise UsageError(f'domains.{domain.name} is empty: there is no text in {_origin(domain)}.')
+  if count == 1 or not train_count:
+    raise UsageError(
+        f'domains.{domain.name} has {count} document(s), and held-out text shares no document '
+        f'with training: there must be at least two. Set domains.{domain.name}.separator '
+        '(for example a blank line) to cut text files into documents, or lower data.held_out.')
+  return None if heldout_count else smallest
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+  while batch := list(itertools.islice(documents, _BATCH)):
+    yield batch
+
+
+def _check_round_trip(text: str, decoded: str, domain: corpora.Domain):
+  if text != decoded:
+    at = next((i for i, (a, b) in enumerate(zip(text, decoded)) if a != b),
+              min(len(text), len(decoded)))
+    raise UsageError(
+        f'The tokenizer loses text of domains.{domain.name}: {text[at:at + 20]!r} comes back '
+        f'as {decoded[at:at + 20]!r}. Use a sentencepiece model with identity normalisation '
+        'and byte fallback (as those of Llama), or leave tokenizer.path empty to train one.')
+
+
+def _origin(domain: corpora.Domain) -> str:
+  return ', '.join(domain.paths) if domain.source == 'files' else domain.source
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+  return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def _hash_files(folder: str, split: str) -> str:
+  digest = hashlib.sha256()
+  for name in (f'{split}.bin', f'{split}.documents.npy'):
+    with open(os.path.join(folder, name), 'rb') as file:
+      while block := file.read(1 << 20):
+        digest.update(block)
+  return digest.hexdigest()[:16]
+
+
+def _read_meta(folder: str) -> dict:
+  try:
+    with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+      return json.load(file)
+  except (OSError, json.JSONDecodeError) as error:
+    raise UsageError(f'{folder} holds no tokens of ours ({error}); use another --workdir.'
+                     ) from error

@@ -1,0 +1,1 @@
+"""What came out: bits per byte by domain (bits), and the comparison of all models (table)."""

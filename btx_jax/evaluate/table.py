@@ -1,0 +1,154 @@
+"""The comparison: bits per byte by domain of every model of a study, with what each cost."""
+
+import json
+import os
+from typing import Any
+
+from rich.table import Table
+
+from btx_jax import manifest
+from btx_jax import plan as plan_lib
+from btx_jax.model import config as model_config
+from btx_jax.plan import Run
+
+Row = dict[str, Any]
+
+
+def rows(pipeline) -> list[Row]:
+  """A row for every complete run, and for each mixture of different experts two more: the
+  uniform average of these experts, and the mixture before its finetuning.
+
+  A row: name, bits_per_byte by domain, mean, active_params, total_params, tokens and
+  train_flops (of the run and all that it comes from), gates by domain for a mixture.
+  """
+  result = []
+  for run in pipeline.runs.values():
+    if pipeline.state(run.name) != manifest.COMPLETE:
+      continue
+    before = plan_lib.lineage(run, pipeline.runs)[1:]
+    if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
+      dense = pipeline.runs[run.sources[0]].model
+      result.append(_row(pipeline, f'average of {run.name}', run, dense, before, 'average',
+                         pipeline.average_params))
+      result.append(_row(pipeline, f'{run.name} unfinetuned', run, run.model, before, 'start',
+                         pipeline.initial_params))
+    result.append(_row(pipeline, run.name, run, run.model, [*before, run], 'final',
+                       lambda run: pipeline.final_params(run.name)))
+  return result
+
+
+def _row(pipeline, name: str, run: Run, model: model_config.Config, trained: list[Run],
+         stage: str, make_params) -> Row:
+  scores = _evaluation(pipeline, run, model, stage, make_params)
+  bits = {domain: score['bits_per_byte'] for domain, score in scores.items()}
+  return {
+      'name': name,
+      'bits_per_byte': bits,
+      'mean': sum(bits.values()) / len(bits),
+      'active_params': model_config.num_params(model, active=True),
+      'total_params': model_config.num_params(model),
+      'tokens': sum(r.tokens for r in trained),
+      'train_flops': sum(r.flops for r in trained),
+      'gates': {domain: score['gates'] for domain, score in scores.items() if 'gates' in score},
+  }
+
+
+def _evaluation(pipeline, run: Run, model, stage: str, make_params) -> dict[str, dict]:
+  """Scores by domain, kept in the run's directory with what they were measured on."""
+  path = os.path.join(pipeline.folder(run.name), f'evaluation_{stage}.json')
+  measured_on = {'run': manifest.read(pipeline.folder(run.name))['identity'],
+                 'length': pipeline.config.data.length,
+                 'text': {domain: [tokens.hash, len(tokens.ids)]
+                          for domain, tokens in pipeline.text.held_out.items()}}
+  try:
+    with open(path, encoding='utf-8') as file:
+      kept = json.load(file)
+    if kept['measured_on'] == measured_on:
+      return kept['domains']
+  except (OSError, ValueError, KeyError, TypeError):
+    pass  # not measured yet
+  scores = pipeline.evaluate(model, make_params(run))
+  with open(path + '.partial', 'w', encoding='utf-8') as file:
+    json.dump({'measured_on': measured_on, 'domains': scores}, file)
+  os.replace(path + '.partial', path)
+  return scores
+
+
+def checks(pipeline, table: list[Row]) -> list[dict]:
+  """The claims of the method, each computed from the figures: {name, met}.
+
+  They are made of every mixture whose sources are one seed and experts branched from it, an
+  expert's own domain being the one with the largest weight in its training.
+  """
+  settings = pipeline.config.checks
+  by_name = {row['name']: row for row in table}
+  result = []
+
+  def check(name: str, met: bool):
+    result.append({'name': name, 'met': bool(met)})
+
+  for run in pipeline.runs.values():
+    experts = _branches(run, pipeline.runs)
+    unmixed = [*run.sources, f'average of {run.name}']
+    compared = [*unmixed, f'{run.name} unfinetuned', run.name]
+    if not experts or any(name not in by_name for name in compared):
+      continue
+    seed = pipeline.runs[experts[0]].sources[0]
+    score = lambda name, domain: by_name[name]['bits_per_byte'][domain]
+    own = {name: max(pipeline.runs[name].weights, key=pipeline.runs[name].weights.get)
+           for name in experts}
+    for name, domain in own.items():
+      gain = score(seed, domain) - score(name, domain)
+      check(f'{name} beats {seed} on {domain} by {settings.expert_gain} ({gain:.3f})',
+            gain >= settings.expert_gain)
+      check(f'{name} is best on {domain} among {", ".join(unmixed)}',
+            all(score(name, domain) <= score(other, domain) for other in unmixed))
+    check(f'{run.name} has the lowest mean of {", ".join(compared)}',
+          all(by_name[run.name]['mean'] <= by_name[other]['mean'] for other in compared))
+    for domain in by_name[run.name]['bits_per_byte']:
+      gap = score(run.name, domain) - score(seed, domain)
+      if domain in own.values():
+        check(f'{run.name} beats {seed} on {domain} ({-gap:.3f})', gap < 0)
+      else:
+        check(f'{run.name} is within {settings.seed_slack} of {seed} on {domain} ({gap:+.3f})',
+              gap <= settings.seed_slack)
+    for name, domain in own.items():
+      gap = score(run.name, domain) - score(name, domain)
+      check(f'{run.name} is within {settings.specialist_gap} of {name} on {domain} '
+            f'({gap:+.3f})', gap <= settings.specialist_gap)
+      gates = _mean_gates(by_name[run.name]['gates'][domain])
+      largest = run.sources[gates.index(max(gates))]
+      check(f'on {domain}, {name} has the largest mean gate of {run.name} (largest: {largest}, '
+            f'{max(gates):.2f})', largest == name)
+  return result
+
+
+def _branches(run: Run, runs) -> list[str]:
+  """Of a mixture of one seed and its branches: the branches. Else none."""
+  if run.init != plan_lib.MIX:
+    return []
+  branches = [name for name in run.sources if runs[name].init == plan_lib.CHECKPOINT]
+  seeds = {runs[name].sources[0] for name in branches}
+  rest = set(run.sources) - set(branches)
+  return branches if len(seeds) == 1 and rest <= seeds else []
+
+
+def _mean_gates(gates_LE) -> list[float]:
+  return [sum(layer[e] for layer in gates_LE) / len(gates_LE) for e in range(len(gates_LE[0]))]
+
+
+def as_text(table: list[Row]) -> Table:
+  """For the terminal; the best of each column is bold."""
+  domains = list(table[0]['bits_per_byte'])
+  view = Table(title='Bits per byte on held-out text (less is better)', title_justify='left')
+  view.add_column('model')
+  for heading in (*domains, 'mean', 'active M', 'total M', 'tokens M', 'train TFLOP'):
+    view.add_column(heading, justify='right')
+  scores = lambda row: [*row['bits_per_byte'].values(), row['mean']]
+  best = [min(column) for column in zip(*map(scores, table))]
+  for row in table:
+    cells = [f'[bold]{x:.3f}[/bold]' if x == b else f'{x:.3f}' for x, b in zip(scores(row), best)]
+    view.add_row(row['name'], *cells, f'{row["active_params"] / 1e6:.2f}',
+                 f'{row["total_params"] / 1e6:.2f}', f'{row["tokens"] / 1e6:.2f}',
+                 f'{row["train_flops"] / 1e12:.1f}')
+  return view

@@ -1,0 +1,86 @@
+"""The command: python -m btx_jax.main --config=configs/demo.py [--run=NAME] [--workdir=DIR].
+
+Does every run of the config that is missing, in order, then prints and writes the comparison.
+The same command again continues where the last one stopped. Fields of the config are set by
+--config.optimizer.peak_lr=1e-3 and the like.
+"""
+
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from btx_jax.errors import RunError, UsageError
+
+CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'The config: a file, like configs/demo.py or configs/demo.py:full.',
+    lock_config=True)
+WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Where checkpoints, tokens and the report go; runs/CONFIG_NAME if not set.')
+RUN = flags.DEFINE_string('run', None, 'Only this run, as a job of its own.')
+
+
+def run(argv: list[str]):
+  """Parses nothing, does everything; raises UsageError or RunError."""
+  if len(argv) > 1:
+    raise UsageError(f'Unknown command {argv[1]!r}; there is none so far, only flags.')
+  if CONFIG.value is None:
+    raise UsageError('--config is missing; try --config=configs/demo.py')
+  # Imported here, so that usage errors come at once.
+  from btx_jax.evaluate import report, table as table_lib
+  from btx_jax.metrics import console, say
+  from btx_jax.pipeline import Pipeline
+  import jax
+
+  name = os.path.splitext(os.path.basename(
+      config_flags.get_config_filename(flags.FLAGS['config'])))[0]
+  workdir = WORKDIR.value or os.path.join('runs', name)
+  pipeline = Pipeline(CONFIG.value, workdir)
+  say(f'{name} in {workdir}: {len(pipeline.runs)} runs, on {jax.device_count()} '
+      f'{jax.devices()[0].platform} device(s)')
+  trained = pipeline.train(RUN.value)
+  if RUN.value:
+    say(f'{RUN.value} is complete{"" if trained else " already"}: '
+        f'{pipeline.folder(RUN.value)}')
+    return
+  if not trained:
+    say('Every run is complete already.')
+  with jax.set_mesh(pipeline.mesh):
+    table = table_lib.rows(pipeline)
+  checks = table_lib.checks(pipeline, table)
+  console.print(table_lib.as_text(table))
+  for check in checks:
+    say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
+  folder = report.write(os.path.join(workdir, 'report'), name, table, checks)
+  say(f'Report: {folder}. Your own text: copy configs/demo.py to configs/mine.py, point '
+      'domains at your files, and run --config=configs/mine.py')
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UsageError,
+          ImportError, SyntaxError) as error:
+    _stop(error, 2)
+
+
+def _stop(error: BaseException, code: int):
+  print(f'btx_jax: {error}', file=sys.stderr)
+  sys.exit(code)
+
+
+def _main(argv: list[str]):
+  logging.set_verbosity(logging.ERROR)  # orbax and jax tell much that is not for here
+  try:
+    run(argv)
+  except UsageError as error:
+    _stop(error, 2)
+  except RunError as error:
+    _stop(error, 1)
+  except KeyboardInterrupt:
+    _stop('stopped; the same command again continues from the last checkpoint.', 130)
+
+
+if __name__ == '__main__':
+  app.run(_main, flags_parser=_parse)

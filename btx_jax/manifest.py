@@ -1,0 +1,81 @@
+"""What a run directory says about itself: manifest.json, replaced whole at every change."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from typing import Any
+
+from btx_jax.errors import UsageError
+
+RUNNING, COMPLETE, FAILED = 'running', 'complete', 'failed'
+_NAME = 'manifest.json'
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
+             'sentencepiece')
+
+
+def identity(spec: dict) -> str:
+  """A hash of everything that decides a run's result, sources included."""
+  return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(folder: str) -> dict | None:
+  """The manifest of a run directory; None if there is no run there.
+
+  Raises:
+    UsageError: the file is there but not a manifest.
+  """
+  path = os.path.join(folder, _NAME)
+  try:
+    with open(path, encoding='utf-8') as file:
+      manifest = json.load(file)
+    manifest['state'], manifest['spec']  # what everything else relies on
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise UsageError(f'{path} is not a manifest of ours ({error!r}); use another --workdir.'
+                     ) from error
+  return manifest
+
+
+def write(folder: str, manifest: dict):
+  """Replaces the manifest in one step, so that a reader never sees half of it."""
+  os.makedirs(folder, exist_ok=True)
+  path = os.path.join(folder, _NAME)
+  with open(path + '.partial', 'w', encoding='utf-8') as file:
+    json.dump(manifest | {'updated': _now()}, file, indent=1)
+  os.replace(path + '.partial', path)
+
+
+def begin(name: str, spec: dict) -> dict:
+  """The manifest of a run that starts now."""
+  return {
+      'name': name, 'state': RUNNING, 'identity': identity(spec), 'spec': spec,
+      'started': _now(), 'steps_done': 0, 'seconds': 0.0, 'tokens_by_domain': {},
+      'versions': {'python': platform.python_version(),
+                   **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+  }
+
+
+def check(folder: str, manifest: dict, spec: dict):
+  """Raises UsageError if the run in `folder` is not the one that `spec` describes."""
+  lines = [f'  {path}: {was!r} there, {now!r} now'
+           for path, was, now in _differences(manifest['spec'], spec)]
+  if lines:
+    raise UsageError(
+        f'{folder} belongs to another config:\n' + '\n'.join(lines) +
+        '\nNothing was touched. Use another --workdir, or delete that folder to train anew.')
+
+
+def _differences(was: Any, now: Any, path: str = ''):
+  if isinstance(was, dict) and isinstance(now, dict):
+    for key in sorted(was.keys() | now.keys()):
+      yield from _differences(was.get(key), now.get(key), f'{path}.{key}'.lstrip('.'))
+  elif was != now:
+    yield path, was, now
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')

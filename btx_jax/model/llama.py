@@ -1,0 +1,137 @@
+"""The Llama, dense or as a mixture of experts: a functional Flax model over plain dicts.
+
+Parameters (`L` layers stacked on the first axis by scan):
+
+  embed [V,D]    norm/scale [D]    head [D,V] (absent when tied)
+  layers/attn/q [L,D,N,H]   layers/attn/{k,v} [L,D,K,H]   layers/attn/o [L,N,H,D]
+  layers/{attn_norm,ffn_norm}/scale [L,D]
+  layers/ffn/{gate,up} [L,D,F]   layers/ffn/down [L,F,D]                          dense
+  layers/ffn/router [L,D,E]      layers/ffn/experts/{gate,up,down} [L,E,...]      mixture
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from btx_jax import sharding
+from btx_jax.model import attention as attention_lib
+from btx_jax.model import moe, routing
+from btx_jax.model.config import Config
+from btx_jax.model.linear import matmul
+
+_init = nn.initializers.normal(0.02)
+
+
+class Attention(nn.Module):
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, x_BTD, rope, segment_ids_BT):
+    cfg = self.cfg
+    D, N, K, H = cfg.dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    w = {'q': self.param('q', _init, (D, N, H)), 'k': self.param('k', _init, (D, K, H)),
+         'v': self.param('v', _init, (D, K, H)), 'o': self.param('o', _init, (N, H, D))}
+    B, T, _ = x_BTD.shape
+    w = jax.tree.map(lambda x: x.astype(x_BTD.dtype), w)
+    heads = lambda w_DNH: matmul(x_BTD, w_DNH.reshape(D, -1)).reshape(B, T, -1, H).swapaxes(1, 2)
+    q, k, v = (heads(w[name]) for name in 'qkv')
+    q, k = attention_lib.rotate(q, rope), attention_lib.rotate(k, rope)
+    y_BNTH = attention_lib.attention(q, k, v, segment_ids_BT, cfg.attention)
+    return matmul(y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w['o'].reshape(N * H, D))
+
+
+class SwiGLU(nn.Module):
+  """The weights of one feed-forward layer, or with `lead` = (E,) those of E experts."""
+  cfg: Config
+  lead: tuple[int, ...] = ()
+
+  @nn.compact
+  def __call__(self, dtype):
+    D, F = self.cfg.dim, self.cfg.ffn_dim
+    shapes = {'gate': (D, F), 'up': (D, F), 'down': (F, D)}
+    return {name: self.param(name, _init, self.lead + shape).astype(dtype)
+            for name, shape in shapes.items()}
+
+
+class Mixture(nn.Module):
+  """A router in float32 and the experts that it sends tokens to (paper 3.2)."""
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, x_BTD, counted_BT):
+    cfg = self.cfg
+    E = cfg.num_experts
+    experts = SwiGLU(cfg, (E,), name='experts')(x_BTD.dtype)
+    router_DE = self.param('router', _init, (cfg.dim, E))
+    logits_BTE = jnp.dot(x_BTD.astype(jnp.float32), router_DE,
+                         precision=jax.lax.Precision.HIGHEST)
+    gates_BTk, ids_BTk, probs_BTE = routing.top_k_router(logits_BTE, cfg.top_k)
+    y_BTD = moe.sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, cfg.capacity_factor)
+    gates_BTE = routing.dense_gates(gates_BTk, ids_BTk, E)
+    return y_BTD, routing.routing_sums(gates_BTE, probs_BTE, counted_BT)
+
+
+class Block(nn.Module):
+  """Attention, then a feed-forward layer or a mixture of them; both on the residual stream."""
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, x_BTD, rope, segment_ids_BT):
+    cfg = self.cfg
+    norm = lambda name: nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name=name)
+    x_BTD += Attention(cfg, name='attn')(norm('attn_norm')(x_BTD), rope, segment_ids_BT)
+    h_BTD = norm('ffn_norm')(x_BTD)
+    if cfg.num_experts:
+      y_BTD, sums = Mixture(cfg, name='ffn')(h_BTD, segment_ids_BT > 0)
+    else:
+      y_BTD, sums = moe.swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
+    return x_BTD + y_BTD, sums
+
+
+class Llama(nn.Module):
+  """The network up to its last norm: the loss owns the output head.
+
+  So no [B, T, V] array need exist at once, and statistics leave by the return value.
+  """
+  cfg: Config
+
+  @nn.compact
+  def __call__(self, tokens_BT, segment_ids_BT, positions_BT):
+    """The final hidden states of packed documents that do not see each other.
+
+    Args:
+      tokens_BT: token ids.
+      segment_ids_BT: the document of each position, from 1 within its row; 0 is padding.
+      positions_BT: position within the document.
+
+    Returns:
+      hidden states [B, T, D] in the compute dtype, and for a mixture the `RoutingSums` of
+      its layers (leading axis L; None for a dense model). `output_head` gives the logits.
+    """
+    cfg = self.cfg
+    embed = self.param('embed', _init, (cfg.vocab_size, cfg.dim))
+    if not cfg.tied_head:
+      self.param('head', _init, (cfg.dim, cfg.vocab_size))  # used by the loss
+    # Gathering the table (as fully sharded training does anyway) rather than constraining
+    # the activations leaves the batch axes unnamed, so that the model can be vmapped.
+    x_BTD = sharding.constrain(embed.astype(cfg.dtype), P())[tokens_BT]
+    rope = attention_lib.rope_tables(positions_BT, cfg)
+    block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+    layers = nn.scan(
+        block, variable_axes={'params': 0}, split_rngs={'params': True},
+        in_axes=nn.broadcast, length=cfg.num_layers)
+    x_BTD, sums = layers(cfg, name='layers')(x_BTD, rope, segment_ids_BT)
+    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name='norm')(x_BTD), sums
+
+
+def output_head(params, dtype=jnp.float32) -> jax.Array:
+  """The matrix [D, V] from hidden states to logits."""
+  head = params['embed'].T if 'head' not in params else params['head']
+  return head.astype(dtype)
+
+
+def init(cfg: Config, rng: jax.Array):
+  """Random parameters: normal with standard deviation 0.02, norm scales 1."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return Llama(cfg).init(rng, tokens, tokens + 1, tokens)['params']

@@ -1,0 +1,219 @@
+"""From a config to runs: checked, with all that a run needs, in the order they can be done.
+
+A run = (initialiser, data mixture, model, optimizer). Runs are a graph by what they start
+from; nothing here, or after, knows a phase by name.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+
+from btx_jax import optim
+from btx_jax.errors import UsageError, nearest
+from btx_jax.model import config as model_config
+
+RANDOM, CHECKPOINT, MIX = 'random', 'checkpoint', 'mix'
+_RESERVED = ('data', 'report')
+# What the parameters are shaped by; the rest of a model's fields may change between runs.
+_SHAPES = ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads',
+           'head_dim', 'tied_head', 'num_experts')
+# How a model is computed, not what it computes.
+_COMPUTE = ('remat', 'attention', 'capacity_factor')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training run.
+
+  Attributes:
+    name: also its directory, below the working directory.
+    init: 'random'; 'checkpoint': the end of another run; 'mix': a mixture of several.
+    sources: the runs that it starts from, in the order of the experts.
+    weights: domain -> share of the rows, adding up to 1.
+    model: sizes.
+    optimizer: settings.
+    steps: of the optimizer.
+    length: T.
+    batch_size: B, rows of a step.
+    accumulation: microbatches of a step.
+    balance: alpha, weight of the balancing loss.
+    balance_scope: 'microbatch' or 'batch', see train.make_train_step.
+    router_std: of the routers, where init is 'mix'.
+    seed: of the config; each run makes its own from it and its name.
+  """
+  name: str
+  init: str
+  sources: tuple[str, ...]
+  weights: dict[str, float]
+  model: model_config.Config
+  optimizer: optim.Config
+  steps: int
+  length: int
+  batch_size: int
+  accumulation: int
+  balance: float
+  balance_scope: str
+  router_std: float
+  seed: int
+
+  def spec(self) -> dict:
+    """Everything of the run itself that decides its result, as plain data."""
+    spec = dataclasses.asdict(self)
+    for key in _COMPUTE:
+      del spec['model'][key]
+    return spec
+
+  @property
+  def tokens(self) -> int:
+    """Positions that the run computes on."""
+    return self.steps * self.batch_size * self.length
+
+  @property
+  def flops(self) -> int:
+    """Model FLOPs of the whole run."""
+    return self.tokens * model_config.train_flops_per_token(self.model, self.length)
+
+
+def lineage(run: Run, runs: Mapping[str, Run]) -> list[Run]:
+  """The run and all that it comes from, each once."""
+  found = {run.name: run}
+  for source in run.sources:
+    found |= {r.name: r for r in lineage(runs[source], runs)}
+  return list(found.values())
+
+
+def make_plan(config, vocab_size: int) -> dict[str, Run]:
+  """The runs of a config by name, each behind those that it starts from.
+
+  Args:
+    config: ConfigDict as configs/base.py makes it.
+    vocab_size: of the tokenizer.
+
+  Raises:
+    UsageError: anything that could not be run, said before any compute is spent.
+  """
+  if not config.runs:
+    raise UsageError('config.runs is empty: there is nothing to do. See configs/demo.py.')
+  runs: dict[str, Run] = {}
+  for name in _ordered(config.runs):
+    runs[name] = _make_run(name, config, runs, vocab_size)
+  return runs
+
+
+def _ordered(entries) -> list[str]:
+  """Names so that each stands behind its sources and what its length is measured by."""
+  order: list[str] = []
+
+  def visit(name: str, path: tuple[str, ...]):
+    if name in path:
+      raise UsageError('Runs start from each other in a circle: ' +
+                       ' -> '.join((*path[path.index(name):], name)))
+    if name in order:
+      return
+    entry = entries[name]
+    for kind in ('init.runs', 'match_flops_of'):
+      for needed in entry.init.runs if kind == 'init.runs' else entry.match_flops_of:
+        if needed not in entries:
+          raise UsageError(f'runs.{name}.{kind} names {needed!r}, which is not a run; '
+                           f'{nearest(needed, entries)}')
+        visit(needed, (*path, name))
+    order.append(name)
+
+  for name in entries:
+    if name.split('/')[0] in _RESERVED or '..' in name.split('/') or name.startswith('/'):
+      raise UsageError(f'{name!r} cannot be the name of a run: it is a directory below the '
+                       f'working directory, where {" and ".join(_RESERVED)} are taken.')
+    visit(name, ())
+  return order
+
+
+def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Run:
+  entry = config.runs[name]
+  train = {**config.train, **entry.train}
+  length, batch_size, accumulation = (
+      config.data.length, train['batch_size'], train['accumulation'])
+  for field, value in (('data.length', length), ('train.batch_size', batch_size),
+                       ('train.accumulation', accumulation)):
+    if value < 1:
+      raise UsageError(f'runs.{name}: {field} = {value} must be at least 1.')
+  if batch_size % accumulation:
+    raise UsageError(f'runs.{name}: train.batch_size = {batch_size} is not a multiple of '
+                     f'train.accumulation = {accumulation}.')
+  if train['balance_scope'] not in ('microbatch', 'batch'):
+    raise UsageError(f"runs.{name}: train.balance_scope = {train['balance_scope']!r}; "
+                     f"{nearest(train['balance_scope'], ('microbatch', 'batch'))}")
+  model = _model(name, config, runs, vocab_size)
+  steps = entry.steps
+  if entry.match_flops_of:
+    if steps:
+      raise UsageError(f'runs.{name} has both steps = {steps} and match_flops_of; give one.')
+    per_step = batch_size * length * model_config.train_flops_per_token(model, length)
+    steps = round(sum(runs[other].flops for other in entry.match_flops_of) / per_step)
+  if steps < 1:
+    raise UsageError(f'runs.{name}.steps = {steps} must be at least 1.')
+  return Run(
+      name=name, init=entry.init.kind, sources=tuple(entry.init.runs),
+      weights=_weights(name, entry.domains, config.domains), model=model,
+      optimizer=optim.Config(**{**config.optimizer, **entry.optimizer}), steps=steps,
+      length=length, batch_size=batch_size, accumulation=accumulation,
+      balance=train['balance'], balance_scope=train['balance_scope'],
+      router_std=config.mix.router_std, seed=config.seed)
+
+
+def _model(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> model_config.Config:
+  """Sizes from the config, or from what the run starts from, with the run's own changes."""
+  entry = config.runs[name]
+  kind, sources = entry.init.kind, entry.init.runs
+  if kind == RANDOM:
+    fields = dict(config.model)
+    fields['vocab_size'] = fields['vocab_size'] or vocab_size
+  elif kind in (CHECKPOINT, MIX) and sources:
+    fields = dataclasses.asdict(runs[sources[0]].model)
+    if kind == MIX:
+      _check_mixable(name, [runs[source] for source in sources])
+      fields['num_experts'] = len(sources)
+    elif len(sources) > 1:
+      raise UsageError(f'runs.{name}.init: a checkpoint has one source, not {len(sources)}.')
+  else:
+    raise UsageError(f'runs.{name}.init.kind = {kind!r} with sources {tuple(sources)}; '
+                     f'{nearest(kind, (RANDOM, CHECKPOINT, MIX))}')
+  sizes = dict(fields)
+  try:
+    model = model_config.Config(**{**fields, **entry.model})
+  except (TypeError, ValueError) as error:
+    raise UsageError(f'runs.{name}: {error}') from error
+  if kind != RANDOM:
+    changed = [f'{key} = {entry.model[key]} (it starts from {sizes[key]})'
+               for key in entry.model if key in _SHAPES and entry.model[key] != sizes[key]]
+    if changed:
+      raise UsageError(f'runs.{name}.model changes the parameters: {", ".join(changed)}.')
+  if model.vocab_size < vocab_size:
+    raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
+                     f"tokenizer's {vocab_size}; set it to 0 to take the tokenizer's.")
+  return model
+
+
+def _check_mixable(name: str, sources: list[Run]):
+  first = sources[0]
+  for other in sources:
+    if other.model.num_experts:
+      raise UsageError(f'runs.{name} mixes {other.name!r}, which is a mixture already.')
+    a, b = dataclasses.asdict(first.model), dataclasses.asdict(other.model)
+    differences = [f'{key} {a[key]} and {b[key]}' for key in a
+                   if key not in (*_COMPUTE, 'dtype', 'top_k') and a[key] != b[key]]
+    if differences:
+      raise UsageError(f'runs.{name} cannot mix {first.name!r} and {other.name!r}; they differ '
+                       f'in {"; ".join(differences)}.')
+
+
+def _weights(name: str, weights, domains) -> dict[str, float]:
+  for domain, weight in weights.items():
+    if domain not in domains:
+      raise UsageError(f'runs.{name}.domains names {domain!r}, which is not a domain; '
+                       f'{nearest(domain, domains)}')
+    if not 0 <= weight < float('inf'):
+      raise UsageError(f'runs.{name}.domains.{domain} = {weight}; weights cannot be negative.')
+  total = sum(weights.values())
+  if not total:
+    raise UsageError(f'runs.{name}.domains = {dict(weights)}: at least one weight must be '
+                     'positive.')
+  return {domain: weight / total for domain, weight in sorted(weights.items()) if weight}

@@ -1,0 +1,165 @@
+"""Every field of a config, once. The other configs start from this one."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The defaults; `domains` and `runs` are what a config has to add."""
+  config = ConfigDict()
+  # Everything random follows from it and from the name of the run.
+  config.seed = 0
+
+  # The text: name -> domain(...), see below.
+  config.domains = ConfigDict()
+
+  config.tokenizer = ConfigDict({
+      # A sentencepiece model; empty: one is trained from the text of all domains.
+      'path': '',
+      # Pieces of a trained one.
+      'vocab_size': 32_000,
+      # Characters of each domain that it is trained on.
+      'sample_chars': 2_000_000,
+  })
+
+  config.data = ConfigDict({
+      # Tokens of a row.
+      'length': 1024,
+      # Share of the documents that are kept from training.
+      'held_out': 0.02,
+  })
+
+  # Sizes of the model, see btx_jax/model/config.py. vocab_size 0 is the tokenizer's.
+  config.model = ConfigDict({
+      'vocab_size': 0,
+      'dim': 512,
+      'ffn_dim': 1408,
+      'num_layers': 8,
+      'num_heads': 8,
+      'num_kv_heads': 8,
+      'head_dim': 0,
+      'rope_theta': 10_000.0,
+      # Llama-3 scaling of the rotary frequencies; 1 is none.
+      'rope_factor': 1.0,
+      'rope_low_freq_factor': 1.0,
+      'rope_high_freq_factor': 4.0,
+      'rope_original_length': 8192,
+      'norm_eps': 1e-5,
+      'tied_head': False,
+      # Experts per token, of a mixture.
+      'top_k': 2,
+      # 'float32' or 'bfloat16': of the computation; parameters are float32.
+      'dtype': 'float32',
+      # Recompute each layer in the backward pass instead of keeping its activations.
+      'remat': False,
+      # 'xla', or 'cudnn' on an NVIDIA GPU.
+      'attention': 'xla',
+      # Room of an expert in one round of dispatch; a matter of speed, nothing is dropped.
+      'capacity_factor': 1.25,
+  })
+
+  # AdamW as in the paper (4.1.2), see btx_jax/optim.py.
+  config.optimizer = ConfigDict({
+      'peak_lr': 1e-4,
+      # Share of the steps.
+      'warmup': 0.05,
+      # Share of the peak at the end of the cosine.
+      'final_lr': 0.1,
+      'b1': 0.9,
+      'b2': 0.95,
+      'eps': 1e-8,
+      # Not on norm scales.
+      'weight_decay': 0.1,
+      # Largest norm of the gradient.
+      'clip_norm': 1.0,
+  })
+
+  config.train = ConfigDict({
+      # Rows of a step, over all devices and microbatches.
+      'batch_size': 32,
+      # Microbatches of a step.
+      'accumulation': 1,
+      # Weight of the load-balancing loss of a mixture (paper 3.3).
+      'balance': 0.01,
+      # 'microbatch', or 'batch': exact under accumulation, for one more forward pass.
+      'balance_scope': 'microbatch',
+  })
+
+  config.mix = ConfigDict({
+      # Standard deviation of the routers that mixing adds.
+      'router_std': 0.02,
+  })
+
+  # Devices along each axis; -1 takes all that are left.
+  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1})
+
+  config.evaluation = ConfigDict({
+      # Steps between measurements while a run goes on; 0 is none. The end is always measured.
+      'every': 0,
+      # Held-out tokens of each domain, in whole documents (at least one).
+      'tokens': 65_536,
+      # Rows at a time.
+      'batch_size': 32,
+  })
+
+  # Steps between lines of metrics.jsonl, and between checkpoints.
+  config.log_every = 10
+  config.checkpoint_every = 500
+  # Checkpoints of a run that are kept, the newest.
+  config.checkpoints_kept = 2
+
+  # What the checks under the table ask for, in bits per byte: how much an expert beats the
+  # seed on its own domain by; how much worse than the seed the mixture may be on a domain
+  # without an expert; how much worse than an expert on that one's domain.
+  config.checks = ConfigDict({'expert_gain': 0.0, 'seed_slack': 0.01, 'specialist_gap': 0.05})
+
+  # The runs: name -> run(...), see below.
+  config.runs = ConfigDict()
+  return config
+
+
+def domain(paths=(), text_field: str = 'text', separator: str = '',
+           source: str = 'files') -> ConfigDict:
+  """Text of one kind.
+
+  Args:
+    paths: directories, globs or files of plain text or .jsonl, either may be .gz.
+    text_field: of a JSON line.
+    separator: cuts a plain text file into documents; '' leaves it one document.
+    source: 'files', or text that Python packages carry (btx_jax/data/demo.py).
+  """
+  paths = (paths,) if isinstance(paths, str) else tuple(paths)
+  return ConfigDict({'source': source, 'paths': paths, 'text_field': text_field,
+                     'separator': separator})
+
+
+def run(init: ConfigDict, domains: dict[str, float], steps: int = 0,
+        match_flops_of: tuple[str, ...] = (), model: dict | None = None,
+        optimizer: dict | None = None, train: dict | None = None) -> ConfigDict:
+  """One training run.
+
+  Args:
+    init: random(), checkpoint(RUN) or mix(RUNS).
+    domains: weight of each domain in the rows; they need not add up to 1.
+    steps: of the optimizer.
+    match_flops_of: instead of `steps`: as many as spend the FLOPs of these runs.
+    model, optimizer, train: what this run has otherwise than the sections of that name.
+  """
+  return ConfigDict({
+      'init': init, 'domains': {name: float(weight) for name, weight in domains.items()},
+      'steps': steps, 'match_flops_of': tuple(match_flops_of), 'model': model or {},
+      'optimizer': optimizer or {}, 'train': train or {}})
+
+
+def random() -> ConfigDict:
+  """Starts from random parameters."""
+  return ConfigDict({'kind': 'random', 'runs': ()})
+
+
+def checkpoint(run_name: str) -> ConfigDict:
+  """Starts where another run ended: branching a seed, or continuing one."""
+  return ConfigDict({'kind': 'checkpoint', 'runs': (run_name,)})
+
+
+def mix(*run_names: str) -> ConfigDict:
+  """Starts from a mixture of these runs' models; naming one several times upcycles it."""
+  return ConfigDict({'kind': 'mix', 'runs': run_names})

@@ -1,0 +1,58 @@
+"""The whole method on real text, on a laptop CPU, in a few minutes.
+
+A seed that learned mostly prose is branched into three experts (code, math, knowledge); these
+and the seed itself are mixed into four experts a layer, and finetuned on all four domains.
+Expect: each expert far better than the seed on its own domain and worse elsewhere; the
+mixture as good as each specialist on its domain, and nearly as good as the seed on prose.
+
+  python -m btx_jax.main --config=configs/demo.py
+
+:full adds the rivals that spend the same compute otherwise: `dense`, the seed trained on, and
+`upcycled`, four copies of the seed's feed-forward layers instead of four experts.
+
+  python -m btx_jax.main --config=configs/demo.py:full
+"""
+
+from configs import base
+
+SPECIALISTS = ('code', 'math', 'knowledge')
+BLEND = {'code': 1, 'math': 1, 'knowledge': 1, 'prose': 1}
+
+
+def get_config(form: str = ''):
+  if form not in ('', 'full'):
+    raise ValueError(f"configs/demo.py has no form {form!r}; it has ':full' and the plain one.")
+  config = base.get_config()
+  config.domains = {
+      'code': base.domain(source='stdlib'),
+      'math': base.domain(source='mathematics'),
+      'knowledge': base.domain(source='factbook'),
+      'prose': base.domain(source='sotu'),
+  }
+  config.tokenizer.vocab_size = 4096
+  config.tokenizer.sample_chars = 500_000
+  config.data.length = 256
+  config.model.update(dim=128, ffn_dim=352, num_layers=4, num_heads=4, num_kv_heads=4,
+                      tied_head=True, remat=True)
+  config.train.batch_size = 8
+  config.evaluation.update(tokens=32_768, batch_size=16)
+  config.checkpoint_every = 100
+  config.checks.expert_gain = 0.2
+
+  experts = tuple(f'expert/{domain}' for domain in SPECIALISTS)
+  config.runs = {
+      'seed': base.run(
+          init=base.random(), domains={**BLEND, 'prose': 7}, steps=500,
+          optimizer={'peak_lr': 3e-3}),
+      **{f'expert/{domain}': base.run(
+          init=base.checkpoint('seed'), domains={domain: 1}, steps=150,
+          optimizer={'peak_lr': 2e-3}) for domain in SPECIALISTS},
+      'btx': base.run(
+          init=base.mix('seed', *experts), domains=BLEND, steps=300,
+          optimizer={'peak_lr': 2e-3}),
+  }
+  if form == 'full':
+    rival = dict(domains=BLEND, match_flops_of=(*experts, 'btx'), optimizer={'peak_lr': 2e-3})
+    config.runs['dense'] = base.run(init=base.checkpoint('seed'), **rival)
+    config.runs['upcycled'] = base.run(init=base.mix(*['seed'] * 4), **rival)
+  return config
