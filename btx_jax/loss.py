@@ -54,8 +54,8 @@ def _summed_nll_fwd(hidden_BTD, head_DV, targets_BT, mask_BT):
     total, dhead_DV = carry
     hidden, targets, mask = chunk
     nll, log_probs = _chunk_nll(*chunk, head_DV)
-    hit = targets[:, None] == jnp.arange(head_DV.shape[1])
-    dlogits = jnp.where(mask[:, None], jnp.exp(log_probs) - hit, 0).astype(hidden.dtype)
+    dlogits = jnp.exp(log_probs) - jax.nn.one_hot(targets, head_DV.shape[1])
+    dlogits = jnp.where(mask[:, None], dlogits, 0).astype(hidden.dtype)
     dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
     return (total + nll, dhead_DV), dlogits @ head_DV.T
 

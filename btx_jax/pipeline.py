@@ -184,14 +184,15 @@ class Pipeline:
       return self._sharded(functools.partial(llama.init, run.model), rng)
     if run.init == plan_lib.CHECKPOINT:
       return self.final_params(run.sources[0])
-    experts = btx.stack([self.final_params(source) for source in run.sources])
     return self._sharded(
-        functools.partial(btx.mix, router_std=run.router_std), experts, rng)
+        lambda experts, rng: btx.mix(btx.stack(experts), rng, run.router_std),
+        [self.final_params(source) for source in run.sources], rng)
 
   def average_params(self, run: Run):
     """The uniform average of what a mixture was made from: the baseline without experts."""
-    return self._sharded(btx.average, btx.stack(
-        [self.final_params(source) for source in run.sources]))
+    return self._sharded(
+        lambda experts: btx.average(btx.stack(experts)),
+        [self.final_params(source) for source in run.sources])
 
   def final_params(self, name: str):
     """The parameters of a complete run."""

@@ -107,13 +107,12 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: floa
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    row_tokens = batch['loss_mask'].sum(-1)
+    row_tokens = batch['loss_mask'].sum(-1).astype(jnp.int32)
     metrics = {
         'loss': nll / tokens,
         'grad_norm': optax.tree.norm(grads),
-        'tokens_by_domain': jnp.where(
-            batch['domain'][..., None] == jnp.arange(num_domains), row_tokens[..., None], 0
-        ).sum((0, 1)),
+        'tokens_by_domain': jnp.einsum(
+            'ab,abd->d', row_tokens, jax.nn.one_hot(batch['domain'], num_domains, dtype=jnp.int32)),
     }
     if cfg.num_experts:
       metrics['balance'] = balance_loss / tokens

@@ -27,7 +27,8 @@ def rope_frequencies(cfg: Config) -> np.ndarray:
 
 def rope_tables(positions_BT: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines, each [B, 1, T, H / 2] in float32: bfloat16 could not tell positions."""
-  angles = positions_BT[:, None, :, None].astype(jnp.float32) * rope_frequencies(cfg)
+  frequencies = rope_frequencies(cfg)[None, None, None]
+  angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -82,4 +83,5 @@ def attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, implementation='xla') -> j
 def _visible(segment_ids_BT, start, end):
   """[B, queries start..end, keys 0..end]: keys not later, and of the same document."""
   same_document = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
-  return same_document & (jnp.arange(start, end)[:, None] >= jnp.arange(end))
+  causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+  return same_document & causal[None]

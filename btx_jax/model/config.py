@@ -5,6 +5,8 @@ Nothing here needs jax, so that planning and reporting stay light.
 
 import dataclasses
 
+from btx_jax.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -57,24 +59,24 @@ class Config:
   def __post_init__(self):
     if not self.head_dim:
       if self.dim % self.num_heads:
-        raise ValueError(f'model.dim = {self.dim} is not a multiple of model.num_heads = '
+        raise UsageError(f'model.dim = {self.dim} is not a multiple of model.num_heads = '
                          f'{self.num_heads}; change one, or set model.head_dim.')
       object.__setattr__(self, 'head_dim', self.dim // self.num_heads)
     if self.head_dim % 2:
-      raise ValueError(f'model.head_dim = {self.head_dim} must be even: rotary embeddings '
+      raise UsageError(f'model.head_dim = {self.head_dim} must be even: rotary embeddings '
                        'turn pairs of dimensions.')
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(f'model.num_heads = {self.num_heads} is not a multiple of '
+      raise UsageError(f'model.num_heads = {self.num_heads} is not a multiple of '
                        f'model.num_kv_heads = {self.num_kv_heads}.')
     if self.num_experts and not 1 <= self.top_k <= self.num_experts:
-      raise ValueError(f'model.top_k = {self.top_k} must lie between 1 and the number of '
+      raise UsageError(f'model.top_k = {self.top_k} must lie between 1 and the number of '
                        f'experts, {self.num_experts}.')
     if self.dtype not in ('float32', 'bfloat16'):
-      raise ValueError(f"model.dtype = {self.dtype!r} is not one of 'float32', 'bfloat16'.")
+      raise UsageError(f"model.dtype = {self.dtype!r} is not one of 'float32', 'bfloat16'.")
     if self.attention not in ('xla', 'cudnn'):
-      raise ValueError(f"model.attention = {self.attention!r} is not one of 'xla', 'cudnn'.")
+      raise UsageError(f"model.attention = {self.attention!r} is not one of 'xla', 'cudnn'.")
     if self.capacity_factor <= 0:
-      raise ValueError(f'model.capacity_factor = {self.capacity_factor} must be positive.')
+      raise UsageError(f'model.capacity_factor = {self.capacity_factor} must be positive.')
 
 
 def num_params(cfg: Config, active: bool = False) -> int:

@@ -79,7 +79,7 @@ def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, *, capacity_factor, shard
   gates = gates_BTk.reshape(tokens, k)
   ids = ids_BTk.reshape(pairs)
   by_expert = jnp.argsort(ids, stable=True)
-  count_E = (ids[:, None] == jnp.arange(E)).sum(0)
+  count_E = jax.nn.one_hot(ids, E, dtype=jnp.int32).sum(0)
   start_E = jnp.cumsum(count_E) - count_E
   rank = jnp.argsort(by_expert) - start_E[ids]  # of a pair among those of its expert
   slot = jnp.arange(E * C)

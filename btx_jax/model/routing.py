@@ -36,8 +36,7 @@ def top_k_router(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, j
 
 def dense_gates(gates_BTk: jax.Array, ids_BTk: jax.Array, num_experts: int) -> jax.Array:
   """Gate of every expert, [B, T, E]: zero where it was not chosen."""
-  chosen = ids_BTk[..., None] == jnp.arange(num_experts)
-  return jnp.where(chosen, gates_BTk[..., None], 0).sum(-2)
+  return jnp.einsum('btk,btke->bte', gates_BTk, jax.nn.one_hot(ids_BTk, num_experts))
 
 
 def routing_sums(gates_BTE, probs_BTE, counted_BT) -> RoutingSums:

@@ -1,0 +1,99 @@
+"""What branching and mixing promise."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from btx_jax import btx
+from btx_jax.model import llama
+from tests.helpers import (
+    TINY, assert_trees_close, assert_trees_equal, hidden_and_sums, random_batch, random_params)
+
+E = 4
+MOE = dataclasses.replace(TINY, num_experts=E)
+
+
+def hidden(cfg, params, batch):
+  return hidden_and_sums(cfg, params, batch)[0]
+
+
+@functools.cache
+def different_experts():
+  return [random_params(TINY, seed=e) for e in range(E)]
+
+
+mix = jax.jit(btx.mix, static_argnames='router_std')
+branch = jax.jit(btx.branch, static_argnums=1)
+stack = jax.jit(btx.stack)
+
+
+@pytest.mark.parametrize('router_std', [0.02, 3.0])
+def test_mixing_identical_branches_changes_nothing(router_std):
+  seed = random_params(TINY)
+  mixed = mix(branch(seed, E), jax.random.key(1), router_std=router_std)
+  batch = random_batch(TINY)
+  expected = hidden(TINY, seed, batch)
+  np.testing.assert_allclose(hidden(MOE, mixed, batch), expected, rtol=0,
+                             atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('forced', range(E))
+def test_a_forced_router_gives_that_experts_feed_forward_in_the_average(forced):
+  experts = different_experts()
+  stacked = stack(experts)
+  mixed = mix(stacked, jax.random.key(1))
+  # The router reads the normed stream; a norm that is constant in one channel forces it.
+  mixed['embed'] = mixed['embed'].at[:, 0].set(40.0)
+  mixed['layers']['ffn']['router'] = jnp.zeros((2, 16, E)).at[:, 0, forced].set(1e4)
+  expected_params = jax.jit(btx.average)(stacked)
+  expected_params['embed'] = mixed['embed']
+  expected_params['layers']['ffn'] = experts[forced]['layers']['ffn']
+  one = dataclasses.replace(MOE, top_k=1)
+  batch = random_batch(TINY)
+  expected = hidden(TINY, expected_params, batch)
+  np.testing.assert_allclose(hidden(one, mixed, batch), expected, rtol=0,
+                             atol=1e-5 * np.abs(expected).max())
+
+
+def test_everything_but_feed_forward_is_averaged_and_that_is_kept():
+  experts = different_experts()
+  mixed = mix(stack(experts), jax.random.key(1))
+  as64 = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+  average = jax.tree.map(lambda *leaves: sum(leaves) / E, *map(as64, experts))
+  ffn = mixed['layers'].pop('ffn')
+  average['layers'].pop('ffn')
+  assert_trees_close(mixed, average, rtol=1e-6)
+  for e in range(E):
+    assert_trees_equal(jax.tree.map(lambda x: x[:, e], ffn['experts']),
+                       experts[e]['layers']['ffn'])
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_a_mixture_has_the_structure_of_its_model(tied):
+  dense = dataclasses.replace(TINY, tied_head=tied)
+  model = dataclasses.replace(dense, num_experts=3)
+  mixed = lambda rng: btx.mix(btx.branch(llama.init(dense, rng), 3), rng)
+  expected = jax.eval_shape(lambda rng: llama.init(model, rng), jax.random.key(0))
+  assert jax.eval_shape(mixed, jax.random.key(0)) == expected
+
+
+def test_stack_is_branch_for_equal_experts():
+  seed = random_params(TINY)
+  assert_trees_equal(stack([seed] * 3), branch(seed, 3))
+
+
+def test_stack_refuses_experts_of_another_shape():
+  wide = dataclasses.replace(TINY, ffn_dim=32)
+  with pytest.raises(ValueError, match='expert 1 differs'):
+    stack([random_params(TINY), random_params(wide)])
+
+
+def test_inputs_are_left_as_they_are():
+  experts = branch(random_params(TINY), E)
+  before = jax.tree.map(np.array, experts)
+  mix(experts, jax.random.key(0))
+  assert_trees_equal(experts, before)

@@ -1,0 +1,12 @@
+"""Eight fake CPU devices, and nothing that jax lets pass silently."""
+
+import os
+
+# XLA's thread pool: with fewer threads than devices, collectives can wait for each other.
+os.environ.setdefault('NPROC', '32')
+
+import jax
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -1,0 +1,94 @@
+"""The sharded, dropless dispatch against the dense oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from btx_jax.errors import UsageError
+from btx_jax.model import moe, routing
+from tests.helpers import MESHES, assert_trees_close, use_mesh
+
+B, T, D, F = 8, 6, 12, 20
+
+
+def layer(num_experts, k, seed=0, skew=0.0):
+  """Tokens, experts and router logits; `skew` pulls all tokens to expert 0."""
+  keys = jax.random.split(jax.random.key(seed), 5)
+  experts = {'gate': jax.random.normal(keys[0], (num_experts, D, F)),
+             'up': jax.random.normal(keys[1], (num_experts, D, F)),
+             'down': jax.random.normal(keys[2], (num_experts, F, D))}
+  x = jax.random.normal(keys[3], (B, T, D))
+  logits = jax.random.normal(keys[4], (B, T, num_experts)) + skew * (jnp.arange(num_experts) == 0)[None, None]
+  return x, experts, logits
+
+
+def loss_of(dispatch, k):
+  """A scalar that depends on every output, and what it is a function of."""
+  def loss(x, experts, logits):
+    gates, ids, _ = routing.top_k_router(logits, k)
+    if dispatch == 'sparse':
+      y = moe.sparse_experts(x, experts, gates, ids)
+    else:
+      y = moe.dense_experts(x, experts, routing.dense_gates(gates, ids, logits.shape[-1]))
+    weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+    return (y * weights).sum(), y
+
+  return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+
+def assert_sparse_equals_dense(args, k, mesh_shape):
+  (_, expected), expected_grads = loss_of('dense', k)(*args)
+  with use_mesh(mesh_shape):
+    (_, y), grads = loss_of('sparse', k)(*args)
+  np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+  assert_trees_close(grads, expected_grads, rtol=1e-4)
+
+
+@pytest.mark.parametrize('mesh_shape', [None, *MESHES, (2, 1, 2)])
+def test_sparse_equals_dense_on_any_mesh(mesh_shape):
+  assert_sparse_equals_dense(layer(4, 2), 2, mesh_shape)
+
+
+@pytest.mark.parametrize('num_experts, k, mesh_shape', [
+    (3, 2, (1, 2, 4)),  # fewer experts than devices: whole on each
+    (1, 1, (1, 1, 4)),
+    (8, 3, (1, 1, 4)),
+    (4, 1, (1, 1, 2)),
+    (4, 4, (1, 1, 2)),
+])
+def test_expert_counts(num_experts, k, mesh_shape):
+  assert_sparse_equals_dense(layer(num_experts, k), k, mesh_shape)
+
+
+@pytest.mark.parametrize('mesh_shape', [None, (1, 2, 4)])
+@pytest.mark.parametrize('num_experts', [4, 8])
+def test_no_token_is_dropped_when_all_go_to_one_expert(mesh_shape, num_experts):
+  assert_sparse_equals_dense(layer(num_experts, 2, skew=50.0), 2, mesh_shape)
+
+
+def test_a_capacity_that_fits_nothing_still_drops_nothing():
+  x, experts, logits = layer(4, 2)
+  gates, ids, _ = routing.top_k_router(logits, 2)
+  expected = moe.dense_experts(x, experts, routing.dense_gates(gates, ids, 4))
+  y = moe.sparse_experts(x, experts, gates, ids, capacity_factor=0.1)
+  np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_experts_that_cannot_be_spread_are_refused_with_the_sizes_that_can():
+  x, experts, logits = layer(8, 2)
+  with use_mesh((1, 1, 3)), pytest.raises(UsageError, match='can be 1, 2, 4, 8'):
+    loss_of('sparse', 2)(x[:6], experts, logits[:6])
+
+
+def test_dense_experts_is_the_equation_of_the_paper():
+  x, experts, logits = layer(3, 2)
+  gates = jax.nn.softmax(logits)
+  x64, gates64 = np.float64(x), np.float64(gates)
+  w = {name: np.float64(value) for name, value in experts.items()}
+  expected = 0
+  for e in range(3):
+    h = x64 @ w['gate'][e]
+    h = h / (1 + np.exp(-h)) * (x64 @ w['up'][e])
+    expected += gates64[..., e:e + 1] * (h @ w['down'][e])
+  np.testing.assert_allclose(moe.dense_experts(x, experts, gates), expected, rtol=2e-4, atol=2e-4)
