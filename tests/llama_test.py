@@ -12,7 +12,7 @@ from btx_jax.errors import UsageError
 from btx_jax.model import attention, llama
 from btx_jax.model.config import Config, num_params, train_flops_per_token
 from tests.helpers import (
-    TINY, assert_trees_close, hidden_and_sums, random_batch, random_params)
+    TINY, assert_trees_close, hidden_and_sums, normal, random_batch, random_params)
 
 MOE = dataclasses.replace(TINY, num_experts=4)
 
@@ -92,8 +92,7 @@ def test_attention_against_numpy(length, kv_heads):
 
 
 def test_attention_gradients_against_jax_nn():
-  keys = jax.random.split(jax.random.key(0), 3)
-  q, k, v = (jax.random.normal(key, (2, n, 16, 6)) for key, n in zip(keys, (4, 2, 2)))
+  q, k, v = (normal((2, n, 16, 6), seed) for seed, n in enumerate((4, 2, 2)))
   segments = jnp.int32(np.sort(np.random.default_rng(0).integers(1, 4, (2, 16))))
 
   def reference(q, k, v):
@@ -110,7 +109,7 @@ def test_attention_gradients_against_jax_nn():
 
 def test_rotary_embeddings_see_distances_only_and_keep_far_positions_apart():
   cfg = dataclasses.replace(TINY, head_dim=64)
-  x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 64))
+  x, y = jnp.asarray(normal((2, 1, 1, 1, 64)))
 
   def score(query_at, key_at, dtype=jnp.float32):
     turn = lambda x, at: attention.rotate(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from btx_jax.model import routing
-from tests.helpers import use_mesh
+from tests.helpers import normal, use_mesh
 
 E = 4
 
@@ -45,14 +45,14 @@ def test_balance_loss_of_confident_balance_is_1_and_of_collapse_E():
 
 
 def test_layers_add_up():
-  one = sums_of(jax.random.normal(jax.random.key(0), (2, 8, E)))
+  one = sums_of(jnp.asarray(normal((2, 8, E))))
   both = jax.tree.map(lambda x: jnp.stack([x, x]), one)
   np.testing.assert_allclose(
       routing.balance_loss(both), 2 * routing.balance_loss(one), rtol=1e-6)
 
 
 def test_padding_never_reaches_a_statistic():
-  logits = jax.random.normal(jax.random.key(0), (2, 8, E))
+  logits = jnp.asarray(normal((2, 8, E)))
   counted = jnp.arange(8)[None] < jnp.array([[5], [3]])
   before = sums_of(logits, counted=counted)
   after = sums_of(jnp.where(counted[..., None], logits, 77.0), counted=counted)
@@ -62,7 +62,7 @@ def test_padding_never_reaches_a_statistic():
 
 @pytest.mark.parametrize('mesh_shape', [(1, 1, 2), (2, 2, 2)])
 def test_means_are_over_all_devices(mesh_shape):
-  logits = jax.random.normal(jax.random.key(0), (8, 8, E))
+  logits = jnp.asarray(normal((8, 8, E)))
   loss = lambda logits: routing.balance_loss(sums_of(logits))
   expected, expected_grad = jax.value_and_grad(loss)(logits)
   with use_mesh(mesh_shape) as mesh:

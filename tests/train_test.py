@@ -1,0 +1,157 @@
+"""The train step: microbatches, devices, the balancing loss's two scopes, and AdamW."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from btx_jax import optim, sharding, train
+from btx_jax.model import routing
+from tests.helpers import (
+    MESHES, TINY, assert_trees_close, hidden_and_sums, random_batch,
+    random_params, use_mesh)
+
+MOE = dataclasses.replace(TINY, num_experts=4)
+SGD = optax.sgd(1.0)  # so that the change of the parameters is the gradient
+
+
+def microbatches(batch, n):
+  """[rows, ...] -> [n, rows / n, ...]."""
+  return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+
+
+def step(cfg, params, batch, mesh_shape=None, tx=SGD, **settings):
+  """One train step on a mesh; the new parameters and the metrics."""
+  state = train.create_state(params, tx)
+  step_fn = train.make_train_step(cfg, tx, num_domains=2, **settings)
+  with use_mesh(mesh_shape) as mesh:
+    if mesh:
+      rows = sharding.batch_sharding(mesh, leading=1)
+      batch = jax.device_put(batch, rows)
+      state = jax.device_put(state, sharding.shardings(state, mesh))
+    state, metrics = jax.jit(step_fn)(state, batch)
+  return jax.device_get((state.params, metrics))
+
+
+def gradient(params, new_params):
+  return jax.tree.map(lambda a, b: np.asarray(a) - b, params, new_params)
+
+
+@pytest.mark.parametrize('mesh_shape', MESHES[1:])
+@pytest.mark.parametrize('cfg', [TINY, MOE], ids=['dense', 'mixture'])
+def test_a_step_is_the_same_on_any_mesh(cfg, mesh_shape):
+  params, batch = random_params(cfg), microbatches(random_batch(cfg, padding=3), 1)
+  expected, expected_metrics = step(cfg, params, batch)
+  new, metrics = step(cfg, params, batch, mesh_shape)
+  assert_trees_close(gradient(params, new), gradient(params, expected), rtol=1e-4)
+  assert_trees_close(metrics, expected_metrics, rtol=1e-4)
+
+
+def test_microbatches_are_weighted_by_their_tokens():
+  params, batch = random_params(TINY), random_batch(TINY)
+  batch['loss_mask'][:6, 4:] = False  # the first microbatches have few targets
+  expected, expected_metrics = step(TINY, params, microbatches(batch, 1))
+  new, metrics = step(TINY, params, microbatches(batch, 4))
+  assert_trees_close(gradient(params, new), gradient(params, expected), rtol=1e-4)
+  assert_trees_close(metrics, expected_metrics, rtol=1e-5)
+
+
+def balance_gradient(params, batches):
+  """Of the mean over `batches`, by tokens, of their balancing losses; and that mean."""
+  def loss(params):
+    tokens = np.array([b['loss_mask'].sum() for b in batches])
+    losses = [routing.balance_loss(hidden_and_sums(MOE, params, b)[1]) for b in batches]
+    return sum(n * x for n, x in zip(tokens / tokens.sum(), losses))
+
+  return jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize('mesh_shape', [None, (1, 2, 2)])
+@pytest.mark.parametrize('scope', ['microbatch', 'batch'])
+def test_each_scope_of_the_balancing_loss_is_its_definition(scope, mesh_shape):
+  params, batch = random_params(MOE), random_batch(MOE)
+  batch['loss_mask'][:3, 4:] = False
+  split = microbatches(batch, 2)
+  parts = [jax.tree.map(lambda x, i=i: x[i], split) for i in range(2)]
+  value, expected = balance_gradient(params, parts if scope == 'microbatch' else [batch])
+
+  weight = 50.0
+  settings = dict(mesh_shape=mesh_shape, balance_scope=scope)
+  with_loss, metrics = step(MOE, params, split, balance=weight, **settings)
+  without, _ = step(MOE, params, split, balance=0.0, **settings)
+  np.testing.assert_allclose(metrics['balance'], value, rtol=1e-5)
+  ours = jax.tree.map(lambda a, b: (b - a) / weight, with_loss, without)
+  assert_trees_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_of_the_whole_loss_against_finite_differences():
+  params, batch = random_params(MOE), random_batch(MOE, rows=2)
+
+  def loss(params):
+    nll, tokens, sums = train.forward(MOE, params, batch)
+    return nll / tokens + 0.5 * routing.balance_loss(sums)
+
+  new, _ = step(MOE, params, microbatches(batch, 1), balance=0.5)
+  grads = gradient(params, new)
+  norm = optax.tree.norm(grads)
+  direction = jax.tree.map(lambda g: g / norm, grads)
+  size = 1e-3
+  moved = lambda s: jax.jit(loss)(jax.tree.map(lambda p, d: p + s * d, params, direction))
+  np.testing.assert_allclose((moved(size) - moved(-size)) / (2 * size), norm, rtol=1e-2)
+
+
+def test_metrics_count_tokens_by_domain_and_the_load_of_experts():
+  batch = random_batch(MOE, padding=5)
+  _, metrics = step(MOE, random_params(MOE), microbatches(batch, 2))
+  for domain in range(2):
+    assert metrics['tokens_by_domain'][domain] == batch['loss_mask'][domain::2].sum()
+  np.testing.assert_allclose(metrics['load'].sum(-1), 1, rtol=1e-5)
+
+
+def test_adamw_against_numpy_and_norm_scales_do_not_decay():
+  cfg = optim.Config(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
+  tx = optim.adamw(cfg, 10)
+  rng = np.random.default_rng(0)
+  params = {'norm': {'scale': rng.normal(size=(2, 3))}, 'ffn': {'up': rng.normal(size=(2, 3))}}
+  grads = jax.tree.map(lambda x: 10 * rng.normal(size=x.shape), params)
+  norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+
+  def expected(p, g, decay):
+    g = g / norm  # clipped
+    m, v = 0.1 * g / (1 - 0.9), 0.05 * g**2 / (1 - 0.95)
+    return p - 0.01 * (m / (np.sqrt(v) + 1e-8) + decay * p)
+
+  as32 = lambda tree: jax.tree.map(jnp.float32, tree)
+  updates, _ = tx.update(as32(grads), tx.init(as32(params)), as32(params))
+  new = optax.apply_updates(as32(params), updates)
+  assert_trees_close(new, {
+      'norm': {'scale': expected(params['norm']['scale'], grads['norm']['scale'], 0.0)},
+      'ffn': {'up': expected(params['ffn']['up'], grads['ffn']['up'], 0.1)}}, rtol=1e-5)
+
+
+def test_the_schedule_warms_up_and_ends_at_its_share():
+  schedule = optim.schedule(optim.Config(peak_lr=2.0, warmup=0.1, final_lr=0.1), 100)
+  assert schedule(0) == 0
+  np.testing.assert_allclose(schedule(10), 2.0)
+  np.testing.assert_allclose(schedule(100), 0.2, rtol=1e-6)
+
+
+def test_a_parameter_without_a_sharding_rule_is_an_error():
+  with use_mesh((1, 1, 1)) as mesh, pytest.raises(ValueError, match="'layers/new'"):
+    sharding.partition_specs({'layers': {'new': np.zeros(3)}}, mesh)
+
+
+def test_parameters_and_moments_are_cut_alike():
+  state = jax.eval_shape(
+      lambda p: train.create_state(p, optim.adamw(optim.Config(peak_lr=1.0), 2)),
+      random_params(MOE))
+  with use_mesh((1, 2, 4)) as mesh:
+    specs = sharding.partition_specs(state, mesh)
+  assert specs.params['layers']['ffn']['experts']['up'] == jax.P(None, 'expert', 'fsdp', None)
+  assert specs.params['layers']['attn']['q'] == jax.P(None, ('fsdp', 'expert'), None, None)
+  moments = specs.opt_state[1][0]
+  assert moments.mu == specs.params
+  assert moments.nu == specs.params
