@@ -11,10 +11,9 @@ import pytest
 from btx_jax import btx
 from btx_jax.model import llama
 from tests.helpers import (
-    TINY, assert_trees_close, assert_trees_equal, hidden_and_sums, random_batch, random_params)
+    TINY, TINY_MIXTURE, assert_trees_close, assert_trees_equal, hidden_and_sums, random_batch, random_params)
 
 E = 4
-MOE = dataclasses.replace(TINY, num_experts=E)
 
 
 def hidden(cfg, params, batch):
@@ -37,7 +36,7 @@ def test_mixing_identical_branches_changes_nothing(router_std):
   mixed = mix(branch(seed, E), jax.random.key(1), router_std=router_std)
   batch = random_batch(TINY)
   expected = hidden(TINY, seed, batch)
-  np.testing.assert_allclose(hidden(MOE, mixed, batch), expected, rtol=0,
+  np.testing.assert_allclose(hidden(TINY_MIXTURE, mixed, batch), expected, rtol=0,
                              atol=1e-5 * np.abs(expected).max())
 
 
@@ -52,7 +51,7 @@ def test_a_forced_router_gives_that_experts_feed_forward_in_the_average(forced):
   expected_params = jax.jit(btx.average)(stacked)
   expected_params['embed'] = mixed['embed']
   expected_params['layers']['ffn'] = experts[forced]['layers']['ffn']
-  one = dataclasses.replace(MOE, top_k=1)
+  one = dataclasses.replace(TINY_MIXTURE, top_k=1)
   batch = random_batch(TINY)
   expected = hidden(TINY, expected_params, batch)
   np.testing.assert_allclose(hidden(one, mixed, batch), expected, rtol=0,

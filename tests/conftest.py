@@ -5,6 +5,9 @@ import os
 # XLA's thread pool: with fewer threads than devices, collectives can wait for each other.
 os.environ.setdefault('NPROC', '32')
 
+# Compiling is most of what the tests do.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+
 import jax
 
 jax.config.update('jax_platforms', 'cpu')

@@ -1,6 +1,7 @@
 """What several tests need: a tiny model, random batches, meshes over some of the devices."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 
@@ -13,6 +14,8 @@ from btx_jax.model import llama
 from btx_jax.model.config import Config
 
 TINY = Config(vocab_size=48, dim=16, ffn_dim=24, num_layers=2, num_heads=4, num_kv_heads=2)
+# One round of dispatch, which compiles faster; moe_test.py has the further rounds.
+TINY_MIXTURE = dataclasses.replace(TINY, num_experts=4, capacity_factor=4.0)
 
 # data, fsdp, expert
 MESHES = [(1, 1, 1), (1, 2, 4), (2, 1, 4), (2, 2, 2)]
@@ -54,7 +57,7 @@ def random_params(cfg: Config, seed: int = 0, scale: float = 0.3):
       make, jax.eval_shape(lambda: llama.init(cfg, jax.random.key(0))))
 
 
-def random_batch(cfg: Config, rows: int = 8, length: int = 16, seed: int = 0,
+def random_batch(cfg: Config, rows: int = 8, length: int = 15, seed: int = 0,
                  padding: int = 0) -> dict[str, np.ndarray]:
   """A batch of packed documents; the last `padding` positions of each row are padding."""
   rng = np.random.default_rng(seed)

@@ -1,0 +1,270 @@
+"""From text to rows: nothing is lost, nothing leaks, and every process agrees on the order."""
+
+import gzip
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from btx_jax.data import corpora, mixture, tokenizer, tokens
+from btx_jax.errors import UsageError
+
+TRICKY = [
+    'def f(x):\n\tif x:\n\t\treturn  {"a":  1}\n\n\n    # four\r\n', '', ' ', '\n', '  lead', 'end  ',
+    'emoji \U0001F469\u200d\U0001F4BB \U0001F389', '\u2581 the space mark \u2581\u2581', '<s></s><unk><0x0A>',
+    '\x00\x01\x7f', 'e\u0301 \u00e9 \ufb01 \u3000 \u00a0', '\ue000\u2581 private', '\ufeffbom', '日本語']
+
+
+@pytest.fixture(scope='module')
+def model():
+  texts = [f'the {a} {b} of {c}\n' for a in 'red green blue'.split()
+           for b in 'house tree sea'.split() for c in range(40)]
+  return tokenizer.train([*texts, *TRICKY], 320)
+
+
+def write(folder, name, text):
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  raw = text.encode()
+  path.write_bytes(gzip.compress(raw) if name.endswith('.gz') else raw)
+  return str(path)
+
+
+def files(*paths, **fields):
+  return corpora.Domain('some', paths=tuple(map(str, paths)), **fields)
+
+
+# Tokenizer
+
+
+def test_any_text_comes_back(model):
+  for text, ids in zip(TRICKY, model.encode(TRICKY)):
+    assert model.decode(ids) == text
+  assert model.encode([TRICKY[0]]) == model.encode(TRICKY)[:1]  # batches change nothing
+
+
+def test_random_text_comes_back(model):
+  rng = np.random.default_rng(0)
+  alphabet = [*' \n\tab1\u2581é', *map(chr, (0, 0x1F600, 0xE000, 0x10FFFF, 0x3042))]
+  for _ in range(200):
+    text = ''.join(rng.choice(alphabet, size=rng.integers(1, 30)))
+    assert model.decode(model.encode([text])[0]) == text
+
+
+def test_training_is_repeatable(model):
+  again = tokenizer.train(['some text of few words'] * 50, 290)
+  assert again.hash == tokenizer.train(['some text of few words'] * 50, 290).hash != model.hash
+
+
+def test_too_large_a_vocabulary_is_refused():
+  with pytest.raises(UsageError, match='vocab_size = 5000'):
+    tokenizer.train(['few words'], 5000)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+  with pytest.raises(UsageError, match='not a sentencepiece model'):
+    tokenizer.load(write(tmp_path, 'x.model', 'nonsense'))
+  with pytest.raises(UsageError, match='cannot be read'):
+    tokenizer.load(str(tmp_path / 'missing.model'))
+
+
+# Corpora
+
+
+def test_directories_globs_jsonl_and_gz(tmp_path):
+  write(tmp_path, 'a/one.txt', 'first')
+  write(tmp_path, 'a/deep/two.txt.gz', 'second')
+  write(tmp_path, 'a/three.jsonl', '{"text": "third"}\n\n{"text": "fourth"}\n')
+  write(tmp_path, 'b/four.jsonl.gz', json.dumps({'body': 'fifth'}))
+  read = lambda domain: sorted(corpora.documents(domain))
+  assert read(files(tmp_path / 'a')) == ['first', 'fourth', 'second', 'third']
+  assert read(files(tmp_path / 'a' / '*.txt')) == ['first']
+  assert read(files(tmp_path / '**' / '*.txt*')) == ['first', 'second']
+  assert read(files(tmp_path / 'b', text_field='body')) == ['fifth']
+
+
+def test_a_separator_cuts_documents(tmp_path):
+  path = write(tmp_path, 'x.txt', 'one\n\n\ntwo\n\n\n\n\n\nthree')
+  assert list(corpora.documents(files(path, separator='\n\n\n'))) == ['one', 'two', 'three']
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('x.jsonl', '{"text": "a"}\n{"text": ', r'x.jsonl:2 is not JSON'),
+    ('x.jsonl', '{"body": "a"}', r"x.jsonl:1 has no text in field 'text'; its fields: 'body'"),
+    ('x.jsonl', '[1]', 'no text in field'),
+])
+def test_broken_lines_are_named(tmp_path, name, content, message):
+  with pytest.raises(UsageError, match=message):
+    list(corpora.documents(files(write(tmp_path, name, content))))
+
+
+def test_unreadable_files_are_named(tmp_path):
+  with pytest.raises(UsageError, match='matches no file'):
+    list(corpora.documents(files(tmp_path / 'none*')))
+  (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
+  with pytest.raises(UsageError, match=r'latin.txt is not UTF-8 text \(byte 3\)'):
+    list(corpora.documents(files(tmp_path / 'latin.txt')))
+  (tmp_path / 'cut.txt.gz').write_bytes(gzip.compress(b'some text' * 99)[:-9])
+  with pytest.raises(UsageError, match='cut.txt.gz cannot be read'):
+    list(corpora.documents(files(tmp_path / 'cut.txt.gz')))
+
+
+def test_a_source_nobody_knows_is_refused():
+  fields = {'source': 'wikipedia', 'paths': (), 'text_field': 'text', 'separator': ''}
+  with pytest.raises(UsageError, match="'wikipedia' is not a source; valid: 'factbook'"):
+    corpora.from_config({'some': fields})
+
+
+# Tokens
+
+
+def prepared(tmp_path, model, texts, held_out=0.2, name='tokens'):
+  path = write(tmp_path, f'{name}.jsonl', '\n'.join(json.dumps({'text': t}) for t in texts))
+  folder = str(tmp_path / name)
+  meta = tokens.prepare(folder, files(path), model, held_out)
+  return {split: tokens.load(folder, split) for split in tokens.SPLITS}, meta
+
+
+def documents_of(part, model):
+  return [model.decode(part.ids[a + 1:b - 1]) for a, b in zip(part.starts, part.starts[1:])]
+
+
+def test_every_document_is_on_one_side_and_copies_on_the_same(tmp_path, model):
+  texts = [f'the house of {i}\n' for i in range(60)] + [f'the house of {i}\n' for i in range(30)]
+  parts, meta = prepared(tmp_path, model, texts)
+  train, held_out = (documents_of(parts[split], model) for split in tokens.SPLITS)
+  assert sorted(train + held_out) == sorted(texts)
+  assert not set(train) & set(held_out)
+  assert 0.05 < len(held_out) / len(texts) < 0.4
+  for split, documents in zip(tokens.SPLITS, (train, held_out)):
+    assert meta[split]['bytes'] == sum(len(t.encode()) for t in documents)
+    assert meta[split]['tokens'] == len(parts[split].ids)
+    assert (parts[split].ids[parts[split].starts[:-1]] == model.bos_id).all()
+    assert (parts[split].ids[parts[split].starts[1:] - 1] == model.eos_id).all()
+
+
+def test_the_side_of_a_document_does_not_depend_on_the_others(tmp_path, model):
+  few, _ = prepared(tmp_path, model, [f'tree {i}' for i in range(40)])
+  many, _ = prepared(tmp_path, model, [f'tree {i}' for i in range(80)], name='more')
+  assert set(documents_of(few['heldout'], model)) <= set(documents_of(many['heldout'], model))
+
+
+def test_something_is_always_held_out(tmp_path, model):
+  parts, _ = prepared(tmp_path, model, ['the red house', 'the green tree'], held_out=1e-9)
+  assert parts['train'].num_documents == parts['heldout'].num_documents == 1
+
+
+@pytest.mark.parametrize('texts, message', [
+    ([], 'is empty'), ([' ', '\n'], 'is empty'), (['only one'], 'at least two')])
+def test_too_few_documents_are_refused(tmp_path, model, texts, message):
+  with pytest.raises(UsageError, match=message):
+    prepared(tmp_path, model, texts)
+  assert not os.path.exists(tmp_path / 'tokens')
+
+
+def test_tokens_of_another_config_are_refused_and_left_alone(tmp_path, model):
+  texts = [f'sea {i}' for i in range(9)]
+  _, before = prepared(tmp_path, model, texts)
+  with pytest.raises(UsageError, match=r'held_out was 0.2, now it is 0.3'):
+    prepared(tmp_path, model, texts, held_out=0.3)
+  assert prepared(tmp_path, model, texts)[1] == before
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+  proto = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(  # sentencepiece's defaults
+      sentence_iterator=iter(['some words here'] * 20), model_writer=proto, vocab_size=30,
+      hard_vocab_limit=False, minloglevel=2)
+  lossy = tokenizer.Tokenizer(proto.getvalue(), 'lossy')
+  with pytest.raises(UsageError, match='loses text of domains.some'):
+    prepared(tmp_path, lossy, ['some  words\n', 'here'])
+
+
+# Mixture
+
+
+def flat(num_documents, size, offset=100):
+  """Documents of `size` tokens, numbered from `offset`; 1 begins and 2 ends each."""
+  documents = [np.array([1, *range(offset + 10 * i, offset + 10 * i + size - 2), 2])
+               for i in range(num_documents)]
+  starts = np.arange(num_documents + 1) * size
+  return tokens.Tokens(np.concatenate(documents), starts, starts, 'hash')
+
+
+def test_windows_cover_every_token_once_and_keep_documents_apart():
+  part = flat(7, 5)
+  windows = mixture.Windows(part, 8, domain=3, keep_last=True)
+  rows = [windows[i] for i in range(len(windows))]
+  together = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
+  n = len(part.ids) - 1
+  np.testing.assert_array_equal(together['tokens'][:n], part.ids[:-1])
+  np.testing.assert_array_equal(together['targets'][:n], part.ids[1:])
+  # The target of an end mark is another document's begin mark: never counted.
+  np.testing.assert_array_equal(together['loss_mask'][:n], part.ids[:-1] != 2)
+  assert not together['loss_mask'][n:].any()
+  assert not together['segment_ids'][n:].any()
+  for row in rows:
+    inside = row['segment_ids'] > 0
+    begins = row['tokens'] == 1
+    np.testing.assert_array_equal(np.diff(row['segment_ids'][inside]), begins[inside][1:])
+    assert (row['positions'][begins] == 0).all()
+    same = np.diff(row['segment_ids'][inside]) == 0
+    assert (np.diff(row['positions'][inside])[same] == 1).all()
+
+
+WEIGHTS = {'a': 0.25, 'b': 0.75}
+
+
+def order(seed=0, weights=WEIGHTS):
+  return mixture.training_order({'a': flat(40, 9), 'b': flat(60, 9, 5000), 'c': flat(9, 9)},
+                                weights, length=8, seed=seed)
+
+
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_the_global_batches_are_the_same_on_any_number_of_processes(processes):
+  whole = mixture.global_batches(order(), 8, 2)
+  each = [mixture.global_batches(order(), 8, 2, rows=range(p, 4, processes))
+          for p in range(processes)]
+  for step in (0, 1, 7, 50):
+    expected = whole[step]
+    for p in range(processes):
+      for name, values in each[p][step].items():
+        np.testing.assert_array_equal(values, expected[name][:, p::processes])
+
+
+@pytest.mark.parametrize('accumulation', [1, 2])
+def test_every_domain_has_its_share_in_each_batch(accumulation):
+  batches = mixture.global_batches(order(), 8, accumulation)
+  for step in range(30):
+    assert np.bincount(batches[step]['domain'].ravel(), minlength=3).tolist() == [2, 6, 0]
+
+
+def test_a_pass_over_a_domain_sees_each_row_once_and_the_next_is_shuffled_anew():
+  only = order(weights={'a': 1.0})
+  rows = len(mixture.Windows(flat(40, 9), 8, 0))
+  passes = [[only[i]['tokens'][1] for i in range(p * rows, (p + 1) * rows)] for p in range(2)]
+  assert sorted(passes[0]) == sorted(passes[1])
+  assert passes[0] != passes[1]
+
+
+def test_runs_of_other_names_have_other_orders():
+  seeds = [mixture.seed_of(name, 0) for name in ('seed', 'expert/code', 'btx')]
+  firsts = {tuple(order(seed)[i]['tokens'][1] for i in range(20)) for seed in seeds}
+  assert len(firsts) == 3
+
+
+def test_a_domain_shorter_than_a_row_is_refused():
+  with pytest.raises(UsageError, match=r'domains.a has 18 training tokens'):
+    mixture.training_order({'a': flat(2, 9)}, {'a': 1.0}, length=30, seed=0)
+
+
+def test_evaluation_reads_whole_documents_once():
+  part = flat(10, 9).first_documents(30)
+  assert part.num_documents == 3
+  batches = list(mixture.evaluation_batches(part, 8, 4))
+  assert sum(batch['loss_mask'].sum() for batch in batches) == 3 * 8
+  assert all(batch['tokens'].shape == (4, 8) for batch in batches)
+  assert flat(10, 9).first_documents(2).num_documents == 1
