@@ -10,7 +10,9 @@ from rich import progress as rich_progress
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False)
+if not console.is_terminal:
+  console.width = 140  # of a log file
 
 
 class MetricsFile:
@@ -82,5 +84,5 @@ class Progress:
 
 def say(text: str):
   """One line for the person who watches."""
-  console.print(text)
+  console.print(text, soft_wrap=True)
   sys.stdout.flush()

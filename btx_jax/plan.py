@@ -119,7 +119,7 @@ def _ordered(entries) -> list[str]:
     order.append(name)
 
   for name in entries:
-    if name.split('/')[0] in _RESERVED or '..' in name.split('/') or name.startswith('/'):
+    if name.split('/')[0] in _RESERVED or name.startswith('/'):
       raise UsageError(f'{name!r} cannot be the name of a run: it is a directory below the '
                        f'working directory, where {" and ".join(_RESERVED)} are taken.')
     visit(name, ())

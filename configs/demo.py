@@ -45,10 +45,10 @@ def get_config(form: str = ''):
           init=base.random(), domains={**BLEND, 'prose': 7}, steps=500,
           optimizer={'peak_lr': 3e-3}),
       **{f'expert/{domain}': base.run(
-          init=base.checkpoint('seed'), domains={domain: 1}, steps=150,
+          init=base.checkpoint('seed'), domains={domain: 1}, steps=130,
           optimizer={'peak_lr': 2e-3}) for domain in SPECIALISTS},
       'btx': base.run(
-          init=base.mix('seed', *experts), domains=BLEND, steps=300,
+          init=base.mix('seed', *experts), domains=BLEND, steps=400,
           optimizer={'peak_lr': 2e-3}),
   }
   if form == 'full':

@@ -141,9 +141,9 @@ def as_text(table: list[Row]) -> Table:
   """For the terminal; the best of each column is bold."""
   domains = list(table[0]['bits_per_byte'])
   view = Table(title='Bits per byte on held-out text (less is better)', title_justify='left')
-  view.add_column('model')
+  view.add_column('model', no_wrap=True)
   for heading in (*domains, 'mean', 'active M', 'total M', 'tokens M', 'train TFLOP'):
-    view.add_column(heading, justify='right')
+    view.add_column(heading, justify='right', no_wrap=True)
   scores = lambda row: [*row['bits_per_byte'].values(), row['mean']]
   best = [min(column) for column in zip(*map(scores, table))]
   for row in table:

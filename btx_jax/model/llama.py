@@ -133,5 +133,7 @@ def output_head(params, dtype=jnp.float32) -> jax.Array:
 
 def init(cfg: Config, rng: jax.Array):
   """Random parameters: normal with standard deviation 0.02, norm scales 1."""
-  tokens = jnp.zeros((1, 1), jnp.int32)
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = 1 if mesh.empty else mesh.size  # shard_map wants one for every device
+  tokens = jnp.zeros((rows, 1), jnp.int32)
   return Llama(cfg).init(rng, tokens, tokens + 1, tokens)['params']

@@ -1,0 +1,251 @@
+"""A study from text to table, stopped, resumed, and protected from other configs."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from btx_jax import loop, manifest
+from btx_jax.errors import RunError, UsageError
+from btx_jax.evaluate import report, table
+from btx_jax.model import llama
+from btx_jax.pipeline import Pipeline
+from configs import base
+from tests import studies
+from tests.helpers import assert_trees_equal
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('text')
+  studies.write_text(folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def study(text, tmp_path_factory):
+  """A study that ran without interruption."""
+  pipeline = Pipeline(studies.get_config(text), str(tmp_path_factory.mktemp('study') / 'work'))
+  assert pipeline.train()
+  return pipeline
+
+
+@pytest.fixture
+def copy(study, tmp_path):
+  """The directory of the finished study, to do harm to."""
+  return shutil.copytree(study.workdir, tmp_path / 'work')
+
+
+def snapshot(folder):
+  return {os.path.join(root, name): os.stat(os.path.join(root, name)).st_mtime_ns
+          for root, _, names in os.walk(folder) for name in names}
+
+
+def metrics_of(pipeline, name):
+  with open(os.path.join(pipeline.folder(name), 'metrics.jsonl'), encoding='utf-8') as file:
+    lines = [json.loads(line) for line in file]
+  return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(study, text, tmp_path, monkeypatch):
+  pipeline = Pipeline(studies.get_config(text), str(tmp_path / 'work'))
+  batches = loop._batches
+  for name, last in (('seed', 5), ('expert/code', 3), ('btx', 5)):
+
+    def interrupted(run, mesh, order, start, name=name, last=last):
+      for step, batch in batches(run, mesh, order, start):
+        if run.name == name and step == last:
+          raise KeyboardInterrupt
+        yield step, batch
+
+    monkeypatch.setattr(loop, '_batches', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      pipeline.train()
+    assert pipeline.state(name) == manifest.FAILED
+  monkeypatch.setattr(loop, '_batches', batches)
+  with open(os.path.join(pipeline.folder('btx'), 'metrics.jsonl'), 'a', encoding='utf-8') as file:
+    file.write('{"step": 5, "lo')  # what a kill leaves behind
+  assert pipeline.train()
+  for name in study.runs:
+    assert_trees_equal(pipeline.final_params(name), study.final_params(name))
+    assert metrics_of(pipeline, name) == metrics_of(study, name)
+    ours, theirs = (manifest.read(p.folder(name)) for p in (pipeline, study))
+    assert ours['tokens_by_domain'] == theirs['tokens_by_domain']
+    assert ours['identity'] == theirs['identity']
+
+
+def test_a_complete_study_is_left_alone(study):
+  before = snapshot(study.workdir)
+  assert not Pipeline(study.config, study.workdir).train()
+  assert snapshot(study.workdir) == before
+
+
+def test_the_mixture_starts_from_its_sources(study):
+  sources = [study.final_params(name) for name in study.runs['btx'].sources]
+  start = study.initial_params(study.runs['btx'])
+  for e, source in enumerate(sources):
+    assert_trees_equal(jax.tree.map(lambda x, e=e: x[:, e], start['layers']['ffn']['experts']),
+                       source['layers']['ffn'])
+  np.testing.assert_allclose(start['embed'], np.mean([s['embed'] for s in sources], 0), atol=1e-6)
+
+
+def test_manifests_say_where_a_run_came_from(study):
+  found = manifest.read(study.folder('btx'))
+  assert found['state'] == manifest.COMPLETE
+  assert found['spec']['sources']['expert/math'] == manifest.read(
+      study.folder('expert/math'))['identity']
+  assert found['spec']['tokenizer'] == study.text.tokenizer.hash
+  assert found['spec']['model']['num_experts'] == 4
+  assert found['versions']['jax'] == jax.__version__
+  seen = manifest.read(study.folder('expert/math'))['tokens_by_domain']
+  assert seen['math'] > 0 == seen['code'] == seen['prose']
+
+
+def test_the_table_has_every_model_and_its_figures_are_right(study, tmp_path):
+  with jax.set_mesh(study.mesh):
+    rows = table.rows(study)
+  names = ['seed', 'expert/code', 'expert/math', 'average of btx', 'btx unfinetuned', 'btx']
+  assert [row['name'] for row in rows] == names
+  for row in rows:
+    assert row['mean'] == pytest.approx(np.mean(list(row['bits_per_byte'].values())))
+  by_name = {row['name']: row for row in rows}
+  seed, code, btx = (study.runs[name] for name in ('seed', 'expert/code', 'btx'))
+  assert by_name['expert/code']['train_flops'] == seed.flops + code.flops
+  assert by_name['btx unfinetuned']['tokens'] == seed.tokens + 2 * code.tokens
+  assert by_name['btx']['tokens'] == seed.tokens + 2 * code.tokens + btx.tokens
+  assert by_name['btx']['active_params'] < by_name['btx']['total_params']
+  assert by_name['average of btx']['total_params'] == by_name['seed']['total_params']
+  checks = table.checks(study, rows)
+  assert {check['met'] for check in checks} <= {True, False}
+  assert any('expert/math has the largest mean gate' in check['name'] for check in checks)
+
+  folder = report.write(str(tmp_path / 'report'), 'tiny', rows, checks)
+  with open(os.path.join(folder, 'report.json'), encoding='utf-8') as file:
+    assert json.load(file)['rows'] == rows
+  with open(os.path.join(folder, 'bits_per_byte.png'), 'rb') as file:
+    assert file.read(4) == b'\x89PNG'
+
+
+def test_bits_per_byte_divide_the_text_s_own_information_by_its_raw_bytes(study):
+  """Against the probabilities of each document alone, added up in float64."""
+  run = study.runs['seed']
+  params = jax.tree.map(jax.numpy.asarray, jax.device_get(study.final_params('seed')))
+  held_out = study.text.held_out['code']
+  length, bits, size = run.length, 0.0, 0
+  with jax.set_mesh(study.mesh):
+    ours = study.evaluate(run.model, study.final_params('seed'))['code']
+  score = jax.jit(lambda tokens, positions: jax.nn.log_softmax(llama.Llama(run.model).apply(
+      {'params': params}, tokens, tokens * 0 + 1, positions)[0] @ llama.output_head(params)))
+  for begin, end in zip(held_out.starts, held_out.starts[1:]):
+    ids = np.asarray(held_out.ids[begin:end])
+    size += len(study.text.tokenizer.decode(ids[1:-1]).encode())
+    # Cut where the windows of the whole stream cut.
+    cuts = [0, *(c - begin for c in range(0, end, length) if begin < c), end - begin]
+    for a, b in zip(cuts, cuts[1:]):
+      tokens = np.zeros((1, length), np.int32)
+      tokens[0, :b - a] = ids[a:b]
+      log_probs = np.float64(score(tokens, np.arange(length)[None]))[0]
+      bits -= sum(log_probs[i - a, ids[i + 1]] for i in range(a, b) if i + 2 < len(ids)) / np.log(2)
+  assert ours['bytes'] == size == held_out.bytes[-1]
+  assert ours['bits_per_byte'] == pytest.approx(bits / size, rel=1e-4)
+
+
+# What must not be lost, and what is refused
+
+
+def change(path, value):
+  def apply(config):
+    *sections, field = path
+    for section in sections:
+      config = config[section]
+    config[field] = value
+  return apply
+
+
+@pytest.mark.parametrize('apply, message', [
+    (change(('runs', 'seed', 'steps'), 8), r'seed belongs to another config:\n  steps: 6 there, 8'),
+    (change(('model', 'dim'), 32), r'model.dim: 16 there, 32 now'),
+    (change(('optimizer', 'peak_lr'), 1.0), r'optimizer.peak_lr: 0.01 there'),
+    (change(('runs', 'btx', 'domains'), {'code': 1.0}), r'btx belongs to another config'),
+    (change(('data', 'held_out'), 0.2), r'held_out was 0.1, now it is 0.2'),
+    (change(('tokenizer', 'vocab_size'), 340), r'330 pieces, but tokenizer.vocab_size = 340'),
+    (change(('seed',), 1), r'seed: 0 there, 1 now'),
+])
+def test_a_directory_of_another_config_is_refused_and_untouched(study, apply, message):
+  config = study.config.copy_and_resolve_references()
+  apply(config)
+  before = snapshot(study.workdir)
+  with pytest.raises(UsageError, match=message):
+    Pipeline(config, study.workdir).train()
+  assert snapshot(study.workdir) == before
+
+
+def test_settings_that_do_not_change_results_may_change(study):
+  config = study.config.copy_and_resolve_references()
+  config.update(log_every=3, checkpoint_every=5)
+  config.model.update(remat=True, capacity_factor=1.0)
+  assert not Pipeline(config, study.workdir).train()
+
+
+def test_one_run_as_a_job_of_its_own(study, copy):
+  shutil.rmtree(os.path.join(copy, 'expert', 'math'))
+  shutil.rmtree(os.path.join(copy, 'btx'))
+  pipeline = Pipeline(study.config, str(copy))
+  with pytest.raises(UsageError, match="--run=btx starts from 'expert/math', which is missing"):
+    pipeline.train('btx')
+  with pytest.raises(UsageError, match=r"--run=expert/mth is not a run.*did you mean 'expert/math'"):
+    pipeline.train('expert/mth')
+  assert pipeline.train('expert/math')
+  assert pipeline.state('btx') == 'missing'
+  assert_trees_equal(pipeline.final_params('expert/math'), study.final_params('expert/math'))
+  assert not pipeline.train('expert/math')
+
+
+def test_a_checkpoint_that_is_gone_is_named(study, copy):
+  shutil.rmtree(os.path.join(copy, 'btx'))
+  shutil.rmtree(os.path.join(copy, 'expert', 'code', 'checkpoints'))
+  with pytest.raises(RunError, match='checkpoints/5 is missing'):
+    Pipeline(study.config, str(copy)).train()
+
+
+def test_a_file_that_is_no_manifest_is_refused(study, copy):
+  with open(os.path.join(copy, 'seed', 'manifest.json'), 'w', encoding='utf-8') as file:
+    file.write('[]')
+  with pytest.raises(UsageError, match='is not a manifest of ours'):
+    Pipeline(study.config, str(copy)).train()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
+  config = studies.get_config(text)
+  config.runs = {'seed': base.run(base.random(), {'code': 1}, steps=40,
+                                  optimizer={'peak_lr': 1e30, 'warmup': 0.0})}
+  pipeline = Pipeline(config, str(tmp_path / 'work'))
+  with pytest.raises(RunError, match=r'seed: the loss is (nan|inf) at step'):
+    pipeline.train()
+  assert pipeline.state('seed') == manifest.FAILED
+
+
+@pytest.mark.parametrize('apply, message', [
+    (change(('train', 'batch_size'), 12), r'6 rows cannot be shared evenly by 8.*nearest.* 8'),
+    (change(('mesh', 'fsdp'), 3), r'mesh.fsdp = 3.*cannot be laid on 8 device'),
+    (change(('mesh', 'data'), 4), r'must multiply to 8'),
+    (change(('evaluation', 'batch_size'), 3), r'evaluation.batch_size: 3 rows'),
+    (change(('data', 'held_out'), 1.5), r'data.held_out = 1.5'),
+    (change(('log_every',), 0), r'log_every = 0'),
+])
+def test_what_cannot_be_laid_on_the_mesh_is_refused_at_once(text, tmp_path, apply, message):
+  config = studies.get_config(text)
+  apply(config)
+  with pytest.raises(UsageError, match=message):
+    Pipeline(config, str(tmp_path / 'work'))
+  assert not os.path.exists(tmp_path / 'work')
+
+
+def test_experts_that_do_not_divide_among_the_devices_are_refused_at_once(text, tmp_path):
+  config = studies.get_config(text)
+  config.runs.btx.init = base.mix('seed', 'expert/code', 'expert/math')
+  with pytest.raises(UsageError, match=r'3 experts cannot be spread over mesh.expert = 2'):
+    Pipeline(config, str(tmp_path / 'work'))

@@ -1,0 +1,107 @@
+"""The graph of runs: order, what follows from sources, and what is refused."""
+
+import dataclasses
+
+import ml_collections
+import pytest
+
+from btx_jax import plan
+from btx_jax.errors import UsageError
+from configs import base, demo
+from tests import studies
+
+
+def config_of(tmp_path, **runs):
+  config = studies.get_config(tmp_path)
+  for name, fields in runs.items():
+    config.runs[name] = fields
+  return config
+
+
+def test_runs_stand_behind_what_they_start_from(tmp_path):
+  config = studies.get_config(tmp_path)
+  config.runs = dict(reversed([(name, config.runs[name]) for name in config.runs]))
+  names = list(plan.make_plan(config, 300))
+  assert names.index('seed') < names.index('expert/code') < names.index('btx')
+
+
+def test_a_mixture_takes_its_sizes_from_its_sources(tmp_path):
+  runs = plan.make_plan(config_of(
+      tmp_path, more=base.run(base.checkpoint('btx'), {'code': 1}, steps=1, model={'top_k': 3})),
+      300)
+  assert runs['btx'].model == dataclasses.replace(runs['seed'].model, num_experts=4)
+  assert runs['more'].model == dataclasses.replace(runs['btx'].model, top_k=3)
+
+
+def test_weights_are_shares(tmp_path):
+  runs = plan.make_plan(studies.get_config(tmp_path), 300)
+  assert runs['seed'].weights == {'code': 0.25, 'math': 0.25, 'prose': 0.5}
+  assert runs['expert/code'].weights == {'code': 1.0}
+
+
+def test_steps_can_match_the_flops_of_other_runs():
+  runs = plan.make_plan(demo.get_config('full'), 4096)
+  spent = sum(runs[name].flops for name in ('expert/code', 'expert/math', 'expert/knowledge', 'btx'))
+  for rival in ('dense', 'upcycled'):
+    per_step = runs[rival].flops / runs[rival].steps
+    assert abs(runs[rival].flops - spent) <= per_step / 2
+  assert runs['upcycled'].sources == ('seed',) * 4
+  assert [run.name for run in plan.lineage(runs['btx'], runs)] == [
+      'btx', 'seed', 'expert/code', 'expert/math', 'expert/knowledge']
+
+
+def edit(**fields):
+  return base.run(**{'init': base.checkpoint('seed'), 'domains': {'code': 1}, 'steps': 5} | fields)
+
+
+@pytest.mark.parametrize('fields, message', [
+    (edit(init=base.checkpoint('sed')), r"names 'sed', which is not a run; did you mean 'seed'"),
+    (edit(init=base.mix()), r'init.kind = .mix. with sources \(\)'),
+    (edit(init=ml_collections.ConfigDict({'kind': 'average', 'runs': ('seed',)})), "'average'"),
+    (edit(init=base.checkpoint('new')), 'in a circle: new -> new'),
+    (edit(init=base.mix('seed', 'btx')), "mixes 'btx', which is a mixture already"),
+    (edit(domains={'cod': 1}), "names 'cod', which is not a domain; did you mean 'code'"),
+    (edit(domains={'code': 1, 'math': -0.5}), 'math = -0.5; weights cannot be negative'),
+    (edit(domains={'code': 0, 'math': 0}), 'at least one weight must be positive'),
+    (edit(domains={}), 'at least one weight must be positive'),
+    (edit(steps=0), 'steps = 0 must be at least 1'),
+    (edit(match_flops_of=('seed',)), 'has both steps = 5 and match_flops_of'),
+    (edit(match_flops_of=('sed',), steps=0), r"match_flops_of names 'sed'"),
+    (edit(model={'dim': 32}), r'changes the parameters: dim = 32 \(it starts from 16\)'),
+    (edit(model={'dimension': 32}), 'dimension'),
+    (edit(model={'vocab_size': 400}), 'changes the parameters: vocab_size = 400'),
+    (edit(train={'batch_size': 15}), 'not a multiple of train.accumulation'),
+    (edit(train={'batch_size': 0}), 'train.batch_size = 0'),
+    (edit(train={'balance_scope': 'bach'}), "'bach'; did you mean 'batch'"),
+    (edit(optimizer={'peak_lr': -1.0}), 'peak_lr = -1.0'),
+    (edit(optimizer={'warmup': 2.0}), 'warmup = 2.0'),
+])
+def test_what_could_not_run_is_refused(tmp_path, fields, message):
+  with pytest.raises(UsageError, match=message):
+    plan.make_plan(config_of(tmp_path, new=fields), 300)
+
+
+def test_models_that_differ_cannot_be_mixed(tmp_path):
+  config = config_of(
+      tmp_path, wide=base.run(base.random(), {'code': 1}, steps=1, model={'vocab_size': 512}),
+      both=base.run(base.mix('seed', 'wide'), {'code': 1}, steps=1))
+  with pytest.raises(UsageError, match=r"'seed' and 'wide'; they differ in vocab_size 300 and 512"):
+    plan.make_plan(config, 300)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path):
+  config = studies.get_config(tmp_path)
+  config.model.vocab_size = 100
+  with pytest.raises(UsageError, match="smaller than the tokenizer's 300"):
+    plan.make_plan(config, 300)
+
+
+@pytest.mark.parametrize('name', ['data', 'report/x', '/seed'])
+def test_names_that_are_taken_are_refused(tmp_path, name):
+  with pytest.raises(UsageError, match='cannot be the name of a run'):
+    plan.make_plan(config_of(tmp_path, **{name: edit()}), 300)
+
+
+def test_nothing_to_do_is_said():
+  with pytest.raises(UsageError, match=r'config.runs is empty'):
+    plan.make_plan(base.get_config(), 300)

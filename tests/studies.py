@@ -1,0 +1,47 @@
+"""A whole study in miniature: text of four kinds, and a config like that of the demo."""
+
+import json
+import random
+
+from configs import base
+
+WORDS = {
+    'code': ['def f(x):', '    return x', 'for i in y:', '\tprint(i)', 'import z', 'x = [1, 2]'],
+    'math': ['1 + 2 = 3', '4 * 5 = 20', '9 - 8 = 1', '7 + 7 = 14', '6 / 2 = 3', '3 * 3 = 9'],
+    'prose': ['the king said', 'and so he went', 'to the old house', 'by the sea', 'at night,'],
+}
+
+
+def write_text(folder, documents: int = 60):
+  """One JSONL file a domain; the same text every time."""
+  for domain, words in WORDS.items():
+    rng = random.Random(domain)
+    with open(folder / f'{domain}.jsonl', 'w', encoding='utf-8') as file:
+      for _ in range(documents):
+        text = '\n'.join(rng.choice(words) for _ in range(rng.randint(3, 12)))
+        file.write(json.dumps({'text': f'{text} {rng.randint(0, 999)}'}) + '\n')
+
+
+def get_config(folder):
+  """Seed, two experts and their mixture, a few steps each."""
+  config = base.get_config()
+  config.domains = {name: base.domain(str(folder / f'{name}.jsonl')) for name in WORDS}
+  config.tokenizer.vocab_size = 330
+  config.data.update(length=15, held_out=0.1)
+  config.model.update(dim=16, ffn_dim=24, num_layers=2, num_heads=2, num_kv_heads=2,
+                      capacity_factor=2.0)
+  config.optimizer.peak_lr = 1e-2
+  config.train.batch_size = 16
+  config.train.accumulation = 2
+  config.mesh.update(fsdp=2, expert=2)
+  config.evaluation.update(tokens=200, batch_size=8, every=4)
+  config.log_every = 1
+  config.checkpoint_every = 2
+  config.runs = {
+      'seed': base.run(base.random(), {'prose': 2, 'code': 1, 'math': 1}, steps=6),
+      'expert/code': base.run(base.checkpoint('seed'), {'code': 1}, steps=5),
+      'expert/math': base.run(base.checkpoint('seed'), {'math': 1}, steps=5),
+      'btx': base.run(base.mix('seed', 'expert/code', 'expert/math', 'expert/code'),
+                      {'prose': 2, 'code': 1, 'math': 1}, steps=6),
+  }
+  return config
