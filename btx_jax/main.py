@@ -6,6 +6,7 @@ The same command again continues where the last one stopped. Fields of the confi
 """
 
 import os
+import re
 import sys
 
 from absl import app, flags, logging
@@ -22,19 +23,23 @@ RUN = flags.DEFINE_string('run', None, 'Only this run, as a job of its own.')
 
 
 def run(argv: list[str]):
-  """Parses nothing, does everything; raises UsageError or RunError."""
+  """Does what the flags ask for; raises UsageError or RunError."""
   if len(argv) > 1:
     raise UsageError(f'Unknown command {argv[1]!r}; there is none so far, only flags.')
-  if CONFIG.value is None:
+  if not flags.FLAGS['config'].present:
     raise UsageError('--config is missing; try --config=configs/demo.py')
+  config_file = config_flags.get_config_filename(flags.FLAGS['config'])
+  if not os.path.isfile(config_file):
+    raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
   # Imported here, so that usage errors come at once.
-  from btx_jax.evaluate import report, table as table_lib
-  from btx_jax.metrics import console, say
-  from btx_jax.pipeline import Pipeline
   import jax
 
-  name = os.path.splitext(os.path.basename(
-      config_flags.get_config_filename(flags.FLAGS['config'])))[0]
+  from btx_jax.evaluate import report
+  from btx_jax.evaluate import table as table_lib
+  from btx_jax.metrics import console, say
+  from btx_jax.pipeline import Pipeline
+
+  name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = WORKDIR.value or os.path.join('runs', name)
   pipeline = Pipeline(CONFIG.value, workdir)
   say(f'{name} in {workdir}: {len(pipeline.runs)} runs, on {jax.device_count()} '
@@ -62,10 +67,28 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UsageError,
           ImportError, SyntaxError) as error:
-    _stop(error, 2)
+    slashed = next((arg for arg in argv if re.match(r'--config\.runs\.[^=]*/', arg)), None)
+    if slashed:
+      _stop(f"{slashed}: write the name of a run with a slash as in "
+            "--config.runs['expert/code'].steps=100", 2)
+    _stop(_explain(error), 2)
 
 
-def _stop(error: BaseException, code: int):
+def _explain(error: BaseException) -> str:
+  """The message; ml_collections quotes a traceback if a config file fails: its end will do."""
+  missing = isinstance(error, AttributeError | KeyError)
+  while error.args and isinstance(error.args[0], BaseException):
+    error = error.args[0]
+  message = ' '.join(map(str, error.args)) or repr(error)
+  if missing:
+    message = f'the config has no field {message}'
+  if 'Traceback (most recent call last)' not in message:
+    return message.replace('\n', ' ')
+  file, line = re.findall(r'File "([^"]*)", line (\d+)', message)[-1]
+  return f'{os.path.relpath(file)}, line {line}: {message.strip().splitlines()[-1]}'
+
+
+def _stop(error: BaseException | str, code: int):
   print(f'btx_jax: {error}', file=sys.stderr)
   sys.exit(code)
 

@@ -78,4 +78,4 @@ def _differences(was: Any, now: Any, path: str = ''):
 
 
 def _now() -> str:
-  return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -5,8 +5,8 @@ import os
 import sys
 import time
 
-from rich.console import Console
 from rich import progress as rich_progress
+from rich.console import Console
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 

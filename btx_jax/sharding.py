@@ -9,7 +9,8 @@ import math
 import re
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from btx_jax.errors import UsageError
 

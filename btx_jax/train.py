@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from btx_jax import sharding
 from btx_jax.loss import next_token_loss
 from btx_jax.model import llama, routing
 from btx_jax.model.config import Config

@@ -11,7 +11,14 @@ import pytest
 from btx_jax import btx
 from btx_jax.model import llama
 from tests.helpers import (
-    TINY, TINY_MIXTURE, assert_trees_close, assert_trees_equal, hidden_and_sums, random_batch, random_params)
+  TINY,
+  TINY_MIXTURE,
+  assert_trees_close,
+  assert_trees_equal,
+  hidden_and_sums,
+  random_batch,
+  random_params,
+)
 
 E = 4
 
@@ -67,7 +74,7 @@ def test_everything_but_feed_forward_is_averaged_and_that_is_kept():
   average['layers'].pop('ffn')
   assert_trees_close(mixed, average, rtol=1e-6)
   for e in range(E):
-    assert_trees_equal(jax.tree.map(lambda x: x[:, e], ffn['experts']),
+    assert_trees_equal({name: x[:, e] for name, x in ffn['experts'].items()},
                        experts[e]['layers']['ffn'])
 
 

@@ -13,15 +13,16 @@ from btx_jax.data import corpora, mixture, tokenizer, tokens
 from btx_jax.errors import UsageError
 
 TRICKY = [
-    'def f(x):\n\tif x:\n\t\treturn  {"a":  1}\n\n\n    # four\r\n', '', ' ', '\n', '  lead', 'end  ',
-    'emoji \U0001F469\u200d\U0001F4BB \U0001F389', '\u2581 the space mark \u2581\u2581', '<s></s><unk><0x0A>',
-    '\x00\x01\x7f', 'e\u0301 \u00e9 \ufb01 \u3000 \u00a0', '\ue000\u2581 private', '\ufeffbom', '日本語']
+    'def f(x):\n\tif x:\n\t\treturn  {"a":  1}\n\n\n    # four\r\n',
+    '', ' ', '\n', '  lead', 'end  ', 'emoji \U0001F469\u200d\U0001F4BB \U0001F389', '日本語',
+    '\u2581 the space mark \u2581\u2581', '\ue000\u2581 private', '<s></s><unk><0x0A>', '\ufeffbom',
+    '\x00\x01\x7f', 'e\u0301 \u00e9 \ufb01 \u3000 \u00a0']
 
 
 @pytest.fixture(scope='module')
 def model():
-  texts = [f'the {a} {b} of {c}\n' for a in 'red green blue'.split()
-           for b in 'house tree sea'.split() for c in range(40)]
+  texts = [f'the {a} {b} of {c}\n' for a in ['red', 'green', 'blue']
+           for b in ['house', 'tree', 'sea'] for c in range(40)]
   return tokenizer.train([*texts, *TRICKY], 320)
 
 
@@ -108,7 +109,7 @@ def test_unreadable_files_are_named(tmp_path):
   with pytest.raises(UsageError, match=r'latin.txt is not UTF-8 text \(byte 3\)'):
     list(corpora.documents(files(tmp_path / 'latin.txt')))
   (tmp_path / 'cut.txt.gz').write_bytes(gzip.compress(b'some text' * 99)[:-9])
-  with pytest.raises(UsageError, match='cut.txt.gz cannot be read'):
+  with pytest.raises(UsageError, match=r'cut\.txt\.gz cannot be read'):
     list(corpora.documents(files(tmp_path / 'cut.txt.gz')))
 
 
@@ -179,7 +180,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
       sentence_iterator=iter(['some words here'] * 20), model_writer=proto, vocab_size=30,
       hard_vocab_limit=False, minloglevel=2)
   lossy = tokenizer.Tokenizer(proto.getvalue(), 'lossy')
-  with pytest.raises(UsageError, match='loses text of domains.some'):
+  with pytest.raises(UsageError, match=r'loses text of domains\.some'):
     prepared(tmp_path, lossy, ['some  words\n', 'here'])
 
 

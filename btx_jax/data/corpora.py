@@ -32,8 +32,7 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
   """The domains of a config. Raises UsageError for a source that does not exist."""
   result = []
   for name, fields in domains.items():
-    paths = fields['paths']
-    domain = Domain(name, **{**fields, 'paths': (paths,) if isinstance(paths, str) else tuple(paths)})
+    domain = Domain(name, **{**fields, 'paths': tuple(fields['paths'])})
     valid = ('files', *demo.SOURCES)
     if domain.source not in valid:
       raise UsageError(f'domains.{name}.source = {domain.source!r} is not a source; '

@@ -9,6 +9,7 @@ All but the first need the extra: pip install 'btx_jax[demo]'.
 """
 
 from collections.abc import Iterator
+import contextlib
 import functools
 import glob
 import html
@@ -45,11 +46,9 @@ def stdlib() -> Iterator[str]:
   root = sysconfig.get_path('stdlib')
   for path in sorted(glob.glob(os.path.join(root, '**', '*.py'), recursive=True)):
     if not set(os.path.relpath(path, root).split(os.sep)) & set(_NOT_LIBRARY):
-      with open(path, 'rb') as file:
-        try:
-          yield file.read().decode('utf-8')
-        except UnicodeDecodeError:
-          pass  # a few old modules are in another encoding
+      # A few modules are in another encoding.
+      with open(path, encoding='utf-8') as file, contextlib.suppress(UnicodeDecodeError):
+        yield file.read()
 
 
 def sotu() -> Iterator[str]:

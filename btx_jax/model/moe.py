@@ -114,14 +114,13 @@ def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, *, capacity_factor, shard
 
 def _run_experts(buffers_ECD, experts, shards):
   """Sends buffers to where their experts are, applies these, and sends the results back."""
-  E, C, D = buffers_ECD.shape
   if shards > 1:  # [E, C, D] -> own experts' rows from every device, [E / shards, ...]
     buffers_ECD = jax.lax.all_to_all(
         buffers_ECD, 'expert', split_axis=0, concat_axis=1, tiled=True)
   # One plain matmul an expert: XLA's batched form transposes the whole stack of weights for
   # its gradient.
   outputs = jnp.stack([
-      swiglu(rows, jax.tree.map(lambda w: w[i], experts))
+      swiglu(rows, {name: w[i] for name, w in experts.items()})
       for i, rows in enumerate(buffers_ECD)])
   if shards > 1:
     outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
