@@ -54,7 +54,8 @@ def run(argv: list[str]):
   with jax.set_mesh(pipeline.mesh):
     table = table_lib.rows(pipeline)
   checks = table_lib.checks(pipeline, table)
-  console.print(table_lib.as_text(table))
+  # Where the terminal is narrower its lines wrap, but no figure is cut.
+  console.print(table_lib.as_text(table), width=200, crop=False, soft_wrap=True)
   for check in checks:
     say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
   folder = report.write(os.path.join(workdir, 'report'), name, table, checks)

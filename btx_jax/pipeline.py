@@ -130,9 +130,10 @@ class Pipeline:
       tokenizer = tokenizer_lib.train(self._sample(), settings.vocab_size)
     if not os.path.exists(kept):
       os.makedirs(folder, exist_ok=True)
-      with open(kept + '.partial', 'wb') as file:
+      partial = f'{kept}.{os.getpid()}.partial'
+      with open(partial, 'wb') as file:
         file.write(tokenizer.proto)
-      os.replace(kept + '.partial', kept)
+      os.replace(partial, kept)
     return tokenizer
 
   def _sample(self):

@@ -73,8 +73,10 @@ def test_scan_and_remat_change_nothing(cfg):
 
   value_and_grad = lambda f: jax.jit(jax.value_and_grad(lambda p: (f(p) ** 2).mean()))(params)
   expected, expected_grad = value_and_grad(unrolled)
+  _, sums = hidden_and_sums(cfg, params, batch)
   for remat in (False, True):
     model = dataclasses.replace(cfg, remat=remat)
+    assert_trees_close(hidden_and_sums(model, params, batch)[1], sums, rtol=1e-6)
     value, grad = value_and_grad(lambda p, model=model: hidden_and_sums(model, p, batch)[0])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert_trees_close(grad, expected_grad, rtol=1e-4)

@@ -109,6 +109,14 @@ def test_the_gradient_of_the_whole_loss_against_finite_differences():
   np.testing.assert_allclose((moved(size) - moved(-size)) / (2 * size), norm, rtol=1e-2)
 
 
+def test_padding_reaches_neither_loss_nor_router_statistics():
+  params, batch = random_params(TINY_MIXTURE), random_batch(TINY_MIXTURE, padding=5)
+  forward = jax.jit(lambda batch: train.forward(TINY_MIXTURE, params, batch))
+  other = {**batch, 'tokens': np.where(batch['segment_ids'] > 0, batch['tokens'], 17)}
+  jax.tree.map(np.testing.assert_array_equal, forward(batch), forward(other))
+  assert (forward(batch)[2].count == (batch['segment_ids'] > 0).sum()).all()
+
+
 def test_metrics_count_tokens_by_domain_and_the_load_of_experts():
   batch = random_batch(TINY_MIXTURE, padding=5)
   _, metrics = step(TINY_MIXTURE, random_params(TINY_MIXTURE), microbatches(batch, 2))

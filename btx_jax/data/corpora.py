@@ -47,13 +47,21 @@ def documents(domain: Domain) -> Iterator[str]:
   """The documents of a domain in a fixed order; empty ones are left out.
 
   Raises:
-    UsageError: no such file, text that is not UTF-8, a broken JSON line, a missing field.
+    UsageError: no such file, text that is not UTF-8, a broken JSON line, a missing field, no
+      text at all.
   """
   if domain.source == 'files':
     texts = (text for path in _files(domain) for text in _read(path, domain))
   else:
     texts = demo.SOURCES[domain.source]()
-  return (text for text in texts if text.strip())
+  empty = True
+  for text in texts:
+    if text.strip():
+      empty = False
+      yield text
+  if empty:
+    raise UsageError(f'domains.{domain.name} is empty: there is no text in '
+                     f'{", ".join(domain.paths) or domain.source}.')
 
 
 def _files(domain: Domain) -> Sequence[str]:

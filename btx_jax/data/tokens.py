@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import shutil
+import uuid
 
 import numpy as np
 
@@ -93,7 +94,14 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
             'delete that folder if no run needs it.')
     return meta
 
-  partial = folder + '.partial'
+  partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # jobs may prepare at the same time
+  try:
+    return _prepare(folder, partial, domain, tokenizer, held_out, made_from)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prepare(folder, partial, domain, tokenizer, held_out, made_from) -> dict:
   smallest = _write(partial, domain, tokenizer, threshold=held_out)
   if smallest is not None:  # none is held out: hold out the one that comes next
     _write(partial, domain, tokenizer, threshold=np.nextafter(smallest, 1))
@@ -105,14 +113,17 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
     meta['hash'][split] = _hash_files(partial, split)
   with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
-  os.rename(partial, folder)
+  try:
+    os.rename(partial, folder)
+  except OSError:
+    if not os.path.exists(folder):
+      raise  # not another job that was faster
   return meta
 
 
 def _write(folder: str, domain, tokenizer, threshold: float) -> float | None:
   """Writes both splits. Returns None, or if nothing was held out the smallest hash there is."""
-  shutil.rmtree(folder, ignore_errors=True)
-  os.makedirs(folder)
+  os.makedirs(folder, exist_ok=True)
   dtype = _dtype(tokenizer)
   boundaries = {split: [(0, 0)] for split in SPLITS}
   smallest, count = 1.0, 0
@@ -134,8 +145,6 @@ def _write(folder: str, domain, tokenizer, threshold: float) -> float | None:
     np.save(os.path.join(folder, f'{split}.documents.npy'),
             np.array(boundaries[split], np.int64))
   train_count, heldout_count = (len(boundaries[split]) - 1 for split in SPLITS)
-  if not count:
-    raise UsageError(f'domains.{domain.name} is empty: there is no text in {_origin(domain)}.')
   if count == 1 or not train_count:
     raise UsageError(
         f'domains.{domain.name} has {count} document(s), and held-out text shares no document '
@@ -157,10 +166,6 @@ def _check_round_trip(text: str, decoded: str, domain: corpora.Domain):
         f'The tokenizer loses text of domains.{domain.name}: {text[at:at + 20]!r} comes back '
         f'as {decoded[at:at + 20]!r}. Use a sentencepiece model with identity normalisation '
         'and byte fallback (as those of Llama), or leave tokenizer.path empty to train one.')
-
-
-def _origin(domain: corpora.Domain) -> str:
-  return ', '.join(domain.paths) if domain.source == 'files' else domain.source
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:

@@ -4,6 +4,7 @@ import json
 import os
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from btx_jax import manifest
@@ -138,9 +139,10 @@ def _mean_gates(gates_LE) -> list[float]:
 
 
 def as_text(table: list[Row]) -> Table:
-  """For the terminal; the best of each column is bold."""
+  """For the terminal."""
   domains = list(table[0]['bits_per_byte'])
-  view = Table(title='Bits per byte on held-out text (less is better)', title_justify='left')
+  view = Table(title='Bits per byte on held-out text (less is better; the best is bold)',
+               title_justify='left', box=box.SIMPLE_HEAD)
   view.add_column('model', no_wrap=True)
   for heading in (*domains, 'mean', 'active M', 'total M', 'tokens M', 'train TFLOP'):
     view.add_column(heading, justify='right', no_wrap=True)
