@@ -36,7 +36,7 @@ def run(argv: list[str]):
 
   from btx_jax.evaluate import report
   from btx_jax.evaluate import table as table_lib
-  from btx_jax.metrics import console, say
+  from btx_jax.metrics import say, show
   from btx_jax.pipeline import Pipeline
 
   name = os.path.splitext(os.path.basename(config_file))[0]
@@ -54,8 +54,7 @@ def run(argv: list[str]):
   with jax.set_mesh(pipeline.mesh):
     table = table_lib.rows(pipeline)
   checks = table_lib.checks(pipeline, table)
-  # Where the terminal is narrower its lines wrap, but no figure is cut.
-  console.print(table_lib.as_text(table), width=200, crop=False, soft_wrap=True)
+  show(table_lib.as_text(table))
   for check in checks:
     say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
   folder = report.write(os.path.join(workdir, 'report'), name, table, checks)

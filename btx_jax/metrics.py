@@ -11,8 +11,6 @@ from rich.console import Console
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 
 console = Console(highlight=False)
-if not console.is_terminal:
-  console.width = 140  # of a log file
 
 
 class MetricsFile:
@@ -86,3 +84,8 @@ def say(text: str):
   """One line for the person who watches."""
   console.print(text, soft_wrap=True)
   sys.stdout.flush()
+
+
+def show(table):
+  """A rich table. Where the terminal is narrower its lines wrap, but no figure is cut."""
+  Console(width=max(console.width, 160)).print(table)

@@ -236,6 +236,15 @@ def test_the_global_batches_are_the_same_on_any_number_of_processes(processes):
         np.testing.assert_array_equal(values, expected[name][:, p::processes])
 
 
+@pytest.mark.parametrize('accumulation', [1, 2, 4])
+def test_a_global_batch_is_the_next_rows_of_the_order(accumulation):
+  rows = order()
+  batch = mixture.global_batches(rows, 8, accumulation)[3]['tokens']
+  assert batch.shape == (accumulation, 8 // accumulation, 8)
+  np.testing.assert_array_equal(
+      batch.reshape(8, 8), [rows[i]['tokens'] for i in range(24, 32)])
+
+
 @pytest.mark.parametrize('accumulation', [1, 2])
 def test_every_domain_has_its_share_in_each_batch(accumulation):
   batches = mixture.global_batches(order(), 8, accumulation)

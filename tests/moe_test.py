@@ -67,6 +67,12 @@ def test_no_token_is_dropped_when_all_go_to_one_expert(mesh_shape, num_experts):
   assert_sparse_equals_dense(layer(num_experts, 2, skew=50.0), 2, mesh_shape)
 
 
+def test_devices_that_overflow_and_devices_that_do_not_go_the_same_rounds():
+  x, experts, logits = layer(8, 2)
+  logits = logits.at[0, :, 0].add(50.0)  # the tokens of one device only
+  assert_sparse_equals_dense((x, experts, logits), 2, (1, 2, 4))
+
+
 def test_a_capacity_that_fits_nothing_still_drops_nothing():
   x, experts, logits = layer(4, 2)
   gates, ids, _ = routing.top_k_router(logits, 2)
