@@ -39,7 +39,7 @@ class Checkpoints:
     Args:
       step: steps done.
       state: of the training.
-      position: of the data; a flat dict of ints and lists.
+      position: of the data; a dict of ints.
     """
     self._checkpointer.save_checkpointables_async(
         step, {'params': state.params, 'train': _rest(state), 'data': position}, force=True)

@@ -70,7 +70,8 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
     seen = np.zeros(len(domains), np.int64)
     if start:
       state, position = checkpoints.restore(start, abstract(like, shardings))
-      seen += np.array(position['tokens_by_domain'], np.int64)
+      for i, domain in enumerate(domains):
+        seen[i] = position['tokens_by_domain'].get(domain, 0)
     else:
       create = jax.jit(lambda params: train.create_state(params, tx), out_shardings=shardings)
       state = create(make_params())
@@ -114,7 +115,8 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
           record(*pending)
           pending = None
           if saves:
-            checkpoints.save(step, state, {'step': step, 'tokens_by_domain': seen.tolist()})
+            checkpoints.save(step, state, {
+                'step': step, 'tokens_by_domain': dict(zip(domains, seen.tolist()))})
           if evaluates:
             began = time.monotonic()
             result = evaluate(state.params)

@@ -107,7 +107,7 @@ class Pipeline:
         say(f'{domain.name}: reading and tokenizing')
       meta = tokens_lib.prepare(path, domain, tokenizer, self.config.data.held_out)
       train[domain.name] = tokens_lib.load(path, 'train')
-      held_out[domain.name] = tokens_lib.load(path, 'heldout').first_documents(
+      held_out[domain.name] = tokens_lib.load(path, 'heldout').sample(
           self.config.evaluation.tokens)
       say(f'{domain.name}: {meta["train"]["documents"]:,} documents, '
           f'{meta["train"]["bytes"] / 1e6:.1f} MB, {meta["train"]["tokens"] / 1e6:.2f} M tokens '
@@ -137,10 +137,12 @@ class Pipeline:
     return tokenizer
 
   def _sample(self):
-    """The first documents of every domain, for training a tokenizer."""
+    """The first training documents of every domain, for training a tokenizer."""
     for domain in self._domains:
       left = self.config.tokenizer.sample_chars
       for text in corpora.documents(domain):
+        if tokens_lib.share(text) < self.config.data.held_out:
+          continue
         yield text[:left]
         left -= len(text)
         if left <= 0:

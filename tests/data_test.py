@@ -260,6 +260,13 @@ def test_a_pass_over_a_domain_sees_each_row_once_and_the_next_is_shuffled_anew()
   assert passes[0] != passes[1]
 
 
+def test_a_further_domain_changes_nothing_for_the_others():
+  both = mixture.training_order({'aa': flat(9, 9), 'b': flat(60, 9, 5000)}, {'b': 1.0}, 8, 0)
+  alone = mixture.training_order({'b': flat(60, 9, 5000)}, {'b': 1.0}, 8, 0)
+  for i in range(80):
+    np.testing.assert_array_equal(both[i]['tokens'], alone[i]['tokens'])
+
+
 def test_runs_of_other_names_have_other_orders():
   seeds = [mixture.seed_of(name, 0) for name in ('seed', 'expert/code', 'btx')]
   firsts = {tuple(order(seed)[i]['tokens'][1] for i in range(20)) for seed in seeds}
@@ -272,9 +279,14 @@ def test_a_domain_shorter_than_a_row_is_refused():
 
 
 def test_evaluation_reads_whole_documents_once():
-  part = flat(10, 9).first_documents(30)
+  whole = flat(10, 9)
+  part = whole.sample(30)
   assert part.num_documents == 3
+  documents = lambda tokens: {
+      tuple(tokens.ids[a:b]) for a, b in zip(tokens.starts, tokens.starts[1:])}
+  assert documents(part) < documents(whole)
   batches = list(mixture.evaluation_batches(part, 8, 4))
   assert sum(batch['loss_mask'].sum() for batch in batches) == 3 * 8
   assert all(batch['tokens'].shape == (4, 8) for batch in batches)
-  assert flat(10, 9).first_documents(2).num_documents == 1
+  assert whole.sample(2).num_documents == 1
+  assert documents(whole.sample(1000)) == documents(whole)

@@ -175,6 +175,18 @@ def test_bfloat16_stays_near_float32():
   assert np.sqrt((error**2).mean()) < 0.03 * np.sqrt((exact**2).mean())
 
 
+def test_a_frequent_token_s_gradient_is_not_rounded_away_in_bfloat16():
+  cfg = dataclasses.replace(TINY, dtype='bfloat16')
+  params = random_params(cfg)
+  same = np.ones((2, 600), np.int32)
+  batch = {'tokens': same, 'segment_ids': np.arange(1200, dtype=np.int32).reshape(2, 600) + 1,
+           'positions': 0 * same}
+  loss = lambda params, cfg: jnp.float32(hidden_and_sums(cfg, params, batch)[0])[..., 0].sum()
+  ours = jax.grad(loss)(params, cfg)['embed'][1]
+  exact = jax.grad(loss)(params, TINY)['embed'][1]
+  np.testing.assert_allclose(ours, exact, atol=0.05 * np.abs(exact).max())
+
+
 @pytest.mark.parametrize('fields, message', [
     ({'dim': 10, 'num_heads': 4, 'head_dim': 0}, 'model.dim = 10'),
     ({'head_dim': 5}, 'must be even'),

@@ -76,7 +76,9 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
       if not len(windows):
         raise UsageError(f'domains.{name} has {len(tokens.ids)} training tokens, fewer than '
                          f'one row of data.length = {length}.')
-      sources.append(grain.MapDataset.source(windows).seed(seed + index).shuffle().repeat())
+      # By name, so that a further domain in the config changes nothing for this one.
+      source = grain.MapDataset.source(windows).seed(seed_of(name, seed))
+      sources.append(source.shuffle().repeat())
   shares = [weights[name] for name in domains if name in weights]
   return grain.MapDataset.mix(sources, weights=shares)
 
@@ -126,5 +128,5 @@ def evaluation_batches(tokens: Tokens, length: int, batch_size: int) -> Iterator
 
 
 def seed_of(name: str, seed: int) -> int:
-  """A seed for the run of this name, so that no run repeats another's rows."""
+  """A seed for the run or domain of this name, so that none repeats another's."""
   return zlib.crc32(f'{seed}/{name}'.encode()) % 2**31

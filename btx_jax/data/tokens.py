@@ -50,11 +50,20 @@ class Tokens:
   def num_documents(self) -> int:
     return len(self.starts) - 1
 
-  def first_documents(self, num_tokens: int) -> 'Tokens':
-    """As many whole documents as fit in `num_tokens`, and at least one."""
-    n = max(1, int(np.searchsorted(self.starts, num_tokens, side='right')) - 1)
+  def sample(self, num_tokens: int) -> 'Tokens':
+    """Whole documents from all over the split, as many as fit in `num_tokens`, at least one."""
+    order = np.random.default_rng(0).permutation(self.num_documents)
+    total = np.cumsum(np.diff(self.starts)[order])
+    chosen = np.sort(order[:max(1, np.searchsorted(total, num_tokens, side='right'))])
+    after = lambda boundaries: np.concatenate([[0], np.cumsum(np.diff(boundaries)[chosen])])
+    ids = np.concatenate([self.ids[self.starts[i]:self.starts[i + 1]] for i in chosen])
     return dataclasses.replace(
-        self, ids=self.ids[:self.starts[n]], starts=self.starts[:n + 1], bytes=self.bytes[:n + 1])
+        self, ids=ids, starts=after(self.starts), bytes=after(self.bytes))
+
+
+def share(text: str) -> float:
+  """A number from 0 to 1 from the hash of a document; below `held_out`, it is held out."""
+  return int.from_bytes(hashlib.sha256(text.encode('utf-8')).digest()[:8], 'big') / 2**64
 
 
 def load(folder: str, split: str) -> Tokens:
@@ -135,12 +144,12 @@ def _write(folder: str, domain, tokenizer, threshold: float) -> float | None:
         if count < _CHECKED:
           _check_round_trip(text, tokenizer.decode(ids), domain)
         raw = text.encode('utf-8')
-        share = int.from_bytes(hashlib.sha256(raw).digest()[:8], 'big') / 2**64
-        split = 'heldout' if share < threshold else 'train'
+        place = share(text)
+        split = 'heldout' if place < threshold else 'train'
         files[split].write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
         tokens, size = boundaries[split][-1]
         boundaries[split].append((tokens + len(ids) + 2, size + len(raw)))
-        smallest, count = min(smallest, share), count + 1
+        smallest, count = min(smallest, place), count + 1
   for split in SPLITS:
     np.save(os.path.join(folder, f'{split}.documents.npy'),
             np.array(boundaries[split], np.int64))

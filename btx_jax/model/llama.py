@@ -115,7 +115,8 @@ class Llama(nn.Module):
       self.param('head', _init, (cfg.dim, cfg.vocab_size))  # used by the loss
     # Gathering the table (as fully sharded training does anyway) rather than constraining
     # the activations leaves the batch axes unnamed, so that the model can be vmapped.
-    x_BTD = sharding.constrain(embed.astype(cfg.dtype), P())[tokens_BT]
+    # Looked up in float32: its gradient, a sum over all places of a token, must not round.
+    x_BTD = sharding.constrain(embed, P())[tokens_BT].astype(cfg.dtype)
     rope = attention_lib.rope_tables(positions_BT, cfg)
     block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
     layers = nn.scan(
