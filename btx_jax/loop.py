@@ -37,7 +37,8 @@ class Intervals:
 
 def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
               order: grain.MapDataset, domains: list[str], intervals: Intervals,
-              evaluate: Callable[[dict], dict]) -> dict[str, int]:
+              evaluate: Callable[[dict], dict],
+              on_checkpoint: Callable[[int, dict[str, int]], None]) -> None:
   """Trains `run`, continuing from the newest checkpoint in `folder` if there is one.
 
   Args:
@@ -49,12 +50,10 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
     domains: names of the rows' domain indices.
     intervals: when to log, evaluate and save.
     evaluate: parameters -> result by domain, from evaluate.bits.
-
-  Returns:
-    Tokens that were trained on, by domain.
+    on_checkpoint: called with the steps done and the tokens trained on, by domain.
 
   Raises:
-    RunError: the loss is not finite.
+    RunError: the loss or its gradient is not finite.
   """
   tx = optim.adamw(run.optimizer, run.steps)
   schedule = optim.schedule(run.optimizer, run.steps)
@@ -85,17 +84,20 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
         nonlocal seen, logged, logged_at
         metrics = jax.device_get(metrics)
         seen += metrics['tokens_by_domain']
-        loss = float(metrics['loss'])
-        if not math.isfinite(loss):
-          raise RunError(f'{run.name}: the loss is {loss} at step {step}. The last checkpoint '
-                         f'is of step {checkpoints.latest or 0}; lower optimizer.peak_lr.')
+        loss, norm = float(metrics['loss']), float(metrics['grad_norm'])
+        if not math.isfinite(loss) or not math.isfinite(norm):
+          raise RunError(
+              f'{run.name}: the loss is {loss} and the norm of its gradient {norm} at step '
+              f'{step}; the last checkpoint, of step {checkpoints.latest or 0}, is sound. To '
+              f'train it with a lower optimizer.peak_lr, delete {folder} or use another '
+              '--workdir.')
         if step % intervals.log and step != run.steps:
           return
         now = time.monotonic()
         rate = (step - logged) * run.batch_size * run.length / (now - logged_at)
         logged, logged_at = step, now
         values = {'loss': loss, 'lr': float(schedule(step - 1)), 'tokens_per_second': rate,
-                  'grad_norm': float(metrics['grad_norm']),
+                  'grad_norm': norm,
                   'tokens_by_domain': dict(zip(domains, seen.tolist()))}
         if run.model.num_experts:
           values |= {'balance': float(metrics['balance']), 'load': metrics['load'].tolist()}
@@ -115,15 +117,15 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
           record(*pending)
           pending = None
           if saves:
-            checkpoints.save(step, state, {
-                'step': step, 'tokens_by_domain': dict(zip(domains, seen.tolist()))})
+            by_domain = dict(zip(domains, seen.tolist()))
+            checkpoints.save(step, state, {'step': step, 'tokens_by_domain': by_domain})
+            on_checkpoint(step, by_domain)
           if evaluates:
             began = time.monotonic()
             result = evaluate(state.params)
             metrics_file.write(step, bits_per_byte={
                 domain: values['bits_per_byte'] for domain, values in result.items()})
             logged_at += time.monotonic() - began
-  return dict(zip(domains, seen.tolist()))
 
 
 def _batches(run: Run, mesh, order, start: int):

@@ -10,7 +10,7 @@ import re
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from btx_jax.errors import RunError, UsageError
 
@@ -31,6 +31,9 @@ def run(argv: list[str]):
   config_file = config_flags.get_config_filename(flags.FLAGS['config'])
   if not os.path.isfile(config_file):
     raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
+  if not isinstance(CONFIG.value, ConfigDict):
+    raise UsageError(f'{config_file}: get_config() must return what configs/base.py makes, not '
+                     f'a {type(CONFIG.value).__name__}.')
   # Imported here, so that usage errors come at once.
   import jax
 
@@ -65,8 +68,7 @@ def run(argv: list[str]):
 def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UsageError,
-          ImportError, SyntaxError) as error:
+  except Exception as error:  # a config file is code: it may raise anything
     slashed = next((arg for arg in argv if re.match(r'--config\.runs\.[^=]*/', arg)), None)
     if slashed:
       _stop(f"{slashed}: write the name of a run with a slash as in "
@@ -80,7 +82,7 @@ def _explain(error: BaseException) -> str:
   while error.args and isinstance(error.args[0], BaseException):
     error = error.args[0]
   message = ' '.join(map(str, error.args)) or repr(error)
-  if missing:
+  if missing and message.startswith("'"):
     message = f'the config has no field {message}'
   if 'Traceback (most recent call last)' not in message:
     return message.replace('\n', ' ')

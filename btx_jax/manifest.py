@@ -1,11 +1,15 @@
 """What a run directory says about itself: manifest.json, replaced whole at every change."""
 
+import contextlib
 import datetime
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 from typing import Any
 
 from btx_jax.errors import UsageError
@@ -44,9 +48,10 @@ def write(folder: str, manifest: dict):
   """Replaces the manifest in one step, so that a reader never sees half of it."""
   os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, _NAME)
-  with open(path + '.partial', 'w', encoding='utf-8') as file:
+  partial = f'{path}.{os.getpid()}.partial'
+  with open(partial, 'w', encoding='utf-8') as file:
     json.dump(manifest | {'updated': _now()}, file, indent=1)
-  os.replace(path + '.partial', path)
+  os.replace(partial, path)
 
 
 def begin(name: str, spec: dict) -> dict:
@@ -54,9 +59,41 @@ def begin(name: str, spec: dict) -> dict:
   return {
       'name': name, 'state': RUNNING, 'identity': identity(spec), 'spec': spec,
       'started': _now(), 'steps_done': 0, 'seconds': 0.0, 'tokens_by_domain': {},
-      'versions': {'python': platform.python_version(),
-                   **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+      'versions': _versions(),
   }
+
+
+def go_on(manifest: dict) -> dict:
+  """The manifest of a run that starts again; other versions than before are noted."""
+  manifest = {key: value for key, value in manifest.items() if key != 'error'}
+  if manifest['versions'] != _versions():
+    manifest['earlier_versions'] = [
+        *manifest.get('earlier_versions', []), manifest['versions']]
+  return manifest | {'state': RUNNING, 'versions': _versions()}
+
+
+@contextlib.contextmanager
+def lock(folder: str):
+  """Holds a run directory for this process, until the end of the block or of the process.
+
+  A file system that knows no locks lets everyone in.
+
+  Raises:
+    UsageError: another process holds it.
+  """
+  os.makedirs(folder, exist_ok=True)
+  with open(os.path.join(folder, 'lock'), 'a+', encoding='utf-8') as file:
+    try:
+      fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno in (errno.EACCES, errno.EAGAIN):
+        file.seek(0)
+        raise UsageError(f'{folder} is being trained by another process: {file.read().strip()}. '
+                         'Wait for it, or stop it.') from error
+    file.truncate(0)
+    file.write(f'{socket.gethostname()}, process {os.getpid()}\n')
+    file.flush()
+    yield
 
 
 def check(folder: str, manifest: dict, spec: dict):
@@ -75,6 +112,11 @@ def _differences(was: Any, now: Any, path: str = ''):
       yield from _differences(was.get(key), now.get(key), f'{path}.{key}'.lstrip('.'))
   elif was != now:
     yield path, was, now
+
+
+def _versions() -> dict[str, str]:
+  return {'python': platform.python_version(),
+          **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def _now() -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
 
 
 class MetricsFile:
@@ -51,7 +51,7 @@ class Progress:
     self._bar = None
     if console.is_terminal:
       self._bar = rich_progress.Progress(
-          rich_progress.TextColumn('{task.description}'), rich_progress.BarColumn(),
+          rich_progress.TextColumn('{task.description}', markup=False), rich_progress.BarColumn(),
           rich_progress.MofNCompleteColumn(), rich_progress.TextColumn('{task.fields[text]}'),
           rich_progress.TimeRemainingColumn(), console=console)
 

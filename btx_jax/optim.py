@@ -38,9 +38,10 @@ class Config:
   def __post_init__(self):
     if self.peak_lr <= 0:
       raise UsageError(f'optimizer.peak_lr = {self.peak_lr} must be positive.')
-    for name in ('warmup', 'final_lr'):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UsageError(f'optimizer.{name} = {getattr(self, name)} is a share, from 0 to 1.')
+    if not 0 <= self.warmup < 1:
+      raise UsageError(f'optimizer.warmup = {self.warmup} is a share, from 0 to below 1.')
+    if not 0 <= self.final_lr <= 1:
+      raise UsageError(f'optimizer.final_lr = {self.final_lr} is a share, from 0 to 1.')
     if self.clip_norm <= 0:
       raise UsageError(f'optimizer.clip_norm = {self.clip_norm} must be positive.')
 
@@ -48,8 +49,9 @@ class Config:
 def schedule(cfg: Config, steps: int) -> optax.Schedule:
   """Linear warmup from 0 to the peak, then a cosine down to its `final_lr` share."""
   return optax.warmup_cosine_decay_schedule(
-      init_value=0.0, peak_value=cfg.peak_lr, warmup_steps=round(cfg.warmup * steps),
-      decay_steps=max(1, steps), end_value=cfg.final_lr * cfg.peak_lr)
+      init_value=0.0, peak_value=cfg.peak_lr,
+      warmup_steps=min(round(cfg.warmup * steps), steps - 1), decay_steps=steps,
+      end_value=cfg.final_lr * cfg.peak_lr)
 
 
 def adamw(cfg: Config, steps: int) -> optax.GradientTransformation:

@@ -44,20 +44,19 @@ class Pipeline:
     self._domains = sorted(corpora.from_config(config.domains), key=lambda d: d.name)
     if not 0 < config.data.held_out < 1:
       raise UsageError(f'data.held_out = {config.data.held_out} is a share between 0 and 1.')
-    for field in ('log_every', 'checkpoint_every', 'checkpoints_kept'):
-      if config[field] < 1:
-        raise UsageError(f'{field} = {config[field]} must be at least 1.')
+    for field, value, least in (
+        ('log_every', config.log_every, 1), ('checkpoint_every', config.checkpoint_every, 1),
+        ('checkpoints_kept', config.checkpoints_kept, 1),
+        ('evaluation.every', config.evaluation.every, 0),
+        ('evaluation.tokens', config.evaluation.tokens, 1)):
+      if value < least:
+        raise UsageError(f'{field} = {value} must be at least {least}.')
     given = config.tokenizer.path
     vocab_size = (tokenizer_lib.load(given).vocab_size if given else
                   config.tokenizer.vocab_size)
     self.runs = plan_lib.make_plan(config, vocab_size)
     self.mesh = sharding.make_mesh(**config.mesh)
     sharding.check_rows(self.mesh, config.evaluation.batch_size, 'evaluation.batch_size')
-    for run in self.runs.values():
-      sharding.check_rows(self.mesh, run.batch_size // run.accumulation,
-                          f'runs.{run.name}: train.batch_size / train.accumulation')
-      if run.model.num_experts:
-        sharding.holds_experts(self.mesh.shape['expert'], run.model.num_experts)
 
   def folder(self, name: str) -> str:
     """The directory of a run."""
@@ -72,8 +71,9 @@ class Pipeline:
     """Trains every run that is not complete, or only the one named; True if there was one.
 
     Raises:
-      UsageError: there is no such run, it starts from one that is not complete, or a run's
-        directory belongs to another config. Nothing has been trained or changed then.
+      UsageError: there is no such run, it starts from one that is not complete, it cannot be
+        laid on the mesh, or a run's directory belongs to another config. No run has been
+        touched then.
     """
     if only is None:
       wanted = list(self.runs.values())
@@ -85,15 +85,35 @@ class Pipeline:
                            f'{self.state(source)}; do --run={source} first.')
     else:
       raise UsageError(f'--run={only} is not a run of this config; {nearest(only, self.runs)}')
+    for run in wanted:
+      self._check_layout(run)
     for name in self.runs:
-      found = manifest.read(self.folder(name))
+      folder, found = self.folder(name), manifest.read(self.folder(name))
       if found:
-        manifest.check(self.folder(name), found, self.spec(name))
+        manifest.check(folder, found, self.spec(name))
+      elif os.path.exists(os.path.join(folder, 'checkpoints')):
+        raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
+                         'are; use another --workdir, or delete that folder to train anew.')
     wanted = [run for run in wanted if self.state(run.name) != manifest.COMPLETE]
+    orders = [self._order(run) for run in wanted]
     with jax.set_mesh(self.mesh):
-      for run in wanted:
-        self._train(run)
+      for run, order in zip(wanted, orders):
+        with manifest.lock(self.folder(run.name)):
+          self._train(run, order)
     return bool(wanted)
+
+  def _check_layout(self, run: Run):
+    sharding.check_rows(self.mesh, run.batch_size // run.accumulation,
+                        f'runs.{run.name}: train.batch_size / train.accumulation')
+    if run.model.num_experts:
+      sharding.holds_experts(self.mesh.shape['expert'], run.model.num_experts)
+    if run.model.attention == 'cudnn' and jax.default_backend() != 'gpu':
+      raise UsageError(f"runs.{run.name}: model.attention = 'cudnn' needs an NVIDIA GPU, and "
+                       f"this is a {jax.default_backend()}; use 'xla'.")
+
+  def _order(self, run: Run):
+    return mixture.training_order(
+        self.text.train, run.weights, run.length, mixture.seed_of(run.name, run.seed))
 
   @functools.cached_property
   def text(self) -> Text:
@@ -154,25 +174,31 @@ class Pipeline:
     return run.spec() | {
         'tokenizer': self.text.tokenizer.hash,
         'data': {domain: self.text.train[domain].hash for domain in run.weights},
-        'sources': {source: manifest.identity(self.spec(source)) for source in run.sources},
+        'sources': [[source, manifest.identity(self.spec(source))] for source in run.sources],
     }
 
-  def _train(self, run: Run):
+  def _train(self, run: Run, order):
     folder = self.folder(run.name)
-    found = manifest.read(folder) or manifest.begin(run.name, self.spec(run.name))
-    found['state'] = manifest.RUNNING
+    found = manifest.read(folder)
+    if found and found['state'] == manifest.COMPLETE:
+      return  # by another job, since we looked
+    found = manifest.go_on(found) if found else manifest.begin(run.name, self.spec(run.name))
     manifest.write(folder, found)
     began = time.monotonic()
-    order = mixture.training_order(
-        self.text.train, run.weights, run.length, mixture.seed_of(run.name, run.seed))
+
+    def on_checkpoint(step: int, tokens_by_domain: dict[str, int]):
+      found.update(steps_done=step, tokens_by_domain=tokens_by_domain)
+      manifest.write(folder, found)
+
     intervals = loop.Intervals(
         log=self.config.log_every, evaluate=self.config.evaluation.every,
         checkpoint=self.config.checkpoint_every, keep=self.config.checkpoints_kept)
     try:
-      found['tokens_by_domain'] = loop.train_run(
+      loop.train_run(
           run, folder, self.mesh, lambda: self.initial_params(run), order,
-          list(self.text.train), intervals, functools.partial(self.evaluate, run.model))
-      found |= {'state': manifest.COMPLETE, 'steps_done': run.steps}
+          list(self.text.train), intervals, functools.partial(self.evaluate, run.model),
+          on_checkpoint)
+      found['state'] = manifest.COMPLETE
     except BaseException as error:
       found |= {'state': manifest.FAILED, 'error': repr(error)}
       raise

@@ -128,7 +128,14 @@ def _ordered(entries) -> list[str]:
 
 def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Run:
   entry = config.runs[name]
+  for section in ('model', 'optimizer', 'train'):
+    for field in entry[section]:
+      if field not in config[section]:
+        raise UsageError(f'runs.{name}.{section}.{field} is not a field; '
+                         f'{nearest(field, config[section])}')
   train = {**config.train, **entry.train}
+  if train['balance'] < 0:
+    raise UsageError(f'runs.{name}: train.balance = {train["balance"]} cannot be negative.')
   length, batch_size, accumulation = (
       config.data.length, train['batch_size'], train['accumulation'])
   for field, value in (('data.length', length), ('train.batch_size', batch_size),
@@ -166,7 +173,9 @@ def _model(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> model
   if kind == RANDOM:
     fields = dict(config.model)
     fields['vocab_size'] = fields['vocab_size'] or vocab_size
-  elif kind in (CHECKPOINT, MIX) and sources:
+  elif kind in (CHECKPOINT, MIX):
+    if not sources:
+      raise UsageError(f'runs.{name}.init: {kind} names no run to start from.')
     fields = dataclasses.asdict(runs[sources[0]].model)
     if kind == MIX:
       _check_mixable(name, [runs[source] for source in sources])
@@ -174,12 +183,12 @@ def _model(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> model
     elif len(sources) > 1:
       raise UsageError(f'runs.{name}.init: a checkpoint has one source, not {len(sources)}.')
   else:
-    raise UsageError(f'runs.{name}.init.kind = {kind!r} with sources {tuple(sources)}; '
+    raise UsageError(f'runs.{name}.init.kind = {kind!r}; '
                      f'{nearest(kind, (RANDOM, CHECKPOINT, MIX))}')
   sizes = dict(fields)
   try:
     model = model_config.Config(**{**fields, **entry.model})
-  except (TypeError, ValueError) as error:
+  except UsageError as error:
     raise UsageError(f'runs.{name}: {error}') from error
   if kind != RANDOM:
     changed = [f'{key} = {entry.model[key]} (it starts from {sizes[key]})'
@@ -211,7 +220,8 @@ def _weights(name: str, weights, domains) -> dict[str, float]:
       raise UsageError(f'runs.{name}.domains names {domain!r}, which is not a domain; '
                        f'{nearest(domain, domains)}')
     if not 0 <= weight < float('inf'):
-      raise UsageError(f'runs.{name}.domains.{domain} = {weight}; weights cannot be negative.')
+      raise UsageError(f'runs.{name}.domains.{domain} = {weight}; weights are finite and not '
+                       'negative.')
   total = sum(weights.values())
   if not total:
     raise UsageError(f'runs.{name}.domains = {dict(weights)}: at least one weight must be '

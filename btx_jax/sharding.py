@@ -155,6 +155,8 @@ def to_global(batch, mesh, rows: int, leading: int = 0):
 def check_rows(mesh, rows: int, name: str):
   """Raises UsageError if so many rows cannot be shared out evenly among the devices."""
   devices = mesh.size
+  if rows < 1:
+    raise UsageError(f'{name} = {rows} must be at least 1.')
   if rows % devices:
     near = sorted({max(1, rows // devices) * devices, -(-rows // devices) * devices})
     raise UsageError(f'{name}: {rows} rows cannot be shared evenly by {devices} devices; '

@@ -1,7 +1,4 @@
-"""One train step for experts and mixtures alike, one evaluation step, and the loop.
-
-The loop knows no phases: what a run starts from, sees and optimises is given to it.
-"""
+"""One train step for experts and mixtures alike, and one evaluation step: pure functions."""
 
 from collections.abc import Callable
 import functools

@@ -93,7 +93,8 @@ def get_config() -> ConfigDict:
   config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1})
 
   config.evaluation = ConfigDict({
-      # Steps between measurements while a run goes on; 0 is none. The end is always measured.
+      # Steps between measurements while a run goes on; 0 is none. The table is measured at the
+      # end anyway.
       'every': 0,
       # Held-out tokens of each domain, in whole documents (at least one).
       'tokens': 65_536,
@@ -114,6 +115,10 @@ def get_config() -> ConfigDict:
 
   # The runs: name -> run(...), see below.
   config.runs = ConfigDict()
+
+  config.lock()  # a field that is misspelt is an error
+  config.domains.unlock()
+  config.runs.unlock()
   return config
 
 
@@ -146,7 +151,7 @@ def run(init: ConfigDict, domains: dict[str, float], steps: int = 0,
   """
   return ConfigDict({
       'init': init, 'domains': {name: float(weight) for name, weight in domains.items()},
-      'steps': steps, 'match_flops_of': tuple(match_flops_of), 'model': model or {},
+      'steps': steps, 'match_flops_of': _names(match_flops_of), 'model': model or {},
       'optimizer': optimizer or {}, 'train': train or {}})
 
 
@@ -162,4 +167,11 @@ def checkpoint(run_name: str) -> ConfigDict:
 
 def mix(*run_names: str) -> ConfigDict:
   """Starts from a mixture of these runs' models; naming one several times upcycles it."""
-  return ConfigDict({'kind': 'mix', 'runs': run_names})
+  return ConfigDict({'kind': 'mix', 'runs': _names(run_names)})
+
+
+def _names(names) -> tuple[str, ...]:
+  """One name, or names in lists, as one tuple."""
+  if isinstance(names, str):
+    return (names,)
+  return tuple(name for group in names for name in _names(group))

@@ -96,6 +96,7 @@ def test_a_separator_cuts_documents(tmp_path):
     ('x.jsonl', '{"text": "a"}\n{"text": ', r'x.jsonl:2 is not JSON'),
     ('x.jsonl', '{"body": "a"}', r"x.jsonl:1 has no text in field 'text'; its fields: 'body'"),
     ('x.jsonl', '[1]', 'no text in field'),
+    ('x.jsonl', r'{"text": "half \ud83d"}', 'x.jsonl:1 holds half of a surrogate pair'),
 ])
 def test_broken_lines_are_named(tmp_path, name, content, message):
   with pytest.raises(UsageError, match=message):

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -96,8 +98,9 @@ def test_the_mixture_starts_from_its_sources(study):
 def test_manifests_say_where_a_run_came_from(study):
   found = manifest.read(study.folder('btx'))
   assert found['state'] == manifest.COMPLETE
-  assert found['spec']['sources']['expert/math'] == manifest.read(
-      study.folder('expert/math'))['identity']
+  assert found['spec']['sources'][2] == [
+      'expert/math', manifest.read(study.folder('expert/math'))['identity']]
+  assert found['steps_done'] == 6
   assert found['spec']['tokenizer'] == study.text.tokenizer.hash
   assert found['spec']['model']['num_experts'] == 4
   assert found['versions']['jax'] == jax.__version__
@@ -174,6 +177,8 @@ def change(path, value):
     (change(('data', 'held_out'), 0.2), r'held_out was 0.1, now it is 0.2'),
     (change(('tokenizer', 'vocab_size'), 340), r'330 pieces, but tokenizer.vocab_size = 340'),
     (change(('seed',), 1), r'seed: 0 there, 1 now'),
+    (change(('runs', 'btx', 'init'), base.mix('expert/code', 'seed', 'expert/math', 'seed')),
+     r'btx belongs to another config:\n  sources'),
 ])
 def test_a_directory_of_another_config_is_refused_and_untouched(study, apply, message):
   config = study.config.copy_and_resolve_references()
@@ -212,6 +217,39 @@ def test_a_checkpoint_that_is_gone_is_named(study, copy):
     Pipeline(study.config, str(copy)).train()
 
 
+def test_checkpoints_without_a_manifest_are_not_adopted(study, copy):
+  os.remove(os.path.join(copy, 'btx', 'manifest.json'))
+  with pytest.raises(UsageError, match=r'has checkpoints but no manifest\.json'):
+    Pipeline(study.config, str(copy)).train()
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(study, copy):
+  shutil.rmtree(os.path.join(copy, 'btx'))
+  holder = subprocess.Popen(
+      [sys.executable, '-c', 'import sys; from btx_jax import manifest\n'
+       f'with manifest.lock({os.path.join(copy, "btx")!r}): print(flush=True); sys.stdin.read()'],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  with holder:
+    holder.stdout.readline()
+    with pytest.raises(UsageError, match=f'being trained by another process: .*{holder.pid}'):
+      Pipeline(study.config, str(copy)).train()
+    assert manifest.read(os.path.join(copy, 'btx')) is None
+    holder.stdin.close()
+
+
+def test_text_that_has_changed_is_noticed(study, text, copy):
+  path = text / 'code.jsonl'
+  before = path.read_text()
+  try:
+    path.write_text(before + '{"text": "one more"}\n')
+    with pytest.raises(UsageError, match=r"text was '1 files, \d+ bytes', now it is"):
+      Pipeline(study.config, str(copy)).train()
+    path.unlink()  # tokens are enough where the text is not at hand
+    assert not Pipeline(study.config, str(copy)).train()
+  finally:
+    path.write_text(before)
+
+
 def test_a_file_that_is_no_manifest_is_refused(study, copy):
   with open(os.path.join(copy, 'seed', 'manifest.json'), 'w', encoding='utf-8') as file:
     file.write('[]')
@@ -236,12 +274,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
     (change(('evaluation', 'batch_size'), 3), r'evaluation.batch_size: 3 rows'),
     (change(('data', 'held_out'), 1.5), r'data.held_out = 1.5'),
     (change(('log_every',), 0), r'log_every = 0'),
+    (change(('evaluation', 'batch_size'), 0), r'evaluation.batch_size = 0'),
+    (change(('evaluation', 'every'), -1), r'evaluation.every = -1'),
+    (change(('model', 'num_heads'), 0), r'num_heads = 0'),
 ])
 def test_what_cannot_be_laid_on_the_mesh_is_refused_at_once(text, tmp_path, apply, message):
   config = studies.get_config(text)
   apply(config)
   with pytest.raises(UsageError, match=message):
-    Pipeline(config, str(tmp_path / 'work'))
+    Pipeline(config, str(tmp_path / 'work')).train()
   assert not os.path.exists(tmp_path / 'work')
 
 
@@ -249,4 +290,5 @@ def test_experts_that_do_not_divide_among_the_devices_are_refused_at_once(text, 
   config = studies.get_config(text)
   config.runs.btx.init = base.mix('seed', 'expert/code', 'expert/math')
   with pytest.raises(UsageError, match=r'3 experts cannot be spread over mesh.expert = 2'):
-    Pipeline(config, str(tmp_path / 'work'))
+    Pipeline(config, str(tmp_path / 'work')).train()
+  assert not os.path.exists(tmp_path / 'work')

@@ -57,19 +57,23 @@ def edit(**fields):
 
 @pytest.mark.parametrize('fields, message', [
     (edit(init=base.checkpoint('sed')), r"names 'sed', which is not a run; did you mean 'seed'"),
-    (edit(init=base.mix()), r'init.kind = .mix. with sources \(\)'),
+    (edit(init=base.mix()), 'mix names no run'),
     (edit(init=ml_collections.ConfigDict({'kind': 'average', 'runs': ('seed',)})), "'average'"),
     (edit(init=base.checkpoint('new')), 'in a circle: new -> new'),
     (edit(init=base.mix('seed', 'btx')), "mixes 'btx', which is a mixture already"),
     (edit(domains={'cod': 1}), "names 'cod', which is not a domain; did you mean 'code'"),
-    (edit(domains={'code': 1, 'math': -0.5}), 'math = -0.5; weights cannot be negative'),
+    (edit(domains={'code': 1, 'math': -0.5}), 'math = -0.5; weights are finite and not negative'),
     (edit(domains={'code': 0, 'math': 0}), 'at least one weight must be positive'),
     (edit(domains={}), 'at least one weight must be positive'),
     (edit(steps=0), 'steps = 0 must be at least 1'),
     (edit(match_flops_of=('seed',)), 'has both steps = 5 and match_flops_of'),
     (edit(match_flops_of=('sed',), steps=0), r"match_flops_of names 'sed'"),
     (edit(model={'dim': 32}), r'changes the parameters: dim = 32 \(it starts from 16\)'),
-    (edit(model={'dimension': 32}), 'dimension'),
+    (edit(model={'dimension': 32}), r'model.dimension is not a field'),
+    (edit(train={'batch_sise': 4}), r"batch_sise is not a field; did you mean 'batch_size'"),
+    (edit(optimizer={'peek_lr': 4}), r"did you mean 'peak_lr'"),
+    (edit(train={'balance': -1.0}), 'balance = -1.0'),
+    (edit(optimizer={'warmup': 1.0}), 'warmup = 1.0'),
     (edit(model={'vocab_size': 400}), 'changes the parameters: vocab_size = 400'),
     (edit(train={'batch_size': 15}), 'not a multiple of train.accumulation'),
     (edit(train={'batch_size': 0}), 'train.batch_size = 0'),
@@ -101,6 +105,18 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path):
 def test_names_that_are_taken_are_refused(tmp_path, name):
   with pytest.raises(UsageError, match='cannot be the name of a run'):
     plan.make_plan(config_of(tmp_path, **{name: edit()}), 300)
+
+
+def test_a_misspelt_field_in_a_config_file_is_an_error():
+  config = base.get_config()
+  with pytest.raises(AttributeError, match='batch_size'):
+    config.train.batch_sise = 4
+  with pytest.raises(AttributeError, match='model'):
+    config.modle = 4
+
+
+def test_names_of_runs_may_come_in_lists():
+  assert base.mix(['seed', 'a']).runs == base.mix('seed', 'a').runs == ('seed', 'a')
 
 
 def test_nothing_to_do_is_said():

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from typing import NamedTuple
+import zlib
 
 from btx_jax.data import demo
 from btx_jax.errors import UsageError, nearest
@@ -64,6 +65,18 @@ def documents(domain: Domain) -> Iterator[str]:
                      f'{", ".join(domain.paths) or domain.source}.')
 
 
+def describe(domain: Domain) -> str:
+  """How many files and bytes there are; tells text that has changed from text that has not.
+
+  Raises:
+    UsageError: there are no such files.
+  """
+  if domain.source != 'files':
+    return domain.source
+  files = _files(domain)
+  return f'{len(files)} files, {sum(map(os.path.getsize, files))} bytes'
+
+
 def _files(domain: Domain) -> Sequence[str]:
   found = []
   for path in domain.paths:
@@ -90,7 +103,7 @@ def _read(path: str, domain: Domain) -> Iterator[str]:
       else:
         text = _utf8(file.read(), path, domain)
         yield from text.split(domain.separator) if domain.separator else (text,)
-  except (OSError, EOFError) as error:
+  except (OSError, EOFError, zlib.error) as error:
     raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
 
 
@@ -105,6 +118,11 @@ def _json_text(line: bytes, place: str, domain: Domain) -> str:
     raise UsageError(
         f'domains.{domain.name}: {place} has no text in field {domain.text_field!r}; its '
         f'fields: {fields}. Set domains.{domain.name}.text_field.')
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError as error:
+    raise UsageError(f'domains.{domain.name}: {place} holds half of a surrogate pair '
+                     f'(character {error.start}), which is no text; repair the line.') from error
   return text
 
 

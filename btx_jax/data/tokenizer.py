@@ -29,7 +29,7 @@ class Tokenizer:
     self.proto = proto
     self.hash = hashlib.sha256(proto).hexdigest()[:16]
     self.vocab_size = self._model.vocab_size()
-    self.eos_id = self._model.eos_id()
+    self.eos_id, self.unk_id = self._model.eos_id(), self._model.unk_id()
     self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos_id
     if self.eos_id < 0:
       raise UsageError(f'{name} has no end-of-sentence piece (eos), which ends documents.')

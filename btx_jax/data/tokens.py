@@ -2,7 +2,8 @@
 
 A document is either training or held-out text, by the hash of its text, whatever its domain:
 so exact copies never stand on both sides, and the choice does not depend on what other
-documents there are.
+documents there are. (Unless a small domain has no document below the threshold: then it holds
+out the one that comes next.)
 
   DIR/train.bin, heldout.bin              token ids, uint16 or uint32; each document is
                                           begin mark, text, end mark
@@ -12,6 +13,7 @@ documents there are.
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -28,7 +30,7 @@ from btx_jax.errors import UsageError
 
 SPLITS = ('train', 'heldout')
 _BATCH = 256  # documents tokenized at a time
-_CHECKED = 256  # documents of a domain whose round trip is checked
+_CHECKED = 256  # documents of a domain whose round trip is checked, besides unknown pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,8 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
                'tokenizer': tokenizer.hash, 'held_out': held_out}
   if os.path.exists(folder):
     meta = _read_meta(folder)
+    with contextlib.suppress(UsageError):  # the tokens will do where the text is not at hand
+      made_from['text'] = corpora.describe(domain)
     for key, value in made_from.items():
       if meta['made_from'].get(key) != value:
         raise UsageError(
@@ -103,6 +107,7 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
             'delete that folder if no run needs it.')
     return meta
 
+  made_from['text'] = corpora.describe(domain)
   partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # jobs may prepare at the same time
   try:
     return _prepare(folder, partial, domain, tokenizer, held_out, made_from)
@@ -127,6 +132,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, made_from) -> dict:
   except OSError:
     if not os.path.exists(folder):
       raise  # not another job that was faster
+    return prepare(folder, domain, tokenizer, held_out)
   return meta
 
 
@@ -141,7 +147,7 @@ def _write(folder: str, domain, tokenizer, threshold: float) -> float | None:
     files = dict(train=train, heldout=heldout)
     for batch in _batches(corpora.documents(domain)):
       for text, ids in zip(batch, tokenizer.encode(batch)):
-        if count < _CHECKED:
+        if count < _CHECKED or tokenizer.unk_id in ids:
           _check_round_trip(text, tokenizer.decode(ids), domain)
         raw = text.encode('utf-8')
         place = share(text)

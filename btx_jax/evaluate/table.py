@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from btx_jax import manifest
 from btx_jax import plan as plan_lib
@@ -149,8 +150,9 @@ def as_text(table: list[Row]) -> Table:
   scores = lambda row: [*row['bits_per_byte'].values(), row['mean']]
   best = [min(column) for column in zip(*map(scores, table))]
   for row in table:
-    cells = [f'[bold]{x:.3f}[/bold]' if x == b else f'{x:.3f}' for x, b in zip(scores(row), best)]
-    view.add_row(row['name'], *cells, f'{row["active_params"] / 1e6:.2f}',
+    cells = [Text(f'{x:.3f}', style='bold' if x == b else '')
+             for x, b in zip(scores(row), best)]
+    view.add_row(Text(row['name']), *cells, f'{row["active_params"] / 1e6:.2f}',
                  f'{row["total_params"] / 1e6:.2f}', f'{row["tokens"] / 1e6:.2f}',
                  f'{row["train_flops"] / 1e12:.1f}')
   return view

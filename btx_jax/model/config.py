@@ -57,6 +57,9 @@ class Config:
   capacity_factor: float = 1.25
 
   def __post_init__(self):
+    for field in ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads'):
+      if getattr(self, field) < 1:
+        raise UsageError(f'model.{field} = {getattr(self, field)} must be at least 1.')
     if not self.head_dim:
       if self.dim % self.num_heads:
         raise UsageError(f'model.dim = {self.dim} is not a multiple of model.num_heads = '
@@ -75,6 +78,8 @@ class Config:
       raise UsageError(f"model.dtype = {self.dtype!r} is not one of 'float32', 'bfloat16'.")
     if self.attention not in ('xla', 'cudnn'):
       raise UsageError(f"model.attention = {self.attention!r} is not one of 'xla', 'cudnn'.")
+    if self.attention == 'cudnn' and self.dtype != 'bfloat16':
+      raise UsageError("model.attention = 'cudnn' needs model.dtype = 'bfloat16'.")
     if self.capacity_factor <= 0:
       raise UsageError(f'model.capacity_factor = {self.capacity_factor} must be positive.')
 
