@@ -28,7 +28,7 @@ def run(argv: list[str]):
     raise UsageError(f'Unknown command {argv[1]!r}; there is none so far, only flags.')
   if not flags.FLAGS['config'].present:
     raise UsageError('--config is missing; try --config=configs/demo.py')
-  config_file = config_flags.get_config_filename(flags.FLAGS['config'])
+  config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
   if not os.path.isfile(config_file):
     raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
   if not isinstance(CONFIG.value, ConfigDict):

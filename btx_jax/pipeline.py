@@ -85,6 +85,7 @@ class Pipeline:
                            f'{self.state(source)}; do --run={source} first.')
     else:
       raise UsageError(f'--run={only} is not a run of this config; {nearest(only, self.runs)}')
+    wanted = [run for run in wanted if self.state(run.name) != manifest.COMPLETE]
     for run in wanted:
       self._check_layout(run)
     for name in self.runs:
@@ -94,7 +95,6 @@ class Pipeline:
       elif os.path.exists(os.path.join(folder, 'checkpoints')):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train anew.')
-    wanted = [run for run in wanted if self.state(run.name) != manifest.COMPLETE]
     orders = [self._order(run) for run in wanted]
     with jax.set_mesh(self.mesh):
       for run, order in zip(wanted, orders):

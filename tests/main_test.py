@@ -44,6 +44,8 @@ def command(*arguments, cwd=ROOT):
     (['--config=configs/demo.py', '--confg.seed=1'], 'confg'),
     (['--config=configs/demo.py', 'traain'], "'traain'"),
     (['--config=configs/demo.py', '--run=experts/code'], "did you mean 'expert/code'"),
+    (['--config=configs/demo.py:full', '--run=dens'], "did you mean 'dense'"),
+    (['--config=configs/demo.py', "--config.runs.expert/code.steps=3"], "runs['expert/code']"),
     (['--config=configs/demo.py', '--config.runs.seed.steps=0'], 'runs.seed.steps = 0'),
     (['--config=configs/demo.py', "--config.runs['expert/code'].steps=-1"], 'steps = -1'),
     (['--config=configs/demo.py', '--config.train.batch_size=0'], 'train.batch_size = 0'),
