@@ -14,9 +14,10 @@ from btx_jax import optim, sharding, train
 from btx_jax.checkpoint import Checkpoints, abstract
 from btx_jax.data import mixture
 from btx_jax.errors import RunError
-from btx_jax.metrics import MetricsFile, Progress
+from btx_jax.metrics import MetricsFile
 from btx_jax.model import llama
 from btx_jax.plan import Run
+from btx_jax.terminal import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,8 @@ def run(argv: list[str]):
 
   from btx_jax.evaluate import report
   from btx_jax.evaluate import table as table_lib
-  from btx_jax.metrics import say, show
   from btx_jax.pipeline import Pipeline
+  from btx_jax.terminal import say, show
 
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = WORKDIR.value or os.path.join('runs', name)

@@ -13,6 +13,7 @@ import socket
 from typing import Any
 
 from btx_jax.errors import UsageError
+from btx_jax.files import replacing
 
 RUNNING, COMPLETE, FAILED = 'running', 'complete', 'failed'
 _NAME = 'manifest.json'
@@ -46,12 +47,8 @@ def read(folder: str) -> dict | None:
 
 def write(folder: str, manifest: dict):
   """Replaces the manifest in one step, so that a reader never sees half of it."""
-  os.makedirs(folder, exist_ok=True)
-  path = os.path.join(folder, _NAME)
-  partial = f'{path}.{os.getpid()}.partial'
-  with open(partial, 'w', encoding='utf-8') as file:
+  with replacing(os.path.join(folder, _NAME)) as file:
     json.dump(manifest | {'updated': _now()}, file, indent=1)
-  os.replace(partial, path)
 
 
 def begin(name: str, spec: dict) -> dict:

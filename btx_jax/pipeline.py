@@ -1,7 +1,6 @@
 """The runs of a config at work: which are complete, what each starts from, and the rest done."""
 
 from collections.abc import Callable
-import dataclasses
 import functools
 import os
 import time
@@ -10,62 +9,27 @@ import jax
 
 from btx_jax import btx, checkpoint, loop, manifest, sharding
 from btx_jax import plan as plan_lib
-from btx_jax.data import corpora, mixture
-from btx_jax.data import tokenizer as tokenizer_lib
-from btx_jax.data import tokens as tokens_lib
-from btx_jax.errors import UsageError, nearest
+from btx_jax.data import mixture
+from btx_jax.data import text as text_lib
+from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits
-from btx_jax.metrics import say
 from btx_jax.model import config as model_config
 from btx_jax.model import llama
 from btx_jax.plan import Run
+from btx_jax.study import Study
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-  """The tokenized text of all domains, by name (sorted: a row's domain is its index)."""
-  tokenizer: tokenizer_lib.Tokenizer
-  train: dict[str, tokens_lib.Tokens]
-  held_out: dict[str, tokens_lib.Tokens]
-
-
-class Pipeline:
-  """A config in a working directory. Making one checks what can be checked beforehand.
+class Pipeline(Study):
+  """A study at work. Making one checks what can be checked beforehand.
 
   Attributes:
-    config: as configs/base.py makes it.
-    workdir: where everything goes.
-    runs: by name, in the order in which they can be done.
     mesh: over all devices.
   """
 
   def __init__(self, config, workdir: str):
-    self.config, self.workdir = config, workdir
-    self._domains = sorted(corpora.from_config(config.domains), key=lambda d: d.name)
-    if not 0 < config.data.held_out < 1:
-      raise UsageError(f'data.held_out = {config.data.held_out} is a share between 0 and 1.')
-    for field, value, least in (
-        ('log_every', config.log_every, 1), ('checkpoint_every', config.checkpoint_every, 1),
-        ('checkpoints_kept', config.checkpoints_kept, 1),
-        ('evaluation.every', config.evaluation.every, 0),
-        ('evaluation.tokens', config.evaluation.tokens, 1)):
-      if value < least:
-        raise UsageError(f'{field} = {value} must be at least {least}.')
-    given = config.tokenizer.path
-    vocab_size = (tokenizer_lib.load(given).vocab_size if given else
-                  config.tokenizer.vocab_size)
-    self.runs = plan_lib.make_plan(config, vocab_size)
+    super().__init__(config, workdir)
     self.mesh = sharding.make_mesh(**config.mesh)
     sharding.check_rows(self.mesh, config.evaluation.batch_size, 'evaluation.batch_size')
-
-  def folder(self, name: str) -> str:
-    """The directory of a run."""
-    return os.path.join(self.workdir, name)
-
-  def state(self, name: str) -> str:
-    """Of a run: 'missing', or what its manifest says."""
-    found = manifest.read(self.folder(name))
-    return found['state'] if found else 'missing'
 
   def train(self, only: str | None = None) -> bool:
     """Trains every run that is not complete, or only the one named; True if there was one.
@@ -77,14 +41,12 @@ class Pipeline:
     """
     if only is None:
       wanted = list(self.runs.values())
-    elif only in self.runs:
-      wanted = [self.runs[only]]
+    else:
+      wanted = [self.run(only)]
       for source in wanted[0].sources:
         if self.state(source) != manifest.COMPLETE:
           raise UsageError(f'--run={only} starts from {source!r}, which is '
                            f'{self.state(source)}; do --run={source} first.')
-    else:
-      raise UsageError(f'--run={only} is not a run of this config; {nearest(only, self.runs)}')
     wanted = [run for run in wanted if self.state(run.name) != manifest.COMPLETE]
     for run in wanted:
       self._check_layout(run)
@@ -116,57 +78,9 @@ class Pipeline:
         self.text.train, run.weights, run.length, mixture.seed_of(run.name, run.seed))
 
   @functools.cached_property
-  def text(self) -> Text:
+  def text(self) -> text_lib.Text:
     """The tokenized text; made on first use."""
-    folder = os.path.join(self.workdir, 'data')
-    tokenizer = self._tokenizer(folder)
-    train, held_out = {}, {}
-    for domain in self._domains:
-      path = os.path.join(folder, domain.name)
-      if not os.path.exists(path):
-        say(f'{domain.name}: reading and tokenizing')
-      meta = tokens_lib.prepare(path, domain, tokenizer, self.config.data.held_out)
-      train[domain.name] = tokens_lib.load(path, 'train')
-      held_out[domain.name] = tokens_lib.load(path, 'heldout').sample(
-          self.config.evaluation.tokens)
-      say(f'{domain.name}: {meta["train"]["documents"]:,} documents, '
-          f'{meta["train"]["bytes"] / 1e6:.1f} MB, {meta["train"]["tokens"] / 1e6:.2f} M tokens '
-          f'to train on; {meta["heldout"]["documents"]:,} documents held out')
-    return Text(tokenizer, train, held_out)
-
-  def _tokenizer(self, folder: str) -> tokenizer_lib.Tokenizer:
-    """The given tokenizer, or one trained from the text, kept in `folder` either way."""
-    settings = self.config.tokenizer
-    kept = os.path.join(folder, 'tokenizer.model')
-    if settings.path:
-      tokenizer = tokenizer_lib.load(settings.path)
-    elif os.path.exists(kept):
-      tokenizer = tokenizer_lib.load(kept)
-      if tokenizer.vocab_size != settings.vocab_size:
-        raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
-                         f'= {settings.vocab_size}. Use another --workdir.')
-    else:
-      say(f'tokenizer: training {settings.vocab_size:,} pieces')
-      tokenizer = tokenizer_lib.train(self._sample(), settings.vocab_size)
-    if not os.path.exists(kept):
-      os.makedirs(folder, exist_ok=True)
-      partial = f'{kept}.{os.getpid()}.partial'
-      with open(partial, 'wb') as file:
-        file.write(tokenizer.proto)
-      os.replace(partial, kept)
-    return tokenizer
-
-  def _sample(self):
-    """The first training documents of every domain, for training a tokenizer."""
-    for domain in self._domains:
-      left = self.config.tokenizer.sample_chars
-      for text in corpora.documents(domain):
-        if tokens_lib.share(text) < self.config.data.held_out:
-          continue
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
-          break
+    return text_lib.prepare(self.config, self.data_folder)
 
   def spec(self, name: str) -> dict:
     """All that decides the result of a run: its manifest's `spec`."""

@@ -7,7 +7,6 @@ from; nothing here, or after, knows a phase by name.
 from collections.abc import Mapping
 import dataclasses
 
-from btx_jax import optim
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 
@@ -18,6 +17,39 @@ _SHAPES = ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_he
            'head_dim', 'tied_head', 'num_experts')
 # How a model is computed, not what it computes.
 _COMPUTE = ('remat', 'attention', 'capacity_factor')
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW, see optim.py. Paper 4.1.2; what that leaves open (betas, epsilon, clipping) is
+  as in Llama 2.
+
+  Attributes:
+    peak_lr: learning rate after the warmup.
+    warmup: share of the steps during which the rate rises from 0.
+    final_lr: end of the cosine, as a share of the peak.
+    b1, b2, eps: of Adam.
+    weight_decay: decoupled, times the learning rate.
+    clip_norm: largest norm of the whole gradient.
+  """
+  peak_lr: float
+  warmup: float = 0.05
+  final_lr: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    if self.peak_lr <= 0:
+      raise UsageError(f'optimizer.peak_lr = {self.peak_lr} must be positive.')
+    if not 0 <= self.warmup < 1:
+      raise UsageError(f'optimizer.warmup = {self.warmup} is a share, from 0 to below 1.')
+    if not 0 <= self.final_lr <= 1:
+      raise UsageError(f'optimizer.final_lr = {self.final_lr} is a share, from 0 to 1.')
+    if self.clip_norm <= 0:
+      raise UsageError(f'optimizer.clip_norm = {self.clip_norm} must be positive.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +77,7 @@ class Run:
   sources: tuple[str, ...]
   weights: dict[str, float]
   model: model_config.Config
-  optimizer: optim.Config
+  optimizer: Optimizer
   steps: int
   length: int
   batch_size: int
@@ -160,7 +192,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
   return Run(
       name=name, init=entry.init.kind, sources=tuple(entry.init.runs),
       weights=_weights(name, entry.domains, config.domains), model=model,
-      optimizer=optim.Config(**{**config.optimizer, **entry.optimizer}), steps=steps,
+      optimizer=Optimizer(**{**config.optimizer, **entry.optimizer}), steps=steps,
       length=length, batch_size=batch_size, accumulation=accumulation,
       balance=train['balance'], balance_scope=train['balance_scope'],
       router_std=config.mix.router_std, seed=config.seed)

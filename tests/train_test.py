@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from btx_jax import optim, sharding, train
+from btx_jax import optim, plan, sharding, train
 from btx_jax.model import routing
 from tests.helpers import (
   MESHES,
@@ -126,7 +126,7 @@ def test_metrics_count_tokens_by_domain_and_the_load_of_experts():
 
 
 def test_adamw_against_numpy_and_norm_scales_do_not_decay():
-  cfg = optim.Config(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
+  cfg = plan.Optimizer(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
   tx = optim.adamw(cfg, 10)
   rng = np.random.default_rng(0)
   params = {'norm': {'scale': rng.normal(size=(2, 3))}, 'ffn': {'up': rng.normal(size=(2, 3))}}
@@ -147,7 +147,7 @@ def test_adamw_against_numpy_and_norm_scales_do_not_decay():
 
 
 def test_the_schedule_warms_up_and_ends_at_its_share():
-  schedule = optim.schedule(optim.Config(peak_lr=2.0, warmup=0.1, final_lr=0.1), 100)
+  schedule = optim.schedule(plan.Optimizer(peak_lr=2.0, warmup=0.1, final_lr=0.1), 100)
   assert schedule(0) == 0
   np.testing.assert_allclose(schedule(10), 2.0)
   np.testing.assert_allclose(schedule(100), 0.2, rtol=1e-6)
@@ -160,7 +160,7 @@ def test_a_parameter_without_a_sharding_rule_is_an_error():
 
 def test_parameters_and_moments_are_cut_alike():
   state = jax.eval_shape(
-      lambda p: train.create_state(p, optim.adamw(optim.Config(peak_lr=1.0), 2)),
+      lambda p: train.create_state(p, optim.adamw(plan.Optimizer(peak_lr=1.0), 2)),
       random_params(TINY_MIXTURE))
   with use_mesh((1, 2, 4)) as mesh:
     specs = sharding.partition_specs(state, mesh)

@@ -30,9 +30,9 @@ class Domain(NamedTuple):
 
 
 def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
-  """The domains of a config. Raises UsageError for a source that does not exist."""
+  """The domains of a config by name. Raises UsageError for a source that does not exist."""
   result = []
-  for name, fields in domains.items():
+  for name, fields in sorted(domains.items()):
     domain = Domain(name, **{**fields, 'paths': tuple(fields['paths'])})
     valid = ('files', *demo.SOURCES)
     if domain.source not in valid:

@@ -4,15 +4,15 @@ import json
 import os
 
 from btx_jax.evaluate import table as table_lib
+from btx_jax.files import replacing
 
 
 def write(folder: str, config_name: str, table: list[table_lib.Row], checks: list[dict]) -> str:
   """Writes report.json and bits_per_byte.png; returns the folder."""
   os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, 'report.json')
-  with open(path + '.partial', 'w', encoding='utf-8') as file:
+  with replacing(path) as file:
     json.dump({'config': config_name, 'rows': table, 'checks': checks}, file, indent=1)
-  os.replace(path + '.partial', path)
   _picture(os.path.join(folder, 'bits_per_byte.png'), table)
   return folder
 

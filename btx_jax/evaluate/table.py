@@ -10,6 +10,7 @@ from rich.text import Text
 
 from btx_jax import manifest
 from btx_jax import plan as plan_lib
+from btx_jax.files import replacing
 from btx_jax.model import config as model_config
 from btx_jax.plan import Run
 
@@ -70,9 +71,8 @@ def _evaluation(pipeline, run: Run, model, stage: str, make_params) -> dict[str,
   except (OSError, ValueError, KeyError, TypeError):
     pass  # not measured yet
   scores = pipeline.evaluate(model, make_params(run))
-  with open(path + '.partial', 'w', encoding='utf-8') as file:
+  with replacing(path) as file:
     json.dump({'measured_on': measured_on, 'domains': scores}, file)
-  os.replace(path + '.partial', path)
   return scores
 
 

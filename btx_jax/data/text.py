@@ -1,0 +1,101 @@
+"""The text of a config, tokenized once into WORKDIR/data."""
+
+import dataclasses
+import os
+
+from btx_jax.data import corpora
+from btx_jax.data import tokenizer as tokenizer_lib
+from btx_jax.data import tokens as tokens_lib
+from btx_jax.data.tokenizer import Tokenizer
+from btx_jax.errors import UsageError
+from btx_jax.files import replacing
+from btx_jax.terminal import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """The tokenized text of all domains, by name (sorted: a row's domain is its index)."""
+  tokenizer: Tokenizer
+  train: dict[str, tokens_lib.Tokens]
+  held_out: dict[str, tokens_lib.Tokens]
+
+
+def prepare(config, folder: str) -> Text:
+  """Reads and tokenizes what is not in `folder` already.
+
+  Args:
+    config: as configs/base.py makes it.
+    folder: WORKDIR/data.
+
+  Returns:
+    All training tokens, and of the held-out ones a sample of `evaluation.tokens` a domain.
+
+  Raises:
+    UsageError: see tokens.prepare.
+  """
+  domains = corpora.from_config(config.domains)
+  tokenizer = _tokenizer(config, folder, domains)
+  train, held_out = {}, {}
+  for domain in domains:
+    path = os.path.join(folder, domain.name)
+    if not os.path.exists(path):
+      say(f'{domain.name}: reading and tokenizing')
+    meta = tokens_lib.prepare(path, domain, tokenizer, config.data.held_out)
+    train[domain.name] = tokens_lib.load(path, 'train')
+    held_out[domain.name] = tokens_lib.load(path, 'heldout').sample(config.evaluation.tokens)
+    say(f'{domain.name}: {meta["train"]["documents"]:,} documents, '
+        f'{meta["train"]["bytes"] / 1e6:.1f} MB, {meta["train"]["tokens"] / 1e6:.2f} M tokens '
+        f'to train on; {meta["heldout"]["documents"]:,} documents held out')
+  return Text(tokenizer, train, held_out)
+
+
+def vocab_size(config, folder: str) -> int:
+  """Pieces of the tokenizer, before there need be one."""
+  given = _given(config, folder)
+  return given.vocab_size if given else config.tokenizer.vocab_size
+
+
+def _given(config, folder: str) -> Tokenizer | None:
+  """The tokenizer that the config names; None if one is to be trained.
+
+  Where its file is not at hand, the copy in `folder` is as good.
+  """
+  path, kept = config.tokenizer.path, _kept(folder)
+  if not path:
+    return None
+  return tokenizer_lib.load(path if os.path.exists(path) or not os.path.exists(kept) else kept)
+
+
+def _kept(folder: str) -> str:
+  return os.path.join(folder, 'tokenizer.model')
+
+
+def _tokenizer(config, folder: str, domains) -> Tokenizer:
+  """The given tokenizer, or one trained from the text, kept in `folder` either way."""
+  kept, size = _kept(folder), config.tokenizer.vocab_size
+  tokenizer = _given(config, folder)
+  if not tokenizer and os.path.exists(kept):
+    tokenizer = tokenizer_lib.load(kept)
+    if tokenizer.vocab_size != size:
+      raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
+                       f'= {size}. Use another --workdir.')
+  if not tokenizer:
+    say(f'tokenizer: training {size:,} pieces')
+    tokenizer = tokenizer_lib.train(_sample(config, domains), size)
+  if not os.path.exists(kept):
+    with replacing(kept, 'wb') as file:
+      file.write(tokenizer.proto)
+  return tokenizer
+
+
+def _sample(config, domains):
+  """The first training documents of every domain, for training a tokenizer."""
+  for domain in domains:
+    left = config.tokenizer.sample_chars
+    for text in corpora.documents(domain):
+      if tokens_lib.share(text) < config.data.held_out:
+        continue
+      yield text[:left]
+      left -= len(text)
+      if left <= 0:
+        break

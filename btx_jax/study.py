@@ -1,0 +1,57 @@
+"""A config and its working directory as files tell of them: nothing here computes or needs jax.
+
+So it can be looked at from any machine that sees the directory, while runs are going.
+"""
+
+import os
+
+from btx_jax import manifest
+from btx_jax import plan as plan_lib
+from btx_jax.data import corpora, text
+from btx_jax.errors import UsageError, nearest
+
+MISSING = 'missing'
+
+
+class Study:
+  """The runs of a config in a working directory. Making one checks the config.
+
+  Attributes:
+    config: as configs/base.py makes it.
+    workdir: where everything goes.
+    runs: by name, in the order in which they can be done.
+  """
+
+  def __init__(self, config, workdir: str):
+    self.config, self.workdir = config, workdir
+    corpora.from_config(config.domains)
+    if not 0 < config.data.held_out < 1:
+      raise UsageError(f'data.held_out = {config.data.held_out} is a share between 0 and 1.')
+    for field, value, least in (
+        ('log_every', config.log_every, 1), ('checkpoint_every', config.checkpoint_every, 1),
+        ('checkpoints_kept', config.checkpoints_kept, 1),
+        ('evaluation.every', config.evaluation.every, 0),
+        ('evaluation.tokens', config.evaluation.tokens, 1)):
+      if value < least:
+        raise UsageError(f'{field} = {value} must be at least {least}.')
+    self.runs = plan_lib.make_plan(config, text.vocab_size(config, self.data_folder))
+
+  @property
+  def data_folder(self) -> str:
+    """The directory of the tokenized text."""
+    return os.path.join(self.workdir, 'data')
+
+  def folder(self, name: str) -> str:
+    """The directory of a run."""
+    return os.path.join(self.workdir, name)
+
+  def state(self, name: str) -> str:
+    """Of a run: 'missing', or what its manifest says."""
+    found = manifest.read(self.folder(name))
+    return found['state'] if found else MISSING
+
+  def run(self, name: str) -> plan_lib.Run:
+    """The run of this name. Raises UsageError if there is none."""
+    if name not in self.runs:
+      raise UsageError(f'--run={name} is not a run of this config; {nearest(name, self.runs)}')
+    return self.runs[name]
