@@ -16,7 +16,7 @@ TOKENS_PER_CHUNK = 512
 
 def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
                     batch_axes=sharding.BATCH_AXES):
-  """Negative log likelihood in nats, summed over the positions that `mask_BT` marks.
+  """Negative log likelihood in nats over the positions that `mask_BT` marks.
 
   Args:
     hidden_BTD: final hidden states, rows sharded over `batch_axes`.
@@ -26,27 +26,36 @@ def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
     batch_axes: the mesh axes over which rows are sharded.
 
   Returns:
-    A float32 scalar, differentiable in the hidden states and the head.
+    its sum, a float32 scalar that is differentiable in the hidden states and the head, and
+    the sums of the rows [B], for reports, which are not.
   """
   if jax.sharding.get_abstract_mesh().empty:
-    return _summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT)
+    return _by_row(*_summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT))
 
   def local(hidden, head, targets, mask):
     head = sharding.varying_like(head, hidden)
-    return jax.lax.psum(_summed_nll(hidden, head, targets, mask), batch_axes)
+    total, nll_BT = _summed_nll(hidden, head, targets, mask)
+    return _by_row(jax.lax.psum(total, batch_axes), nll_BT)
 
   rows = P(batch_axes)
-  return jax.shard_map(local, in_specs=(rows, P(), rows, rows), out_specs=P())(
+  return jax.shard_map(local, in_specs=(rows, P(), rows, rows), out_specs=(P(), rows))(
       hidden_BTD, head_DV, targets_BT, mask_BT)
+
+
+def _by_row(total, nll_BT):
+  return total, jax.lax.stop_gradient(nll_BT).sum(1)
 
 
 @jax.custom_vjp
 def _summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT):
+  """The sum, and the loss of each position [B, T], through which no gradient flows."""
   def one_chunk(total, chunk):
-    return total + _chunk_nll(*chunk, head_DV)[0], None
+    nll, _ = _chunk_nll(*chunk, head_DV)
+    return total + nll.sum(), nll
 
   zero = sharding.varying_like(jnp.zeros(()), hidden_BTD)
-  return jax.lax.scan(one_chunk, zero, _chunks(hidden_BTD, targets_BT, mask_BT))[0]
+  total, nll = jax.lax.scan(one_chunk, zero, _chunks(hidden_BTD, targets_BT, mask_BT))
+  return total, _joined(nll, hidden_BTD)
 
 
 def _summed_nll_fwd(hidden_BTD, head_DV, targets_BT, mask_BT):
@@ -57,19 +66,19 @@ def _summed_nll_fwd(hidden_BTD, head_DV, targets_BT, mask_BT):
     dlogits = jnp.exp(log_probs) - jax.nn.one_hot(targets, head_DV.shape[1])
     dlogits = jnp.where(mask[:, None], dlogits, 0).astype(hidden.dtype)
     dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
-    return (total + nll, dhead_DV), dlogits @ head_DV.T
+    return (total + nll.sum(), dhead_DV), (dlogits @ head_DV.T, nll)
 
   zeros = (jnp.zeros(()), jnp.zeros(head_DV.shape))
-  (total, dhead_DV), dhidden = jax.lax.scan(
+  (total, dhead_DV), (dhidden, nll) = jax.lax.scan(
       one_chunk, sharding.varying_like(zeros, hidden_BTD),
       _chunks(hidden_BTD, targets_BT, mask_BT))
-  B, T, D = hidden_BTD.shape
-  dhidden_BTD = dhidden.reshape(-1, D)[:B * T].reshape(B, T, D)
-  return total, (dhidden_BTD, dhead_DV.astype(head_DV.dtype))
+  residuals = _joined(dhidden, hidden_BTD), dhead_DV.astype(head_DV.dtype)
+  return (total, _joined(nll, hidden_BTD)), residuals
 
 
-def _summed_nll_bwd(residuals, g):
+def _summed_nll_bwd(residuals, cotangents):
   dhidden_BTD, dhead_DV = residuals
+  g, _ = cotangents
   return dhidden_BTD * g.astype(dhidden_BTD.dtype), dhead_DV * g.astype(dhead_DV.dtype), None, None
 
 
@@ -90,9 +99,16 @@ def _chunks(*arrays):
   return tuple(map(cut, arrays))
 
 
+def _joined(chunks, like_BTD):
+  """The reverse of `_chunks`: [chunks, tokens, ...] -> [B, T, ...]."""
+  B, T, _ = like_BTD.shape
+  flat = chunks.reshape(-1, *chunks.shape[2:])
+  return flat[:B * T].reshape(B, T, *flat.shape[1:])
+
+
 def _chunk_nll(hidden, targets, mask, head_DV):
-  """Summed loss and log probabilities [tokens, V] of one chunk, in float32."""
+  """Loss [tokens] and log probabilities [tokens, V] of one chunk, in float32."""
   logits = jnp.dot(hidden, head_DV, preferred_element_type=jnp.float32)
   log_probs = jax.nn.log_softmax(logits)
   nll = -jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
-  return jnp.where(mask, nll, 0).sum(), log_probs
+  return jnp.where(mask, nll, 0), log_probs

@@ -37,7 +37,7 @@ def run(argv: list[str]):
   # Imported here, so that usage errors come at once.
   import jax
 
-  from btx_jax.evaluate import report
+  from btx_jax.evaluate import report, scores
   from btx_jax.evaluate import table as table_lib
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
@@ -55,7 +55,8 @@ def run(argv: list[str]):
   if not trained:
     say('Every run is complete already.')
   with jax.set_mesh(pipeline.mesh):
-    table = table_lib.rows(pipeline)
+    scores.measure(pipeline)
+  table = table_lib.rows(pipeline)
   checks = table_lib.checks(pipeline, table)
   show(table_lib.as_text(table))
   for check in checks:

@@ -1,8 +1,9 @@
-"""AdamW as the paper and Llama use it: clipping, warmup and cosine, no decay of norm scales."""
+"""AdamW as the paper and Llama use it (clipping, warmup, cosine), and norms by part of a model."""
 
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from btx_jax import sharding
@@ -11,6 +12,23 @@ from btx_jax.plan import Optimizer
 # Norm scales carry no weight decay. By path, not by rank: layers are stacked, so that the
 # scales of all layers are one matrix.
 _NO_DECAY = re.compile(r'scale$')
+
+# The parts of a model whose norms are told apart; first match wins.
+_PARTS = (
+    ('embed', r'(^|/)embed$'), ('head', r'(^|/)head$'), ('attention', r'attn/'),
+    ('router', r'router$'), ('experts', r'experts/'), ('ffn', r'ffn/'), ('norm', r'scale$'))
+
+
+def norms_by_part(tree) -> dict[str, jax.Array]:
+  """The Euclidean norm of each part of a tree of parameters, or gradients."""
+  squares: dict[str, list] = {}
+
+  def add(path, leaf):
+    part = next(name for name, pattern in _PARTS if re.search(pattern, sharding.path_of(path)))
+    squares.setdefault(part, []).append(jnp.square(leaf.astype(jnp.float32)).sum())
+
+  jax.tree.map_with_path(add, tree)
+  return {part: jnp.sqrt(sum(values)) for part, values in squares.items()}
 
 
 def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:

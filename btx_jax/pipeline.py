@@ -24,10 +24,12 @@ class Pipeline(Study):
 
   Attributes:
     mesh: over all devices.
+    profile: steps of each run to trace.
   """
 
-  def __init__(self, config, workdir: str):
+  def __init__(self, config, workdir: str, profile: int = 0):
     super().__init__(config, workdir)
+    self.profile = profile
     self.mesh = sharding.make_mesh(**config.mesh)
     sharding.check_rows(self.mesh, config.evaluation.batch_size, 'evaluation.batch_size')
 
@@ -104,13 +106,14 @@ class Pipeline(Study):
       found.update(steps_done=step, tokens_by_domain=tokens_by_domain)
       manifest.write(folder, found)
 
-    intervals = loop.Intervals(
+    settings = loop.Settings(
         log=self.config.log_every, evaluate=self.config.evaluation.every,
-        checkpoint=self.config.checkpoint_every, keep=self.config.checkpoints_kept)
+        checkpoint=self.config.checkpoint_every, keep=self.config.checkpoints_kept,
+        tensorboard=self.config.tensorboard, profile=self.profile)
     try:
       loop.train_run(
           run, folder, self.mesh, lambda: self.initial_params(run), order,
-          list(self.text.train), intervals, functools.partial(self.evaluate, run.model),
+          list(self.text.train), settings, functools.partial(self.evaluate, run.model),
           on_checkpoint)
       found['state'] = manifest.COMPLETE
     except BaseException as error:
@@ -149,7 +152,7 @@ class Pipeline(Study):
     """Bits per byte of every domain's held-out text, see evaluate.bits."""
     return bits.evaluate(
         model, params, self.text.held_out, self.mesh, self.config.data.length,
-        self.config.evaluation.batch_size, self.text.tokenizer.eos_id)
+        self.config.evaluation.batch_size, self.text.tokenizer)
 
   def _sharded(self, f: Callable, *args):
     shardings = sharding.shardings(jax.eval_shape(f, *args), self.mesh)

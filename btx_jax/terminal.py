@@ -37,8 +37,9 @@ class Progress:
     if self._bar:
       self._bar.stop()
 
-  def update(self, step: int, loss: float, tokens_per_second: float):
-    text = f'loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s'
+  def update(self, step: int, loss: float, tokens_per_second: float | None):
+    speed = f'  {tokens_per_second:,.0f} tokens/s' if tokens_per_second else ''
+    text = f'loss {loss:.3f}{speed}'
     if self._bar:
       self._bar.update(self._task, completed=step, text=text)
       return

@@ -1,13 +1,15 @@
-"""One train step for experts and mixtures alike, and one evaluation step: pure functions."""
+"""One train step for experts and mixtures alike: pure functions."""
 
 from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from btx_jax import optim
 from btx_jax.loss import next_token_loss
 from btx_jax.model import llama, routing
 from btx_jax.model.config import Config
@@ -26,19 +28,37 @@ def create_state(params, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def forward(cfg: Config, params, batch):
-  """Summed loss in nats and its token count, and the RoutingSums of a mixture.
+class Scores(NamedTuple):
+  """What a model makes of a batch.
+
+  Attributes:
+    nll: summed negative log likelihood in nats; the one to differentiate.
+    tokens: that it is summed over.
+    row_nll: [B], of each row.
+    row_tokens: [B].
+    routed: what its routers did, [L, B, ...]; None for a dense model.
+  """
+  nll: jax.Array
+  tokens: jax.Array
+  row_nll: jax.Array
+  row_tokens: jax.Array
+  routed: routing.Routing | None
+
+
+def forward(cfg: Config, params, batch) -> Scores:
+  """The loss of a batch, and what its routers did.
 
   Args:
     cfg: of the model.
     params: its parameters.
     batch: arrays [B, T] as data.mixture makes them.
   """
-  hidden_BTD, sums = llama.Llama(cfg).apply(
+  hidden_BTD, routed = llama.Llama(cfg).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'])
-  nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
-                        batch['targets'], batch['loss_mask'])
-  return nll, batch['loss_mask'].sum(), sums
+  nll, row_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
+                                 batch['targets'], batch['loss_mask'])
+  return Scores(nll, batch['loss_mask'].sum(), row_nll, batch['loss_mask'].sum(1),
+                routed)
 
 
 def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: float = 0.01,
@@ -61,24 +81,34 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: floa
     num_domains: domains that the batch's `domain` [accumulation, B] counts.
 
   Returns:
-    A pure function. Its metrics: loss (nats per token), balance (the unweighted balancing
-    loss, summed over layers), grad_norm, tokens_by_domain [num_domains], and for a mixture
-    load [L, E], the mean gate of each expert.
+    A pure function. Its metrics: loss (nats per token), nll_by_domain and tokens_by_domain
+    [num_domains] (sums), grad_norm, grad_norms and param_norms by part of the model, and for
+    a mixture balance (the unweighted balancing loss, summed over layers) and routing, the
+    RoutingSums [L, num_domains, ...].
   """
   weight = balance if cfg.num_experts else 0.0
 
+  def by_domain(batch, scores: Scores):
+    member_BG = jax.nn.one_hot(batch['domain'], num_domains, dtype=jnp.int32)
+    sums = {'nll_by_domain': (scores.row_nll[:, None] * member_BG).sum(0),
+            'tokens_by_domain': (scores.row_tokens[:, None] * member_BG).sum(0)}
+    if cfg.num_experts:
+      sums['routing'] = routing.by_domain(scores.routed.sums, batch['domain'], num_domains)
+    return sums
+
   def objective(params, batch, totals):
-    nll, tokens, sums = forward(cfg, params, batch)
+    scores = forward(cfg, params, batch)
+    nll, tokens, counts = scores.nll, scores.tokens, by_domain(batch, scores)
     if not cfg.num_experts:
-      return nll, (nll, tokens, 0.0, None)
+      return nll, (nll, tokens, 0.0, counts)
     if totals is None:
-      balance_loss = routing.balance_loss(sums)
-      return nll + weight * tokens * balance_loss, (nll, tokens, tokens * balance_loss, sums)
+      balance_loss = routing.balance_loss(scores.routed.sums)
+      return nll + weight * tokens * balance_loss, (nll, tokens, tokens * balance_loss, counts)
     # d(u p) = u dp + p du: with the whole batch's u and p held fixed, what the microbatches
     # contribute adds up to the gradient of the whole batch's loss, times its tokens.
     all_sums, all_tokens = totals
-    balance_loss = all_tokens * routing.balance_loss_share(sums, all_sums)
-    return nll + weight * balance_loss, (nll, tokens, balance_loss / 2, sums)
+    balance_loss = all_tokens * routing.balance_loss_share(scores.routed.sums, all_sums)
+    return nll + weight * balance_loss, (nll, tokens, balance_loss / 2, counts)
 
   gradient = jax.grad(objective, has_aux=True)
   add = functools.partial(jax.tree.map, jnp.add)
@@ -94,31 +124,25 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: floa
   def train_step(state: TrainState, batch):
     totals = None
     if weight and balance_scope == 'batch':
-      _, tokens, sums = over_microbatches(
-          lambda one: forward(cfg, state.params, one), batch)
-      totals = sums, tokens
-    grads, (nll, tokens, balance_loss, sums) = over_microbatches(
+      def statistics(one):
+        scores = forward(cfg, state.params, one)
+        return by_domain(one, scores)['routing'], scores.tokens
+
+      totals = over_microbatches(statistics, batch)
+    grads, (nll, tokens, balance_loss, counts) = over_microbatches(
         lambda one: gradient(state.params, one, totals), batch)
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    row_tokens = batch['loss_mask'].sum(-1).astype(jnp.int32)
-    metrics = {
+    metrics = counts | {
         'loss': nll / tokens,
         'grad_norm': optax.tree.norm(grads),
-        'tokens_by_domain': jnp.einsum(
-            'ab,abd->d', row_tokens, jax.nn.one_hot(batch['domain'], num_domains, dtype=jnp.int32)),
+        'grad_norms': optim.norms_by_part(grads),
+        'param_norms': optim.norms_by_part(state.params),
     }
     if cfg.num_experts:
       metrics['balance'] = balance_loss / tokens
-      metrics['load'] = sums.gates / sums.count[:, None]
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
-
-
-def make_eval_step(cfg: Config) -> Callable:
-  """(params, batch [B, T]) -> summed loss in nats, its tokens, RoutingSums (or None)."""
-  return functools.partial(forward, cfg)
-

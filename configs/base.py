@@ -105,6 +105,8 @@ def get_config() -> ConfigDict:
   # Steps between lines of metrics.jsonl, and between checkpoints.
   config.log_every = 10
   config.checkpoint_every = 500
+  # Also write events for TensorBoard, into the directory of each run.
+  config.tensorboard = False
   # Checkpoints of a run that are kept, the newest.
   config.checkpoints_kept = 2
 

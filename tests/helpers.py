@@ -35,9 +35,10 @@ def use_mesh(shape):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_and_sums(cfg: Config, params, batch):
-  """What the model returns."""
-  return llama.Llama(cfg).apply(
+  """Final hidden states, and the RoutingSums of a mixture."""
+  hidden, routed = llama.Llama(cfg).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'])
+  return hidden, routed and routed.sums
 
 
 def normal(shape, seed: int = 0) -> np.ndarray:

@@ -28,19 +28,28 @@ def test_value_and_gradients(chunk, mesh_shape, monkeypatch):
   monkeypatch.setattr(loss, 'TOKENS_PER_CHUNK', chunk)
   args = arguments()
   expected, expected_grads = jax.jit(jax.value_and_grad(plain, (0, 1)))(*args)
-  f = lambda *args: 3 * loss.next_token_loss(*args)  # a cotangent that is not 1
+  def f(*args):
+    total, rows = loss.next_token_loss(*args)
+    return 3 * total, rows  # a cotangent that is not 1
+
   with use_mesh(mesh_shape):
-    value, grads = jax.jit(jax.value_and_grad(f, (0, 1)))(*args)
+    (value, rows), grads = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*args)
     alone = jax.jit(loss.next_token_loss)(*args)
+  hidden, head, targets, mask = args
+  by_row = [plain(hidden[i], head, targets[i], mask[i]) for i in range(len(hidden))]
   np.testing.assert_allclose(value, 3 * expected, rtol=1e-5)
-  np.testing.assert_allclose(alone, expected, rtol=1e-5)
+  np.testing.assert_allclose(alone[0], expected, rtol=1e-5)
+  np.testing.assert_allclose(rows, by_row, rtol=1e-4)
+  np.testing.assert_allclose(alone[1], by_row, rtol=1e-4)
   assert_trees_close(grads, jax.tree.map(lambda x: 3 * x, expected_grads), rtol=1e-5)
 
 
 def test_masked_targets_reach_neither_loss_nor_gradient():
   hidden, head, targets, mask = arguments()
   other = jnp.where(mask, targets, 0)
-  f = jax.jit(jax.value_and_grad(loss.next_token_loss))
-  (a, grad), (b, _) = f(hidden, head, targets, mask), f(hidden, head, other, mask)
+  f = jax.jit(jax.value_and_grad(loss.next_token_loss, has_aux=True))
+  (a, rows), grad = f(hidden, head, targets, mask)
+  (b, other_rows), _ = f(hidden, head, other, mask)
   assert a == b
+  np.testing.assert_array_equal(rows, other_rows)
   assert not np.asarray(grad)[~np.asarray(mask)].any()

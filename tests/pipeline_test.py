@@ -13,7 +13,7 @@ import pytest
 
 from btx_jax import loop, manifest
 from btx_jax.errors import RunError, UsageError
-from btx_jax.evaluate import report, table
+from btx_jax.evaluate import report, scores, table
 from btx_jax.model import llama
 from btx_jax.pipeline import Pipeline
 from configs import base
@@ -47,10 +47,13 @@ def snapshot(folder):
           for root, _, names in os.walk(folder) for name in names}
 
 
+OF_THE_MACHINE = ('time', 'tokens_per_second', 'mfu', 'input_wait', 'memory')
+
+
 def metrics_of(pipeline, name):
   with open(os.path.join(pipeline.folder(name), 'metrics.jsonl'), encoding='utf-8') as file:
     lines = [json.loads(line) for line in file]
-  return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
+  return [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines]
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(study, text, tmp_path, monkeypatch):
@@ -58,8 +61,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(study, text, tmp_pa
   batches = loop._batches
   for name, last in (('seed', 5), ('expert/code', 3), ('btx', 5)):
 
-    def interrupted(run, mesh, order, start, name=name, last=last):
-      for step, batch in batches(run, mesh, order, start):
+    def interrupted(run, mesh, order, start, waited, name=name, last=last):
+      for step, batch in batches(run, mesh, order, start, waited):
         if run.name == name and step == last:
           raise KeyboardInterrupt
         yield step, batch
@@ -110,7 +113,8 @@ def test_manifests_say_where_a_run_came_from(study):
 
 def test_the_table_has_every_model_and_its_figures_are_right(study, tmp_path):
   with jax.set_mesh(study.mesh):
-    rows = table.rows(study)
+    scores.measure(study)
+  rows = table.rows(study)
   names = ['seed', 'expert/code', 'expert/math', 'average of btx', 'btx unfinetuned', 'btx']
   assert [row['name'] for row in rows] == names
   for row in rows:

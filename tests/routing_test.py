@@ -14,7 +14,7 @@ E = 4
 def sums_of(logits, k=2, counted=None):
   gates, ids, probs = routing.top_k_router(logits, k)
   counted = jnp.ones(logits.shape[:-1], bool) if counted is None else counted
-  return routing.routing_sums(routing.dense_gates(gates, ids, E), probs, counted)
+  return routing.routing_sums(gates, ids, probs, counted)
 
 
 def test_top_k_then_softmax():
@@ -57,7 +57,7 @@ def test_padding_never_reaches_a_statistic():
   before = sums_of(logits, counted=counted)
   after = sums_of(jnp.where(counted[..., None], logits, 77.0), counted=counted)
   jax.tree.map(np.testing.assert_array_equal, before, after)
-  assert before.count == 8
+  assert before.count.tolist() == [5, 3]
 
 
 @pytest.mark.parametrize('mesh_shape', [(1, 1, 2), (2, 2, 2)])

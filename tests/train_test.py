@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from btx_jax import optim, plan, sharding, train
-from btx_jax.model import routing
+from btx_jax.model import llama, routing
 from tests.helpers import (
   MESHES,
   TINY,
   TINY_MIXTURE,
   assert_trees_close,
   hidden_and_sums,
+  normal,
   random_batch,
   random_params,
   use_mesh,
@@ -98,8 +99,8 @@ def test_the_gradient_of_the_whole_loss_against_finite_differences():
 
   @jax.jit
   def loss(params):
-    nll, tokens, sums = train.forward(cfg, params, batch)
-    return nll / tokens + 0.5 * routing.balance_loss(sums)
+    scores = train.forward(cfg, params, batch)
+    return scores.nll / scores.tokens + 0.5 * routing.balance_loss(scores.routed.sums)
 
   new, _ = step(cfg, params, microbatches(batch, 1), balance=0.5)
   grads = gradient(params, new)
@@ -111,18 +112,67 @@ def test_the_gradient_of_the_whole_loss_against_finite_differences():
 
 def test_padding_reaches_neither_loss_nor_router_statistics():
   params, batch = random_params(TINY_MIXTURE), random_batch(TINY_MIXTURE, padding=5)
-  forward = jax.jit(lambda batch: train.forward(TINY_MIXTURE, params, batch))
+
+  @jax.jit
+  def forward(batch):
+    scores = train.forward(TINY_MIXTURE, params, batch)
+    return scores._replace(routed=scores.routed.sums)
+
   other = {**batch, 'tokens': np.where(batch['segment_ids'] > 0, batch['tokens'], 17)}
   jax.tree.map(np.testing.assert_array_equal, forward(batch), forward(other))
-  assert (forward(batch)[2].count == (batch['segment_ids'] > 0).sum()).all()
+  for layer in range(TINY_MIXTURE.num_layers):
+    np.testing.assert_array_equal(
+        forward(batch).routed.count[layer], (batch['segment_ids'] > 0).sum(1))
 
 
-def test_metrics_count_tokens_by_domain_and_the_load_of_experts():
-  batch = random_batch(TINY_MIXTURE, padding=5)
-  _, metrics = step(TINY_MIXTURE, random_params(TINY_MIXTURE), microbatches(batch, 2))
+@pytest.mark.parametrize('mesh_shape', [None, (1, 2, 2)])
+def test_metrics_by_domain_against_numpy_from_the_model_s_own_outputs(mesh_shape):
+  cfg, E = TINY_MIXTURE, TINY_MIXTURE.num_experts
+  params, batch = random_params(cfg), random_batch(cfg, padding=5)
+  hidden, routed = jax.device_get(jax.jit(lambda: llama.Llama(cfg).apply(
+      {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions']))())
+  logits = np.float64(hidden) @ np.float64(params['head'])
+  logits -= logits.max(-1, keepdims=True)
+  log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  nll = -np.take_along_axis(log_probs, batch['targets'][..., None], -1)[..., 0]
+
+  _, metrics = step(cfg, params, microbatches(batch, 2), mesh_shape)
   for domain in range(2):
-    assert metrics['tokens_by_domain'][domain] == batch['loss_mask'][domain::2].sum()
-  np.testing.assert_allclose(metrics['load'].sum(-1), 1, rtol=1e-5)
+    scored = batch['loss_mask'] & (batch['domain'] == domain)[:, None]
+    counted = (batch['segment_ids'] > 0) & (batch['domain'] == domain)[:, None]
+    assert metrics['tokens_by_domain'][domain] == scored.sum()
+    np.testing.assert_allclose(metrics['nll_by_domain'][domain], nll[scored].sum(), rtol=1e-5)
+    for layer in range(cfg.num_layers):
+      ours = jax.tree.map(lambda x, at=(layer, domain): x[at], metrics['routing'])
+      ids, gates = routed.ids[layer][counted], np.float64(routed.gates[layer][counted])
+      assert ours.count == counted.sum()
+      np.testing.assert_array_equal(ours.picks, np.bincount(ids.ravel(), minlength=E))
+      np.testing.assert_allclose(
+          ours.gates, [gates[ids == expert].sum() for expert in range(E)], rtol=1e-5)
+
+
+def test_entropy_and_probabilities_against_numpy():
+  logits = normal((2, 3, 4, 5))  # B T E, twice
+  for x in logits.reshape(-1, 3, 4, 5):
+    gates, ids, probs = routing.top_k_router(jnp.asarray(x), 2)
+    sums = routing.routing_sums(gates, ids, probs, jnp.ones((3, 4), bool))
+    p = np.exp(np.float64(x)) / np.exp(np.float64(x)).sum(-1, keepdims=True)
+    np.testing.assert_allclose(sums.entropy, -(p * np.log(p)).sum((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(sums.probs, p.sum(1), rtol=1e-5)
+
+
+def test_norms_by_part_are_those_of_the_whole():
+  params = random_params(TINY_MIXTURE)
+  _, metrics = step(TINY_MIXTURE, params, microbatches(random_batch(TINY_MIXTURE), 1))
+  norms = metrics['param_norms']
+  assert set(norms) == {'embed', 'head', 'attention', 'router', 'experts', 'norm'}
+  whole = np.sqrt(sum((np.float64(x)**2).sum() for x in jax.tree.leaves(params)))
+  np.testing.assert_allclose(np.sqrt(sum(x**2 for x in norms.values())), whole, rtol=1e-5)
+  experts = params['layers']['ffn']['experts']
+  np.testing.assert_allclose(
+      norms['experts'], np.sqrt(sum((x**2).sum() for x in experts.values())), rtol=1e-5)
+  np.testing.assert_allclose(
+      np.sqrt(sum(x**2 for x in metrics['grad_norms'].values())), metrics['grad_norm'], rtol=1e-5)
 
 
 def test_adamw_against_numpy_and_norm_scales_do_not_decay():

@@ -46,6 +46,19 @@ class Tokenizer:
     """The text of token ids."""
     return self._model.decode([int(i) for i in ids])
 
+  def pieces(self, ids: Sequence[int]) -> list[str]:
+    """The text of each token, to be looked at: marks are empty, and what is only a part of a
+    character shows as U+FFFD."""
+    def text(i: int) -> str:
+      if self._model.is_control(i) or self._model.is_unknown(i):
+        return ''
+      piece = self._model.id_to_piece(i)
+      if self._model.is_byte(i):
+        return bytes([int(piece[1:-1], 16)]).decode('utf-8', errors='replace')
+      return piece.replace(_SPACE_MARK, ' ')
+
+    return [text(int(i)) for i in ids]
+
   def _encode_marked(self, text: str) -> list[int]:
     # A character that neither the text nor the vocabulary has becomes its bytes, which are
     # then exchanged for those of the mark.

@@ -70,7 +70,7 @@ def share(text: str) -> float:
 
 def load(folder: str, split: str) -> Tokens:
   """Opens a split that `prepare` has made."""
-  meta = _read_meta(folder)
+  meta = read_meta(folder)
   documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
   ids = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
   return Tokens(ids, documents[:, 0], documents[:, 1], meta['hash'][split])
@@ -96,7 +96,7 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
   made_from = {'domain': {**domain._asdict(), 'paths': list(domain.paths)},
                'tokenizer': tokenizer.hash, 'held_out': held_out}
   if os.path.exists(folder):
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     with contextlib.suppress(UsageError):  # the tokens will do where the text is not at hand
       made_from['text'] = corpora.describe(domain)
     for key, value in made_from.items():
@@ -196,7 +196,8 @@ def _hash_files(folder: str, split: str) -> str:
   return digest.hexdigest()[:16]
 
 
-def _read_meta(folder: str) -> dict:
+def read_meta(folder: str) -> dict:
+  """The content of meta.json. Raises UsageError if it cannot be read."""
   try:
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
       return json.load(file)

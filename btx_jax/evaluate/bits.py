@@ -9,17 +9,32 @@ import numpy as np
 
 from btx_jax import sharding, train
 from btx_jax.data import mixture
+from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
+from btx_jax.model import routing
 from btx_jax.model.config import Config
+
+_SHOWN = 256  # tokens of each domain whose experts are told one by one
 
 
 @functools.cache
 def _eval_step(cfg: Config):
-  return jax.jit(train.make_eval_step(cfg))
+  """(params, batch [B, T]) -> summed loss in nats, its tokens, and for a mixture the gates
+  summed over tokens [L, E], their number, and the first row's gates [T, E], mean over layers."""
+  def step(params, batch):
+    scores = train.forward(cfg, params, batch)
+    if not cfg.num_experts:
+      return scores.nll, scores.tokens, None
+    gates_LBTk, ids_LBTk = scores.routed.gates, scores.routed.ids
+    first_TE = routing.dense_gates(gates_LBTk[:, 0], ids_LBTk[:, 0], cfg.num_experts).mean(0)
+    sums = scores.routed.sums
+    return scores.nll, scores.tokens, (sums.gates.sum(1), sums.count[0].sum(), first_TE)
+
+  return jax.jit(step)
 
 
 def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
-             batch_size: int, end_id: int) -> dict[str, dict]:
+             batch_size: int, tokenizer: Tokenizer) -> dict[str, dict]:
   """Scores whole held-out documents, in windows of `length`.
 
   Bits per byte is the information of the documents' own tokens (without their end marks),
@@ -32,27 +47,31 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
     mesh: where to compute.
     length: T; text beyond it does not see what came before.
     batch_size: rows at a time.
-    end_id: the token that ends documents.
+    tokenizer: of the tokens.
 
   Returns:
     by domain: bits_per_byte, tokens, bytes, and for a mixture gates, the mean gate of each
-    expert in each layer, [L][E].
+    expert in each layer, [L][E], and sample, the beginning of the text: pieces, and gates of
+    each, mean over layers, [pieces][E].
   """
   rows = sharding.local_rows(mesh, batch_size)
   result = {}
   for domain, tokens in held_out.items():
-    nll = scored = 0.0
-    gates = count = 0.0
+    nll = scored = gates = count = 0.0
+    sample = None
     for batch in mixture.evaluation_batches(tokens, length, batch_size):
-      batch['loss_mask'] &= batch['targets'] != end_id
+      batch['loss_mask'] &= batch['targets'] != tokenizer.eos_id
+      first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN]
       batch = sharding.to_global({k: v[rows] for k, v in batch.items()}, mesh, batch_size)
-      batch_nll, batch_tokens, sums = jax.device_get(_eval_step(cfg)(params, batch))
+      batch_nll, batch_tokens, routed = jax.device_get(_eval_step(cfg)(params, batch))
       nll, scored = nll + float(batch_nll), scored + int(batch_tokens)
-      if sums is not None:
-        gates, count = gates + np.float64(sums.gates), count + np.float64(sums.count)
+      if routed is not None:
+        gates, count = gates + np.float64(routed[0]), count + float(routed[1])
+        sample = sample or {'pieces': tokenizer.pieces(first),
+                            'gates': routed[2][:len(first)].round(3).tolist()}
     size = int(tokens.bytes[-1])
     result[domain] = {'bits_per_byte': nll / math.log(2) / size, 'tokens': int(scored),
                       'bytes': size}
-    if cfg.num_experts:
-      result[domain]['gates'] = (gates / count[:, None]).tolist()
+    if sample:
+      result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}
   return result

@@ -1,103 +1,67 @@
 """The comparison: bits per byte by domain of every model of a study, with what each cost."""
 
-import json
-import os
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from btx_jax import manifest
 from btx_jax import plan as plan_lib
-from btx_jax.files import replacing
+from btx_jax.evaluate import scores
 from btx_jax.model import config as model_config
 from btx_jax.plan import Run
+from btx_jax.study import Study
 
 Row = dict[str, Any]
 
 
-def rows(pipeline) -> list[Row]:
-  """A row for every complete run, and for each mixture of different experts two more: the
-  uniform average of these experts, and the mixture before its finetuning.
+def rows(study: Study) -> list[Row]:
+  """A row for every model that has been measured, see scores.models.
 
   A row: name, bits_per_byte by domain, mean, active_params, total_params, tokens and
   train_flops (of the run and all that it comes from), gates by domain for a mixture.
   """
   result = []
-  for run in pipeline.runs.values():
-    if pipeline.state(run.name) != manifest.COMPLETE:
+  for model in scores.models(study):
+    found = scores.read(study, model.run, model.stage)
+    if found is None:
       continue
-    before = plan_lib.lineage(run, pipeline.runs)[1:]
-    if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
-      dense = pipeline.runs[run.sources[0]].model
-      result.append(_row(pipeline, f'average of {run.name}', run, dense, before, 'average',
-                         pipeline.average_params))
-      result.append(_row(pipeline, f'{run.name} unfinetuned', run, run.model, before, 'start',
-                         pipeline.initial_params))
-    result.append(_row(pipeline, run.name, run, run.model, [*before, run], 'final',
-                       lambda run: pipeline.final_params(run.name)))
+    bits = {domain: score['bits_per_byte'] for domain, score in found.items()}
+    result.append({
+        'name': model.name,
+        'bits_per_byte': bits,
+        'mean': sum(bits.values()) / len(bits),
+        'active_params': model_config.num_params(model.sizes, active=True),
+        'total_params': model_config.num_params(model.sizes),
+        'tokens': sum(run.tokens for run in model.trained),
+        'train_flops': sum(run.flops for run in model.trained),
+        'gates': {domain: score['gates'] for domain, score in found.items() if 'gates' in score},
+    })
   return result
 
 
-def _row(pipeline, name: str, run: Run, model: model_config.Config, trained: list[Run],
-         stage: str, make_params) -> Row:
-  scores = _evaluation(pipeline, run, model, stage, make_params)
-  bits = {domain: score['bits_per_byte'] for domain, score in scores.items()}
-  return {
-      'name': name,
-      'bits_per_byte': bits,
-      'mean': sum(bits.values()) / len(bits),
-      'active_params': model_config.num_params(model, active=True),
-      'total_params': model_config.num_params(model),
-      'tokens': sum(r.tokens for r in trained),
-      'train_flops': sum(r.flops for r in trained),
-      'gates': {domain: score['gates'] for domain, score in scores.items() if 'gates' in score},
-  }
-
-
-def _evaluation(pipeline, run: Run, model, stage: str, make_params) -> dict[str, dict]:
-  """Scores by domain, kept in the run's directory with what they were measured on."""
-  path = os.path.join(pipeline.folder(run.name), f'evaluation_{stage}.json')
-  measured_on = {'run': manifest.read(pipeline.folder(run.name))['identity'],
-                 'length': pipeline.config.data.length,
-                 'text': {domain: [tokens.hash, len(tokens.ids)]
-                          for domain, tokens in pipeline.text.held_out.items()}}
-  try:
-    with open(path, encoding='utf-8') as file:
-      kept = json.load(file)
-    if kept['measured_on'] == measured_on:
-      return kept['domains']
-  except (OSError, ValueError, KeyError, TypeError):
-    pass  # not measured yet
-  scores = pipeline.evaluate(model, make_params(run))
-  with replacing(path) as file:
-    json.dump({'measured_on': measured_on, 'domains': scores}, file)
-  return scores
-
-
-def checks(pipeline, table: list[Row]) -> list[dict]:
+def checks(study: Study, table: list[Row]) -> list[dict]:
   """The claims of the method, each computed from the figures: {name, met}.
 
   They are made of every mixture whose sources are one seed and experts branched from it, an
   expert's own domain being the one with the largest weight in its training.
   """
-  settings = pipeline.config.checks
+  settings = study.config.checks
   by_name = {row['name']: row for row in table}
   result = []
 
   def check(name: str, met: bool):
     result.append({'name': name, 'met': bool(met)})
 
-  for run in pipeline.runs.values():
-    experts = _branches(run, pipeline.runs)
+  for run in study.runs.values():
+    experts = _branches(run, study.runs)
     unmixed = [*run.sources, f'average of {run.name}']
     compared = [*unmixed, f'{run.name} unfinetuned', run.name]
     if not experts or any(name not in by_name for name in compared):
       continue
-    seed = pipeline.runs[experts[0]].sources[0]
+    seed = study.runs[experts[0]].sources[0]
     score = lambda name, domain: by_name[name]['bits_per_byte'][domain]
-    own = {name: max(pipeline.runs[name].weights, key=pipeline.runs[name].weights.get)
+    own = {name: max(study.runs[name].weights, key=study.runs[name].weights.get)
            for name in experts}
     for name, domain in own.items():
       gain = score(seed, domain) - score(name, domain)
@@ -147,11 +111,11 @@ def as_text(table: list[Row]) -> Table:
   view.add_column('model', no_wrap=True)
   for heading in (*domains, 'mean', 'active M', 'total M', 'tokens M', 'train TFLOP'):
     view.add_column(heading, justify='right', no_wrap=True)
-  scores = lambda row: [*row['bits_per_byte'].values(), row['mean']]
-  best = [min(column) for column in zip(*map(scores, table))]
+  values = lambda row: [*row['bits_per_byte'].values(), row['mean']]
+  best = [min(column) for column in zip(*map(values, table))]
   for row in table:
     cells = [Text(f'{x:.3f}', style='bold' if x == b else '')
-             for x, b in zip(scores(row), best)]
+             for x, b in zip(values(row), best)]
     view.add_row(Text(row['name']), *cells, f'{row["active_params"] / 1e6:.2f}',
                  f'{row["total_params"] / 1e6:.2f}', f'{row["tokens"] / 1e6:.2f}',
                  f'{row["train_flops"] / 1e12:.1f}')

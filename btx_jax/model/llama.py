@@ -68,8 +68,8 @@ class Mixture(nn.Module):
                          precision=jax.lax.Precision.HIGHEST)
     gates_BTk, ids_BTk, probs_BTE = routing.top_k_router(logits_BTE, cfg.top_k)
     y_BTD = moe.sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, cfg.capacity_factor)
-    gates_BTE = routing.dense_gates(gates_BTk, ids_BTk, E)
-    return y_BTD, routing.routing_sums(gates_BTE, probs_BTE, counted_BT)
+    sums = routing.routing_sums(gates_BTk, ids_BTk, probs_BTE, counted_BT)
+    return y_BTD, routing.Routing(sums, gates_BTk, ids_BTk)
 
 
 class Block(nn.Module):
@@ -83,10 +83,10 @@ class Block(nn.Module):
     x_BTD += Attention(cfg, name='attn')(norm('attn_norm')(x_BTD), rope, segment_ids_BT)
     h_BTD = norm('ffn_norm')(x_BTD)
     if cfg.num_experts:
-      y_BTD, sums = Mixture(cfg, name='ffn')(h_BTD, segment_ids_BT > 0)
+      y_BTD, routed = Mixture(cfg, name='ffn')(h_BTD, segment_ids_BT > 0)
     else:
-      y_BTD, sums = moe.swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
-    return x_BTD + y_BTD, sums
+      y_BTD, routed = moe.swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
+    return x_BTD + y_BTD, routed
 
 
 class Llama(nn.Module):
@@ -106,8 +106,8 @@ class Llama(nn.Module):
       positions_BT: position within the document.
 
     Returns:
-      hidden states [B, T, D] in the compute dtype, and for a mixture the `RoutingSums` of
-      its layers (leading axis L; None for a dense model). `output_head` gives the logits.
+      hidden states [B, T, D] in the compute dtype, and for a mixture the `Routing` of its
+      layers (leading axis L; None for a dense model). `output_head` gives the logits.
     """
     cfg = self.cfg
     embed = self.param('embed', _init, (cfg.vocab_size, cfg.dim))
@@ -122,8 +122,8 @@ class Llama(nn.Module):
     layers = nn.scan(
         block, variable_axes={'params': 0}, split_rngs={'params': True},
         in_axes=nn.broadcast, length=cfg.num_layers)
-    x_BTD, sums = layers(cfg, name='layers')(x_BTD, rope, segment_ids_BT)
-    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name='norm')(x_BTD), sums
+    x_BTD, routed = layers(cfg, name='layers')(x_BTD, rope, segment_ids_BT)
+    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name='norm')(x_BTD), routed
 
 
 def output_head(params, dtype=jnp.float32) -> jax.Array:

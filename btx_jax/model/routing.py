@@ -11,16 +11,35 @@ import jax.numpy as jnp
 
 
 class RoutingSums(NamedTuple):
-  """What the balancing loss and the reports need, summed over tokens.
+  """What the balancing loss and the reports need, summed over groups of tokens.
+
+  The groups G are the rows of a batch when sums leave the model, then domains (`by_domain`).
 
   Attributes:
-    gates: [..., E], gate weights after top-k and softmax.
-    probs: [..., E], softmax over all logits.
-    count: [...], tokens that were counted (padding is not).
+    gates: [..., G, E], gate weights after top-k and softmax.
+    picks: [..., G, E], tokens that went to the expert.
+    probs: [..., G, E], softmax over all logits.
+    entropy: [..., G], of that softmax, in nats.
+    count: [..., G], tokens that were counted (padding is not).
   """
   gates: jax.Array
+  picks: jax.Array
   probs: jax.Array
+  entropy: jax.Array
   count: jax.Array
+
+
+class Routing(NamedTuple):
+  """What a mixture layer did; who reads `sums` only does not pay for the rest.
+
+  Attributes:
+    sums: of each row.
+    gates: [..., B, T, k], weight of each choice.
+    ids: [..., B, T, k], the chosen experts.
+  """
+  sums: RoutingSums
+  gates: jax.Array
+  ids: jax.Array
 
 
 def top_k_router(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -34,16 +53,38 @@ def top_k_router(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, j
   return jax.nn.softmax(top), ids, jax.nn.softmax(logits_BTE)
 
 
-def dense_gates(gates_BTk: jax.Array, ids_BTk: jax.Array, num_experts: int) -> jax.Array:
+def dense_gates(gates_BTk, ids_BTk, num_experts: int) -> jax.Array:
   """Gate of every expert, [B, T, E]: zero where it was not chosen."""
-  return jnp.einsum('btk,btke->bte', gates_BTk, jax.nn.one_hot(ids_BTk, num_experts))
+  # Added up rather than contracted: a TPU would round a matmul's inputs to bfloat16.
+  return (gates_BTk[..., None] * jax.nn.one_hot(ids_BTk, num_experts)).sum(-2)
 
 
-def routing_sums(gates_BTE, probs_BTE, counted_BT) -> RoutingSums:
-  """Sums over the tokens that `counted_BT` marks; over all devices, under jit."""
-  masked_sum = lambda x: jnp.where(counted_BT[..., None], x, 0).sum((0, 1))
-  return RoutingSums(masked_sum(gates_BTE), masked_sum(probs_BTE),
-                     counted_BT.sum().astype(jnp.float32))
+def routing_sums(gates_BTk, ids_BTk, probs_BTE, counted_BT) -> RoutingSums:
+  """Sums over the tokens of each row that `counted_BT` marks."""
+  def over_row(x):
+    counted = counted_BT.reshape(counted_BT.shape + (1,) * (x.ndim - 2))
+    return jnp.where(counted, x, 0).sum(1)
+
+  E = probs_BTE.shape[-1]
+  return RoutingSums(
+      gates=over_row(dense_gates(gates_BTk, ids_BTk, E)),
+      picks=over_row(jax.nn.one_hot(ids_BTk, E).sum(-2)),
+      probs=over_row(probs_BTE),
+      entropy=over_row(jax.scipy.special.entr(probs_BTE).sum(-1)),
+      count=counted_BT.sum(1).astype(jnp.float32))
+
+
+def by_domain(sums: RoutingSums, domain_B, num_domains: int) -> RoutingSums:
+  """The sums of rows added up by the domains that the rows are of."""
+  member_BG = jax.nn.one_hot(domain_B, num_domains)
+  lead = sums.count.ndim - 1  # dimensions before the rows
+
+  def add(x):
+    behind = x.ndim - lead - 1
+    member = member_BG.reshape((1,) * lead + member_BG.shape + (1,) * behind)
+    return (jnp.expand_dims(x, lead + 1) * member).sum(lead)
+
+  return RoutingSums(*map(add, sums))
 
 
 def balance_loss(sums: RoutingSums) -> jax.Array:
@@ -53,11 +94,10 @@ def balance_loss(sums: RoutingSums) -> jax.Array:
   certainty, gives E.
 
   Args:
-    sums: gates and probs [L, E], count [L].
+    sums: gates and probs [L, G, E], count [L, G]; the means are over all groups.
   """
-  num_experts = sums.gates.shape[-1]
-  count = jnp.maximum(sums.count, 1)[..., None]
-  return num_experts * ((sums.gates / count) * (sums.probs / count)).sum()
+  gates, probs, count = _over_groups(sums)
+  return gates.shape[-1] * ((gates / count) * (probs / count)).sum()
 
 
 def balance_loss_share(sums: RoutingSums, whole: RoutingSums) -> jax.Array:
@@ -66,7 +106,11 @@ def balance_loss_share(sums: RoutingSums, whole: RoutingSums) -> jax.Array:
   Over the microbatches of `whole`, the gradients of these shares add up to the gradient of
   balance_loss(whole), and their values to twice its value.
   """
-  num_experts = sums.gates.shape[-1]
-  squared = jnp.maximum(whole.count, 1)[..., None] ** 2
-  whole = jax.lax.stop_gradient(whole)
-  return num_experts * ((sums.gates * whole.probs + sums.probs * whole.gates) / squared).sum()
+  gates, probs, _ = _over_groups(sums)
+  all_gates, all_probs, count = jax.lax.stop_gradient(_over_groups(whole))
+  return gates.shape[-1] * ((gates * all_probs + probs * all_gates) / count**2).sum()
+
+
+def _over_groups(sums: RoutingSums):
+  """Gates and probs [..., E], count [..., 1] (at least 1) over all groups."""
+  return sums.gates.sum(-2), sums.probs.sum(-2), jnp.maximum(sums.count.sum(-1), 1)[..., None]

@@ -1,0 +1,84 @@
+"""The held-out scores of every model of a study, kept in the run directories.
+
+Measuring needs the devices; reading what was measured needs files only.
+"""
+
+from collections.abc import Iterator
+import json
+import os
+from typing import NamedTuple
+
+from btx_jax import manifest
+from btx_jax import plan as plan_lib
+from btx_jax.data import tokens
+from btx_jax.errors import UsageError
+from btx_jax.files import replacing
+from btx_jax.model import config as model_config
+from btx_jax.plan import Run
+from btx_jax.study import Study
+
+FINAL, START, AVERAGE = 'final', 'start', 'average'
+
+
+class Model(NamedTuple):
+  """One model to compare.
+
+  Attributes:
+    name: of its row in the table.
+    run: in whose directory its scores are.
+    stage: 'final', or of a mixture of different experts also 'start', before its finetuning,
+      and 'average', the uniform average of these experts.
+    sizes: of the model.
+    trained: the runs whose training is in it.
+  """
+  name: str
+  run: Run
+  stage: str
+  sizes: model_config.Config
+  trained: list[Run]
+
+
+def models(study: Study) -> Iterator[Model]:
+  """Every model that the complete runs give."""
+  for run in study.runs.values():
+    if study.state(run.name) != manifest.COMPLETE:
+      continue
+    before = plan_lib.lineage(run, study.runs)[1:]
+    if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
+      dense = study.runs[run.sources[0]].model
+      yield Model(f'average of {run.name}', run, AVERAGE, dense, before)
+      yield Model(f'{run.name} unfinetuned', run, START, run.model, before)
+    yield Model(run.name, run, FINAL, run.model, [*before, run])
+
+
+def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
+  """What evaluate.bits found, by domain; None if it was not measured, or on other text."""
+  try:
+    with open(_path(study, run, stage), encoding='utf-8') as file:
+      kept = json.load(file)
+    return kept['domains'] if kept['measured_on'] == _measured_on(study, run) else None
+  except (OSError, ValueError, KeyError, TypeError, UsageError):
+    return None
+
+
+def measure(pipeline) -> None:
+  """Measures every model that was not yet, under the pipeline's mesh."""
+  make = {FINAL: lambda run: pipeline.final_params(run.name), START: pipeline.initial_params,
+          AVERAGE: pipeline.average_params}
+  for model in models(pipeline):
+    if read(pipeline, model.run, model.stage) is None:
+      scores = pipeline.evaluate(model.sizes, make[model.stage](model.run))
+      with replacing(_path(pipeline, model.run, model.stage)) as file:
+        json.dump({'measured_on': _measured_on(pipeline, model.run), 'domains': scores}, file)
+
+
+def _path(study: Study, run: Run, stage: str) -> str:
+  return os.path.join(study.folder(run.name), f'evaluation_{stage}.json')
+
+
+def _measured_on(study: Study, run: Run) -> dict:
+  return {
+      'run': manifest.read(study.folder(run.name))['identity'],
+      'length': study.config.data.length, 'tokens': study.config.evaluation.tokens,
+      'text': {domain: tokens.read_meta(os.path.join(study.data_folder, domain))['hash']['heldout']
+               for domain in sorted(study.config.domains)}}

@@ -1,0 +1,54 @@
+"""What the devices could do and hold: peak FLOP/s, for the share that a run makes use of (MFU),
+and memory."""
+
+import functools
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 FLOP/s of one device, by its kind, from the makers' data sheets.
+_PEAK = {
+    'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12,
+    'TPU v5p': 459e12, 'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
+    'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100-SXM4-80GB': 312e12,
+    'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12,
+}
+
+
+@functools.cache
+def peak_flops(dtype: str) -> float:
+  """FLOP/s that all devices could do at most.
+
+  Of a device that is not in the table, a CPU above all, it is what one large matmul in `dtype`
+  achieves; the fake devices of one CPU share it.
+  """
+  kind = jax.devices()[0].device_kind
+  if kind in _PEAK:
+    return _PEAK[kind] * jax.device_count()
+  shared = jax.default_backend() == 'cpu'
+  return _measured_flops(dtype) * (jax.process_count() if shared else jax.device_count())
+
+
+def _measured_flops(dtype: str, size: int = 1536) -> float:
+  """The best of several matmuls, after one that is not counted."""
+  best = float('inf')
+  with jax.set_mesh(jax.make_mesh((1,), ('one',), devices=jax.local_devices()[:1])):
+    x = jnp.ones((size, size), dtype)
+    matmul = jax.jit(jnp.matmul)
+    for _ in range(6):
+      began = time.perf_counter()
+      matmul(x, x).block_until_ready()
+      best = min(best, time.perf_counter() - began)
+  return 2 * size**3 / best
+
+
+def memory() -> dict[str, int]:
+  """Most bytes that were in use at once: of this process, and of its fullest device."""
+  result = {'host': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  used = [s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s]
+  if used:
+    result['device'] = max(used)
+  return result
