@@ -1,8 +1,14 @@
-"""The command: python -m btx_jax.main --config=configs/demo.py [--run=NAME] [--workdir=DIR].
+"""The command: python -m btx_jax.main --config=configs/demo.py [COMMAND] [--workdir=DIR].
 
-Does every run of the config that is missing, in order, then prints and writes the comparison.
-The same command again continues where the last one stopped. Fields of the config are set by
---config.optimizer.peak_lr=1e-3 and the like.
+Without a command: does every run of the config that is missing, in order (or the one that
+--run names, as a job of its own), then prints the comparison and writes the report. The same
+command again continues where the last one stopped.
+
+  status   how all runs are getting on (--watch: again and again; --json: for machines)
+  report   writes the report anew, from what there is so far
+  data     what the text of each domain is like
+
+Fields of the config are set by --config.optimizer.peak_lr=1e-3 and the like.
 """
 
 import os
@@ -12,7 +18,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from btx_jax.errors import RunError, UsageError
+from btx_jax import errors
+from btx_jax.errors import UsageError, nearest
 
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The config: a file, like configs/demo.py or configs/demo.py:full.',
@@ -20,31 +27,23 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Where checkpoints, tokens and the report go; runs/CONFIG_NAME if not set.')
 RUN = flags.DEFINE_string('run', None, 'Only this run, as a job of its own.')
+PROFILE = flags.DEFINE_integer(
+    'profile', 0, 'Trace so many steps of each run, for xprof and Perfetto.', lower_bound=0)
+WATCH = flags.DEFINE_bool('watch', False, 'status: look again every two seconds, until Ctrl-C.')
+JSON = flags.DEFINE_bool('json', False, 'status: as JSON.')
+DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
-def run(argv: list[str]):
-  """Does what the flags ask for; raises UsageError or RunError."""
-  if len(argv) > 1:
-    raise UsageError(f'Unknown command {argv[1]!r}; there is none so far, only flags.')
-  if not flags.FLAGS['config'].present:
-    raise UsageError('--config is missing; try --config=configs/demo.py')
-  config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
-  if not os.path.isfile(config_file):
-    raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
-  if not isinstance(CONFIG.value, ConfigDict):
-    raise UsageError(f'{config_file}: get_config() must return what configs/base.py makes, not '
-                     f'a {type(CONFIG.value).__name__}.')
-  # Imported here, so that usage errors come at once.
+def train(name: str, workdir: str):
+  """Does what is missing, then tells what came out."""
+  # Imported here and below, so that usage errors and looking on take no time.
   import jax
 
-  from btx_jax.evaluate import report, scores
-  from btx_jax.evaluate import table as table_lib
+  from btx_jax.evaluate import report, table
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
-  name = os.path.splitext(os.path.basename(config_file))[0]
-  workdir = WORKDIR.value or os.path.join('runs', name)
-  pipeline = Pipeline(CONFIG.value, workdir)
+  pipeline = Pipeline(CONFIG.value, workdir, PROFILE.value)
   say(f'{name} in {workdir}: {len(pipeline.runs)} runs, on {jax.device_count()} '
       f'{jax.devices()[0].platform} device(s)')
   trained = pipeline.train(RUN.value)
@@ -54,58 +53,70 @@ def run(argv: list[str]):
     return
   if not trained:
     say('Every run is complete already.')
-  with jax.set_mesh(pipeline.mesh):
-    scores.measure(pipeline)
-  table = table_lib.rows(pipeline)
-  checks = table_lib.checks(pipeline, table)
-  show(table_lib.as_text(table))
-  for check in checks:
+  rows = table.rows(pipeline)
+  show(table.as_text(rows))
+  for check in table.checks(pipeline, rows):
     say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
-  folder = report.write(os.path.join(workdir, 'report'), name, table, checks)
-  say(f'Report: {folder}. Your own text: copy configs/demo.py to configs/mine.py, point '
-      'domains at your files, and run --config=configs/mine.py')
+  say(f'Report: {report.write(pipeline, name)}. Your own text: copy configs/demo.py to '
+      'configs/mine.py, point domains at your files, and run --config=configs/mine.py')
+
+
+def status(name: str, workdir: str):
+  """Shows how the runs are getting on."""
+  del name
+  from btx_jax import status as status_lib
+  from btx_jax.study import Study
+  status_lib.tell(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
+
+
+def report(name: str, workdir: str):
+  """Writes the report."""
+  from btx_jax.evaluate import report as report_lib
+  from btx_jax.study import Study
+  from btx_jax.terminal import say
+  say(f'Report: {report_lib.write(Study(CONFIG.value, workdir), name)}')
+
+
+COMMANDS = {'train': train, 'status': status, 'report': report}
+
+
+def run(argv: list[str]):
+  """Does what the flags ask for; raises UsageError or RunError."""
+  if len(argv) > 2:
+    raise UsageError(f'One command at a time, not {" ".join(argv[1:])!r}.')
+  command = argv[1] if len(argv) > 1 else 'train'
+  if command not in COMMANDS:
+    raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
+  if not flags.FLAGS['config'].present:
+    raise UsageError('--config is missing; try --config=configs/demo.py')
+  config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
+  if not os.path.isfile(config_file):
+    raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
+  if not isinstance(CONFIG.value, ConfigDict):
+    raise UsageError(f'{config_file}: get_config() must return what configs/base.py makes, not '
+                     f'a {type(CONFIG.value).__name__}.')
+  name = os.path.splitext(os.path.basename(config_file))[0]
+  COMMANDS[command](name, WORKDIR.value or os.path.join('runs', name))
 
 
 def _parse(argv: list[str]) -> list[str]:
+  flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the command
   try:
     return flags.FLAGS(argv)
-  except Exception as error:  # a config file is code: it may raise anything
+  except Exception:  # a config file is code: it may raise anything
     slashed = next((arg for arg in argv if re.match(r'--config\.runs\.[^=]*/', arg)), None)
     if slashed:
-      _stop(f"{slashed}: write the name of a run with a slash as in "
-            "--config.runs['expert/code'].steps=100", 2)
-    _stop(_explain(error), 2)
-
-
-def _explain(error: BaseException) -> str:
-  """The message; ml_collections quotes a traceback if a config file fails: its end will do."""
-  missing = isinstance(error, AttributeError | KeyError)
-  while error.args and isinstance(error.args[0], BaseException):
-    error = error.args[0]
-  message = ' '.join(map(str, error.args)) or repr(error)
-  if missing and message.startswith("'"):
-    message = f'the config has no field {message}'
-  if 'Traceback (most recent call last)' not in message:
-    return message.replace('\n', ' ')
-  file, line = re.findall(r'File "([^"]*)", line (\d+)', message)[-1]
-  return f'{os.path.relpath(file)}, line {line}: {message.strip().splitlines()[-1]}'
-
-
-def _stop(error: BaseException | str, code: int):
-  print(f'btx_jax: {error}', file=sys.stderr)
-  sys.exit(code)
+      error = UsageError(f"{slashed}: write the name of a run with a slash as in "
+                         "--config.runs['expert/code'].steps=100")
+    sys.exit(errors.tell(errors.of_config(error), debug='--debug' in argv))
 
 
 def _main(argv: list[str]):
   logging.set_verbosity(logging.ERROR)  # orbax and jax tell much that is not for here
   try:
     run(argv)
-  except UsageError as error:
-    _stop(error, 2)
-  except RunError as error:
-    _stop(error, 1)
-  except KeyboardInterrupt:
-    _stop('stopped; the same command again continues from the last checkpoint.', 130)
+  except (Exception, KeyboardInterrupt) as error:
+    sys.exit(errors.tell(error, DEBUG.value))
 
 
 if __name__ == '__main__':

@@ -10,12 +10,13 @@ import json
 import os
 import platform
 import socket
+import time
 from typing import Any
 
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
-RUNNING, COMPLETE, FAILED = 'running', 'complete', 'failed'
+RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
 _NAME = 'manifest.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
              'sentencepiece')
@@ -48,14 +49,14 @@ def read(folder: str) -> dict | None:
 def write(folder: str, manifest: dict):
   """Replaces the manifest in one step, so that a reader never sees half of it."""
   with replacing(os.path.join(folder, _NAME)) as file:
-    json.dump(manifest | {'updated': _now()}, file, indent=1)
+    json.dump(manifest | {'updated': now()}, file, indent=1)
 
 
 def begin(name: str, spec: dict) -> dict:
   """The manifest of a run that starts now."""
   return {
       'name': name, 'state': RUNNING, 'identity': identity(spec), 'spec': spec,
-      'started': _now(), 'steps_done': 0, 'seconds': 0.0, 'tokens_by_domain': {},
+      'started': now(), 'steps_done': 0, 'seconds': 0.0, 'tokens_by_domain': {},
       'versions': _versions(),
   }
 
@@ -81,7 +82,7 @@ def lock(folder: str):
   os.makedirs(folder, exist_ok=True)
   with open(os.path.join(folder, 'lock'), 'a+', encoding='utf-8') as file:
     try:
-      fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _lock(file)
     except OSError as error:
       if error.errno in (errno.EACCES, errno.EAGAIN):
         file.seek(0)
@@ -93,14 +94,42 @@ def lock(folder: str):
     yield
 
 
+def _lock(file, tries: int = 20):
+  """Tries for a second: whoever asks whether a lock is held holds it for a moment."""
+  for left in reversed(range(tries)):
+    try:
+      return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      if not left:
+        raise
+      time.sleep(1 / tries)
+
+
+def held(folder: str) -> bool:
+  """Whether a process is at work in a run directory; True where that cannot be known."""
+  try:
+    with open(os.path.join(folder, 'lock'), encoding='utf-8') as file:
+      fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except FileNotFoundError:
+    return False
+  except OSError:
+    return True
+  return False
+
+
 def check(folder: str, manifest: dict, spec: dict):
   """Raises UsageError if the run in `folder` is not the one that `spec` describes."""
-  lines = [f'  {path}: {was!r} there, {now!r} now'
-           for path, was, now in _differences(manifest['spec'], spec)]
+  lines = differences(manifest, dict.fromkeys(manifest['spec']) | spec)
   if lines:
     raise UsageError(
-        f'{folder} belongs to another config:\n' + '\n'.join(lines) +
+        f'{folder} belongs to another config:\n' + '\n'.join(f'  {line}' for line in lines) +
         '\nNothing was touched. Use another --workdir, or delete that folder to train anew.')
+
+
+def differences(manifest: dict, spec: dict) -> list[str]:
+  """What `spec`, or a part of one, says otherwise than a manifest: 'steps: 6 there, 8 now'."""
+  known = {key: manifest['spec'].get(key) for key in spec}
+  return [f'{path}: {was!r} there, {now!r} now' for path, was, now in _differences(known, spec)]
 
 
 def _differences(was: Any, now: Any, path: str = ''):
@@ -116,5 +145,6 @@ def _versions() -> dict[str, str]:
           **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
-def _now() -> str:
+def now() -> str:
+  """The time as manifests write it."""
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -14,7 +14,7 @@ Every line has `step` and `time` (seconds since 1970). A line of training has
   memory              largest number of bytes so far: host, device
   balance             load-balancing loss of this step, summed over layers
   routing             see evaluate/routing.py: describe
-  warnings            sentences, each only once in a run
+  warnings            sentences, each only once in a run; `troubles` is what they are about
 
 and a line of evaluation has `bits_per_byte` by domain.
 """
@@ -109,9 +109,11 @@ def _scalars(values: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, fl
   """Numbers with the path to them; what is listed by layer becomes its mean over layers."""
   for key, value in values.items():
     name = f'{prefix}{key}'
+    if key in ('warnings', 'troubles'):
+      continue  # words
     if isinstance(value, list) and value and isinstance(value[0], list):
       value = dict(enumerate(map(_mean, zip(*value))))  # [L][E]: by expert
-    elif isinstance(value, list) and value and not isinstance(value[0], str):
+    elif isinstance(value, list) and value:
       value = _mean(value)
     if isinstance(value, dict):
       yield from _scalars(value, f'{name}/')

@@ -12,7 +12,7 @@ from btx_jax import plan as plan_lib
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import bits
+from btx_jax.evaluate import bits, scores
 from btx_jax.model import config as model_config
 from btx_jax.model import llama
 from btx_jax.plan import Run
@@ -34,7 +34,9 @@ class Pipeline(Study):
     sharding.check_rows(self.mesh, config.evaluation.batch_size, 'evaluation.batch_size')
 
   def train(self, only: str | None = None) -> bool:
-    """Trains every run that is not complete, or only the one named; True if there was one.
+    """Trains and measures every run that is not complete, or only the one named.
+
+    Returns whether there was one to train.
 
     Raises:
       UsageError: there is no such run, it starts from one that is not complete, it cannot be
@@ -42,14 +44,14 @@ class Pipeline(Study):
         touched then.
     """
     if only is None:
-      wanted = list(self.runs.values())
+      asked = list(self.runs.values())
     else:
-      wanted = [self.run(only)]
-      for source in wanted[0].sources:
+      asked = [self.run(only)]
+      for source in asked[0].sources:
         if self.state(source) != manifest.COMPLETE:
           raise UsageError(f'--run={only} starts from {source!r}, which is '
                            f'{self.state(source)}; do --run={source} first.')
-    wanted = [run for run in wanted if self.state(run.name) != manifest.COMPLETE]
+    wanted = [run for run in asked if self.state(run.name) != manifest.COMPLETE]
     for run in wanted:
       self._check_layout(run)
     for name in self.runs:
@@ -59,11 +61,13 @@ class Pipeline(Study):
       elif os.path.exists(os.path.join(folder, 'checkpoints')):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train anew.')
-    orders = [self._order(run) for run in wanted]
+    orders = {run.name: self._order(run) for run in wanted}
     with jax.set_mesh(self.mesh):
-      for run, order in zip(wanted, orders):
-        with manifest.lock(self.folder(run.name)):
-          self._train(run, order)
+      for run in asked:
+        if run.name in orders:
+          with manifest.lock(self.folder(run.name)):
+            self._train(run, orders[run.name])
+        scores.measure(self, run)
     return bool(wanted)
 
   def _check_layout(self, run: Run):
@@ -99,11 +103,13 @@ class Pipeline(Study):
     if found and found['state'] == manifest.COMPLETE:
       return  # by another job, since we looked
     found = manifest.go_on(found) if found else manifest.begin(run.name, self.spec(run.name))
+    found['devices'] = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     manifest.write(folder, found)
-    began = time.monotonic()
+    began, before = time.monotonic(), found['seconds']
 
     def on_checkpoint(step: int, tokens_by_domain: dict[str, int]):
-      found.update(steps_done=step, tokens_by_domain=tokens_by_domain)
+      found.update(steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now(),
+                   seconds=before + time.monotonic() - began)
       manifest.write(folder, found)
 
     settings = loop.Settings(
@@ -116,11 +122,14 @@ class Pipeline(Study):
           list(self.text.train), settings, functools.partial(self.evaluate, run.model),
           on_checkpoint)
       found['state'] = manifest.COMPLETE
+    except KeyboardInterrupt:
+      found['state'] = manifest.STOPPED
+      raise
     except BaseException as error:
-      found |= {'state': manifest.FAILED, 'error': repr(error)}
+      found |= {'state': manifest.FAILED, 'error': str(error) or repr(error)}
       raise
     finally:
-      found['seconds'] += time.monotonic() - began
+      found['seconds'] = before + time.monotonic() - began
       manifest.write(folder, found)
 
   def initial_params(self, run: Run):

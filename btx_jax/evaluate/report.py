@@ -1,41 +1,276 @@
-"""WORKDIR/report: the comparison as report.json and as one picture."""
+"""WORKDIR/report: one HTML file that needs nothing else, its pictures, and the figures as JSON.
 
+Made from files alone, at any time: what is not there yet is left out.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+import datetime
+import html
 import json
 import os
+from typing import Any
 
+import numpy as np
+
+from btx_jax import manifest, metrics, plan
+from btx_jax import status as status_lib
+from btx_jax.data import tokens
+from btx_jax.errors import UsageError
+from btx_jax.evaluate import pictures, scores
 from btx_jax.evaluate import table as table_lib
 from btx_jax.files import replacing
+from btx_jax.plan import Run
+from btx_jax.study import Study
+
+_STYLE = '''
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem;
+       max-width: 1100px; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+.quiet { color: #666; } .bad { color: #b3261e; } .good { color: #1b6e3c; }
+.wide { overflow-x: auto; }
+.wide img { width: 100%; min-width: 600px; max-width: 900px; display: block; }
+table { border-collapse: collapse; font-size: 14px; }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap;
+         border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }
+th:first-child, td.name { text-align: left; }
+td.name { white-space: normal; min-width: 7em; } td.best { font-weight: bold; color: #c8553d; }
+.text { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+        border: 1px solid #ddd; border-radius: 4px; padding: .6rem; max-height: 22em;
+        overflow-y: auto; }
+.key { display: inline-block; padding: 0 .5em; margin-right: .4em; border-radius: 3px; }
+ul { padding-left: 1.2rem; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .wide, .text { overflow: visible; max-height: none; }
+  .wide img { min-width: 0; } table { font-size: 7.5pt; } th, td { padding: .1rem .25rem; }
+  .wide, tr, li { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
+'''
 
 
-def write(folder: str, config_name: str, table: list[table_lib.Row], checks: list[dict]) -> str:
-  """Writes report.json and bits_per_byte.png; returns the folder."""
-  os.makedirs(folder, exist_ok=True)
-  path = os.path.join(folder, 'report.json')
+def write(study: Study, config_name: str) -> str:
+  """Writes the report; returns the path of its HTML file.
+
+  Raises:
+    UsageError: nothing of the study has been started, so that there is nothing to tell.
+  """
+  status = status_lib.collect(study)
+  if status['notes']:
+    raise UsageError(f'There is nothing to report: {status["notes"][0]}')
+  rows = table_lib.rows(study)
+  checks = table_lib.checks(study, rows)
+  folder = os.path.join(study.workdir, 'report')
+  with replacing(os.path.join(folder, 'report.json')) as file:
+    json.dump({'config': config_name, 'rows': rows, 'checks': checks, 'runs': status['runs']},
+              file, indent=1)
+  page = ''.join(_page(study, config_name, folder, status, rows, checks))
+  path = os.path.join(folder, 'report.html')
   with replacing(path) as file:
-    json.dump({'config': config_name, 'rows': table, 'checks': checks}, file, indent=1)
-  _picture(os.path.join(folder, 'bits_per_byte.png'), table)
-  return folder
+    file.write(page)
+  return path
 
 
-def _picture(path: str, table: list[table_lib.Row]):
-  """One panel a domain and one for the mean, a bar for each model."""
-  from matplotlib.figure import Figure  # imported late: it takes a second
-  panels = {domain: [row['bits_per_byte'][domain] for row in table]
-            for domain in table[0]['bits_per_byte']}
-  panels['mean'] = [row['mean'] for row in table]
-  names = [row['name'] for row in table]
-  figure = Figure(figsize=(2.2 + 1.9 * len(panels), 1.2 + 0.3 * len(table)), dpi=130,
-                  layout='constrained')
-  axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-  for axis, (panel, values) in zip(axes, panels.items()):
-    best = min(values)
-    bars = axis.barh(names, values, color=['#c8553d' if v == best else '#8fa3bf' for v in values])
-    axis.bar_label(bars, fmt='%.2f', padding=2, fontsize=8)
-    axis.set_title(panel, fontsize=10)
-    axis.set_xlim(0, 1.22 * max(values))
-    axis.spines[['top', 'right', 'bottom']].set_visible(False)
-    axis.tick_params(axis='x', bottom=False, labelbottom=False)
-    axis.tick_params(axis='y', labelsize=8)
-  axes[0].invert_yaxis()
-  figure.suptitle('Bits per byte on held-out text (less is better; the best is red)', fontsize=10)
-  figure.savefig(path)
+def _page(study: Study, config_name: str, folder: str, status, rows, checks) -> Iterator[str]:
+  lines = {name: [line for line in metrics.read(study.folder(name)) if 'loss' in line]
+           for name in study.runs}
+  mixtures = [run for run in study.runs.values() if run.model.num_experts]
+
+  def picture(name: str, png: bytes, about: str) -> str:
+    with replacing(os.path.join(folder, f'{name}.png'), 'wb') as file:
+      file.write(png)
+    data = base64.b64encode(png).decode()
+    return f'<div class="wide"><img alt="{_text(about)}" src="data:image/png;base64,{data}"></div>'
+
+  yield (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+         f'<link rel="icon" href="data:,"><title>{_text(config_name)}: Branch-Train-MiX</title>'
+         f'<style>{_STYLE}</style></head><body><h1>{_text(config_name)}</h1>')
+  yield _head(study, status)
+
+  if rows:
+    yield '<h2>Bits per byte on held-out text</h2>'
+    yield _comparison(rows)
+    yield picture('bits_per_byte', pictures.bits_per_byte(rows), 'Bits per byte of every model')
+  if checks:
+    yield '<h3>What the method claims, of these figures</h3><ul>'
+    for check in checks:
+      kind, word = ('good', 'met') if check['met'] else ('bad', 'NOT MET')
+      yield f'<li><b class="{kind}">{word}</b> {_text(check["name"])}</li>'
+    yield '</ul>'
+
+  curves = {name: _curve(study, study.runs[name], lines[name]) for name in lines if lines[name]}
+  if curves:
+    yield '<h2>Training</h2>'
+    yield picture('curves', pictures.curves(curves), 'Training loss by tokens and by FLOPs')
+    yield ('<p class="quiet">Every run on its own mixture of domains, so that runs of different '
+           'mixtures do not compare. Of the tokens of one domain alone:</p>')
+    yield picture('curves_by_domain', pictures.curves_by_domain(curves, sorted(
+        study.config.domains)), 'Training loss by domain')
+
+  for run in mixtures:
+    yield from _mixture(study, run, lines[run.name], picture)
+
+  yield '<h2>Where each run came from, and what it cost</h2>'
+  notes = {run['name']: f'{run["state"]}, {study.runs[run["name"]].tokens / 1e6:,.1f} M tokens'
+           for run in status['runs']}
+  yield picture('graph', pictures.graph(
+      {name: run.sources for name, run in study.runs.items()}, notes), 'The graph of the runs')
+  yield _cost(study, status, lines)
+  yield _text_table(study)
+  yield '</body></html>\n'
+
+
+def _head(study: Study, status) -> str:
+  complete = sum(run['state'] == 'complete' for run in status['runs'])
+  made = datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')
+  parts = [f'<p class="quiet">Branch-Train-MiX in {_text(os.path.abspath(study.workdir))}, as of '
+           f'{made}: {complete} of {len(status["runs"])} runs complete.</p><ul>']
+  for run in status['runs']:
+    if run['state'] not in ('complete', 'missing'):
+      parts.append(f'<li>{_text(run["name"])} is {run["state"]}, step {run["step"]:,} of '
+                   f'{run["steps"]:,}</li>')
+    if run['error']:
+      parts.append(f'<li class="bad">{_text(run["name"])}: {_text(run["error"])}</li>')
+    parts += [f'<li class="bad">{_text(run["name"])}: {_text(warning)}</li>'
+              for warning in run['warnings']]
+  return ''.join(parts) + '</ul>'
+
+
+def _comparison(rows) -> str:
+  domains = list(rows[0]['bits_per_byte'])
+  values = [[*row['bits_per_byte'].values(), row['mean']] for row in rows]
+  best = [min(column) for column in zip(*values)]
+  body = []
+  for row, scored in zip(rows, values):
+    cells = [(f'{x:.3f}', 'best' if x == b else '') for x, b in zip(scored, best)]
+    cells += [(f'{row[key] / unit:,.{digits}f}', '') for key, unit, digits in (
+        ('active_params', 1e6, 2), ('total_params', 1e6, 2), ('tokens', 1e6, 2),
+        ('train_flops', 1e12, 1))]
+    body.append([(row['name'], 'name'), *cells])
+  return _table(['model', *domains, 'mean', 'active M', 'total M', 'tokens M', 'train TFLOP'],
+                body) + ('<p class="quiet">Less is better; the best is bold and red. Tokens and '
+                         'FLOPs are those of a model and of all that it came from.</p>')
+
+
+def _curve(study: Study, run: Run, lines) -> dict[str, list]:
+  """A run's losses, by what it and all that it came from have cost until then."""
+  before = plan.lineage(run, study.runs)[1:]
+  tokens_before, flops_before = (sum(getattr(r, cost) for r in before)
+                                 for cost in ('tokens', 'flops'))
+  done = [line['step'] / run.steps for line in lines]
+  return {'tokens': [tokens_before + share * run.tokens for share in done],
+          'flops': [flops_before + share * run.flops for share in done],
+          'loss': [line['loss'] for line in lines],
+          'loss_by_domain': [line.get('loss_by_domain', {}) for line in lines]}
+
+
+def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
+  """Which experts serve whom: heat maps, their load over time, and a piece of text."""
+  file_name = run.name.replace('/', '_')
+  routed = [line for line in lines if 'routing' in line]
+  stages = {}
+  for title, stage in (('before', scores.START), ('after', scores.FINAL)):
+    found = scores.read(study, run, stage)
+    if found:
+      stages[title] = {domain: score['gates'] for domain, score in found.items()}
+  if not stages and not routed:
+    return
+  yield f'<h2>Experts of {_text(run.name)}</h2>'
+  if stages:
+    yield ('<p>Mean gate of every expert in every layer on held-out text, before and after '
+           'finetuning: who serves which domain.</p>')
+    yield picture(f'experts_{file_name}', pictures.experts(stages, run.sources),
+                  f'Experts by domain and layer of {run.name}')
+  if routed:
+    yield ('<p>Load: the share of all choices that went to an expert, mean over layers and the '
+           'range of layers; even is dotted. Information: how much a token\'s domain and its '
+           'expert tell about each other, 0 where routing knows nothing of domains.</p>')
+    column = lambda key: np.asarray([line['routing'][key] for line in routed])
+    yield picture(
+        f'load_{file_name}', pictures.load(
+            [line['step'] for line in routed], column('load'), column('mutual_information'),
+            column('entropy'), run.sources), f'Load of the experts of {run.name}')
+  found = scores.read(study, run, scores.FINAL)
+  if found:
+    yield '<p>Held-out text; a token has the colour of the expert with its largest gate, '
+    yield 'mean over layers.</p><p>'
+    for i, name in enumerate(run.sources):
+      yield f'<span class="key" style="background:{_tint(i, 0.6)}">{i} {_text(name)}</span>'
+    yield '</p>'
+    for domain, score in found.items():
+      yield f'<h3>{_text(domain)}</h3><div class="text">'
+      for piece, gates in zip(score['sample']['pieces'], score['sample']['gates']):
+        top = int(np.argmax(gates))
+        yield (f'<span style="background:{_tint(top, gates[top])}" '
+               f'title="{_text(run.sources[top])} {gates[top]:.2f}">{_text(piece)}</span>')
+      yield '</div>'
+
+
+def _tint(expert: int, strength: float) -> str:
+  red, green, blue = (int(pictures.color(expert)[i:i + 2], 16) for i in (1, 3, 5))
+  return f'rgba({red},{green},{blue},{0.1 + 0.6 * strength:.2f})'
+
+
+def _cost(study: Study, status, lines) -> str:
+  body = []
+  for found in status['runs']:
+    run = study.runs[found['name']]
+    about = _manifest(study, run)
+    speeds = [(line['tokens_per_second'], line['mfu'])
+              for line in lines[run.name] if 'tokens_per_second' in line]
+    speed, mfu = np.median(speeds, axis=0) if speeds else (None, None)
+    done = found['step'] / run.steps
+    sources = ', '.join(dict.fromkeys(run.sources)) or '-'
+    start = {plan.MIX: f'mix of {sources}', plan.CHECKPOINT: sources}.get(run.init, run.init)
+    domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in run.weights.items())
+    body.append([
+        (run.name, 'name'), (found['state'], 'name'), (start, 'name'), (domains, 'name'),
+        f'{found["step"]:,}/{run.steps:,}', f'{done * run.tokens / 1e6:,.2f}',
+        f'{done * run.flops / 1e12:,.1f}', f'{about.get("seconds", 0) / 60:,.1f}',
+        about.get('devices', '-'), '-' if speed is None else f'{speed:,.0f}',
+        '-' if mfu is None else f'{mfu:.0%}'])
+  return _table(['run', 'state', 'starts from', 'trained on', 'steps', 'tokens M', 'TFLOP',
+                 'minutes', 'devices', 'tokens/s', 'MFU'], body)
+
+
+def _manifest(study: Study, run: Run) -> Mapping[str, Any]:
+  try:
+    return manifest.read(study.folder(run.name)) or {}
+  except UsageError:
+    return {}
+
+
+def _text_table(study: Study) -> str:
+  body = []
+  for domain in sorted(study.config.domains):
+    try:
+      meta = tokens.read_meta(os.path.join(study.data_folder, domain))
+    except UsageError:
+      continue  # not tokenized yet
+    train, held_out = meta['train'], meta['heldout']
+    body.append([
+        (domain, 'name'), f'{train["documents"]:,}', f'{train["bytes"] / 1e6:,.2f}',
+        f'{train["tokens"] / 1e6:,.2f}', f'{train["bytes"] / train["tokens"]:.2f}',
+        f'{held_out["documents"]:,}', f'{held_out["bytes"] / 1e6:,.2f}',
+        f'{meta.get("skipped", {}).get("count", 0):,}'])
+  if not body:
+    return ''
+  return '<h2>Text</h2>' + _table(
+      ['domain', 'documents', 'MB', 'tokens M', 'bytes per token', 'held-out documents',
+       'held-out MB', 'skipped'], body)
+
+
+def _table(heads, rows) -> str:
+  """Rows of cells: a text, or a text and its class."""
+  cells = lambda row: ''.join(
+      f'<td>{_text(cell)}</td>' if isinstance(cell, str) else
+      f'<td class="{cell[1]}">{_text(cell[0])}</td>' for cell in row)
+  head = ''.join(f'<th>{_text(name)}</th>' for name in heads)
+  body = ''.join(f'<tr>{cells(row)}</tr>' for row in rows)
+  return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _text(value: str) -> str:
+  return html.escape(value)

@@ -16,6 +16,7 @@ from btx_jax.files import replacing
 from btx_jax.model import config as model_config
 from btx_jax.plan import Run
 from btx_jax.study import Study
+from btx_jax.terminal import say
 
 FINAL, START, AVERAGE = 'final', 'start', 'average'
 
@@ -39,9 +40,12 @@ class Model(NamedTuple):
 
 
 def models(study: Study) -> Iterator[Model]:
-  """Every model that the complete runs give."""
+  """Every model that the complete runs give; a run whose manifest cannot be read has none."""
   for run in study.runs.values():
-    if study.state(run.name) != manifest.COMPLETE:
+    try:
+      if study.state(run.name) != manifest.COMPLETE:
+        continue
+    except UsageError:
       continue
     before = plan_lib.lineage(run, study.runs)[1:]
     if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
@@ -61,15 +65,16 @@ def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
     return None
 
 
-def measure(pipeline) -> None:
-  """Measures every model that was not yet, under the pipeline's mesh."""
+def measure(pipeline, run: Run) -> None:
+  """Measures the models of a complete run that were not yet, under the pipeline's mesh."""
   make = {FINAL: lambda run: pipeline.final_params(run.name), START: pipeline.initial_params,
           AVERAGE: pipeline.average_params}
   for model in models(pipeline):
-    if read(pipeline, model.run, model.stage) is None:
-      scores = pipeline.evaluate(model.sizes, make[model.stage](model.run))
-      with replacing(_path(pipeline, model.run, model.stage)) as file:
-        json.dump({'measured_on': _measured_on(pipeline, model.run), 'domains': scores}, file)
+    if model.run is run and read(pipeline, run, model.stage) is None:
+      say(f'{model.name}: measuring')
+      scores = pipeline.evaluate(model.sizes, make[model.stage](run))
+      with replacing(_path(pipeline, run, model.stage)) as file:
+        json.dump({'measured_on': _measured_on(pipeline, run), 'domains': scores}, file)
 
 
 def _path(study: Study, run: Run, stage: str) -> str:

@@ -1,0 +1,221 @@
+"""The pictures of the report. Each function draws one and gives back its PNG."""
+
+from collections.abc import Mapping, Sequence
+import io
+
+import numpy as np
+
+BEST, OTHER = '#c8553d', '#8fa3bf'
+# For runs and experts, in their order; told apart by eyes that see few colours, too (Okabe, Ito).
+COLORS = ('#4d4d4d', '#0072b2', '#009e73', '#e69f00', '#d55e00', '#cc79a7', '#56b4e9', '#a6761d')
+
+_DPI = 110
+
+
+def color(index: int) -> str:
+  return COLORS[index % len(COLORS)]
+
+
+def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
+  """A panel for each domain and one for the mean, a bar for each model."""
+  panels = {domain: [row['bits_per_byte'][domain] for row in rows]
+            for domain in rows[0]['bits_per_byte']}
+  panels['mean'] = [row['mean'] for row in rows]
+  names = [row['name'] for row in rows]
+  longest = max(map(len, names))
+  columns = min(len(panels), 3)
+  figure, axes = _panels(len(panels), columns, 0.5 + 0.24 * len(rows), left=0.075 * longest)
+  for i, (axis, (panel, values)) in enumerate(zip(axes, panels.items())):
+    best = min(values)
+    bars = axis.barh(range(len(values)), values,
+                     color=[BEST if value == best else OTHER for value in values])
+    axis.bar_label(bars, fmt='%.2f', padding=2, fontsize=8)
+    axis.set_yticks(range(len(names)), names if i % columns == 0 else [''] * len(names))
+    axis.set_xlim(0, 1.25 * max(values))
+    axis.invert_yaxis()
+    axis.set_title(panel, fontsize=9)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(bottom=False, labelbottom=False, left=False)
+  return _png(figure)
+
+
+def curves(runs: Mapping[str, Mapping]) -> bytes:
+  """Training loss of all runs by tokens and by FLOPs; each begins where its sources ended.
+
+  Args:
+    runs: by name: tokens, flops, loss: sequences of equal length.
+  """
+  figure, axes = _panels(2, 2, 3.0, legend=len(runs), above=0.1)
+  for axis, by, unit in zip(axes, ('tokens', 'flops'), (' tokens', 'FLOP')):
+    scale, prefix = _scale([run[by] for run in runs.values()])
+    for i, (name, run) in enumerate(runs.items()):
+      axis.plot(np.asarray(run[by]) / scale, run['loss'], color=color(i), linewidth=1.2,
+                label=name)
+    axis.set_xlabel(f'{prefix}{unit}, with all it came from')
+    axis.set_ylabel('loss, nats per token')
+  _limits(axes, [run['loss'] for run in runs.values()])
+  _legend(figure, axes[0])
+  return _png(figure)
+
+
+def curves_by_domain(runs: Mapping[str, Mapping], domains: Sequence[str]) -> bytes:
+  """The same by FLOPs, for the tokens of each domain alone; `runs` also has loss_by_domain."""
+  figure, axes = _panels(len(domains), 2, 2.4, legend=len(runs))
+  scale, prefix = _scale([run['flops'] for run in runs.values()])
+  for axis, domain in zip(axes, domains):
+    for i, (name, run) in enumerate(runs.items()):
+      loss = [at.get(domain, np.nan) for at in run['loss_by_domain']]
+      axis.plot(np.asarray(run['flops']) / scale, loss, color=color(i), linewidth=1.2, label=name)
+    _limits([axis], [[at[domain] for at in run['loss_by_domain'] if domain in at]
+                     for run in runs.values()])
+    axis.set_title(domain, fontsize=9)
+    axis.set_xlabel(f'{prefix}FLOP')
+  _legend(figure, axes[0])
+  return _png(figure)
+
+
+def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) -> bytes:
+  """Mean gate of every expert in every layer: a row of heat maps a stage, one a domain.
+
+  Args:
+    stages: title -> domain -> [L][E].
+    names: of the experts.
+  """
+  domains = list(next(iter(stages.values())))
+  layers = len(next(iter(stages.values()))[domains[0]])
+  under = 0.15 + 0.075 * max(map(len, names))
+  figure, axes = _panels(len(stages) * len(domains), len(domains),
+                         0.3 + min(0.26 * layers, 4.5) + under, between=0.15, under=under)
+  for axis, (title, domain, gates) in zip(axes, (
+      (title, domain, np.asarray(gates)) for title, by_domain in stages.items()
+      for domain, gates in by_domain.items())):
+    axis.imshow(gates, vmin=0, vmax=1, cmap='Blues', aspect='auto')
+    if gates.size <= 64:
+      for (layer, expert), gate in np.ndenumerate(gates):
+        axis.text(expert, layer, f'{gate:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7,
+                  color='white' if gate > 0.6 else 'black')
+    axis.set_title(f'{domain}, {title}', fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(layers) if layers <= 16 else range(0, layers, 4))
+    axis.set_ylabel('layer' if domain == domains[0] else '')
+    axis.tick_params(length=0)
+  return _png(figure)
+
+
+def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
+         entropy_SL: np.ndarray, names: Sequence[str]) -> bytes:
+  """Over the steps of a mixture: each expert's share of the picks, and how sure routing is."""
+  figure, axes = _panels(2, 2, 2.7, legend=len(names), between=0.7, above=0.1)
+  for i, name in enumerate(names):
+    share = load_SLE[:, :, i]
+    axes[0].plot(steps, share.mean(1), color=color(i), linewidth=1.2, label=f'{i} {name}')
+    axes[0].fill_between(steps, share.min(1), share.max(1), color=color(i), alpha=0.15,
+                         linewidth=0)
+  axes[0].axhline(1 / len(names), color='black', linewidth=0.6, linestyle=':')
+  axes[0].set_ylim(0)
+  axes[0].set_ylabel('share of picks')
+  axes[1].plot(steps, information_SL.mean(1), color=BEST, label='')
+  axes[1].set_ylim(0)
+  axes[1].set_ylabel('domain-expert information, bits', color=BEST)
+  other = axes[1].twinx()
+  other.plot(steps, entropy_SL.mean(1), color='#0072b2')
+  other.set_ylim(0, 1.05 * np.log(len(names)))
+  other.set_ylabel('router entropy, nats', color='#0072b2')
+  other.spines['top'].set_visible(False)
+  for axis in axes:
+    axis.set_xlabel('step')
+  _legend(figure, axes[0])
+  return _png(figure)
+
+
+def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
+  """What started from what, from left to right.
+
+  Args:
+    runs: name -> names that it starts from, each behind these.
+    notes: a second line of each.
+  """
+  depth: dict[str, int] = {}
+  for name, sources in runs.items():
+    depth[name] = 1 + max((depth[source] for source in sources), default=-1)
+  columns = [[name for name in runs if depth[name] == d] for d in range(max(depth.values()) + 1)]
+  tallest = max(map(len, columns))
+  place = {name: (d, tallest / 2 - (i + 0.5) * tallest / len(column))
+           for d, column in enumerate(columns) for i, name in enumerate(column)}
+  figure, (axis,) = _panels(1, 1, 0.2 + 0.62 * tallest, left=0.1, under=0.1, above=0.1)
+  axis.axis('off')
+  axis.set_xlim(-0.45, len(columns) - 0.55)
+  axis.set_ylim(-tallest / 2 - 0.1, tallest / 2 + 0.1)
+  for name, sources in runs.items():
+    for source in dict.fromkeys(sources):
+      # Those that pass over a column of runs swing out, not to lie behind these.
+      swing = -0.5 if depth[name] - depth[source] > 1 else 0.0
+      axis.annotate('', place[name], place[source], arrowprops={
+          'arrowstyle': '-|>', 'color': '#999999', 'shrinkA': 42, 'shrinkB': 46,
+          'connectionstyle': f'arc3,rad={swing}'})
+  for i, (name, (x, y)) in enumerate(place.items()):
+    axis.text(x, y, f'{name}\n{notes[name]}', ha='center', va='center', fontsize=8, bbox={
+        'boxstyle': 'round,pad=0.5', 'facecolor': 'white', 'edgecolor': color(i), 'linewidth': 1.5})
+  return _png(figure)
+
+
+def _panels(count: int, columns: int, height: float, left: float = 0.55, legend: int = 0,
+            between: float = 0.45, under: float = 0.45,
+            above: float = 0.3):
+  """A figure of 7.5 inches with `count` axes, each `height` inches high with its labels.
+
+  Of these `under` is below the axis and `above` over it; `left` and `between` are inches beside
+  it, and `legend` is the number of entries in the figure's legend.
+
+  Laid out by arithmetic: matplotlib's own layout engines take longer than all the drawing.
+  """
+  from matplotlib.figure import Figure  # imported late: it takes half a second
+  width, below = 7.5, 0.22 * -(-legend // 4) if legend else 0.0
+  rows = -(-count // columns)
+  figure = Figure(figsize=(width, rows * height + below + 0.05), dpi=_DPI)
+  total = rows * height + below + 0.05
+  each = (width - left - 0.15 - between * (columns - 1)) / columns
+  axes = []
+  for i in range(count):
+    row, column = divmod(i, columns)
+    bottom = below + (rows - 1 - row) * height
+    axes.append(figure.add_axes((
+        (left + column * (each + between)) / width, (bottom + under) / total,
+        each / width, (height - under - above) / total)))
+  for axis in axes:
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.tick_params(labelsize=8)
+    axis.xaxis.label.set_fontsize(8)
+    axis.yaxis.label.set_fontsize(8)
+  return figure, axes
+
+
+def _scale(values: Sequence[Sequence[float]]) -> tuple[float, str]:
+  """A unit for the largest of the values, and its prefix."""
+  largest = max((max(v, default=0) for v in values), default=0)
+  for scale, prefix in ((1e18, 'E'), (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+    if largest >= scale:
+      return scale, prefix
+  return 1.0, ''
+
+
+def _limits(axes, losses: Sequence[Sequence[float]]):
+  """Shows the losses from their lowest to where training is underway: the first steps of a
+  random model would press all else together."""
+  flat = np.concatenate([np.asarray(loss, float) for loss in losses] or [np.zeros(1)])
+  if len(flat):
+    low, high = flat.min(), np.quantile(flat, 0.97)
+    margin = 0.05 * (high - low) or 0.5
+    for axis in axes:
+      axis.set_ylim(low - margin, high + margin)
+
+
+def _legend(figure, axis):
+  handles, labels = axis.get_legend_handles_labels()
+  figure.legend(handles, labels, loc='lower center', ncol=4, fontsize=8, frameon=False)
+
+
+def _png(figure) -> bytes:
+  out = io.BytesIO()
+  figure.savefig(out, format='png')
+  return out.getvalue()
