@@ -1,6 +1,7 @@
 """The command: python -m btx_jax.main --config=configs/demo.py [--run=NAME] [--workdir=DIR].
 
 Does every run of the config that is missing, in order, then prints and writes the comparison.
+With `data` behind the flags it only describes the text, without training anything.
 The same command again continues where the last one stopped. Fields of the config are set by
 --config.optimizer.peak_lr=1e-3 and the like.
 """
@@ -24,8 +25,8 @@ RUN = flags.DEFINE_string('run', None, 'Only this run, as a job of its own.')
 
 def run(argv: list[str]):
   """Does what the flags ask for; raises UsageError or RunError."""
-  if len(argv) > 1:
-    raise UsageError(f'Unknown command {argv[1]!r}; there is none so far, only flags.')
+  if argv[1:] not in ([], ['data']):
+    raise UsageError(f"Unknown command {' '.join(argv[1:])!r}; there is 'data', or only flags.")
   if not flags.FLAGS['config'].present:
     raise UsageError('--config is missing; try --config=configs/demo.py')
   config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
@@ -34,6 +35,12 @@ def run(argv: list[str]):
   if not isinstance(CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what configs/base.py makes, not '
                      f'a {type(CONFIG.value).__name__}.')
+  name = os.path.splitext(os.path.basename(config_file))[0]
+  workdir = WORKDIR.value or os.path.join('runs', name)
+  if argv[1:] == ['data']:
+    from btx_jax.data import describe
+    describe.show(CONFIG.value, workdir)
+    return
   # Imported here, so that usage errors come at once.
   import jax
 
@@ -42,8 +49,6 @@ def run(argv: list[str]):
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
-  name = os.path.splitext(os.path.basename(config_file))[0]
-  workdir = WORKDIR.value or os.path.join('runs', name)
   pipeline = Pipeline(CONFIG.value, workdir)
   say(f'{name} in {workdir}: {len(pipeline.runs)} runs, on {jax.device_count()} '
       f'{jax.devices()[0].platform} device(s)')

@@ -76,7 +76,7 @@ def share(text: str) -> float:
 
 def load(folder: str, split: str) -> Tokens:
   """Opens a split that `prepare` has made."""
-  meta = _read_meta(folder)
+  meta = read_meta(folder)
   documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
   ids = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
   return Tokens(ids, documents[:, 0], documents[:, 1], meta['hash'][split])
@@ -116,7 +116,7 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
   if not domain.id_field:
     del made_from['domain']['id_field']  # as before there was one: those folders stay valid
   if os.path.exists(folder):
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     with contextlib.suppress(UsageError):  # the tokens will do where the text is not at hand
       made_from['text'] = corpora.describe(domain)
     for key, value in made_from.items():
@@ -231,7 +231,8 @@ def _hash_files(folder: str, split: str) -> str:
   return digest.hexdigest()[:16]
 
 
-def _read_meta(folder: str) -> dict:
+def read_meta(folder: str) -> dict:
+  """The meta.json of a folder; raises UsageError if it has none."""
   try:
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
       return json.load(file)
