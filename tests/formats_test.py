@@ -102,13 +102,14 @@ def test_a_stream_is_cut_as_the_whole_text_would_be(tmp_path, monkeypatch, chunk
 
 
 @pytest.mark.parametrize('fields, message', [
-    ({'text_field': 'bodi'}, r"has no column 'bodi'; its fields: 'body', 'id', 'size'. Set "
+    ({'text_field': 'bodi'}, r"has no column 'bodi'; its fields: 'body', 'id', 'size', 'tags'. Set "
                              r"text_field: did you mean 'body'\?"),
     ({'text_field': 'body', 'id_field': 'idd'}, r"Set id_field: did you mean 'id'\?"),
     ({'text_field': 'size'}, "'size' holds int64, not text"),
+    ({'text_field': 'tags'}, "'tags' holds list<.*, not text"),
 ])
 def test_a_parquet_file_without_the_column_is_refused(tmp_path, fields, message):
-  path = write(tmp_path / 'x.parquet', RECORDS)
+  path = write(tmp_path / 'x.parquet', [record | {'tags': ['a']} for record in RECORDS])
   with pytest.raises(UsageError, match=rf'domains\.some: .*x\.parquet.*{message}'):
     read(files(path, **fields))
 
@@ -175,21 +176,29 @@ def test_broken_text_in_a_plain_file_is_named_by_its_own_line(tmp_path):
   assert tally.first == [f'{path}:5: is not UTF-8 text (byte 10 of the document)']
 
 
+@pytest.mark.parametrize('chunk', [64, 1 << 20])
 @pytest.mark.parametrize('ending', ['jsonl', 'jsonl.gz', 'txt', 'arrayrecord', 'parquet'])
-def test_what_is_too_long_is_skipped(tmp_path, monkeypatch, ending):
+def test_what_is_too_long_is_skipped(tmp_path, monkeypatch, ending, chunk):
   monkeypatch.setattr(formats, 'MAX_BYTES', 1000)
-  monkeypatch.setattr(formats, '_CHUNK', 64)
-  texts = ['one', 'y' * 986 + 'end', 'two', 'x' * 5000, 'three']
-  if ending == 'parquet':
-    content = [{'text': text} for text in texts]
-  else:  # the second is as long as may be
-    texts[1] = texts[1] if ending != 'txt' else 'y' * 1000
-    texts[1] = texts[1][:1000 - len(json.dumps({'text': ''}))] if ending != 'txt' else texts[1]
-    content = texts if ending == 'txt' else [json.dumps({'text': text}) for text in texts]
+  monkeypatch.setattr(formats, '_CHUNK', chunk)
+  around = 0 if ending in ('txt', 'parquet') else len(json.dumps({'text': ''}))
+  # The second is as long as may be.
+  texts = ['one', 'y' * (1000 - around), 'two', 'x' * (1001 - around), 'three']
+  content = {'txt': texts, 'parquet': [{'text': text} for text in texts]}.get(
+      ending, [json.dumps({'text': text}) for text in texts])
   path = write(tmp_path / f'x.{ending}', content)
   found, tally = read(files(path, separator='\n'))
   assert found == [*texts[:3], 'three']
   assert tally.first == [f'{path}:4: is too long: more than 0.001 MB']
+
+
+def test_lines_are_counted_in_what_is_too_long_too(tmp_path, monkeypatch):
+  monkeypatch.setattr(formats, 'MAX_BYTES', 50)
+  monkeypatch.setattr(formats, '_CHUNK', 16)
+  write(tmp_path / 'x.txt', b'one\n\n\n' + b'long\n' * 40 + b'\n\ntwo')
+  places = [record.place.rsplit(':', 1)[1]
+            for record in formats.read(str(tmp_path / 'x.txt'), separator='\n\n\n')]
+  assert places == ['1', '4', '46']
 
 
 @pytest.mark.parametrize('name', ['x.jsonl', 'x.jsonl.gz', 'x.txt'])
@@ -223,6 +232,14 @@ def test_of_a_file_that_is_cut_off_what_came_before_counts(tmp_path, ending):
     assert tally.reasons == {formats.CUT_OFF: 1}
     line = int(tally.first[0].removeprefix(f'{path}:').split(':')[0])
     assert len(texts) <= line <= len(texts) + 1
+
+
+def test_a_file_that_is_cut_off_within_a_character_keeps_those_before(tmp_path):
+  raw = gzip.compress('日本'.encode(), compresslevel=0)
+  (tmp_path / 'x.txt.gz').write_bytes(raw[:-9])  # the checks at the end, and a byte
+  texts, tally = read(files(tmp_path))
+  assert texts == ['日']
+  assert tally.reasons == {formats.CUT_OFF: 1}
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flipped', 'empty'])
@@ -294,9 +311,16 @@ def test_nothing_usable_says_why(tmp_path):
     read(files(path))
   path = write(tmp_path / 'long.txt', b'x' * 100)
   with pytest.MonkeyPatch.context() as patch, pytest.raises(
-      UsageError, match=r'is too long[^$]*set domains\.some\.separator'):
+      UsageError, match=r'is too long[^$]*by domains\.some\.separator'):
     patch.setattr(formats, 'MAX_BYTES', 10)
     read(files(path))
+
+
+def test_training_a_tokenizer_hands_such_errors_on_as_they_are(tmp_path):
+  path = write(tmp_path / 'x.jsonl', [*good(30), *['nonsense'] * 10])
+  texts = (text for text, *_ in corpora.documents(files(path)))
+  with pytest.raises(UsageError, match=r'^domains\.some: 10 of the 40 records'):
+    tokenizer.train(texts, 290)
 
 
 @pytest.mark.parametrize('share', [-0.1, 1.5])
@@ -341,6 +365,10 @@ def test_an_id_field_that_no_document_has_is_refused(tmp_path, number):
   path = write(tmp_path / 'x.jsonl', good(number))
   with pytest.raises(UsageError, match=r"domains\.some\.id_field = 'url': none of the first"):
     read(files(path, id_field='url'))
+  tally = corpora.Tally()
+  with pytest.raises(UsageError):
+    list(corpora.documents(files(path, id_field='url'), tally=tally))
+  assert tally.documents == min(number, 100)  # and not after all of a large corpus
 
 
 def test_a_folder_from_before_these_fields_stays_valid(tmp_path, model):
@@ -369,7 +397,7 @@ def test_what_was_skipped_is_told_once_a_domain_and_kept(tmp_path, capsys):
   lines = [line for line in output.splitlines() if 'skipped' in line]
   assert len(lines) == 1
   assert lines[0].startswith(
-      f'code: 5 records were skipped: {tmp_path}/code.jsonl:61: is not JSON')
+      f'code: 5 record(s) skipped: {tmp_path}/code.jsonl:61: is not JSON')
   assert lines[0].endswith('; and 2 more')
   with open(tmp_path / 'data' / 'code' / 'meta.json', encoding='utf-8') as file:
     skipped = json.load(file)['skipped']

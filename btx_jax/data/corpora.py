@@ -146,8 +146,8 @@ def _why(domain: Domain, tally: Tally) -> str:
     return ''
   ways = {
       formats.NO_TEXT: f'set domains.{domain.name}.text_field to the field that holds the text',
-      formats.TOO_LONG: f'set domains.{domain.name}.separator (for example a blank line) to cut '
-                        'text files into documents',
+      formats.TOO_LONG: f'cut plain text into documents by domains.{domain.name}.separator (for '
+                        'example a blank line)',
       formats.NOT_UTF8: 'convert the text to UTF-8',
   }
   ways = [way for reason, way in ways.items() if reason in tally.reasons]

@@ -246,7 +246,8 @@ def _check_columns(path: str, schema, text_field: str, id_field: str):
       raise UsageError(f'{path} has no column {name!r}; {_fields(schema.names)}. Set {key}: '
                        f'{nearest(name, schema.names)}')
   kind = schema.field(text_field).type
-  kind = getattr(kind, 'value_type', kind)  # of a dictionary
+  if hasattr(kind, 'index_type'):  # a dictionary
+    kind = kind.value_type
   if str(kind) not in ('string', 'large_string', 'string_view', 'binary', 'large_binary',
                        'binary_view'):
     raise UsageError(f'{path}: column {text_field!r} holds {kind}, not text; '

@@ -50,7 +50,7 @@ def prepare(config, folder: str) -> Text:
     skipped = meta.get('skipped')
     if skipped and skipped['count']:
       more = skipped['count'] - len(skipped['first'])
-      say(f'{domain.name}: {skipped["count"]:,} records were skipped: '
+      say(f'{domain.name}: {skipped["count"]:,} record(s) skipped: '
           f'{"; ".join(skipped["first"])}{f"; and {more:,} more" if more else ""}')
   return Text(tokenizer, train, held_out)
 
