@@ -77,7 +77,15 @@ def report(name: str, workdir: str):
   say(f'Report: {report_lib.write(Study(CONFIG.value, workdir), name)}')
 
 
-COMMANDS = {'train': train, 'status': status, 'report': report}
+def data(name: str, workdir: str):
+  """Prepares the text where that is still to be done, and describes it."""
+  del name
+  from btx_jax.data import describe
+  from btx_jax.study import Study
+  describe.show(Study(CONFIG.value, workdir))
+
+
+COMMANDS = {'train': train, 'status': status, 'report': report, 'data': data}
 
 
 def run(argv: list[str]):
@@ -105,10 +113,10 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except Exception:  # a config file is code: it may raise anything
     slashed = next((arg for arg in argv if re.match(r'--config\.runs\.[^=]*/', arg)), None)
-    if slashed:
-      error = UsageError(f"{slashed}: write the name of a run with a slash as in "
-                         "--config.runs['expert/code'].steps=100")
-    sys.exit(errors.tell(errors.of_config(error), debug='--debug' in argv))
+    explained = errors.of_config(error) if not slashed else UsageError(
+        f"{slashed}: write the name of a run with a slash as in "
+        "--config.runs['expert/code'].steps=100")
+    sys.exit(errors.tell(explained, debug='--debug' in argv))
 
 
 def _main(argv: list[str]):

@@ -27,6 +27,8 @@ class Study:
     corpora.from_config(config.domains)
     if not 0 < config.data.held_out < 1:
       raise UsageError(f'data.held_out = {config.data.held_out} is a share between 0 and 1.')
+    if not 0 <= config.data.max_skipped <= 1:
+      raise UsageError(f'data.max_skipped = {config.data.max_skipped} is a share from 0 to 1.')
     for field, value, least in (
         ('log_every', config.log_every, 1), ('checkpoint_every', config.checkpoint_every, 1),
         ('checkpoints_kept', config.checkpoints_kept, 1),

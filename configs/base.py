@@ -26,6 +26,9 @@ def get_config() -> ConfigDict:
       'length': 1024,
       # Share of the documents that are kept from training.
       'held_out': 0.02,
+      # Share of a domain's records (lines, rows, files) that may be unusable: they are skipped
+      # and counted. More is an error.
+      'max_skipped': 0.1,
   })
 
   # Sizes of the model, see btx_jax/model/config.py. vocab_size 0 is the tokenizer's.
@@ -125,18 +128,21 @@ def get_config() -> ConfigDict:
 
 
 def domain(paths=(), text_field: str = 'text', separator: str = '',
-           source: str = 'files') -> ConfigDict:
+           source: str = 'files', id_field: str = '') -> ConfigDict:
   """Text of one kind.
 
   Args:
-    paths: directories, globs or files of plain text or .jsonl, either may be .gz.
-    text_field: of a JSON line.
+    paths: directories, globs or files: .jsonl, .parquet (pip install 'btx_jax[parquet]'),
+      .arrayrecord or .array_record; all others are plain text. It and .jsonl may be .gz.
+    text_field: the field or column of the text. '': the records of an ArrayRecord file are
+      text themselves, not JSON.
     separator: cuts a plain text file into documents; '' leaves it one document.
     source: 'files', or text that Python packages carry (btx_jax/data/demo.py).
+    id_field: the field or column of the document's id, kept beside the tokens; '' is none.
   """
   paths = (paths,) if isinstance(paths, str) else tuple(paths)
   return ConfigDict({'source': source, 'paths': paths, 'text_field': text_field,
-                     'separator': separator})
+                     'separator': separator, 'id_field': id_field})
 
 
 def run(init: ConfigDict, domains: dict[str, float], steps: int = 0,

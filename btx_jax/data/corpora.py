@@ -1,15 +1,21 @@
-"""Documents of a domain, from plain text and JSONL files (either may be .gz)."""
+"""Documents of a domain: its files in order, or text that Python packages carry.
+
+A record that cannot be used is skipped, and counted by reason. More than a share of them is an
+error, since then it is rather the config that does not fit the text.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import glob
-import gzip
-import json
 import os
 from typing import NamedTuple
-import zlib
 
-from btx_jax.data import demo
+from btx_jax.data import demo, formats
+from btx_jax.data.formats import Document, Unusable
 from btx_jax.errors import UsageError, nearest
+
+_ENOUGH = 100  # records, to tell that a config does not fit before all has been read
+_PLACES = 3  # that are named of each reason
 
 
 class Domain(NamedTuple):
@@ -19,14 +25,41 @@ class Domain(NamedTuple):
     name: of the domain.
     source: 'files', or one of demo.SOURCES.
     paths: of 'files': directories, globs or files.
-    text_field: the field of a JSON line that holds the text.
+    text_field: the field of a JSON record, or the column, that holds the text.
     separator: cuts a plain text file into documents; '' leaves it one document.
+    id_field: the field or column that holds the id of the document; '' is none.
   """
   name: str
   source: str = 'files'
   paths: tuple[str, ...] = ()
   text_field: str = 'text'
   separator: str = ''
+  id_field: str = ''
+
+
+@dataclasses.dataclass
+class Tally:
+  """What became of the records of a domain so far.
+
+  Attributes:
+    documents: that there were; empty ones do not count.
+    identified: those of them that have an id.
+    reasons: why others were skipped, and how many.
+    first: the first places of each reason, with the reason.
+  """
+  documents: int = 0
+  identified: int = 0
+  reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+  first: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def skipped(self) -> int:
+    return sum(self.reasons.values())
+
+  def skip(self, record: Unusable):
+    count = self.reasons[record.reason] = self.reasons.get(record.reason, 0) + 1
+    if count <= _PLACES:
+      self.first.append(str(record))
 
 
 def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
@@ -44,25 +77,85 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
   return result
 
 
-def documents(domain: Domain) -> Iterator[str]:
+def documents(domain: Domain, max_skipped: float = 0.1,
+              tally: Tally | None = None) -> Iterator[Document]:
   """The documents of a domain in a fixed order; empty ones are left out.
 
+  Args:
+    domain: where they come from.
+    max_skipped: the largest share of records that may be unusable.
+    tally: where to count.
+
   Raises:
-    UsageError: no such file, text that is not UTF-8, a broken JSON line, a missing field, no
-      text at all.
+    UsageError: a file that does not exist or cannot be opened, too many unusable records, no
+      text at all, no ids where an id_field is set.
   """
-  if domain.source == 'files':
-    texts = (text for path in _files(domain) for text in _read(path, domain))
-  else:
-    texts = demo.SOURCES[domain.source]()
-  empty = True
-  for text in texts:
-    if text.strip():
-      empty = False
-      yield text
-  if empty:
+  tally = tally or Tally()
+  for record in _records(domain):
+    if isinstance(record, Unusable):
+      tally.skip(record)
+      if tally.skipped >= _ENOUGH:
+        _check_skipped(domain, tally, max_skipped)
+    elif record.text.strip():
+      tally.documents += 1
+      tally.identified += bool(record.id)
+      if tally.documents == _ENOUGH:
+        _check_ids(domain, tally)
+      yield record
+  if not tally.documents:
     raise UsageError(f'domains.{domain.name} is empty: there is no text in '
-                     f'{", ".join(domain.paths) or domain.source}.')
+                     f'{", ".join(domain.paths) or domain.source}.{_why(domain, tally)}')
+  _check_skipped(domain, tally, max_skipped)
+  _check_ids(domain, tally)
+
+
+def _records(domain: Domain) -> Iterator[Document | Unusable]:
+  if domain.source != 'files':
+    for number, text in enumerate(demo.SOURCES[domain.source](), 1):
+      yield Document(text, place=f'{domain.source}:{number}')
+    return
+  for path in _files(domain):
+    try:
+      yield from formats.read(path, domain.text_field, domain.id_field, domain.separator)
+    except OSError as error:
+      raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
+    except UsageError as error:
+      raise UsageError(f'domains.{domain.name}: {error}') from error
+
+
+def _check_skipped(domain: Domain, tally: Tally, max_skipped: float):
+  unusable = tally.skipped - tally.reasons.get(formats.EMPTY, 0)  # empty files do no harm
+  count = tally.documents + unusable
+  if unusable > max_skipped * count:
+    raise UsageError(
+        f'domains.{domain.name}: {unusable} of the {count} records read so far cannot be '
+        f'used, more than the share data.max_skipped = {max_skipped:g}.{_why(domain, tally)} '
+        'Or go on without them: raise data.max_skipped.')
+
+
+def _check_ids(domain: Domain, tally: Tally):
+  if domain.id_field and not tally.identified:
+    raise UsageError(
+        f'domains.{domain.name}.id_field = {domain.id_field!r}: none of the first '
+        f"{tally.documents} documents has one. Set it to the field of the id, or to '' if "
+        'there is none (plain text has none).')
+
+
+def _why(domain: Domain, tally: Tally) -> str:
+  """The first places of what was skipped, and what to do about it; '' if nothing was."""
+  if not tally.skipped:
+    return ''
+  ways = {
+      formats.NO_TEXT: f'set domains.{domain.name}.text_field to the field that holds the text',
+      formats.TOO_LONG: f'cut plain text into documents by domains.{domain.name}.separator (for '
+                        'example a blank line)',
+      formats.NOT_UTF8: 'convert the text to UTF-8',
+  }
+  ways = [way for reason, way in ways.items() if reason in tally.reasons]
+  ways.append(f'repair the files, or narrow domains.{domain.name}.paths to those that are text')
+  more = tally.skipped - len(tally.first)
+  return ' Skipped:' + ''.join(f'\n  {line}' for line in tally.first) + (
+      f'\n  and {more} more' if more else '') + f'\nTo use them, {"; ".join(ways)}.'
 
 
 def describe(domain: Domain) -> str:
@@ -90,46 +183,3 @@ def _files(domain: Domain) -> Sequence[str]:
                        f'{os.getcwd()}).')
     found.extend(files)
   return list(dict.fromkeys(found))
-
-
-def _read(path: str, domain: Domain) -> Iterator[str]:
-  plain = path.removesuffix('.gz')
-  try:
-    with (gzip.open if plain != path else open)(path, 'rb') as file:
-      if plain.endswith('.jsonl'):
-        for number, line in enumerate(file, 1):
-          if line.strip():
-            yield _json_text(line, f'{path}:{number}', domain)
-      else:
-        text = _utf8(file.read(), path, domain)
-        yield from text.split(domain.separator) if domain.separator else (text,)
-  except (OSError, EOFError, zlib.error) as error:
-    raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
-
-
-def _json_text(line: bytes, place: str, domain: Domain) -> str:
-  try:
-    record = json.loads(_utf8(line, place, domain))
-  except json.JSONDecodeError as error:
-    raise UsageError(f'domains.{domain.name}: {place} is not JSON: {error}') from error
-  text = record.get(domain.text_field) if isinstance(record, dict) else None
-  if not isinstance(text, str):
-    fields = ', '.join(map(repr, record)) if isinstance(record, dict) else 'none'
-    raise UsageError(
-        f'domains.{domain.name}: {place} has no text in field {domain.text_field!r}; its '
-        f'fields: {fields}. Set domains.{domain.name}.text_field.')
-  try:
-    text.encode('utf-8')
-  except UnicodeEncodeError as error:
-    raise UsageError(f'domains.{domain.name}: {place} holds half of a surrogate pair '
-                     f'(character {error.start}), which is no text; repair the line.') from error
-  return text
-
-
-def _utf8(raw: bytes, place: str, domain: Domain) -> str:
-  try:
-    return raw.decode('utf-8')
-  except UnicodeDecodeError as error:
-    raise UsageError(
-        f'domains.{domain.name}: {place} is not UTF-8 text (byte {error.start}); convert it, '
-        'or narrow the paths to text files.') from error

@@ -40,12 +40,18 @@ def prepare(config, folder: str) -> Text:
     path = os.path.join(folder, domain.name)
     if not os.path.exists(path):
       say(f'{domain.name}: reading and tokenizing')
-    meta = tokens_lib.prepare(path, domain, tokenizer, config.data.held_out)
+    meta = tokens_lib.prepare(
+        path, domain, tokenizer, config.data.held_out, config.data.max_skipped)
     train[domain.name] = tokens_lib.load(path, 'train')
     held_out[domain.name] = tokens_lib.load(path, 'heldout').sample(config.evaluation.tokens)
     say(f'{domain.name}: {meta["train"]["documents"]:,} documents, '
         f'{meta["train"]["bytes"] / 1e6:.1f} MB, {meta["train"]["tokens"] / 1e6:.2f} M tokens '
         f'to train on; {meta["heldout"]["documents"]:,} documents held out')
+    skipped = meta.get('skipped')
+    if skipped and skipped['count']:
+      more = skipped['count'] - len(skipped['first'])
+      say(f'{domain.name}: {skipped["count"]:,} record(s) skipped: '
+          f'{"; ".join(skipped["first"])}{f"; and {more:,} more" if more else ""}')
   return Text(tokenizer, train, held_out)
 
 
@@ -92,7 +98,8 @@ def _sample(config, domains):
   """The first training documents of every domain, for training a tokenizer."""
   for domain in domains:
     left = config.tokenizer.sample_chars
-    for text in corpora.documents(domain):
+    # What is skipped is told when the domain is tokenized, next.
+    for text, _, _ in corpora.documents(domain, config.data.max_skipped):
       if tokens_lib.share(text) < config.data.held_out:
         continue
       yield text[:left]

@@ -86,18 +86,29 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   """A byte-pair model with byte fallback, from a sample of the text.
 
   Raises:
-    UsageError: the text does not have so many pieces.
+    UsageError: the text does not have so many pieces; or what `texts` raises.
   """
   proto = io.BytesIO()
-  pieces = (text[i:i + _PIECE] for text in texts for i in range(0, len(text), _PIECE))
+  raised = []
+
+  def pieces():
+    try:
+      for text in texts:
+        yield from (text[i:i + _PIECE] for i in range(0, len(text), _PIECE))
+    except UsageError as error:
+      raised.append(error)  # sentencepiece would make a RuntimeError of it
+      raise
+
   try:
     spm.SentencePieceTrainer.train(
-        sentence_iterator=pieces, model_writer=proto, vocab_size=vocab_size,
+        sentence_iterator=pieces(), model_writer=proto, vocab_size=vocab_size,
         model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
         add_dummy_prefix=False, remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, split_digits=True, character_coverage=0.9999,
         max_sentence_length=4 * _PIECE, minloglevel=2)
   except RuntimeError as error:
+    if raised:
+      raise raised[0] from None
     raise UsageError(f'A tokenizer of tokenizer.vocab_size = {vocab_size} pieces cannot be '
                      f'trained from the text of the domains: {error}') from error
   return Tokenizer(proto.getvalue(), 'the trained tokenizer')

@@ -9,7 +9,12 @@ out the one that comes next.)
                                           begin mark, text, end mark
   DIR/train.documents.npy, heldout...     [documents + 1, 2] int64: first token, first byte of
                                           the raw text; the last row holds the totals
-  DIR/meta.json                           what they were made from; written last
+  DIR/train.ids.jsonl, heldout.ids.jsonl  only where the domain has an id_field: the id of each
+                                          document, a JSON string a line ("" if it has none)
+  DIR/meta.json                           what they were made from, and what was skipped;
+                                          written last
+
+The ids stand beside the tokens and are no part of their hash: runs do not depend on them.
 """
 
 from collections.abc import Iterator
@@ -30,6 +35,7 @@ from btx_jax.errors import UsageError
 
 SPLITS = ('train', 'heldout')
 _BATCH = 256  # documents tokenized at a time
+_BATCH_CHARS = 16_000_000  # at most, in several documents: as ids they take many times the room
 _CHECKED = 256  # documents of a domain whose round trip is checked, besides unknown pieces
 
 
@@ -76,8 +82,17 @@ def load(folder: str, split: str) -> Tokens:
   return Tokens(ids, documents[:, 0], documents[:, 1], meta['hash'][split])
 
 
-def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
-            held_out: float) -> dict:
+def document_id(folder: str, split: str, number: int) -> str:
+  """The id of a document, from 0; '' if it has none, or the domain has no id_field."""
+  path = os.path.join(folder, f'{split}.ids.jsonl')
+  if not os.path.exists(path):
+    return ''
+  with open(path, encoding='utf-8') as file:
+    return json.loads(next(itertools.islice(file, number, None)))
+
+
+def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out: float,
+            max_skipped: float = 0.1) -> dict:
   """Tokenizes a domain into `folder`, unless it is there already.
 
   Args:
@@ -85,16 +100,21 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
     domain: where the text comes from.
     tokenizer: must give back the text it was given.
     held_out: the share of documents that are kept from training.
+    max_skipped: the largest share of records that may be unusable.
 
   Returns:
-    The content of meta.json: documents, bytes and tokens of each split among it.
+    The content of meta.json: documents, bytes and tokens of each split among it, and
+    `skipped`: the count of unusable records, the count by reason, and the first places.
+    (Folders of earlier versions have no `skipped`.)
 
   Raises:
-    UsageError: the domain has fewer than two documents, the tokenizer loses text, or
-      `folder` was made from something else.
+    UsageError: the domain has fewer than two documents or too many unusable records, the
+      tokenizer loses text, or `folder` was made from something else.
   """
   made_from = {'domain': {**domain._asdict(), 'paths': list(domain.paths)},
                'tokenizer': tokenizer.hash, 'held_out': held_out}
+  if not domain.id_field:
+    del made_from['domain']['id_field']  # as before there was one: those folders stay valid
   if os.path.exists(folder):
     meta = read_meta(folder)
     with contextlib.suppress(UsageError):  # the tokens will do where the text is not at hand
@@ -110,16 +130,18 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer,
   made_from['text'] = corpora.describe(domain)
   partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # jobs may prepare at the same time
   try:
-    return _prepare(folder, partial, domain, tokenizer, held_out, made_from)
+    return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _prepare(folder, partial, domain, tokenizer, held_out, made_from) -> dict:
-  smallest = _write(partial, domain, tokenizer, threshold=held_out)
+def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from) -> dict:
+  tally = corpora.Tally()
+  smallest = _write(partial, domain, tokenizer, held_out, max_skipped, tally)
   if smallest is not None:  # none is held out: hold out the one that comes next
-    _write(partial, domain, tokenizer, threshold=np.nextafter(smallest, 1))
-  meta = {'made_from': made_from, 'dtype': _dtype(tokenizer).name, 'hash': {}}
+    _write(partial, domain, tokenizer, np.nextafter(smallest, 1), max_skipped, corpora.Tally())
+  meta = {'made_from': made_from, 'dtype': _dtype(tokenizer).name, 'hash': {},
+          'skipped': {'count': tally.skipped, 'reasons': tally.reasons, 'first': tally.first}}
   for split in SPLITS:
     totals = np.load(os.path.join(partial, f'{split}.documents.npy'))
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
@@ -132,26 +154,32 @@ def _prepare(folder, partial, domain, tokenizer, held_out, made_from) -> dict:
   except OSError:
     if not os.path.exists(folder):
       raise  # not another job that was faster
-    return prepare(folder, domain, tokenizer, held_out)
+    return prepare(folder, domain, tokenizer, held_out, max_skipped)
   return meta
 
 
-def _write(folder: str, domain, tokenizer, threshold: float) -> float | None:
+def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
+           tally: corpora.Tally) -> float | None:
   """Writes both splits. Returns None, or if nothing was held out the smallest hash there is."""
   os.makedirs(folder, exist_ok=True)
   dtype = _dtype(tokenizer)
   boundaries = {split: [(0, 0)] for split in SPLITS}
   smallest, count = 1.0, 0
-  with (open(os.path.join(folder, 'train.bin'), 'wb') as train,
-        open(os.path.join(folder, 'heldout.bin'), 'wb') as heldout):
-    files = dict(train=train, heldout=heldout)
-    for batch in _batches(corpora.documents(domain)):
-      for text, ids in zip(batch, tokenizer.encode(batch)):
+  with contextlib.ExitStack() as stack:
+    files = {split: stack.enter_context(open(os.path.join(folder, f'{split}.bin'), 'wb'))
+             for split in SPLITS}
+    id_files = {split: stack.enter_context(
+        open(os.path.join(folder, f'{split}.ids.jsonl'), 'w', encoding='utf-8'))
+        for split in SPLITS if domain.id_field}
+    for batch in _batches(corpora.documents(domain, max_skipped, tally)):
+      for (text, name, _), ids in zip(batch, tokenizer.encode([text for text, _, _ in batch])):
         if count < _CHECKED or tokenizer.unk_id in ids:
           _check_round_trip(text, tokenizer.decode(ids), domain)
         raw = text.encode('utf-8')
         place = share(text)
         split = 'heldout' if place < threshold else 'train'
+        if id_files:
+          id_files[split].write(json.dumps(name) + '\n')
         files[split].write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
         tokens, size = boundaries[split][-1]
         boundaries[split].append((tokens + len(ids) + 2, size + len(raw)))
@@ -168,8 +196,15 @@ def _write(folder: str, domain, tokenizer, threshold: float) -> float | None:
   return None if heldout_count else smallest
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-  while batch := list(itertools.islice(documents, _BATCH)):
+def _batches(documents: Iterator[corpora.Document]) -> Iterator[list[corpora.Document]]:
+  batch, chars = [], 0
+  for document in documents:
+    batch.append(document)
+    chars += len(document.text)
+    if len(batch) == _BATCH or chars >= _BATCH_CHARS:
+      yield batch
+      batch, chars = [], 0
+  if batch:
     yield batch
 
 
@@ -197,7 +232,7 @@ def _hash_files(folder: str, split: str) -> str:
 
 
 def read_meta(folder: str) -> dict:
-  """The content of meta.json. Raises UsageError if it cannot be read."""
+  """The meta.json of a folder; raises UsageError if it has none."""
   try:
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
       return json.load(file)

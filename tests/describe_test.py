@@ -1,0 +1,170 @@
+"""The command `data`: held-out text that training has seen is found, all of it and no other."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from btx_jax.data import describe, duplicates, tokens
+from btx_jax.data.tokens import Tokens
+from tests import studies
+
+BEGIN, END = 1, 2
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def split(documents, dtype=np.uint16):
+  """These lists of ids as the files of a split have them."""
+  marked = [[BEGIN, *document, END] for document in documents]
+  starts = np.cumsum([0, *map(len, marked)])
+  return Tokens(np.array([i for ids in marked for i in ids], dtype), starts, starts, 'hash')
+
+
+def windows_of(document, size):
+  return [tuple(document[i:i + size]) for i in range(len(document) - size + 1)]
+
+
+def expected(held_out, train, size):
+  """Share of tokens and number of documents, by comparing every window with every other."""
+  seen = {w for documents in train.values() for document in documents
+          for w in windows_of(document, size)}
+  covered = [{i + j for i, w in enumerate(windows_of(document, size)) if w in seen
+              for j in range(size)} for document in held_out]
+  return (sum(map(len, covered)) / max(sum(map(len, held_out)), 1),
+          sum(map(bool, covered)))
+
+
+@pytest.mark.parametrize('chunk, together', [(7, 1), (16, 3), (1 << 12, 8)])
+@pytest.mark.parametrize('seed', range(4))
+def test_shared_runs_are_those_that_a_comparison_of_all_with_all_finds(
+    monkeypatch, chunk, together, seed):
+  size = 5
+  monkeypatch.setattr(duplicates, 'RUN', size)
+  monkeypatch.setattr(duplicates, '_CHUNK', chunk)
+  monkeypatch.setattr(duplicates, '_TOGETHER', together)
+  rng = np.random.default_rng(seed)
+
+  def documents(count):
+    # Few kinds of tokens, so that runs are shared by chance; some documents shorter than a run.
+    return [rng.integers(3, 6 + seed, rng.integers(0, 25)).tolist() for _ in range(count)]
+
+  held_out = {'a': documents(8), 'b': documents(5), 'c': [[7, 7, 7]]}
+  train = {'a': documents(20), 'b': documents(3)}
+  found = duplicates.overlaps({name: split(d) for name, d in held_out.items()},
+                              {name: split(d, np.uint32) for name, d in train.items()})
+  shares = []
+  for name in held_out:
+    share, count = expected(held_out[name], train, size)
+    shares.append(share)
+    assert found[name].share == pytest.approx(share)
+    assert found[name].documents == count
+    example = found[name].example
+    assert (example is not None) == bool(count)
+    if example:
+      run = tuple(example.ids.tolist())
+      assert len(run) >= size
+      assert run in windows_of(held_out[name][example.document], len(run))
+      assert run in windows_of(train[example.domain][example.source], len(run))
+  assert max(shares) > 0 and min(shares) < 1  # there was something to find, and to leave out
+
+
+def test_a_run_of_49_tokens_is_none_and_one_of_50_is():
+  passage = list(range(100, 150))
+  train = {'x': split([[7, *passage, 8]])}
+  for length, share in ((49, 0.0), (50, 50 / 80)):
+    held_out = {'y': split([[9] * 10, [*[5] * 15, *passage[:length], *[6] * (15 + 50 - length)]])}
+    overlap = duplicates.overlaps(held_out, train)['y']
+    assert overlap.share == pytest.approx(share * 80 / 90)
+    assert overlap.documents == (length == 50)
+  assert overlap.example == (1, 'x', 0, overlap.example.ids)
+  assert overlap.example.ids.tolist() == passage
+
+
+def test_a_run_does_not_reach_over_the_end_of_a_document():
+  passage = list(range(100, 160))
+  train = {'x': split([passage[:30], passage[30:]])}
+  held_out = {'x': split([passage, passage[:30], passage[30:]])}
+  assert duplicates.overlaps(held_out, train)['x'] == (0.0, 0, None)
+
+
+def test_copies_within_a_domain_are_counted():
+  assert duplicates.copies(split([[5, 6], [5], [5, 6], [5, 6, 7], [5, 6], [5]])) == 3
+  assert duplicates.copies(split([[5, 6], [6, 5]])) == 0
+
+
+@pytest.fixture
+def planted(tmp_path):
+  """A small study whose held-out prose repeats a passage that code trains on."""
+  rng = random.Random(0)
+  studies.write_text(tmp_path)
+  passage = ' '.join(f'{rng.choice(studies.WORDS["prose"])} {rng.randint(0, 99)}'
+                     for _ in range(40))
+  held = next(text for i in range(1000) if tokens.share(text := f'{i} tells: {passage}!') < 0.1)
+  train = next(text for i in range(1000) if tokens.share(text := f'# {i}\n{passage}') >= 0.1)
+  for name, text in (('prose', held), ('code', train), ('code', train)):
+    with open(tmp_path / f'{name}.jsonl', 'a', encoding='utf-8') as file:
+      file.write(json.dumps({'text': text, 'url': f'planted-{name}'}) + '\n')
+  with open(tmp_path / 'math.jsonl', 'a', encoding='utf-8') as file:
+    file.write('no record\n')
+  config = studies.get_config(tmp_path)
+  for name in ('prose', 'code'):
+    config.domains[name].id_field = 'url'
+  return config, passage
+
+
+def test_the_planted_passage_is_found_and_named(planted, tmp_path):
+  config, passage = planted
+  code, math, prose = describe.describe(config, str(tmp_path / 'data'))
+  assert [d.name for d in (code, math, prose)] == ['code', 'math', 'prose']
+  assert code.train['documents'] + code.held_out['documents'] == 62
+  assert (code.copies, prose.copies) == (1, 0)
+  assert math.skipped == 1
+  assert prose.overlap.documents >= 1
+  assert 0 < prose.overlap.share < 1
+  assert prose.overlap.example.domain == 'code'
+  assert "(id 'planted-prose')" in prose.example and "(id 'planted-code')" in prose.example
+  assert passage[20:100] in prose.example
+  with open(tmp_path / 'prose.jsonl', encoding='utf-8') as file:
+    texts = [json.loads(line)['text'] for line in file]
+  assert any(text.startswith(prose.sample) for text in texts)
+  assert sum(tokens.share(text) < 0.1 for text in texts) == prose.held_out['documents']
+
+
+def test_the_command_tells_it_without_jax(planted, tmp_path):
+  _, passage = planted
+  path = tmp_path / 'small.py'
+  path.write_text('import pathlib\nfrom tests import studies\n\ndef get_config():\n'
+                  f'  config = studies.get_config(pathlib.Path({str(tmp_path)!r}))\n'
+                  '  for name in ("prose", "code"):\n'
+                  '    config.domains[name].id_field = "url"\n'
+                  '  return config\n')
+  (tmp_path / 'none' / 'jax').mkdir(parents=True)
+  (tmp_path / 'none' / 'jax' / '__init__.py').write_text('raise ImportError("no jax here")')
+  environment = {**os.environ, 'PYTHONPATH': f'{tmp_path / "none"}{os.pathsep}{ROOT}'}
+  done = subprocess.run(
+      [sys.executable, '-m', 'btx_jax.main', f'--config={path}', f'--workdir={tmp_path / "work"}',
+       'data'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0, done.stderr
+  assert 'seen: prose, held-out document' in done.stdout
+  assert 'code, held-out document 0' in done.stdout
+  assert passage[20:100] in done.stdout
+  assert os.listdir(tmp_path / 'work') == ['data']
+
+
+def test_tokens_from_before_the_count_of_skipped_records_are_described(planted, tmp_path):
+  config, _ = planted
+  folder = str(tmp_path / 'data')
+  describe.describe(config, folder)
+  path = os.path.join(folder, 'math', 'meta.json')
+  with open(path, encoding='utf-8') as file:
+    meta = json.load(file)
+  del meta['skipped']
+  with open(path, 'w', encoding='utf-8') as file:
+    json.dump(meta, file)
+  domains = describe.describe(config, folder)
+  assert domains[1].skipped is None
+  assert describe.as_table(domains).row_count == 3
