@@ -111,7 +111,7 @@ def _parse(argv: list[str]) -> list[str]:
   flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the command
   try:
     return flags.FLAGS(argv)
-  except Exception:  # a config file is code: it may raise anything
+  except Exception as error:  # a config file is code: it may raise anything
     slashed = next((arg for arg in argv if re.match(r'--config\.runs\.[^=]*/', arg)), None)
     explained = errors.of_config(error) if not slashed else UsageError(
         f"{slashed}: write the name of a run with a slash as in "
