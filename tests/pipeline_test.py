@@ -1,5 +1,7 @@
 """A study from text to table, stopped, resumed, and protected from other configs."""
 
+import glob
+import gzip
 import itertools
 import json
 import os
@@ -11,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import loop, manifest
+from btx_jax import loop, manifest, metrics
 from btx_jax.errors import RunError, UsageError
-from btx_jax.evaluate import report, table
+from btx_jax.evaluate import report, scores, table
 from btx_jax.model import llama
 from btx_jax.pipeline import Pipeline
+from btx_jax.study import Study
 from configs import base
 from tests import studies
 from tests.helpers import assert_trees_equal
@@ -111,7 +114,7 @@ def test_manifests_say_where_a_run_came_from(study):
   assert seen['math'] > 0 == seen['code'] == seen['prose']
 
 
-def test_the_table_has_every_model_and_its_figures_are_right(study, tmp_path):
+def test_the_table_has_every_model_and_its_figures_are_right(study, copy):
   rows = table.rows(study)
   names = ['seed', 'expert/code', 'expert/math', 'average of btx', 'btx unfinetuned', 'btx']
   assert [row['name'] for row in rows] == names
@@ -128,10 +131,10 @@ def test_the_table_has_every_model_and_its_figures_are_right(study, tmp_path):
   assert {check['met'] for check in checks} <= {True, False}
   assert any('expert/math has the largest mean gate' in check['name'] for check in checks)
 
-  folder = report.write(str(tmp_path / 'report'), 'tiny', rows, checks)
-  with open(os.path.join(folder, 'report.json'), encoding='utf-8') as file:
+  report.write(Study(study.config, str(copy)), 'tiny')
+  with open(os.path.join(copy, 'report', 'report.json'), encoding='utf-8') as file:
     assert json.load(file)['rows'] == rows
-  with open(os.path.join(folder, 'bits_per_byte.png'), 'rb') as file:
+  with open(os.path.join(copy, 'report', 'bits_per_byte.png'), 'rb') as file:
     assert file.read(4) == b'\x89PNG'
 
 
@@ -157,6 +160,60 @@ def test_bits_per_byte_divide_the_text_s_own_information_by_its_raw_bytes(study)
       bits -= sum(log_probs[i - a, ids[i + 1]] for i in range(a, b) if i + 2 < len(ids)) / np.log(2)
   assert ours['bytes'] == size == held_out.bytes[-1]
   assert ours['bits_per_byte'] == pytest.approx(bits / size, rel=1e-4)
+
+
+def test_metrics_tell_what_a_person_wants_to_know(study):
+  lines = [line for line in metrics.read(study.folder('btx')) if 'loss' in line]
+  assert [line['step'] for line in lines] == [1, 2, 3, 4, 5, 6]
+  seen = dict.fromkeys(study.config.domains, 0)
+  for before, line in zip([{'tokens_by_domain': seen}, *lines], lines):
+    tokens = {name: count - before['tokens_by_domain'][name]
+              for name, count in line['tokens_by_domain'].items()}
+    by_domain = sum(line['loss_by_domain'][name] * tokens[name] for name in line['loss_by_domain'])
+    assert line['loss'] == pytest.approx(by_domain / sum(tokens.values()), rel=1e-5)
+    assert set(line['grad_norms']) == {'embed', 'head', 'attention', 'router', 'experts', 'norm'}
+    assert line['grad_norm']**2 == pytest.approx(sum(x**2 for x in line['grad_norms'].values()))
+    assert line['memory']['host'] > 1e8
+    figures = line['routing']
+    assert len(figures['mutual_information']) == 2  # layers
+    for gates in figures['gates'].values():
+      np.testing.assert_allclose(np.sum(gates, 1), 1, atol=1e-3)
+  last = lines[-1]
+  assert 0 <= last['input_wait'] <= 1 and 0 < last['mfu'] < 1.5
+  assert 'tokens_per_second' not in lines[0]  # it was compiled
+
+
+def test_a_trace_and_events_for_tensorboard_are_written_when_asked_for(text, tmp_path):
+  config = studies.get_config(text)
+  config.tensorboard = True
+  config.runs = {'seed': base.run(base.random(), {'code': 1}, steps=5)}
+  pipeline = Pipeline(config, str(tmp_path / 'work'), profile=2)
+  pipeline.train()
+  traces = glob.glob(os.path.join(pipeline.folder('seed'), 'profile', '**', '*.*'), recursive=True)
+  trace = next(path for path in traces if path.endswith('.xplane.pb'))  # for xprof
+  planes = [plane.name for plane in jax.profiler.ProfileData.from_file(trace).planes]
+  assert any('CPU' in name for name in planes)
+  perfetto = next(path for path in traces if path.endswith('perfetto_trace.json.gz'))
+  with gzip.open(perfetto) as file:
+    names = {event.get('name', '') for event in json.load(file)['traceEvents']}
+  assert any('train_step' in name for name in names)
+  assert os.listdir(os.path.join(pipeline.folder('seed'), 'tensorboard'))
+
+
+def test_the_report_of_a_finished_study(study, copy):
+  path = report.write(Study(study.config, str(copy)), 'tiny')
+  with open(path, encoding='utf-8') as file:
+    page = file.read()
+  assert '4 of 4 runs complete' in page
+  for row in table.rows(study):
+    assert row['name'] in page
+  assert page.count('<b class="') == len(table.checks(study, table.rows(study)))
+  assert page.count('data:image/png') == 6
+  sample = scores.read(study, study.runs['btx'], scores.FINAL)['code']['sample']
+  assert ''.join(sample['pieces']) in study.text.tokenizer.decode(study.text.held_out['code'].ids)
+  assert len(sample['gates']) == len(sample['pieces'])
+  np.testing.assert_allclose(np.sum(sample['gates'], 1), 1, atol=0.01)
+  assert os.path.getsize(path) < 5e6
 
 
 # What must not be lost, and what is refused
