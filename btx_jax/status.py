@@ -117,14 +117,15 @@ def view(found: dict[str, Any]) -> Group:
   for heading in ('step', 'loss', 'bits/byte', 'tokens/s', 'MFU', 'left', 'checkpoint'):
     table.add_column(heading, justify='right', no_wrap=True)
   for run in found['runs']:
-    bits, saved = run['bits_per_byte'], run['checkpoint']
+    bits, age = run['bits_per_byte'], run['checkpoint_age']
+    saved = f'{run["checkpoint"]:,}' if run['checkpoint'] else '-'
     mean = sum(bits.values()) / len(bits) if bits else None
     table.add_row(
         Text(run['name']), Text(run['state'], style=_STYLES.get(run['state'], 'dim')),
         f'{run["step"]:,}/{run["steps"]:,}', _figure(run['loss'], '.3f'), _figure(mean, '.3f'),
         _figure(run['tokens_per_second'], ',.0f'), _figure(run['mfu'], '.1%'),
         _duration(run['seconds_left']),
-        f'{saved:,}, {_duration(run["checkpoint_age"])} ago' if saved else '-')
+        saved if age is None else f'{saved}, {_duration(age)} ago')
   lines = [Text(note) for note in found['notes']]
   for run in found['runs']:
     if run['error']:

@@ -105,24 +105,20 @@ def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) 
 def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
          entropy_SL: np.ndarray, names: Sequence[str]) -> bytes:
   """Over the steps of a mixture: each expert's share of the picks, and how sure routing is."""
-  figure, axes = _panels(2, 2, 2.7, legend=len(names), between=0.7, above=0.1)
+  figure, axes = _panels(3, 3, 2.3, legend=len(names), between=0.6)
   for i, name in enumerate(names):
     share = load_SLE[:, :, i]
     axes[0].plot(steps, share.mean(1), color=color(i), linewidth=1.2, label=f'{i} {name}')
     axes[0].fill_between(steps, share.min(1), share.max(1), color=color(i), alpha=0.15,
                          linewidth=0)
   axes[0].axhline(1 / len(names), color='black', linewidth=0.6, linestyle=':')
-  axes[0].set_ylim(0)
-  axes[0].set_ylabel('share of picks')
-  axes[1].plot(steps, information_SL.mean(1), color=BEST, label='')
-  axes[1].set_ylim(0)
-  axes[1].set_ylabel('domain-expert information, bits', color=BEST)
-  other = axes[1].twinx()
-  other.plot(steps, entropy_SL.mean(1), color='#0072b2')
-  other.set_ylim(0, 1.05 * np.log(len(names)))
-  other.set_ylabel('router entropy, nats', color='#0072b2')
-  other.spines['top'].set_visible(False)
-  for axis in axes:
+  for axis, by_layer in zip(axes[1:], (information_SL, entropy_SL)):
+    axis.plot(steps, by_layer.mean(1), color='black', linewidth=1.2)
+    axis.fill_between(steps, by_layer.min(1), by_layer.max(1), color='black', alpha=0.15,
+                      linewidth=0)
+  for axis, title in zip(axes, ('load: share of picks', 'information, bits', 'entropy, nats')):
+    axis.set_ylim(0)
+    axis.set_title(title, fontsize=9)
     axis.set_xlabel('step')
   _legend(figure, axes[0])
   return _png(figure)

@@ -184,9 +184,10 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
     yield picture(f'experts_{file_name}', pictures.experts(stages, run.sources),
                   f'Experts by domain and layer of {run.name}')
   if routed:
-    yield ('<p>Load: the share of all choices that went to an expert, mean over layers and the '
-           'range of layers; even is dotted. Information: how much a token\'s domain and its '
-           'expert tell about each other, 0 where routing knows nothing of domains.</p>')
+    yield ('<p>Over the steps of finetuning, mean over layers and their range. Load: the share of '
+           'all choices that went to an expert; even is dotted. Information: how much a token\'s '
+           'domain and its expert tell about each other, 0 where routing knows nothing of '
+           'domains. Entropy: of the router\'s softmax, low where it is sure.</p>')
     column = lambda key: np.asarray([line['routing'][key] for line in routed])
     yield picture(
         f'load_{file_name}', pictures.load(
