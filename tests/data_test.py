@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from btx_jax.data import corpora, mixture, tokenizer, tokens
+from btx_jax.data import corpora, demo, mixture, tokenizer, tokens
 from btx_jax.errors import UsageError
 
 TRICKY = [
@@ -113,6 +113,16 @@ def test_a_source_nobody_knows_is_refused():
   fields = {'source': 'wikipedia', 'paths': (), 'text_field': 'text', 'separator': ''}
   with pytest.raises(UsageError, match="'wikipedia' is not a source; valid: 'factbook'"):
     corpora.from_config({'some': fields})
+
+
+def test_the_demo_s_problems_are_the_same_every_time(monkeypatch):
+  monkeypatch.setattr(demo, '_PROBLEMS', 60)
+  made = []
+  for seed in ('1', '2'):  # as other processes would have
+    monkeypatch.setenv('PYTHONHASHSEED', seed)
+    made.append(demo.mathematics.__wrapped__())
+  assert made[0] == made[1]
+  assert len(set(made[0])) == 60
 
 
 # Tokens

@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import sysconfig
 
@@ -91,33 +92,44 @@ def _plain(markup: str) -> str:
 
 @functools.cache
 def mathematics() -> list[str]:
-  """Question and answer, one document each; the same ones every time."""
+  """Question and answer, one document each; the same ones every time.
+
+  Made by another interpreter: the generator goes through sets of strings, whose order is
+  another one in each process unless PYTHONHASHSEED says otherwise before it starts.
+  """
   _package_folder('mathematics_dataset', 'mathematics-dataset')
+  code = f'from btx_jax.data import demo; demo.print_mathematics({_PROBLEMS})'
+  made = subprocess.run(
+      [sys.executable, '-c', code], stdout=subprocess.PIPE, check=True,
+      env={**os.environ, 'PYTHONHASHSEED': '0', 'PYTHONPATH': os.pathsep.join(sys.path)})
+  return json.loads(made.stdout)
+
+
+def print_mathematics(count: int):
+  """What `mathematics` gives, as JSON; for an interpreter of its own."""
   generate = _load_mathematics()
   modules = [
       module for level in ('train-easy', 'train-medium')
       for name, module in sorted(generate.filtered_modules[level].items())
       if _MODULES.match(name)]
-  before = random.getstate(), np.random.get_state()
   random.seed(0)
   np.random.seed(0)
-  try:
-    problems = [generate.sample_from_module(modules[i % len(modules)])[0]
-                for i in range(_PROBLEMS)]
-  finally:
-    random.setstate(before[0])
-    np.random.set_state(before[1])
-  return [f'{problem.question}\n{problem.answer}\n' for problem in problems]
+  importlib.import_module('sympy.core.random').seed(0)
+  problems = [generate.sample_from_module(modules[i % len(modules)])[0]
+              for i in range(count)]
+  json.dump([f'{problem.question}\n{problem.answer}\n' for problem in problems], sys.stdout)
 
 
 def _load_mathematics():
-  """The package's `generate`, with the three things put back that it wants of old versions:
-  sympy's base_solution_linear where it was before 1.6, numpy's np.object and itemset."""
+  """The package's `generate`, with the things put back that it wants of old versions: sympy's
+  base_solution_linear where it was before 1.6, numpy's np.object and itemset, and randint of
+  whole floats, as before Python 3.12. For an interpreter of its own."""
+  randint = random.randint
+  random.randint = lambda low, high: randint(int(low), int(high))
   moved = importlib.import_module('sympy.solvers.diophantine.diophantine')
   sys.modules['sympy.solvers.diophantine'].base_solution_linear = moved.base_solution_linear
   from absl import flags
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['mathematics'])
+  flags.FLAGS(['mathematics'])
   from mathematics_dataset import generate
   from mathematics_dataset.sample import polynomials
   polynomials.np = _OldNumpy()
