@@ -24,7 +24,8 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
   names = [row['name'] for row in rows]
   longest = max(map(len, names))
   columns = min(len(panels), 3)
-  figure, axes = _panels(len(panels), columns, 0.5 + 0.24 * len(rows), left=0.075 * longest)
+  figure, axes = _panels(len(panels), columns, 0.5 + 0.24 * len(rows), left=0.075 * longest,
+                         under=0.15)
   for i, (axis, (panel, values)) in enumerate(zip(axes, panels.items())):
     best = min(values)
     bars = axis.barh(range(len(values)), values,

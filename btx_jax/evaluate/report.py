@@ -179,7 +179,7 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
     return
   yield f'<h2>Experts of {_text(run.name)}</h2>'
   if stages:
-    yield ('<p>Mean gate of every expert in every layer on held-out text, before and after '
+    yield (f'<p>Mean gate of every expert in every layer on held-out text, {" and ".join(stages)} '
            'finetuning: who serves which domain.</p>')
     yield picture(f'experts_{file_name}', pictures.experts(stages, run.sources),
                   f'Experts by domain and layer of {run.name}')
