@@ -1,46 +1,59 @@
 """Where arrays live: the mesh, and one table of rules from a parameter's path to its axes.
 
 The mesh axes are `data` (copies of everything), `fsdp` (parameters cut up, gathered when
-used) and `expert` ("which expert" throughout). Outside the feed-forward layers `expert` is
-one more axis over which rows and parameters are spread.
+used), `expert` ("which expert" throughout) and `tensor` (attention heads, feed-forward width
+and vocabulary cut up, and computed on where they lie). Rows are spread over all but `tensor`:
+outside the feed-forward layers `expert` is one more axis for rows and parameters.
+
+While branches train in one program, stacked, `expert` indexes the branches instead: the specs
+of `stacked=True` have it on the leading dimension and nowhere else.
 """
 
 import math
 import re
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from btx_jax.errors import UsageError
 
-AXES = ('data', 'fsdp', 'expert')
-BATCH_AXES = AXES  # every axis carries rows
+AXES = ('data', 'fsdp', 'expert', 'tensor')
+BATCH_AXES = AXES[:3]  # that carry rows
+BRANCH_BATCH_AXES = AXES[:2]  # that carry the rows of each of several stacked branches
 _CUT = ('fsdp', 'expert')
 
 # First match wins. A rule names the trailing dimensions of a parameter; leading ones (layers
 # stacked by scan) are not sharded. The paths of optimizer moments end in those of their
-# parameters, so one table serves both, and the dense model as well as the mixture.
+# parameters, so one table serves both, and the dense model as well as the mixture. An axis
+# goes to the first dimension that names it and that it divides: experts that do not divide
+# among the devices of `expert` are cut along D there.
 RULES = (
-    (r'(^|/)embed$', P(None, _CUT)),
-    (r'(^|/)head$', P(_CUT, None)),
-    (r'attn/[qkv]$', P(_CUT, None, None)),
-    (r'attn/o$', P(None, None, _CUT)),
-    (r'experts/(gate|up)$', P('expert', 'fsdp', None)),
-    (r'experts/down$', P('expert', None, 'fsdp')),
-    (r'ffn/(gate|up)$', P(_CUT, None)),
-    (r'ffn/down$', P(None, _CUT)),
+    (r'(^|/)embed$', P('tensor', _CUT)),
+    (r'(^|/)head$', P(_CUT, 'tensor')),
+    (r'attn/[qkv]$', P(_CUT, 'tensor', None)),
+    (r'attn/o$', P('tensor', None, _CUT)),
+    (r'experts/(gate|up)$', P('expert', _CUT, 'tensor')),
+    (r'experts/down$', P('expert', 'tensor', _CUT)),
+    (r'ffn/(gate|up)$', P(_CUT, 'tensor')),
+    (r'ffn/down$', P('tensor', _CUT)),
     (r'(^|/)(scale|router|step|count)$', P()),
 )
 
+_WORTH_TELLING = 2**20  # bytes of an array that stays whole
 
-def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1) -> jax.sharding.Mesh:
+
+def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1
+              ) -> jax.sharding.Mesh:
   """A mesh over all devices; one axis may be -1, "all devices that are left".
 
   Raises:
-    UsageError: the sizes do not multiply to the number of devices.
+    UsageError: the sizes do not multiply to the number of devices, or `data` is not a
+      multiple of the slices that TPUs are in.
   """
-  sizes = dict(zip(AXES, (data, fsdp, expert)))
+  sizes = dict(zip(AXES, (data, fsdp, expert, tensor)))
   devices = jax.device_count()
   named = ', '.join(f'mesh.{axis} = {size}' for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]
@@ -54,7 +67,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1) -> jax.sharding.Me
         f'divide {devices}.')
   if free:
     sizes[free[0]] = devices // fixed
-  return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES))
+  return jax.sharding.Mesh(lay_devices(tuple(sizes.values()), jax.devices()), AXES,
+                           axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def lay_devices(shape: tuple[int, ...], devices) -> np.ndarray:
+  """Devices in an array of this shape, near ones along the last axes.
+
+  TPUs of several slices, which share a slow network only, differ along the first axis,
+  `data`: all that crosses it is one sum of the gradients a step.
+
+  Raises:
+    UsageError: the first axis is not a multiple of the slices.
+  """
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1 or devices[0].platform != 'tpu':
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if shape[0] % slices:
+    raise UsageError(
+        f'mesh.data = {shape[0]} must be a multiple of {slices}, the number of TPU slices: no '
+        f'other axis may cross the network between them. The {len(devices) // slices} devices '
+        'of one slice must suffice for mesh.fsdp x mesh.expert x mesh.tensor.')
+  return mesh_utils.create_hybrid_device_mesh(
+      (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1)), devices,
+      allow_split_physical_axes=True)
 
 
 def holds_experts(axis_size: int, num_experts: int) -> bool:
@@ -78,41 +114,77 @@ def path_of(key_path) -> str:
   return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
-def partition_specs(tree, mesh):
+def partition_specs(tree, mesh, stacked: bool = False):
   """The PartitionSpec of every leaf, by `RULES`.
 
   An axis that does not divide its dimension is left out of the spec, so that the array is
-  whole along it.
+  whole along it; `left_whole` tells of which arrays.
+
+  Args:
+    tree: parameters, optimizer state or both.
+    mesh: where they will live.
+    stacked: the leaves are those of several branches, [E, ...].
 
   Raises:
     ValueError: no rule matches a leaf. There is no catch-all: a new parameter needs a rule.
   """
-  def axes_that_divide(axes, size):
-    kept = ()
-    for axis in (axes,) if isinstance(axes, str) else axes or ():
-      if size % (math.prod(mesh.shape[a] for a in kept) * mesh.shape[axis]) == 0:
-        kept += (axis,)
-    return kept or None
+  return jax.tree.map_with_path(
+      lambda path, leaf: _spec(path_of(path), leaf.shape, mesh, stacked)[0], tree)
 
-  def spec(key_path, leaf):
-    path = path_of(key_path)
-    for pattern, rule in RULES:
-      if re.search(pattern, path):
-        lead = leaf.ndim - len(rule)
-        return P(*(None,) * lead, *map(axes_that_divide, rule, leaf.shape[lead:]))
+
+def left_whole(tree, mesh, stacked: bool = False) -> list[str]:
+  """A line for each array above 1 MiB that an axis of its rule does not divide."""
+  lines = []
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    path, size = path_of(path), math.prod(leaf.shape) * leaf.dtype.itemsize
+    for axis, why in _spec(path, leaf.shape, mesh, stacked)[1].items():
+      if size > _WORTH_TELLING:
+        lines.append(f'{path} {list(leaf.shape)} is whole on every device of mesh.{axis}: '
+                     f'{" and ".join(why)}')
+  return lines
+
+
+def _spec(path: str, shape, mesh, stacked: bool):
+  """The spec of an array, and of each axis that its rule names in vain: why."""
+  rule = next((rule for pattern, rule in RULES if re.search(pattern, path)), None)
+  if rule is None:
     raise ValueError(f'sharding.RULES has no rule for the parameter {path!r}.')
+  named = [(axes,) if isinstance(axes, str) else axes or () for axes in rule]
+  lead = [()] * (len(shape) - len(rule))
+  if stacked:
+    named = [tuple(axis for axis in axes if axis != 'expert') for axes in named]
+    lead[0] = ('expert',)
+  spec, why = [], {}
+  for size, axes in zip(shape, lead + named, strict=True):
+    kept = ()
+    for axis in axes:
+      ways = [mesh.shape[a] for a in (*kept, axis)]
+      if any(axis in used for used in spec):
+        continue
+      if size % math.prod(ways) == 0:
+        kept += (axis,)
+      else:
+        by = ' x '.join(str(n) for n in ways if n > 1)
+        why.setdefault(axis, []).append(f'{size} does not divide by {by}')
+    spec.append(kept)
+  placed = {axis for axes in spec for axis in axes}
+  return (P(*(axes or None for axes in spec)),
+          {axis: reasons for axis, reasons in why.items() if axis not in placed})
 
-  return jax.tree.map_with_path(spec, tree)
 
-
-def shardings(tree, mesh):
+def shardings(tree, mesh, stacked: bool = False):
   """NamedShardings of every leaf, by `RULES`."""
-  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh),
-                      is_leaf=lambda x: isinstance(x, P))
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec),
+                      partition_specs(tree, mesh, stacked), is_leaf=lambda x: isinstance(x, P))
 
 
-def batch_sharding(mesh, leading: int = 0) -> NamedSharding:
-  """Rows over all axes of the mesh, behind `leading` dimensions that are not sharded."""
+def batch_sharding(mesh, leading: int = 0, stacked: bool = False) -> NamedSharding:
+  """Rows over the axes that carry them, behind `leading` dimensions that are not sharded.
+
+  `stacked`: before all these, a dimension for the branches.
+  """
+  if stacked:
+    return NamedSharding(mesh, P('expert', *(None,) * leading, BRANCH_BATCH_AXES))
   return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
 
 
@@ -121,6 +193,12 @@ def constrain(x, spec):
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def axis_that_cuts(axis: str, size: int) -> str | None:
+  """`axis` if the mesh in use has several devices along it that divide `size`, else None."""
+  ways = jax.sharding.get_abstract_mesh().shape[axis]
+  return axis if ways > 1 and size % ways == 0 else None
 
 
 def varying_like(tree, x):
@@ -152,12 +230,13 @@ def to_global(batch, mesh, rows: int, leading: int = 0):
   return jax.tree.map(place, batch)
 
 
-def check_rows(mesh, rows: int, name: str):
-  """Raises UsageError if so many rows cannot be shared out evenly among the devices."""
-  devices = mesh.size
+def check_rows(mesh, rows: int, name: str, batch_axes=BATCH_AXES):
+  """Raises UsageError if so many rows cannot be shared out evenly along `batch_axes`."""
+  ways = math.prod(mesh.shape[axis] for axis in batch_axes)
   if rows < 1:
     raise UsageError(f'{name} = {rows} must be at least 1.')
-  if rows % devices:
-    near = sorted({max(1, rows // devices) * devices, -(-rows // devices) * devices})
-    raise UsageError(f'{name}: {rows} rows cannot be shared evenly by {devices} devices; '
+  if rows % ways:
+    near = sorted({max(1, rows // ways) * ways, -(-rows // ways) * ways})
+    named = ' x '.join(f'mesh.{axis}' for axis in batch_axes)
+    raise UsageError(f'{name}: {rows} rows cannot be shared evenly by {ways} ({named}); '
                      f'the nearest that can: {" or ".join(map(str, near))}.')

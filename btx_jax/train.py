@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from btx_jax import optim
+from btx_jax import optim, sharding
 from btx_jax.loss import next_token_loss
 from btx_jax.model import llama, routing
 from btx_jax.model.config import Config
@@ -45,24 +45,26 @@ class Scores(NamedTuple):
   routed: routing.Routing | None
 
 
-def forward(cfg: Config, params, batch) -> Scores:
+def forward(cfg: Config, params, batch, batch_axes=sharding.BATCH_AXES) -> Scores:
   """The loss of a batch, and what its routers did.
 
   Args:
     cfg: of the model.
     params: its parameters.
     batch: arrays [B, T] as data.mixture makes them.
+    batch_axes: the mesh axes over which rows are sharded.
   """
-  hidden_BTD, routed = llama.Llama(cfg).apply(
+  hidden_BTD, routed = llama.Llama(cfg, batch_axes).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'])
   nll, row_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
-                                 batch['targets'], batch['loss_mask'])
+                                 batch['targets'], batch['loss_mask'], batch_axes)
   return Scores(nll, batch['loss_mask'].sum(), row_nll, batch['loss_mask'].sum(1),
                 routed)
 
 
 def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: float = 0.01,
-                    balance_scope: str = 'microbatch', num_domains: int = 1) -> Callable:
+                    balance_scope: str = 'microbatch', num_domains: int = 1,
+                    batch_axes=sharding.BATCH_AXES) -> Callable:
   """The train step: (state, batch) -> (state, metrics).
 
   The loss is the mean negative log likelihood over all target tokens of the global batch,
@@ -79,6 +81,8 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: floa
     balance: alpha, weight of the balancing loss; a dense model has none.
     balance_scope: 'microbatch' or 'batch'.
     num_domains: domains that the batch's `domain` [accumulation, B] counts.
+    batch_axes: the mesh axes over which rows are sharded. sharding.BRANCH_BATCH_AXES for a
+      step that is mapped over stacked branches, jax.vmap(step, spmd_axis_name='expert').
 
   Returns:
     A pure function. Its metrics: loss (nats per token), nll_by_domain and tokens_by_domain
@@ -97,7 +101,7 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: floa
     return sums
 
   def objective(params, batch, totals):
-    scores = forward(cfg, params, batch)
+    scores = forward(cfg, params, batch, batch_axes)
     nll, tokens, counts = scores.nll, scores.tokens, by_domain(batch, scores)
     if not cfg.num_experts:
       return nll, (nll, tokens, 0.0, counts)
@@ -125,7 +129,7 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: floa
     totals = None
     if weight and balance_scope == 'batch':
       def statistics(one):
-        scores = forward(cfg, state.params, one)
+        scores = forward(cfg, state.params, one, batch_axes)
         return by_domain(one, scores)['routing'], scores.tokens
 
       totals = over_microbatches(statistics, batch)

@@ -93,7 +93,17 @@ def get_config() -> ConfigDict:
   })
 
   # Devices along each axis; -1 takes all that are left.
-  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1})
+  config.mesh = ConfigDict({
+      # Copies of the model.
+      'data': -1,
+      # Parameters and optimizer state are cut up, and gathered when they are used.
+      'fsdp': 1,
+      # Each device has experts of its own; elsewhere this axis acts as `fsdp`.
+      'expert': 1,
+      # Heads, feed-forward width and vocabulary are cut up, and computed on in parts: for
+      # devices with a fast connection. Rows are shared among the other axes only.
+      'tensor': 1,
+  })
 
   config.evaluation = ConfigDict({
       # Steps between measurements while a run goes on; 0 is none. The table is measured at the

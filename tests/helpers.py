@@ -17,8 +17,8 @@ TINY = Config(vocab_size=48, dim=16, ffn_dim=24, num_layers=2, num_heads=4, num_
 # One round of dispatch, which compiles faster; moe_test.py has the further rounds.
 TINY_MIXTURE = dataclasses.replace(TINY, num_experts=4, capacity_factor=4.0)
 
-# data, fsdp, expert
-MESHES = [(1, 1, 1), (1, 2, 4), (2, 1, 4), (2, 2, 2)]
+# data, fsdp, expert, tensor
+MESHES = [(1, 1, 1, 1), (1, 2, 4, 1), (2, 1, 4, 1), (2, 2, 2, 1), (1, 1, 4, 2), (1, 2, 2, 2)]
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def use_mesh(shape):
     yield None
     return
   devices = np.array(jax.devices()[:math.prod(shape)]).reshape(shape)
-  mesh = jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+  mesh = jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
   with jax.set_mesh(mesh):
     yield mesh
 

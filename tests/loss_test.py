@@ -23,7 +23,7 @@ def plain(hidden, head, targets, mask):
 
 
 @pytest.mark.parametrize('chunk', [7, 32, 512])  # chunks that do not divide, do, and are one
-@pytest.mark.parametrize('mesh_shape', [None, (2, 2, 2)])
+@pytest.mark.parametrize('mesh_shape', [None, (2, 2, 2, 1)])
 def test_value_and_gradients(chunk, mesh_shape, monkeypatch):
   monkeypatch.setattr(loss, 'TOKENS_PER_CHUNK', chunk)
   args = arguments()

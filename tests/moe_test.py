@@ -45,23 +45,23 @@ def assert_sparse_equals_dense(args, k, mesh_shape):
   assert_trees_close(grads, expected_grads, rtol=1e-4)
 
 
-@pytest.mark.parametrize('mesh_shape', [None, *MESHES, (2, 1, 2)])
+@pytest.mark.parametrize('mesh_shape', [None, *MESHES, (2, 1, 2, 1)])
 def test_sparse_equals_dense_on_any_mesh(mesh_shape):
   assert_sparse_equals_dense(layer(4, 2), 2, mesh_shape)
 
 
 @pytest.mark.parametrize('num_experts, k, mesh_shape', [
-    (3, 2, (1, 2, 4)),  # fewer experts than devices: whole on each
-    (1, 1, (1, 1, 4)),
-    (8, 3, (1, 1, 4)),
-    (4, 1, (1, 1, 2)),
-    (4, 4, (1, 1, 2)),
+    (3, 2, (1, 2, 4, 1)),  # fewer experts than devices: whole on each
+    (1, 1, (1, 1, 4, 1)),
+    (8, 3, (1, 1, 4, 1)),
+    (4, 1, (1, 1, 2, 1)),
+    (4, 4, (1, 1, 2, 1)),
 ])
 def test_expert_counts(num_experts, k, mesh_shape):
   assert_sparse_equals_dense(layer(num_experts, k), k, mesh_shape)
 
 
-@pytest.mark.parametrize('mesh_shape', [None, (1, 2, 4)])
+@pytest.mark.parametrize('mesh_shape', [None, (1, 2, 4, 1)])
 @pytest.mark.parametrize('num_experts', [4, 8])
 def test_no_token_is_dropped_when_all_go_to_one_expert(mesh_shape, num_experts):
   assert_sparse_equals_dense(layer(num_experts, 2, skew=50.0), 2, mesh_shape)
@@ -70,7 +70,7 @@ def test_no_token_is_dropped_when_all_go_to_one_expert(mesh_shape, num_experts):
 def test_devices_that_overflow_and_devices_that_do_not_go_the_same_rounds():
   x, experts, logits = layer(8, 2)
   logits = logits.at[0, :, 0].add(50.0)  # the tokens of one device only
-  assert_sparse_equals_dense((x, experts, logits), 2, (1, 2, 4))
+  assert_sparse_equals_dense((x, experts, logits), 2, (1, 2, 4, 1))
 
 
 def test_a_capacity_that_fits_nothing_still_drops_nothing():
@@ -83,7 +83,7 @@ def test_a_capacity_that_fits_nothing_still_drops_nothing():
 
 def test_experts_that_cannot_be_spread_are_refused_with_the_sizes_that_can():
   x, experts, logits = layer(8, 2)
-  with use_mesh((1, 1, 3)), pytest.raises(UsageError, match='can be 1, 2, 4, 8'):
+  with use_mesh((1, 1, 3, 1)), pytest.raises(UsageError, match='can be 1, 2, 4, 8'):
     loss_of('sparse', 2)(x[:6], experts, logits[:6])
 
 

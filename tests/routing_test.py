@@ -60,7 +60,7 @@ def test_padding_never_reaches_a_statistic():
   assert before.count.tolist() == [5, 3]
 
 
-@pytest.mark.parametrize('mesh_shape', [(1, 1, 2), (2, 2, 2)])
+@pytest.mark.parametrize('mesh_shape', [(1, 1, 2, 1), (2, 2, 2, 1)])
 def test_means_are_over_all_devices(mesh_shape):
   logits = jnp.asarray(normal((8, 8, E)))
   loss = lambda logits: routing.balance_loss(sums_of(logits))

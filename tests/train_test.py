@@ -77,7 +77,7 @@ def balance_gradient(params, batches):
 
 
 def test_each_scope_of_the_balancing_loss_is_its_definition():
-  mesh_shape = (1, 2, 2)
+  mesh_shape = (1, 2, 2, 1)
   params, batch = random_params(TINY_MIXTURE), random_batch(TINY_MIXTURE)
   batch['loss_mask'][:3, 4:] = False
   split = microbatches(batch, 2)
@@ -125,7 +125,7 @@ def test_padding_reaches_neither_loss_nor_router_statistics():
         forward(batch).routed.count[layer], (batch['segment_ids'] > 0).sum(1))
 
 
-@pytest.mark.parametrize('mesh_shape', [None, (1, 2, 2)])
+@pytest.mark.parametrize('mesh_shape', [None, (1, 2, 2, 1)])
 def test_metrics_by_domain_against_numpy_from_the_model_s_own_outputs(mesh_shape):
   cfg, E = TINY_MIXTURE, TINY_MIXTURE.num_experts
   params, batch = random_params(cfg), random_batch(cfg, padding=5)
@@ -204,7 +204,7 @@ def test_the_schedule_warms_up_and_ends_at_its_share():
 
 
 def test_a_parameter_without_a_sharding_rule_is_an_error():
-  with use_mesh((1, 1, 1)) as mesh, pytest.raises(ValueError, match="'layers/new'"):
+  with use_mesh((1, 1, 1, 1)) as mesh, pytest.raises(ValueError, match="'layers/new'"):
     sharding.partition_specs({'layers': {'new': np.zeros(3)}}, mesh)
 
 
@@ -212,7 +212,7 @@ def test_parameters_and_moments_are_cut_alike():
   state = jax.eval_shape(
       lambda p: train.create_state(p, optim.adamw(plan.Optimizer(peak_lr=1.0), 2)),
       random_params(TINY_MIXTURE))
-  with use_mesh((1, 2, 4)) as mesh:
+  with use_mesh((1, 2, 4, 1)) as mesh:
     specs = sharding.partition_specs(state, mesh)
   assert specs.params['layers']['ffn']['experts']['up'] == jax.P(None, 'expert', 'fsdp', None)
   assert specs.params['layers']['attn']['q'] == jax.P(None, ('fsdp', 'expert'), None, None)

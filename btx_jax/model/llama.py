@@ -57,6 +57,7 @@ class SwiGLU(nn.Module):
 class Mixture(nn.Module):
   """A router in float32 and the experts that it sends tokens to (paper 3.2)."""
   cfg: Config
+  batch_axes: tuple[str, ...]
 
   @nn.compact
   def __call__(self, x_BTD, counted_BT):
@@ -67,7 +68,8 @@ class Mixture(nn.Module):
     logits_BTE = jnp.dot(x_BTD.astype(jnp.float32), router_DE,
                          precision=jax.lax.Precision.HIGHEST)
     gates_BTk, ids_BTk, probs_BTE = routing.top_k_router(logits_BTE, cfg.top_k)
-    y_BTD = moe.sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, cfg.capacity_factor)
+    y_BTD = moe.sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, cfg.capacity_factor,
+                               self.batch_axes)
     sums = routing.routing_sums(gates_BTk, ids_BTk, probs_BTE, counted_BT)
     return y_BTD, routing.Routing(sums, gates_BTk, ids_BTk)
 
@@ -75,6 +77,7 @@ class Mixture(nn.Module):
 class Block(nn.Module):
   """Attention, then a feed-forward layer or a mixture of them; both on the residual stream."""
   cfg: Config
+  batch_axes: tuple[str, ...] = sharding.BATCH_AXES
 
   @nn.compact
   def __call__(self, x_BTD, rope, segment_ids_BT):
@@ -83,7 +86,7 @@ class Block(nn.Module):
     x_BTD += Attention(cfg, name='attn')(norm('attn_norm')(x_BTD), rope, segment_ids_BT)
     h_BTD = norm('ffn_norm')(x_BTD)
     if cfg.num_experts:
-      y_BTD, routed = Mixture(cfg, name='ffn')(h_BTD, segment_ids_BT > 0)
+      y_BTD, routed = Mixture(cfg, self.batch_axes, name='ffn')(h_BTD, segment_ids_BT > 0)
     else:
       y_BTD, routed = moe.swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
     return x_BTD + y_BTD, routed
@@ -92,9 +95,11 @@ class Block(nn.Module):
 class Llama(nn.Module):
   """The network up to its last norm: the loss owns the output head.
 
-  So no [B, T, V] array need exist at once, and statistics leave by the return value.
+  So no [B, T, V] array need exist at once, and statistics leave by the return value. Rows are
+  sharded over `batch_axes`, if there is a mesh.
   """
   cfg: Config
+  batch_axes: tuple[str, ...] = sharding.BATCH_AXES
 
   @nn.compact
   def __call__(self, tokens_BT, segment_ids_BT, positions_BT):
@@ -122,7 +127,7 @@ class Llama(nn.Module):
     layers = nn.scan(
         block, variable_axes={'params': 0}, split_rngs={'params': True},
         in_axes=nn.broadcast, length=cfg.num_layers)
-    x_BTD, routed = layers(cfg, name='layers')(x_BTD, rope, segment_ids_BT)
+    x_BTD, routed = layers(cfg, self.batch_axes, name='layers')(x_BTD, rope, segment_ids_BT)
     return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name='norm')(x_BTD), routed
 
 

@@ -39,8 +39,9 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor=1.25,
   """The chosen experts only, each on the device that holds it; no token is dropped.
 
   Under a mesh (`jax.set_mesh`) whose `expert` axis divides the number of experts, device j
-  of that axis holds the j-th slice of them. An axis with more devices than experts, or no
-  mesh at all, leaves the experts whole on each device.
+  of that axis holds the j-th slice of them. An axis with more devices than experts, one that
+  carries no rows, or no mesh at all, leaves the experts whole on each device. An axis `tensor`
+  that divides F cuts each expert: its devices see the same tokens, and add up their parts.
 
   Args:
     x_BTD: tokens, rows sharded over `batch_axes`.
@@ -54,18 +55,20 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor=1.25,
     [B, T, D]: for each token the sum over its choices of gate * expert(x).
   """
   mesh = jax.sharding.get_abstract_mesh()
-  shards = 1
-  if not mesh.empty and sharding.holds_experts(mesh.shape['expert'], len(experts['up'])):
-    shards = mesh.shape['expert']
-  body = functools.partial(
-      _shard_experts, capacity_factor=capacity_factor, shards=shards)
-  if not mesh.empty:
-    rows, held = P(batch_axes), P('expert' if shards > 1 else None)
-    body = jax.shard_map(body, in_specs=(rows, held, rows, rows), out_specs=rows)
-  return body(x_BTD, experts, gates_BTk, ids_BTk)
+  E, _, F = experts['up'].shape
+  if mesh.empty:
+    return _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor, 1, None)
+  held = 'expert' in batch_axes and sharding.holds_experts(mesh.shape['expert'], E)
+  axis, width_axis = 'expert' if held else None, sharding.axis_that_cuts('tensor', F)
+  body = functools.partial(_shard_experts, capacity_factor=capacity_factor,
+                           shards=mesh.shape['expert'] if held else 1, width_axis=width_axis)
+  rows, columns = P(batch_axes), P(axis, None, width_axis)
+  weights = {'gate': columns, 'up': columns, 'down': P(axis, width_axis, None)}
+  return jax.shard_map(body, in_specs=(rows, weights, rows, rows), out_specs=rows)(
+      x_BTD, experts, gates_BTk, ids_BTk)
 
 
-def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, *, capacity_factor, shards):
+def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor, shards, width_axis):
   """What one device does: its tokens out to all experts, its experts on all tokens sent."""
   B, T, D = x_BTD.shape
   k = ids_BTk.shape[-1]
@@ -74,7 +77,10 @@ def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, *, capacity_factor, shard
   C = min(tokens, math.ceil(capacity_factor * pairs / E))
   rounds = math.ceil(tokens / C)  # a token picks an expert at most once
 
-  experts = sharding.varying_like(experts, x_BTD)  # so that gradients are summed once
+  # Cast so that gradients are summed once: those of experts over the rows of all devices,
+  # those of tokens and gates over the parts of an expert.
+  experts = sharding.varying_like(experts, x_BTD)
+  x_BTD, gates_BTk = sharding.varying_like((x_BTD, gates_BTk), experts['up'])
   x = x_BTD.reshape(tokens, D)
   gates = gates_BTk.reshape(tokens, k)
   ids = ids_BTk.reshape(pairs)
@@ -109,6 +115,8 @@ def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, *, capacity_factor, shard
           r * C < most, lambda y: y + one_round(r), lambda y: y, y), None
 
     y, _ = jax.lax.scan(overflow, y, jnp.arange(1, rounds))
+  if width_axis:
+    y = jax.lax.psum(y, width_axis)
   return y.reshape(B, T, D)
 
 
