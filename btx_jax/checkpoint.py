@@ -9,6 +9,7 @@ import os
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from btx_jax import distributed
 from btx_jax.errors import RunError
 from btx_jax.train import TrainState
 
@@ -58,7 +59,7 @@ def _rest(state: TrainState) -> dict:
 def load_params(folder: str, step: int, like):
   """The parameters alone, in the shapes, types and shardings of `like`."""
   path = os.path.join(os.path.abspath(folder), str(step))
-  if not os.path.isdir(path):
+  if not distributed.decided(lambda: os.path.isdir(path)):
     raise RunError(f'The checkpoint {path} is missing; was it deleted? Train its run again.')
   return ocp.load(path, like, checkpointable_name='params')
 

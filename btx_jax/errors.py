@@ -59,6 +59,9 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
             '--workdir; the same command again continues from the last checkpoint.', 1)
   if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
     return f'{error.filename} cannot be written or read: {error.strerror}.', 1
+  if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in str(error):
+    return ('Another process of this job is gone; what it printed says why. The same command '
+            f'on all again continues from the last checkpoint. ({str(error).splitlines()[0]})', 1)
   if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
     return ('Out of memory. Lower train.batch_size, raise train.accumulation or mesh.fsdp, or '
             f'set model.remat = True. ({str(error).strip().splitlines()[:1]})', 1)

@@ -7,8 +7,10 @@ import time
 
 import grain
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from btx_jax import optim, sharding, train
+from btx_jax import distributed, optim, sharding, train
 from btx_jax.checkpoint import Checkpoints, abstract
 from btx_jax.data import mixture
 from btx_jax.errors import RunError
@@ -64,10 +66,12 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
   shardings = sharding.shardings(like, mesh)
   step_fn = jax.jit(
       train.make_train_step(run.model, tx, run.balance, run.balance_scope, len(domains)),
-      donate_argnums=0, out_shardings=(shardings, None))
+      donate_argnums=0,
+      # The metrics whole on every device, so that each process can read them.
+      out_shardings=(shardings, NamedSharding(mesh, P())))
 
   with Checkpoints(os.path.join(folder, 'checkpoints'), settings.keep) as checkpoints:
-    start = checkpoints.latest or 0
+    start = distributed.decided(lambda: checkpoints.latest or 0)
     if start:
       state, position = checkpoints.restore(start, abstract(like, shardings))
     else:
@@ -86,7 +90,8 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
               f'train it with a lower optimizer.peak_lr, delete {folder} or use another '
               '--workdir.') from error
 
-      traced = range(start + 2, min(start + 2 + settings.profile, run.steps + 1))
+      profile = settings.profile if distributed.is_first() else 0
+      traced = range(start + 2, min(start + 2 + profile, run.steps + 1))
       pending = None
       for step, batch in _batches(run, mesh, order, start, recorder.waited):
         if traced and step == traced[0]:
@@ -101,8 +106,9 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
           say(f'{run.name}: a trace of steps {traced[0]} to {step} is in '
               f'{os.path.join(folder, "profile")} (for xprof, and *.json.gz for Perfetto)')
         last = step == run.steps
-        evaluates = not last and settings.evaluate and step % settings.evaluate == 0
-        saves = last or step % settings.checkpoint == 0
+        stops = distributed.preempted() and not last
+        evaluates = not last and not stops and settings.evaluate and step % settings.evaluate == 0
+        saves = last or stops or step % settings.checkpoint == 0
         if evaluates or saves:
           record(*pending)
           pending = None
@@ -114,6 +120,8 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
             began = time.monotonic()
             recorder.evaluated(step, evaluate(state.params))
             recorder.paused(time.monotonic() - began)
+        if stops:
+          raise KeyboardInterrupt  # as if by Ctrl-C, but with all that was done saved
 
 
 def _batches(run: Run, mesh, order, start: int, waited: Callable[[float], None]):

@@ -18,7 +18,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from btx_jax import errors
+from btx_jax import distributed, errors, rollcall
 from btx_jax.errors import UsageError, nearest
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,11 +31,26 @@ PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Trace so many steps of each run, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: look again every two seconds, until Ctrl-C.')
 JSON = flags.DEFINE_bool('json', False, 'status: as JSON.')
+DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'One of several processes, which jax finds itself: on TPU VMs, GKE, '
+    'Slurm. See docs/processes.md.')
+COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'Of several processes started by hand: HOST:PORT of process 0.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+COORDINATOR_TIMEOUT = flags.DEFINE_float(
+    'coordinator_timeout', distributed.TIMEOUT,
+    'Seconds to wait at the start until all processes are there.', lower_bound=1)
 DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
 def train(name: str, workdir: str):
   """Does what is missing, then tells what came out."""
+  distributed.initialize(
+      rollcall.place(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+      DISTRIBUTED.value,
+      {'config': CONFIG.value.to_dict(), '--run': RUN.value, '--profile': PROFILE.value,
+       '--workdir': os.path.realpath(workdir)}, COORDINATOR_TIMEOUT.value)
   # Imported here and below, so that usage errors and looking on take no time.
   import jax
 
@@ -45,7 +60,8 @@ def train(name: str, workdir: str):
 
   pipeline = Pipeline(CONFIG.value, workdir, PROFILE.value)
   say(f'{name} in {workdir}: {len(pipeline.runs)} runs, on {jax.device_count()} '
-      f'{jax.devices()[0].platform} device(s)')
+      f'{jax.devices()[0].platform} device(s)'
+      + (f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''))
   trained = pipeline.train(RUN.value)
   if RUN.value:
     say(f'{RUN.value} is complete{"" if trained else " already"}: '
@@ -53,12 +69,16 @@ def train(name: str, workdir: str):
     return
   if not trained:
     say('Every run is complete already.')
-  rows = table.rows(pipeline)
-  show(table.as_text(rows))
-  for check in table.checks(pipeline, rows):
-    say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
-  say(f'Report: {report.write(pipeline, name)}. Your own text: copy configs/demo.py to '
-      'configs/mine.py, point domains at your files, and run --config=configs/mine.py')
+
+  def tell():
+    rows = table.rows(pipeline)
+    show(table.as_text(rows))
+    for check in table.checks(pipeline, rows):
+      say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
+    say(f'Report: {report.write(pipeline, name)}. Your own text: copy configs/demo.py to '
+        'configs/mine.py, point domains at your files, and run --config=configs/mine.py')
+
+  distributed.first(tell)
 
 
 def status(name: str, workdir: str):
@@ -103,6 +123,9 @@ def run(argv: list[str]):
   if not isinstance(CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what configs/base.py makes, not '
                      f'a {type(CONFIG.value).__name__}.')
+  if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
+    raise UsageError(f'{command} is for one process: leave --distributed, --coordinator, '
+                     '--num_processes and --process_id away.')
   name = os.path.splitext(os.path.basename(config_file))[0]
   COMMANDS[command](name, WORKDIR.value or os.path.join('runs', name))
 
@@ -124,7 +147,7 @@ def _main(argv: list[str]):
   try:
     run(argv)
   except (Exception, KeyboardInterrupt) as error:
-    sys.exit(errors.tell(error, DEBUG.value))
+    sys.exit(distributed.leave(errors.tell(error, DEBUG.value)))
 
 
 if __name__ == '__main__':

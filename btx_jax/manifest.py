@@ -1,5 +1,6 @@
 """What a run directory says about itself: manifest.json, replaced whole at every change."""
 
+from collections.abc import Iterator
 import contextlib
 import datetime
 import errno
@@ -57,17 +58,17 @@ def begin(name: str, spec: dict) -> dict:
   return {
       'name': name, 'state': RUNNING, 'identity': identity(spec), 'spec': spec,
       'started': now(), 'steps_done': 0, 'seconds': 0.0, 'tokens_by_domain': {},
-      'versions': _versions(),
+      'versions': versions(),
   }
 
 
 def go_on(manifest: dict) -> dict:
   """The manifest of a run that starts again; other versions than before are noted."""
   manifest = {key: value for key, value in manifest.items() if key != 'error'}
-  if manifest['versions'] != _versions():
+  if manifest['versions'] != versions():
     manifest['earlier_versions'] = [
         *manifest.get('earlier_versions', []), manifest['versions']]
-  return manifest | {'state': RUNNING, 'versions': _versions()}
+  return manifest | {'state': RUNNING, 'versions': versions()}
 
 
 @contextlib.contextmanager
@@ -129,18 +130,20 @@ def check(folder: str, manifest: dict, spec: dict):
 def differences(manifest: dict, spec: dict) -> list[str]:
   """What `spec`, or a part of one, says otherwise than a manifest: 'steps: 6 there, 8 now'."""
   known = {key: manifest['spec'].get(key) for key in spec}
-  return [f'{path}: {was!r} there, {now!r} now' for path, was, now in _differences(known, spec)]
+  return [f'{path}: {was!r} there, {now!r} now' for path, was, now in compare(known, spec)]
 
 
-def _differences(was: Any, now: Any, path: str = ''):
+def compare(was: Any, now: Any, path: str = '') -> Iterator[tuple[str, Any, Any]]:
+  """(path, was, now) of every entry that two nested dicts do not have in common."""
   if isinstance(was, dict) and isinstance(now, dict):
     for key in sorted(was.keys() | now.keys()):
-      yield from _differences(was.get(key), now.get(key), f'{path}.{key}'.lstrip('.'))
+      yield from compare(was.get(key), now.get(key), f'{path}.{key}'.lstrip('.'))
   elif was != now:
     yield path, was, now
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Of Python and the packages that a result may depend on."""
   return {'python': platform.python_version(),
           **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 

@@ -1,13 +1,14 @@
 """The runs of a config at work: which are complete, what each starts from, and the rest done."""
 
 from collections.abc import Callable
+import contextlib
 import functools
 import os
 import time
 
 import jax
 
-from btx_jax import btx, checkpoint, loop, manifest, sharding
+from btx_jax import btx, checkpoint, distributed, loop, manifest, sharding
 from btx_jax import plan as plan_lib
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
@@ -43,17 +44,34 @@ class Pipeline(Study):
         laid on the mesh, or a run's directory belongs to another config. No run has been
         touched then.
     """
-    if only is None:
-      asked = list(self.runs.values())
-    else:
-      asked = [self.run(only)]
-      for source in asked[0].sources:
-        if self.state(source) != manifest.COMPLETE:
-          raise UsageError(f'--run={only} starts from {source!r}, which is '
-                           f'{self.state(source)}; do --run={source} first.')
-    wanted = [run for run in asked if self.state(run.name) != manifest.COMPLETE]
+    asked = list(self.runs.values()) if only is None else [self.run(only)]
+    incomplete = distributed.decided(lambda: self._incomplete(asked, only))
+    wanted = [run for run in asked if run.name in incomplete]
     for run in wanted:
       self._check_layout(run)
+    distributed.check_shared(self.workdir)
+    distributed.agree({'tokens': {name: tokens.hash for name, tokens in self.text.train.items()},
+                       'tokenizer': self.text.tokenizer.hash})
+    distributed.first(self._check_manifests)
+    orders = {run.name: self._order(run) for run in wanted}
+    with jax.set_mesh(self.mesh):
+      for run in asked:
+        if run.name in orders:
+          with contextlib.ExitStack() as stack:
+            lock = manifest.lock(self.folder(run.name))
+            distributed.first(lambda: stack.enter_context(lock))  # noqa: B023
+            self._train(run, orders[run.name])
+        scores.measure(self, run)
+    return bool(wanted)
+
+  def _incomplete(self, asked: list[Run], only: str | None) -> list[str]:
+    for source in asked[0].sources if only else ():
+      if self.state(source) != manifest.COMPLETE:
+        raise UsageError(f'--run={only} starts from {source!r}, which is '
+                         f'{self.state(source)}; do --run={source} first.')
+    return [run.name for run in asked if self.state(run.name) != manifest.COMPLETE]
+
+  def _check_manifests(self):
     for name in self.runs:
       folder, found = self.folder(name), manifest.read(self.folder(name))
       if found:
@@ -61,14 +79,6 @@ class Pipeline(Study):
       elif os.path.exists(os.path.join(folder, 'checkpoints')):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train anew.')
-    orders = {run.name: self._order(run) for run in wanted}
-    with jax.set_mesh(self.mesh):
-      for run in asked:
-        if run.name in orders:
-          with manifest.lock(self.folder(run.name)):
-            self._train(run, orders[run.name])
-        scores.measure(self, run)
-    return bool(wanted)
 
   def _check_layout(self, run: Run):
     sharding.check_rows(self.mesh, run.batch_size // run.accumulation,
@@ -85,8 +95,9 @@ class Pipeline(Study):
 
   @functools.cached_property
   def text(self) -> text_lib.Text:
-    """The tokenized text; made on first use."""
-    return text_lib.prepare(self.config, self.data_folder)
+    """The tokenized text; made on first use, by process 0 alone."""
+    made = distributed.first(lambda: text_lib.prepare(self.config, self.data_folder))
+    return made or text_lib.open_prepared(self.config, self.data_folder)
 
   def spec(self, name: str) -> dict:
     """All that decides the result of a run: its manifest's `spec`."""
@@ -99,18 +110,19 @@ class Pipeline(Study):
 
   def _train(self, run: Run, order):
     folder = self.folder(run.name)
-    found = manifest.read(folder)
-    if found and found['state'] == manifest.COMPLETE:
-      return  # by another job, since we looked
-    found = manifest.go_on(found) if found else manifest.begin(run.name, self.spec(run.name))
-    found['devices'] = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
-    manifest.write(folder, found)
+    found = distributed.decided(lambda: self._begin(run))
+    if not found:
+      return
     began, before = time.monotonic(), found['seconds']
+
+    def note():
+      if distributed.is_first():
+        manifest.write(folder, found)
 
     def on_checkpoint(step: int, tokens_by_domain: dict[str, int]):
       found.update(steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now(),
                    seconds=before + time.monotonic() - began)
-      manifest.write(folder, found)
+      note()
 
     settings = loop.Settings(
         log=self.config.log_every, evaluate=self.config.evaluation.every,
@@ -130,7 +142,19 @@ class Pipeline(Study):
       raise
     finally:
       found['seconds'] = before + time.monotonic() - began
-      manifest.write(folder, found)
+      note()
+
+  def _begin(self, run: Run) -> dict | None:
+    """The manifest of a run that begins or goes on; None if another job has completed it."""
+    folder = self.folder(run.name)
+    found = manifest.read(folder)
+    if found and found['state'] == manifest.COMPLETE:
+      return None
+    found = manifest.go_on(found) if found else manifest.begin(run.name, self.spec(run.name))
+    found['devices'] = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+    found['processes'] = jax.process_count()
+    manifest.write(folder, found)
+    return found
 
   def initial_params(self, run: Run):
     """The parameters that a run starts from."""

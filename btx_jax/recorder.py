@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 
-from btx_jax import hardware, optim
+from btx_jax import distributed, hardware, optim
 from btx_jax.errors import RunError
 from btx_jax.evaluate import routing
 from btx_jax.metrics import MetricsFile
@@ -31,15 +31,18 @@ class Recorder(contextlib.ExitStack):
     super().__init__()
     self._run, self._domains, self._every = run, domains, every
     self._seen = np.array([tokens_by_domain.get(name, 0) for name in domains], np.int64)
-    self._schedule = optim.schedule(run.optimizer, run.steps)
-    self._peak = hardware.peak_flops(run.model.dtype)
-    self._file = self.enter_context(MetricsFile(folder, start, tensorboard))
-    self._warned = {tuple(trouble) for line in self._file.kept
-                    for trouble in line.get('troubles', [])}
-    self._progress = self.enter_context(Progress(run.name, run.steps, start))
     self._steps = self._waited = 0
     self._sums = None
     self._since = None  # when the clock of this interval was started; None while compiling
+    self._schedule = optim.schedule(run.optimizer, run.steps)
+    self._file = None  # only process 0 has one
+    if not distributed.is_first():
+      return
+    self._file = self.enter_context(MetricsFile(folder, start, tensorboard))
+    self._warned = {tuple(trouble) for line in self._file.kept
+                    for trouble in line.get('troubles', [])}
+    self._peak = hardware.peak_flops(run.model.dtype)
+    self._progress = self.enter_context(Progress(run.name, run.steps, start))
 
   @property
   def tokens_by_domain(self) -> dict[str, int]:
@@ -66,6 +69,8 @@ class Recorder(contextlib.ExitStack):
       raise RunError(f'{self._run.name}: the loss is {loss} and the norm of its gradient {norm} '
                      f'at step {step}')
     self._seen += metrics['tokens_by_domain']
+    if not self._file:
+      return
     sums = {'nll': metrics['nll_by_domain'], 'tokens': metrics['tokens_by_domain']}
     if 'routing' in metrics:
       sums |= metrics['routing']._asdict()
@@ -116,5 +121,7 @@ class Recorder(contextlib.ExitStack):
 
   def evaluated(self, step: int, result: Mapping[str, Mapping]):
     """Writes what evaluate.bits found."""
+    if not self._file:
+      return
     self._file.write(step, bits_per_byte={
         domain: values['bits_per_byte'] for domain, values in result.items()})

@@ -58,4 +58,4 @@ def say(text: str):
 
 def show(table):
   """A rich table. Where the terminal is narrower its lines wrap, but no figure is cut."""
-  Console(width=max(console.width, 160)).print(table)
+  Console(width=max(console.width, 160), quiet=console.quiet).print(table)

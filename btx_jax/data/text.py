@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+from btx_jax import distributed
 from btx_jax.data import corpora
 from btx_jax.data import tokenizer as tokenizer_lib
 from btx_jax.data import tokens as tokens_lib
@@ -53,6 +54,14 @@ def prepare(config, folder: str) -> Text:
       say(f'{domain.name}: {skipped["count"]:,} record(s) skipped: '
           f'{"; ".join(skipped["first"])}{f"; and {more:,} more" if more else ""}')
   return Text(tokenizer, train, held_out)
+
+
+def open_prepared(config, folder: str) -> Text:
+  """What `prepare` of process 0 has made, as soon as it is seen here."""
+  distributed.wait_for(_kept(folder))
+  for domain in config.domains:
+    distributed.wait_for(os.path.join(folder, domain, 'meta.json'))
+  return prepare(config, folder)
 
 
 def vocab_size(config, folder: str) -> int:

@@ -5,6 +5,8 @@ import functools
 import math
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from btx_jax import sharding, train
@@ -18,7 +20,7 @@ _SHOWN = 256  # tokens of each domain whose experts are told one by one
 
 
 @functools.cache
-def _eval_step(cfg: Config):
+def _eval_step(cfg: Config, mesh):
   """(params, batch [B, T]) -> summed loss in nats, its tokens, and for a mixture the gates
   summed over tokens [L, E], their number, and the first row's gates [T, E], mean over layers."""
   def step(params, batch):
@@ -30,7 +32,8 @@ def _eval_step(cfg: Config):
     sums = scores.routed.sums
     return scores.nll, scores.tokens, (sums.gates.sum(1), sums.count[0].sum(), first_TE)
 
-  return jax.jit(step)
+  # Whole on every device: with several processes each must be able to read them.
+  return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
 
 def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
@@ -63,7 +66,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       batch['loss_mask'] &= batch['targets'] != tokenizer.eos_id
       first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN]
       batch = sharding.to_global({k: v[rows] for k, v in batch.items()}, mesh, batch_size)
-      batch_nll, batch_tokens, routed = jax.device_get(_eval_step(cfg)(params, batch))
+      batch_nll, batch_tokens, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
       nll, scored = nll + float(batch_nll), scored + int(batch_tokens)
       if routed is not None:
         gates, count = gates + np.float64(routed[0]), count + float(routed[1])

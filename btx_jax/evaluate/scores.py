@@ -4,11 +4,12 @@ Measuring needs the devices; reading what was measured needs files only.
 """
 
 from collections.abc import Iterator
+import functools
 import json
 import os
 from typing import NamedTuple
 
-from btx_jax import manifest
+from btx_jax import distributed, manifest
 from btx_jax import plan as plan_lib
 from btx_jax.data import tokens
 from btx_jax.errors import UsageError
@@ -49,10 +50,14 @@ def models(study: Study) -> Iterator[Model]:
       continue
     before = plan_lib.lineage(run, study.runs)[1:]
     if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
-      dense = study.runs[run.sources[0]].model
+      dense = _sizes(study, run, AVERAGE)
       yield Model(f'average of {run.name}', run, AVERAGE, dense, before)
       yield Model(f'{run.name} unfinetuned', run, START, run.model, before)
     yield Model(run.name, run, FINAL, run.model, [*before, run])
+
+
+def _sizes(study: Study, run: Run, stage: str) -> model_config.Config:
+  return study.runs[run.sources[0]].model if stage == AVERAGE else run.model
 
 
 def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
@@ -67,14 +72,20 @@ def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
 
 def measure(pipeline, run: Run) -> None:
   """Measures the models of a complete run that were not yet, under the pipeline's mesh."""
+  def missing() -> list[list[str]]:
+    return [[model.name, model.stage] for model in models(pipeline)
+            if model.run is run and read(pipeline, run, model.stage) is None]
+
+  def write(stage: str, scores: dict):
+    with replacing(_path(pipeline, run, stage)) as file:
+      json.dump({'measured_on': _measured_on(pipeline, run), 'domains': scores}, file)
+
   make = {FINAL: lambda run: pipeline.final_params(run.name), START: pipeline.initial_params,
           AVERAGE: pipeline.average_params}
-  for model in models(pipeline):
-    if model.run is run and read(pipeline, run, model.stage) is None:
-      say(f'{model.name}: measuring')
-      scores = pipeline.evaluate(model.sizes, make[model.stage](run))
-      with replacing(_path(pipeline, run, model.stage)) as file:
-        json.dump({'measured_on': _measured_on(pipeline, run), 'domains': scores}, file)
+  for name, stage in distributed.decided(missing):
+    say(f'{name}: measuring')
+    found = pipeline.evaluate(_sizes(pipeline, run, stage), make[stage](run))
+    distributed.first(functools.partial(write, stage, found))
 
 
 def _path(study: Study, run: Run, stage: str) -> str:
