@@ -1,23 +1,25 @@
-"""The training loop: from a run's start, or its last checkpoint, to its end."""
+"""The training loop: from a run's start, or its last checkpoint, to its end.
 
-from collections.abc import Callable
+The same for one run and for several branches in one program, which only program.py tells apart.
+"""
+
+from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import os
 import time
 
 import grain
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from btx_jax import distributed, optim, sharding, train
-from btx_jax.checkpoint import Checkpoints, abstract
-from btx_jax.data import mixture
+from btx_jax import distributed
+from btx_jax import program as program_lib
+from btx_jax.checkpoint import Checkpoints
 from btx_jax.errors import RunError
-from btx_jax.model import llama
+from btx_jax.model.config import Config
 from btx_jax.plan import Run
 from btx_jax.recorder import Recorder
-from btx_jax.terminal import say
+from btx_jax.terminal import Progress, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,102 +42,138 @@ class Settings:
   profile: int = 0
 
 
-def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
-              order: grain.MapDataset, domains: list[str], settings: Settings,
-              evaluate: Callable[[dict], dict],
-              on_checkpoint: Callable[[int, dict[str, int]], None]) -> None:
-  """Trains `run`, continuing from the newest checkpoint in `folder` if there is one.
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run to be trained, and what comes from outside.
 
-  Args:
+  Attributes:
     run: what to train.
     folder: of the run; checkpoints and metrics.jsonl go there.
-    mesh: where to train.
     make_params: the initialiser: parameters at step 0, laid out by sharding.RULES.
     order: of the training rows, from mixture.training_order.
+  """
+  run: Run
+  folder: str
+  make_params: Callable[[], dict]
+  order: grain.MapDataset
+
+
+def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
+          evaluate: Callable[[Config, dict], dict],
+          on_checkpoint: Callable[[str, int, dict[str, int]], None]) -> None:
+  """Trains a run, or several as one program, each from its newest checkpoint if it has one.
+
+  Args:
+    jobs: what to train.
+    mesh: where to train.
     domains: names of the rows' domain indices.
     settings: when to log, evaluate and save.
-    evaluate: parameters -> result by domain, from evaluate.bits.
-    on_checkpoint: called with the steps done and the tokens trained on, by domain.
+    evaluate: model and parameters -> result by domain, from evaluate.bits.
+    on_checkpoint: called with the name of a run, the steps it has done, and the tokens it was
+      trained on, by domain.
 
   Raises:
-    RunError: the loss or its gradient is not finite.
+    RunError: a loss or its gradient is not finite.
   """
-  tx = optim.adamw(run.optimizer, run.steps)
-  like = jax.eval_shape(lambda: train.create_state(
-      llama.init(run.model, jax.random.key(0)), tx))
-  shardings = sharding.shardings(like, mesh)
-  step_fn = jax.jit(
-      train.make_train_step(run.model, tx, run.balance, run.balance_scope, len(domains)),
-      donate_argnums=0,
-      # The metrics whole on every device, so that each process can read them.
-      out_shardings=(shardings, NamedSharding(mesh, P())))
+  runs = [job.run for job in jobs]
+  if len(runs) == 1:
+    program = program_lib.single(runs[0], mesh, len(domains))
+  else:
+    program = program_lib.stacked(runs, mesh, len(domains))
 
-  with Checkpoints(os.path.join(folder, 'checkpoints'), settings.keep) as checkpoints:
-    start = distributed.decided(lambda: checkpoints.latest or 0)
-    if start:
-      state, position = checkpoints.restore(start, abstract(like, shardings))
-    else:
-      create = jax.jit(lambda params: train.create_state(params, tx), out_shardings=shardings)
-      state, position = create(make_params()), {'tokens_by_domain': {}}
+  with contextlib.ExitStack() as stack:
+    checkpoints = [stack.enter_context(Checkpoints(
+        os.path.join(job.folder, 'checkpoints'), settings.keep)) for job in jobs]
+    starts = distributed.decided(lambda: [saved.latest or 0 for saved in checkpoints])
+    states, seen = [], []
+    for job, saved, start in zip(jobs, checkpoints, starts):
+      if start:
+        state, position = saved.restore(start, program.like)
+        seen.append(position['tokens_by_domain'])
+      else:
+        state = program.create(job.make_params())
+        seen.append({})
+      states.append(state)
+    state = program.join(states)
+    del states
 
-    with Recorder(run, folder, domains, settings.log, start, position['tokens_by_domain'],
-                  settings.tensorboard) as recorder:
+    progress = stack.enter_context(Progress(
+        {run.name: (start, run.steps) for run, start in zip(runs, starts)}))
+    recorders = [
+        stack.enter_context(Recorder(job.run, job.folder, domains, settings.log, start, tokens,
+                                     settings.tensorboard, progress))
+        for job, start, tokens in zip(jobs, starts, seen)]
+    first, last = min(starts) + 1, max(run.steps for run in runs)
+    if len(runs) > 1:
+      _tell_idle(program.slots, starts, runs)
 
-      def record(step: int, metrics):
+    def active(step: int) -> list[bool]:
+      """A branch that was ahead of the others waits for them; one that is done stays."""
+      return [start < step <= run.steps for start, run in zip(starts, runs)]
+
+    def record(step: int, metrics):
+      metrics = jax.device_get(metrics)
+      for i, on in enumerate(active(step)):
+        if not on:
+          continue
         try:
-          recorder.step(step, metrics)
+          recorders[i].step(step, program.part_metrics(metrics, i))
         except RunError as error:
           raise RunError(
-              f'{error}; the last checkpoint, of step {checkpoints.latest or 0}, is sound. To '
-              f'train it with a lower optimizer.peak_lr, delete {folder} or use another '
+              f'{error}; the last checkpoint, of step {checkpoints[i].latest or 0}, is sound. To '
+              f'train it with a lower optimizer.peak_lr, delete {jobs[i].folder} or use another '
               '--workdir.') from error
 
-      profile = settings.profile if distributed.is_first() else 0
-      traced = range(start + 2, min(start + 2 + profile, run.steps + 1))
-      pending = None
-      for step, batch in _batches(run, mesh, order, start, recorder.waited):
-        if traced and step == traced[0]:
-          jax.profiler.start_trace(os.path.join(folder, 'profile'), create_perfetto_trace=True)
-        state, metrics = step_fn(state, batch)
-        if pending:
-          record(*pending)
-        pending = step, metrics
-        if traced and step == traced[-1]:
-          jax.block_until_ready(metrics)
-          jax.profiler.stop_trace()
-          say(f'{run.name}: a trace of steps {traced[0]} to {step} is in '
-              f'{os.path.join(folder, "profile")} (for xprof, and *.json.gz for Perfetto)')
-        last = step == run.steps
-        stops = distributed.preempted() and not last
-        evaluates = not last and not stops and settings.evaluate and step % settings.evaluate == 0
-        saves = last or stops or step % settings.checkpoint == 0
-        if evaluates or saves:
+    profile = settings.profile if distributed.is_first() else 0
+    traced = range(first + 1, min(first + 1 + profile, last + 1))
+    trace_folder = os.path.join(jobs[0].folder, 'profile')
+    batches = program.batches([job.order for job in jobs], first, last)
+    pending = None
+    for step in range(first, last + 1):
+      began = time.monotonic()
+      batch = next(batches)
+      for recorder in recorders:
+        recorder.waited(time.monotonic() - began)
+      if traced and step == traced[0]:
+        jax.profiler.start_trace(trace_folder, create_perfetto_trace=True)
+      state, metrics = program.step(state, program.place(batch), active(step))
+      if pending:
+        record(*pending)
+      pending = step, metrics
+      if traced and step == traced[-1]:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        say(f'a trace of steps {traced[0]} to {step} is in {trace_folder} (for xprof, and '
+            '*.json.gz for Perfetto)')
+      stops = distributed.preempted() and step != last
+      for i, on in enumerate(active(step)):
+        if not on:
+          continue
+        at_end = step == runs[i].steps
+        saves = at_end or stops or step % settings.checkpoint == 0
+        evaluates = not at_end and not stops and settings.evaluate and (
+            step % settings.evaluate == 0)
+        if (saves or evaluates) and pending:
           record(*pending)
           pending = None
-          if saves:
-            by_domain = recorder.tokens_by_domain
-            checkpoints.save(step, state, {'step': step, 'tokens_by_domain': by_domain})
-            on_checkpoint(step, by_domain)
-          if evaluates:
-            began = time.monotonic()
-            recorder.evaluated(step, evaluate(state.params))
+        if saves or evaluates:
+          own = program.part(state, i)
+        if saves:
+          tokens = recorders[i].tokens_by_domain
+          checkpoints[i].save(step, own, {'step': step, 'tokens_by_domain': tokens})
+          on_checkpoint(runs[i].name, step, tokens)
+        if evaluates:
+          began = time.monotonic()
+          recorders[i].evaluated(step, evaluate(runs[i].model, own.params))
+          for recorder in recorders:
             recorder.paused(time.monotonic() - began)
-        if stops:
-          raise KeyboardInterrupt  # as if by Ctrl-C, but with all that was done saved
+      if stops:
+        raise KeyboardInterrupt  # as if by Ctrl-C, but with all that was done saved
 
 
-def _batches(run: Run, mesh, order, start: int, waited: Callable[[float], None]):
-  """(step, global batch) for each step after `start`; steps count from 1.
-
-  `waited` is told the seconds that each batch was waited for.
-  """
-  rows_each = run.batch_size // run.accumulation
-  batches = mixture.global_batches(
-      order, run.batch_size, run.accumulation, sharding.local_rows(mesh, rows_each))
-  ahead = iter(batches[start:run.steps].to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-  for step in range(start + 1, run.steps + 1):
-    began = time.monotonic()
-    batch = next(ahead)
-    waited(time.monotonic() - began)
-    yield step, sharding.to_global(batch, mesh, rows_each, leading=1)
+def _tell_idle(slots: int, starts: Sequence[int], runs: Sequence[Run]):
+  """What share of the devices' time goes to no branch."""
+  span = slots * (max(run.steps for run in runs) - min(starts))
+  busy = sum(run.steps - start for run, start in zip(runs, starts))
+  say(f'{", ".join(run.name for run in runs)}: one program, {len(runs)} branches in {slots} '
+      f'slots, {1 - busy / max(span, 1):.0%} of it idle')

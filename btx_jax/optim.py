@@ -39,11 +39,11 @@ def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:
       end_value=cfg.final_lr * cfg.peak_lr)
 
 
-def adamw(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
-  """Clips the whole gradient by its norm, then AdamW."""
+def adamw(cfg: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+  """Clips the whole gradient by its norm, then AdamW with the learning rates of `rate`."""
   decayed = lambda params: jax.tree.map_with_path(
       lambda path, _: not _NO_DECAY.search(sharding.path_of(path)), params)
   return optax.chain(
       optax.clip_by_global_norm(cfg.clip_norm),
-      optax.adamw(schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps,
+      optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps,
                   weight_decay=cfg.weight_decay, mask=decayed))

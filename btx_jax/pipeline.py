@@ -47,21 +47,25 @@ class Pipeline(Study):
     asked = list(self.runs.values()) if only is None else [self.run(only)]
     incomplete = distributed.decided(lambda: self._incomplete(asked, only))
     wanted = [run for run in asked if run.name in incomplete]
-    for run in wanted:
-      self._check_layout(run)
+    groups = [asked] if only else plan_lib.groups(asked, self.config.stacked)
+    for group in groups:
+      todo = [run for run in group if run.name in incomplete]
+      for run in todo:
+        self._check_layout(run, stacked=len(todo) > 1)
     distributed.check_shared(self.workdir)
     distributed.agree({'tokens': {name: tokens.hash for name, tokens in self.text.train.items()},
                        'tokenizer': self.text.tokenizer.hash})
     distributed.first(self._check_manifests)
-    orders = {run.name: self._order(run) for run in wanted}
     with jax.set_mesh(self.mesh):
-      for run in asked:
-        if run.name in orders:
-          with contextlib.ExitStack() as stack:
+      for group in groups:
+        todo = [run for run in group if run.name in incomplete]
+        with contextlib.ExitStack() as stack:
+          for run in todo:
             lock = manifest.lock(self.folder(run.name))
-            distributed.first(lambda: stack.enter_context(lock))  # noqa: B023
-            self._train(run, orders[run.name])
-        scores.measure(self, run)
+            distributed.first(functools.partial(stack.enter_context, lock))
+          self._train(todo)
+        for run in group:
+          scores.measure(self, run)
     return bool(wanted)
 
   def _incomplete(self, asked: list[Run], only: str | None) -> list[str]:
@@ -80,9 +84,11 @@ class Pipeline(Study):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train anew.')
 
-  def _check_layout(self, run: Run):
-    sharding.check_rows(self.mesh, run.batch_size // run.accumulation,
-                        f'runs.{run.name}: train.batch_size / train.accumulation')
+  def _check_layout(self, run: Run, stacked: bool):
+    sharding.check_rows(
+        self.mesh, run.batch_size // run.accumulation,
+        f'runs.{run.name}: train.batch_size / train.accumulation',
+        sharding.BRANCH_BATCH_AXES if stacked else sharding.BATCH_AXES)
     if run.model.num_experts:
       sharding.holds_experts(self.mesh.shape['expert'], run.model.num_experts)
     if run.model.attention == 'cudnn' and jax.default_backend() != 'gpu':
@@ -108,41 +114,44 @@ class Pipeline(Study):
         'sources': [[source, manifest.identity(self.spec(source))] for source in run.sources],
     }
 
-  def _train(self, run: Run, order):
-    folder = self.folder(run.name)
-    found = distributed.decided(lambda: self._begin(run))
-    if not found:
+  def _train(self, runs: list[Run]):
+    """Trains runs as one program."""
+    began = time.monotonic()
+    manifests, jobs = {}, []
+    for run in runs:
+      found = distributed.decided(functools.partial(self._begin, run))
+      if found:
+        manifests[run.name] = found
+        jobs.append(loop.Job(run, self.folder(run.name),
+                             functools.partial(self.initial_params, run), self._order(run)))
+    if not jobs:
       return
-    began, before = time.monotonic(), found['seconds']
+    before = {name: found['seconds'] for name, found in manifests.items()}
 
-    def note():
-      if distributed.is_first():
-        manifest.write(folder, found)
+    def note(names=tuple(manifests), **changes):
+      for name in names:
+        # Of the time each run has its share, if several run at once.
+        seconds = before[name] + (time.monotonic() - began) / len(jobs)
+        manifests[name].update(seconds=seconds, **changes)
+        if distributed.is_first():
+          manifest.write(self.folder(name), manifests[name])
 
-    def on_checkpoint(step: int, tokens_by_domain: dict[str, int]):
-      found.update(steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now(),
-                   seconds=before + time.monotonic() - began)
-      note()
+    def on_checkpoint(name: str, step: int, tokens_by_domain: dict[str, int]):
+      note([name], steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now())
 
     settings = loop.Settings(
         log=self.config.log_every, evaluate=self.config.evaluation.every,
         checkpoint=self.config.checkpoint_every, keep=self.config.checkpoints_kept,
         tensorboard=self.config.tensorboard, profile=self.profile)
     try:
-      loop.train_run(
-          run, folder, self.mesh, lambda: self.initial_params(run), order,
-          list(self.text.train), settings, functools.partial(self.evaluate, run.model),
-          on_checkpoint)
-      found['state'] = manifest.COMPLETE
+      loop.train(jobs, self.mesh, list(self.text.train), settings, self.evaluate, on_checkpoint)
+      note(state=manifest.COMPLETE)
     except KeyboardInterrupt:
-      found['state'] = manifest.STOPPED
+      note(state=manifest.STOPPED)
       raise
     except BaseException as error:
-      found |= {'state': manifest.FAILED, 'error': str(error) or repr(error)}
+      note(state=manifest.FAILED, error=str(error) or repr(error))
       raise
-    finally:
-      found['seconds'] = before + time.monotonic() - began
-      note()
 
   def _begin(self, run: Run) -> dict | None:
     """The manifest of a run that begins or goes on; None if another job has completed it."""

@@ -4,7 +4,7 @@ A run = (initialiser, data mixture, model, optimizer). Runs are a graph by what 
 from; nothing here, or after, knows a phase by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 
 from btx_jax.errors import UsageError, nearest
@@ -125,14 +125,51 @@ def make_plan(config, vocab_size: int) -> dict[str, Run]:
   """
   if not config.runs:
     raise UsageError('config.runs is empty: there is nothing to do. See configs/demo.py.')
+  for name in config.stacked:
+    if name not in config.runs:
+      raise UsageError(f'stacked names {name!r}, which is not a run; '
+                       f'{nearest(name, config.runs)}')
   runs: dict[str, Run] = {}
-  for name in _ordered(config.runs):
+  for name in _ordered(config.runs, config.stacked):
     runs[name] = _make_run(name, config, runs, vocab_size)
+  _check_stacked([runs[name] for name in config.stacked])
   return runs
 
 
-def _ordered(entries) -> list[str]:
-  """Names so that each stands behind its sources and what its length is measured by."""
+def groups(runs: Iterable[Run], stacked: Sequence[str]) -> list[list[Run]]:
+  """Runs in their order, those that are trained as one program together."""
+  result: list[list[Run]] = []
+  for run in runs:
+    if result and run.name in stacked and result[-1][0].name in stacked:
+      result[-1].append(run)
+    else:
+      result.append([run])
+  return result
+
+
+def _check_stacked(runs: list[Run]):
+  """Raises UsageError unless the runs can be trained by one program."""
+  for run in runs:
+    if run.model.num_experts:
+      raise UsageError(f'stacked names {run.name!r}, which is a mixture; only dense runs can be '
+                       'trained as one program.')
+    shared = {field: getattr(run, field) for field in ('length', 'batch_size', 'accumulation')}
+    shared |= {f'model.{key}': value for key, value in dataclasses.asdict(run.model).items()}
+    shared |= {f'optimizer.{key}': value for key, value in dataclasses.asdict(run.optimizer).items()
+               if key not in ('peak_lr', 'warmup', 'final_lr')}
+    first = runs[0]
+    if run is first:
+      expected = shared
+    for key, value in shared.items():
+      if value != expected[key]:
+        raise UsageError(f'stacked: {first.name!r} and {run.name!r} cannot be trained as one '
+                         f'program: {key} is {expected[key]!r} and {value!r}. Only domains, steps '
+                         'and learning rates may differ.')
+
+
+def _ordered(entries, stacked: Sequence[str]) -> list[str]:
+  """Names so that each stands behind its sources and what its length is measured by, and
+  those that are stacked next to each other."""
   order: list[str] = []
 
   def visit(name: str, path: tuple[str, ...]):
@@ -141,14 +178,16 @@ def _ordered(entries) -> list[str]:
                        ' -> '.join((*path[path.index(name):], name)))
     if name in order:
       return
-    entry = entries[name]
-    for kind in ('init.runs', 'match_flops_of'):
-      for needed in entry.init.runs if kind == 'init.runs' else entry.match_flops_of:
-        if needed not in entries:
-          raise UsageError(f'runs.{name}.{kind} names {needed!r}, which is not a run; '
-                           f'{nearest(needed, entries)}')
-        visit(needed, (*path, name))
-    order.append(name)
+    together = stacked if name in stacked else (name,)
+    for one in together:
+      entry = entries[one]
+      for kind in ('init.runs', 'match_flops_of'):
+        for needed in entry.init.runs if kind == 'init.runs' else entry.match_flops_of:
+          if needed not in entries:
+            raise UsageError(f'runs.{one}.{kind} names {needed!r}, which is not a run; '
+                             f'{nearest(needed, entries)}')
+          visit(needed, (*path, *together))
+    order.extend(together)
 
   for name in entries:
     if name.split('/')[0] in _RESERVED or name.startswith('/'):

@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 
-import jax
 import numpy as np
 
 from btx_jax import distributed, hardware, optim
@@ -26,7 +25,7 @@ class Recorder(contextlib.ExitStack):
   """
 
   def __init__(self, run: Run, folder: str, domains: list[str], every: int, start: int,
-               tokens_by_domain: Mapping[str, int], tensorboard: bool):
+               tokens_by_domain: Mapping[str, int], tensorboard: bool, progress: Progress):
     """`start` and `tokens_by_domain` are those of the checkpoint that the run goes on from."""
     super().__init__()
     self._run, self._domains, self._every = run, domains, every
@@ -35,14 +34,14 @@ class Recorder(contextlib.ExitStack):
     self._sums = None
     self._since = None  # when the clock of this interval was started; None while compiling
     self._schedule = optim.schedule(run.optimizer, run.steps)
-    self._file = None  # only process 0 has one
-    if not distributed.is_first():
+    self._progress = progress
+    self._file = None  # only process 0 has one, and only for a run that is not done
+    if not distributed.is_first() or start == run.steps:
       return
     self._file = self.enter_context(MetricsFile(folder, start, tensorboard))
     self._warned = {tuple(trouble) for line in self._file.kept
                     for trouble in line.get('troubles', [])}
     self._peak = hardware.peak_flops(run.model.dtype)
-    self._progress = self.enter_context(Progress(run.name, run.steps, start))
 
   @property
   def tokens_by_domain(self) -> dict[str, int]:
@@ -58,12 +57,11 @@ class Recorder(contextlib.ExitStack):
       self._since += seconds
 
   def step(self, step: int, metrics):
-    """Takes in a step's metrics. Called one step late, not to wait for the device.
+    """Takes in a step's metrics, on the host. Called one step late, not to wait for the device.
 
     Raises:
       RunError: the loss or the norm of its gradient is not finite.
     """
-    metrics = jax.device_get(metrics)
     loss, norm = float(metrics['loss']), float(metrics['grad_norm'])
     if not math.isfinite(loss) or not math.isfinite(norm):
       raise RunError(f'{self._run.name}: the loss is {loss} and the norm of its gradient {norm} '
@@ -116,7 +114,7 @@ class Recorder(contextlib.ExitStack):
         for warning in values['warnings']:
           say(f'{run.name}, step {step}: {warning}')
     self._file.write(step, **values)
-    self._progress.update(step, loss, rate)
+    self._progress.update(run.name, step, loss, rate)
     self._since, self._steps, self._waited, self._sums = now, 0, 0, None
 
   def evaluated(self, step: int, result: Mapping[str, Mapping]):

@@ -218,14 +218,25 @@ def local_rows(mesh, rows: int) -> list[int]:
   return sorted({row for (index,) in slices for row in range(rows)[index]})
 
 
-def to_global(batch, mesh, rows: int, leading: int = 0):
+def local_branches(mesh, slots: int, rows: int) -> tuple[list[int], list[int]]:
+  """Which of the stacked branches this process holds, and which rows of each, in order."""
+  where = batch_sharding(mesh, stacked=True).addressable_devices_indices_map((slots, rows))
+  both = zip(*where.values())
+  return tuple(sorted({i for index in indices for i in range(size)[index]})
+               for indices, size in zip(both, (slots, rows)))
+
+
+def to_global(batch, mesh, rows: int, leading: int = 0, slots: int = 0):
   """This process's rows of a batch as global arrays of `rows` rows over the mesh.
 
-  `leading` counts the dimensions before the rows.
+  `leading` counts the dimensions before the rows; `slots` are those of stacked branches, whose
+  dimension comes before all.
   """
   def place(x):
-    shape = (*x.shape[:leading], rows, *x.shape[leading + 1:])
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, leading), x, shape)
+    lead = x.shape[:leading] if not slots else (slots, *x.shape[1:leading + 1])
+    shape = (*lead, rows, *x.shape[len(lead) + 1:])
+    return jax.make_array_from_process_local_data(
+        batch_sharding(mesh, leading, stacked=bool(slots)), x, shape)
 
   return jax.tree.map(place, batch)
 

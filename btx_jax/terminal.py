@@ -1,5 +1,6 @@
 """What a person sees on the terminal: lines, tables, and a bar for each run."""
 
+from collections.abc import Mapping
 import sys
 import time
 
@@ -12,42 +13,47 @@ console = Console(highlight=False, markup=False, emoji=False)
 
 
 class Progress:
-  """A bar for one run (loss, tokens/s, time left); plain lines when not on a terminal."""
+  """A bar for each run (loss, tokens/s, time left); plain lines when not on a terminal."""
 
-  def __init__(self, name: str, steps: int, start: int = 0):
-    self._name, self._steps, self._start = name, steps, start
-    self._began = self._said = time.monotonic()
-    self._bar = None
+  def __init__(self, runs: Mapping[str, tuple[int, int]]):
+    """`runs` are the steps done, and of all, by name."""
+    self._runs = runs
+    self._began = time.monotonic()
+    self._said = dict.fromkeys(runs, self._began)
+    self._bars = None
     if console.is_terminal:
-      self._bar = rich_progress.Progress(
+      self._bars = rich_progress.Progress(
           rich_progress.TextColumn('{task.description}', markup=False), rich_progress.BarColumn(),
           rich_progress.MofNCompleteColumn(), rich_progress.TextColumn('{task.fields[text]}'),
           rich_progress.TimeRemainingColumn(), console=console)
 
   def __enter__(self):
-    if self._bar:
-      self._bar.start()
-      self._task = self._bar.add_task(self._name, total=self._steps, completed=self._start,
-                                      text='compiling')
-    else:
-      console.print(f'{self._name}: {self._start} of {self._steps} steps, compiling')
+    self._tasks = {}
+    if self._bars:
+      self._bars.start()
+    for name, (start, steps) in self._runs.items():
+      if self._bars:
+        self._tasks[name] = self._bars.add_task(
+            name, total=steps, completed=start, text='compiling')
+      else:
+        console.print(f'{name}: {start} of {steps} steps, compiling')
     return self
 
   def __exit__(self, *_):
-    if self._bar:
-      self._bar.stop()
+    if self._bars:
+      self._bars.stop()
 
-  def update(self, step: int, loss: float, tokens_per_second: float | None):
+  def update(self, name: str, step: int, loss: float, tokens_per_second: float | None):
     speed = f'  {tokens_per_second:,.0f} tokens/s' if tokens_per_second else ''
     text = f'loss {loss:.3f}{speed}'
-    if self._bar:
-      self._bar.update(self._task, completed=step, text=text)
+    if self._bars:
+      self._bars.update(self._tasks[name], completed=step, text=text)
       return
-    now = time.monotonic()
-    if now - self._said >= _PLAIN_EVERY or step == self._steps:
-      self._said = now
-      left = (now - self._began) / (step - self._start) * (self._steps - step)
-      console.print(f'{self._name}: {step} of {self._steps}  {text}  {left:.0f} s left')
+    now, (start, steps) = time.monotonic(), self._runs[name]
+    if now - self._said[name] >= _PLAIN_EVERY or step == steps:
+      self._said[name] = now
+      left = (now - self._began) / (step - start) * (steps - step)
+      console.print(f'{name}: {step} of {steps}  {text}  {left:.0f} s left')
 
 
 def say(text: str):

@@ -92,6 +92,11 @@ def get_config() -> ConfigDict:
       'router_std': 0.02,
   })
 
+  # Names of runs that are trained as one program, side by side, each on its slice of
+  # mesh.expert; () trains one after the other. Only domains, steps and learning rates may differ.
+  # What comes out is the same.
+  config.stacked = ()
+
   # Devices along each axis; -1 takes all that are left.
   config.mesh = ConfigDict({
       # Copies of the model.

@@ -177,7 +177,7 @@ def test_norms_by_part_are_those_of_the_whole():
 
 def test_adamw_against_numpy_and_norm_scales_do_not_decay():
   cfg = plan.Optimizer(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
-  tx = optim.adamw(cfg, 10)
+  tx = optim.adamw(cfg, optim.schedule(cfg, 10))
   rng = np.random.default_rng(0)
   params = {'norm': {'scale': rng.normal(size=(2, 3))}, 'ffn': {'up': rng.normal(size=(2, 3))}}
   grads = jax.tree.map(lambda x: 10 * rng.normal(size=x.shape), params)
@@ -210,7 +210,7 @@ def test_a_parameter_without_a_sharding_rule_is_an_error():
 
 def test_parameters_and_moments_are_cut_alike():
   state = jax.eval_shape(
-      lambda p: train.create_state(p, optim.adamw(plan.Optimizer(peak_lr=1.0), 2)),
+      lambda p: train.create_state(p, optim.adamw(plan.Optimizer(1.0), optax.constant_schedule(1))),
       random_params(TINY_MIXTURE))
   with use_mesh((1, 2, 4, 1)) as mesh:
     specs = sharding.partition_specs(state, mesh)

@@ -113,6 +113,23 @@ class _Batches:
         for m in range(self._accumulation)])
 
 
+def stacked_batches(branches: Sequence[grain.MapDataset]) -> grain.MapDataset:
+  """Element s is step s of all branches, arrays [branches, accumulation, rows, ...]."""
+  return grain.MapDataset.source(_Stacked(branches))
+
+
+class _Stacked:
+
+  def __init__(self, branches):
+    self._branches = branches
+
+  def __len__(self) -> int:
+    return min(map(len, self._branches))
+
+  def __getitem__(self, step: int) -> Batch:
+    return stack([branch[step] for branch in self._branches])
+
+
 def stack(rows: Sequence[Batch]) -> Batch:
   """Batches or rows with one more leading dimension."""
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,150 @@
+"""What is compiled: the train step of one run, or of several branches in one program.
+
+Stacked branches are the same train step, mapped over the `expert` axis of the mesh: every
+array gains a leading dimension of branches, each branch lives on its own slice of the devices,
+and no collective crosses branches. Whatever a branch computes, it computes alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from btx_jax import optim, sharding, train
+from btx_jax.checkpoint import abstract
+from btx_jax.data import mixture
+from btx_jax.model import llama
+from btx_jax.plan import Run
+from btx_jax.train import TrainState
+
+
+class Program(NamedTuple):
+  """How to train runs together; the state of all is one tree.
+
+  Attributes:
+    like: the state of one run alone, as shapes over the mesh.
+    create: parameters -> state of one run, at step 0.
+    join: states of the runs -> state of the program.
+    part: (state, i) -> state of run i alone.
+    step: (state, batch, active) -> (state, metrics); run i stays as it is unless active[i].
+    part_metrics: (metrics, i) -> metrics of run i.
+    batches: (training orders of the runs, first step, last step) -> batches of this process.
+    place: batch of this process -> global batch.
+    compile: (state, batch) -> the compiled step, to look at.
+    slots: places for runs; more than runs where these do not fill the axis.
+  """
+  like: TrainState
+  create: Callable[[dict], TrainState]
+  join: Callable[[Sequence[TrainState]], TrainState]
+  part: Callable[[TrainState, int], TrainState]
+  step: Callable[[TrainState, Any, Sequence[bool]], tuple[TrainState, dict]]
+  part_metrics: Callable[[dict, int], dict]
+  batches: Callable[[Sequence[grain.MapDataset], int, int], Iterator[mixture.Batch]]
+  place: Callable[[mixture.Batch], dict]
+  compile: Callable[[TrainState, dict], Any]
+  slots: int
+
+
+def single(run: Run, mesh, num_domains: int) -> Program:
+  """One run over the whole mesh."""
+  tx = optim.adamw(run.optimizer, optim.schedule(run.optimizer, run.steps))
+  like, create = _state_of(run, tx, mesh)
+  step = jax.jit(
+      train.make_train_step(run.model, tx, run.balance, run.balance_scope, num_domains),
+      donate_argnums=0,
+      # The metrics whole on every device, so that each process can read them.
+      out_shardings=(_shardings(like), NamedSharding(mesh, P())))
+  rows_each = run.batch_size // run.accumulation
+  rows = sharding.local_rows(mesh, rows_each)
+
+  def batches(orders, first, last):
+    return _ahead(mixture.global_batches(orders[0], run.batch_size, run.accumulation, rows),
+                  first, last)
+
+  return Program(
+      like, create, join=lambda states: states[0], part=lambda state, _: state,
+      step=lambda state, batch, _: step(state, batch), part_metrics=lambda metrics, _: metrics,
+      batches=batches, place=lambda batch: sharding.to_global(batch, mesh, rows_each, leading=1),
+      compile=lambda state, batch: step.lower(state, batch).compile(), slots=1)
+
+
+def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
+  """Dense runs that differ in nothing but text, length and learning rate, side by side.
+
+  There are as many slots as fill the `expert` axis; those without a run are idle.
+  """
+  first = runs[0]
+  schedules = [optim.schedule(run.optimizer, run.steps) for run in runs]
+  like, create = _state_of(first, optim.adamw(first.optimizer, schedules[0]), mesh)
+  ways = mesh.shape['expert']
+  slots = -(-len(runs) // ways) * ways
+  fill = lambda values: [*values, *[values[-1]] * (slots - len(values))]
+  all_like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype), like)
+  all_shardings = sharding.shardings(all_like, mesh, stacked=True)
+  branches = NamedSharding(mesh, P('expert'))
+  # A table, since the rate of each branch must be an array to be mapped over.
+  longest = np.arange(max(run.steps for run in runs))
+  rates = jax.jit(
+      lambda: jnp.stack(fill([jax.vmap(schedule)(longest) for schedule in schedules])),
+      out_shardings=branches)()
+
+  def one_step(state, batch, rates, active):
+    tx = optim.adamw(first.optimizer, lambda count: rates[count])
+    step = train.make_train_step(first.model, tx, num_domains=num_domains,
+                                 batch_axes=sharding.BRANCH_BATCH_AXES)
+    new, metrics = step(state, batch)
+    return jax.tree.map(lambda new, old: jnp.where(active, new, old), new, state), metrics
+
+  steps = jax.jit(jax.vmap(one_step, spmd_axis_name='expert'), donate_argnums=0,
+                  out_shardings=(all_shardings, NamedSharding(mesh, P())))
+
+  def step(state, batch, active):
+    active = np.array([*active, *[False] * (slots - len(active))])
+    return steps(state, batch, rates, jax.make_array_from_callback(
+        (slots,), branches, lambda index: active[index]))
+
+  def compile(state, batch):
+    active = jax.ShapeDtypeStruct((slots,), bool, sharding=branches)
+    return steps.lower(state, batch, rates, active).compile()
+
+  stack = jax.jit(lambda *states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
+                  out_shardings=all_shardings)
+  part = jax.jit(lambda state, i: jax.tree.map(lambda x: x[i], state), static_argnums=1,
+                 out_shardings=_shardings(like))
+  rows_each = first.batch_size // first.accumulation
+  here, rows = sharding.local_branches(mesh, slots, rows_each)
+
+  def batches(orders, first_step, last_step):
+    each = [mixture.global_batches(order, first.batch_size, first.accumulation, rows)
+            for order in orders]
+    return _ahead(mixture.stacked_batches([fill(each)[slot] for slot in here]),
+                  first_step, last_step)
+
+  return Program(
+      like, create, join=lambda states: stack(*fill(states)), part=part, step=step,
+      part_metrics=lambda metrics, i: jax.tree.map(lambda x: x[i], metrics), batches=batches,
+      place=lambda batch: sharding.to_global(batch, mesh, rows_each, leading=1, slots=slots),
+      compile=compile, slots=slots)
+
+
+def _state_of(run: Run, tx, mesh):
+  """The shapes of a run's state over the mesh, and how it is made from parameters."""
+  make = lambda params: train.create_state(params, tx)
+  like = jax.eval_shape(lambda: make(llama.init(run.model, jax.random.key(0))))
+  shardings = sharding.shardings(like, mesh)
+  return abstract(like, shardings), jax.jit(make, out_shardings=shardings)
+
+
+def _shardings(like):
+  return jax.tree.map(lambda x: x.sharding, like)
+
+
+def _ahead(batches: grain.MapDataset, first: int, last: int) -> Iterator[mixture.Batch]:
+  """Batches of steps first to last, which count from 1, read while the devices compute."""
+  return iter(batches[first - 1:last].to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

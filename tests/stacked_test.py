@@ -1,0 +1,200 @@
+"""Branches in one program: each computes what it would alone, and talks to no other."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from btx_jax import loop, manifest, metrics, plan, program
+from btx_jax.errors import UsageError
+from btx_jax.pipeline import Pipeline
+from configs import base
+from tests import hlo, studies
+from tests.helpers import (
+  TINY,
+  assert_trees_close,
+  assert_trees_equal,
+  random_batch,
+  random_params,
+  use_mesh,
+)
+
+MESH = (1, 2, 4, 1)
+
+
+def branches():
+  """Three runs, for four slots: of other lengths and learning rates."""
+  one = plan.Run(
+      name='a', init='random', sources=(), weights={'code': 1.0}, model=TINY,
+      optimizer=plan.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, length=15, batch_size=16,
+      accumulation=2, balance=0.0, balance_scope='microbatch', router_std=0.02, seed=0)
+  other = lambda name, steps, rate: dataclasses.replace(
+      one, name=name, steps=steps, optimizer=dataclasses.replace(one.optimizer, peak_lr=rate))
+  return [one, other('b', 2, 0.1), other('c', 3, 0.003)]
+
+
+def batch_of(seed):
+  return jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), random_batch(TINY, 16, seed=seed))
+
+
+@pytest.fixture(scope='module')
+def stacked():
+  """The program, its compiled form, and three steps of it."""
+  runs = branches()
+  with use_mesh(MESH) as mesh:
+    made = program.stacked(runs, mesh, num_domains=2)
+    states = [made.create(random_params(TINY, seed=i)) for i in range(3)]
+    state = made.join(states)
+    starts = jax.device_get([made.part(state, i) for i in range(3)])
+    history = []
+    for step in (1, 2, 3):
+      batches = [batch_of(10 * step + i) for i in (0, 1, 2, 2)]
+      batch = made.place(jax.tree.map(lambda *x: np.stack(x), *batches))
+      state, found = made.step(state, batch, [step <= run.steps for run in runs])
+      history.append(jax.device_get(found))
+    ends = jax.device_get([made.part(state, i) for i in range(3)])
+    return made, mesh, starts, history, ends, (state, batch)
+
+
+def test_each_branch_is_what_it_would_be_alone(stacked):
+  made, _, starts, history, ends, _ = stacked
+  with use_mesh(MESH) as mesh:
+    for i, run in enumerate(branches()):
+      alone = program.single(run, mesh, num_domains=2)
+      state = alone.create(random_params(TINY, seed=i))
+      assert_trees_equal(jax.device_get(state.params), starts[i].params)
+      for step in range(1, min(run.steps, 3) + 1):
+        state, found = alone.step(state, alone.place(batch_of(10 * step + i)), [True])
+        ours = made.part_metrics(history[step - 1], i)
+        np.testing.assert_allclose(ours['loss'], found['loss'], rtol=1e-5)
+        np.testing.assert_allclose(ours['grad_norm'], found['grad_norm'], rtol=1e-4)
+        np.testing.assert_array_equal(ours['tokens_by_domain'], found['tokens_by_domain'])
+      assert_trees_close(ends[i], jax.device_get(state), rtol=1e-4)
+      assert ends[i].step == min(run.steps, 3)
+
+
+def test_no_collective_crosses_branches(stacked):
+  made, _, _, _, _, (state, batch) = stacked
+  with use_mesh(MESH) as mesh:
+    compiled = made.compile(state, batch)
+  sent = hlo.collectives(compiled, mesh)
+  assert {'fsdp'} <= {axis for each in sent for axis in each.axes}  # it does see some
+  # Only the metrics, a few numbers, are told to all.
+  crossing = [each for each in sent if 'expert' in each.axes]
+  assert all(np.prod(shape) <= 64 for each in crossing for shape in each.shapes), crossing
+
+
+def test_a_branch_lives_on_its_own_slice_of_the_devices(stacked):
+  _, mesh, _, _, _, (state, _) = stacked
+  up = state.params['layers']['ffn']['up']
+  for e in range(4):
+    devices = {shard.device for shard in up.addressable_shards if shard.index[0].start == e}
+    assert devices == set(mesh.devices[:, :, e].ravel())
+
+
+# A study
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('text')
+  studies.write_text(folder)
+  return folder
+
+
+def get_config(text, stacked=()):
+  config = studies.get_config(text)
+  config.stacked = stacked
+  config.evaluation.every = 3
+  config.runs = {
+      'seed': base.run(base.random(), {'prose': 1}, steps=2),
+      'expert/code': base.run(base.checkpoint('seed'), {'code': 1}, steps=5),
+      'other': base.run(base.checkpoint('seed'), {'prose': 1}, steps=1),
+      'expert/math': base.run(base.checkpoint('seed'), {'math': 1}, steps=3,
+                              optimizer={'peak_lr': 3e-3}),
+  }
+  return config
+
+
+BOTH = ('expert/code', 'expert/math')
+
+
+@pytest.fixture(scope='module')
+def apart(text, tmp_path_factory):
+  pipeline = Pipeline(get_config(text), str(tmp_path_factory.mktemp('apart')))
+  pipeline.train()
+  return pipeline
+
+
+def losses(pipeline, name):
+  return {line['step']: line['loss'] for line in metrics.read(pipeline.folder(name))
+          if 'loss' in line}
+
+
+def test_a_stacked_study_is_that_of_separate_jobs_also_when_stopped(apart, text, tmp_path,
+                                                                    monkeypatch, capsys):
+  pipeline = Pipeline(get_config(text, BOTH), str(tmp_path))
+  assert list(pipeline.runs) == ['seed', 'expert/code', 'expert/math', 'other']
+  pipeline.train('seed')
+  save = loop.Checkpoints.save
+
+  def save_then_stop(self, step, *args):
+    save(self, step, *args)
+    if step == 3:  # expert/math is done, expert/code is saved at step 2
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop.Checkpoints, 'save', save_then_stop)
+  with pytest.raises(KeyboardInterrupt):
+    pipeline.train()
+  monkeypatch.undo()
+  assert [pipeline.state(name) for name in BOTH] == [manifest.STOPPED] * 2
+  capsys.readouterr()
+  pipeline.train()
+  assert '2 branches in 2 slots' in capsys.readouterr().out
+  for name in BOTH:
+    assert pipeline.state(name) == manifest.COMPLETE
+    ours, theirs = losses(pipeline, name), losses(apart, name)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+    assert_trees_close(pipeline.final_params(name), apart.final_params(name), rtol=1e-4)
+    about = manifest.read(pipeline.folder(name))
+    assert about['identity'] == manifest.read(apart.folder(name))['identity']
+    assert about['tokens_by_domain'] == manifest.read(apart.folder(name))['tokens_by_domain']
+  bits = [line for line in metrics.read(pipeline.folder('expert/code')) if 'bits_per_byte' in line]
+  assert [line['step'] for line in bits] == [3]
+
+
+def test_a_branch_goes_on_alone(apart, text, tmp_path, monkeypatch):
+  pipeline = Pipeline(get_config(text, BOTH), str(tmp_path))
+  pipeline.train('seed')
+  save = loop.Checkpoints.save
+
+  def save_then_stop(self, step, *args):
+    save(self, step, *args)
+    if step == 3:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop.Checkpoints, 'save', save_then_stop)
+  with pytest.raises(KeyboardInterrupt):
+    pipeline.train()
+  monkeypatch.undo()
+  assert pipeline.train('expert/code')
+  assert_trees_close(pipeline.final_params('expert/code'), apart.final_params('expert/code'),
+                     rtol=1e-4)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda c: c.runs['expert/math'].update(model={'dtype': 'bfloat16'}), 'model.dtype is'),
+    (lambda c: c.runs['expert/math'].update(train={'batch_size': 32}), 'batch_size is 16 and 32'),
+    (lambda c: c.runs['expert/math'].update(optimizer={'b2': 0.9}), 'optimizer.b2 is 0.95 and 0.9'),
+    (lambda c: c.update(stacked=('expert/code', 'expert/maths')), "did you mean 'expert/math'"),
+    (lambda c: c.update(stacked=('seed', 'expert/code')), 'in a circle'),
+])
+def test_what_cannot_be_one_program_is_refused(text, tmp_path, change, message):
+  config = get_config(text, BOTH)
+  change(config)
+  with pytest.raises(UsageError, match=message):
+    Pipeline(config, str(tmp_path / 'work'))
+  assert not os.path.exists(tmp_path / 'work')
