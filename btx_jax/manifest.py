@@ -41,8 +41,8 @@ def read(folder: str) -> dict | None:
   except FileNotFoundError:
     return None
   except (OSError, ValueError, TypeError, KeyError) as error:
-    raise UsageError(f'{path} is not a manifest of ours ({error!r}); use another --workdir.'
-                     ) from error
+    raise UsageError(f'{path} is not a manifest of ours ({error!r}); use another --workdir, or '
+                     'delete that folder to train anew.') from error
   return manifest
 
 
