@@ -93,9 +93,6 @@ def _of_config(error: Exception, argv: Sequence[str]) -> UsageError:
   if slashed:
     return UsageError(f'{slashed}: write the name of a run with a slash as in '
                       "--config.runs['expert/code'].steps=100")
-  if isinstance(error, flags.UnrecognizedFlagError):
-    ours = [flag for flag in flags.FLAGS if flags.FLAGS[flag].help.endswith('.')]
-    return UsageError(f'There is no flag --{error.flagname}; {nearest(error.flagname, ours)}')
   if isinstance(error, flags.Error) and _QUOTED not in str(error):
     return UsageError(f'{error}. See --help, and configs/base.py for the fields of the config.')
   cause = error

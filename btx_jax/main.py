@@ -110,6 +110,10 @@ def _parse(argv: list[str]) -> list[str]:
   flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the command
   try:
     return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    ours = [flag.name for flag in (CONFIG, WORKDIR, RUN, PROFILE, WATCH, JSON, DEBUG)]
+    sys.exit(errors.tell(UsageError(
+        f'There is no flag --{error.flagname}; {nearest(error.flagname, ours)}')))
   except Exception as error:  # a config file is code: it may raise anything
     sys.exit(errors.tell(errors.of_config(error, argv), debug='--debug' in argv))
 

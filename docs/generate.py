@@ -29,10 +29,12 @@ class Message(NamedTuple):
   def fixed(self) -> str:
     return ''.join(text for is_fixed, text in self.parts if is_fixed)
 
-  def matches(self, said: str) -> bool:
-    """Whether this is what was said, behind the name of a run or domain (errors.of) or not."""
-    pattern = ''.join(re.escape(text) if is_fixed else '.*?' for is_fixed, text in self.parts)
-    return bool(re.fullmatch(rf'((runs|domains)\.\S+: )?{pattern}', said, re.DOTALL))
+  def between(self, said: str) -> str | None:
+    """What stands between the texts in a message, behind the name of a run or domain (errors.of)
+    or not; None if it is another message."""
+    pattern = ''.join(re.escape(text) if is_fixed else '(.*?)' for is_fixed, text in self.parts)
+    found = re.fullmatch(rf'(?:(?:runs|domains)\.(\S+): )?{pattern}', said, re.DOTALL)
+    return ''.join(filter(None, found.groups())) if found else None
 
 
 # Title, and which messages: those of modules, as a regex, that have a text. First match wins.
