@@ -104,7 +104,9 @@ def _of_config(error: Exception, argv: Sequence[str]) -> UsageError:
   field = re.search(r'Key "(.+?)" does not exist|^\'(\w+)\'\s*(?:$|Did)', what)
   if isinstance(error, AttributeError | KeyError) and field:
     name, near = field[1] or field[2], re.search(r'Did you mean "(.+?)"', what)
-    place = next((arg for arg in argv if re.match(rf'--config\..*\b{name}\b', arg)), place)
+    if ', line ' not in place:  # the file went well, so it was a flag
+      named = rf'--config\..*\b{re.escape(name)}\b'
+      place = next((arg for arg in argv if re.match(named, arg)), place)
     hint = f'did you mean {near[1]!r}?' if near else 'configs/base.py has them all.'
     if re.match(r'--config\.runs.*\.(model|optimizer|train)\.', place):
       hint = 'what a run has otherwise than the config is set in the config file.'

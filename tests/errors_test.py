@@ -388,6 +388,12 @@ def test_debug_shows_where_an_error_came_from(run, config, work, tmp_path):
   check(run(*failure, '--run=new', '--debug'), 'in train_run', code=1, traceback=True)
 
 
+def test_a_line_of_the_file_is_blamed_and_not_a_flag_that_has_the_same_word(run, config, tmp_path):
+  done = run(config('config.train.steps = 3'), f'--workdir={tmp_path / "work"}',
+             '--config.runs.seed.steps=2')
+  check(done, "mine.py, line 17: there is no field 'steps' there")
+
+
 def test_every_message_of_the_table_was_met(request):
   asked = request.config
   if asked.option.keyword or any('::' in argument for argument in asked.args):
