@@ -155,8 +155,10 @@ def errors_page() -> str:
   groups = {list(GROUPS)[i]: [] for i in _ORDER}
   unused = set(NOTES)
   for message in messages():
-    title = next(title for title, rules in GROUPS.items() for modules, has in rules
-                 if re.fullmatch(modules, message.module) and re.search(has, str(message)))
+    title = next((title for title, rules in GROUPS.items() for modules, has in rules
+                  if re.fullmatch(modules, message.module) and re.search(has, str(message))), None)
+    if title is None:
+      raise ValueError(f'docs/generate.py: GROUPS has no place for {message.module}: {message}')
     notes = [note for piece, note in NOTES.items() if piece in str(message)]
     unused -= {piece for piece in NOTES if piece in str(message)}
     groups[title].append(f'| {_cell(_code(str(message)))} | {message.code} '

@@ -70,7 +70,7 @@ def _become(main, arguments: list[str], cwd: str, out: str, err: str):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   sys.argv = ['btx_jax', *arguments]
-  signal.alarm(60)  # rather than wait forever
+  signal.alarm(300)  # rather than wait forever
   code = 1
   try:
     main.main(sys.argv)
