@@ -80,10 +80,10 @@ def train_run(run: Run, folder: str, mesh, make_params: Callable[[], dict],
       def record(step: int, metrics):
         try:
           recorder.step(step, metrics)
-        except RunError as error:
+        except FloatingPointError as error:
           raise RunError(
-              f'{error}; the last checkpoint, of step {checkpoints.latest or 0}, is sound. To '
-              f'train it with a lower optimizer.peak_lr, delete {folder} or use another '
+              f'{run.name}: {error}; the last checkpoint, of step {checkpoints.latest or 0}, is '
+              f'sound. To train it with a lower optimizer.peak_lr, delete {folder} or use another '
               '--workdir.') from error
 
       traced = range(start + 2, min(start + 2 + settings.profile, run.steps + 1))
