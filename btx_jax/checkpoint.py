@@ -60,7 +60,8 @@ def load_params(folder: str, step: int, like):
   """The parameters alone, in the shapes, types and shardings of `like`."""
   path = os.path.join(os.path.abspath(folder), str(step))
   if not distributed.decided(lambda: os.path.isdir(path)):
-    raise RunError(f'The checkpoint {path} is missing; was it deleted? Train its run again.')
+    raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
+                   f'delete {os.path.dirname(os.path.abspath(folder))}.')
   return ocp.load(path, like, checkpointable_name='params')
 
 

@@ -3,13 +3,16 @@
 docs/errors.md lists every message.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+import contextlib
 import difflib
 import errno
 import os
 import re
 import sys
 import traceback
+
+from absl import flags
 
 
 class UsageError(Exception):
@@ -56,8 +59,9 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     return 'stopped; the same command again continues from the last checkpoint.', 130
   if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
     return (f'No space is left for {error.filename or "a file"}. Free some, or use another '
-            '--workdir; the same command again continues from the last checkpoint.', 1)
-  if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            '--workdir. What is complete is kept, and the same command again continues.', 1)
+  if isinstance(error, OSError) and error.errno in (
+      errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
     return f'{error.filename} cannot be written or read: {error.strerror}.', 1
   if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in str(error):
     return ('Another process of this job is gone; what it printed says why. The same command '
@@ -68,18 +72,65 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
   return None, 1
 
 
-def of_config(error: Exception) -> Exception:
+@contextlib.contextmanager
+def of(thing: str):
+  """Says of a UsageError raised in the block what it is about."""
+  try:
+    yield
+  except UsageError as error:
+    raise UsageError(f'{thing}: {error}') from error
+
+
+_QUOTED = 'Traceback (most recent call last)'  # by ml_collections, in messages
+
+
+def of_config(error: Exception, argv: Sequence[str]) -> UsageError:
   """An error raised while flags or a config file were read, as a UsageError."""
-  missing = isinstance(error, AttributeError | KeyError)
+  result = _of_config(error, argv)
+  result.__cause__ = error
+  return result
+
+
+def _of_config(error: Exception, argv: Sequence[str]) -> UsageError:
+  slashed = next((arg for arg in argv if re.match(r'--config\.runs\.[^=\[]*/', arg)), None)
+  if slashed:
+    return UsageError(f'{slashed}: write the name of a run with a slash as in '
+                      "--config.runs['expert/code'].steps=100")
+  if isinstance(error, flags.Error) and _QUOTED not in str(error):
+    return UsageError(f'{error}. See --help, and configs/base.py for the fields of the config.')
   cause = error
   while cause.args and isinstance(cause.args[0], BaseException):
     cause = cause.args[0]
-  message = ' '.join(map(str, cause.args)) or repr(cause)
-  if missing and message.startswith("'"):
-    message = f'the config has no field {message}'
-  if 'Traceback (most recent call last)' in message:  # ml_collections quotes one
-    file, line = re.findall(r'File "([^"]*)", line (\d+)', message)[-1]
-    message = f'{os.path.relpath(file)}, line {line}: {message.strip().splitlines()[-1]}'
-  result = UsageError(message.replace('\n', ' '))
-  result.__cause__ = error
-  return result
+  what = str(cause) if isinstance(cause, SyntaxError | OSError) else (
+      ' '.join(map(str, cause.args)) or repr(cause))
+  place = _place(error, argv)
+  field = re.search(r'Key "(.+?)" does not exist|^\'(\w+)\'\s*(?:$|Did)', what)
+  if isinstance(error, AttributeError | KeyError) and field:
+    name, near = field[1] or field[2], re.search(r'Did you mean "(.+?)"', what)
+    if ', line ' not in place:  # the file went well, so it was a flag
+      named = rf'--config\..*\b{re.escape(name)}\b'
+      place = next((arg for arg in argv if re.match(named, arg)), place)
+    hint = f'did you mean {near[1]!r}?' if near else 'configs/base.py has them all.'
+    if re.match(r'--config\.runs.*\.(model|optimizer|train)\.', place):
+      hint = 'what a run has otherwise than the config is set in the config file.'
+    return UsageError(f'{place}: there is no field {name!r} there; {hint}')
+  what = what.strip().splitlines()[-1]
+  if _QUOTED not in str(cause):
+    what = f'{type(cause).__name__}: {what}'
+  kinds = re.search(r"override field '(.+?)'.*?\)\. (.*) is of original type <class '(.+?)'> and "
+                    r"cannot be casted to type <class '(.+?)'>", what)
+  if kinds:
+    field, value, was, wanted = kinds.groups()
+    return UsageError(f'{place}: {field} = {value} is of type {was}, and must be of type '
+                      f'{wanted.split(".")[-1]}.')
+  return UsageError(f'{place}: {what} (--debug shows where it came from.)')
+
+
+def _place(error: Exception, argv: Sequence[str]) -> str:
+  """The line of the config file that an error came from, or only the file."""
+  given = re.search(r'(?:^|\n)--?config[=\n]([^:\n]*)', '\n'.join(argv))
+  path = given[1] if given else ''
+  told = ''.join(traceback.format_exception(error))
+  lines = [line for file, line in re.findall(r'File "([^"]*)", line (\d+)', told)
+           if os.path.realpath(file) == os.path.realpath(path)]
+  return f'{path}, line {lines[-1]}' if lines else path

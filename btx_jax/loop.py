@@ -118,10 +118,11 @@ def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
           continue
         try:
           recorders[i].step(step, program.part_metrics(metrics, i))
-        except RunError as error:
+        except FloatingPointError as error:
           raise RunError(
-              f'{error}; the last checkpoint, of step {checkpoints[i].latest or 0}, is sound. To '
-              f'train it with a lower optimizer.peak_lr, delete {jobs[i].folder} or use another '
+              f'{runs[i].name}: {error}; the last checkpoint, of step '
+              f'{checkpoints[i].latest or 0}, is sound. To train it with a lower '
+              f'optimizer.peak_lr, delete {jobs[i].folder} or use another '
               '--workdir.') from error
 
     profile = settings.profile if distributed.is_first() else 0

@@ -12,7 +12,6 @@ Fields of the config are set by --config.optimizer.peak_lr=1e-3 and the like.
 """
 
 import os
-import re
 import sys
 
 from absl import app, flags, logging
@@ -121,8 +120,8 @@ def run(argv: list[str]):
   if not os.path.isfile(config_file):
     raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
   if not isinstance(CONFIG.value, ConfigDict):
-    raise UsageError(f'{config_file}: get_config() must return what configs/base.py makes, not '
-                     f'a {type(CONFIG.value).__name__}.')
+    raise UsageError(f'{config_file}: get_config() must return what base.get_config() of '
+                     f'configs/base.py makes, not {type(CONFIG.value).__name__}.')
   if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
     raise UsageError(f'{command} is for one process: leave --distributed, --coordinator, '
                      '--num_processes and --process_id away.')
@@ -134,15 +133,15 @@ def _parse(argv: list[str]) -> list[str]:
   flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the command
   try:
     return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    ours = [flag.name for flag in (CONFIG, WORKDIR, RUN, PROFILE, WATCH, JSON, DEBUG)]
+    sys.exit(errors.tell(UsageError(
+        f'There is no flag --{error.flagname}; {nearest(error.flagname, ours)}')))
   except Exception as error:  # a config file is code: it may raise anything
-    slashed = next((arg for arg in argv if re.match(r'--config\.runs\.[^=]*/', arg)), None)
-    explained = errors.of_config(error) if not slashed else UsageError(
-        f"{slashed}: write the name of a run with a slash as in "
-        "--config.runs['expert/code'].steps=100")
-    sys.exit(errors.tell(explained, debug='--debug' in argv))
+    sys.exit(errors.tell(errors.of_config(error, argv), debug='--debug' in argv))
 
 
-def _main(argv: list[str]):
+def _run(argv: list[str]):
   logging.set_verbosity(logging.ERROR)  # orbax and jax tell much that is not for here
   try:
     run(argv)
@@ -150,5 +149,10 @@ def _main(argv: list[str]):
     sys.exit(distributed.leave(errors.tell(error, DEBUG.value)))
 
 
+def main(argv: list[str]):
+  """The whole command, as the shell calls it; ends the process."""
+  app.run(_run, argv=argv, flags_parser=_parse)
+
+
 if __name__ == '__main__':
-  app.run(_main, flags_parser=_parse)
+  main(sys.argv)

@@ -41,9 +41,11 @@ def read(folder: str) -> dict | None:
     manifest['state'], manifest['spec']  # what everything else relies on
   except FileNotFoundError:
     return None
+  except NotADirectoryError:
+    raise  # of the path, not of the file
   except (OSError, ValueError, TypeError, KeyError) as error:
-    raise UsageError(f'{path} is not a manifest of ours ({error!r}); use another --workdir.'
-                     ) from error
+    raise UsageError(f'{path} is not a manifest of ours ({error!r}); use another --workdir, or '
+                     'delete that folder to train anew.') from error
   return manifest
 
 

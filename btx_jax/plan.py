@@ -7,6 +7,7 @@ from; nothing here, or after, knows a phase by name.
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 
+from btx_jax import errors
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 
@@ -45,9 +46,9 @@ class Optimizer:
     if self.peak_lr <= 0:
       raise UsageError(f'optimizer.peak_lr = {self.peak_lr} must be positive.')
     if not 0 <= self.warmup < 1:
-      raise UsageError(f'optimizer.warmup = {self.warmup} is a share, from 0 to below 1.')
+      raise UsageError(f'optimizer.warmup = {self.warmup} must be a share, from 0 to below 1.')
     if not 0 <= self.final_lr <= 1:
-      raise UsageError(f'optimizer.final_lr = {self.final_lr} is a share, from 0 to 1.')
+      raise UsageError(f'optimizer.final_lr = {self.final_lr} must be a share, from 0 to 1.')
     if self.clip_norm <= 0:
       raise UsageError(f'optimizer.clip_norm = {self.clip_norm} must be positive.')
 
@@ -199,11 +200,6 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
 
 def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Run:
   entry = config.runs[name]
-  for section in ('model', 'optimizer', 'train'):
-    for field in entry[section]:
-      if field not in config[section]:
-        raise UsageError(f'runs.{name}.{section}.{field} is not a field; '
-                         f'{nearest(field, config[section])}')
   train = {**config.train, **entry.train}
   if train['balance'] < 0:
     raise UsageError(f'runs.{name}: train.balance = {train["balance"]} cannot be negative.')
@@ -220,6 +216,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
     raise UsageError(f"runs.{name}: train.balance_scope = {train['balance_scope']!r}; "
                      f"{nearest(train['balance_scope'], ('microbatch', 'batch'))}")
   model = _model(name, config, runs, vocab_size)
+  with errors.of(f'runs.{name}'):
+    optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
   steps = entry.steps
   if entry.match_flops_of:
     if steps:
@@ -231,9 +229,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
   return Run(
       name=name, init=entry.init.kind, sources=tuple(entry.init.runs),
       weights=_weights(name, entry.domains, config.domains), model=model,
-      optimizer=Optimizer(**{**config.optimizer, **entry.optimizer}), steps=steps,
-      length=length, batch_size=batch_size, accumulation=accumulation,
-      balance=train['balance'], balance_scope=train['balance_scope'],
+      optimizer=optimizer, steps=steps, length=length, batch_size=batch_size,
+      accumulation=accumulation, balance=train['balance'], balance_scope=train['balance_scope'],
       router_std=config.mix.router_std, seed=config.seed)
 
 
@@ -257,10 +254,8 @@ def _model(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> model
     raise UsageError(f'runs.{name}.init.kind = {kind!r}; '
                      f'{nearest(kind, (RANDOM, CHECKPOINT, MIX))}')
   sizes = dict(fields)
-  try:
+  with errors.of(f'runs.{name}'):
     model = model_config.Config(**{**fields, **entry.model})
-  except UsageError as error:
-    raise UsageError(f'runs.{name}: {error}') from error
   if kind != RANDOM:
     changed = [f'{key} = {entry.model[key]} (it starts from {sizes[key]})'
                for key in entry.model if key in _SHAPES and entry.model[key] != sizes[key]]

@@ -9,7 +9,6 @@ import time
 import numpy as np
 
 from btx_jax import distributed, hardware, optim
-from btx_jax.errors import RunError
 from btx_jax.evaluate import routing
 from btx_jax.metrics import MetricsFile
 from btx_jax.model import config as model_config
@@ -60,12 +59,12 @@ class Recorder(contextlib.ExitStack):
     """Takes in a step's metrics, on the host. Called one step late, not to wait for the device.
 
     Raises:
-      RunError: the loss or the norm of its gradient is not finite.
+      FloatingPointError: the loss or the norm of its gradient is not finite.
     """
     loss, norm = float(metrics['loss']), float(metrics['grad_norm'])
     if not math.isfinite(loss) or not math.isfinite(norm):
-      raise RunError(f'{self._run.name}: the loss is {loss} and the norm of its gradient {norm} '
-                     f'at step {step}')
+      raise FloatingPointError(
+          f'the loss is {loss} and the norm of its gradient {norm} at step {step}')
     self._seen += metrics['tokens_by_domain']
     if not self._file:
       return

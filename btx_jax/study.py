@@ -5,7 +5,7 @@ So it can be looked at from any machine that sees the directory, while runs are 
 
 import os
 
-from btx_jax import manifest
+from btx_jax import fields, manifest
 from btx_jax import plan as plan_lib
 from btx_jax.data import corpora, text
 from btx_jax.errors import UsageError, nearest
@@ -24,11 +24,12 @@ class Study:
 
   def __init__(self, config, workdir: str):
     self.config, self.workdir = config, workdir
+    fields.check(config)
     corpora.from_config(config.domains)
     if not 0 < config.data.held_out < 1:
-      raise UsageError(f'data.held_out = {config.data.held_out} is a share between 0 and 1.')
+      raise UsageError(f'data.held_out = {config.data.held_out} must be a share between 0 and 1.')
     if not 0 <= config.data.max_skipped <= 1:
-      raise UsageError(f'data.max_skipped = {config.data.max_skipped} is a share from 0 to 1.')
+      raise UsageError(f'data.max_skipped = {config.data.max_skipped} must be a share from 0 to 1.')
     for field, value, least in (
         ('log_every', config.log_every, 1), ('checkpoint_every', config.checkpoint_every, 1),
         ('checkpoints_kept', config.checkpoints_kept, 1),

@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
   # The text: name -> domain(...), see below.
   config.domains = ConfigDict()
 
+  # How text becomes tokens.
   config.tokenizer = ConfigDict({
       # A sentencepiece model; empty: one is trained from the text of all domains.
       'path': '',
@@ -21,6 +22,7 @@ def get_config() -> ConfigDict:
       'sample_chars': 2_000_000,
   })
 
+  # How tokens become rows to train on, and what is held out.
   config.data = ConfigDict({
       # Tokens of a row.
       'length': 1024,
@@ -31,22 +33,35 @@ def get_config() -> ConfigDict:
       'max_skipped': 0.1,
   })
 
-  # Sizes of the model, see btx_jax/model/config.py. vocab_size 0 is the tokenizer's.
+  # Sizes of the model, and how it is computed; see btx_jax/model/config.py.
   config.model = ConfigDict({
+      # Rows of the embedding; 0 is the tokenizer's number of pieces.
       'vocab_size': 0,
+      # Width of the residual stream.
       'dim': 512,
+      # Width of the SwiGLU hidden layer, of each expert too.
       'ffn_dim': 1408,
+      # Transformer blocks.
       'num_layers': 8,
+      # Query heads of a layer.
       'num_heads': 8,
+      # Key-value heads; fewer than num_heads is grouped-query attention.
       'num_kv_heads': 8,
+      # Width of a head; 0 is dim / num_heads.
       'head_dim': 0,
+      # Base of the rotary frequencies.
       'rope_theta': 10_000.0,
-      # Llama-3 scaling of the rotary frequencies; 1 is none.
+      # Llama-3 scaling of the rotary frequencies: how much longer the context became; 1 is none.
       'rope_factor': 1.0,
+      # Waves longer than rope_original_length / this are scaled in full.
       'rope_low_freq_factor': 1.0,
+      # Waves shorter than rope_original_length / this stay as they are.
       'rope_high_freq_factor': 4.0,
+      # Context length before the scaling.
       'rope_original_length': 8192,
+      # Epsilon of RMSNorm.
       'norm_eps': 1e-5,
+      # The output head is the embedding, transposed.
       'tied_head': False,
       # Experts per token, of a mixture.
       'top_k': 2,
@@ -62,20 +77,25 @@ def get_config() -> ConfigDict:
 
   # AdamW as in the paper (4.1.2), see btx_jax/optim.py.
   config.optimizer = ConfigDict({
+      # Learning rate after the warmup.
       'peak_lr': 1e-4,
-      # Share of the steps.
+      # Share of the steps during which the learning rate rises from 0.
       'warmup': 0.05,
-      # Share of the peak at the end of the cosine.
+      # Learning rate at the end of the cosine, as a share of the peak.
       'final_lr': 0.1,
+      # Adam's decay of the mean of gradients.
       'b1': 0.9,
+      # Adam's decay of the mean of squared gradients.
       'b2': 0.95,
+      # Adam's epsilon.
       'eps': 1e-8,
-      # Not on norm scales.
+      # Decoupled weight decay, times the learning rate; not on norm scales.
       'weight_decay': 0.1,
-      # Largest norm of the gradient.
+      # Largest norm of the whole gradient; a longer one is scaled down to it.
       'clip_norm': 1.0,
   })
 
+  # What a step is.
   config.train = ConfigDict({
       # Rows of a step, over all devices and microbatches.
       'batch_size': 32,
@@ -87,6 +107,7 @@ def get_config() -> ConfigDict:
       'balance_scope': 'microbatch',
   })
 
+  # How models become a mixture.
   config.mix = ConfigDict({
       # Standard deviation of the routers that mixing adds.
       'router_std': 0.02,
@@ -110,6 +131,7 @@ def get_config() -> ConfigDict:
       'tensor': 1,
   })
 
+  # Bits per byte on held-out text.
   config.evaluation = ConfigDict({
       # Steps between measurements while a run goes on; 0 is none. The table is measured at the
       # end anyway.
@@ -120,18 +142,24 @@ def get_config() -> ConfigDict:
       'batch_size': 32,
   })
 
-  # Steps between lines of metrics.jsonl, and between checkpoints.
+  # Steps between lines of metrics.jsonl.
   config.log_every = 10
+  # Steps between checkpoints; the end of a run is always saved.
   config.checkpoint_every = 500
   # Also write events for TensorBoard, into the directory of each run.
   config.tensorboard = False
   # Checkpoints of a run that are kept, the newest.
   config.checkpoints_kept = 2
 
-  # What the checks under the table ask for, in bits per byte: how much an expert beats the
-  # seed on its own domain by; how much worse than the seed the mixture may be on a domain
-  # without an expert; how much worse than an expert on that one's domain.
-  config.checks = ConfigDict({'expert_gain': 0.0, 'seed_slack': 0.01, 'specialist_gap': 0.05})
+  # What the checks under the table ask for, in bits per byte.
+  config.checks = ConfigDict({
+      # How much an expert beats the seed on its own domain by.
+      'expert_gain': 0.0,
+      # How much worse than the seed the mixture may be on a domain without an expert.
+      'seed_slack': 0.01,
+      # How much worse than an expert the mixture may be on that one's domain.
+      'specialist_gap': 0.05,
+  })
 
   # The runs: name -> run(...), see below.
   config.runs = ConfigDict()
@@ -184,12 +212,20 @@ def random() -> ConfigDict:
 
 
 def checkpoint(run_name: str) -> ConfigDict:
-  """Starts where another run ended: branching a seed, or continuing one."""
+  """Starts where another run ended: branching a seed, or continuing one.
+
+  Args:
+    run_name: of the run that it starts from.
+  """
   return ConfigDict({'kind': 'checkpoint', 'runs': (run_name,)})
 
 
 def mix(*run_names: str) -> ConfigDict:
-  """Starts from a mixture of these runs' models; naming one several times upcycles it."""
+  """Starts from a mixture of these runs' models; naming one several times upcycles it.
+
+  Args:
+    run_names: of the runs that become the experts, in their order; a list is fine too.
+  """
   return ConfigDict({'kind': 'mix', 'runs': _names(run_names)})
 
 

@@ -1,4 +1,7 @@
-"""The command line, as a person meets it: messages, exit codes, and the whole of a small study."""
+"""The whole of a small study from the command line, in processes of its own.
+
+Mistakes on the command line: errors_test.py.
+"""
 
 import os
 import subprocess
@@ -33,31 +36,6 @@ def command(*arguments, cwd=ROOT):
   environment = {**os.environ, 'PYTHONPATH': ROOT}
   return subprocess.run([sys.executable, '-m', 'btx_jax.main', *arguments], cwd=cwd,
                         env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize('arguments, message', [
-    ([], '--config is missing'),
-    (['--config=configs/none.py'], 'configs/none.py'),
-    (['--config=configs/demo.py:ful'], "has no form 'ful'"),
-    (['--config=configs/demo.py', '--config.optimizer.peek_lr=1'], "Did you mean \"peak_lr\""),
-    (['--config=configs/demo.py', '--config.train.batch_size=many'], 'many'),
-    (['--config=configs/demo.py', '--confg.seed=1'], 'confg'),
-    (['--config=configs/demo.py', 'traain'], "'traain'"),
-    (['--config=configs/demo.py', '--run=experts/code'], "did you mean 'expert/code'"),
-    (['--config=configs/demo.py:full', '--run=dens'], "did you mean 'dense'"),
-    (['--config=configs/demo.py', "--config.runs.expert/code.steps=3"], "runs['expert/code']"),
-    (['--config=configs/demo.py', '--config.runs.seed.steps=0'], 'runs.seed.steps = 0'),
-    (['--config=configs/demo.py', "--config.runs['expert/code'].steps=-1"], 'steps = -1'),
-    (['--config=configs/demo.py', '--config.train.batch_size=0'], 'train.batch_size = 0'),
-    (['--config=configs/demo.py', '--config.tokenizer.path=none.model'], "'none.model'"),
-    (['--config=configs/demo.py', '--config.domains.code.source=stdlb'], "did you mean 'stdlib'"),
-])
-def test_a_mistake_ends_with_one_clear_message(arguments, message, tmp_path):
-  done = command(*arguments, f'--workdir={tmp_path / "work"}')
-  assert done.returncode == 2, done.stderr
-  assert message in done.stderr
-  assert 'Traceback' not in done.stderr
-  assert not (tmp_path / 'work').exists()
 
 
 def test_a_study_from_the_command_line_and_the_same_command_again(config, tmp_path):

@@ -10,6 +10,7 @@ import glob
 import os
 from typing import NamedTuple
 
+from btx_jax import errors
 from btx_jax.data import demo, formats
 from btx_jax.data.formats import Document, Unusable
 from btx_jax.errors import UsageError, nearest
@@ -116,11 +117,10 @@ def _records(domain: Domain) -> Iterator[Document | Unusable]:
     return
   for path in _files(domain):
     try:
-      yield from formats.read(path, domain.text_field, domain.id_field, domain.separator)
+      with errors.of(f'domains.{domain.name}'):
+        yield from formats.read(path, domain.text_field, domain.id_field, domain.separator)
     except OSError as error:
       raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
-    except UsageError as error:
-      raise UsageError(f'domains.{domain.name}: {error}') from error
 
 
 def _check_skipped(domain: Domain, tally: Tally, max_skipped: float):

@@ -93,7 +93,7 @@ def _tokenizer(config, folder: str, domains) -> Tokenizer:
     tokenizer = tokenizer_lib.load(kept)
     if tokenizer.vocab_size != size:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
-                       f'= {size}. Use another --workdir.')
+                       f'= {size}. Set that, or use another --workdir.')
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
     tokenizer = tokenizer_lib.train(_sample(config, domains), size)

@@ -5,7 +5,7 @@ Nothing here needs jax, so that planning and reporting stay light.
 
 import dataclasses
 
-from btx_jax.errors import UsageError
+from btx_jax.errors import UsageError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Config:
         raise UsageError(f'model.dim = {self.dim} is not a multiple of model.num_heads = '
                          f'{self.num_heads}; change one, or set model.head_dim.')
       object.__setattr__(self, 'head_dim', self.dim // self.num_heads)
-    if self.head_dim % 2:
-      raise UsageError(f'model.head_dim = {self.head_dim} must be even: rotary embeddings '
-                       'turn pairs of dimensions.')
+    if self.head_dim < 2 or self.head_dim % 2:
+      raise UsageError(f'model.head_dim = {self.head_dim} must be even and positive: rotary '
+                       'embeddings turn pairs of dimensions.')
     if self.num_heads % self.num_kv_heads:
       raise UsageError(f'model.num_heads = {self.num_heads} is not a multiple of '
                        f'model.num_kv_heads = {self.num_kv_heads}.')
@@ -75,9 +75,11 @@ class Config:
       raise UsageError(f'model.top_k = {self.top_k} must lie between 1 and the number of '
                        f'experts, {self.num_experts}.')
     if self.dtype not in ('float32', 'bfloat16'):
-      raise UsageError(f"model.dtype = {self.dtype!r} is not one of 'float32', 'bfloat16'.")
+      raise UsageError(f'model.dtype = {self.dtype!r}; '
+                       f"{nearest(self.dtype, ('float32', 'bfloat16'))}")
     if self.attention not in ('xla', 'cudnn'):
-      raise UsageError(f"model.attention = {self.attention!r} is not one of 'xla', 'cudnn'.")
+      raise UsageError(f'model.attention = {self.attention!r}; '
+                       f"{nearest(self.attention, ('xla', 'cudnn'))}")
     if self.attention == 'cudnn' and self.dtype != 'bfloat16':
       raise UsageError("model.attention = 'cudnn' needs model.dtype = 'bfloat16'.")
     if self.capacity_factor <= 0:

