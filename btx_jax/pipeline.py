@@ -17,6 +17,7 @@ from btx_jax.model import config as model_config
 from btx_jax.model import llama
 from btx_jax.plan import Run
 from btx_jax.study import Study
+from btx_jax.terminal import say
 
 
 class Pipeline(Study):
@@ -62,6 +63,8 @@ class Pipeline(Study):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train anew.')
     orders = {run.name: self._order(run) for run in wanted}
+    for line in dict.fromkeys(line for run in wanted for line in self._uneven(run)):
+      say(line)
     with jax.set_mesh(self.mesh):
       for run in asked:
         if run.name in orders:
@@ -78,6 +81,16 @@ class Pipeline(Study):
     if run.model.attention == 'cudnn' and jax.default_backend() != 'gpu':
       raise UsageError(f"runs.{run.name}: model.attention = 'cudnn' needs an NVIDIA GPU, and "
                        f"this is a {jax.default_backend()}; use 'xla'.")
+
+  def _uneven(self, run: Run) -> list[str]:
+    """What of a run's model the mesh does not divide, so that it costs memory or traffic."""
+    like = jax.eval_shape(functools.partial(llama.init, run.model), jax.random.key(0))
+    lines = sharding.left_whole(like, self.mesh)
+    experts, devices = run.model.num_experts, self.mesh.shape['expert']
+    if experts and not sharding.holds_experts(devices, experts):
+      lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '
+                   'devices: their weights are gathered where they are used, as by mesh.fsdp')
+    return lines
 
   def _order(self, run: Run):
     return mixture.training_order(
