@@ -18,6 +18,7 @@ from btx_jax.model import config as model_config
 from btx_jax.model import llama
 from btx_jax.plan import Run
 from btx_jax.study import Study
+from btx_jax.terminal import say
 
 
 class Pipeline(Study):
@@ -56,6 +57,8 @@ class Pipeline(Study):
     distributed.agree({'tokens': {name: tokens.hash for name, tokens in self.text.train.items()},
                        'tokenizer': self.text.tokenizer.hash})
     distributed.first(self._check_manifests)
+    for line in dict.fromkeys(line for run in wanted for line in self._uneven(run)):
+      say(line)
     with jax.set_mesh(self.mesh):
       for group in groups:
         todo = [run for run in group if run.name in incomplete]
@@ -94,6 +97,16 @@ class Pipeline(Study):
     if run.model.attention == 'cudnn' and jax.default_backend() != 'gpu':
       raise UsageError(f"runs.{run.name}: model.attention = 'cudnn' needs an NVIDIA GPU, and "
                        f"this is a {jax.default_backend()}; use 'xla'.")
+
+  def _uneven(self, run: Run) -> list[str]:
+    """What of a run's model the mesh does not divide, so that it costs memory or traffic."""
+    like = jax.eval_shape(functools.partial(llama.init, run.model), jax.random.key(0))
+    lines = sharding.left_whole(like, self.mesh)
+    experts, devices = run.model.num_experts, self.mesh.shape['expert']
+    if experts and not sharding.holds_experts(devices, experts):
+      lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '
+                   'devices: their weights are gathered where they are used, as by mesh.fsdp')
+    return lines
 
   def _order(self, run: Run):
     return mixture.training_order(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax import btx
+from btx_jax import btx, sharding
 from btx_jax.model import llama
+from tests import hlo
 from tests.helpers import (
   TINY,
   TINY_MIXTURE,
@@ -18,6 +19,7 @@ from tests.helpers import (
   hidden_and_sums,
   random_batch,
   random_params,
+  use_mesh,
 )
 
 E = 4
@@ -96,6 +98,25 @@ def test_stack_refuses_experts_of_another_shape():
   wide = dataclasses.replace(TINY, ffn_dim=32)
   with pytest.raises(ValueError, match='expert 1 differs'):
     stack([random_params(TINY), random_params(wide)])
+
+
+@pytest.mark.parametrize('mesh_shape', [(1, 1, 4, 2), (1, 2, 2, 2)])
+def test_mixing_stacked_branches_only_adds_up_what_is_averaged(mesh_shape):
+  """No feed-forward weight moves: each expert has its place already."""
+  as_shapes = lambda tree, layout: jax.tree.map(
+      lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, layout)
+  with use_mesh(mesh_shape) as mesh:
+    experts = jax.eval_shape(lambda p: btx.branch(p, E), random_params(TINY))
+    experts = as_shapes(experts, sharding.shardings(experts, mesh, stacked=True))
+    rng = jax.random.key(0)
+    layout = sharding.shardings(jax.eval_shape(btx.mix, experts, rng), mesh)
+    compiled = jax.jit(btx.mix, out_shardings=layout).lower(experts, rng).compile()
+  found = hlo.collectives(compiled, mesh)
+  assert any('expert' in c.axes for c in found)
+  for c in found:
+    assert c.kind in ('all-reduce', 'reduce-scatter'), c
+    for shape in c.shapes:
+      assert not {TINY.ffn_dim, TINY.ffn_dim // 2} & set(shape), c
 
 
 def test_inputs_are_left_as_they_are():

@@ -11,7 +11,8 @@ _COLLECTIVE = re.compile(rf' = (\(.*?\)|\S+) ({_KINDS})(?:-start)?\((.*)')
 _LISTED = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{[^=]*\})?\}')
 _IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
 _NAMED = re.compile(
-    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}')
+    r'replica_groups=mesh\[([^\]]*)\]'
+    r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}')
 
 
 class Collective(NamedTuple):

@@ -23,10 +23,13 @@ def plain(hidden, head, targets, mask):
 
 
 @pytest.mark.parametrize('chunk', [7, 32, 512])  # chunks that do not divide, do, and are one
-@pytest.mark.parametrize('mesh_shape', [None, (2, 2, 2, 1)])
-def test_value_and_gradients(chunk, mesh_shape, monkeypatch):
+@pytest.mark.parametrize('vocab, mesh_shape', [
+    (20, None), (20, (2, 2, 2, 1)), (20, (1, 2, 2, 2)), (24, (1, 1, 1, 8)),
+    (21, (1, 1, 4, 2)),  # a vocabulary that does not divide: whole on each
+])
+def test_value_and_gradients(chunk, vocab, mesh_shape, monkeypatch):
   monkeypatch.setattr(loss, 'TOKENS_PER_CHUNK', chunk)
-  args = arguments()
+  args = arguments(vocab=vocab)
   expected, expected_grads = jax.jit(jax.value_and_grad(plain, (0, 1)))(*args)
   def f(*args):
     total, rows = loss.next_token_loss(*args)

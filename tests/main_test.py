@@ -18,7 +18,7 @@ from tests import studies
 
 def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
-  config.mesh.update(fsdp=1, expert=1)
+  config.mesh.update(fsdp=1, expert=1, tensor=1)
   return config
 '''
 

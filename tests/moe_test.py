@@ -1,5 +1,7 @@
 """The sharded, dropless dispatch against the dense oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ def layer(num_experts, k, seed=0, skew=0.0):
   return x, experts, logits
 
 
+@functools.cache
 def loss_of(dispatch, k):
   """A scalar that depends on every output, and what it is a function of."""
   def loss(x, experts, logits):
@@ -52,7 +55,9 @@ def test_sparse_equals_dense_on_any_mesh(mesh_shape):
 
 @pytest.mark.parametrize('num_experts, k, mesh_shape', [
     (3, 2, (1, 2, 4, 1)),  # fewer experts than devices: whole on each
+    (3, 2, (1, 1, 4, 2)),
     (1, 1, (1, 1, 4, 1)),
+    (4, 2, (1, 1, 1, 8)),  # a width that does not divide: whole on each
     (8, 3, (1, 1, 4, 1)),
     (4, 1, (1, 1, 2, 1)),
     (4, 4, (1, 1, 2, 1)),
@@ -61,7 +66,7 @@ def test_expert_counts(num_experts, k, mesh_shape):
   assert_sparse_equals_dense(layer(num_experts, k), k, mesh_shape)
 
 
-@pytest.mark.parametrize('mesh_shape', [None, (1, 2, 4, 1)])
+@pytest.mark.parametrize('mesh_shape', [None, (1, 1, 4, 2)])
 @pytest.mark.parametrize('num_experts', [4, 8])
 def test_no_token_is_dropped_when_all_go_to_one_expert(mesh_shape, num_experts):
   assert_sparse_equals_dense(layer(num_experts, 2, skew=50.0), 2, mesh_shape)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import loop, manifest, metrics
+from btx_jax import loop, manifest, metrics, sharding
 from btx_jax.errors import RunError, UsageError
 from btx_jax.evaluate import report, scores, table
 from btx_jax.model import llama
@@ -329,7 +329,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
 
 
 @pytest.mark.parametrize('apply, message', [
-    (change(('train', 'batch_size'), 12), r'6 rows cannot be shared evenly by 8.*nearest.* 8'),
+    (change(('train', 'batch_size'), 12), r'6 rows cannot be shared evenly by 4.*nearest.* 4 or'),
     (change(('mesh', 'fsdp'), 3), r'mesh.fsdp = 3.*cannot be laid on 8 device'),
     (change(('mesh', 'data'), 4), r'must multiply to 8'),
     (change(('evaluation', 'batch_size'), 3), r'evaluation.batch_size: 3 rows'),
@@ -353,3 +353,19 @@ def test_experts_that_do_not_divide_among_the_devices_are_refused_at_once(text, 
   with pytest.raises(UsageError, match=r'3 experts cannot be spread over mesh.expert = 2'):
     Pipeline(config, str(tmp_path / 'work')).train()
   assert not os.path.exists(tmp_path / 'work')
+
+
+def test_what_the_mesh_does_not_divide_is_told_before_a_run_starts(
+    text, tmp_path, monkeypatch, capsys):
+  config = studies.get_config(text)
+  config.runs.btx.init = base.mix('seed', 'expert/code', 'expert/math')
+  config.model.update(num_heads=1, num_kv_heads=1)
+  config.mesh.update(fsdp=1, expert=4)
+  monkeypatch.setattr(sharding, '_WORTH_TELLING', 2000)
+  monkeypatch.setattr(Pipeline, '_train', lambda *_: None)
+  assert Pipeline(config, str(tmp_path / 'work')).train()
+  said = capsys.readouterr().out
+  whole = 'is whole on every device of mesh.tensor: 1 does not divide by 2'
+  assert said.count(f'layers/attn/q [2, 16, 1, 16] {whole}\n') == 1  # though of several runs
+  assert said.count('runs.btx: 3 experts are fewer than mesh.expert = 4 devices') == 1
+  assert 'norm' not in said

@@ -33,7 +33,7 @@ def get_config(folder):
   config.optimizer.peak_lr = 1e-2
   config.train.batch_size = 16
   config.train.accumulation = 2
-  config.mesh.update(fsdp=2, expert=2)
+  config.mesh.update(fsdp=2, expert=2, tensor=2)
   config.evaluation.update(tokens=200, batch_size=8, every=4)
   config.log_every = 1
   config.checkpoint_every = 2

@@ -1,6 +1,8 @@
 """The train step: microbatches, devices, the balancing loss's two scopes, and AdamW."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from btx_jax import optim, plan, sharding, train
 from btx_jax.model import llama, routing
+from tests import hlo
 from tests.helpers import (
   MESHES,
   TINY,
@@ -30,6 +33,33 @@ def microbatches(batch, n):
   return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
 
 
+def put_step(cfg, params, batch, mesh, tx=SGD, stacked=False, **settings):
+  """The jitted step as btx_jax/loop.py makes it, its state and its batch, placed on a mesh."""
+  create = lambda params: train.create_state(params, tx)
+  layout = sharding.shardings(
+      jax.eval_shape(jax.vmap(create) if stacked else create, params), mesh, stacked)
+  state = jax.device_put(jax.vmap(create)(params) if stacked else create(params), layout)
+  batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1, stacked))
+  step_fn = train.make_train_step(cfg, tx, num_domains=2, **settings)
+  if stacked:
+    step_fn = jax.vmap(step_fn, spmd_axis_name='expert')
+  return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, None)), state, batch
+
+
+@functools.cache
+def whole_step(cfg, mesh_shape=None):
+  """Parameters, those after one step, and its metrics; on a mesh also the compiled step, the
+  new state and the batch, and the mesh."""
+  params, batch = random_params(cfg), microbatches(random_batch(cfg, padding=3), 1)
+  if mesh_shape is None:
+    return params, *step(cfg, params, batch)
+  with use_mesh(mesh_shape) as mesh:
+    step_fn, state, batch = put_step(cfg, params, batch, mesh)
+    compiled = step_fn.lower(state, batch).compile()
+    state, metrics = compiled(state, batch)
+    return params, *jax.device_get((state.params, metrics)), compiled, (state, batch), mesh
+
+
 def step(cfg, params, batch, mesh_shape=None, tx=SGD, **settings):
   """One train step on a mesh; the new parameters and the metrics."""
   state = train.create_state(params, tx)
@@ -47,14 +77,75 @@ def gradient(params, new_params):
   return jax.tree.map(lambda a, b: np.asarray(a) - b, params, new_params)
 
 
+TIED = dataclasses.replace(TINY, tied_head=True)
+# Nothing of it divides by 2 or 4; 4 * 3 rows do.
+UNEVEN = dataclasses.replace(
+    TINY_MIXTURE, vocab_size=49, dim=15, ffn_dim=21, num_heads=3, num_kv_heads=1, head_dim=6,
+    num_experts=3, capacity_factor=3.0)
+
+
 @pytest.mark.parametrize('cfg, mesh_shape', [
-    (TINY, MESHES[1]), *((TINY_MIXTURE, mesh) for mesh in MESHES[1:])])
+    (TINY, (1, 2, 4, 1)), (TINY, (1, 2, 2, 2)), (TIED, (1, 1, 4, 2)), (UNEVEN, (1, 1, 4, 2)),
+    *((TINY_MIXTURE, mesh) for mesh in MESHES[1:])])
 def test_a_step_is_the_same_on_any_mesh(cfg, mesh_shape):
-  params, batch = random_params(cfg), microbatches(random_batch(cfg, padding=3), 1)
-  expected, expected_metrics = step(cfg, params, batch)
-  new, metrics = step(cfg, params, batch, mesh_shape)
+  params, expected, expected_metrics = whole_step(cfg)
+  _, new, metrics, *_ = whole_step(cfg, mesh_shape)
+  np.testing.assert_allclose(metrics['loss'], expected_metrics['loss'], rtol=1e-5)
   assert_trees_close(gradient(params, new), gradient(params, expected), rtol=1e-4)
   assert_trees_close(metrics, expected_metrics, rtol=1e-4)
+
+
+@pytest.mark.parametrize('cfg, mesh_shape', [
+    (TINY, (1, 2, 2, 2)), (TINY_MIXTURE, (1, 2, 2, 2)), (TINY_MIXTURE, (1, 1, 4, 2))])
+def test_what_a_step_sends(cfg, mesh_shape):
+  *_, compiled, _, mesh = whole_step(cfg, mesh_shape)
+  found = hlo.collectives(compiled, mesh)
+  rows = 8 // 4
+
+  # Over tensor only the embedding is gathered, for its lookup. All else is computed on the
+  # parts that a device has, and sums are no larger than activations: each device attends with
+  # its own heads.
+  over_tensor = [c for c in found if 'tensor' in c.axes]
+  gathered = [c for c in over_tensor if c.kind != 'all-reduce']
+  assert [(c.kind, c.shapes) for c in gathered] == [('all-gather', ((cfg.vocab_size, cfg.dim),))]
+  sums = [shape for c in over_tensor if c.kind == 'all-reduce' for shape in c.shapes]
+  assert max(map(math.prod, sums)) == rows * 15 * cfg.dim
+  assert all(15 not in shape[shape.index(15) + 1:] for shape in sums if 15 in shape)
+
+  # Experts stay where they are; over fsdp they are gathered.
+  if cfg.num_experts:
+    gathered = [c for c in found if c.kind == 'all-gather'
+                and any({cfg.ffn_dim, cfg.ffn_dim // 2} & set(shape) for shape in c.shapes)]
+    assert {c.axes for c in gathered} == ({('fsdp',)} if mesh_shape[1] > 1 else set())
+    assert any(c.kind == 'all-to-all' and c.axes == ('expert',) for c in found)
+
+
+@pytest.mark.parametrize('cfg, mesh_shape', [(UNEVEN, (1, 1, 4, 2)), (TINY_MIXTURE, (1, 2, 2, 2))])
+def test_further_steps_run_the_same_program(cfg, mesh_shape):
+  *_, compiled, (state, batch), mesh = whole_step(cfg, mesh_shape)
+  with jax.set_mesh(mesh):
+    state, _ = compiled(jax.tree.map(jnp.copy, state), batch)  # it refuses any other layout
+  assert state.step == 2
+
+
+def test_stacked_branches_step_as_each_alone_and_exchange_nothing():
+  params = [random_params(TINY, seed=e) for e in range(2)]
+  batches = [microbatches(random_batch(TINY, seed=e), 1) for e in range(2)]
+  stack = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+  with use_mesh((1, 2, 2, 2)) as mesh:
+    step_fn, state, batch = put_step(TINY, stack(params), stack(batches), mesh, stacked=True,
+                                     batch_axes=sharding.BRANCH_BATCH_AXES)
+    found = hlo.collectives(step_fn.lower(state, batch).compile(), mesh)
+    new, metrics = step_fn(state, batch)
+  assert found
+  assert not [c for c in found if 'expert' in c.axes]
+  alone = jax.jit(train.make_train_step(TINY, SGD, num_domains=2))
+  for e in range(2):
+    expected, expected_metrics = alone(train.create_state(params[e], SGD), batches[e])
+    at = lambda tree, e=e: jax.tree.map(lambda x: x[e], tree)
+    assert_trees_close(gradient(params[e], at(new.params)), gradient(params[e], expected.params),
+                       rtol=1e-4)
+    assert_trees_close(at(metrics), expected_metrics, rtol=1e-4)
 
 
 def test_microbatches_are_weighted_by_their_tokens():
@@ -201,21 +292,3 @@ def test_the_schedule_warms_up_and_ends_at_its_share():
   assert schedule(0) == 0
   np.testing.assert_allclose(schedule(10), 2.0)
   np.testing.assert_allclose(schedule(100), 0.2, rtol=1e-6)
-
-
-def test_a_parameter_without_a_sharding_rule_is_an_error():
-  with use_mesh((1, 1, 1, 1)) as mesh, pytest.raises(ValueError, match="'layers/new'"):
-    sharding.partition_specs({'layers': {'new': np.zeros(3)}}, mesh)
-
-
-def test_parameters_and_moments_are_cut_alike():
-  state = jax.eval_shape(
-      lambda p: train.create_state(p, optim.adamw(plan.Optimizer(1.0), optax.constant_schedule(1))),
-      random_params(TINY_MIXTURE))
-  with use_mesh((1, 2, 4, 1)) as mesh:
-    specs = sharding.partition_specs(state, mesh)
-  assert specs.params['layers']['ffn']['experts']['up'] == jax.P(None, 'expert', 'fsdp', None)
-  assert specs.params['layers']['attn']['q'] == jax.P(None, ('fsdp', 'expert'), None, None)
-  moments = specs.opt_state[1][0]
-  assert moments.mu == specs.params
-  assert moments.nu == specs.params
