@@ -77,7 +77,7 @@ def attend(at: Place, facts: Mapping[str, Any], timeout: float):
       id, or the facts differ. Or the coordinator does not answer.
   """
   me = {'greeting': _GREETING, 'process_id': at.index, 'num_processes': at.count,
-        'who': f'{socket.gethostname()}, process number {os.getpid()}', 'facts': dict(facts)}
+        'who': f'{socket.gethostname()}, pid {os.getpid()}', 'facts': dict(facts)}
   until = time.monotonic() + timeout
   server = None
   if at.index == 0:
