@@ -251,7 +251,7 @@ def test_a_coordinator_that_does_not_answer_is_an_error_in_time():
 
     threading.Thread(target=answer, daemon=True).start()
     at = rollcall.Place(f'localhost:{other.getsockname()[1]}', 2, 1)
-    with pytest.raises(UsageError, match='what answers there is not a btx_jax|reset by peer'):
+    with pytest.raises(UsageError, match=r'what answers there is not a btx_jax|reset by peer'):
       rollcall.attend(at, {}, 1)
   assert time.monotonic() - began < 30
 
