@@ -8,6 +8,7 @@ differences to what one process does, and the time of a step; fails where the da
 a loss by more than 1e-5. About ten minutes on two cores.
 """
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -52,7 +53,7 @@ def compare(title: str, ours: list[dict], theirs: list[dict]):
   worst = max(abs(a['loss'] - b['loss']) for a, b in zip(ours, theirs))
   worst_by_domain = max(abs(a['loss_by_domain'][name] - b['loss_by_domain'][name])
                         for a, b in zip(ours, theirs) for name in a['loss_by_domain'])
-  seconds = statistics.median(b['time'] - a['time'] for a, b in zip(ours, ours[1:]))
+  seconds = statistics.median(b['time'] - a['time'] for a, b in itertools.pairwise(ours))
   print(f'{title}: steps {ours[0]["step"]} to {ours[-1]["step"]}, loss {ours[0]["loss"]:.3f} to '
         f'{ours[-1]["loss"]:.3f}; tokens by domain {"equal" if same else "DIFFER"}; loss differs '
         f'by {worst:.1e} at most, of a domain by {worst_by_domain:.1e}; {seconds:.2f} s a step',
