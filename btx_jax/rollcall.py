@@ -21,6 +21,7 @@ from btx_jax.errors import UsageError
 
 _GREETING = 'btx_jax 1'
 _MOST = 1 << 24  # bytes of a line; whoever sends more is none of ours
+_LATE = 3.0  # seconds
 _DOCS = 'See docs/processes.md.'
 
 
@@ -77,7 +78,7 @@ def attend(at: Place, facts: Mapping[str, Any], timeout: float):
       id, or the facts differ. Or the coordinator does not answer.
   """
   me = {'greeting': _GREETING, 'process_id': at.index, 'num_processes': at.count,
-        'who': f'{socket.gethostname()}, process number {os.getpid()}', 'facts': dict(facts)}
+        'who': f'{socket.gethostname()}, pid {os.getpid()}', 'facts': dict(facts)}
   until = time.monotonic() + timeout
   server = None
   if at.index == 0:
@@ -134,8 +135,10 @@ def _hold(server: socket.socket, me: dict, until: float, timeout: float) -> str 
   with server, selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
     server.setblocking(False)
     selector.register(server, selectors.EVENT_READ)
-    while not verdict and len(present) < me['num_processes']:
+    while len(present) < me['num_processes']:
       left = until - time.monotonic()
+      if left <= 0 and verdict:
+        break
       if left <= 0:
         missing = [i for i in range(me['num_processes']) if i not in present]
         verdict = (f'{_named(missing).capitalize()} of {me["num_processes"]} did not come within '
@@ -151,7 +154,10 @@ def _hold(server: socket.socket, me: dict, until: float, timeout: float) -> str 
             selector.register(connection, selectors.EVENT_READ)
             buffers[connection] = b''
           continue
-        verdict = verdict or _take_in(key.fileobj, selector, buffers, present, me)
+        trouble = _take_in(key.fileobj, selector, buffers, present, me)
+        if trouble and not verdict:
+          verdict = trouble
+          until = min(until, time.monotonic() + _LATE)  # who is about to come hears it too
     verdict = verdict or disagreement(
         {index: hello['facts'] for index, (hello, _) in present.items()})
     _dismiss(buffers, verdict)

@@ -1,0 +1,276 @@
+"""Several processes compute what one does, through the real command line; or say why not.
+
+tests/benchmarks/processes.py is the longer form.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from btx_jax import distributed, manifest, rollcall
+from btx_jax.errors import RunError, UsageError
+from tests import studies
+from tests.jobs import ROOT, Job, free_port, training, until
+
+CONFIG = '''
+import pathlib
+from configs import base
+from tests import studies
+from tests.jobs import ROOT, Job, free_port, training, until
+
+def get_config():
+  config = studies.get_config(pathlib.Path({text!r}))
+  config.evaluation.every = 0
+  data = {{'prose': 2, 'code': 1, 'math': 1}}
+  config.runs = {{'seed': base.run(base.random(), data, steps=3),
+                 'btx': base.run(base.mix('seed', 'seed'), data, steps=4)}}
+  return config
+'''
+
+
+def write_config(folder) -> str:
+  studies.write_text(folder)
+  (folder / 'small.py').write_text(CONFIG.format(text=str(folder)))
+  return f'--config={folder / "small.py"}'
+
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+  """The same study by one process of four devices, and by two of two."""
+  folder = tmp_path_factory.mktemp('study')
+  config = write_config(folder)
+  jobs = {n: Job(n, 4 // n, config, f'--workdir={folder / f"by{n}"}') for n in (1, 2)}
+  ended = {n: job.end() for n, job in jobs.items()}
+  for processes in ended.values():
+    assert [code for code, _, _ in processes] == [0] * len(processes), processes
+  return folder, config, ended
+
+
+def assert_same_course(ours: list[dict], theirs: list[dict]):
+  assert [line['step'] for line in ours] == [line['step'] for line in theirs]
+  for a, b in zip(ours, theirs):
+    assert a['tokens_by_domain'] == b['tokens_by_domain']
+    assert a['loss'] == pytest.approx(b['loss'], abs=1e-5)
+    assert a['loss_by_domain'] == pytest.approx(b['loss_by_domain'], abs=1e-5)
+    assert a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4)
+
+
+def test_two_processes_see_the_same_data_and_losses_as_one(study):
+  folder, _, _ = study
+  for name, steps in (('seed', 3), ('btx', 4)):
+    one, two = (training(folder / f'by{n}', name) for n in (1, 2))
+    assert len(one) == steps
+    assert_same_course(two, one)
+
+
+def test_two_processes_come_to_the_same_table(study):
+  folder, _, ended = study
+  reports = []
+  for n in (1, 2):
+    with open(folder / f'by{n}' / 'report' / 'report.json', encoding='utf-8') as file:
+      reports.append(json.load(file))
+  one, two = ({row['name']: row for row in report['rows']} for report in reports)
+  assert one.keys() == two.keys() == {'seed', 'btx'}
+  for name, row in one.items():
+    assert two[name]['bits_per_byte'] == pytest.approx(row['bits_per_byte'], abs=1e-5)
+  assert 'Bits per byte' in ended[2][0][1]
+
+
+def test_process_0_alone_writes_and_speaks(study):
+  folder, _, ended = study
+  (_, out, _), (_, silent, errors) = ended[2]
+  assert 'on 4 cpu device(s) of 2 processes' in out
+  assert out.count('Report: ') == 1 and out.count('reading and tokenizing') == 3
+  assert silent == '' and 'Traceback' not in errors
+  files = {n: {os.path.relpath(os.path.join(root, name), folder / f'by{n}')
+               for root, _, names in os.walk(folder / f'by{n}') for name in names
+               if 'checkpoints' not in root} for n in (1, 2)}
+  assert files[1] == files[2]  # nothing half-written, nothing twice
+  found = manifest.read(str(folder / 'by2' / 'btx'))
+  assert (found['state'], found['processes'], found['devices']) == ('complete', 2, '4 x cpu')
+
+
+def test_one_process_of_fewer_devices_goes_on_where_two_stopped(study, tmp_path):
+  folder, config, _ = study
+  workdir = tmp_path / 'work'
+  shutil.copytree(folder / 'by2', workdir)
+  run = workdir / 'btx'
+  shutil.rmtree(run / 'checkpoints' / '4')
+  found = manifest.read(str(run))
+  manifest.write(str(run), found | {'state': manifest.STOPPED, 'steps_done': 2})
+  [(code, out, errors)] = Job(1, 2, config, f'--workdir={workdir}', '--run=btx',
+                              '--config.mesh.fsdp=1').end()
+  assert code == 0, errors
+  assert 'btx: 2 of 4 steps' in out
+  assert_same_course(training(workdir, 'btx'), training(folder / 'by1', 'btx'))
+  assert manifest.read(str(run))['tokens_by_domain'] == found['tokens_by_domain']
+
+
+def test_stopped_by_a_signal_all_save_and_a_process_that_dies_is_noticed(study, tmp_path):
+  _, config, _ = study
+  workdir = tmp_path / 'work'
+  arguments = [config, f'--workdir={workdir}', '--run=seed', '--config.runs.seed.steps=1000000',
+               '--config.checkpoint_every=1000000']
+  job = Job(2, 2, *arguments)
+  until(lambda: len(training(workdir, 'seed')) > 2 or job.started[0].poll() is not None)
+  job.started[1].send_signal(signal.SIGTERM)
+  for code, _, errors in job.end(60):
+    assert code == 130 and 'continues from the last checkpoint' in errors, errors
+  found = manifest.read(str(workdir / 'seed'))
+  assert found['state'] == manifest.STOPPED and found['steps_done'] > 2
+  assert os.path.isdir(workdir / 'seed' / 'checkpoints' / str(found['steps_done']))
+
+  job = Job(2, 2, *arguments)
+  more = found['steps_done'] + 2
+  until(lambda: training(workdir, 'seed')[-1]['step'] > more or job.started[0].poll() is not None)
+  job.started[1].kill()
+  (code, _, errors), _ = job.end(60)
+  assert code != 0
+  assert 'Another process of this job is gone' in errors or 'Terminating process' in errors
+  again = manifest.read(str(workdir / 'seed'))
+  assert again['steps_done'] == found['steps_done']  # what was saved is still what it says
+
+
+# What is refused before the first step
+
+
+def attend(*processes, timeout: float = 20) -> list[str | None]:
+  """Lets (process_id, num_processes, facts) meet in threads; what each is told."""
+  port = free_port()
+
+  def one(process):
+    index, count, facts = process
+    try:
+      rollcall.attend(rollcall.Place(f'localhost:{port}', count, index), facts, timeout)
+      return None
+    except UsageError as error:
+      return str(error)
+
+  with ThreadPoolExecutor(len(processes)) as pool:
+    return list(pool.map(one, processes))
+
+
+def test_processes_that_agree_are_let_through():
+  assert attend(*((index, 4, {'a': {'b': [1, 2.5, None]}}) for index in range(4))) == [None] * 4
+
+
+def test_all_hear_what_they_do_not_agree_on():
+  told = attend((0, 3, {'config': {'optimizer': {'peak_lr': 0.001}, 'x.y': 1}}),
+                (1, 3, {'config': {'optimizer': {'peak_lr': 0.001}, 'x.y': 1}}),
+                (2, 3, {'config': {'optimizer': {'peak_lr': 0.002}}}))
+  assert len(set(told)) == 1
+  assert 'config.optimizer.peak_lr: process 0 has 0.001, process 2 has 0.002' in told[0]
+  assert 'config.x.y: process 0 has 1, process 2 has null' in told[0]
+
+
+def test_an_id_given_twice_names_both(monkeypatch):
+  monkeypatch.setattr(rollcall, '_LATE', 1.0)
+  for twice in (0, 1):
+    told = attend((0, 3, {}), (1, 3, {}), (twice, 3, {}))
+    assert len(set(told)) == 1
+    assert f'--process_id={twice} was given twice' in told[0]
+    assert told[0].count(f'pid {os.getpid()}') == 2
+
+
+def test_different_numbers_of_processes_are_told(monkeypatch):
+  monkeypatch.setattr(rollcall, '_LATE', 1.0)
+  told = attend((0, 2, {}), (1, 4, {}))
+  assert all('--num_processes=2 of process 0' in t and '=4 of process 1' in t for t in told)
+
+
+def test_a_missing_process_is_named_in_time():
+  began = time.monotonic()
+  told = attend((0, 4, {}), (2, 4, {}), timeout=1)
+  assert time.monotonic() - began < 10
+  assert all(t.startswith('Processes 1, 3 of 4 did not come within 1 s') for t in told)
+
+
+def test_a_coordinator_that_does_not_answer_is_an_error_in_time():
+  began = time.monotonic()
+  [told] = attend((1, 2, {}), timeout=1)
+  assert 'did not answer process 1' in told and 'within 1 s' in told
+  with socket.create_server(('', 0)) as other:  # something else listens there
+
+    def answer():
+      for _ in range(20):
+        with other.accept()[0] as connection:
+          connection.recv(1)
+          connection.sendall(b'HTTP/1.1 400 Bad Request\r\n')
+
+    threading.Thread(target=answer, daemon=True).start()
+    at = rollcall.Place(f'localhost:{other.getsockname()[1]}', 2, 1)
+    with pytest.raises(UsageError, match=r'what answers there is not a btx_jax|reset by peer'):
+      rollcall.attend(at, {}, 1)
+  assert time.monotonic() - began < 30
+
+
+def test_who_hangs_up_may_come_again_and_strangers_are_ignored():
+  port = free_port()
+  at = lambda index: rollcall.Place(f'localhost:{port}', 3, index)
+  with ThreadPoolExecutor(2) as pool:
+    first = pool.submit(rollcall.attend, at(0), {}, 20)
+    hello = {'greeting': 'btx_jax 1', 'process_id': 1, 'num_processes': 3, 'who': 'x', 'facts': {}}
+    for line in (json.dumps(hello).encode() + b'\n', b'GET / HTTP/1.1\r\n\r\n', b'{"greet'):
+      until(lambda: _sent(port, line), 10)  # noqa: B023
+    time.sleep(0.2)
+    second = pool.submit(rollcall.attend, at(1), {}, 20)
+    rollcall.attend(at(2), {}, 20)
+    assert first.result() is second.result() is None
+
+
+def _sent(port: int, line: bytes) -> bool:
+  try:
+    with socket.create_connection(('localhost', port), timeout=5) as connection:
+      connection.sendall(line)
+      return True
+  except OSError:
+    return False
+
+
+@pytest.mark.parametrize('place, message', [
+    (('node:1', None, None), '--num_processes and --process_id are missing'),
+    (('node:1', 2, None), '--process_id is missing'),
+    ((None, 2, 0), '--coordinator is missing'),
+    (('node', 2, 0), '--coordinator=node must be HOST:PORT'),
+    (('node:0', 2, 0), '--coordinator=node:0 must be'),
+    (('node:1', 0, 0), '--num_processes=0'),
+    (('node:1', 2, 2), '--process_id=2 must be from 0 to 1'),
+])
+def test_flags_that_cannot_be(place, message):
+  with pytest.raises(UsageError, match=message):
+    rollcall.place(*place)
+
+
+def test_different_configs_are_refused_on_the_command_line(study, tmp_path):
+  _, config, _ = study
+  port = free_port()
+  environment = {**os.environ, 'PYTHONPATH': ROOT}
+  started = [subprocess.Popen(
+      [sys.executable, '-m', 'btx_jax.main', config, f'--workdir={tmp_path / "work"}',
+       f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={index}',
+       f'--config.optimizer.peak_lr={lr}'], cwd=ROOT, env=environment,
+      stderr=subprocess.PIPE, text=True) for index, lr in ((0, 0.001), (1, 0.002))]
+  for process in started:
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert 'config.optimizer.peak_lr: process 0 has 0.001, process 1 has 0.002' in errors
+    assert 'Traceback' not in errors
+  assert not os.path.exists(tmp_path / 'work')
+
+
+def test_one_process_alone_needs_nobody():
+  assert distributed.gather({'a': 1}) == [{'a': 1}]
+  assert distributed.decided(lambda: 3) == distributed.first(lambda: 3) == 3
+  with pytest.raises(RunError, match='as it is'):
+    distributed.first(lambda: (_ for _ in ()).throw(RunError('as it is')))
+  distributed.initialize(None, False, {})
+  assert distributed.is_first() and distributed.leave(7) == 7

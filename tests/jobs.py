@@ -1,0 +1,58 @@
+"""The real command, as one or several processes of this machine, with fake devices."""
+
+from concurrent.futures import ThreadPoolExecutor
+import os
+import socket
+import subprocess
+import sys
+import time
+
+from btx_jax import metrics
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class Job:
+  """A command as one or several processes of this machine."""
+
+  def __init__(self, processes: int, devices: int, *arguments: str):
+    port, self.started = free_port(), []
+    environment = {**os.environ, 'PYTHONPATH': ROOT, 'JAX_PLATFORMS': 'cpu',
+                   'JAX_NUM_CPU_DEVICES': str(devices)}
+    for index in range(processes):
+      place = [f'--coordinator=localhost:{port}', f'--num_processes={processes}',
+               f'--process_id={index}'] if processes > 1 else []
+      self.started.append(subprocess.Popen(
+          [sys.executable, '-m', 'btx_jax.main', *arguments, *place], cwd=ROOT, env=environment,
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+
+  def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each process, but for what Gloo prints from C++."""
+    result = []
+    try:
+      with ThreadPoolExecutor(len(self.started)) as pool:
+        outputs = list(pool.map(lambda p: p.communicate(timeout=timeout), self.started))
+    finally:
+      for process in self.started:
+        process.kill()
+    for process, (out, errors) in zip(self.started, outputs):
+      lines = [line for line in out.splitlines() if not line.startswith('[Gloo]')]
+      result.append((process.returncode, '\n'.join(lines), errors))
+    return result
+
+
+def free_port() -> int:
+  with socket.socket() as found:
+    found.bind(('', 0))
+    return found.getsockname()[1]
+
+
+def until(holds, seconds: float = 120):
+  end = time.monotonic() + seconds
+  while not holds():
+    assert time.monotonic() < end, 'waited in vain'
+    time.sleep(0.05)
+
+
+def training(workdir, name: str) -> list[dict]:
+  return [line for line in metrics.read(os.path.join(workdir, name)) if 'loss' in line]
