@@ -42,6 +42,7 @@ GROUPS = {
     'The command line and the config file': (
         ('main|fields', ''), ('errors', '--help|--debug|--config|PLACE|no flag')),
     'Devices and mesh': (('sharding', ''), ('pipeline', 'NVIDIA')),
+    'Several processes': (('distributed|rollcall', ''),),
     'Working directory': (
         ('manifest', ''), ('data/(text|tokens)|pipeline', '--workdir'), ('errors', 'written or')),
     'Optimizer and training': (('plan|study', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
@@ -51,7 +52,7 @@ GROUPS = {
     'While training': (('loop|checkpoint|metrics|errors', ''),),
     'Looking on': (('evaluate/report', ''),),
 }
-_ORDER = (0, 6, 3, 5, 4, 1, 2, 7, 8)  # as a person comes upon them
+_ORDER = (0, 7, 4, 6, 5, 1, 2, 3, 8, 9)  # as a person comes upon them
 
 # Where a message does not say it already: a piece of it -> what it means, or what to do.
 NOTES = {

@@ -363,7 +363,7 @@ def test_events_for_tensorboard_without_its_package(run, config, work):
             f'--workdir={work}', '--run=new'), "pip install 'btx_jax[tensorboard]'")
 
 
-TRAINING = 'from btx_jax import loop\ndef train_run(*_):\n  {}\nloop.train_run = train_run'
+TRAINING = 'from btx_jax import loop\ndef train(*_):\n  {}\nloop.train = train'
 
 
 @pytest.mark.parametrize('what, message, code', [
@@ -385,7 +385,7 @@ def test_debug_shows_where_an_error_came_from(run, config, work, tmp_path):
   check(run(*mistake, '--debug'), 'config.train.batch_sise = 3', traceback=True)
   check(run('--nodebug', *mistake), 'mine.py, line 17: there is no field')
   failure = config(TRAINING.format('raise OSError(28, "full", "x")')), f'--workdir={work}'
-  check(run(*failure, '--run=new', '--debug'), 'in train_run', code=1, traceback=True)
+  check(run(*failure, '--run=new', '--debug'), 'in train', code=1, traceback=True)
 
 
 def test_a_line_of_the_file_is_blamed_and_not_a_flag_that_has_the_same_word(run, config, tmp_path):
@@ -398,5 +398,8 @@ def test_every_message_of_the_table_was_met(request):
   asked = request.config
   if asked.option.keyword or any('::' in argument for argument in asked.args):
     pytest.skip('only some of the mistakes were made')
-  missing = [str(message) for message in MESSAGES if message not in MET]
+  # Those of several processes are met in distributed_test.py, that of TPU slices needs some.
+  missing = [str(message) for message in MESSAGES
+             if message not in MET and message.module not in ('distributed', 'rollcall')
+             and 'TPU slices' not in str(message)]
   assert not missing, 'no mistake in this file leads to:\n' + '\n'.join(missing)
