@@ -59,6 +59,7 @@ class Pipeline(Study):
     distributed.first(self._check_manifests)
     for line in dict.fromkeys(line for run in wanted for line in self._uneven(run)):
       say(line)
+    orders = {run.name: self._order(run) for run in wanted}
     with jax.set_mesh(self.mesh):
       for group in groups:
         todo = [run for run in group if run.name in incomplete]
@@ -66,7 +67,7 @@ class Pipeline(Study):
           for run in todo:
             lock = manifest.lock(self.folder(run.name))
             distributed.first(functools.partial(stack.enter_context, lock))
-          self._train(todo)
+          self._train(todo, orders)
         for run in group:
           scores.measure(self, run)
     return bool(wanted)
@@ -127,8 +128,8 @@ class Pipeline(Study):
         'sources': [[source, manifest.identity(self.spec(source))] for source in run.sources],
     }
 
-  def _train(self, runs: list[Run]):
-    """Trains runs as one program."""
+  def _train(self, runs: list[Run], orders):
+    """Trains runs as one program, each on the rows of its order."""
     began = time.monotonic()
     manifests, jobs = {}, []
     for run in runs:
@@ -136,7 +137,7 @@ class Pipeline(Study):
       if found:
         manifests[run.name] = found
         jobs.append(loop.Job(run, self.folder(run.name),
-                             functools.partial(self.initial_params, run), self._order(run)))
+                             functools.partial(self.initial_params, run), orders[run.name]))
     if not jobs:
       return
     before = {name: found['seconds'] for name, found in manifests.items()}
