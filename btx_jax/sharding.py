@@ -5,8 +5,8 @@ used), `expert` ("which expert" throughout) and `tensor` (attention heads, feed-
 and vocabulary cut up, and computed on where they lie). Rows are spread over all but `tensor`:
 outside the feed-forward layers `expert` is one more axis for rows and parameters.
 
-While branches train in one program, stacked, `expert` indexes the branches instead: the specs
-of `stacked=True` have it on the leading dimension and nowhere else.
+While branches train in one program, stacked, `expert` indexes the branches instead: with
+`stacked=True` it goes to the leading dimension of every array, and so to no other.
 """
 
 import math
@@ -123,7 +123,8 @@ def partition_specs(tree, mesh, stacked: bool = False):
   Args:
     tree: parameters, optimizer state or both.
     mesh: where they will live.
-    stacked: the leaves are those of several branches, [E, ...].
+    stacked: the leaves are those of several branches, [E, ...], and `expert` goes to E. It
+      is in the rest of a spec only where it does not divide E.
 
   Raises:
     ValueError: no rule matches a leaf. There is no catch-all: a new parameter needs a rule.
@@ -152,7 +153,6 @@ def _spec(path: str, shape, mesh, stacked: bool):
   named = [(axes,) if isinstance(axes, str) else axes or () for axes in rule]
   lead = [()] * (len(shape) - len(rule))
   if stacked:
-    named = [tuple(axis for axis in axes if axis != 'expert') for axes in named]
     lead[0] = ('expert',)
   spec, why = [], {}
   for size, axes in zip(shape, lead + named, strict=True):

@@ -75,6 +75,10 @@ def test_of_stacked_leaves_the_first_dimension_is_cut_over_expert_and_no_other()
   jax.tree.map_with_path(check, specs, alone, is_leaf=lambda x: isinstance(x, jax.P))
   assert specs.params['layers']['ffn']['up'] == jax.P('expert', None, 'fsdp', 'tensor')
   assert specs.step == jax.P('expert')
+  three = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), state.params)
+  with use_mesh((1, 1, 4, 2)) as mesh:
+    specs = sharding.partition_specs(three, mesh, stacked=True)
+  assert specs['layers']['ffn']['up'] == jax.P(None, None, ('fsdp', 'expert'), 'tensor')
 
 
 def test_what_an_axis_does_not_divide_is_told_if_it_is_large():
