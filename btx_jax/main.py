@@ -8,7 +8,9 @@ command again continues where the last one stopped.
   report   writes the report anew, from what there is so far
   data     what the text of each domain is like
 
-Fields of the config are set by --config.optimizer.peak_lr=1e-3 and the like.
+Fields of the config are set by --config.optimizer.peak_lr=1e-3 and the like. As one of several
+processes, on as many hosts: --distributed, or --coordinator with its companions
+(docs/processes.md).
 """
 
 import os

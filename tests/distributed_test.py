@@ -9,8 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -19,7 +17,7 @@ import pytest
 from btx_jax import distributed, manifest, rollcall
 from btx_jax.errors import RunError, UsageError
 from tests import studies
-from tests.jobs import ROOT, Job, free_port, training, until
+from tests.jobs import Job, free_port, training, until
 
 CONFIG = '''
 import pathlib
@@ -250,21 +248,26 @@ def test_flags_that_cannot_be(place, message):
     rollcall.place(*place)
 
 
-def test_different_configs_are_refused_on_the_command_line(study, tmp_path):
+@pytest.mark.parametrize('slurm', [False, True])
+def test_different_configs_are_refused_on_the_command_line(study, tmp_path, slurm):
   _, config, _ = study
-  port = free_port()
-  environment = {**os.environ, 'PYTHONPATH': ROOT}
-  started = [subprocess.Popen(
-      [sys.executable, '-m', 'btx_jax.main', config, f'--workdir={tmp_path / "work"}',
-       f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={index}',
-       f'--config.optimizer.peak_lr={lr}'], cwd=ROOT, env=environment,
-      stderr=subprocess.PIPE, text=True) for index, lr in ((0, 0.001), (1, 0.002))]
-  for process in started:
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 2
-    assert 'config.optimizer.peak_lr: process 0 has 0.001, process 1 has 0.002' in errors
+  job = Job(2, 1, config, f'--workdir={tmp_path / "work"}', slurm=slurm,
+            last=('--config.optimizer.peak_lr=0.002',))
+  for code, _, errors in job.end(120):
+    assert code == 2, errors
+    assert 'config.optimizer.peak_lr: process 0 has 0.01, process 1 has 0.002' in errors
     assert 'Traceback' not in errors
   assert not os.path.exists(tmp_path / 'work')
+
+
+def test_what_process_0_meets_while_the_others_wait_is_told_by_all(study, tmp_path):
+  _, config, _ = study
+  job = Job(2, 2, config, f'--workdir={tmp_path / "work"}', '--config.tokenizer.vocab_size=3000',
+            slurm=True)
+  (code, _, errors), (other, _, theirs) = job.end(120)
+  assert (code, other) == (2, 2), errors + theirs
+  assert 'vocab' in errors
+  assert f'process 0: {errors.splitlines()[-1].removeprefix("btx_jax: ")}' in theirs
 
 
 def test_one_process_alone_needs_nobody():

@@ -13,18 +13,36 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Job:
-  """A command as one or several processes of this machine."""
+  """A command as one or several processes of this machine.
 
-  def __init__(self, processes: int, devices: int, *arguments: str):
+  Args:
+    processes: how many.
+    devices: of each.
+    arguments: of the command.
+    last: further arguments of the last process alone.
+    slurm: as `srun` would start it, so that jax finds the processes itself.
+  """
+
+  def __init__(self, processes: int, devices: int, *arguments: str, last: tuple[str, ...] = (),
+               slurm: bool = False):
     port, self.started = free_port(), []
-    environment = {**os.environ, 'PYTHONPATH': ROOT, 'JAX_PLATFORMS': 'cpu',
-                   'JAX_NUM_CPU_DEVICES': str(devices)}
     for index in range(processes):
-      place = [f'--coordinator=localhost:{port}', f'--num_processes={processes}',
-               f'--process_id={index}'] if processes > 1 else []
+      environment = {**os.environ, 'PYTHONPATH': ROOT, 'JAX_PLATFORMS': 'cpu',
+                     'JAX_NUM_CPU_DEVICES': str(devices)}
+      place = []
+      if slurm:
+        place = ['--distributed']
+        environment |= {
+            'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_LOCALID': str(index),
+            'SLURM_NTASKS': str(processes), 'SLURM_PROCID': str(index),
+            'JAX_COORDINATOR_PORT': str(port)}
+      elif processes > 1:
+        place = [f'--coordinator=localhost:{port}', f'--num_processes={processes}',
+                 f'--process_id={index}']
+      more = last if index == processes - 1 else ()
       self.started.append(subprocess.Popen(
-          [sys.executable, '-m', 'btx_jax.main', *arguments, *place], cwd=ROOT, env=environment,
-          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+          [sys.executable, '-m', 'btx_jax.main', *arguments, *place, *more], cwd=ROOT,
+          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
 
   def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each process, but for what Gloo prints from C++."""

@@ -158,7 +158,7 @@ def test_a_stacked_study_is_that_of_separate_jobs_also_when_stopped(apart, text,
     ours, theirs = losses(pipeline, name), losses(apart, name)
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
-    assert_trees_close(pipeline.final_params(name), apart.final_params(name), rtol=1e-4)
+    assert_trees_close(pipeline.final_params(name), apart.final_params(name), rtol=1e-3)
     about = manifest.read(pipeline.folder(name))
     assert about['identity'] == manifest.read(apart.folder(name))['identity']
     assert about['tokens_by_domain'] == manifest.read(apart.folder(name))['tokens_by_domain']
@@ -182,7 +182,7 @@ def test_a_branch_goes_on_alone(apart, text, tmp_path, monkeypatch):
   monkeypatch.undo()
   assert pipeline.train('expert/code')
   assert_trees_close(pipeline.final_params('expert/code'), apart.final_params('expert/code'),
-                     rtol=1e-4)
+                     rtol=1e-3)
 
 
 @pytest.mark.parametrize('change, message', [
