@@ -90,6 +90,7 @@ def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
       if start:
         state, position = saved.restore(start, program.like)
         seen.append(position['tokens_by_domain'])
+        on_checkpoint(job.run.name, start, seen[-1])  # what was not told before a kill
       else:
         state = program.create(job.make_params())
         seen.append({})
