@@ -203,10 +203,15 @@ def test_what_status_needs_is_imported_in_no_time():
   code = ('import sys, time; began = time.perf_counter(); import btx_jax.main, btx_jax.status; '
           'print(time.perf_counter() - began, "jax" in sys.modules, "grain" in sys.modules, '
           '"matplotlib" in sys.modules)')
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-  seconds, *heavy = done.stdout.split()
-  assert heavy == ['False'] * 3
-  assert float(seconds) < 2
+  best = float('inf')
+  for _ in range(3):  # other work on the machine can only make it slower
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    seconds, *heavy = done.stdout.split()
+    assert heavy == ['False'] * 3
+    best = min(best, float(seconds))
+    if best < 2:
+      return
+  raise AssertionError(f'{best} s')
 
 
 def test_a_tokenizer_that_is_not_at_hand_hinders_nobody_from_looking(study, text, tmp_path):
