@@ -29,7 +29,7 @@ TIMEOUT = 300  # seconds that processes wait for each other at the start
 _TICK = 5.0  # seconds after which those who wait for process 0 hear that it is at work
 _GRACE = 5.0  # seconds for the others to come to the same error
 _LAG = 120.0  # seconds after which shared storage must show what was written
-_beats = itertools.count()  # one for each step of any run: preemption is agreed on by number
+_beats = itertools.count(1)  # one for each step of any run: preemption is agreed on by number
 
 
 def initialize(place: rollcall.Place | None, cluster: bool, facts: Mapping[str, Any],

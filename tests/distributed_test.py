@@ -121,7 +121,7 @@ def test_stopped_by_a_signal_all_save_and_a_process_that_dies_is_noticed(study, 
   job = Job(2, 2, *arguments)
   until(lambda: len(training(workdir, 'seed')) > 2 or job.started[0].poll() is not None)
   job.started[1].send_signal(signal.SIGTERM)
-  for code, _, errors in job.end(60):
+  for code, _, errors in job.end(150):
     assert code == 130 and 'continues from the last checkpoint' in errors, errors
   found = manifest.read(str(workdir / 'seed'))
   assert found['state'] == manifest.STOPPED and found['steps_done'] > 2
@@ -130,8 +130,8 @@ def test_stopped_by_a_signal_all_save_and_a_process_that_dies_is_noticed(study, 
   job = Job(2, 2, *arguments)
   more = found['steps_done'] + 2
   until(lambda: training(workdir, 'seed')[-1]['step'] > more or job.started[0].poll() is not None)
-  job.started[1].kill()
-  (code, _, errors), _ = job.end(60)
+  job.started[0].kill()  # with it goes the coordinator, which the other hears of at once
+  _, (code, _, errors) = job.end(150)
   assert code != 0
   assert 'Another process of this job is gone' in errors or 'Terminating process' in errors
   again = manifest.read(str(workdir / 'seed'))
