@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from btx_jax import distributed, manifest, rollcall
+from btx_jax import distributed, manifest, metrics, rollcall
 from btx_jax.errors import RunError, UsageError
 from tests import studies
 from tests.jobs import Job, free_port, training, until
@@ -23,11 +23,11 @@ CONFIG = '''
 import pathlib
 from configs import base
 from tests import studies
-from tests.jobs import ROOT, Job, free_port, training, until
 
 def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
   config.evaluation.every = 0
+  config.mesh.tensor = 1
   data = {{'prose': 2, 'code': 1, 'math': 1}}
   config.runs = {{'seed': base.run(base.random(), data, steps=3),
                  'btx': base.run(base.mix('seed', 'seed'), data, steps=4)}}
@@ -92,7 +92,9 @@ def test_process_0_alone_writes_and_speaks(study):
   files = {n: {os.path.relpath(os.path.join(root, name), folder / f'by{n}')
                for root, _, names in os.walk(folder / f'by{n}') for name in names
                if 'checkpoints' not in root} for n in (1, 2)}
-  assert files[1] == files[2]  # nothing half-written, nothing twice
+  assert files[1] == files[2]  # nothing half-written
+  steps = [line['step'] for line in metrics.read(str(folder / 'by2' / 'btx')) if 'loss' in line]
+  assert steps == sorted(set(steps))  # nothing twice
   found = manifest.read(str(folder / 'by2' / 'btx'))
   assert (found['state'], found['processes'], found['devices']) == ('complete', 2, '4 x cpu')
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import loop, manifest, metrics, sharding
+from btx_jax import manifest, metrics, program, sharding
 from btx_jax.errors import RunError, UsageError
 from btx_jax.evaluate import report, scores, table
 from btx_jax.model import llama
@@ -61,20 +61,24 @@ def metrics_of(pipeline, name):
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(study, text, tmp_path, monkeypatch):
   pipeline = Pipeline(studies.get_config(text), str(tmp_path / 'work'))
-  batches = loop._batches
+  make = program.single
   for name, last in (('seed', 5), ('expert/code', 3), ('btx', 5)):
 
-    def interrupted(run, mesh, order, start, waited, name=name, last=last):
-      for step, batch in batches(run, mesh, order, start, waited):
-        if run.name == name and step == last:
-          raise KeyboardInterrupt
-        yield step, batch
+    def interrupted(run, *args, name=name, last=last):
+      made = make(run, *args)
 
-    monkeypatch.setattr(loop, '_batches', interrupted)
-    with pytest.raises(KeyboardInterrupt):
+      def batches(orders, first_step, last_step):
+        for step, batch in enumerate(made.batches(orders, first_step, last_step), first_step):
+          if run.name == name and step == last:
+            raise KeyboardInterrupt
+          yield batch
+
+      return made._replace(batches=batches)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+      patched.setattr(program, 'single', interrupted)
       pipeline.train()
     assert pipeline.state(name) == manifest.STOPPED
-  monkeypatch.setattr(loop, '_batches', batches)
   with open(os.path.join(pipeline.folder('btx'), 'metrics.jsonl'), 'a', encoding='utf-8') as file:
     file.write('{"step": 5, "lo')  # what a kill leaves behind
   assert pipeline.train()

@@ -7,6 +7,7 @@ out: what training has seen word for word measures memory, not the model.
 import os
 from typing import NamedTuple
 
+from rich import box
 from rich.table import Table
 
 from btx_jax import terminal
@@ -83,7 +84,7 @@ def describe(config, folder: str) -> list[Description]:
 def as_table(domains: list[Description]) -> Table:
   """The figures."""
   table = Table(
-      title='Text', caption=(
+      box=box.SIMPLE_HEAD, caption_justify='left', caption=(
           f'copies: training documents that repeat an earlier one. seen: held-out tokens in '
           f'runs of {duplicates.RUN} or more that the training text of any domain has too, and '
           'documents with such a run.'))

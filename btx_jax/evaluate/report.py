@@ -125,7 +125,7 @@ def _page(study: Study, config_name: str, folder: str, status, rows, checks) -> 
 def _head(study: Study, status) -> str:
   complete = sum(run['state'] == 'complete' for run in status['runs'])
   made = datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')
-  parts = [f'<p class="quiet">Branch-Train-MiX in {_text(os.path.abspath(study.workdir))}, as of '
+  parts = [f'<p class="quiet">Branch-Train-MiX in {_text(study.workdir)}, as of '
            f'{made}: {complete} of {len(status["runs"])} runs complete.</p><ul>']
   for run in status['runs']:
     if run['state'] not in ('complete', 'missing'):
