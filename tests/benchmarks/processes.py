@@ -2,8 +2,8 @@
 
   python -m tests.benchmarks.processes [steps]
 
-Trains a dense model and a mixture with each number of processes (Gloo), and goes on from the
-middle of the mixture's training by four processes with one and with two. Prints the largest
+Trains a dense model, two stacked branches of it and a mixture with each number of processes
+(Gloo), and goes on from the middle of the mixture's training by four processes with one and with two. Prints the largest
 differences to what one process does, and the time of a step; fails where the data differs or
 a loss by more than 1e-5. About ten minutes on two cores.
 """
@@ -21,7 +21,7 @@ from tests import studies
 from tests.jobs import Job, training
 
 DEVICES = 8
-RUNS = 'dense', 'mixture'
+RUNS = 'dense', 'code', 'math', 'mixture'
 CONFIG = '''
 import pathlib
 from configs import base
@@ -30,12 +30,16 @@ from tests import studies
 def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
   config.evaluation.every = 0
-  config.mesh.update(data=2, fsdp=2, expert=2)
+  config.mesh.update(data=2, fsdp=2, expert=2, tensor=1)
   config.optimizer.peak_lr = 3e-3
   config.checkpoint_every = {steps} // 2
   data = {{'prose': 2, 'code': 1, 'math': 1}}
-  config.runs = {{'dense': base.run(base.random(), data, steps={steps}),
-                 'mixture': base.run(base.mix(['dense'] * 4), data, steps={steps})}}
+  config.stacked = ('code', 'math')
+  config.runs = {{
+      'dense': base.run(base.random(), data, steps={steps}),
+      'code': base.run(base.checkpoint('dense'), {{'code': 1}}, steps={steps}),
+      'math': base.run(base.checkpoint('dense'), {{'math': 1}}, steps={steps} // 2),
+      'mixture': base.run(base.mix(['dense'] * 4), data, steps={steps})}}
   return config
 '''
 
