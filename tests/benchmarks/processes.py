@@ -3,9 +3,9 @@
   python -m tests.benchmarks.processes [steps]
 
 Trains a dense model, two stacked branches of it and a mixture with each number of processes
-(Gloo), and goes on from the middle of the mixture's training by four processes with one and with two. Prints the largest
-differences to what one process does, and the time of a step; fails where the data differs or
-a loss by more than 1e-5. About ten minutes on two cores.
+(Gloo), and goes on from the middle of the mixture's training by four processes with one and
+with two. Prints the largest differences to what one process does, and the time of a step; fails
+where the data differs or a loss by more than 1e-5. About ten minutes on two cores.
 """
 
 import itertools
