@@ -130,7 +130,7 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
 
   Args:
     runs: name -> names that it starts from, each behind these.
-    notes: a second line of each.
+    notes: further lines of each.
   """
   depth: dict[str, int] = {}
   for name, sources in runs.items():
@@ -139,14 +139,19 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
   tallest = max(map(len, columns))
   place = {name: (d, tallest / 2 - (i + 0.5) * tallest / len(column))
            for d, column in enumerate(columns) for i, name in enumerate(column)}
-  figure, (axis,) = _panels(1, 1, 0.2 + 0.62 * tallest, left=0.1, under=0.1, above=0.1)
+  row, skips = 0.72, any(depth[name] - depth[source] > 1
+                         for name, sources in runs.items() for source in sources)
+  above = 0.4 * skips  # for arrows that pass over a column of runs
+  figure, (axis,) = _panels(1, 1, 0.2 + above + row * tallest, left=0.1, under=0.1,
+                            above=0.1 + above)
   axis.axis('off')
   axis.set_xlim(-0.45, len(columns) - 0.55)
   axis.set_ylim(-tallest / 2 - 0.1, tallest / 2 + 0.1)
   for name, sources in runs.items():
     for source in dict.fromkeys(sources):
-      # Those that pass over a column of runs swing out, not to lie behind these.
-      swing = -0.5 if depth[name] - depth[source] > 1 else 0.0
+      # The curve's top, half of `swing` times its length, is above the tallest column.
+      length = (depth[name] - depth[source]) * 7.25 / (len(columns) - 0.1)
+      swing = -(row * tallest + above) / length if depth[name] - depth[source] > 1 else 0.0
       axis.annotate('', place[name], place[source], arrowprops={
           'arrowstyle': '-|>', 'color': '#999999', 'shrinkA': 42, 'shrinkB': 46,
           'connectionstyle': f'arc3,rad={swing}'})

@@ -113,8 +113,10 @@ def _page(study: Study, config_name: str, folder: str, status, rows, checks) -> 
     yield from _mixture(study, run, lines[run.name], picture)
 
   yield '<h2>Where each run came from, and what it cost</h2>'
-  notes = {run['name']: f'{run["state"]}, {study.runs[run["name"]].tokens / 1e6:,.1f} M tokens'
-           for run in status['runs']}
+  notes = {
+      name: f'{found["state"]}\n{run.tokens / 1e6:,.1f} M tokens, '
+            f'{_manifest(study, run).get("seconds", 0) / 60:,.0f} min'
+      for (name, run), found in zip(study.runs.items(), status['runs'])}
   yield picture('graph', pictures.graph(
       {name: run.sources for name, run in study.runs.items()}, notes), 'The graph of the runs')
   yield _cost(study, status, lines)
