@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -133,11 +134,11 @@ def losses(pipeline, name):
           if 'loss' in line}
 
 
-def test_a_stacked_study_is_that_of_separate_jobs_also_when_stopped(apart, text, tmp_path,
-                                                                    monkeypatch, capsys):
-  pipeline = Pipeline(get_config(text, BOTH), str(tmp_path))
+def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeypatch, capsys):
+  """Stopped and resumed, together and with a branch that goes on alone."""
+  pipeline = Pipeline(get_config(text, BOTH), str(tmp_path / 'work'))
   assert list(pipeline.runs) == ['seed', 'expert/code', 'expert/math', 'other']
-  pipeline.train('seed')
+  shutil.copytree(apart.folder('seed'), pipeline.folder('seed'))
   save = loop.Checkpoints.save
 
   def save_then_stop(self, step, *args):
@@ -145,44 +146,27 @@ def test_a_stacked_study_is_that_of_separate_jobs_also_when_stopped(apart, text,
     if step == 3:  # expert/math is done, expert/code is saved at step 2
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(loop.Checkpoints, 'save', save_then_stop)
-  with pytest.raises(KeyboardInterrupt):
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    patched.setattr(loop.Checkpoints, 'save', save_then_stop)
     pipeline.train()
-  monkeypatch.undo()
   assert [pipeline.state(name) for name in BOTH] == [manifest.STOPPED] * 2
+  alone = Pipeline(pipeline.config, shutil.copytree(tmp_path / 'work', tmp_path / 'alone'))
+  assert alone.train('expert/code')
   capsys.readouterr()
   pipeline.train()
   assert '2 branches in 2 slots' in capsys.readouterr().out
-  for name in BOTH:
-    assert pipeline.state(name) == manifest.COMPLETE
-    ours, theirs = losses(pipeline, name), losses(apart, name)
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
-    assert_trees_close(pipeline.final_params(name), apart.final_params(name), rtol=1e-3)
-    about = manifest.read(pipeline.folder(name))
-    assert about['identity'] == manifest.read(apart.folder(name))['identity']
-    assert about['tokens_by_domain'] == manifest.read(apart.folder(name))['tokens_by_domain']
+  for finished, names in ((pipeline, BOTH), (alone, ['expert/code'])):
+    for name in names:
+      assert finished.state(name) == manifest.COMPLETE
+      ours, theirs = losses(finished, name), losses(apart, name)
+      assert ours.keys() == theirs.keys()
+      np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+      assert_trees_close(finished.final_params(name), apart.final_params(name), rtol=1e-3)
+      about, other = (manifest.read(p.folder(name)) for p in (finished, apart))
+      assert about['identity'] == other['identity']
+      assert about['tokens_by_domain'] == other['tokens_by_domain']
   bits = [line for line in metrics.read(pipeline.folder('expert/code')) if 'bits_per_byte' in line]
   assert [line['step'] for line in bits] == [3]
-
-
-def test_a_branch_goes_on_alone(apart, text, tmp_path, monkeypatch):
-  pipeline = Pipeline(get_config(text, BOTH), str(tmp_path))
-  pipeline.train('seed')
-  save = loop.Checkpoints.save
-
-  def save_then_stop(self, step, *args):
-    save(self, step, *args)
-    if step == 3:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(loop.Checkpoints, 'save', save_then_stop)
-  with pytest.raises(KeyboardInterrupt):
-    pipeline.train()
-  monkeypatch.undo()
-  assert pipeline.train('expert/code')
-  assert_trees_close(pipeline.final_params('expert/code'), apart.final_params('expert/code'),
-                     rtol=1e-3)
 
 
 @pytest.mark.parametrize('change, message', [
