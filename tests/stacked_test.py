@@ -112,7 +112,6 @@ def get_config(text, stacked=()):
   config.runs = {
       'seed': base.run(base.random(), {'prose': 1}, steps=2),
       'expert/code': base.run(base.checkpoint('seed'), {'code': 1}, steps=5),
-      'other': base.run(base.checkpoint('seed'), {'prose': 1}, steps=1),
       'expert/math': base.run(base.checkpoint('seed'), {'math': 1}, steps=3,
                               optimizer={'peak_lr': 3e-3}),
   }
@@ -137,7 +136,6 @@ def losses(pipeline, name):
 def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeypatch, capsys):
   """Stopped and resumed, together and with a branch that goes on alone."""
   pipeline = Pipeline(get_config(text, BOTH), str(tmp_path / 'work'))
-  assert list(pipeline.runs) == ['seed', 'expert/code', 'expert/math', 'other']
   shutil.copytree(apart.folder('seed'), pipeline.folder('seed'))
   save = loop.Checkpoints.save
 
@@ -167,6 +165,17 @@ def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeyp
       assert about['tokens_by_domain'] == other['tokens_by_domain']
   bits = [line for line in metrics.read(pipeline.folder('expert/code')) if 'bits_per_byte' in line]
   assert [line['step'] for line in bits] == [3]
+
+
+def test_stacked_runs_come_together_behind_all_that_they_start_from(text):
+  config = get_config(text, BOTH)
+  branch = lambda name: base.run(base.checkpoint(name), {'math': 1}, steps=1)
+  config.runs = {'seed': config.runs.seed, 'expert/code': branch('seed'), 'x': branch('seed'),
+                 'expert/math': branch('y'), 'y': branch('x')}
+  runs = plan.make_plan(config, 330)
+  assert list(runs) == ['seed', 'x', 'y', 'expert/code', 'expert/math']
+  assert [[run.name for run in group] for group in plan.groups(runs.values(), BOTH)] == [
+      ['seed'], ['x'], ['y'], list(BOTH)]
 
 
 @pytest.mark.parametrize('change, message', [

@@ -33,16 +33,13 @@ def microbatches(batch, n):
   return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
 
 
-def put_step(cfg, params, batch, mesh, tx=SGD, stacked=False, **settings):
-  """The jitted step as btx_jax/loop.py makes it, its state and its batch, placed on a mesh."""
-  create = lambda params: train.create_state(params, tx)
-  layout = sharding.shardings(
-      jax.eval_shape(jax.vmap(create) if stacked else create, params), mesh, stacked)
-  state = jax.device_put(jax.vmap(create)(params) if stacked else create(params), layout)
-  batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1, stacked))
+def put_step(cfg, params, batch, mesh, tx=SGD, **settings):
+  """The jitted step as btx_jax/program.py makes it, its state and its batch, placed on a mesh."""
+  state = train.create_state(params, tx)
+  layout = sharding.shardings(state, mesh)
+  state = jax.device_put(state, layout)
+  batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1))
   step_fn = train.make_train_step(cfg, tx, num_domains=2, **settings)
-  if stacked:
-    step_fn = jax.vmap(step_fn, spmd_axis_name='expert')
   return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, None)), state, batch
 
 
@@ -126,26 +123,6 @@ def test_further_steps_run_the_same_program(cfg, mesh_shape):
   with jax.set_mesh(mesh):
     state, _ = compiled(jax.tree.map(jnp.copy, state), batch)  # it refuses any other layout
   assert state.step == 2
-
-
-def test_stacked_branches_step_as_each_alone_and_exchange_nothing():
-  params = [random_params(TINY, seed=e) for e in range(2)]
-  batches = [microbatches(random_batch(TINY, seed=e), 1) for e in range(2)]
-  stack = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-  with use_mesh((1, 2, 2, 2)) as mesh:
-    step_fn, state, batch = put_step(TINY, stack(params), stack(batches), mesh, stacked=True,
-                                     batch_axes=sharding.BRANCH_BATCH_AXES)
-    found = hlo.collectives(step_fn.lower(state, batch).compile(), mesh)
-    new, metrics = step_fn(state, batch)
-  assert found
-  assert not [c for c in found if 'expert' in c.axes]
-  alone = jax.jit(train.make_train_step(TINY, SGD, num_domains=2))
-  for e in range(2):
-    expected, expected_metrics = alone(train.create_state(params[e], SGD), batches[e])
-    at = lambda tree, e=e: jax.tree.map(lambda x: x[e], tree)
-    assert_trees_close(gradient(params[e], at(new.params)), gradient(params[e], expected.params),
-                       rtol=1e-4)
-    assert_trees_close(at(metrics), expected_metrics, rtol=1e-4)
 
 
 def test_microbatches_are_weighted_by_their_tokens():
