@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import time
 
 from btx_jax import metrics
 
+# What Gloo's threads print from C++ piece by piece, so that lines of it may be mixed.
+_GLOO = re.compile(r'\[Gloo\] Rank | is connected to | peer ranks\. |'
+                   r'Expected number of connected peer ranks is : |\d+')
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -54,7 +58,8 @@ class Job:
       for process in self.started:
         process.kill()
     for process, (out, errors) in zip(self.started, outputs):
-      lines = [line for line in out.splitlines() if not line.startswith('[Gloo]')]
+      lines = [line for line in out.splitlines()
+               if not line.startswith('[Gloo]') and _GLOO.sub('', line).strip()]
       result.append((process.returncode, '\n'.join(lines), errors))
     return result
 
