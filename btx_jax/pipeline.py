@@ -49,8 +49,8 @@ class Pipeline(Study):
     incomplete = distributed.decided(lambda: self._incomplete(asked, only))
     wanted = [run for run in asked if run.name in incomplete]
     groups = [asked] if only else plan_lib.groups(asked, self.config.stacked)
-    for group in groups:
-      todo = [run for run in group if run.name in incomplete]
+    todos = [[run for run in group if run.name in incomplete] for group in groups]
+    for todo in todos:
       for run in todo:
         self._check_layout(run, stacked=len(todo) > 1)
     distributed.check_shared(self.workdir)
@@ -61,8 +61,7 @@ class Pipeline(Study):
       say(line)
     orders = {run.name: self._order(run) for run in wanted}
     with jax.set_mesh(self.mesh):
-      for group in groups:
-        todo = [run for run in group if run.name in incomplete]
+      for group, todo in zip(groups, todos):
         with contextlib.ExitStack() as stack:
           for run in todo:
             lock = manifest.lock(self.folder(run.name))

@@ -9,7 +9,18 @@ os.environ.setdefault('NPROC', '32')
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 import jax
+import pytest
+
+from tests import studies
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  """A folder with the text of tests/studies.py."""
+  folder = tmp_path_factory.mktemp('text')
+  studies.write_text(folder)
+  return folder

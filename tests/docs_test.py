@@ -24,17 +24,12 @@ def test_every_field_is_on_the_page():
     assert f'## base.{function.__name__}()' in page
 
 
-def test_a_field_without_a_comment_is_an_error(monkeypatch):
+@pytest.mark.parametrize('gone, message', [
+    ("      # Adam's epsilon.\n", r'base\.py, line \d+: a field without a comment'),
+    ('    steps: of the optimizer.\n', r'run\(\): no text for steps'),
+])
+def test_a_field_or_argument_without_its_text_is_an_error(monkeypatch, gone, message):
   read = generate._read
-  monkeypatch.setattr(generate, '_read', lambda path: read(path).replace(
-      "      # Adam's epsilon.\n", ''))
-  with pytest.raises(ValueError, match=r'base\.py, line \d+: a field without a comment'):
-    generate.config_page()
-
-
-def test_an_argument_without_its_text_is_an_error(monkeypatch):
-  read = generate._read
-  monkeypatch.setattr(generate, '_read', lambda path: read(path).replace(
-      '    steps: of the optimizer.\n', ''))
-  with pytest.raises(ValueError, match=r'run\(\): no text for steps'):
+  monkeypatch.setattr(generate, '_read', lambda path: read(path).replace(gone, ''))
+  with pytest.raises(ValueError, match=message):
     generate.config_page()

@@ -8,7 +8,7 @@ import pytest
 
 from btx_jax import manifest
 from docs import generate
-from tests import command, studies
+from tests import command
 
 MESSAGES = generate.messages()
 MET = set()  # of them, so far
@@ -32,13 +32,6 @@ def get_config():
 {lines}
   return config
 '''
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('text')
-  studies.write_text(folder)
-  return folder
 
 
 @pytest.fixture(scope='module')

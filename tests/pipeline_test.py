@@ -25,13 +25,6 @@ from tests.helpers import assert_trees_equal
 
 
 @pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('text')
-  studies.write_text(folder)
-  return folder
-
-
-@pytest.fixture(scope='module')
 def study(text, tmp_path_factory):
   """A study that ran without interruption."""
   pipeline = Pipeline(studies.get_config(text), str(tmp_path_factory.mktemp('study') / 'work'))

@@ -98,13 +98,6 @@ def test_a_branch_lives_on_its_own_slice_of_the_devices(stacked):
 # A study
 
 
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('text')
-  studies.write_text(folder)
-  return folder
-
-
 def get_config(text, stacked=()):
   config = studies.get_config(text)
   config.stacked = stacked

@@ -19,13 +19,6 @@ from tests import studies
 SPEC_STEPS = 6
 
 
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('text')
-  studies.write_text(folder)
-  return folder
-
-
 @pytest.fixture
 def study(text, tmp_path):
   """A study of which nothing was started."""

@@ -141,19 +141,14 @@ def _head(study: Study, status) -> str:
 
 
 def _comparison(rows) -> str:
-  domains = list(rows[0]['bits_per_byte'])
-  values = [[*row['bits_per_byte'].values(), row['mean']] for row in rows]
-  best = [min(column) for column in zip(*values)]
   body = []
-  for row, scored in zip(rows, values):
-    cells = [(f'{x:.3f}', 'best' if x == b else '') for x, b in zip(scored, best)]
-    cells += [(f'{row[key] / unit:,.{digits}f}', '') for key, unit, digits in (
-        ('active_params', 1e6, 2), ('total_params', 1e6, 2), ('tokens', 1e6, 2),
-        ('train_flops', 1e12, 1))]
-    body.append([(row['name'], 'name'), *cells])
-  return _table(['model', *domains, 'mean', 'active M', 'total M', 'tokens M', 'train TFLOP'],
-                body) + ('<p class="quiet">Less is better; the best is bold and red. Tokens and '
-                         'FLOPs are those of a model and of all that it came from.</p>')
+  for row, scored in zip(rows, table_lib.scored(rows)):
+    cells = [(f'{x:.3f}', 'best' if best else '') for x, best in scored]
+    costs = [f'{row[field] / unit:,.{digits}f}' for _, field, unit, digits in table_lib.COSTS]
+    body.append([(row['name'], 'name'), *cells, *costs])
+  return _table(['model', *table_lib.headings(rows)], body) + (
+      '<p class="quiet">Less is better; the best is bold and red. Tokens and FLOPs are those of a '
+      'model and of all that it came from.</p>')
 
 
 def _curve(study: Study, run: Run, lines) -> dict[str, list]:
@@ -172,11 +167,10 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
   """Which experts serve whom: heat maps, their load over time, and a piece of text."""
   file_name = run.name.replace('/', '_')
   routed = [line for line in lines if 'routing' in line]
-  stages = {}
-  for title, stage in (('before', scores.START), ('after', scores.FINAL)):
-    found = scores.read(study, run, stage)
-    if found:
-      stages[title] = {domain: score['gates'] for domain, score in found.items()}
+  final = scores.read(study, run, scores.FINAL)
+  stages = {title: {domain: score['gates'] for domain, score in found.items()}
+            for title, found in (('before', scores.read(study, run, scores.START)),
+                                 ('after', final)) if found}
   if not stages and not routed:
     return
   yield f'<h2>Experts of {_text(run.name)}</h2>'
@@ -195,14 +189,13 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
         f'load_{file_name}', pictures.load(
             [line['step'] for line in routed], column('load'), column('mutual_information'),
             column('entropy'), run.sources), f'Load of the experts of {run.name}')
-  found = scores.read(study, run, scores.FINAL)
-  if found:
+  if final:
     yield '<p>Held-out text; a token has the colour of the expert with its largest gate, '
     yield 'mean over layers.</p><p>'
     for i, name in enumerate(run.sources):
       yield f'<span class="key" style="background:{_tint(i, 0.6)}">{i} {_text(name)}</span>'
     yield '</p>'
-    for domain, score in found.items():
+    for domain, score in final.items():
       yield f'<h3>{_text(domain)}</h3><div class="text">'
       for piece, gates in zip(score['sample']['pieces'], score['sample']['gates']):
         top = int(np.argmax(gates))

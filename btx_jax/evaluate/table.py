@@ -13,6 +13,9 @@ from btx_jax.plan import Run
 from btx_jax.study import Study
 
 Row = dict[str, Any]
+# What a model costs: the heading, the field of a row, its unit, digits.
+COSTS = (('active M', 'active_params', 1e6, 2), ('total M', 'total_params', 1e6, 2),
+         ('tokens M', 'tokens', 1e6, 2), ('train TFLOP', 'train_flops', 1e12, 1))
 
 
 def rows(study: Study) -> list[Row]:
@@ -103,20 +106,27 @@ def _mean_gates(gates_LE) -> list[float]:
   return [sum(layer[e] for layer in gates_LE) / len(gates_LE) for e in range(len(gates_LE[0]))]
 
 
+def headings(table: list[Row]) -> list[str]:
+  """Over the columns of scores and costs."""
+  return [*table[0]['bits_per_byte'], 'mean', *(heading for heading, *_ in COSTS)]
+
+
+def scored(table: list[Row]) -> list[list[tuple[float, bool]]]:
+  """The scores of every row, their mean last, each with whether it is the best of its column."""
+  values = [[*row['bits_per_byte'].values(), row['mean']] for row in table]
+  best = [min(column) for column in zip(*values)]
+  return [[(x, x == b) for x, b in zip(row, best)] for row in values]
+
+
 def as_text(table: list[Row]) -> Table:
   """For the terminal."""
-  domains = list(table[0]['bits_per_byte'])
   view = Table(title='Bits per byte on held-out text (less is better; the best is bold)',
                title_justify='left', box=box.SIMPLE_HEAD)
   view.add_column('model', no_wrap=True)
-  for heading in (*domains, 'mean', 'active M', 'total M', 'tokens M', 'train TFLOP'):
+  for heading in headings(table):
     view.add_column(heading, justify='right', no_wrap=True)
-  values = lambda row: [*row['bits_per_byte'].values(), row['mean']]
-  best = [min(column) for column in zip(*map(values, table))]
-  for row in table:
-    cells = [Text(f'{x:.3f}', style='bold' if x == b else '')
-             for x, b in zip(values(row), best)]
-    view.add_row(Text(row['name']), *cells, f'{row["active_params"] / 1e6:.2f}',
-                 f'{row["total_params"] / 1e6:.2f}', f'{row["tokens"] / 1e6:.2f}',
-                 f'{row["train_flops"] / 1e12:.1f}')
+  for row, scores_of_row in zip(table, scored(table)):
+    cells = [Text(f'{x:.3f}', style='bold' if best else '') for x, best in scores_of_row]
+    costs = [f'{row[field] / unit:.{digits}f}' for _, field, unit, digits in COSTS]
+    view.add_row(Text(row['name']), *cells, *costs)
   return view
