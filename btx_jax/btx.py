@@ -3,10 +3,23 @@
 Pure functions on parameter trees (laid out as model/llama.py says).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from btx_jax import recipe as recipe_lib
+from btx_jax import sharding
+from btx_jax.model import llama
+from btx_jax.model.config import Config
+from btx_jax.recipe import Recipe
+
+Index = tuple[slice, ...]
+Read = Callable[[int, str, Index], Any]
 
 
 def branch(params, n: int):
@@ -30,11 +43,11 @@ def stack(experts: Sequence):
 
 def average(experts):
   """The uniform average of stacked experts: every leaf [E, ...] becomes [...]."""
-  return jax.tree.map(lambda x: x.mean(0), experts)
+  return jax.tree.map(lambda x: _stacked_mean(x, (1.0,) * len(x)), experts)
 
 
-def mix(experts, rng: jax.Array, router_std: float = 0.02):
-  """Stacked dense experts become one mixture of experts (paper 3.2).
+def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
+  """Stacked dense models become one mixture of experts (paper 3.2).
 
   Each layer keeps every expert's whole feed-forward network, and gains a router; all else
   is averaged. The paper does not say how routers begin; normal with a small deviation makes
@@ -42,16 +55,101 @@ def mix(experts, rng: jax.Array, router_std: float = 0.02):
 
   Args:
     experts: leaves [E, ...], dense models.
+    model: of the mixture.
     rng: for the routers.
-    router_std: standard deviation of the routers' weights.
+    recipe: if not the paper's form, see recipe.py.
 
   Returns:
-    Parameters of a mixture: layers/ffn becomes {router [L, D, E], experts [L, E, ...]}.
+    Parameters of `model`, float32.
   """
-  ffn = jax.tree.map(lambda x: x.swapaxes(0, 1), experts['layers']['ffn'])
-  L, E, D, _ = ffn['up'].shape
-  router = router_std * jax.random.normal(rng, (L, D, E))
-  rest = {**experts, 'layers': {k: v for k, v in experts['layers'].items() if k != 'ffn'}}
-  params = average(rest)
-  params['layers']['ffn'] = {'experts': ffn, 'router': router}
-  return params
+  experts = {sharding.path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(experts)}
+  in_place = recipe_lib.whole(range(len(experts['embed'])), model.ffn_dim)
+  recipe = recipe or in_place
+
+  def make(key_path, like):
+    path = sharding.path_of(key_path)
+    if is_new(path):
+      return new(path, like.shape, recipe, rng)
+    if path in experts:
+      return _stacked_mean(experts[path], recipe.weights(path))
+    if recipe.experts == in_place.experts:
+      # On a mesh whose `expert` axis the branches lie along, no weight moves.
+      return experts[path.replace('/experts/', '/')].swapaxes(0, 1)
+    return part(recipe, path, tuple(slice(0, n) for n in like.shape),
+                lambda source, path, index: experts[path][(source, *index)])
+
+  return jax.tree.map_with_path(make, llama.shapes(model))
+
+
+def part(recipe: Recipe, path: str, index: Index, read: Read):
+  """A slice of one parameter of a mixture: the one place that says what mixing computes.
+
+  The same bits for any slicing: feed-forward weights are copied, means are added up in the order
+  of the sources, in float32.
+
+  Args:
+    recipe: of the mixture.
+    path: of the parameter; none that `is_new`.
+    index: a slice for each dimension, with a start and an end.
+    read: (source, path, index) -> that slice of a parameter of a dense source.
+
+  Returns:
+    An array of the kind that `read` gives: NumPy's or jax's.
+  """
+  dense, kind = path.replace('/experts/', '/'), path.rsplit('/', 1)[-1]
+  if dense == path:
+    weights = recipe.weights(path)
+    chosen = [i for i, weight in enumerate(weights) if weight]
+    return _mean([read(i, path, index) for i in chosen], [weights[i] for i in chosen])
+  # [L, E, D, F], and for `down` [L, E, F, D]: the hidden units are cut.
+  layers, wanted, *matrix = index
+  hidden = 0 if kind == 'down' else 1
+  stack = []
+  for pieces in recipe.experts[wanted]:
+    found, begin = [], 0
+    for source, first, end in pieces:
+      start = max(matrix[hidden].start - begin, 0) + first
+      stop = min(matrix[hidden].stop - begin, end - first) + first
+      begin += end - first
+      if start < stop:
+        at = list(matrix)
+        at[hidden] = slice(start, stop)
+        found.append(read(source, dense, (layers, *at)))
+    xp = found[0].__array_namespace__()
+    stack.append(found[0] if len(found) == 1 else xp.concat(found, axis=1 + hidden))
+  result = stack[0].__array_namespace__().stack(stack, axis=1)
+  return result * recipe.scale if kind == 'down' and recipe.scale != 1 else result
+
+
+def is_new(path: str) -> bool:
+  """Whether a mixture's parameter is made by mixing rather than taken from the sources."""
+  return path.endswith('ffn/router')
+
+
+def new(path: str, shape, recipe: Recipe, rng: jax.Array) -> jax.Array:
+  """A parameter that no source has: the routers [L, D, E]."""
+  del path
+  L, D, E = shape
+  columns = recipe.router_std * jax.random.normal(rng, (L, D, E // recipe.tied))
+  return jnp.repeat(columns, recipe.tied, axis=2)
+
+
+def _mean(values, weights):
+  """The weighted mean, added up in order; a single one is left as it is.
+
+  Times the inverse, since XLA makes that of a division: other bits.
+  """
+  if len(values) == 1:
+    return values[0]
+  terms = [x.astype('float32') if w == 1 else x.astype('float32') * np.float32(w)
+           for x, w in zip(values, weights)]
+  return functools.reduce(operator.add, terms) * np.float32(1 / sum(weights))
+
+
+def _stacked_mean(x, weights):
+  """The same of sources in one array [n, ...]: a reduction, which crosses devices as one sum."""
+  if sum(weight != 0 for weight in weights) == 1:
+    return x[np.argmax(weights)]
+  w = np.array(weights, np.float32).reshape(-1, *(1,) * (x.ndim - 1))
+  x = x.astype('float32')
+  return (x if (w == 1).all() else x * w).sum(0) * np.float32(1 / sum(weights))

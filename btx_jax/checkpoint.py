@@ -7,7 +7,9 @@ read an expert's parameters without its moments.
 import os
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
+import tensorstore
 
 from btx_jax import distributed
 from btx_jax.errors import RunError
@@ -58,11 +60,36 @@ def _rest(state: TrainState) -> dict:
 
 def load_params(folder: str, step: int, like):
   """The parameters alone, in the shapes, types and shardings of `like`."""
+  return ocp.load(_step_folder(folder, step), like, checkpointable_name='params')
+
+
+def _step_folder(folder: str, step: int) -> str:
   path = os.path.join(os.path.abspath(folder), str(step))
   if not distributed.decided(lambda: os.path.isdir(path)):
     raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
                    f'delete {os.path.dirname(os.path.abspath(folder))}.')
-  return ocp.load(path, like, checkpointable_name='params')
+  return path
+
+
+class Saved:
+  """The parameters of a checkpoint, to be read slice by slice.
+
+  What is read of an array is decoded in the chunks in which it was written: each of them is
+  what one device held.
+  """
+
+  def __init__(self, folder: str, step: int):
+    self._path = _step_folder(folder, step)
+    self._arrays = {}
+
+  def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of the parameter of this path."""
+    if path not in self._arrays:
+      store = {'driver': 'ocdbt', 'base': f'file://{self._path}/params/',
+               'path': path.replace('/', '.') + '/'}
+      self._arrays[path] = tensorstore.open(
+          {'driver': 'zarr3', 'kvstore': store}, open=True).result()
+    return self._arrays[path][index].read().result()
 
 
 def abstract(tree, shardings):

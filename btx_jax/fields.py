@@ -21,7 +21,9 @@ def check(config) -> None:
   for name, domain in config.domains.items():
     _check_section(f'domains.{name}', domain, base.domain())
   for name, run in config.runs.items():
-    _check_section(f'runs.{name}', run, base.run(base.random(), {}))
+    kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
+    init = base.mix(rules={'': ''}) if kind == 'mix' else base.random()
+    _check_section(f'runs.{name}', run, base.run(init, {}))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
     for section in _OWN:
@@ -52,16 +54,24 @@ def _check_section(path: str, section: Any, like: ConfigDict) -> None:
 
 
 def _check_value(path: str, value: Any, like: Any) -> None:
-  """Of the type of `like`, and a list one of texts."""
+  """Of the type of `like`, and a list one of texts, or of pairs if `like` has one."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   fits, wanted = {
       bool: (isinstance(value, bool), 'True or False'),
       int: (is_number and isinstance(value, int), 'a whole number'),
       float: (is_number, 'a number'),
       str: (isinstance(value, str), 'a text'),
-      tuple: (isinstance(value, tuple | list) and all(isinstance(v, str) for v in value),
-              'a list of texts'),
+      tuple: (_is_pairs(value), 'a list of pairs of texts') if like else (
+          _is_texts(value), 'a list of texts'),
   }.get(type(like), (isinstance(value, ConfigDict), 'a group of fields'))
   if not fits:
     raise UsageError(f'{path} = {value!r} is of type {type(value).__name__}, and must be '
                      f'{wanted}.')
+
+
+def _is_texts(value: Any) -> bool:
+  return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+
+
+def _is_pairs(value: Any) -> bool:
+  return isinstance(value, tuple | list) and all(_is_texts(v) and len(v) == 2 for v in value)

@@ -44,6 +44,12 @@ def _measured_flops(dtype: str, size: int = 1536) -> float:
   return 2 * size**3 / best
 
 
+def device_memory() -> int | None:
+  """Bytes that the smallest device of this process can hold; None if it does not say."""
+  limits = [(device.memory_stats() or {}).get('bytes_limit') for device in jax.local_devices()]
+  return min(limits) if all(limits) else None
+
+
 def memory() -> dict[str, int]:
   """Most bytes that were in use at once: of this process, and of its fullest device."""
   result = {'host': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

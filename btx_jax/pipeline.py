@@ -1,14 +1,14 @@
 """The runs of a config at work: which are complete, what each starts from, and the rest done."""
 
-from collections.abc import Callable
 import contextlib
+import dataclasses
 import functools
 import os
 import time
 
 import jax
 
-from btx_jax import btx, checkpoint, distributed, loop, manifest, sharding
+from btx_jax import btx, checkpoint, distributed, hardware, loop, manifest, sharding
 from btx_jax import plan as plan_lib
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
@@ -32,8 +32,18 @@ class Pipeline(Study):
   def __init__(self, config, workdir: str, profile: int = 0):
     super().__init__(config, workdir)
     self.profile = profile
-    self.mesh = sharding.make_mesh(**config.mesh)
+    self.mesh = sharding.make_mesh(**self._sizes_of_mesh())
     sharding.check_rows(self.mesh, config.evaluation.batch_size, 'evaluation.batch_size')
+
+  def _sizes_of_mesh(self) -> dict[str, int]:
+    sizes = dict(self.config.mesh)
+    if 0 not in sizes.values():
+      return sizes
+    models = [run.model for run in self.runs.values()]
+    experts = max((model.num_experts for model in models), default=0)
+    # Float32 parameters, gradients and the two moments of Adam.
+    state = 16 * max((model_config.num_params(model) for model in models), default=0)
+    return sharding.choose(sizes, jax.device_count(), experts, state, hardware.device_memory())
 
   def train(self, only: str | None = None) -> bool:
     """Trains and measures every run that is not complete, or only the one named.
@@ -100,8 +110,7 @@ class Pipeline(Study):
 
   def _uneven(self, run: Run) -> list[str]:
     """What of a run's model the mesh does not divide, so that it costs memory or traffic."""
-    like = jax.eval_shape(functools.partial(llama.init, run.model), jax.random.key(0))
-    lines = sharding.left_whole(like, self.mesh)
+    lines = sharding.left_whole(llama.shapes(run.model), self.mesh)
     experts, devices = run.model.num_experts, self.mesh.shape['expert']
     if experts and not sharding.holds_experts(devices, experts):
       lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '
@@ -182,33 +191,55 @@ class Pipeline(Study):
     """The parameters that a run starts from."""
     rng = jax.random.key(mixture.seed_of(run.name, run.seed))
     if run.init == plan_lib.RANDOM:
-      return self._sharded(functools.partial(llama.init, run.model), rng)
+      shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
+      return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
     if run.init == plan_lib.CHECKPOINT:
       return self.final_params(run.sources[0])
-    return self._sharded(
-        lambda experts, rng: btx.mix(btx.stack(experts), rng, run.router_std),
-        [self.final_params(source) for source in run.sources], rng)
+    return self._mix(run.model, run.sources, run.recipe, rng)
 
   def average_params(self, run: Run):
     """The uniform average of what a mixture was made from: the baseline without experts."""
-    return self._sharded(
-        lambda experts: btx.average(btx.stack(experts)),
-        [self.final_params(source) for source in run.sources])
+    # The weights of the mean without its rules, for the feed-forward layers too.
+    mean = dataclasses.replace(run.recipe, rest=run.recipe.rest[-1:])
+    return self._mix(self.runs[run.sources[0]].model, run.sources, mean)
+
+  def _mix(self, model: model_config.Config, sources, recipe, rng=None):
+    """Parameters made from those of other runs, of which each process reads what it needs.
+
+    No more than one of them is in the memory of the host at a time, and of that one what its
+    devices hold.
+    """
+    saved = [checkpoint.Saved(self._checkpoints(name), self.runs[name].steps) for name in sources]
+    read = lambda source, path, index: saved[source].read(path, index)
+    began = time.monotonic()
+
+    def make(key_path, like):
+      path = sharding.path_of(key_path)
+      if btx.is_new(path):
+        make_new = jax.jit(lambda rng: btx.new(path, like.shape, recipe, rng),
+                           out_shardings=like.sharding)
+        return make_new(rng)
+      return sharding.from_slices(like, lambda index: btx.part(recipe, path, index, read))
+
+    params = jax.block_until_ready(jax.tree.map_with_path(make, self._like(model)))
+    say(f'{", ".join(sources)}: read and mixed in {time.monotonic() - began:.1f} s, peak memory '
+        f'{hardware.memory()["host"] / 1e9:.1f} GB')
+    return params
 
   def final_params(self, name: str):
     """The parameters of a complete run."""
     run = self.runs[name]
-    like = jax.eval_shape(functools.partial(llama.init, run.model), jax.random.key(0))
-    return checkpoint.load_params(
-        os.path.join(self.folder(name), 'checkpoints'), run.steps,
-        checkpoint.abstract(like, sharding.shardings(like, self.mesh)))
+    return checkpoint.load_params(self._checkpoints(name), run.steps, self._like(run.model))
+
+  def _checkpoints(self, name: str) -> str:
+    return os.path.join(self.folder(name), 'checkpoints')
+
+  def _like(self, model: model_config.Config):
+    shapes = llama.shapes(model)
+    return checkpoint.abstract(shapes, sharding.shardings(shapes, self.mesh))
 
   def evaluate(self, model: model_config.Config, params) -> dict[str, dict]:
     """Bits per byte of every domain's held-out text, see evaluate.bits."""
     return bits.evaluate(
         model, params, self.text.held_out, self.mesh, self.config.data.length,
         self.config.evaluation.batch_size, self.text.tokenizer)
-
-  def _sharded(self, f: Callable, *args):
-    shardings = sharding.shardings(jax.eval_shape(f, *args), self.mesh)
-    return jax.jit(f, out_shardings=shardings)(*args)

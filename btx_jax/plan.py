@@ -6,10 +6,13 @@ from; nothing here, or after, knows a phase by name.
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import json
 
 from btx_jax import errors
+from btx_jax import recipe as recipe_lib
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
+from btx_jax.recipe import Recipe
 
 RANDOM, CHECKPOINT, MIX = 'random', 'checkpoint', 'mix'
 _RESERVED = ('data', 'report')
@@ -60,7 +63,9 @@ class Run:
   Attributes:
     name: also its directory, below the working directory.
     init: 'random'; 'checkpoint': the end of another run; 'mix': a mixture of several.
-    sources: the runs that it starts from, in the order of the experts.
+    sources: the runs that it starts from, each once.
+    recipe: how they are mixed, where init is 'mix'.
+    experts: what to call those of a mixture.
     weights: domain -> share of the rows, adding up to 1.
     model: sizes.
     optimizer: settings.
@@ -70,12 +75,13 @@ class Run:
     accumulation: microbatches of a step.
     balance: alpha, weight of the balancing loss.
     balance_scope: 'microbatch' or 'batch', see train.make_train_step.
-    router_std: of the routers, where init is 'mix'.
     seed: of the config; each run makes its own from it and its name.
   """
   name: str
   init: str
   sources: tuple[str, ...]
+  recipe: Recipe | None
+  experts: tuple[str, ...]
   weights: dict[str, float]
   model: model_config.Config
   optimizer: Optimizer
@@ -85,15 +91,15 @@ class Run:
   accumulation: int
   balance: float
   balance_scope: str
-  router_std: float
   seed: int
 
   def spec(self) -> dict:
     """Everything of the run itself that decides its result, as plain data."""
     spec = dataclasses.asdict(self)
+    del spec['experts']
     for key in _COMPUTE:
       del spec['model'][key]
-    return spec
+    return json.loads(json.dumps(spec))  # with lists for tuples, as it is read back
 
   @property
   def tokens(self) -> int:
@@ -182,8 +188,9 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
     together = stacked if name in stacked else (name,)
     for one in together:
       entry = entries[one]
-      for kind in ('init.runs', 'match_flops_of'):
-        for needed in entry.init.runs if kind == 'init.runs' else entry.match_flops_of:
+      for kind in ('init', 'match_flops_of'):
+        named = recipe_lib.names_in(entry.init) if kind == 'init' else entry.match_flops_of
+        for needed in named:
           if needed not in entries:
             raise UsageError(f'runs.{one}.{kind} names {needed!r}, which is not a run; '
                              f'{nearest(needed, entries)}')
@@ -215,7 +222,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
   if train['balance_scope'] not in ('microbatch', 'batch'):
     raise UsageError(f"runs.{name}: train.balance_scope = {train['balance_scope']!r}; "
                      f"{nearest(train['balance_scope'], ('microbatch', 'batch'))}")
-  model = _model(name, config, runs, vocab_size)
+  sources, recipe, experts = _start(name, config, runs)
+  model = _model(name, config, runs, recipe, vocab_size)
   with errors.of(f'runs.{name}'):
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
   steps = entry.steps
@@ -227,32 +235,55 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
   if steps < 1:
     raise UsageError(f'runs.{name}.steps = {steps} must be at least 1.')
   return Run(
-      name=name, init=entry.init.kind, sources=tuple(entry.init.runs),
+      name=name, init=entry.init.kind, sources=sources, recipe=recipe, experts=experts,
       weights=_weights(name, entry.domains, config.domains), model=model,
       optimizer=optimizer, steps=steps, length=length, batch_size=batch_size,
       accumulation=accumulation, balance=train['balance'], balance_scope=train['balance_scope'],
-      router_std=config.mix.router_std, seed=config.seed)
+      seed=config.seed)
 
 
-def _model(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> model_config.Config:
+def _start(name: str, config, runs: Mapping[str, Run]):
+  """Sources, recipe and experts of a run."""
+  init = config.runs[name].init
+  if init.kind not in (RANDOM, CHECKPOINT, MIX):
+    raise UsageError(f'runs.{name}.init.kind = {init.kind!r}; '
+                     f'{nearest(init.kind, (RANDOM, CHECKPOINT, MIX))}')
+  if init.kind != RANDOM and not init.runs:
+    raise UsageError(f'runs.{name}.init: {init.kind} names no run to start from.')
+  if init.kind == CHECKPOINT and len(init.runs) > 1:
+    raise UsageError(f'runs.{name}.init: a checkpoint has one source, not {len(init.runs)}.')
+  if init.kind != MIX:
+    return tuple(init.runs), None, runs[init.runs[0]].experts if init.runs else ()
+  names = recipe_lib.names_in(init)
+  _check_mixable(name, [runs[source] for source in names])
+  model = runs[names[0]].model
+  with errors.of(f'runs.{name}'):
+    recipe = recipe_lib.make(init, names, model.ffn_dim, model_config.shared_paths(model),
+                             _tokens_apart(init.averaged or init.runs, names, runs),
+                             config.mix.router_std)
+  return names, recipe, recipe_lib.labels(init.arrangement, init.runs, init.chunks)
+
+
+def _tokens_apart(names: Sequence[str], of: Sequence[str], runs: Mapping[str, Run]):
+  """What each run was trained on since the last run that all of `names` come from."""
+  lines = [{run.name for run in lineage(runs[name], runs)} for name in names]
+  return [sum(run.tokens for run in lineage(runs[name], runs)
+              if run.name not in set.intersection(*lines)) for name in of]
+
+
+def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
+           vocab_size: int) -> model_config.Config:
   """Sizes from the config, or from what the run starts from, with the run's own changes."""
   entry = config.runs[name]
-  kind, sources = entry.init.kind, entry.init.runs
+  kind = entry.init.kind
   if kind == RANDOM:
     fields = dict(config.model)
     fields['vocab_size'] = fields['vocab_size'] or vocab_size
-  elif kind in (CHECKPOINT, MIX):
-    if not sources:
-      raise UsageError(f'runs.{name}.init: {kind} names no run to start from.')
-    fields = dataclasses.asdict(runs[sources[0]].model)
-    if kind == MIX:
-      _check_mixable(name, [runs[source] for source in sources])
-      fields['num_experts'] = len(sources)
-    elif len(sources) > 1:
-      raise UsageError(f'runs.{name}.init: a checkpoint has one source, not {len(sources)}.')
   else:
-    raise UsageError(f'runs.{name}.init.kind = {kind!r}; '
-                     f'{nearest(kind, (RANDOM, CHECKPOINT, MIX))}')
+    fields = dataclasses.asdict(runs[entry.init.runs[0]].model)
+  if recipe:
+    fields['num_experts'] = len(recipe.experts)
+    fields['ffn_dim'] = sum(end - first for _, first, end in recipe.experts[0])
   sizes = dict(fields)
   with errors.of(f'runs.{name}'):
     model = model_config.Config(**{**fields, **entry.model})

@@ -9,6 +9,7 @@ While branches train in one program, stacked, `expert` indexes the branches inst
 `stacked=True` it goes to the leading dimension of every array, and so to no other.
 """
 
+from collections.abc import Callable
 import math
 import re
 
@@ -43,6 +44,34 @@ RULES = (
 )
 
 _WORTH_TELLING = 2**20  # bytes of an array that stays whole
+
+
+def choose(sizes: dict[str, int], devices: int, num_experts: int, state_bytes: int,
+           memory: int | None) -> dict[str, int]:
+  """The sizes of a mesh, those that are 0 chosen.
+
+  `expert` as large as divides the experts, since tokens are less to send than weights; then
+  `fsdp` as large as it takes for the state to fill no more than half of the memory, since
+  copies need the least traffic.
+
+  Args:
+    sizes: of the axes; -1 is all that is left, 0 is to be chosen.
+    devices: that there are.
+    num_experts: of the mixture to come; 0 if there is none.
+    state_bytes: parameters, gradients and optimizer state of the largest model.
+    memory: bytes of a device; None if it is not known or no limit.
+  """
+  sizes = dict(sizes)
+  left = devices // math.prod(size for size in sizes.values() if size > 0)
+  if sizes['expert'] == 0:
+    sizes['expert'] = math.gcd(num_experts or 1, left)
+    left //= sizes['expert']
+  if sizes['fsdp'] == 0:
+    held = state_bytes / (max(sizes['expert'], 1) * max(sizes['tensor'], 1))
+    enough = [n for n in range(1, left + 1)
+              if left % n == 0 and (not memory or held / n <= memory / 2)]
+    sizes['fsdp'] = min(enough, default=left) if -1 in sizes.values() else left
+  return sizes
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1
@@ -210,6 +239,25 @@ def varying_like(tree, x):
     return jax.lax.pcast(leaf, axes, to='varying') if axes else leaf
 
   return jax.tree.map(cast, tree)
+
+
+def from_slices(like, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+  """An array over the mesh of which each process reads no more than it holds, and that once.
+
+  Args:
+    like: its shape, type and sharding.
+    read: slices, each with a start and an end -> that part of the array.
+  """
+  parts = {}
+
+  def part(index):
+    index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, like.shape, strict=True))
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in parts:
+      parts[key] = np.asarray(read(index)).astype(like.dtype, copy=False)
+    return parts[key]
+
+  return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def local_rows(mesh, rows: int) -> list[int]:

@@ -118,14 +118,15 @@ def get_config() -> ConfigDict:
   # What comes out is the same.
   config.stacked = ()
 
-  # Devices along each axis; -1 takes all that are left.
+  # Devices along each axis; -1 takes all that are left, 0 is chosen: of `expert` as many as divide
+  # the experts of the largest mixture, of `fsdp` as many as it takes to fit into the memory.
   config.mesh = ConfigDict({
       # Copies of the model.
       'data': -1,
       # Parameters and optimizer state are cut up, and gathered when they are used.
-      'fsdp': 1,
+      'fsdp': 0,
       # Each device has experts of its own; elsewhere this axis acts as `fsdp`.
-      'expert': 1,
+      'expert': 0,
       # Heads, feed-forward width and vocabulary are cut up, and computed on in parts: for
       # devices with a fast connection. Rows are shared among the other axes only.
       'tensor': 1,
@@ -220,13 +221,29 @@ def checkpoint(run_name: str) -> ConfigDict:
   return ConfigDict({'kind': 'checkpoint', 'runs': (run_name,)})
 
 
-def mix(*run_names: str) -> ConfigDict:
+def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] | None = None,
+        arrangement: str = 'whole', chunks: int = 1) -> ConfigDict:
   """Starts from a mixture of these runs' models; naming one several times upcycles it.
 
   Args:
     run_names: of the runs that become the experts, in their order; a list is fine too.
+    averaged: the runs whose mean all but the feed-forward layers becomes, each once; () is those
+      of the experts. So a model can be averaged and have no expert, or the reverse.
+    rules: other than the mean, for parameters in whose path (attn/q, embed, norm/scale ...) a
+      regular expression is found, the first that is: 'tokens', the mean weighted by what each run
+      was trained on since they parted, or the name of a run, whose parameter it becomes.
+    arrangement: 'whole', each run is an expert (paper 3.2). 'split', each becomes `chunks`
+      experts, whose outputs count `chunks` times and whose routers start equal: where
+      model.top_k is a multiple of `chunks` and the router 'top_k', the mixture starts as the
+      unsplit one with top_k / chunks does, exactly; else of the same expected size.
+      'plain_split', the same without both: the paper's form (3.3), whose outputs start
+      `chunks` times too small. 'blend', expert n has the n-th part of every run (paper 3.3);
+      nothing is exact at its start.
+    chunks: pieces of a run that is split.
   """
-  return ConfigDict({'kind': 'mix', 'runs': _names(run_names)})
+  return ConfigDict({'kind': 'mix', 'runs': _names(run_names), 'averaged': _names(averaged),
+                     'rules': tuple((rules or {}).items()), 'arrangement': arrangement,
+                     'chunks': chunks})
 
 
 def _names(names) -> tuple[str, ...]:

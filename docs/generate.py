@@ -48,7 +48,7 @@ GROUPS = {
     'Optimizer and training': (('plan|study', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
     'Tokenizer': (('data/.*', '[Tt]okenizer|pieces?|sentencepiece'),),
     'Text': (('data/.*', ''), ('study', r'\bdata\.')),
-    'Runs and models': (('plan|study|model/config|pipeline', ''),),
+    'Runs and models': (('plan|study|model/config|pipeline|recipe', ''),),
     'While training': (('loop|checkpoint|metrics|errors', ''),),
     'Looking on': (('evaluate/report', ''),),
 }

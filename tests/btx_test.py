@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from btx_jax import btx, sharding
+from btx_jax import recipe as recipe_lib
 from btx_jax.model import llama
 from tests import hlo
 from tests.helpers import (
@@ -34,7 +35,11 @@ def different_experts():
   return [random_params(TINY, seed=e) for e in range(E)]
 
 
-mix = jax.jit(btx.mix, static_argnames='router_std')
+def mix(experts, model=TINY_MIXTURE, **kwargs):
+  return _mix(experts, model, jax.random.key(1), **kwargs)
+
+
+_mix = jax.jit(btx.mix, static_argnums=1, static_argnames='recipe')
 branch = jax.jit(btx.branch, static_argnums=1)
 stack = jax.jit(btx.stack)
 
@@ -42,7 +47,8 @@ stack = jax.jit(btx.stack)
 @pytest.mark.parametrize('router_std', [0.02, 3.0])
 def test_mixing_identical_branches_changes_nothing(router_std):
   seed = random_params(TINY)
-  mixed = mix(branch(seed, E), jax.random.key(1), router_std=router_std)
+  recipe = recipe_lib.whole(range(E), TINY.ffn_dim, router_std)
+  mixed = mix(branch(seed, E), recipe=recipe)
   batch = random_batch(TINY)
   expected = hidden(TINY, seed, batch)
   np.testing.assert_allclose(hidden(TINY_MIXTURE, mixed, batch), expected, rtol=0,
@@ -53,7 +59,7 @@ def test_mixing_identical_branches_changes_nothing(router_std):
 def test_a_forced_router_gives_that_experts_feed_forward_in_the_average(forced):
   experts = different_experts()
   stacked = stack(experts)
-  mixed = mix(stacked, jax.random.key(1))
+  mixed = mix(stacked)
   # The router reads the normed stream; a norm that is constant in one channel forces it.
   mixed['embed'] = mixed['embed'].at[:, 0].set(4.0)
   mixed['layers']['ffn']['router'] = jnp.zeros((2, 16, E)).at[:, 0, forced].set(1e4)
@@ -69,7 +75,7 @@ def test_a_forced_router_gives_that_experts_feed_forward_in_the_average(forced):
 
 def test_everything_but_feed_forward_is_averaged_and_that_is_kept():
   experts = different_experts()
-  mixed = mix(stack(experts), jax.random.key(1))
+  mixed = mix(stack(experts))
   as64 = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
   average = jax.tree.map(lambda *leaves: sum(leaves) / E, *map(as64, experts))
   ffn = mixed['layers'].pop('ffn')
@@ -84,9 +90,8 @@ def test_everything_but_feed_forward_is_averaged_and_that_is_kept():
 def test_a_mixture_has_the_structure_of_its_model(tied):
   dense = dataclasses.replace(TINY, tied_head=tied)
   model = dataclasses.replace(dense, num_experts=3)
-  mixed = lambda rng: btx.mix(btx.branch(llama.init(dense, rng), 3), rng)
-  expected = jax.eval_shape(lambda rng: llama.init(model, rng), jax.random.key(0))
-  assert jax.eval_shape(mixed, jax.random.key(0)) == expected
+  mixed = lambda rng: btx.mix(btx.branch(llama.init(dense, rng), 3), model, rng)
+  assert jax.eval_shape(mixed, jax.random.key(0)) == llama.shapes(model)
 
 
 def test_stack_is_branch_for_equal_experts():
@@ -109,8 +114,9 @@ def test_mixing_stacked_branches_only_adds_up_what_is_averaged(mesh_shape):
     experts = jax.eval_shape(lambda p: btx.branch(p, E), random_params(TINY))
     experts = as_shapes(experts, sharding.shardings(experts, mesh, stacked=True))
     rng = jax.random.key(0)
-    layout = sharding.shardings(jax.eval_shape(btx.mix, experts, rng), mesh)
-    compiled = jax.jit(btx.mix, out_shardings=layout).lower(experts, rng).compile()
+    layout = sharding.shardings(llama.shapes(TINY_MIXTURE), mesh)
+    compiled = jax.jit(btx.mix, static_argnums=1, out_shardings=layout).lower(
+        experts, TINY_MIXTURE, rng).compile()
   found = hlo.collectives(compiled, mesh)
   assert any('expert' in c.axes for c in found)
   for c in found:
@@ -122,5 +128,5 @@ def test_mixing_stacked_branches_only_adds_up_what_is_averaged(mesh_shape):
 def test_inputs_are_left_as_they_are():
   experts = branch(random_params(TINY), E)
   before = jax.tree.map(np.array, experts)
-  mix(experts, jax.random.key(0))
+  mix(experts)
   assert_trees_equal(experts, before)

@@ -197,7 +197,7 @@ def new(**fields):
     # Runs
     ('config.runs = {}', 'config.runs is empty'),
     ('config.domains = {}', "runs.seed.domains names 'code', which is not a domain"),
-    (new(init='base.checkpoint("sed")'), "runs.new.init.runs names 'sed', which is not a run; did "
+    (new(init='base.checkpoint("sed")'), "runs.new.init names 'sed', which is not a run; did "
      "you mean 'seed'?"),
     (new(match_flops_of='("sed",)', steps='0'), "runs.new.match_flops_of names 'sed'"),
     (new(match_flops_of='("seed",)'), 'runs.new has both steps = 5 and match_flops_of; give one.'),
@@ -211,6 +211,21 @@ def new(**fields):
     (new(init='base.random()', model='{"dim": 32}') + '\n' + new(
         init='base.mix("seed", "new")').replace('runs.new', 'runs.both'),
      "runs.both cannot mix 'seed' and 'new'; they differ in dim 16 and 32; head_dim 8 and 16."),
+    (new(init='base.mix("seed", rules={"embed": "sed"})'), "runs.new.init names 'sed', which"),
+    (new(init='base.mix("seed", rules={"ffn/up": "seed"})'),
+     "runs.new: mix: rule 'ffn/up' is found in no"),
+    (new(init='base.mix("seed", rules={"(": "seed"})'),
+     "mix: rule '(' is not a regular expression"),
+    (new(init='base.mix("seed", rules={"embed": "tokens"})'),
+     'none of seed was trained since they'),
+    (new(init='ConfigDict({**base.mix("seed"), "rules": ("embed",)})'),
+     'be a list of pairs of texts'),
+    (new(init='base.mix("seed", arrangement="bland")'),
+     "arrangement = 'bland'; did you mean 'blend'"),
+    (new(init='base.mix("seed", chunks=2)'),
+     "mix: arrangement = 'whole' and chunks = 2; 'split' and"),
+    (new(init='base.mix("seed", arrangement="split", chunks=5)'),
+     'cannot be cut into 5 equal pieces'),
     (new(domains='{"cod": 1}'), "runs.new.domains names 'cod', which is not a domain; did"),
     (new(domains='{"code": -1}'), 'runs.new.domains.code = -1.0; weights are finite'),
     (new(domains='{"code": 0}'), 'at least one weight must be positive'),
@@ -250,7 +265,7 @@ def new(**fields):
     (new(optimizer='{"b1": 0.8}') + '\nconfig.stacked = ("expert/code", "new")',
      "'expert/code' and 'new' cannot be trained as one program: optimizer.b1 is 0.9 and 0.8."),
     # Devices: there are two
-    ('config.mesh.fsdp = 0', 'mesh.expert = 1, mesh.tensor = 1: each axis must be positive'),
+    ('config.mesh.fsdp = -2', 'mesh.expert = 1, mesh.tensor = 1: each axis must be positive'),
     ('config.mesh.fsdp = 3', 'mesh.tensor = 1 cannot be laid on 2 device(s)'),
     ('config.evaluation.batch_size = 0', 'evaluation.batch_size = 0 must be at least 1.'),
     ('config.evaluation.batch_size = 3', 'evaluation.batch_size: 3 rows cannot be shared evenly by '

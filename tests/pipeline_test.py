@@ -90,12 +90,17 @@ def test_a_complete_study_is_left_alone(study):
 
 
 def test_the_mixture_starts_from_its_sources(study):
-  sources = [study.final_params(name) for name in study.runs['btx'].sources]
-  start = study.initial_params(study.runs['btx'])
-  for e, source in enumerate(sources):
+  btx = study.runs['btx']
+  sources = {name: study.final_params(name) for name in btx.sources}
+  start = study.initial_params(btx)
+  for e, name in enumerate(btx.experts):
     assert_trees_equal(jax.tree.map(lambda x, e=e: x[:, e], start['layers']['ffn']['experts']),
-                       source['layers']['ffn'])
-  np.testing.assert_allclose(start['embed'], np.mean([s['embed'] for s in sources], 0), atol=1e-6)
+                       sources[name]['layers']['ffn'])
+  mean = np.mean([params['embed'] for params in sources.values()], 0)
+  np.testing.assert_allclose(start['embed'], mean, atol=1e-6)
+  average = study.average_params(btx)
+  up = np.mean([params['layers']['ffn']['up'] for params in sources.values()], 0)
+  np.testing.assert_allclose(average['layers']['ffn']['up'], up, atol=1e-6)
 
 
 def test_manifests_say_where_a_run_came_from(study):

@@ -46,7 +46,8 @@ def test_steps_can_match_the_flops_of_other_runs():
   for rival in ('dense', 'upcycled'):
     per_step = runs[rival].flops / runs[rival].steps
     assert abs(runs[rival].flops - spent) <= per_step / 2
-  assert runs['upcycled'].sources == ('seed',) * 4
+  assert runs['upcycled'].experts == ('seed',) * 4
+  assert runs['upcycled'].sources == ('seed',)
   assert [run.name for run in plan.lineage(runs['btx'], runs)] == [
       'btx', 'seed', 'expert/code', 'expert/math', 'expert/knowledge']
 

@@ -139,6 +139,21 @@ def test_an_axis_that_would_cross_slices_is_refused():
     sharding.lay_devices((1, 4, 2, 1), devices)
 
 
+CHOSEN = {'data': -1, 'fsdp': 0, 'expert': 0, 'tensor': 1}
+
+
+@pytest.mark.parametrize('devices, experts, memory, expected', [
+    (1, 4, None, (1, 1)), (8, 4, None, (1, 4)), (8, 3, None, (1, 1)), (6, 4, None, (1, 2)),
+    (8, 0, None, (1, 1)), (8, 4, 60, (1, 4)), (8, 4, 50, (1, 4)), (8, 4, 40, (2, 4)),
+    (8, 3, 60, (4, 1)), (8, 3, 1, (8, 1)),  # does not fit at all: as little as there can be
+])
+def test_a_mesh_chosen_for_the_experts_and_the_memory(devices, experts, memory, expected):
+  sizes = sharding.choose(CHOSEN, devices, experts, 100, memory)
+  assert (sizes['fsdp'], sizes['expert']) == expected
+  assert sharding.choose(dict(CHOSEN, data=1), devices, experts, 100, memory)['fsdp'] == (
+      devices // expected[1])  # nothing may be left over
+
+
 def test_a_mesh_over_all_devices():
   assert sharding.make_mesh(tensor=2).devices.shape == (4, 1, 1, 2)
   assert sharding.make_mesh(1, -1, 2, 2).axis_names == ('data', 'fsdp', 'expert', 'tensor')

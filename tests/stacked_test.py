@@ -30,7 +30,7 @@ def branches():
   one = plan.Run(
       name='a', init='random', sources=(), weights={'code': 1.0}, model=TINY,
       optimizer=plan.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, length=15, batch_size=16,
-      accumulation=2, balance=0.0, balance_scope='microbatch', router_std=0.02, seed=0)
+      accumulation=2, balance=0.0, balance_scope='microbatch', recipe=None, experts=(), seed=0)
   other = lambda name, steps, rate: dataclasses.replace(
       one, name=name, steps=steps, optimizer=dataclasses.replace(one.optimizer, peak_lr=rate))
   return [one, other('b', 2, 0.1), other('c', 3, 0.003)]

@@ -177,7 +177,7 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
   if stages:
     yield (f'<p>Mean gate of every expert in every layer on held-out text, {" and ".join(stages)} '
            'finetuning: who serves which domain.</p>')
-    yield picture(f'experts_{file_name}', pictures.experts(stages, run.sources),
+    yield picture(f'experts_{file_name}', pictures.experts(stages, run.experts),
                   f'Experts by domain and layer of {run.name}')
   if routed:
     yield ('<p>Over the steps of finetuning, mean over layers and their range. Load: the share of '
@@ -188,11 +188,11 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
     yield picture(
         f'load_{file_name}', pictures.load(
             [line['step'] for line in routed], column('load'), column('mutual_information'),
-            column('entropy'), run.sources), f'Load of the experts of {run.name}')
+            column('entropy'), run.experts), f'Load of the experts of {run.name}')
   if final:
     yield '<p>Held-out text; a token has the colour of the expert with its largest gate, '
     yield 'mean over layers.</p><p>'
-    for i, name in enumerate(run.sources):
+    for i, name in enumerate(run.experts):
       yield f'<span class="key" style="background:{_tint(i, 0.6)}">{i} {_text(name)}</span>'
     yield '</p>'
     for domain, score in final.items():
@@ -200,7 +200,7 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
       for piece, gates in zip(score['sample']['pieces'], score['sample']['gates']):
         top = int(np.argmax(gates))
         yield (f'<span style="background:{_tint(top, gates[top])}" '
-               f'title="{_text(run.sources[top])} {gates[top]:.2f}">{_text(piece)}</span>')
+               f'title="{_text(run.experts[top])} {gates[top]:.2f}">{_text(piece)}</span>')
       yield '</div>'
 
 

@@ -86,15 +86,15 @@ def checks(study: Study, table: list[Row]) -> list[dict]:
       check(f'{run.name} is within {settings.specialist_gap} of {name} on {domain} '
             f'({gap:+.3f})', gap <= settings.specialist_gap)
       gates = _mean_gates(by_name[run.name]['gates'][domain])
-      largest = run.sources[gates.index(max(gates))]
+      largest = run.experts[gates.index(max(gates))]
       check(f'on {domain}, {name} has the largest mean gate of {run.name} (largest: {largest}, '
             f'{max(gates):.2f})', largest == name)
   return result
 
 
 def _branches(run: Run, runs) -> list[str]:
-  """Of a mixture of one seed and its branches: the branches. Else none."""
-  if run.init != plan_lib.MIX:
+  """Of a mixture of one seed and its branches, each an expert: the branches. Else none."""
+  if run.init != plan_lib.MIX or not set(run.sources) <= set(run.experts):
     return []
   branches = [name for name in run.sources if runs[name].init == plan_lib.CHECKPOINT]
   seeds = {runs[name].sources[0] for name in branches}

@@ -86,6 +86,13 @@ class Config:
       raise UsageError(f'model.capacity_factor = {self.capacity_factor} must be positive.')
 
 
+def shared_paths(cfg: Config) -> tuple[str, ...]:
+  """Paths of all parameters outside the feed-forward layers."""
+  attention = tuple(f'layers/attn/{name}' for name in 'qkvo')
+  norms = ('layers/attn_norm/scale', 'layers/ffn_norm/scale', 'norm/scale')
+  return ('embed', *attention, *norms, *(() if cfg.tied_head else ('head',)))
+
+
 def num_params(cfg: Config, active: bool = False) -> int:
   """Parameters of the whole model, or those that one token uses (`active`)."""
   attention = 2 * cfg.dim * (cfg.num_heads + cfg.num_kv_heads) * cfg.head_dim

@@ -9,6 +9,8 @@ Parameters (`L` layers stacked on the first axis by scan):
   layers/ffn/router [L,D,E]      layers/ffn/experts/{gate,up,down} [L,E,...]      mixture
 """
 
+import functools
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,11 @@ def output_head(params, dtype=jnp.float32) -> jax.Array:
   """The matrix [D, V] from hidden states to logits."""
   head = params['embed'].T if 'head' not in params else params['head']
   return head.astype(dtype)
+
+
+def shapes(cfg: Config):
+  """The parameters as shapes and types."""
+  return jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
 
 
 def init(cfg: Config, rng: jax.Array):
