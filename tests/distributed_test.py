@@ -4,6 +4,7 @@ tests/benchmarks/processes.py is the longer form.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import json
 import os
 import shutil
@@ -30,7 +31,10 @@ def get_config():
   config.mesh.tensor = 1
   data = {{'prose': 2, 'code': 1, 'math': 1}}
   config.runs = {{'seed': base.run(base.random(), data, steps=3),
-                 'btx': base.run(base.mix('seed', 'seed'), data, steps=4)}}
+                 'code': base.run(base.checkpoint('seed'), {{'code': 1}}, steps=3),
+                 'math': base.run(base.checkpoint('seed'), {{'math': 1}}, steps=2),
+                 'btx': base.run(base.mix('code', 'math'), data, steps=4)}}
+  config.stacked = ('code', 'math')
   return config
 '''
 
@@ -43,7 +47,7 @@ def write_config(folder) -> str:
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-  """The same study by one process of four devices, and by two of two."""
+  """The same study, experts stacked, by one process of four devices, and by two of two."""
   folder = tmp_path_factory.mktemp('study')
   config = write_config(folder)
   jobs = {n: Job(n, 4 // n, config, f'--workdir={folder / f"by{n}"}') for n in (1, 2)}
@@ -64,7 +68,7 @@ def assert_same_course(ours: list[dict], theirs: list[dict]):
 
 def test_two_processes_see_the_same_data_and_losses_as_one(study):
   folder, _, _ = study
-  for name, steps in (('seed', 3), ('btx', 4)):
+  for name, steps in (('seed', 3), ('code', 3), ('math', 2), ('btx', 4)):
     one, two = (training(folder / f'by{n}', name) for n in (1, 2))
     assert len(one) == steps
     assert_same_course(two, one)
@@ -77,7 +81,8 @@ def test_two_processes_come_to_the_same_table(study):
     with open(folder / f'by{n}' / 'report' / 'report.json', encoding='utf-8') as file:
       reports.append(json.load(file))
   one, two = ({row['name']: row for row in report['rows']} for report in reports)
-  assert one.keys() == two.keys() == {'seed', 'btx'}
+  assert one.keys() == two.keys() == {
+      'seed', 'code', 'math', 'average of btx', 'btx unfinetuned', 'btx'}
   for name, row in one.items():
     assert two[name]['bits_per_byte'] == pytest.approx(row['bits_per_byte'], abs=1e-5)
   assert 'Bits per byte' in ended[2][0][1]
@@ -201,10 +206,11 @@ def test_a_coordinator_that_does_not_answer_is_an_error_in_time():
   with socket.create_server(('', 0)) as other:  # something else listens there
 
     def answer():
-      for _ in range(20):
-        with other.accept()[0] as connection:
-          connection.recv(1)
-          connection.sendall(b'HTTP/1.1 400 Bad Request\r\n')
+      with contextlib.suppress(OSError):  # until `other` is closed
+        while True:
+          with other.accept()[0] as connection:
+            connection.recv(1)
+            connection.sendall(b'HTTP/1.1 400 Bad Request\r\n')
 
     threading.Thread(target=answer, daemon=True).start()
     at = rollcall.Place(f'localhost:{other.getsockname()[1]}', 2, 1)
