@@ -88,15 +88,15 @@ def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
     states, seen = [], []
     for job, saved, start in zip(jobs, checkpoints, starts):
       if start:
-        state, position = saved.restore(start, program.like)
+        restored, position = saved.restore(start, program.like)
+        states.append(restored)
+        del restored  # program.join lets go of what is in the list
         seen.append(position['tokens_by_domain'])
         on_checkpoint(job.run.name, start, seen[-1])  # what was not told before a kill
       else:
-        state = program.create(job.make_params())
+        states.append(program.create(job.make_params()))
         seen.append({})
-      states.append(state)
     state = program.join(states)
-    del states
 
     progress = stack.enter_context(Progress(
         {run.name: (start, run.steps) for run, start in zip(runs, starts)}))

@@ -6,6 +6,7 @@ and no collective crosses branches. Whatever a branch computes, it computes alon
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import grain
@@ -29,7 +30,7 @@ class Program(NamedTuple):
   Attributes:
     like: the state of one run alone, as shapes over the mesh.
     create: parameters -> state of one run, at step 0.
-    join: states of the runs -> state of the program.
+    join: states of the runs, a list that it empties -> state of the program.
     part: (state, i) -> state of run i alone.
     step: (state, batch, active) -> (state, metrics); run i stays as it is unless active[i].
     part_metrics: (metrics, i) -> metrics of run i.
@@ -40,7 +41,7 @@ class Program(NamedTuple):
   """
   like: TrainState
   create: Callable[[dict], TrainState]
-  join: Callable[[Sequence[TrainState]], TrainState]
+  join: Callable[[list[TrainState]], TrainState]
   part: Callable[[TrainState, int], TrainState]
   step: Callable[[TrainState, Any, Sequence[bool]], tuple[TrainState, dict]]
   part_metrics: Callable[[dict, int], dict]
@@ -67,7 +68,7 @@ def single(run: Run, mesh, num_domains: int) -> Program:
                   first, last)
 
   return Program(
-      like, create, join=lambda states: states[0], part=lambda state, _: state,
+      like, create, join=lambda states: states.pop(), part=lambda state, _: state,
       step=lambda state, batch, _: step(state, batch), part_metrics=lambda metrics, _: metrics,
       batches=batches, place=lambda batch: sharding.to_global(batch, mesh, rows_each, leading=1),
       compile=lambda state, batch: step.lower(state, batch).compile(), slots=1)
@@ -112,8 +113,18 @@ def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
     active = jax.ShapeDtypeStruct((slots,), bool, sharding=branches)
     return steps.lower(state, batch, rates, active).compile()
 
-  stack = jax.jit(lambda *states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
-                  out_shardings=all_shardings)
+  def join(states):
+    """Leaf by leaf, each let go of, so that one of them is there twice and not the state."""
+    tree = jax.tree.structure(like)
+    leaves = [jax.tree.leaves(state) for state in states]
+    states.clear()
+    stacked = []
+    for i, at in enumerate(jax.tree.leaves(all_shardings)):
+      stacked.append(_stack(at)(*fill([of_one[i] for of_one in leaves])))
+      for of_one in leaves:
+        of_one[i] = None
+    return jax.tree.unflatten(tree, jax.block_until_ready(stacked))
+
   part = jax.jit(lambda state, i: jax.tree.map(lambda x: x[i], state), static_argnums=1,
                  out_shardings=_shardings(like))
   rows_each = first.batch_size // first.accumulation
@@ -126,7 +137,7 @@ def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
                   first_step, last_step)
 
   return Program(
-      like, create, join=lambda states: stack(*fill(states)), part=part, step=step,
+      like, create, join=join, part=part, step=step,
       part_metrics=lambda metrics, i: jax.tree.map(lambda x: x[i], metrics), batches=batches,
       place=lambda batch: sharding.to_global(batch, mesh, rows_each, leading=1, slots=slots),
       compile=compile, slots=slots)
@@ -138,6 +149,11 @@ def _state_of(run: Run, tx, mesh):
   like = jax.eval_shape(lambda: make(llama.init(run.model, jax.random.key(0))))
   shardings = sharding.shardings(like, mesh)
   return abstract(like, shardings), jax.jit(make, out_shardings=shardings)
+
+
+@functools.cache
+def _stack(at: NamedSharding):
+  return jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=at)
 
 
 def _shardings(like):
