@@ -7,13 +7,14 @@ import os
 import time
 
 import jax
+import numpy as np
 
 from btx_jax import btx, checkpoint, distributed, hardware, loop, manifest, sharding
 from btx_jax import plan as plan_lib
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import bits, scores
+from btx_jax.evaluate import bits, ensemble, scores
 from btx_jax.model import config as model_config
 from btx_jax.model import llama
 from btx_jax.plan import Run
@@ -32,6 +33,8 @@ class Pipeline(Study):
   def __init__(self, config, workdir: str, profile: int = 0):
     super().__init__(config, workdir)
     self.profile = profile
+    if set(config.evaluation.merge) - {ensemble.POSTERIOR}:
+      ensemble.vectorizer()  # so that it is missed now and not after the training
     self.mesh = sharding.make_mesh(**self._sizes_of_mesh())
     sharding.check_rows(self.mesh, config.evaluation.batch_size, 'evaluation.batch_size')
 
@@ -237,6 +240,35 @@ class Pipeline(Study):
   def _like(self, model: model_config.Config):
     shapes = llama.shapes(model)
     return checkpoint.abstract(shapes, sharding.shardings(shapes, self.mesh))
+
+  def merge(self, run: Run, forms: list[str]) -> dict[str, dict[str, dict]]:
+    """Bits per byte by form and domain of what a mixture was made from, unmixed: see
+    evaluate.ensemble."""
+    sources = [self.runs[name] for name in run.sources]
+    likeness = None
+    if set(forms) != {ensemble.POSTERIOR}:
+      likeness = ensemble.Likeness([self._seen(source) for source in sources])
+      for domain, tokens in self.text.held_out.items():
+        taken = ensemble.taken_for(likeness, tokens, self.text.tokenizer)
+        say(f'{run.name}: by tf-idf, documents of {domain} are like those of ' + ', '.join(
+            f'{source.name} {share:.0%}' for source, share in zip(sources, taken)))
+    nll = {domain: [] for domain in self.text.held_out}
+    for source in sources:
+      say(f'{source.name}: measuring for the merge of {run.name}')
+      params = self.final_params(source.name)
+      for domain, tokens in self.text.held_out.items():
+        nll[domain].append(ensemble.token_nll(
+            source.model, params, tokens, self.mesh, self.config.data.length,
+            self.config.evaluation.batch_size))
+      del params  # one at a time
+    return ensemble.evaluate(forms, {domain: np.stack(of_one, 1) for domain, of_one in nll.items()},
+                             self.text.held_out, likeness, self.text.tokenizer)
+
+  def _seen(self, run: Run, rows: int = 1000) -> list[str]:
+    """Some of the text that a run was trained on."""
+    order = self._order(run)
+    return [self.text.tokenizer.decode(order[i]['tokens'].tolist())
+            for i in range(min(rows, run.steps * run.batch_size))]
 
   def evaluate(self, model: model_config.Config, params) -> dict[str, dict]:
     """Bits per byte of every domain's held-out text, see evaluate.bits."""

@@ -11,6 +11,8 @@ from btx_jax.data import corpora, text
 from btx_jax.errors import UsageError, nearest
 
 MISSING = 'missing'
+# Forms of Branch-Train-Merge, and of how many experts a token meets the mean; 0 is all.
+MERGES = {'top_1': 1, 'top_2': 2, 'all': 0, 'posterior': 0}
 
 
 class Study:
@@ -37,6 +39,9 @@ class Study:
         ('evaluation.tokens', config.evaluation.tokens, 1)):
       if value < least:
         raise UsageError(f'{field} = {value} must be at least {least}.')
+    for form in config.evaluation.merge:
+      if form not in MERGES:
+        raise UsageError(f'evaluation.merge names {form!r}; {nearest(form, MERGES)}')
     self.runs = plan_lib.make_plan(config, text.vocab_size(config, self.data_folder))
 
   @property

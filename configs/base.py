@@ -141,6 +141,11 @@ def get_config() -> ConfigDict:
       'tokens': 65_536,
       # Rows at a time.
       'batch_size': 32,
+      # Branch-Train-Merge, to compare with: the experts of each mixture, unmixed, averaging what
+      # they give to a token. By how like the text so far is to what each was trained on (tf-idf;
+      # pip install 'btx_jax[merge]'): 'top_1', 'top_2' or 'all' speak; or 'posterior', by how
+      # likely each found it. () is none.
+      'merge': (),
   })
 
   # Steps between lines of metrics.jsonl.

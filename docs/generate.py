@@ -50,7 +50,7 @@ GROUPS = {
     'Text': (('data/.*', ''), ('study', r'\bdata\.')),
     'Runs and models': (('plan|study|model/config|pipeline|recipe', ''),),
     'While training': (('loop|checkpoint|metrics|errors', ''),),
-    'Looking on': (('evaluate/report', ''),),
+    'Looking on and measuring': (('evaluate/.*', ''),),
 }
 _ORDER = (0, 7, 4, 6, 5, 1, 2, 3, 8, 9)  # as a person comes upon them
 

@@ -254,6 +254,7 @@ def new(**fields):
     ('config.train.balance_scope = "bach"', "'bach'; did you mean 'batch'?"),
     ('config.log_every = 0', 'log_every = 0 must be at least 1.'),
     ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
+    ('config.evaluation.merge = ("top_3",)', "evaluation.merge names 'top_3'; did you mean 'top_"),
     ('config.data.held_out = 1.5', 'data.held_out = 1.5 must be a share between 0 and 1.'),
     ('config.data.max_skipped = 2.0', 'data.max_skipped = 2.0 must be a share from 0 to 1.'),
     ('config.stacked = ("seed", "expert/maths")', "'expert/maths', which is not a run; did you"),
@@ -375,7 +376,9 @@ def test_a_loss_that_is_not_finite(run, config, work):
   assert f'delete {work / "new"} or use another --workdir.' in done.stderr
 
 
-def test_events_for_tensorboard_without_its_package(run, config, work):
+def test_extras_that_are_missing(run, config, work):
+  check(run(config('sys.modules["sklearn.feature_extraction.text"] = None\n'
+                   'config.evaluation.merge = ("all",)'), f'--workdir={work}'), 'needs scikit-learn: pip ')
   check(run(config('sys.modules["tensorboardX"] = None\nconfig.tensorboard = True'),
             f'--workdir={work}', '--run=new'), "pip install 'btx_jax[tensorboard]'")
 

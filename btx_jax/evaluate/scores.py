@@ -16,10 +16,10 @@ from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model import config as model_config
 from btx_jax.plan import Run
-from btx_jax.study import Study
+from btx_jax.study import MERGES, Study
 from btx_jax.terminal import say
 
-FINAL, START, AVERAGE = 'final', 'start', 'average'
+FINAL, START, AVERAGE, MERGE = 'final', 'start', 'average', 'merge_'
 
 
 class Model(NamedTuple):
@@ -29,15 +29,19 @@ class Model(NamedTuple):
     name: of its row in the table.
     run: in whose directory its scores are.
     stage: 'final', or of a mixture of different experts also 'start', before its finetuning,
-      and 'average', the uniform average of these experts.
-    sizes: of the model.
+      'average', the uniform average of these experts, and 'merge_...', see evaluate.ensemble.
+    sizes: of the model, or each of the models.
     trained: the runs whose training is in it.
+    held: how many models of these sizes there are.
+    used: how many of them a token meets.
   """
   name: str
   run: Run
   stage: str
   sizes: model_config.Config
   trained: list[Run]
+  held: int = 1
+  used: int = 1
 
 
 def models(study: Study) -> Iterator[Model]:
@@ -52,6 +56,10 @@ def models(study: Study) -> Iterator[Model]:
     if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
       dense = _sizes(study, run, AVERAGE)
       yield Model(f'average of {run.name}', run, AVERAGE, dense, before)
+      for form in study.config.evaluation.merge if set(run.sources) <= set(run.experts) else ():
+        used = MERGES[form] or len(run.sources)
+        yield Model(f'merge of {run.name}: {form}', run, MERGE + form, dense, before,
+                    len(run.sources), min(used, len(run.sources)))
       yield Model(f'{run.name} unfinetuned', run, START, run.model, before)
     yield Model(run.name, run, FINAL, run.model, [*before, run])
 
@@ -82,10 +90,15 @@ def measure(pipeline, run: Run) -> None:
 
   make = {FINAL: lambda run: pipeline.final_params(run.name), START: pipeline.initial_params,
           AVERAGE: pipeline.average_params}
-  for name, stage in distributed.decided(missing):
-    say(f'{name}: measuring')
-    found = pipeline.evaluate(_sizes(pipeline, run, stage), make[stage](run))
-    distributed.first(functools.partial(write, stage, found))
+  wanted = distributed.decided(missing)
+  for name, stage in wanted:
+    if stage in make:
+      say(f'{name}: measuring')
+      found = pipeline.evaluate(_sizes(pipeline, run, stage), make[stage](run))
+      distributed.first(functools.partial(write, stage, found))
+  forms = [stage.removeprefix(MERGE) for _, stage in wanted if stage not in make]
+  for form, found in pipeline.merge(run, forms).items() if forms else ():
+    distributed.first(functools.partial(write, MERGE + form, found))
 
 
 def _path(study: Study, run: Run, stage: str) -> str:

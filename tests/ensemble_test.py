@@ -1,0 +1,119 @@
+"""Branch-Train-Merge: experts unmixed, their predictions averaged."""
+
+import math
+
+import numpy as np
+import pytest
+
+from btx_jax import sharding
+from btx_jax.data.tokens import Tokens
+from btx_jax.evaluate import bits, ensemble
+from tests.helpers import TINY, random_params
+
+
+class Letters:
+  """A tokenizer of one token a letter; 0 ends a document."""
+  eos_id = 0
+
+  def decode(self, ids):
+    return ''.join(chr(96 + i) if i else '' for i in ids)
+
+
+def documents(*texts, end=True):
+  ids = [[*(ord(c) - 96 for c in text), *([0] * end)] for text in texts]
+  starts = np.cumsum([0, *map(len, ids)])
+  sizes = np.cumsum([0, *map(len, texts)])
+  return Tokens(np.array([i for one in ids for i in one]), starts, sizes, 'x')
+
+
+TOKENS = documents(*(''.join(chr(97 + (7 * i * j + j) % 26) for j in range(40 + 90 * i))
+                     for i in range(3)))
+NLL = np.random.default_rng(0).exponential(size=(len(TOKENS.ids), 3))
+EQUAL = np.full((len(TOKENS.ids), 3), -math.log(3))
+
+
+def score(weights, nll=NLL):
+  return ensemble.bits_per_byte(nll, weights, TOKENS, 0)['bits_per_byte']
+
+
+def likeness_of(cosines):
+  return lambda texts: np.tile(np.float64(cosines), (len(texts), 1))
+
+
+@pytest.fixture(scope='module')
+def scored():
+  """Token by token what a model says of TOKENS, and its bits per byte."""
+  params = random_params(TINY)
+  mesh = sharding.make_mesh(data=4, fsdp=2)
+  with sharding.jax.set_mesh(mesh):
+    nll = ensemble.token_nll(TINY, params, TOKENS, mesh, 15, 8)
+    whole = bits.evaluate(TINY, params, {'x': TOKENS}, mesh, 15, 8, Letters())['x']
+  return nll, whole
+
+
+def test_one_expert_alone_scores_as_it_does_in_the_table(scored):
+  nll, whole = scored
+  found = ensemble.bits_per_byte(nll[:, None], np.zeros((len(nll), 1)), TOKENS, 0)
+  assert found == {'bits_per_byte': pytest.approx(whole['bits_per_byte'], rel=1e-5),
+                   'tokens': whole['tokens'], 'bytes': whole['bytes']}
+
+
+@pytest.mark.parametrize('form', ['top_1', 'top_2', 'all', 'posterior'])
+def test_experts_that_are_the_same_score_as_one(form):
+  same = np.repeat(NLL[:, :1], 3, 1)
+  found = ensemble.evaluate([form], {'x': same}, {'x': TOKENS}, likeness_of([0.1, 0.3, 0.2]),
+                            Letters())[form]['x']
+  assert found['bits_per_byte'] == pytest.approx(score(np.zeros((len(NLL), 1)), NLL[:, :1]))
+
+
+def test_top_1_is_the_expert_that_was_chosen_exactly():
+  """From the second block on; before the first nothing is known, and all count the same."""
+  weights = ensemble.similar_log_weights(likeness_of([0.1, 0.3, 0.2]), TOKENS, Letters(), 1, 3)
+  place = np.concatenate([np.arange(b - a) for a, b in zip(TOKENS.starts, TOKENS.starts[1:])])
+  known = place >= ensemble.BLOCK
+  assert known.any() and (~known).any()
+  mixed = ensemble.together(NLL, weights)
+  np.testing.assert_array_equal(mixed[known], NLL[known, 1])
+  np.testing.assert_allclose(weights[~known], EQUAL[~known])
+
+
+def test_weights_are_a_softmax_over_the_most_similar():
+  cosines = np.array([0.1, 0.4, 0.3])
+  expected = np.exp(-(2 - 2 * cosines) / 0.1)
+  np.testing.assert_allclose(ensemble.similar_weights(cosines, 0), expected / expected.sum())
+  expected[0] = 0
+  np.testing.assert_allclose(ensemble.similar_weights(cosines, 2), expected / expected.sum())
+
+
+def test_nothing_after_a_token_decides_its_weights():
+  seen = []
+
+  def likeness(texts):
+    seen.extend(texts)
+    return np.tile([0.1, 0.3, 0.2], (len(texts), 1))
+
+  ensemble.similar_log_weights(likeness, TOKENS, Letters(), 1, 3)
+  whole = Letters().decode(TOKENS.ids[TOKENS.starts[2]:].tolist())
+  assert seen[-1] == whole[:192] and len(seen) == 2 + 3
+  other = NLL.copy()
+  other[150:] += 5
+  before, after = (ensemble.posterior_log_weights(nll, TOKENS.starts) for nll in (NLL, other))
+  np.testing.assert_array_equal(before[:151], after[:151])
+
+
+def test_the_posterior_gives_a_document_the_mean_of_its_probabilities():
+  """By the chain rule: sum over experts of 1/E times what each gives the whole document."""
+  weights = ensemble.posterior_log_weights(NLL, TOKENS.starts)
+  for first, end in zip(TOKENS.starts, TOKENS.starts[1:]):
+    found = np.log(np.exp(weights[first:end] - NLL[first:end]).sum(1)).sum()
+    whole = np.log(np.exp(-NLL[first:end].sum(0)).mean())
+    assert found == pytest.approx(whole)
+
+
+def test_text_is_known_by_its_words():
+  likeness = ensemble.Likeness([
+      ['def f(x): return x + 17', 'import os'], ['the king said to the queen', 'a royal house']])
+  close = likeness(['def g(y): return y + 33', 'the queen of the house', ''])
+  assert close[0].argmax() == 0 and close[1].argmax() == 1 and not close[2].any()
+  tokens = documents('king', 'queen', 'import', end=False)
+  assert ensemble.taken_for(likeness, tokens, Letters()).tolist() == pytest.approx([1 / 3, 2 / 3])
