@@ -378,7 +378,8 @@ def test_a_loss_that_is_not_finite(run, config, work):
 
 def test_extras_that_are_missing(run, config, work):
   check(run(config('sys.modules["sklearn.feature_extraction.text"] = None\n'
-                   'config.evaluation.merge = ("all",)'), f'--workdir={work}'), 'needs scikit-learn: pip ')
+                   'config.evaluation.merge = ("all",)'), f'--workdir={work}'),
+        'needs scikit-learn: pip ')
   check(run(config('sys.modules["tensorboardX"] = None\nconfig.tensorboard = True'),
             f'--workdir={work}', '--run=new'), "pip install 'btx_jax[tensorboard]'")
 
