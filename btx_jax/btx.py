@@ -123,12 +123,13 @@ def part(recipe: Recipe, path: str, index: Index, read: Read):
 
 def is_new(path: str) -> bool:
   """Whether a mixture's parameter is made by mixing rather than taken from the sources."""
-  return path.endswith('ffn/router')
+  return path.endswith(('ffn/router', 'ffn/router_bias'))
 
 
 def new(path: str, shape, recipe: Recipe, rng: jax.Array) -> jax.Array:
-  """A parameter that no source has: the routers [L, D, E]."""
-  del path
+  """A parameter that no source has: the routers [L, D, E], and their biases [L, E], zero."""
+  if path.endswith('router_bias'):
+    return jnp.zeros(shape)
   L, D, E = shape
   columns = recipe.router_std * jax.random.normal(rng, (L, D, E // recipe.tied))
   return jnp.repeat(columns, recipe.tied, axis=2)

@@ -6,13 +6,14 @@ Every line has `step` and `time` (seconds since 1970). A line of training has
   loss_by_domain      likewise, of each domain that there were tokens of
   lr                  of this step
   grad_norm           of this step's whole gradient, before clipping
-  grad_norms          by part of the model; param_norms likewise, before the step
+  grad_norms          by part of the model that trains; param_norms of all, before the step
   tokens_by_domain    targets since the start of the run
   tokens_per_second   positions, the compiling of the first step left out
   mfu                 model FLOPs as a share of what the devices could do
   input_wait          share of the time that the devices had no batch to work on
   memory              largest number of bytes so far: host, device
   balance             load-balancing loss of this step, summed over layers
+  router_z            router z-loss of this step, summed over layers
   routing             see evaluate/routing.py: describe
   warnings            sentences, each only once in a run; `troubles` is what they are about
 

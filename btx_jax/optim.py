@@ -1,12 +1,16 @@
-"""AdamW as the paper and Llama use it (clipping, warmup, cosine), and norms by part of a model."""
+"""AdamW as the paper and Llama use it (clipping, warmup, cosine), which parameters it is for,
+and norms by part of a model."""
 
+from collections.abc import Sequence
 import re
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
 from btx_jax import sharding
+from btx_jax.objective import trains
 from btx_jax.plan import Optimizer
 
 # Norm scales carry no weight decay. By path, not by rank: layers are stacked, so that the
@@ -16,7 +20,26 @@ _NO_DECAY = re.compile(r'scale$')
 # The parts of a model whose norms are told apart; first match wins.
 _PARTS = (
     ('embed', r'(^|/)embed$'), ('head', r'(^|/)head$'), ('attention', r'attn/'),
-    ('router', r'router$'), ('experts', r'experts/'), ('ffn', r'ffn/'), ('norm', r'scale$'))
+    ('router', r'router$'), ('router_bias', r'router_bias$'), ('experts', r'experts/'),
+    ('ffn', r'ffn/'), ('norm', r'scale$'))
+
+
+def split(params, freeze: Sequence[str] = ()) -> tuple[dict, dict]:
+  """Parameters that train, and the rest: what `freeze` has regexes for, and routers' biases.
+
+  Both are nested dicts with the paths of the whole; `join` is the reverse.
+  """
+  flat = traverse_util.flatten_dict(params, sep='/')
+  parts = ({}, {})
+  for path, x in flat.items():
+    parts[not trains(path, freeze)][path] = x
+  return tuple(traverse_util.unflatten_dict(part, sep='/') for part in parts)
+
+
+def join(trained, fixed) -> dict:
+  """The whole of what `split` gave."""
+  both = (traverse_util.flatten_dict(part, sep='/') for part in (trained, fixed))
+  return traverse_util.unflatten_dict({k: v for part in both for k, v in part.items()}, sep='/')
 
 
 def norms_by_part(tree) -> dict[str, jax.Array]:

@@ -197,7 +197,11 @@ class Pipeline(Study):
       shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
       return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
     if run.init == plan_lib.CHECKPOINT:
-      return self.final_params(run.sources[0])
+      params, source = self.final_params(run.sources[0]), self.runs[run.sources[0]]
+      if run.model.router_bias == source.model.router_bias:
+        return params
+      shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
+      return jax.jit(functools.partial(llama.with_bias, run.model), out_shardings=shardings)(params)
     return self._mix(run.model, run.sources, run.recipe, rng)
 
   def average_params(self, run: Run):

@@ -12,6 +12,7 @@ from btx_jax import errors
 from btx_jax import recipe as recipe_lib
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
+from btx_jax.objective import Objective
 from btx_jax.recipe import Recipe
 
 RANDOM, CHECKPOINT, MIX = 'random', 'checkpoint', 'mix'
@@ -20,7 +21,9 @@ _RESERVED = ('data', 'report')
 _SHAPES = ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads',
            'head_dim', 'tied_head', 'num_experts')
 # How a model is computed, not what it computes.
-_COMPUTE = ('remat', 'attention', 'capacity_factor')
+_COMPUTE = ('remat', 'attention', 'dispatch_factor')
+# Of no effect on a dense model.
+_ROUTING = ('router', 'top_k', 'capacity_factor')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +76,7 @@ class Run:
     length: T.
     batch_size: B, rows of a step.
     accumulation: microbatches of a step.
-    balance: alpha, weight of the balancing loss.
-    balance_scope: 'microbatch' or 'batch', see train.make_train_step.
+    objective: the losses, and what is frozen.
     seed: of the config; each run makes its own from it and its name.
   """
   name: str
@@ -89,8 +91,7 @@ class Run:
   length: int
   batch_size: int
   accumulation: int
-  balance: float
-  balance_scope: str
+  objective: Objective
   seed: int
 
   def spec(self) -> dict:
@@ -162,6 +163,7 @@ def _check_stacked(runs: list[Run]):
                        'trained as one program.')
     shared = {field: getattr(run, field) for field in ('length', 'batch_size', 'accumulation')}
     shared |= {f'model.{key}': value for key, value in dataclasses.asdict(run.model).items()}
+    shared |= {'train.freeze': run.objective.freeze}
     shared |= {f'optimizer.{key}': value for key, value in dataclasses.asdict(run.optimizer).items()
                if key not in ('peak_lr', 'warmup', 'final_lr')}
     first = runs[0]
@@ -208,8 +210,6 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
 def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Run:
   entry = config.runs[name]
   train = {**config.train, **entry.train}
-  if train['balance'] < 0:
-    raise UsageError(f'runs.{name}: train.balance = {train["balance"]} cannot be negative.')
   length, batch_size, accumulation = (
       config.data.length, train['batch_size'], train['accumulation'])
   for field, value in (('data.length', length), ('train.batch_size', batch_size),
@@ -219,12 +219,16 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
   if batch_size % accumulation:
     raise UsageError(f'runs.{name}: train.batch_size = {batch_size} is not a multiple of '
                      f'train.accumulation = {accumulation}.')
-  if train['balance_scope'] not in ('microbatch', 'batch'):
-    raise UsageError(f"runs.{name}: train.balance_scope = {train['balance_scope']!r}; "
-                     f"{nearest(train['balance_scope'], ('microbatch', 'batch'))}")
   sources, recipe, experts = _start(name, config, runs)
   model = _model(name, config, runs, recipe, vocab_size)
   with errors.of(f'runs.{name}'):
+    objective = Objective(**{field.name: train[field.name]
+                             for field in dataclasses.fields(Objective)})
+    # A model keeps the bias that it started with, for its routing depends on it.
+    biased = model.num_experts > 0 and model.router in model_config.SCORING and (
+        model.router_bias or objective.balance_bias > 0)
+    model = dataclasses.replace(model, router_bias=biased)
+    objective.check(model)
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
   steps = entry.steps
   if entry.match_flops_of:
@@ -238,8 +242,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, experts=experts,
       weights=_weights(name, entry.domains, config.domains), model=model,
       optimizer=optimizer, steps=steps, length=length, batch_size=batch_size,
-      accumulation=accumulation, balance=train['balance'], balance_scope=train['balance_scope'],
-      seed=config.seed)
+      accumulation=accumulation, objective=objective, seed=config.seed)
 
 
 def _start(name: str, config, runs: Mapping[str, Run]):
@@ -292,6 +295,11 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
                for key in entry.model if key in _SHAPES and entry.model[key] != sizes[key]]
     if changed:
       raise UsageError(f'runs.{name}.model changes the parameters: {", ".join(changed)}.')
+  was = sizes['router']
+  if kind == CHECKPOINT and model.num_experts and was != model.router and (
+      'hash' in (was, model.router)):
+    raise UsageError(f'runs.{name}: model.router = {model.router!r}, but {entry.init.runs[0]!r} '
+                     f"has {was!r}, and by 'hash' there is no router to train on; use base.mix(...).")
   if model.vocab_size < vocab_size:
     raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
                      f"tokenizer's {vocab_size}; set it to 0 to take the tokenizer's.")
@@ -305,7 +313,7 @@ def _check_mixable(name: str, sources: list[Run]):
       raise UsageError(f'runs.{name} mixes {other.name!r}, which is a mixture already.')
     a, b = dataclasses.asdict(first.model), dataclasses.asdict(other.model)
     differences = [f'{key} {a[key]} and {b[key]}' for key in a
-                   if key not in (*_COMPUTE, 'dtype', 'top_k') and a[key] != b[key]]
+                   if key not in (*_COMPUTE, *_ROUTING, 'dtype') and a[key] != b[key]]
     if differences:
       raise UsageError(f'runs.{name} cannot mix {first.name!r} and {other.name!r}; they differ '
                        f'in {"; ".join(differences)}.')

@@ -56,7 +56,8 @@ def single(run: Run, mesh, num_domains: int) -> Program:
   tx = optim.adamw(run.optimizer, optim.schedule(run.optimizer, run.steps))
   like, create = _state_of(run, tx, mesh)
   step = jax.jit(
-      train.make_train_step(run.model, tx, run.balance, run.balance_scope, num_domains),
+      train.make_train_step(run.model, tx, run.objective, num_domains,
+                            seed=mixture.seed_of(run.name, run.seed)),
       donate_argnums=0,
       # The metrics whole on every device, so that each process can read them.
       out_shardings=(_shardings(like), NamedSharding(mesh, P())))
@@ -96,8 +97,8 @@ def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
 
   def one_step(state, batch, rates, active):
     tx = optim.adamw(first.optimizer, lambda count: rates[count])
-    step = train.make_train_step(first.model, tx, num_domains=num_domains,
-                                 batch_axes=sharding.BRANCH_BATCH_AXES)
+    step = train.make_train_step(first.model, tx, first.objective, num_domains,
+                                 sharding.BRANCH_BATCH_AXES)
     new, metrics = step(state, batch)
     return jax.tree.map(lambda new, old: jnp.where(active, new, old), new, state), metrics
 
@@ -145,7 +146,7 @@ def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
 
 def _state_of(run: Run, tx, mesh):
   """The shapes of a run's state over the mesh, and how it is made from parameters."""
-  make = lambda params: train.create_state(params, tx)
+  make = lambda params: train.create_state(params, tx, run.objective.freeze)
   like = jax.eval_shape(lambda: make(llama.init(run.model, jax.random.key(0))))
   shardings = sharding.shardings(like, mesh)
   return abstract(like, shardings), jax.jit(make, out_shardings=shardings)

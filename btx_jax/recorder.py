@@ -104,7 +104,7 @@ class Recorder(contextlib.ExitStack):
                  'input_wait': self._waited / seconds}
     values['memory'] = hardware.memory()
     if run.model.num_experts:
-      values |= {'balance': float(metrics['balance']),
+      values |= {'balance': float(metrics['balance']), 'router_z': float(metrics['router_z']),
                  'routing': routing.describe(sums, self._domains)}
       new = routing.troubles(sums) - self._warned
       if new:

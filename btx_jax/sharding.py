@@ -40,7 +40,7 @@ RULES = (
     (r'experts/down$', P('expert', 'tensor', _CUT)),
     (r'ffn/(gate|up)$', P(_CUT, 'tensor')),
     (r'ffn/down$', P('tensor', _CUT)),
-    (r'(^|/)(scale|router|step|count)$', P()),
+    (r'(^|/)(scale|router|router_bias|step|count)$', P()),
 )
 
 _WORTH_TELLING = 2**20  # bytes of an array that stays whole

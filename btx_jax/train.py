@@ -1,6 +1,6 @@
 """One train step for experts and mixtures alike: pure functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import NamedTuple
 
@@ -13,19 +13,22 @@ from btx_jax import optim, sharding
 from btx_jax.loss import next_token_loss
 from btx_jax.model import llama, routing
 from btx_jax.model.config import Config
+from btx_jax.model.routers import Training
+from btx_jax.objective import Objective, frozen
 
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a step changes: step count, parameters, optimizer state."""
+  """Step count, parameters, and the optimizer's state of those that train."""
   step: jax.Array
   params: dict
   opt_state: optax.OptState
 
 
-def create_state(params, tx: optax.GradientTransformation) -> TrainState:
-  """A state at step 0."""
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+def create_state(params, tx: optax.GradientTransformation, freeze: Sequence[str] = ()
+                 ) -> TrainState:
+  """A state at step 0; `freeze` as of the Objective."""
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(optim.split(params, freeze)[0]))
 
 
 class Scores(NamedTuple):
@@ -45,7 +48,8 @@ class Scores(NamedTuple):
   routed: routing.Routing | None
 
 
-def forward(cfg: Config, params, batch, batch_axes=sharding.BATCH_AXES) -> Scores:
+def forward(cfg: Config, params, batch, batch_axes=sharding.BATCH_AXES,
+            training: Training | None = None) -> Scores:
   """The loss of a batch, and what its routers did.
 
   Args:
@@ -53,44 +57,49 @@ def forward(cfg: Config, params, batch, batch_axes=sharding.BATCH_AXES) -> Score
     params: its parameters.
     batch: arrays [B, T] as data.mixture makes them.
     batch_axes: the mesh axes over which rows are sharded.
+    training: what routers may depend on while a model trains; None in evaluation.
   """
   hidden_BTD, routed = llama.Llama(cfg, batch_axes).apply(
-      {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'])
+      {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'],
+      training)
   nll, row_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
                                  batch['targets'], batch['loss_mask'], batch_axes)
   return Scores(nll, batch['loss_mask'].sum(), row_nll, batch['loss_mask'].sum(1),
                 routed)
 
 
-def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: float = 0.01,
-                    balance_scope: str = 'microbatch', num_domains: int = 1,
-                    batch_axes=sharding.BATCH_AXES) -> Callable:
+def make_train_step(cfg: Config, tx: optax.GradientTransformation,
+                    objective: Objective, num_domains: int = 1,
+                    batch_axes=sharding.BATCH_AXES, seed: int = 0) -> Callable:
   """The train step: (state, batch) -> (state, metrics).
 
   The loss is the mean negative log likelihood over all target tokens of the global batch,
-  plus `balance` times the balancing loss (paper 3.3). Microbatches, the leading axis of the
-  batch, are weighted by their tokens. A product of means is not a sum over microbatches, so
-  the balancing loss has a scope:
+  plus `balance` times the balancing loss (paper 3.3), plus `router_z` times the router z-loss,
+  a mean over all tokens that are not padding. Microbatches, the leading axis of the batch, are
+  weighted by their tokens. A product of means is not a sum over microbatches, so the balancing
+  loss has a scope:
 
     'microbatch'  of each microbatch, over all devices, averaged by tokens;
     'batch'       of the whole batch: exact, for one more forward pass per microbatch.
 
+  Only what is not frozen is differentiated, clipped, and given to the optimizer.
+
   Args:
     cfg: of the model.
     tx: the optimizer.
-    balance: alpha, weight of the balancing loss; a dense model has none.
-    balance_scope: 'microbatch' or 'batch'.
+    objective: the losses, and what is frozen; a dense model has no routers to lose on.
     num_domains: domains that the batch's `domain` [accumulation, B] counts.
     batch_axes: the mesh axes over which rows are sharded. sharding.BRANCH_BATCH_AXES for a
       step that is mapped over stacked branches, jax.vmap(step, spmd_axis_name='expert').
+    seed: of the routers' noise.
 
   Returns:
     A pure function. Its metrics: loss (nats per token), nll_by_domain and tokens_by_domain
-    [num_domains] (sums), grad_norm, grad_norms and param_norms by part of the model, and for
-    a mixture balance (the unweighted balancing loss, summed over layers) and routing, the
-    RoutingSums [L, num_domains, ...].
+    [num_domains] (sums), grad_norm, grad_norms (of what trains) and param_norms by part of the
+    model, and for a mixture balance and router_z (the unweighted losses, summed over layers) and
+    routing, the RoutingSums [L, num_domains, ...].
   """
-  weight = balance if cfg.num_experts else 0.0
+  weight = objective.balance if cfg.has_router else 0.0
 
   def by_domain(batch, scores: Scores):
     member_BG = jax.nn.one_hot(batch['domain'], num_domains, dtype=jnp.int32)
@@ -100,53 +109,67 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation, balance: floa
       sums['routing'] = routing.by_domain(scores.routed.sums, batch['domain'], num_domains)
     return sums
 
-  def objective(params, batch, totals):
-    scores = forward(cfg, params, batch, batch_axes)
+  def loss(trained, fixed, one, step, totals, per_token):
+    batch, microbatch = one
+    scores = forward(cfg, optim.join(trained, fixed), batch, batch_axes,
+                     Training(seed, step, microbatch))
     nll, tokens, counts = scores.nll, scores.tokens, by_domain(batch, scores)
     if not cfg.num_experts:
-      return nll, (nll, tokens, 0.0, counts)
+      return nll, (nll, tokens, counts, {})
+    sums = scores.routed.sums
+    router_z = per_token * sums.z.sum()
     if totals is None:
-      balance_loss = routing.balance_loss(scores.routed.sums)
-      return nll + weight * tokens * balance_loss, (nll, tokens, tokens * balance_loss, counts)
-    # d(u p) = u dp + p du: with the whole batch's u and p held fixed, what the microbatches
-    # contribute adds up to the gradient of the whole batch's loss, times its tokens.
-    all_sums, all_tokens = totals
-    balance_loss = all_tokens * routing.balance_loss_share(scores.routed.sums, all_sums)
-    return nll + weight * balance_loss, (nll, tokens, balance_loss / 2, counts)
+      balance = share = tokens * routing.balance_loss(sums)
+    else:
+      # d(u p) = u dp + p du: with the whole batch's u and p held fixed, what the microbatches
+      # contribute adds up to the gradient of the whole batch's loss, times its tokens.
+      all_sums, all_tokens = totals
+      share = all_tokens * routing.balance_loss_share(sums, all_sums)
+      balance = share / 2
+    total = nll + weight * share + objective.router_z * router_z
+    return total, (nll, tokens, counts, {'balance': balance, 'router_z': router_z})
 
-  gradient = jax.grad(objective, has_aux=True)
+  gradient = jax.grad(loss, has_aux=True)
   add = functools.partial(jax.tree.map, jnp.add)
 
-  def over_microbatches(f, batch):
-    """The sum of f over the leading axis of the batch."""
-    first = f(jax.tree.map(lambda x: x[0], batch))
-    rest = jax.tree.map(lambda x: x[1:], batch)
-    if not len(rest['tokens']):
+  def over_microbatches(f, microbatches):
+    """The sum of f over the leading axis."""
+    first = f(jax.tree.map(lambda x: x[0], microbatches))
+    rest = jax.tree.map(lambda x: x[1:], microbatches)
+    if not len(jax.tree.leaves(rest)[0]):
       return first
     return jax.lax.scan(lambda total, one: (add(total, f(one)), None), first, rest)[0]
 
   def train_step(state: TrainState, batch):
+    trained, fixed = optim.split(state.params, objective.freeze)
+    microbatches = batch, jnp.arange(len(batch['tokens']))
     totals = None
-    if weight and balance_scope == 'batch':
+    if weight and objective.balance_scope == 'batch':
       def statistics(one):
-        scores = forward(cfg, state.params, one, batch_axes)
-        return by_domain(one, scores)['routing'], scores.tokens
+        batch, microbatch = one
+        scores = forward(cfg, state.params, batch, batch_axes,
+                         Training(seed, state.step, microbatch))
+        return by_domain(batch, scores)['routing'], scores.tokens
 
-      totals = over_microbatches(statistics, batch)
-    grads, (nll, tokens, balance_loss, counts) = over_microbatches(
-        lambda one: gradient(state.params, one, totals), batch)
+      totals = over_microbatches(statistics, microbatches)
+    # The z-loss is a mean over what routers see, the gradient one over targets.
+    per_token = batch['loss_mask'].sum() / jnp.maximum((batch['segment_ids'] > 0).sum(), 1)
+    grads, (nll, tokens, counts, routers) = over_microbatches(
+        lambda one: gradient(trained, fixed, one, state.step, totals, per_token), microbatches)
     grads = jax.tree.map(lambda g: g / tokens, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    params = optim.join(optax.apply_updates(trained, updates), fixed)
+    if cfg.router_bias and not frozen('layers/ffn/router_bias', objective.freeze):
+      ffn = params['layers']['ffn']
+      ffn['router_bias'] = routing.balanced_bias(
+          ffn['router_bias'], counts['routing'], objective.balance_bias)
 
-    metrics = counts | {
+    metrics = counts | {name: value / tokens for name, value in routers.items()} | {
         'loss': nll / tokens,
         'grad_norm': optax.tree.norm(grads),
         'grad_norms': optim.norms_by_part(grads),
         'param_norms': optim.norms_by_part(state.params),
     }
-    if cfg.num_experts:
-      metrics['balance'] = balance_loss / tokens
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step

@@ -2,6 +2,10 @@
 
 from ml_collections import ConfigDict
 
+# For a run's train={'freeze': ...}.
+FREEZE_EXPERTS = ('/experts/',)
+FREEZE_ALL_BUT_ROUTER = ('^(?!.*/router)',)  # with the bias that it may have
+
 
 def get_config() -> ConfigDict:
   """The defaults; `domains` and `runs` are what a config has to add."""
@@ -63,8 +67,17 @@ def get_config() -> ConfigDict:
       'norm_eps': 1e-5,
       # The output head is the embedding, transposed.
       'tied_head': False,
-      # Experts per token, of a mixture.
-      'top_k': 2,
+      # How the tokens of a mixture choose experts: 'top_k', the paper's; 'softmax_top_k', softmax
+      # over all before, so that one expert a token can be learned; 'switch', that with one expert
+      # and limited room; 'soft', all experts; 'sample_top_1', one drawn at random in training;
+      # 'hash', by the token's id. See btx_jax/model/routers.py.
+      'router': 'top_k',
+      # Experts per token; 0 is what the router has: 2, or 1 of 'switch' and 'sample_top_1', or all
+      # of 'soft'.
+      'top_k': 0,
+      # Of 'switch': tokens that an expert has room for in training, in units of a balanced load;
+      # the rest is dropped. 0 is 1.5.
+      'capacity_factor': 0.0,
       # 'float32' or 'bfloat16': of the computation; parameters are float32.
       'dtype': 'float32',
       # Recompute each layer in the backward pass instead of keeping its activations.
@@ -72,7 +85,7 @@ def get_config() -> ConfigDict:
       # 'xla', or 'cudnn' on an NVIDIA GPU.
       'attention': 'xla',
       # Room of an expert in one round of dispatch; a matter of speed, nothing is dropped.
-      'capacity_factor': 1.25,
+      'dispatch_factor': 1.25,
   })
 
   # AdamW as in the paper (4.1.2), see btx_jax/optim.py.
@@ -105,6 +118,14 @@ def get_config() -> ConfigDict:
       'balance': 0.01,
       # 'microbatch', or 'batch': exact under accumulation, for one more forward pass.
       'balance_scope': 'microbatch',
+      # Weight of the router z-loss, which keeps the logits of a mixture's routers small; 0 is none.
+      'router_z': 0.0,
+      # Balances without a loss: each step, the bias that an expert has when it is chosen changes by
+      # this, towards an even load (arXiv 2408.15664 has 0.001). 0 is no bias.
+      'balance_bias': 0.0,
+      # Regular expressions: parameters whose path one of them is found in stay as they are.
+      # FREEZE_EXPERTS and FREEZE_ALL_BUT_ROUTER, above, are two such lists for mixtures.
+      'freeze': (),
   })
 
   # How models become a mixture.

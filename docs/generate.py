@@ -45,7 +45,7 @@ GROUPS = {
     'Several processes': (('distributed|rollcall', ''),),
     'Working directory': (
         ('manifest', ''), ('data/(text|tokens)|pipeline', '--workdir'), ('errors', 'written or')),
-    'Optimizer and training': (('plan|study', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
+    'Optimizer and training': (('plan|study|objective', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
     'Tokenizer': (('data/.*', '[Tt]okenizer|pieces?|sentencepiece'),),
     'Text': (('data/.*', ''), ('study', r'\bdata\.')),
     'Runs and models': (('plan|study|model/config|pipeline|recipe', ''),),

@@ -239,16 +239,35 @@ def new(**fields):
     ('config.model.head_dim = 3', 'model.head_dim = 3 must be even and positive'),
     ('config.model.head_dim = -2', 'model.head_dim = -2 must be even and positive'),
     ('config.model.top_k = 9', 'runs.btx: model.top_k = 9 must lie between 1 and the number of'),
+    ('config.model.router = "topk"', "model.router = 'topk'; did you mean 'top_k'?"),
+    ('config.model.update(router="switch", top_k=2)', "runs.btx: model.top_k = 2: the router "
+     "'switch' sends a token to 1 of 4 experts; leave it 0."),
+    ('config.model.capacity_factor = 2.0', "the router 'top_k' drops no token, only 'switch' does"),
+    ('config.model.update(router="switch", capacity_factor=-1.0)', 'factor = -1.0 cannot be neg'),
+    (new(init='base.checkpoint("btx")', model='{"router": "hash"}'), "runs.new: model.router = "
+     "'hash', but 'btx' has 'top_k', and by 'hash' there is no router to train on; use base.mix"),
     ('config.model.dtype = "bfloat"', "model.dtype = 'bfloat'; did you mean 'bfloat16'?"),
     ('config.model.attention = "cudn"', "model.attention = 'cudn'; did you mean 'cudnn'?"),
     ('config.model.attention = "cudnn"', "'cudnn' needs model.dtype = 'bfloat16'."),
-    ('config.model.capacity_factor = 0.0', 'model.capacity_factor = 0.0 must be positive.'),
+    ('config.model.dispatch_factor = 0.0', 'model.dispatch_factor = 0.0 must be positive.'),
     # Optimizer and training
     ('config.optimizer.peak_lr = 0.0', 'runs.seed: optimizer.peak_lr = 0.0 must be positive.'),
     ('config.optimizer.warmup = 1.0', 'optimizer.warmup = 1.0 must be a share'),
     ('config.optimizer.final_lr = 2.0', 'optimizer.final_lr = 2.0 must be a share'),
     ('config.optimizer.clip_norm = 0.0', 'optimizer.clip_norm = 0.0 must be positive.'),
     ('config.train.balance = -1.0', 'train.balance = -1.0 cannot be negative.'),
+    ('config.model.router = "soft"\nconfig.train.balance_bias = 0.1', "runs.btx: "
+     "train.balance_bias = 0.1: the router 'soft' does not choose the best by score"),
+    ('config.model.router = "hash"\nconfig.train.router_z = 0.1', "'hash' has no logits to keep"),
+    (new(train='{"freeze": "embed"}'), "runs.new.train.freeze = 'embed' is of type str"),
+    (new(train='{"freeze": ("(",)}'), "runs.new: train.freeze: '(' is not a regular expression: "
+     "missing ), unterminated subpattern at position 0."),
+    (new(train='{"freeze": ("layer/ffn/gate",)}'), "'layer/ffn/gate' is found in no parameter; did "
+     "you mean 'layers/ffn/gate'?"),
+    (new(train='{"freeze": base.FREEZE_EXPERTS}'), "'/experts/' is found in no parameter; valid: "
+     "'embed', 'head', 'layers/attn/k', "),
+    (new(train='{"freeze": ("embed", ".*")}'), "train.freeze = ('embed', '.*') leaves nothing to "
+     "train of embed, head, layers/attn/k, "),
     ('config.train.batch_size = 0', 'train.batch_size = 0 must be at least 1.'),
     ('config.train.accumulation = 3', 'is not a multiple of train.accumulation = 3.'),
     ('config.train.balance_scope = "bach"', "'bach'; did you mean 'batch'?"),
@@ -263,6 +282,8 @@ def new(**fields):
      'config.stacked = ("seed", "other")', 'in a circle'),
     ('config.runs.other = base.run(base.mix("new", "new"), {"code": 1}, steps=1)\n'
      'config.stacked = ("btx", "other")', "'btx', which is a mixture; only dense runs"),
+    (new(train='{"freeze": ("embed",)}') + '\nconfig.stacked = ("expert/code", "new")',
+     "train.freeze is () and ('embed',). Only domains"),
     (new(optimizer='{"b1": 0.8}') + '\nconfig.stacked = ("expert/code", "new")',
      "'expert/code' and 'new' cannot be trained as one program: optimizer.b1 is 0.9 and 0.8."),
     # Devices: there are two

@@ -16,7 +16,7 @@ from btx_jax.model.config import Config
 # No other dimension is as long as F or half of it: so it is known in compiled programs.
 TINY = Config(vocab_size=48, dim=16, ffn_dim=20, num_layers=2, num_heads=4, num_kv_heads=2)
 # One round of dispatch, which compiles faster; moe_test.py has the further rounds.
-TINY_MIXTURE = dataclasses.replace(TINY, num_experts=4, capacity_factor=4.0)
+TINY_MIXTURE = dataclasses.replace(TINY, num_experts=4, dispatch_factor=4.0)
 
 # data, fsdp, expert, tensor
 MESHES = [(1, 1, 1, 1), (1, 2, 4, 1), (2, 1, 4, 1), (2, 2, 2, 1), (1, 1, 4, 2), (1, 2, 2, 2)]

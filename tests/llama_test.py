@@ -68,7 +68,8 @@ def test_scan_and_remat_change_nothing(cfg):
     x = params['embed'][batch['tokens']]
     for i in range(cfg.num_layers):
       layer = jax.tree.map(lambda w, i=i: w[i], params['layers'])
-      x, _ = llama.Block(cfg).apply({'params': layer}, x, rope, batch['segment_ids'])
+      x, _ = llama.Block(cfg).apply(
+          {'params': layer}, x, i, rope, batch['segment_ids'], batch['tokens'], None)
     return nn.RMSNorm(epsilon=cfg.norm_eps).apply({'params': params['norm']}, x)
 
   value_and_grad = lambda f: jax.jit(jax.value_and_grad(lambda p: (f(p) ** 2).mean()))(params)
@@ -194,7 +195,7 @@ def test_a_frequent_token_s_gradient_is_not_rounded_away_in_bfloat16():
     ({'num_experts': 2, 'top_k': 3}, 'top_k = 3'),
     ({'dtype': 'float16'}, "'float16'"),
     ({'attention': 'flash'}, "'flash'"),
-    ({'capacity_factor': 0}, 'capacity_factor'),
+    ({'dispatch_factor': 0}, 'dispatch_factor'),
 ])
 def test_sizes_that_cannot_be_are_refused(fields, message):
   with pytest.raises(UsageError, match=message):

@@ -1,5 +1,6 @@
 """The sharded, dropless dispatch against the dense oracle."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from btx_jax.errors import UsageError
-from btx_jax.model import moe, routing
-from tests.helpers import MESHES, assert_trees_close, use_mesh
+from btx_jax.model import moe, routers, routing
+from tests.helpers import MESHES, TINY_MIXTURE, assert_trees_close, use_mesh
 
 B, T, D, F = 8, 6, 12, 20
 
@@ -25,11 +26,17 @@ def layer(num_experts, k, seed=0, skew=0.0):
   return x, experts, logits
 
 
+def top_k(logits, k):
+  cfg = dataclasses.replace(TINY_MIXTURE, num_experts=logits.shape[-1], top_k=k)
+  gates, ids, _ = routers.top_k(cfg, logits, routers.Context(None, None))
+  return gates, ids
+
+
 @functools.cache
 def loss_of(dispatch, k):
   """A scalar that depends on every output, and what it is a function of."""
   def loss(x, experts, logits):
-    gates, ids, _ = routing.top_k_router(logits, k)
+    gates, ids = top_k(logits, k)
     if dispatch == 'sparse':
       y = moe.sparse_experts(x, experts, gates, ids)
     else:
@@ -80,7 +87,7 @@ def test_devices_that_overflow_and_devices_that_do_not_go_the_same_rounds():
 
 def test_a_capacity_that_fits_nothing_still_drops_nothing():
   x, experts, logits = layer(4, 2)
-  gates, ids, _ = routing.top_k_router(logits, 2)
+  gates, ids = top_k(logits, 2)
   expected = jax.jit(moe.dense_experts)(x, experts, routing.dense_gates(gates, ids, 4))
   y = jax.jit(moe.sparse_experts, static_argnums=4)(x, experts, gates, ids, 0.1)
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

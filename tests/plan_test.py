@@ -7,8 +7,11 @@ import pytest
 
 from btx_jax import plan
 from btx_jax.errors import UsageError
+from btx_jax.model.config import param_paths
+from btx_jax.objective import frozen
 from configs import base, demo
 from tests import studies
+from tests.helpers import TINY_MIXTURE
 
 
 def config_of(tmp_path, **runs):
@@ -50,6 +53,28 @@ def test_steps_can_match_the_flops_of_other_runs():
   assert runs['upcycled'].sources == ('seed',)
   assert [run.name for run in plan.lineage(runs['btx'], runs)] == [
       'btx', 'seed', 'expert/code', 'expert/math', 'expert/knowledge']
+
+
+def test_routers_may_change_between_runs_and_a_bias_stays(tmp_path):
+  after = lambda source, **fields: base.run(
+      base.checkpoint(source), {'code': 1}, steps=1, **fields)
+  runs = plan.make_plan(config_of(
+      tmp_path, biased=after('btx', train={'balance_bias': 0.01}), more=after('biased'),
+      dense=after('seed', train={'balance_bias': 0.01}),
+      soft=after('more', model={'router': 'soft'}),
+      switch=after('soft', model={'router': 'switch', 'capacity_factor': 2.0})), 300)
+  assert [runs[name].model.router for name in ('more', 'soft', 'switch')] == [
+      'top_k', 'soft', 'switch']
+  assert [run.name for run in runs.values() if run.model.router_bias] == ['biased', 'more']
+
+
+def test_ready_lists_of_what_is_frozen():
+  paths = param_paths(dataclasses.replace(TINY_MIXTURE, router_bias=True))
+  of = lambda freeze: {path for path in paths if frozen(path, freeze)}
+  assert of(base.FREEZE_EXPERTS) == {
+      'layers/ffn/experts/down', 'layers/ffn/experts/gate', 'layers/ffn/experts/up'}
+  assert of(base.FREEZE_ALL_BUT_ROUTER) == set(paths) - {
+      'layers/ffn/router', 'layers/ffn/router_bias'}
 
 
 def edit(**fields):

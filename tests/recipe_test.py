@@ -31,7 +31,7 @@ def sources(n=4):
 def model_of(recipe, top_k=2):
   width = sum(end - first for _, first, end in recipe.experts[0])
   return dataclasses.replace(TINY, num_experts=len(recipe.experts), ffn_dim=width, top_k=top_k,
-                             capacity_factor=4.0)
+                             dispatch_factor=4.0)
 
 
 def mix(recipe, top_k=2):

@@ -1,28 +1,23 @@
-"""Routers, and the balancing loss against its definition."""
+"""Statistics of routers, and the losses on them, against their definitions."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.model import routing
-from tests.helpers import normal, use_mesh
+from btx_jax.model import routers, routing
+from tests.helpers import TINY_MIXTURE, normal, use_mesh
 
 E = 4
 
 
 def sums_of(logits, k=2, counted=None):
-  gates, ids, probs = routing.top_k_router(logits, k)
+  cfg = dataclasses.replace(TINY_MIXTURE, top_k=k)
   counted = jnp.ones(logits.shape[:-1], bool) if counted is None else counted
-  return routing.routing_sums(gates, ids, probs, counted)
-
-
-def test_top_k_then_softmax():
-  logits = jnp.array([[[1.0, 3.0, 2.0, -1.0]]])
-  gates, ids, probs = routing.top_k_router(logits, 2)
-  assert ids.tolist() == [[[1, 2]]]
-  np.testing.assert_allclose(gates, [[[np.e / (np.e + 1), 1 / (np.e + 1)]]], rtol=1e-6)
-  np.testing.assert_allclose(probs, jax.nn.softmax(logits), rtol=1e-6)
+  choice = routers.top_k(cfg, logits, routers.Context(None, counted))
+  return routing.routing_sums(choice, logits, counted, E)
 
 
 def test_balance_loss_is_the_formula_of_the_paper():

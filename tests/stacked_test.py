@@ -10,6 +10,7 @@ import pytest
 
 from btx_jax import loop, manifest, metrics, plan, program
 from btx_jax.errors import UsageError
+from btx_jax.objective import Objective
 from btx_jax.pipeline import Pipeline
 from configs import base
 from tests import hlo, studies
@@ -30,7 +31,7 @@ def branches():
   one = plan.Run(
       name='a', init='random', sources=(), weights={'code': 1.0}, model=TINY,
       optimizer=plan.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, length=15, batch_size=16,
-      accumulation=2, balance=0.0, balance_scope='microbatch', recipe=None, experts=(), seed=0)
+      accumulation=2, objective=Objective(freeze=('attn/o$',)), recipe=None, experts=(), seed=0)
   other = lambda name, steps, rate: dataclasses.replace(
       one, name=name, steps=steps, optimizer=dataclasses.replace(one.optimizer, peak_lr=rate))
   return [one, other('b', 2, 0.1), other('c', 3, 0.003)]
@@ -74,6 +75,7 @@ def test_each_branch_is_what_it_would_be_alone(stacked):
         np.testing.assert_array_equal(ours['tokens_by_domain'], found['tokens_by_domain'])
       assert_trees_close(ends[i], jax.device_get(state), rtol=1e-4)
       assert ends[i].step == min(run.steps, 3)
+      assert_trees_equal(*(at[i].params['layers']['attn']['o'] for at in (starts, ends)))  # frozen
 
 
 def test_no_collective_crosses_branches(stacked):

@@ -29,7 +29,7 @@ def get_config(folder):
   config.tokenizer.vocab_size = 330
   config.data.update(length=15, held_out=0.1)
   config.model.update(dim=16, ffn_dim=24, num_layers=2, num_heads=2, num_kv_heads=2,
-                      capacity_factor=2.0)
+                      dispatch_factor=2.0)
   config.optimizer.peak_lr = 1e-2
   config.train.batch_size = 16
   config.train.accumulation = 2

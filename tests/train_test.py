@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from btx_jax import optim, plan, sharding, train
-from btx_jax.model import llama, routing
+from btx_jax.model import llama, routers, routing
+from btx_jax.objective import Objective
 from tests import hlo
 from tests.helpers import (
   MESHES,
@@ -39,7 +40,7 @@ def put_step(cfg, params, batch, mesh, tx=SGD, **settings):
   layout = sharding.shardings(state, mesh)
   state = jax.device_put(state, layout)
   batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1))
-  step_fn = train.make_train_step(cfg, tx, num_domains=2, **settings)
+  step_fn = train.make_train_step(cfg, tx, Objective(**settings), num_domains=2)
   return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, None)), state, batch
 
 
@@ -60,7 +61,7 @@ def whole_step(cfg, mesh_shape=None):
 def step(cfg, params, batch, mesh_shape=None, tx=SGD, **settings):
   """One train step on a mesh; the new parameters and the metrics."""
   state = train.create_state(params, tx)
-  step_fn = train.make_train_step(cfg, tx, num_domains=2, **settings)
+  step_fn = train.make_train_step(cfg, tx, Objective(**settings), num_domains=2)
   with use_mesh(mesh_shape) as mesh:
     if mesh:
       rows = sharding.batch_sharding(mesh, leading=1)
@@ -78,7 +79,7 @@ TIED = dataclasses.replace(TINY, tied_head=True)
 # Nothing of it divides by 2 or 4; 4 * 3 rows do.
 UNEVEN = dataclasses.replace(
     TINY_MIXTURE, vocab_size=49, dim=15, ffn_dim=21, num_heads=3, num_kv_heads=1, head_dim=6,
-    num_experts=3, capacity_factor=3.0)
+    num_experts=3, dispatch_factor=3.0)
 
 
 @pytest.mark.parametrize('cfg, mesh_shape', [
@@ -161,6 +162,65 @@ def test_each_scope_of_the_balancing_loss_is_its_definition():
     assert_trees_close(ours, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_the_z_loss_is_a_mean_over_all_that_routers_see():
+  """Exact over microbatches, though tokens that have no target are spread unevenly."""
+  params, batch = random_params(TINY_MIXTURE), random_batch(TINY_MIXTURE, padding=5)
+  batch['loss_mask'][:4, 4:] = False
+
+  @jax.jit
+  @jax.value_and_grad
+  def expected(params):
+    scores = train.forward(TINY_MIXTURE, params, batch)
+    z = scores.routed.sums.z.sum() / (batch['segment_ids'] > 0).sum()
+    return scores.nll / scores.tokens + 50 * z
+
+  new, metrics = step(TINY_MIXTURE, params, microbatches(batch, 2), balance=0.0, router_z=50.0)
+  value, grads = expected(params)
+  np.testing.assert_allclose(metrics['loss'] + 50 * metrics['router_z'], value, rtol=1e-5)
+  assert_trees_close(gradient(params, new), grads, rtol=1e-4)
+
+
+def test_what_is_frozen_stays_and_a_bias_follows_the_load():
+  """AdamW with weight decay and clipping, several steps, two microbatches, on a mesh."""
+  cfg = dataclasses.replace(TINY_MIXTURE, router_bias=True)
+  freeze = ('embed$', '/experts/')
+  settings = plan.Optimizer(peak_lr=0.1, warmup=0.0, weight_decay=0.5, clip_norm=0.1)
+  tx = optim.adamw(settings, optim.schedule(settings, 10))
+  params = random_params(cfg)
+  with use_mesh((1, 2, 2, 1)) as mesh:
+    state = train.create_state(params, tx, freeze)
+    layout = sharding.shardings(state, mesh)
+    state = jax.device_put(state, layout)
+    batch = jax.device_put(microbatches(random_batch(cfg, padding=5), 2),
+                           sharding.batch_sharding(mesh, 1))
+    run = jax.jit(train.make_train_step(cfg, tx, Objective(balance_bias=0.25, freeze=freeze),
+                                        num_domains=2), out_shardings=(layout, None))
+    states, metrics = [state], []
+    for _ in range(3):
+      state, found = run(state, batch)
+      states, metrics = [*states, state], [*metrics, jax.device_get(found)]
+
+  before, after = ({sharding.path_of(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(
+      s.params)} for s in (states[0], state))
+  frozen = {path for path in before if 'experts' in path or path == 'embed'}
+  for path in before:
+    assert np.array_equal(before[path], after[path]) == (path in frozen), path
+  trained = before.keys() - frozen - {'layers/ffn/router_bias'}
+  moments = {sharding.path_of(path).split('mu/')[1] for path, _ in jax.tree.leaves_with_path(
+      state.opt_state) if 'mu/' in sharding.path_of(path)}
+  assert moments == trained
+  assert metrics[0]['grad_norms'].keys() == {'attention', 'head', 'norm', 'router'}
+
+  # The bias by its definition, and padding counts for nothing.
+  for old, new, found in zip(states, states[1:], metrics):
+    picks = found['routing'].picks.sum(1)
+    assert picks.sum() == cfg.num_layers * 2 * (batch['segment_ids'] > 0).sum()
+    expected = np.float32(0.25) * np.sign(picks.mean(1, keepdims=True) - picks)
+    bias = lambda state: np.asarray(state.params['layers']['ffn']['router_bias'])
+    np.testing.assert_allclose(bias(new) - bias(old), expected, atol=1e-6)
+  assert np.abs(bias(state) - bias(states[0])).max() > 0.2
+
+
 def test_the_gradient_of_the_whole_loss_against_finite_differences():
   cfg = dataclasses.replace(TINY_MIXTURE, top_k=4)  # choosing fewer is not differentiable
   params, batch = random_params(cfg, scale=0.1), random_batch(cfg, rows=2)
@@ -219,14 +279,17 @@ def test_metrics_by_domain_against_numpy_from_the_model_s_own_outputs(mesh_shape
           ours.gates, [gates[ids == expert].sum() for expert in range(E)], rtol=1e-5)
 
 
-def test_entropy_and_probabilities_against_numpy():
+def test_entropy_probabilities_and_z_against_numpy():
   logits = normal((2, 3, 4, 5))  # B T E, twice
+  cfg = dataclasses.replace(TINY_MIXTURE, num_experts=5)
   for x in logits.reshape(-1, 3, 4, 5):
-    gates, ids, probs = routing.top_k_router(jnp.asarray(x), 2)
-    sums = routing.routing_sums(gates, ids, probs, jnp.ones((3, 4), bool))
-    p = np.exp(np.float64(x)) / np.exp(np.float64(x)).sum(-1, keepdims=True)
+    choice = routers.top_k(cfg, jnp.asarray(x), routers.Context(None, None))
+    sums = routing.routing_sums(choice, jnp.asarray(x), jnp.ones((3, 4), bool), 5)
+    whole = np.exp(np.float64(x)).sum(-1, keepdims=True)
+    p = np.exp(np.float64(x)) / whole
     np.testing.assert_allclose(sums.entropy, -(p * np.log(p)).sum((1, 2)), rtol=1e-5)
     np.testing.assert_allclose(sums.probs, p.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(sums.z, (np.log(whole)**2).sum((1, 2)), rtol=1e-5)
 
 
 def test_norms_by_part_are_those_of_the_whole():

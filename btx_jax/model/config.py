@@ -7,6 +7,10 @@ import dataclasses
 
 from btx_jax.errors import UsageError, nearest
 
+ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
+# Those that choose by scores, so that a bias can change the choice.
+SCORING = ('top_k', 'softmax_top_k', 'switch')
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -28,11 +32,15 @@ class Config:
     norm_eps: epsilon of RMSNorm.
     tied_head: the output head is the embedding, transposed.
     num_experts: E; 0 is a dense model.
-    top_k: k, experts per token.
+    router: how tokens choose experts, see routers.py.
+    top_k: experts per token; 0 is the router's own number, `k`.
+    capacity_factor: of the router 'switch': tokens that an expert has room for in training, in
+      units of a balanced load; 0 stands for 1.5.
+    router_bias: the choice of experts has a bias, a parameter that no gradient reaches.
     dtype: of the computation, 'float32' or 'bfloat16'; parameters are always float32.
     remat: recompute each layer in the backward pass instead of keeping its activations.
     attention: implementation of attention: 'xla' (anywhere) or 'cudnn' (GPU, bfloat16).
-    capacity_factor: room for tokens per expert in one round of dispatch, in units of a
+    dispatch_factor: room for tokens per expert in one round of dispatch, in units of a
       balanced load. A matter of speed only: what overflows is done in a further round.
   """
   vocab_size: int
@@ -50,11 +58,14 @@ class Config:
   norm_eps: float = 1e-5
   tied_head: bool = False
   num_experts: int = 0
-  top_k: int = 2
+  router: str = 'top_k'
+  top_k: int = 0
+  capacity_factor: float = 0.0
+  router_bias: bool = False
   dtype: str = 'float32'
   remat: bool = False
   attention: str = 'xla'
-  capacity_factor: float = 1.25
+  dispatch_factor: float = 1.25
 
   def __post_init__(self):
     for field in ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads'):
@@ -71,9 +82,10 @@ class Config:
     if self.num_heads % self.num_kv_heads:
       raise UsageError(f'model.num_heads = {self.num_heads} is not a multiple of '
                        f'model.num_kv_heads = {self.num_kv_heads}.')
-    if self.num_experts and not 1 <= self.top_k <= self.num_experts:
-      raise UsageError(f'model.top_k = {self.top_k} must lie between 1 and the number of '
-                       f'experts, {self.num_experts}.')
+    if self.router not in ROUTERS:
+      raise UsageError(f'model.router = {self.router!r}; {nearest(self.router, ROUTERS)}')
+    if self.num_experts:
+      self._check_router()
     if self.dtype not in ('float32', 'bfloat16'):
       raise UsageError(f'model.dtype = {self.dtype!r}; '
                        f"{nearest(self.dtype, ('float32', 'bfloat16'))}")
@@ -82,8 +94,41 @@ class Config:
                        f"{nearest(self.attention, ('xla', 'cudnn'))}")
     if self.attention == 'cudnn' and self.dtype != 'bfloat16':
       raise UsageError("model.attention = 'cudnn' needs model.dtype = 'bfloat16'.")
-    if self.capacity_factor <= 0:
-      raise UsageError(f'model.capacity_factor = {self.capacity_factor} must be positive.')
+    if self.dispatch_factor <= 0:
+      raise UsageError(f'model.dispatch_factor = {self.dispatch_factor} must be positive.')
+
+  def _check_router(self):
+    if self._fixed_k and self.top_k not in (0, self._fixed_k):
+      raise UsageError(f'model.top_k = {self.top_k}: the router {self.router!r} sends a token to '
+                       f'{self._fixed_k} of {self.num_experts} experts; leave it 0.')
+    if not 1 <= self.k <= self.num_experts:
+      raise UsageError(f'model.top_k = {self.top_k} must lie between 1 and the number of '
+                       f'experts, {self.num_experts}; 0 is the number that is usual.')
+    if self.capacity_factor < 0:
+      raise UsageError(f'model.capacity_factor = {self.capacity_factor} cannot be negative.')
+    if self.capacity_factor and self.router != 'switch':
+      raise UsageError(f'model.capacity_factor = {self.capacity_factor}: the router '
+                       f"{self.router!r} drops no token, only 'switch' does; leave it 0.")
+
+  @property
+  def k(self) -> int:
+    """Experts per token; of 'sample_top_1' in all layers but the first, which has E."""
+    return self._fixed_k or self.top_k or min(2, self.num_experts)
+
+  @property
+  def _fixed_k(self) -> int:
+    """Experts per token where the router says it; 0 where `top_k` does."""
+    return {'switch': 1, 'sample_top_1': 1, 'soft': self.num_experts}.get(self.router, 0)
+
+  @property
+  def capacity(self) -> float:
+    """Of the router 'switch': room of an expert, in units of a balanced load."""
+    return self.capacity_factor or 1.5
+
+  @property
+  def has_router(self) -> bool:
+    """Whether the mixture's layers have a router with parameters."""
+    return self.num_experts > 0 and self.router != 'hash'
 
 
 def shared_paths(cfg: Config) -> tuple[str, ...]:
@@ -93,13 +138,18 @@ def shared_paths(cfg: Config) -> tuple[str, ...]:
   return ('embed', *attention, *norms, *(() if cfg.tied_head else ('head',)))
 
 
+def param_paths(cfg: Config) -> tuple[str, ...]:
+  """Paths of all parameters."""
+  ffn = [f'experts/{name}' if cfg.num_experts else name for name in ('down', 'gate', 'up')]
+  ffn += ['router'] * cfg.has_router + ['router_bias'] * cfg.router_bias
+  return (*shared_paths(cfg), *(f'layers/ffn/{name}' for name in ffn))
+
+
 def num_params(cfg: Config, active: bool = False) -> int:
   """Parameters of the whole model, or those that one token uses (`active`)."""
-  attention = 2 * cfg.dim * (cfg.num_heads + cfg.num_kv_heads) * cfg.head_dim
-  experts = (cfg.top_k if active else cfg.num_experts) if cfg.num_experts else 1
-  ffn = 3 * cfg.dim * cfg.ffn_dim * experts + cfg.dim * cfg.num_experts
-  embeddings = cfg.vocab_size * cfg.dim * (1 if cfg.tied_head else 2)
-  return cfg.num_layers * (attention + ffn + 2 * cfg.dim) + embeddings + cfg.dim
+  return _weights(cfg, active) + cfg.dim * (2 * cfg.num_layers + 1) + (
+      cfg.num_layers * cfg.num_experts * cfg.router_bias) + (
+      0 if cfg.tied_head else cfg.vocab_size * cfg.dim)
 
 
 def train_flops_per_token(cfg: Config, length: int) -> int:
@@ -108,10 +158,18 @@ def train_flops_per_token(cfg: Config, length: int) -> int:
   Counts every weight that the token meets (router and output head included, the embedding
   lookup not) and attention over `length` positions with the causal half left out.
   Recomputation (remat) and the padding of expert buffers are not counted, as they are not
-  useful work.
+  useful work; tokens that 'switch' drops are, and gradients of frozen parameters too.
   """
-  norms = cfg.dim * (2 * cfg.num_layers + 1)
-  embedding = 0 if cfg.tied_head else cfg.vocab_size * cfg.dim
-  weights = num_params(cfg, active=True) - norms - embedding
   scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * length  # QK and AV, half of each
-  return 3 * 2 * (weights + scores)
+  return 3 * 2 * (_weights(cfg, active=True) + scores)
+
+
+def _weights(cfg: Config, active: bool) -> int:
+  """Weights of matmuls: all, or those that a token meets; the head is one, tied or not."""
+  attention = 2 * cfg.dim * (cfg.num_heads + cfg.num_kv_heads) * cfg.head_dim
+  router = cfg.dim * cfg.num_experts * cfg.has_router
+  networks = cfg.num_layers * (1 if not cfg.num_experts else cfg.k if active else cfg.num_experts)
+  if active and cfg.num_experts and cfg.router == 'sample_top_1':
+    networks += cfg.num_experts - 1  # the first layer is soft
+  return (cfg.num_layers * (attention + router) + networks * 3 * cfg.dim * cfg.ffn_dim +
+          cfg.vocab_size * cfg.dim)

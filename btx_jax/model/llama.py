@@ -7,6 +7,7 @@ Parameters (`L` layers stacked on the first axis by scan):
   layers/{attn_norm,ffn_norm}/scale [L,D]
   layers/ffn/{gate,up} [L,D,F]   layers/ffn/down [L,F,D]                          dense
   layers/ffn/router [L,D,E]      layers/ffn/experts/{gate,up,down} [L,E,...]      mixture
+  layers/ffn/router_bias [L,E]                      mixture whose load is balanced by biases
 """
 
 import functools
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from btx_jax import sharding
 from btx_jax.model import attention as attention_lib
-from btx_jax.model import moe, routing
+from btx_jax.model import moe, routers, routing
 from btx_jax.model.config import Config
 from btx_jax.model.linear import matmul
 
@@ -62,18 +63,24 @@ class Mixture(nn.Module):
   batch_axes: tuple[str, ...]
 
   @nn.compact
-  def __call__(self, x_BTD, counted_BT):
+  def __call__(self, x_BTD, context: routers.Context):
     cfg = self.cfg
     E = cfg.num_experts
     experts = SwiGLU(cfg, (E,), name='experts')(x_BTD.dtype)
-    router_DE = self.param('router', _init, (cfg.dim, E))
-    logits_BTE = jnp.dot(x_BTD.astype(jnp.float32), router_DE,
-                         precision=jax.lax.Precision.HIGHEST)
-    gates_BTk, ids_BTk, probs_BTE = routing.top_k_router(logits_BTE, cfg.top_k)
-    y_BTD = moe.sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, cfg.capacity_factor,
-                               self.batch_axes)
-    sums = routing.routing_sums(gates_BTk, ids_BTk, probs_BTE, counted_BT)
-    return y_BTD, routing.Routing(sums, gates_BTk, ids_BTk)
+    logits_BTE = None
+    if cfg.has_router:
+      router_DE = self.param('router', _init, (cfg.dim, E))
+      logits_BTE = jnp.dot(x_BTD.astype(jnp.float32), router_DE,
+                           precision=jax.lax.Precision.HIGHEST)
+    if cfg.router_bias:
+      bias_E = self.param('router_bias', nn.initializers.zeros, (E,))
+      context = context._replace(bias=bias_E)
+    choice = routers.route(cfg, logits_BTE, context)
+    ids_BTk = choice.ids if choice.room is None else jnp.where(choice.room, choice.ids, -1)
+    y_BTD = moe.sparse_experts(x_BTD, experts, choice.gates, ids_BTk, cfg.dispatch_factor,
+                               self.batch_axes, cfg.k)
+    sums = routing.routing_sums(choice, logits_BTE, context.counted, E)
+    return y_BTD, routing.Routing(sums, choice.gates, ids_BTk)
 
 
 class Block(nn.Module):
@@ -82,13 +89,15 @@ class Block(nn.Module):
   batch_axes: tuple[str, ...] = sharding.BATCH_AXES
 
   @nn.compact
-  def __call__(self, x_BTD, rope, segment_ids_BT):
+  def __call__(self, x_BTD, layer, rope, segment_ids_BT, tokens_BT, training):
+    """`layer` counts from 0; `tokens_BT` and `training` are for the routers of a mixture."""
     cfg = self.cfg
     norm = lambda name: nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name=name)
     x_BTD += Attention(cfg, name='attn')(norm('attn_norm')(x_BTD), rope, segment_ids_BT)
     h_BTD = norm('ffn_norm')(x_BTD)
     if cfg.num_experts:
-      y_BTD, routed = Mixture(cfg, self.batch_axes, name='ffn')(h_BTD, segment_ids_BT > 0)
+      context = routers.Context(tokens_BT, segment_ids_BT > 0, layer, training=training)
+      y_BTD, routed = Mixture(cfg, self.batch_axes, name='ffn')(h_BTD, context)
     else:
       y_BTD, routed = moe.swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
     return x_BTD + y_BTD, routed
@@ -104,13 +113,14 @@ class Llama(nn.Module):
   batch_axes: tuple[str, ...] = sharding.BATCH_AXES
 
   @nn.compact
-  def __call__(self, tokens_BT, segment_ids_BT, positions_BT):
+  def __call__(self, tokens_BT, segment_ids_BT, positions_BT, training=None):
     """The final hidden states of packed documents that do not see each other.
 
     Args:
       tokens_BT: token ids.
       segment_ids_BT: the document of each position, from 1 within its row; 0 is padding.
       positions_BT: position within the document.
+      training: routers.Training of the microbatch, for a mixture; None in evaluation.
 
     Returns:
       hidden states [B, T, D] in the compute dtype, and for a mixture the `Routing` of its
@@ -128,8 +138,9 @@ class Llama(nn.Module):
     block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
     layers = nn.scan(
         block, variable_axes={'params': 0}, split_rngs={'params': True},
-        in_axes=nn.broadcast, length=cfg.num_layers)
-    x_BTD, routed = layers(cfg, self.batch_axes, name='layers')(x_BTD, rope, segment_ids_BT)
+        in_axes=(0, *(nn.broadcast,) * 4), length=cfg.num_layers)
+    x_BTD, routed = layers(cfg, self.batch_axes, name='layers')(
+        x_BTD, jnp.arange(cfg.num_layers), rope, segment_ids_BT, tokens_BT, training)
     return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name='norm')(x_BTD), routed
 
 
@@ -150,3 +161,15 @@ def init(cfg: Config, rng: jax.Array):
   rows = 1 if mesh.empty else mesh.size  # shard_map wants one for every device
   tokens = jnp.zeros((rows, 1), jnp.int32)
   return Llama(cfg).init(rng, tokens, tokens + 1, tokens)['params']
+
+
+def with_bias(cfg: Config, params):
+  """Parameters of a mixture with a bias of the routers just if the model `cfg` has one.
+
+  A bias that it gains is zero, which changes nothing.
+  """
+  ffn = dict(params['layers']['ffn'])
+  bias = ffn.pop('router_bias', None)
+  if cfg.router_bias:
+    ffn['router_bias'] = jnp.zeros((cfg.num_layers, cfg.num_experts)) if bias is None else bias
+  return {**params, 'layers': {**params['layers'], 'ffn': ffn}}

@@ -28,14 +28,14 @@ def swiglu(x, w):
 def dense_experts(x_BTD, experts, gates_BTE):
   """Every expert on every token, weighted: the plain equation of the paper (3.2).
 
-  The oracle that `sparse_experts` is tested against, and what soft routing computes.
+  The oracle that `sparse_experts` is tested against.
   """
   outputs = jax.vmap(swiglu, in_axes=(None, 0))(x_BTD, experts)  # [E, B, T, D]
   return jnp.einsum('ebtd,bte->btd', outputs, gates_BTE.astype(x_BTD.dtype))
 
 
-def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor=1.25,
-                   batch_axes=sharding.BATCH_AXES):
+def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, dispatch_factor=1.25,
+                   batch_axes=sharding.BATCH_AXES, load=None):
   """The chosen experts only, each on the device that holds it; no token is dropped.
 
   Under a mesh (`jax.set_mesh`) whose `expert` axis divides the number of experts, device j
@@ -47,20 +47,22 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor=1.25,
     x_BTD: tokens, rows sharded over `batch_axes`.
     experts: gate, up [E, D, F] and down [E, F, D].
     gates_BTk: weight of each choice.
-    ids_BTk: the chosen experts, different ones for each token.
-    capacity_factor: rows per expert in a round, in units of a balanced load.
+    ids_BTk: the chosen experts, different ones for each token; -1 is none.
+    dispatch_factor: rows per expert in a round, in units of a balanced load.
     batch_axes: the mesh axes over which rows are sharded.
+    load: choices of a token to make room for, if many are -1; k by default.
 
   Returns:
     [B, T, D]: for each token the sum over its choices of gate * expert(x).
   """
   mesh = jax.sharding.get_abstract_mesh()
   E, _, F = experts['up'].shape
+  room = dispatch_factor * (load or ids_BTk.shape[-1]) / E
   if mesh.empty:
-    return _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor, 1, None)
+    return _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, room, 1, None)
   held = 'expert' in batch_axes and sharding.holds_experts(mesh.shape['expert'], E)
   axis, width_axis = 'expert' if held else None, sharding.axis_that_cuts('tensor', F)
-  body = functools.partial(_shard_experts, capacity_factor=capacity_factor,
+  body = functools.partial(_shard_experts, room=room,
                            shards=mesh.shape['expert'] if held else 1, width_axis=width_axis)
   rows, columns = P(batch_axes), P(axis, None, width_axis)
   weights = {'gate': columns, 'up': columns, 'down': P(axis, width_axis, None)}
@@ -68,13 +70,16 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor=1.25,
       x_BTD, experts, gates_BTk, ids_BTk)
 
 
-def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor, shards, width_axis):
-  """What one device does: its tokens out to all experts, its experts on all tokens sent."""
+def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, room, shards, width_axis):
+  """What one device does: its tokens out to all experts, its experts on all tokens sent.
+
+  `room`: rows per expert in a round, as a share of the device's tokens.
+  """
   B, T, D = x_BTD.shape
   k = ids_BTk.shape[-1]
   E = experts['up'].shape[0] * shards
   tokens, pairs = B * T, B * T * k
-  C = min(tokens, math.ceil(capacity_factor * pairs / E))
+  C = min(tokens, math.ceil(room * tokens))
   rounds = math.ceil(tokens / C)  # a token picks an expert at most once
 
   # Cast so that gradients are summed once: those of experts over the rows of all devices,
@@ -84,6 +89,7 @@ def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor, shards, 
   x = x_BTD.reshape(tokens, D)
   gates = gates_BTk.reshape(tokens, k)
   ids = ids_BTk.reshape(pairs)
+  ids = jnp.where(ids < 0, E, ids)  # behind all others
   by_expert = jnp.argsort(ids, stable=True)
   count_E = jax.nn.one_hot(ids, E, dtype=jnp.int32).sum(0)
   start_E = jnp.cumsum(count_E) - count_E
@@ -97,7 +103,7 @@ def _shard_experts(x_BTD, experts, gates_BTk, ids_BTk, capacity_factor, shards, 
     pair_of_slot = jnp.where(
         place < count_E[expert],
         by_expert[jnp.minimum(start_E[expert] + place, pairs - 1)], -1)
-    slot_of_pair = jnp.where(rank // C == r, ids * C + rank % C, -1)
+    slot_of_pair = jnp.where((ids < E) & (rank // C == r), ids * C + rank % C, -1)
     buffers = _dispatch(x, pair_of_slot, slot_of_pair, k).reshape(E, C, D)
     outputs = _run_experts(buffers, experts, shards).reshape(E * C, D)
     choices = _combine(outputs, pair_of_slot, slot_of_pair).reshape(tokens, k, D)

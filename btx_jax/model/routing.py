@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, with what weight, and the balancing loss.
+"""What routers did, as sums, and the losses on it: balancing (paper 3.3) and router z-loss.
 
 Statistics leave a layer as sums and counts, never as means, so that shards, padding and
 microbatches combine exactly.
@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from btx_jax.model.routers import Choice
+
 
 class RoutingSums(NamedTuple):
   """What the balancing loss and the reports need, summed over groups of tokens.
@@ -16,16 +18,18 @@ class RoutingSums(NamedTuple):
   The groups G are the rows of a batch when sums leave the model, then domains (`by_domain`).
 
   Attributes:
-    gates: [..., G, E], gate weights after top-k and softmax.
-    picks: [..., G, E], tokens that went to the expert.
+    gates: [..., G, E], gate weights, as shares of all that a token gives out: 1 a token.
+    picks: [..., G, E], tokens that chose the expert, whether it had room or not.
     probs: [..., G, E], softmax over all logits.
     entropy: [..., G], of that softmax, in nats.
+    z: [..., G], squared logarithm of that softmax's denominator.
     count: [..., G], tokens that were counted (padding is not).
   """
   gates: jax.Array
   picks: jax.Array
   probs: jax.Array
   entropy: jax.Array
+  z: jax.Array
   count: jax.Array
 
 
@@ -35,22 +39,11 @@ class Routing(NamedTuple):
   Attributes:
     sums: of each row.
     gates: [..., B, T, k], weight of each choice.
-    ids: [..., B, T, k], the chosen experts.
+    ids: [..., B, T, k], the chosen experts; -1 is none.
   """
   sums: RoutingSums
   gates: jax.Array
   ids: jax.Array
-
-
-def top_k_router(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Top-k first, then softmax over the kept logits (paper 3.2).
-
-  Returns:
-    gates [B, T, k] that sum to 1, expert ids [B, T, k], and probs [B, T, E], the softmax
-    over all logits, which only the balancing loss uses.
-  """
-  top, ids = jax.lax.top_k(logits_BTE, k)
-  return jax.nn.softmax(top), ids, jax.nn.softmax(logits_BTE)
 
 
 def dense_gates(gates_BTk, ids_BTk, num_experts: int) -> jax.Array:
@@ -59,18 +52,29 @@ def dense_gates(gates_BTk, ids_BTk, num_experts: int) -> jax.Array:
   return (gates_BTk[..., None] * jax.nn.one_hot(ids_BTk, num_experts)).sum(-2)
 
 
-def routing_sums(gates_BTk, ids_BTk, probs_BTE, counted_BT) -> RoutingSums:
-  """Sums over the tokens of each row that `counted_BT` marks."""
+def routing_sums(choice: Choice, logits_BTE, counted_BT, num_experts: int) -> RoutingSums:
+  """Sums over the tokens of each row that `counted_BT` marks.
+
+  Some routers' gates add up to less than 1. The balancing loss would then reward routers that
+  are not sure, instead of balance; as shares, the gates of a single expert become the fraction
+  of tokens that chose it, as in Switch, and those of the paper's top-k stay what they are.
+  A router without logits, by hash, has its gates for probabilities.
+  """
   def over_row(x):
     counted = counted_BT.reshape(counted_BT.shape + (1,) * (x.ndim - 2))
     return jnp.where(counted, x, 0).sum(1)
 
-  E = probs_BTE.shape[-1]
+  gates_BTE = dense_gates(choice.gates, choice.ids, num_experts)
+  gates_BTE /= gates_BTE.sum(-1, keepdims=True)
+  probs_BTE = gates_BTE if logits_BTE is None else jax.nn.softmax(logits_BTE)
+  z_BT = (jnp.zeros(counted_BT.shape) if logits_BTE is None else
+          jax.nn.logsumexp(logits_BTE, axis=-1)**2)
   return RoutingSums(
-      gates=over_row(dense_gates(gates_BTk, ids_BTk, E)),
-      picks=over_row(jax.nn.one_hot(ids_BTk, E).sum(-2)),
+      gates=over_row(gates_BTE),
+      picks=over_row(jax.nn.one_hot(choice.ids, num_experts).sum(-2)),
       probs=over_row(probs_BTE),
       entropy=over_row(jax.scipy.special.entr(probs_BTE).sum(-1)),
+      z=over_row(z_BT),
       count=counted_BT.sum(1).astype(jnp.float32))
 
 
@@ -109,6 +113,13 @@ def balance_loss_share(sums: RoutingSums, whole: RoutingSums) -> jax.Array:
   gates, probs, _ = _over_groups(sums)
   all_gates, all_probs, count = jax.lax.stop_gradient(_over_groups(whole))
   return gates.shape[-1] * ((gates * all_probs + probs * all_gates) / count**2).sum()
+
+
+def balanced_bias(bias_LE: jax.Array, sums: RoutingSums, speed: float) -> jax.Array:
+  """The bias of the choice after a step: up by `speed` for each expert that fewer tokens than
+  the mean chose, down for each that more did (arXiv 2408.15664)."""
+  load_LE = sums.picks.sum(-2)
+  return bias_LE + speed * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
 
 
 def _over_groups(sums: RoutingSums):

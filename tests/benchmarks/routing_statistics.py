@@ -16,19 +16,20 @@ import optax
 from btx_jax import optim, plan, sharding, train
 from btx_jax.model import llama, routing
 from btx_jax.model.config import Config
+from btx_jax.objective import Objective
 
 CFG = Config(vocab_size=4096, dim=128, ffn_dim=352, num_layers=4, num_heads=4, num_kv_heads=4,
              tied_head=True, remat=True, num_experts=4)
 B, T, DOMAINS = 8, 256, 4
 
 
-def bare_sums(gates_BTk, ids_BTk, probs_BTE, counted_BT):
+def bare_sums(choice, logits_BTE, counted_BT, num_experts):
   """Only what the balancing loss needs."""
   over_row = lambda x: jnp.where(counted_BT[..., None], x, 0).sum(1)
-  gates_BTE = routing.dense_gates(gates_BTk, ids_BTk, CFG.num_experts)
+  gates_BTE = routing.dense_gates(choice.gates, choice.ids, num_experts)
   nothing = jnp.zeros(())
-  return routing.RoutingSums(over_row(gates_BTE), nothing, over_row(probs_BTE), nothing,
-                             counted_BT.sum(1).astype(jnp.float32))
+  return routing.RoutingSums(over_row(gates_BTE), nothing, over_row(jax.nn.softmax(logits_BTE)),
+                             nothing, nothing, counted_BT.sum(1).astype(jnp.float32))
 
 
 def main():
@@ -43,7 +44,7 @@ def main():
   params = llama.init(CFG, jax.random.key(0))
 
   def compiled():
-    step = jax.jit(train.make_train_step(CFG, tx, num_domains=DOMAINS), donate_argnums=0)
+    step = jax.jit(train.make_train_step(CFG, tx, Objective(), DOMAINS), donate_argnums=0)
     return [step, step(train.create_state(jax.tree.map(jnp.copy, params), tx), batch)[0]]
 
   with jax.set_mesh(sharding.make_mesh()):
