@@ -299,7 +299,7 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
   if kind == CHECKPOINT and model.num_experts and was != model.router and (
       'hash' in (was, model.router)):
     raise UsageError(f'runs.{name}: model.router = {model.router!r}, but {entry.init.runs[0]!r} '
-                     f"has {was!r}, and by 'hash' there is no router to train on; use base.mix(...).")
+                     f"has {was!r}, and by 'hash' there is none to train on; use base.mix(...).")
   if model.vocab_size < vocab_size:
     raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
                      f"tokenizer's {vocab_size}; set it to 0 to take the tokenizer's.")

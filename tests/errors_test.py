@@ -245,7 +245,7 @@ def new(**fields):
     ('config.model.capacity_factor = 2.0', "the router 'top_k' drops no token, only 'switch' does"),
     ('config.model.update(router="switch", capacity_factor=-1.0)', 'factor = -1.0 cannot be neg'),
     (new(init='base.checkpoint("btx")', model='{"router": "hash"}'), "runs.new: model.router = "
-     "'hash', but 'btx' has 'top_k', and by 'hash' there is no router to train on; use base.mix"),
+     "'hash', but 'btx' has 'top_k', and by 'hash' there is none to train on; use base.mix("),
     ('config.model.dtype = "bfloat"', "model.dtype = 'bfloat'; did you mean 'bfloat16'?"),
     ('config.model.attention = "cudn"', "model.attention = 'cudn'; did you mean 'cudnn'?"),
     ('config.model.attention = "cudnn"', "'cudnn' needs model.dtype = 'bfloat16'."),
