@@ -21,7 +21,7 @@ _RESERVED = ('data', 'report')
 _SHAPES = ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads',
            'head_dim', 'tied_head', 'num_experts')
 # How a model is computed, not what it computes.
-_COMPUTE = ('remat', 'attention', 'dispatch_factor')
+_COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
 # Of no effect on a dense model.
 _ROUTING = ('router', 'top_k', 'capacity_factor')
 

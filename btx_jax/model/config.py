@@ -7,6 +7,7 @@ import dataclasses
 
 from btx_jax.errors import UsageError, nearest
 
+DISPATCHES = ('auto', 'rounds', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
 # Those that choose by scores, so that a bias can change the choice.
 SCORING = ('top_k', 'softmax_top_k', 'switch')
@@ -40,8 +41,10 @@ class Config:
     dtype: of the computation, 'float32' or 'bfloat16'; parameters are always float32.
     remat: recompute each layer in the backward pass instead of keeping its activations.
     attention: implementation of attention: 'xla' (anywhere) or 'cudnn' (GPU, bfloat16).
-    dispatch_factor: room for tokens per expert in one round of dispatch, in units of a
-      balanced load. A matter of speed only: what overflows is done in a further round.
+    dispatch: how tokens get to experts, a matter of speed only: 'rounds', 'gather' (dispatch.py),
+      or 'auto', the one for the platform.
+    dispatch_factor: of 'rounds': room for tokens per expert in one round of dispatch, in units of a
+      balanced load. What overflows is done in a further round.
   """
   vocab_size: int
   dim: int
@@ -65,6 +68,7 @@ class Config:
   dtype: str = 'float32'
   remat: bool = False
   attention: str = 'xla'
+  dispatch: str = 'auto'
   dispatch_factor: float = 1.25
 
   def __post_init__(self):
@@ -94,6 +98,9 @@ class Config:
                        f"{nearest(self.attention, ('xla', 'cudnn'))}")
     if self.attention == 'cudnn' and self.dtype != 'bfloat16':
       raise UsageError("model.attention = 'cudnn' needs model.dtype = 'bfloat16'.")
+    if self.dispatch not in DISPATCHES:
+      raise UsageError(f'model.dispatch = {self.dispatch!r}; '
+                       f'{nearest(self.dispatch, DISPATCHES)}')
     if self.dispatch_factor <= 0:
       raise UsageError(f'model.dispatch_factor = {self.dispatch_factor} must be positive.')
 

@@ -1,4 +1,4 @@
-"""Matrix multiplication whose gradient is laid out as the weights are."""
+"""Matrix multiplication whose gradient is laid out as the weights are, and SwiGLU made of it."""
 
 import jax
 
@@ -26,3 +26,8 @@ def _backward(residuals, dy):
 
 
 matmul.defvjp(_forward, _backward)
+
+
+def swiglu(x, w, matmul=matmul):
+  """(silu(x @ gate) * (x @ up)) @ down, on the last dimension of x."""
+  return matmul(jax.nn.silu(matmul(x, w['gate'])) * matmul(x, w['up']), w['down'])

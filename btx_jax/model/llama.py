@@ -21,7 +21,7 @@ from btx_jax import sharding
 from btx_jax.model import attention as attention_lib
 from btx_jax.model import moe, routers, routing
 from btx_jax.model.config import Config
-from btx_jax.model.linear import matmul
+from btx_jax.model.linear import matmul, swiglu
 
 _init = nn.initializers.normal(0.02)
 
@@ -77,8 +77,8 @@ class Mixture(nn.Module):
       context = context._replace(bias=bias_E)
     choice = routers.route(cfg, logits_BTE, context)
     ids_BTk = choice.ids if choice.room is None else jnp.where(choice.room, choice.ids, -1)
-    y_BTD = moe.sparse_experts(x_BTD, experts, choice.gates, ids_BTk, cfg.dispatch_factor,
-                               self.batch_axes, cfg.k)
+    y_BTD = moe.sparse_experts(x_BTD, experts, choice.gates, ids_BTk, cfg.dispatch,
+                               cfg.dispatch_factor, self.batch_axes, cfg.k)
     sums = routing.routing_sums(choice, logits_BTE, context.counted, E)
     return y_BTD, routing.Routing(sums, choice.gates, ids_BTk)
 
@@ -99,7 +99,7 @@ class Block(nn.Module):
       context = routers.Context(tokens_BT, segment_ids_BT > 0, layer, training=training)
       y_BTD, routed = Mixture(cfg, self.batch_axes, name='ffn')(h_BTD, context)
     else:
-      y_BTD, routed = moe.swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
+      y_BTD, routed = swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
     return x_BTD + y_BTD, routed
 
 

@@ -1,0 +1,162 @@
+"""Tokens to their experts and back: two forms of one function, for one device of a mesh.
+
+`in_rounds` sends tokens in buffers of fixed size, `gathered` brings all tokens of the `expert`
+axis together and sorts them. Both are exact: no token is dropped, whatever the load.
+
+Into the buffers and back again, rows move by gathers in both directions of differentiation:
+both permutations are known, whereas autodiff would turn each gather into a slow scatter-add.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from btx_jax.model.linear import swiglu
+
+
+def in_rounds(x, experts, gates, ids, room, shards):
+  """Buffers of `capacity` rows for every expert, so that each expert is a plain matmul.
+
+  What does not fit goes in a further round, which costs time only if some expert really
+  overflowed. A token picks an expert at most once, so the number of rounds that can be needed
+  is known.
+
+  Args:
+    x: the device's tokens [n, D].
+    experts: that it holds, [E / shards, ...].
+    gates: weight of each choice, [n, k].
+    ids: the chosen experts, [n, k]; -1 is none.
+    room: rows per expert in a round, as a share of n.
+    shards: devices of the axis `expert` that share the experts.
+
+  Returns:
+    [n, D].
+  """
+  (tokens, D), k = x.shape, ids.shape[-1]
+  E, pairs = experts['up'].shape[0] * shards, tokens * k
+  C = min(tokens, math.ceil(room * tokens))
+  rounds = math.ceil(tokens / C)
+
+  ids = jnp.where(ids < 0, E, ids).reshape(pairs)  # behind all others
+  by_expert = jnp.argsort(ids, stable=True)
+  count_E = jax.nn.one_hot(ids, E, dtype=jnp.int32).sum(0)
+  start_E = jnp.cumsum(count_E) - count_E
+  rank = jnp.argsort(by_expert) - start_E[ids]  # of a pair among those of its expert
+  slot = jnp.arange(E * C)
+
+  def one_round(r):
+    # Row `slot` of the buffers holds pair `pair_of_slot`; -1 is an empty row.
+    place = slot % C + r * C
+    expert = slot // C
+    pair_of_slot = jnp.where(
+        place < count_E[expert],
+        by_expert[jnp.minimum(start_E[expert] + place, pairs - 1)], -1)
+    slot_of_pair = jnp.where((ids < E) & (rank // C == r), ids * C + rank % C, -1)
+    buffers = _dispatch(x, pair_of_slot, slot_of_pair, k).reshape(E, C, D)
+    outputs = _run_experts(buffers, experts, shards).reshape(E * C, D)
+    choices = _combine(outputs, pair_of_slot, slot_of_pair).reshape(tokens, k, D)
+    return jnp.einsum('nkd,nk->nd', choices, gates.astype(choices.dtype))
+
+  y = one_round(0)
+  if rounds > 1:
+    most = count_E.max()
+    if shards > 1:  # all devices that exchange tokens must agree to go another round
+      most = jax.lax.pmax(most, 'expert')
+
+    @jax.checkpoint  # keeps nothing for the backward pass of a round that rarely happens
+    def overflow(y, r):
+      return jax.lax.cond(
+          r * C < most, lambda y: y + one_round(r), lambda y: y, y), None
+
+    y, _ = jax.lax.scan(overflow, y, jnp.arange(1, rounds))
+  return y
+
+
+def gathered(x, experts, gates, ids, room, shards):
+  """All tokens of the `expert` axis on each of its devices, sorted by expert, in one grouped
+  matmul of just the rows that there are, where the hardware has one (TPU: ragged_dot).
+
+  Takes and returns what `in_rounds` does; `room` is of no use.
+  """
+  del room
+  over_axis = lambda a: jax.lax.all_gather(a, 'expert', tiled=True) if shards > 1 else a
+  x, gates, ids = over_axis(x), over_axis(gates), over_axis(ids)
+  (tokens, D), k = x.shape, ids.shape[-1]
+  held = experts['up'].shape[0]
+  first = jax.lax.axis_index('expert') * held if shards > 1 else 0
+  own = ids.reshape(-1) - first
+  own = jnp.where((own >= 0) & (own < held), own, held)  # behind all others
+  by_expert = jnp.argsort(own, stable=True)
+  sizes = jax.nn.one_hot(own, held, dtype=jnp.int32).sum(0)
+  slots = jnp.arange(tokens * min(k, held))  # a token picks an expert at most once
+  pair_of_slot = jnp.where(slots < sizes.sum(), by_expert[:len(slots)], -1)
+  slot_of_pair = jnp.where(own < held, jnp.argsort(by_expert), -1)
+
+  def grouped(rows, w):
+    # What is behind the last group is not defined.
+    return jnp.where((pair_of_slot >= 0)[:, None], jax.lax.ragged_dot(rows, w, sizes), 0)
+
+  rows = _dispatch(x, pair_of_slot, slot_of_pair, k)
+  outputs = swiglu(rows, experts, grouped)
+  choices = _combine(outputs, pair_of_slot, slot_of_pair).reshape(tokens, k, D)
+  y = jnp.einsum('nkd,nk->nd', choices, gates.astype(choices.dtype))
+  return jax.lax.psum_scatter(y, 'expert', tiled=True) if shards > 1 else y
+
+
+def _run_experts(buffers_ECD, experts, shards):
+  """Sends buffers to where their experts are, applies these, and sends the results back."""
+  if shards > 1:  # [E, C, D] -> own experts' rows from every device, [E / shards, ...]
+    buffers_ECD = jax.lax.all_to_all(
+        buffers_ECD, 'expert', split_axis=0, concat_axis=1, tiled=True)
+  # One plain matmul an expert: XLA's batched form transposes the whole stack of weights for
+  # its gradient.
+  outputs = jnp.stack([
+      swiglu(rows, {name: w[i] for name, w in experts.items()})
+      for i, rows in enumerate(buffers_ECD)])
+  if shards > 1:
+    outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
+  return outputs
+
+
+def _rows(x, index):
+  """x[index], and zeros where index is negative."""
+  return jnp.where((index >= 0)[:, None], x[jnp.maximum(index, 0)], 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(x, pair_of_slot, slot_of_pair, k):
+  """Rows of tokens [n, D] into slots: the token of pair p is p // k."""
+  del slot_of_pair
+  return _rows(x, jnp.where(pair_of_slot >= 0, pair_of_slot // k, -1))
+
+
+def _dispatch_fwd(x, pair_of_slot, slot_of_pair, k):
+  return _dispatch(x, pair_of_slot, slot_of_pair, k), slot_of_pair
+
+
+def _dispatch_bwd(k, slot_of_pair, dslots):
+  dpairs = _rows(dslots, slot_of_pair)
+  return dpairs.reshape(-1, k, dpairs.shape[-1]).sum(1), None, None
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def _combine(outputs, pair_of_slot, slot_of_pair):
+  """Rows of slots back to pairs; zeros for a pair that was not in this round."""
+  del pair_of_slot
+  return _rows(outputs, slot_of_pair)
+
+
+def _combine_fwd(outputs, pair_of_slot, slot_of_pair):
+  return _combine(outputs, pair_of_slot, slot_of_pair), pair_of_slot
+
+
+def _combine_bwd(pair_of_slot, dpairs):
+  return _rows(dpairs, pair_of_slot), None, None
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)
