@@ -84,8 +84,9 @@ def get_config() -> ConfigDict:
       'remat': False,
       # 'xla', or 'cudnn' on an NVIDIA GPU.
       'attention': 'xla',
-      # How tokens get to experts and back, a matter of speed: 'rounds' of buffers of fixed size,
-      # 'gather' (of all tokens, and a grouped matmul), or 'auto', the one for the platform.
+      # How tokens get to experts and back, a matter of speed: in buffers of fixed size, for a
+      # matmul an expert ('plain', for CPU and GPU) or one of all that skips what is empty
+      # ('grouped', for TPU); 'gather', all tokens to all; or 'auto', the one for the platform.
       'dispatch': 'auto',
       # Room of an expert in one round of dispatch; a matter of speed, nothing is dropped.
       'dispatch_factor': 1.25,

@@ -249,7 +249,7 @@ def new(**fields):
     ('config.model.dtype = "bfloat"', "model.dtype = 'bfloat'; did you mean 'bfloat16'?"),
     ('config.model.attention = "cudn"', "model.attention = 'cudn'; did you mean 'cudnn'?"),
     ('config.model.attention = "cudnn"', "'cudnn' needs model.dtype = 'bfloat16'."),
-    ('config.model.dispatch = "round"', "model.dispatch = 'round'; did you mean 'rounds'?"),
+    ('config.model.dispatch = "group"', "model.dispatch = 'group'; did you mean 'grouped'?"),
     ('config.model.dispatch_factor = 0.0', 'model.dispatch_factor = 0.0 must be positive.'),
     # Optimizer and training
     ('config.optimizer.peak_lr = 0.0', 'runs.seed: optimizer.peak_lr = 0.0 must be positive.'),

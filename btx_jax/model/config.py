@@ -7,7 +7,7 @@ import dataclasses
 
 from btx_jax.errors import UsageError, nearest
 
-DISPATCHES = ('auto', 'rounds', 'gather')
+DISPATCHES = ('auto', 'plain', 'grouped', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
 # Those that choose by scores, so that a bias can change the choice.
 SCORING = ('top_k', 'softmax_top_k', 'switch')
@@ -41,10 +41,10 @@ class Config:
     dtype: of the computation, 'float32' or 'bfloat16'; parameters are always float32.
     remat: recompute each layer in the backward pass instead of keeping its activations.
     attention: implementation of attention: 'xla' (anywhere) or 'cudnn' (GPU, bfloat16).
-    dispatch: how tokens get to experts, a matter of speed only: 'rounds', 'gather' (dispatch.py),
-      or 'auto', the one for the platform.
-    dispatch_factor: of 'rounds': room for tokens per expert in one round of dispatch, in units of a
-      balanced load. What overflows is done in a further round.
+    dispatch: how tokens get to experts, a matter of speed only: see moe.FORMS; 'auto' is the one
+      for the platform.
+    dispatch_factor: of all but 'gather': room for tokens per expert in one round of dispatch, in
+      units of a balanced load. What overflows is done in a further round.
   """
   vocab_size: int
   dim: int

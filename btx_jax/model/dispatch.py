@@ -1,7 +1,8 @@
-"""Tokens to their experts and back: two forms of one function, for one device of a mesh.
+"""Tokens to their experts and back: forms of one function, for one device of a mesh.
 
-`in_rounds` sends tokens in buffers of fixed size, `gathered` brings all tokens of the `expert`
-axis together and sorts them. Both are exact: no token is dropped, whatever the load.
+`in_rounds` sends tokens in buffers of fixed size, to experts that are each a `plain` matmul or
+all one that is `grouped`; `gathered` brings all tokens of the `expert` axis together. All are
+exact: no token is dropped, whatever the load.
 
 Into the buffers and back again, rows move by gathers in both directions of differentiation:
 both permutations are known, whereas autodiff would turn each gather into a slow scatter-add.
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 from btx_jax.model.linear import swiglu
 
 
-def in_rounds(x, experts, gates, ids, room, shards):
-  """Buffers of `capacity` rows for every expert, so that each expert is a plain matmul.
+def in_rounds(x, experts, gates, ids, room, shards, run):
+  """Buffers of `capacity` rows for every expert.
 
   What does not fit goes in a further round, which costs time only if some expert really
   overflowed. A token picks an expert at most once, so the number of rounds that can be needed
@@ -30,6 +31,7 @@ def in_rounds(x, experts, gates, ids, room, shards):
     ids: the chosen experts, [n, k]; -1 is none.
     room: rows per expert in a round, as a share of n.
     shards: devices of the axis `expert` that share the experts.
+    run: `plain` or `grouped`.
 
   Returns:
     [n, D].
@@ -55,7 +57,8 @@ def in_rounds(x, experts, gates, ids, room, shards):
         by_expert[jnp.minimum(start_E[expert] + place, pairs - 1)], -1)
     slot_of_pair = jnp.where((ids < E) & (rank // C == r), ids * C + rank % C, -1)
     buffers = _dispatch(x, pair_of_slot, slot_of_pair, k).reshape(E, C, D)
-    outputs = _run_experts(buffers, experts, shards).reshape(E * C, D)
+    filled_E = jnp.clip(count_E - r * C, 0, C)
+    outputs = _send(buffers, filled_E, experts, shards, run).reshape(E * C, D)
     choices = _combine(outputs, pair_of_slot, slot_of_pair).reshape(tokens, k, D)
     return jnp.einsum('nkd,nk->nd', choices, gates.astype(choices.dtype))
 
@@ -75,49 +78,79 @@ def in_rounds(x, experts, gates, ids, room, shards):
 
 
 def gathered(x, experts, gates, ids, room, shards):
-  """All tokens of the `expert` axis on each of its devices, sorted by expert, in one grouped
-  matmul of just the rows that there are, where the hardware has one (TPU: ragged_dot).
+  """All tokens of the `expert` axis on each of its devices, in one grouped matmul.
 
-  Takes and returns what `in_rounds` does; `room` is of no use.
+  The simplest form, of ordinary collectives alone. Takes and returns what `in_rounds` does;
+  `room` is of no use.
   """
   del room
   over_axis = lambda a: jax.lax.all_gather(a, 'expert', tiled=True) if shards > 1 else a
   x, gates, ids = over_axis(x), over_axis(gates), over_axis(ids)
-  (tokens, D), k = x.shape, ids.shape[-1]
   held = experts['up'].shape[0]
   first = jax.lax.axis_index('expert') * held if shards > 1 else 0
   own = ids.reshape(-1) - first
-  own = jnp.where((own >= 0) & (own < held), own, held)  # behind all others
-  by_expert = jnp.argsort(own, stable=True)
-  sizes = jax.nn.one_hot(own, held, dtype=jnp.int32).sum(0)
-  slots = jnp.arange(tokens * min(k, held))  # a token picks an expert at most once
-  pair_of_slot = jnp.where(slots < sizes.sum(), by_expert[:len(slots)], -1)
-  slot_of_pair = jnp.where(own < held, jnp.argsort(by_expert), -1)
-
-  def grouped(rows, w):
-    # What is behind the last group is not defined.
-    return jnp.where((pair_of_slot >= 0)[:, None], jax.lax.ragged_dot(rows, w, sizes), 0)
-
-  rows = _dispatch(x, pair_of_slot, slot_of_pair, k)
-  outputs = swiglu(rows, experts, grouped)
-  choices = _combine(outputs, pair_of_slot, slot_of_pair).reshape(tokens, k, D)
-  y = jnp.einsum('nkd,nk->nd', choices, gates.astype(choices.dtype))
+  choices = _grouped(x, experts, jnp.where((own >= 0) & (own < held), own, held))
+  y = jnp.einsum('nkd,nk->nd', choices.reshape(*ids.shape, -1), gates.astype(choices.dtype))
   return jax.lax.psum_scatter(y, 'expert', tiled=True) if shards > 1 else y
 
 
-def _run_experts(buffers_ECD, experts, shards):
-  """Sends buffers to where their experts are, applies these, and sends the results back."""
-  if shards > 1:  # [E, C, D] -> own experts' rows from every device, [E / shards, ...]
-    buffers_ECD = jax.lax.all_to_all(
-        buffers_ECD, 'expert', split_axis=0, concat_axis=1, tiled=True)
-  # One plain matmul an expert: XLA's batched form transposes the whole stack of weights for
-  # its gradient.
-  outputs = jnp.stack([
-      swiglu(rows, {name: w[i] for name, w in experts.items()})
-      for i, rows in enumerate(buffers_ECD)])
+def plain(buffers, counts, experts):
+  """The experts on their buffers [experts, rows, D], each a matmul of all rows, empty or not."""
+  del counts
+  # One by one: XLA's batched form transposes the whole stack of weights for its gradient.
+  return jnp.stack([swiglu(rows, {name: w[i] for name, w in experts.items()})
+                    for i, rows in enumerate(buffers)])
+
+
+def grouped(buffers, counts, experts):
+  """The same in one grouped matmul of just the rows that are not empty.
+
+  `counts`: [experts, devices], rows in use at the front of what each device sent.
+  """
+  (held, rows, D), devices = buffers.shape, counts.shape[1]
+  place = jnp.arange(rows // devices)
+  in_use = place[None, None] < counts[..., None]
+  expert = jnp.where(in_use, jnp.arange(held)[:, None, None], held)
+  outputs = _grouped(buffers.reshape(held * rows, D), experts, expert.reshape(-1))
+  return outputs.reshape(buffers.shape)
+
+
+def _send(buffers_ECD, filled_E, experts, shards, run):
+  """Sends buffers to where their experts are, applies these, and sends the results back.
+
+  `filled_E`: rows of each buffer that are in use.
+  """
+  to_experts = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)
+  counts = filled_E[:, None]
+  if shards > 1:  # own experts' rows from every device, [E / shards, shards * C, D]
+    buffers_ECD, counts = to_experts(buffers_ECD), to_experts(counts)
+  outputs = run(buffers_ECD, counts, experts)
   if shards > 1:
     outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
   return outputs
+
+
+def _grouped(x, experts, expert_of_pair):
+  """What experts give to pairs of a token and an expert, [pairs, D].
+
+  Pair p is of token p // k, the tokens x [n, D]; one whose expert is as high as there are
+  experts has none, and gives zeros. Where the hardware has a grouped matmul (TPU), these cost
+  nothing; elsewhere it costs as many times the work as there are experts.
+  """
+  (tokens, _), held = x.shape, experts['up'].shape[0]
+  k = len(expert_of_pair) // tokens
+  by_expert = jnp.argsort(expert_of_pair, stable=True)
+  sizes = jax.nn.one_hot(expert_of_pair, held, dtype=jnp.int32).sum(0)
+  slots = jnp.arange(tokens * min(k, held))  # a token picks an expert at most once
+  pair_of_slot = jnp.where(slots < sizes.sum(), by_expert[:len(slots)], -1)
+  slot_of_pair = jnp.where(expert_of_pair < held, jnp.argsort(by_expert), -1)
+
+  def matmul(rows, w):
+    # What is behind the last group is not defined.
+    return jnp.where((pair_of_slot >= 0)[:, None], jax.lax.ragged_dot(rows, w, sizes), 0)
+
+  outputs = swiglu(_dispatch(x, pair_of_slot, slot_of_pair, k), experts, matmul)
+  return _combine(outputs, pair_of_slot, slot_of_pair)
 
 
 def _rows(x, index):

@@ -13,10 +13,13 @@ from btx_jax import sharding
 from btx_jax.model import dispatch
 from btx_jax.model.linear import swiglu
 
-# The forms of dispatch, and which is for a platform that the program is compiled for: a TPU has
-# a grouped matmul, elsewhere that costs as many times the work as there are groups.
-FORMS = {'rounds': dispatch.in_rounds, 'gather': dispatch.gathered}
-_OF_PLATFORM = {'tpu': 'gather'}
+FORMS = {
+    'plain': functools.partial(dispatch.in_rounds, run=dispatch.plain),
+    'grouped': functools.partial(dispatch.in_rounds, run=dispatch.grouped),
+    'gather': dispatch.gathered,
+}
+# Of the platform that a program is compiled for; 'plain' of all others.
+_OF_PLATFORM = {'tpu': 'grouped'}
 
 
 def dense_experts(x_BTD, experts, gates_BTE):
@@ -43,7 +46,7 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form='auto',
     gates_BTk: weight of each choice.
     ids_BTk: the chosen experts, different ones for each token; -1 is none.
     form: of FORMS, or 'auto': the one for the platform that this is compiled for.
-    dispatch_factor: of 'rounds': rows per expert in a round, in units of a balanced load.
+    dispatch_factor: of all but 'gather': rows per expert in a round, in units of a balanced load.
     batch_axes: the mesh axes over which rows are sharded.
     load: choices of a token to make room for, if many are -1; k by default.
 
@@ -53,11 +56,11 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form='auto',
   mesh = jax.sharding.get_abstract_mesh()
   E, _, F = experts['up'].shape
   room = dispatch_factor * (load or ids_BTk.shape[-1]) / E
-  if mesh.empty:
-    return _on_device(x_BTD, experts, gates_BTk, ids_BTk, FORMS.get(form, dispatch.in_rounds),
-                      room, 1, None)
   if form == 'auto':
-    form = _OF_PLATFORM.get(mesh.abstract_device.platform, 'rounds')
+    form = _OF_PLATFORM.get(None if mesh.empty else mesh.abstract_device.platform, 'plain')
+  if mesh.empty:
+    return _on_device(x_BTD, experts, gates_BTk, ids_BTk, FORMS[form],
+                      room, 1, None)
   held = 'expert' in batch_axes and sharding.holds_experts(mesh.shape['expert'], E)
   axis, width_axis = 'expert' if held else None, sharding.axis_that_cuts('tensor', F)
   body = functools.partial(_on_device, form=FORMS[form], room=room,
