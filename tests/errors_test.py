@@ -268,7 +268,7 @@ def new(**fields):
     (new(train='{"freeze": base.FREEZE_EXPERTS}'), "'/experts/' is found in no parameter; valid: "
      "'embed', 'head', 'layers/attn/k', "),
     (new(train='{"freeze": ("embed", ".*")}'), "train.freeze = ('embed', '.*') leaves nothing to "
-     "train of embed, head, layers/attn/k, "),
+     "train of embed, layers/attn/q, layers"),
     ('config.train.batch_size = 0', 'train.batch_size = 0 must be at least 1.'),
     ('config.train.accumulation = 3', 'is not a multiple of train.accumulation = 3.'),
     ('config.train.balance_scope = "bach"', "'bach'; did you mean 'batch'?"),

@@ -13,7 +13,7 @@ import pytest
 
 from btx_jax import btx, sharding
 from btx_jax.model import config as model_config
-from btx_jax.model import llama, moe, routers, routing
+from btx_jax.model import dispatch, llama, moe, routers, routing
 from btx_jax.model.routers import Context, Training
 from tests.helpers import TINY_MIXTURE, assert_trees_close, normal, use_mesh
 
@@ -164,7 +164,7 @@ def test_sample_top_1_computes_one_expert_a_token_and_all_in_the_first_layer(mon
   """Rows of the buffers: beyond the first round there are some only if an expert overflows."""
   cfg, rows = CONFIGS['sample_top_1'], []
   run = lambda buffers, *_: rows.append(buffers.shape) or buffers
-  monkeypatch.setattr(moe, '_run_experts', run)
+  monkeypatch.setattr(dispatch, '_run_experts', run)
   params = {'router': np.zeros((D, E)), 'experts': {
       'gate': np.zeros((E, D, 20)), 'up': np.zeros((E, D, 20)), 'down': np.zeros((E, 20, D))}}
   jax.eval_shape(lambda: llama.Mixture(cfg, sharding.BATCH_AXES).apply(
