@@ -47,7 +47,7 @@ def get_config():
       'router_first': variant(init=base.checkpoint('router_only')),
       # Mixing
       'without_seed': variant(init=base.mix(*experts)),
-      'weighted': variant(init=base.mix(*sources, averaged=experts)),
+      'seed_unaveraged': variant(init=base.mix(*sources, averaged=experts)),
       'split': variant(init=base.mix(*sources, arrangement='split', chunks=2), model={'top_k': 4}),
       'plain_split': variant(init=base.mix(*sources, arrangement='plain_split', chunks=2),
                              model={'top_k': 4}),
