@@ -1,0 +1,98 @@
+"""What a mixture costs beside a dense model of the same active FLOPs, and each form of dispatch.
+
+  python -m tests.benchmarks.dispatch [turns]
+
+Times whole train steps, taking turns: dense with twice the feed-forward width, and top-2 of 4 and
+of 8 experts. Then a layer of experts, forward and backward, in each form of dispatch, with balanced
+load and with all tokens on the same experts.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from btx_jax import optim, plan, sharding, train
+from btx_jax.model import llama, moe
+from btx_jax.model.config import Config
+from btx_jax.objective import Objective
+
+B, T = 8, 256
+MIXTURE = Config(vocab_size=4096, dim=256, ffn_dim=704, num_layers=4, num_heads=4, num_kv_heads=4,
+                 tied_head=True, num_experts=4)
+MODELS = {
+    'dense': dataclasses.replace(MIXTURE, num_experts=0, ffn_dim=2 * MIXTURE.ffn_dim),
+    'top-2 of 4': MIXTURE,
+    'top-2 of 8': dataclasses.replace(MIXTURE, num_experts=8),
+}
+
+
+def take_turns(calls, turns: int) -> dict[str, np.ndarray]:
+  """Seconds of each call in each turn; the order changes from turn to turn."""
+  seconds = {name: [] for name in calls}
+  for call in calls.values():
+    call()
+  for turn in range(turns):
+    for name in sorted(calls, reverse=turn % 2):
+      began = time.perf_counter()
+      calls[name]()
+      seconds[name].append(time.perf_counter() - began)
+  return {name: np.array(times) for name, times in seconds.items()}
+
+
+def train_step(cfg: Config, batch):
+  tx = optim.adamw(plan.Optimizer(peak_lr=1e-3), optax.constant_schedule(1e-3))
+  step = jax.jit(train.make_train_step(cfg, tx, Objective()), donate_argnums=0)
+  states = [train.create_state(llama.init(cfg, jax.random.key(0)), tx)]
+
+  def call():
+    states[0], metrics = step(states[0], batch)
+    jax.block_until_ready(metrics)
+
+  return call
+
+
+def layer(form: str, num_experts: int, balanced: bool):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  D, F = MIXTURE.dim, MIXTURE.ffn_dim
+  experts = {'gate': normal(num_experts, D, F), 'up': normal(num_experts, D, F),
+             'down': normal(num_experts, F, D)}
+  ids = np.argsort(rng.random((B, T, num_experts)), -1)[..., :2] if balanced else (
+      np.broadcast_to([0, 1], (B, T, 2)))
+  args = normal(B, T, D), experts, jnp.full((B, T, 2), 0.5), jnp.asarray(ids, jnp.int32)
+  f = lambda x, experts, gates, ids: moe.sparse_experts(x, experts, gates, ids, form).sum()
+  f = jax.jit(jax.grad(f, (0, 1, 2)))
+  return lambda: jax.block_until_ready(f(*args))
+
+
+def main():
+  turns = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, MIXTURE.vocab_size, (2, 1, B, T)).astype(np.int32)
+  batch = {'tokens': ids[0], 'targets': ids[1], 'segment_ids': np.ones((1, B, T), np.int32),
+           'positions': np.tile(np.arange(T, dtype=np.int32), (1, B, 1)),
+           'loss_mask': np.ones((1, B, T), bool), 'domain': np.zeros((1, B), np.int32)}
+  with jax.set_mesh(sharding.make_mesh()):
+    times = take_turns({name: train_step(cfg, batch) for name, cfg in MODELS.items()}, turns)
+    for name, of in (('top-2 of 4', 'dense'), ('top-2 of 8', 'top-2 of 4')):
+      ratio = np.median(times[name] / times[of])
+      print(f'train step, {name}: {np.median(times[name]):.3f} s, {ratio:.2f} times {of} '
+            f'({np.median(times[of]):.3f} s)')
+    print(f'{"a layer, forward and backward":30} {"balanced":>10} {"on two experts":>15}')
+    calls = {(form, num_experts, balanced): functools.partial(layer, form, num_experts, balanced)()
+             for form in moe.FORMS for num_experts in (4, 8) for balanced in (True, False)}
+    times = take_turns(calls, max(turns // 4, 3))
+    for form in moe.FORMS:
+      for num_experts in (4, 8):
+        seconds = [np.median(times[form, num_experts, balanced]) for balanced in (True, False)]
+        print(f'{f"{form}, {num_experts} experts":30} {seconds[0]:8.3f} s {seconds[1]:13.3f} s')
+
+
+if __name__ == '__main__':
+  main()
