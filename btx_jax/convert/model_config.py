@@ -161,15 +161,17 @@ def mixtral_top_k(model: Config) -> int:
   Raises:
     UsageError: the model's router computes something else.
   """
-  # Of the routers of model.router, those that Mixtral can express.
-  router = getattr(model, 'router', 'top_k')
-  if router == 'soft':  # every expert, each by its softmax: top-k with k = E
-    return model.num_experts
-  if router != 'top_k':
-    raise UsageError(f"model.router = {router!r} cannot be exported: Mixtral's gates are the "
+  # Where every expert is chosen, each counts by the softmax over all, and no bias chooses.
+  if model.router in ('top_k', 'softmax_top_k', 'soft') and model.k == model.num_experts:
+    return model.k
+  if model.router != 'top_k':
+    raise UsageError(f"model.router = {model.router!r} cannot be exported: Mixtral's gates are the "
                      "softmax over the logits of its k experts, which are those of 'top_k' (any "
                      "k) and of 'soft'. Finetune the mixture with model.router = 'top_k'.")
-  return model.top_k
+  if model.router_bias:
+    raise UsageError('A mixture whose choice of experts has a bias cannot be exported: Mixtral '
+                     'has none. Finetune it with train.balance_bias = 0, from a model without.')
+  return model.k
 
 
 def context_length(found: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ import uuid
 import ml_dtypes
 import numpy as np
 
-from btx_jax.errors import UsageError
+from btx_jax.errors import RunError, UsageError
 
 Index = tuple[slice, ...]
 
@@ -73,13 +73,12 @@ class File:
       view: the shape that `index` is about, where it is not that of the file.
 
     Raises:
-      UsageError: the tensor is of a type that models are not kept in, or the file has been
-        cut short since it was opened.
+      ValueError: the tensor is of a type that models are not kept in.
+      RunError: the file has been cut short since it was opened.
     """
     tensor = self.tensors[name]
     if tensor.dtype not in DTYPES:
-      raise UsageError(f'{self.path}: {name} is of type {tensor.dtype}; weights can be '
-                       f'{", ".join(DTYPES)}. Save the model in one of these.')
+      raise ValueError(f'{self.path}: {name} is of type {tensor.dtype}, not {", ".join(DTYPES)}.')
     if view is None and not tensor.shape:
       return self.read(name, (), (1,)).reshape(())
     shape = tensor.shape if view is None else view
@@ -122,7 +121,8 @@ class File:
     while view:
       count = file.readinto(view)
       if not count:
-        raise UsageError(f'{self.path} has become shorter while it was read.')
+        raise RunError(f'{self.path} has become shorter since it was opened. Copy or download it '
+                       'again.')
       view = view[count:]
 
 

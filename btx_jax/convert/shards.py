@@ -40,8 +40,8 @@ class Shards:
             'can run anything. Write it anew as safetensors where you trust it: in transformers, '
             'AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., '
             'safe_serialization=True).')
-      raise UsageError(f'{folder} has neither {_SINGLE} nor {_INDEX}: it is no folder of a '
-                       'Hugging Face model.')
+      raise UsageError(f'{folder} has neither model.safetensors nor '
+                       'model.safetensors.index.json: it is no folder of a Hugging Face model.')
     self.tensors: dict[str, Tensor] = {
         name: self._files[file].tensors[name] for name, file in self._where.items()}
 
@@ -103,7 +103,7 @@ def _open(folder: str, where: Mapping[str, str]) -> dict[str, File]:
       problems += [f'{name} of {shard} is not in the index'
                    for name in sorted({*files[shard].tensors} - listed)]
   if problems:
-    raise UsageError(f'{os.path.join(folder, _INDEX)} does not fit its folder: '
+    raise UsageError(f'{folder}: model.safetensors.index.json does not fit the files there: '
                      f'{"; ".join(problems)}. Copy or download the folder again.')
   return files
 
