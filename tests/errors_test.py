@@ -205,7 +205,7 @@ config.tokenizer.path = str(here / "x.model")'''
     ("config.domains.code = {'path': '/x'}", "domains.code.path is not a field; did you mean"),
     ("config.runs = {'a': {'init': 'random', 'steps': 3}}", 'runs.a.domains is missing'),
     (new(init="'seed'"), "runs.new.init = 'seed' is of type str, and must be a group of fields."),
-    (new(init="{'kind': 'random'}"), 'runs.new.init.folder is missing'),
+    (new(init="{'kind': 'random'}"), 'runs.new.init.runs is missing'),
     (new(domains="'code'"), "mine.py, line 17: AttributeError: 'str' object has no attribute"),
     (new(domains="{'code': 'x'}"), "ValueError: could not convert string to float: 'x'"),
     (new(steps="'3'"), "runs.new.steps = '3' is of type str, and must be a whole number."),
@@ -228,10 +228,9 @@ config.tokenizer.path = str(here / "x.model")'''
     (new(init='base.checkpoint("new")'), 'in a circle: new -> new'),
     ('config.runs["data/x"] = config.runs.seed', "'data/x' cannot be the name of a run"),
     (new(init='base.mix()'), 'runs.new.init: mix names no run to start from.'),
-    (new(init='ConfigDict({"kind": "checkpoint", "runs": ("seed", "seed"), "folder": ""})'),
+    (new(init='ConfigDict({"kind": "checkpoint", "runs": ("seed", "seed")})'),
      'a checkpoint has one source, not 2.'),
-    (new(init='ConfigDict({"kind": "average", "runs": ("seed",), "folder": ""})'),
-     "runs.new.init.kind = 'av"),
+    (new(init='ConfigDict({"kind": "average", "runs": ("seed",)})'), "runs.new.init.kind = 'av"),
     (new(init='base.mix("seed", "btx")'), "runs.new mixes 'btx', which is a mixture already."),
     (new(init='base.random()', model='{"dim": 32}') + '\n' + new(
         init='base.mix("seed", "new")').replace('runs.new', 'runs.both'),
@@ -379,6 +378,9 @@ config.tokenizer.path = str(here / "x.model")'''
     (pretrained(SMALL_TOKENIZER, model='{"dim": 32}'), 'parameters: dim = 32 (it starts from 16).'),
     (pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + '\nconfig.stacked = ("new", "new")',
      "stacked names 'new', which is not trained."),
+    (pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + '\nconfig.evaluation.merge = ("all",)\n'
+     'config.runs = {"new": config.runs.new, "both": base.run(base.mix("new", "new"), '
+     '{"code": 1}, steps=1)}', "evaluation.merge: 'new' is a pretrained model"),
 ])
 def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
@@ -439,10 +441,13 @@ def test_a_working_directory_that_is_a_file(run, config, tmp_path):
   check(run(config(), f'--workdir={tmp_path / "file" / "work"}'), 'Not a directory', code=1)
 
 
-def test_a_mixture_that_mixtral_does_not_compute(run, config, work, tmp_path):
-  lines = 'from btx_jax.model import config as c\nc.Config.router = "switch"'
-  check(run(config(lines), f'--workdir={work}', 'export', '--run=btx', f'--to={tmp_path / "x"}'),
-        "model.router = 'switch' cannot be exported")
+@pytest.mark.parametrize('argument, message', [
+    ('--config.model.router=switch', "model.router = 'switch' cannot be exported"),
+    ('--config.train.balance_bias=0.1', 'has a bias cannot be exported'),
+])
+def test_a_mixture_that_mixtral_does_not_compute(run, config, tmp_path, argument, message):
+  check(run(config(), f'--workdir={tmp_path / "work"}', 'export', '--run=btx', '--to=x', argument),
+        message)
 
 
 def test_a_pretrained_model_that_is_cut_off_meanwhile(run, config, tmp_path):

@@ -91,9 +91,9 @@ def test_of_both_kinds_in_a_folder_sentencepiece_is_taken(tmp_path):
 # Models
 
 
-def write_model(folder, seed=0):
-  params = random_params(MODEL, seed)
-  export.export(str(folder), MODEL, export.Arrays(params), 'float32', max_length=99, balance=0.0,
+def write_model(folder, seed=0, dtype='float32'):
+  params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), random_params(MODEL, seed))
+  export.export(str(folder), MODEL, export.Arrays(params), dtype, max_length=99, balance=0.0,
                 bos_id=0, eos_id=1, card='',
                 tokenizer_files={file.name: file.read_bytes() for file in TOKENIZER.iterdir()})
   return params
@@ -108,6 +108,7 @@ def study(text, folder):
       'expert/code': base.run(base.checkpoint('seed'), {'code': 1}, steps=1),
       'tuned': base.run(base.hugging_face(str(folder)), {'code': 1}, steps=1,
                         model={'remat': True, 'top_k': 1}),
+      'btx': base.run(base.mix('seed', 'seed'), {'code': 1}, steps=1),
   }
   return config
 
@@ -117,7 +118,7 @@ def test_a_pretrained_seed(text, tmp_path):
   params = write_model(tmp_path / 'model')
   config = study(text, tmp_path / 'model')
   config.mesh.update(fsdp=1, expert=1, tensor=1)  # which compiles faster
-  del config.runs['tuned']
+  del config.runs['tuned'], config.runs['btx']
   pipeline = Pipeline(config, str(tmp_path / 'work'))
   pipeline.train()
   assert pipeline.state('seed') == pipeline.state('expert/code') == manifest.COMPLETE
@@ -147,12 +148,12 @@ def test_a_pretrained_seed(text, tmp_path):
 
 
 def test_sizes_are_the_folders_and_the_rest_is_the_configs(text, tmp_path):
-  params = write_model(tmp_path / 'model')
+  params = write_model(tmp_path / 'model', dtype='bfloat16')
   config = study(text, tmp_path / 'model')
-  config.model.update(dtype='bfloat16', top_k=3, norm_eps=0.1, rope_theta=3.0)
+  config.model.update(dtype='bfloat16', top_k=2, norm_eps=0.1, rope_theta=3.0)
   pipeline = Pipeline(config, str(tmp_path / 'work'))
   assert pipeline.runs['seed'].model == dataclasses.replace(
-      MODEL, dtype='bfloat16', top_k=3, dispatch_factor=2.0)
+      MODEL, dtype='bfloat16', top_k=2, dispatch_factor=2.0)
   assert pipeline.runs['tuned'].model == dataclasses.replace(
       MODEL, dtype='bfloat16', top_k=1, dispatch_factor=2.0, remat=True)
   with jax.set_mesh(pipeline.mesh):
@@ -160,6 +161,12 @@ def test_sizes_are_the_folders_and_the_rest_is_the_configs(text, tmp_path):
     assert_trees_equal(found, params)
     expected = sharding.shardings(params, pipeline.mesh)
     assert jax.tree.map(lambda x: x.sharding, found) == expected
+    mixture = pipeline.initial_params(pipeline.runs['btx'])
+  experts = mixture['layers'].pop('ffn')['experts']
+  dense = params['layers'].pop('ffn')
+  assert_trees_equal(mixture, params)
+  for i in range(2):
+    assert_trees_equal({name: leaf[:, i] for name, leaf in experts.items()}, dense)
   os.rename(tmp_path / 'model', tmp_path / 'moved')
   moved = study(text, tmp_path / 'moved')
   moved.model.update(config.model)
