@@ -179,5 +179,11 @@ def test_a_pretrained_mixture_keeps_its_experts(text):
   config.tokenizer.path = 'some'
   config.runs = {'seed': base.run(base.hugging_face(
       str(TOKENIZER.parent / 'mixtral')), {'code': 1}, steps=3)}
-  model = plan.make_plan(config, 40)['seed'].model
-  assert (model.num_experts, model.top_k) == (4, 2)
+  config.model.update(router='switch', top_k=1)  # of mixtures that are made here
+  found = plan.make_plan(config, 40)['seed'].model
+  assert (found.num_experts, found.router, found.k, found.router_bias) == (4, 'top_k', 2, False)
+  config.train.balance_bias = 0.1
+  assert plan.make_plan(config, 40)['seed'].model == dataclasses.replace(found, router_bias=True)
+  config.runs.seed.steps = 0
+  config.runs.seed.domains = {}
+  assert plan.make_plan(config, 40)['seed'].model == found  # nothing trains it

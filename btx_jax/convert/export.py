@@ -21,9 +21,7 @@ _PIECE = 1 << 27  # bytes that are converted at a time
 
 
 class Source(Protocol):
-  """Parameters by slices, as hugging_face.Folder has them."""
-  shapes: Mapping[str, tuple[int, ...]]
-  dtypes: Mapping[str, np.dtype]
+  """Parameters by slices, as hugging_face.Folder and checkpoint.Saved give them."""
 
   def read(self, path: str, index: Index) -> np.ndarray:
     """A slice of the parameter at the '/'-joined path."""
