@@ -22,7 +22,8 @@ def check(config) -> None:
     _check_section(f'domains.{name}', domain, base.domain())
   for name, run in config.runs.items():
     kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
-    init = base.mix(rules={'': ''}) if kind == 'mix' else base.random()
+    init = {'mix': base.mix(rules={'': ''}), 'hugging_face': base.hugging_face('')}.get(
+        kind, base.random())
     _check_section(f'runs.{name}', run, base.run(init, {}))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)

@@ -7,6 +7,7 @@ command again continues where the last one stopped.
   status   how all runs are getting on (--watch: again and again; --json: for machines)
   report   writes the report anew, from what there is so far
   data     what the text of each domain is like
+  export   writes the model of --run into the folder --to, as Hugging Face has it
 
 Fields of the config are set by --config.optimizer.peak_lr=1e-3 and the like. As one of several
 processes, on as many hosts: --distributed, or --coordinator with its companions
@@ -32,6 +33,8 @@ PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Trace so many steps of each run, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: look again every two seconds, until Ctrl-C.')
 JSON = flags.DEFINE_bool('json', False, 'status: as JSON.')
+TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
+DTYPE = flags.DEFINE_string('dtype', 'bfloat16', 'export: bfloat16 or float32, of the weights.')
 DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One of several processes, which jax finds itself: on TPU VMs, GKE, '
     'Slurm. See docs/processes.md.')
@@ -106,7 +109,19 @@ def data(name: str, workdir: str):
   describe.show(Study(CONFIG.value, workdir))
 
 
-COMMANDS = {'train': train, 'status': status, 'report': report, 'data': data}
+def export(name: str, workdir: str):
+  """Writes the model of a run as a Hugging Face folder."""
+  del name
+  if not RUN.value or not TO.value:
+    raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
+  from btx_jax.convert import publish
+  from btx_jax.pipeline import Pipeline
+  from btx_jax.terminal import say
+  publish.publish(Pipeline(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
+  say(f'{RUN.value} is in {TO.value}')
+
+
+COMMANDS = {'train': train, 'status': status, 'report': report, 'data': data, 'export': export}
 
 
 def run(argv: list[str]):
@@ -136,7 +151,7 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    ours = [flag.name for flag in (CONFIG, WORKDIR, RUN, PROFILE, WATCH, JSON, DEBUG)]
+    ours = [flag.name for flag in (CONFIG, WORKDIR, RUN, PROFILE, WATCH, JSON, TO, DTYPE, DEBUG)]
     sys.exit(errors.tell(UsageError(
         f'There is no flag --{error.flagname}; {nearest(error.flagname, ours)}')))
   except Exception as error:  # a config file is code: it may raise anything

@@ -11,6 +11,7 @@ import numpy as np
 
 from btx_jax import btx, checkpoint, distributed, hardware, loop, manifest, sharding
 from btx_jax import plan as plan_lib
+from btx_jax.convert import hugging_face
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
 from btx_jax.errors import UsageError
@@ -68,11 +69,12 @@ class Pipeline(Study):
         self._check_layout(run, stacked=len(todo) > 1)
     distributed.check_shared(self.workdir)
     distributed.agree({'tokens': {name: tokens.hash for name, tokens in self.text.train.items()},
-                       'tokenizer': self.text.tokenizer.hash})
+                       'tokenizer': self.text.tokenizer.hash,
+                       'pretrained': {run.folder: run.content for run in self.runs.values()}})
     distributed.first(self._check_manifests)
     for line in dict.fromkeys(line for run in wanted for line in self._uneven(run)):
       say(line)
-    orders = {run.name: self._order(run) for run in wanted}
+    orders = {run.name: self._order(run) for run in wanted if run.steps}
     with jax.set_mesh(self.mesh):
       for group, todo in zip(groups, todos):
         with contextlib.ExitStack() as stack:
@@ -147,16 +149,17 @@ class Pipeline(Study):
       found = distributed.decided(functools.partial(self._begin, run))
       if found:
         manifests[run.name] = found
-        jobs.append(loop.Job(run, self.folder(run.name),
-                             functools.partial(self.initial_params, run), orders[run.name]))
-    if not jobs:
+        if run.steps:
+          jobs.append(loop.Job(run, self.folder(run.name),
+                               functools.partial(self.initial_params, run), orders[run.name]))
+    if not manifests:
       return
     before = {name: found['seconds'] for name, found in manifests.items()}
 
     def note(names=tuple(manifests), **changes):
       for name in names:
         # Of the time each run has its share, if several run at once.
-        seconds = before[name] + (time.monotonic() - began) / len(jobs)
+        seconds = before[name] + (time.monotonic() - began) / len(manifests)
         manifests[name].update(seconds=seconds, **changes)
         if distributed.is_first():
           manifest.write(self.folder(name), manifests[name])
@@ -169,7 +172,8 @@ class Pipeline(Study):
         checkpoint=self.config.checkpoint_every, keep=self.config.checkpoints_kept,
         tensorboard=self.config.tensorboard, profile=self.profile)
     try:
-      loop.train(jobs, self.mesh, list(self.text.train), settings, self.evaluate, on_checkpoint)
+      if jobs:
+        loop.train(jobs, self.mesh, list(self.text.train), settings, self.evaluate, on_checkpoint)
       note(state=manifest.COMPLETE)
     except KeyboardInterrupt:
       note(state=manifest.STOPPED)
@@ -197,12 +201,16 @@ class Pipeline(Study):
       shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
       return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
     if run.init == plan_lib.CHECKPOINT:
-      params, source = self.final_params(run.sources[0]), self.runs[run.sources[0]]
-      if run.model.router_bias == source.model.router_bias:
-        return params
-      shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
-      return jax.jit(functools.partial(llama.with_bias, run.model), out_shardings=shardings)(params)
-    return self._mix(run.model, run.sources, run.recipe, rng)
+      source = run.sources[0]
+      params, biased = self.final_params(source), self.runs[source].model.router_bias
+    elif run.init == plan_lib.HUGGING_FACE:
+      params, biased = self._pretrained(run), False
+    else:
+      return self._mix(run.model, run.sources, run.recipe, rng)
+    if run.model.router_bias == biased:
+      return params
+    shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
+    return jax.jit(functools.partial(llama.with_bias, run.model), out_shardings=shardings)(params)
 
   def average_params(self, run: Run):
     """The uniform average of what a mixture was made from: the baseline without experts."""
@@ -216,8 +224,9 @@ class Pipeline(Study):
     No more than one of them is in the memory of the host at a time, and of that one what its
     devices hold.
     """
-    saved = [checkpoint.Saved(self._checkpoints(name), self.runs[name].steps) for name in sources]
-    read = lambda source, path, index: saved[source].read(path, index)
+    saved = [self._source(name) for name in sources]
+    read = lambda source, path, index: saved[source].read(path, index).astype(
+        np.float32, copy=False)
     began = time.monotonic()
 
     def make(key_path, like):
@@ -236,7 +245,24 @@ class Pipeline(Study):
   def final_params(self, name: str):
     """The parameters of a complete run."""
     run = self.runs[name]
+    if not run.steps:
+      return self._pretrained(run)
     return checkpoint.load_params(self._checkpoints(name), run.steps, self._like(run.model))
+
+  def _pretrained(self, run: Run):
+    """The parameters of a run's folder, of which each process reads what it needs."""
+    source = hugging_face.Folder(run.folder)
+    return jax.tree.map_with_path(
+        lambda key_path, like: sharding.from_slices(
+            like, functools.partial(source.read, sharding.path_of(key_path))),
+        self._like(dataclasses.replace(run.model, router_bias=False)))
+
+  def _source(self, name: str):
+    """The parameters of a complete run, to be read slice by slice: read(path, index)."""
+    run = self.runs[name]
+    if not run.steps:
+      return hugging_face.Folder(run.folder)
+    return checkpoint.Saved(self._checkpoints(name), run.steps)
 
   def _checkpoints(self, name: str) -> str:
     return os.path.join(self.folder(name), 'checkpoints')

@@ -10,16 +10,20 @@ import json
 
 from btx_jax import errors
 from btx_jax import recipe as recipe_lib
+from btx_jax.convert import hugging_face
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.objective import Objective
 from btx_jax.recipe import Recipe
 
-RANDOM, CHECKPOINT, MIX = 'random', 'checkpoint', 'mix'
+RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
 _RESERVED = ('data', 'report')
 # What the parameters are shaped by; the rest of a model's fields may change between runs.
 _SHAPES = ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads',
            'head_dim', 'tied_head', 'num_experts')
+# What else a pretrained model was trained with.
+_PRETRAINED = ('rope_theta', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor',
+               'rope_original_length', 'norm_eps')
 # How a model is computed, not what it computes.
 _COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
 # Of no effect on a dense model.
@@ -65,19 +69,22 @@ class Run:
 
   Attributes:
     name: also its directory, below the working directory.
-    init: 'random'; 'checkpoint': the end of another run; 'mix': a mixture of several.
+    init: 'random'; 'checkpoint': the end of another run; 'mix': a mixture of several;
+      'hugging_face': a pretrained model.
     sources: the runs that it starts from, each once.
     recipe: how they are mixed, where init is 'mix'.
     experts: what to call those of a mixture.
     weights: domain -> share of the rows, adding up to 1.
     model: sizes.
     optimizer: settings.
-    steps: of the optimizer.
+    steps: of the optimizer; 0 is a pretrained model as it is.
     length: T.
     batch_size: B, rows of a step.
     accumulation: microbatches of a step.
     objective: the losses, and what is frozen.
     seed: of the config; each run makes its own from it and its name.
+    folder: of a pretrained model.
+    content: identifies what is in that folder, wherever it is.
   """
   name: str
   init: str
@@ -93,6 +100,8 @@ class Run:
   accumulation: int
   objective: Objective
   seed: int
+  folder: str = ''
+  content: str = ''
 
   def spec(self) -> dict:
     """Everything of the run itself that decides its result, as plain data."""
@@ -100,6 +109,9 @@ class Run:
     del spec['experts']
     for key in _COMPUTE:
       del spec['model'][key]
+    del spec['folder']
+    if not self.content:
+      del spec['content']
     return json.loads(json.dumps(spec))  # with lists for tuples, as it is read back
 
   @property
@@ -158,6 +170,8 @@ def groups(runs: Iterable[Run], stacked: Sequence[str]) -> list[list[Run]]:
 def _check_stacked(runs: list[Run]):
   """Raises UsageError unless the runs can be trained by one program."""
   for run in runs:
+    if not run.steps:
+      raise UsageError(f'stacked names {run.name!r}, which is not trained.')
     if run.model.num_experts:
       raise UsageError(f'stacked names {run.name!r}, which is a mixture; only dense runs can be '
                        'trained as one program.')
@@ -220,12 +234,14 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
     raise UsageError(f'runs.{name}: train.batch_size = {batch_size} is not a multiple of '
                      f'train.accumulation = {accumulation}.')
   sources, recipe, experts = _start(name, config, runs)
-  model = _model(name, config, runs, recipe, vocab_size)
+  pretrained = _pretrained(name, config, vocab_size)
+  untrained = pretrained and not (entry.domains or entry.steps or entry.match_flops_of)
+  model = _model(name, config, runs, recipe, pretrained, vocab_size)
   with errors.of(f'runs.{name}'):
     objective = Objective(**{field.name: train[field.name]
                              for field in dataclasses.fields(Objective)})
     # A model keeps the bias that it started with, for its routing depends on it.
-    biased = model.num_experts > 0 and model.router in model_config.SCORING and (
+    biased = model.num_experts > 0 and model.router in model_config.SCORING and not untrained and (
         model.router_bias or objective.balance_bias > 0)
     model = dataclasses.replace(model, router_bias=biased)
     objective.check(model)
@@ -236,22 +252,23 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
       raise UsageError(f'runs.{name} has both steps = {steps} and match_flops_of; give one.')
     per_step = batch_size * length * model_config.train_flops_per_token(model, length)
     steps = round(sum(runs[other].flops for other in entry.match_flops_of) / per_step)
-  if steps < 1:
+  if steps < 1 and not untrained:
     raise UsageError(f'runs.{name}.steps = {steps} must be at least 1.')
   return Run(
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, experts=experts,
-      weights=_weights(name, entry.domains, config.domains), model=model,
+      weights={} if untrained else _weights(name, entry.domains, config.domains), model=model,
       optimizer=optimizer, steps=steps, length=length, batch_size=batch_size,
-      accumulation=accumulation, objective=objective, seed=config.seed)
+      accumulation=accumulation, objective=objective, seed=config.seed,
+      folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '')
 
 
 def _start(name: str, config, runs: Mapping[str, Run]):
   """Sources, recipe and experts of a run."""
   init = config.runs[name].init
-  if init.kind not in (RANDOM, CHECKPOINT, MIX):
+  if init.kind not in (RANDOM, CHECKPOINT, MIX, HUGGING_FACE):
     raise UsageError(f'runs.{name}.init.kind = {init.kind!r}; '
-                     f'{nearest(init.kind, (RANDOM, CHECKPOINT, MIX))}')
-  if init.kind != RANDOM and not init.runs:
+                     f'{nearest(init.kind, (RANDOM, CHECKPOINT, MIX, HUGGING_FACE))}')
+  if init.kind in (CHECKPOINT, MIX) and not init.runs:
     raise UsageError(f'runs.{name}.init: {init.kind} names no run to start from.')
   if init.kind == CHECKPOINT and len(init.runs) > 1:
     raise UsageError(f'runs.{name}.init: a checkpoint has one source, not {len(init.runs)}.')
@@ -274,14 +291,35 @@ def _tokens_apart(names: Sequence[str], of: Sequence[str], runs: Mapping[str, Ru
               if run.name not in set.intersection(*lines)) for name in of]
 
 
+def _pretrained(name: str, config, vocab_size: int) -> hugging_face.Folder | None:
+  """The folder that the run starts from, if it is one."""
+  init = config.runs[name].init
+  if init.kind != HUGGING_FACE:
+    return None
+  if not config.tokenizer.path:
+    raise UsageError(f'runs.{name} starts from a pretrained model, which knows the tokenizer that '
+                     f'it was trained with and no other: set tokenizer.path = {init.folder!r}.')
+  with errors.of(f'runs.{name}'):
+    folder = hugging_face.Folder(init.folder)
+  if folder.model.vocab_size < vocab_size:
+    raise UsageError(
+        f'runs.{name}: the model in {init.folder} knows {folder.model.vocab_size} tokens, and '
+        f'tokenizer.path = {config.tokenizer.path!r} has {vocab_size}; set tokenizer.path to the '
+        "model's own tokenizer.")
+  return folder
+
+
 def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
-           vocab_size: int) -> model_config.Config:
+           pretrained: hugging_face.Folder | None, vocab_size: int) -> model_config.Config:
   """Sizes from the config, or from what the run starts from, with the run's own changes."""
   entry = config.runs[name]
   kind = entry.init.kind
   if kind == RANDOM:
     fields = dict(config.model)
     fields['vocab_size'] = fields['vocab_size'] or vocab_size
+  elif pretrained:
+    known = (*_SHAPES, *_PRETRAINED, *(_ROUTING if pretrained.model.num_experts else ()))
+    fields = {**config.model, **{key: getattr(pretrained.model, key) for key in known}}
   else:
     fields = dataclasses.asdict(runs[entry.init.runs[0]].model)
   if recipe:

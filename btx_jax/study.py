@@ -43,6 +43,11 @@ class Study:
       if form not in MERGES:
         raise UsageError(f'evaluation.merge names {form!r}; {nearest(form, MERGES)}')
     self.runs = plan_lib.make_plan(config, text.vocab_size(config, self.data_folder))
+    if set(config.evaluation.merge) - {'posterior'}:
+      for source in (source for run in self.runs.values() if run.init == plan_lib.MIX
+                     for source in run.sources if not self.runs[source].steps):
+        raise UsageError(f'evaluation.merge: {source!r} is a pretrained model, and what it was '
+                         "trained on is not here to compare text with; use ('posterior',).")
 
   @property
   def data_folder(self) -> str:

@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
 
   # How text becomes tokens.
   config.tokenizer = ConfigDict({
-      # A sentencepiece model; empty: one is trained from the text of all domains.
+      # A sentencepiece model, a tokenizer.json (pip install 'btx_jax[hf]'), or a folder with
+      # either; empty: a sentencepiece model is trained from the text of all domains.
       'path': '',
       # Pieces of a trained one.
       'vocab_size': 32_000,
@@ -219,20 +220,20 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
                      'separator': separator, 'id_field': id_field})
 
 
-def run(init: ConfigDict, domains: dict[str, float], steps: int = 0,
+def run(init: ConfigDict, domains: dict[str, float] | None = None, steps: int = 0,
         match_flops_of: tuple[str, ...] = (), model: dict | None = None,
         optimizer: dict | None = None, train: dict | None = None) -> ConfigDict:
   """One training run.
 
   Args:
-    init: random(), checkpoint(RUN) or mix(RUNS).
+    init: random(), checkpoint(RUN), mix(RUNS) or hugging_face(FOLDER).
     domains: weight of each domain in the rows; they need not add up to 1.
     steps: of the optimizer.
     match_flops_of: instead of `steps`: as many as spend the FLOPs of these runs.
     model, optimizer, train: what this run has otherwise than the sections of that name.
   """
   return ConfigDict({
-      'init': init, 'domains': {name: float(weight) for name, weight in domains.items()},
+      'init': init, 'domains': {name: float(weight) for name, weight in (domains or {}).items()},
       'steps': steps, 'match_flops_of': _names(match_flops_of), 'model': model or {},
       'optimizer': optimizer or {}, 'train': train or {}})
 
@@ -274,6 +275,20 @@ def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] |
   return ConfigDict({'kind': 'mix', 'runs': _names(run_names), 'averaged': _names(averaged),
                      'rules': tuple((rules or {}).items()), 'arrangement': arrangement,
                      'chunks': chunks})
+
+
+def hugging_face(folder: str) -> ConfigDict:
+  """Starts from a pretrained Llama, Mistral (without sliding window) or Mixtral.
+
+  Its sizes are those of the folder, whatever the section `model` says of them; how it is
+  computed, and what its mixtures are like, is as that section says. It needs the tokenizer that
+  it was trained with: config.tokenizer.path = folder. A run without domains and steps is the
+  model as it is, read from where it lies.
+
+  Args:
+    folder: with config.json and *.safetensors.
+  """
+  return ConfigDict({'kind': 'hugging_face', 'runs': (), 'folder': folder})
 
 
 def _names(names) -> tuple[str, ...]:

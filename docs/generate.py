@@ -46,20 +46,22 @@ GROUPS = {
     'Working directory': (
         ('manifest', ''), ('data/(text|tokens)|pipeline', '--workdir'), ('errors', 'written or')),
     'Optimizer and training': (('plan|study|objective', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
-    'Tokenizer': (('data/.*', '[Tt]okenizer|pieces?|sentencepiece'),),
+    'Tokenizer': (('data/.*|convert/tokenizer', '[Tt]okenizer|pieces?|sentencepiece'),),
     'Text': (('data/.*', ''), ('study', r'\bdata\.')),
     'Runs and models': (('plan|study|model/config|pipeline|recipe', ''),),
     'While training': (('loop|checkpoint|metrics|errors', ''),),
     'Looking on and measuring': (('evaluate/.*', ''),),
+    'Hugging Face folders': (('convert/.*', ''),),
 }
-_ORDER = (0, 7, 4, 6, 5, 1, 2, 3, 8, 9)  # as a person comes upon them
+_ORDER = (0, 7, 4, 10, 6, 5, 1, 2, 3, 8, 9)  # as a person comes upon them
 
 # Where a message does not say it already: a piece of it -> what it means, or what to do.
 NOTES = {
     '(--debug shows where it came from.)': 'A config file is code, and this line of it raised an '
                                            'error.',
     'and must be WANTED': 'Python tells 1000 from 1e3, and 1 from \'1\'.',
-    'One command at a time': 'Commands are `status`, `report` and `data`; without one, it trains.',
+    'One command at a time': 'Commands are `status`, `report`, `data` and `export`; without '
+                             'one, it trains.',
     'start from each other in a circle': 'Some run has to begin from `base.random()`.',
     'which is a mixture already': 'Mix dense runs. A mixture is trained on by '
                                   '`base.checkpoint(RUN)`.',

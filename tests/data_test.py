@@ -185,7 +185,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
   sentencepiece.SentencePieceTrainer.train(  # sentencepiece's defaults
       sentence_iterator=iter(['some words here'] * 20), model_writer=proto, vocab_size=30,
       hard_vocab_limit=False, minloglevel=2)
-  lossy = tokenizer.Tokenizer(proto.getvalue(), 'lossy')
+  lossy = tokenizer.Sentencepiece({tokenizer.FILE: proto.getvalue()}, 'lossy')
   with pytest.raises(UsageError, match=r'loses text of domains\.some'):
     prepared(tmp_path, lossy, ['some  words\n', 'here'])
 

@@ -118,6 +118,11 @@ DEMO = '--config=configs/demo.py'
      "'expert/code'?"),
     (['--config=configs/demo.py:full', '--run=dens'], "did you mean 'dense'?"),
     ([DEMO, '--config.runs.expert/code.steps=3'], "as in --config.runs['expert/code'].steps"),
+    ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
+    ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
+    ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; do --run"),
+    ([DEMO, 'export', '--run=seed', '--to=docs'], '--to=docs is there already; name another'),
+    ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "--dtype=float16: did you mean"),
     ([DEMO, "--config.runs['expert/code'].steps=-1"], 'steps = -1 must be at least 1.'),
     ([DEMO, '--config.domains.code.source=stdlb'], "did you mean 'stdlib'?"),
     ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
@@ -156,6 +161,25 @@ def new(**fields):
   fields = {'init': 'base.checkpoint("seed")', 'domains': '{"code": 1}', 'steps': '5'} | fields
   given = ', '.join(f'{name}={value}' for name, value in fields.items())
   return f'config.runs.new = base.run({given})'
+
+
+def pretrained(harm, **fields):
+  """Lines that start a run from a copy of a model, which `harm` does something to."""
+  return f'''
+import json, os, shutil
+model = pathlib.Path(shutil.copytree('tests/fixtures/llama2', here / 'model'))
+def change(**fields):
+  found = json.loads((model / 'config.json').read_text())
+  (model / 'config.json').write_text(json.dumps(found | fields))
+config.tokenizer.path = 'tests/fixtures/tokenizer'
+{harm}
+{new(init='base.hugging_face(str(model))', **fields)}'''
+
+
+SMALL_TOKENIZER = '''import sentencepiece as spm
+spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab_size=16,
+                               model_prefix=str(here / "x"), hard_vocab_limit=False, minloglevel=9)
+config.tokenizer.path = str(here / "x.model")'''
 
 
 @pytest.mark.parametrize('lines, message', [
@@ -328,6 +352,35 @@ def new(**fields):
      'spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab_size=16, '
      'model_prefix=str(here / "x"), hard_vocab_limit=False, eos_id=-1, minloglevel=9)\n'
      'config.tokenizer.path = str(here / "x.model")', 'x.model has no end-of-sentence piece (eos)'),
+    ('sys.modules["tokenizers"] = None\nconfig.tokenizer.path = "tests/fixtures/tokenizer"',
+     "tokenizer.json needs the package 'tokenizers': pip install 'btx_jax[hf]'"),
+    ('(here / "x.json").write_text("{}")\nconfig.tokenizer.path = str(here / "x.json")',
+     'x.json is not a tokenizer of the package tokenizers'),
+    ('import shutil\nshutil.copy("tests/fixtures/tokenizer/tokenizer.json", here)\n'
+     'config.tokenizer.path = str(here)', 'beside it must name an eos_token of its vocabulary'),
+    # Pretrained models
+    (new(init='base.hugging_face("none")'), "runs.new starts from a pretrained model, which knows "
+     "the tokenizer that it was trained with and no other: set tokenizer.path = 'none'."),
+    (pretrained('os.remove(model / "config.json")'), 'config.json cannot be read as JSON: '),
+    (pretrained('change(model_type="gpt2")'), "model_type = 'gpt2'; models can be 'llama', 'mis"),
+    (pretrained('change(mlp_bias=True)'), 'config.json describes a model that cannot be repres'),
+    (pretrained('change(hidden_size=32)'), 'does not have the tensors that its config.json says'),
+    (pretrained('os.remove(model / "model-00002-of-00002.safetensors")'),
+     'does not fit the files there: model-00002-of-00002.safetensors is not there.'),
+    (pretrained('(model / "model-00002-of-00002.safetensors").write_bytes(b"")'),
+     '00002.safetensors is not a sound safetensors file: it has 0 bytes'),
+    (pretrained('(model / "model.safetensors.index.json").write_text("")'), 'is not an index of'),
+    (pretrained('os.remove(model / "model.safetensors.index.json")'), 'it is no folder of a Hug'),
+    (pretrained('os.rename(model / "model.safetensors.index.json", model / "pytorch_model.bin")'),
+     'has its weights as pickle (pytorch_model.bin), which is never loaded here'),
+    (pretrained(''), 'knows 48 tokens, and tokenizer.path = '),
+    (pretrained(SMALL_TOKENIZER, steps='0'), 'runs.new.steps = 0 must be at least 1.'),
+    (pretrained(SMALL_TOKENIZER, model='{"dim": 32}'), 'parameters: dim = 32 (it starts from 16).'),
+    (pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + '\nconfig.stacked = ("new", "new")',
+     "stacked names 'new', which is not trained."),
+    (pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + '\nconfig.evaluation.merge = ("all",)\n'
+     'config.runs = {"new": config.runs.new, "both": base.run(base.mix("new", "new"), '
+     '{"code": 1}, steps=1)}', "evaluation.merge: 'new' is a pretrained model"),
 ])
 def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
@@ -386,6 +439,31 @@ def test_directories_that_something_happened_to(run, config, work):
 def test_a_working_directory_that_is_a_file(run, config, tmp_path):
   (tmp_path / 'file').write_text('x')
   check(run(config(), f'--workdir={tmp_path / "file" / "work"}'), 'Not a directory', code=1)
+
+
+@pytest.mark.parametrize('argument, message', [
+    ('--config.model.router=switch', "model.router = 'switch' cannot be exported"),
+    ('--config.train.balance_bias=0.1', 'has a bias cannot be exported'),
+])
+def test_a_mixture_that_mixtral_does_not_compute(run, config, tmp_path, argument, message):
+  check(run(config(), f'--workdir={tmp_path / "work"}', 'export', '--run=btx', '--to=x', argument),
+        message)
+
+
+def test_a_pretrained_model_that_is_cut_off_meanwhile(run, config, tmp_path):
+  lines = pretrained(SMALL_TOKENIZER) + '''
+from btx_jax.convert import safetensors
+from btx_jax.data import tokens
+fill = safetensors.File._fill
+def cut(file, *where):
+  os.truncate(file.path, 5000)
+  fill(file, *where)
+safetensors.File._fill = cut
+tokens._check_round_trip = lambda *_: None
+config.domains = {'code': config.domains.code}
+config.runs = {'new': config.runs.new}
+'''
+  check(run(config(lines), f'--workdir={tmp_path / "work"}'), 'has become shorter since', code=1)
 
 
 # While training

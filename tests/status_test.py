@@ -209,7 +209,7 @@ def test_what_status_needs_is_imported_in_no_time():
 
 def test_a_tokenizer_that_is_not_at_hand_hinders_nobody_from_looking(study, text, tmp_path):
   from btx_jax.data import tokenizer as tokenizer_lib
-  proto = tokenizer_lib.train(['some words, and more words'] * 40, 290).proto
+  proto = tokenizer_lib.train(['some words, and more words'] * 40, 290).files['tokenizer.model']
   kept = os.path.join(study.data_folder, 'tokenizer.model')
   os.makedirs(study.data_folder)
   with open(kept, 'wb') as file:

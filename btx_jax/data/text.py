@@ -58,7 +58,7 @@ def prepare(config, folder: str) -> Text:
 
 def open_prepared(config, folder: str) -> Text:
   """What `prepare` of process 0 has made, as soon as it is seen here."""
-  distributed.wait_for(_kept(folder))
+  distributed.wait_for(_kept(config, folder))
   for domain in config.domains:
     distributed.wait_for(os.path.join(folder, domain, 'meta.json'))
   return prepare(config, folder)
@@ -70,24 +70,30 @@ def vocab_size(config, folder: str) -> int:
   return given.vocab_size if given else config.tokenizer.vocab_size
 
 
+def tokenizer(config, folder: str) -> Tokenizer:
+  """The tokenizer that `prepare` has used."""
+  return _given(config, folder) or tokenizer_lib.load(_kept(config, folder))
+
+
 def _given(config, folder: str) -> Tokenizer | None:
   """The tokenizer that the config names; None if one is to be trained.
 
   Where its file is not at hand, the copy in `folder` is as good.
   """
-  path, kept = config.tokenizer.path, _kept(folder)
+  path, kept = config.tokenizer.path, _kept(config, folder)
   if not path:
     return None
   return tokenizer_lib.load(path if os.path.exists(path) or not os.path.exists(kept) else kept)
 
 
-def _kept(folder: str) -> str:
-  return os.path.join(folder, 'tokenizer.model')
+def _kept(config, folder: str) -> str:
+  """Where the tokenizer is kept; the files that belong to it are beside it."""
+  return os.path.join(folder, tokenizer_lib.file_name(config.tokenizer.path))
 
 
 def _tokenizer(config, folder: str, domains) -> Tokenizer:
   """The given tokenizer, or one trained from the text, kept in `folder` either way."""
-  kept, size = _kept(folder), config.tokenizer.vocab_size
+  kept, size = _kept(config, folder), config.tokenizer.vocab_size
   tokenizer = _given(config, folder)
   if not tokenizer and os.path.exists(kept):
     tokenizer = tokenizer_lib.load(kept)
@@ -98,8 +104,10 @@ def _tokenizer(config, folder: str, domains) -> Tokenizer:
     say(f'tokenizer: training {size:,} pieces')
     tokenizer = tokenizer_lib.train(_sample(config, domains), size)
   if not os.path.exists(kept):
-    with replacing(kept, 'wb') as file:
-      file.write(tokenizer.proto)
+    last = os.path.basename(kept)  # when it is there, all are
+    for name in sorted(tokenizer.files, key=lambda name: name == last):
+      with replacing(os.path.join(folder, name), 'wb') as file:
+        file.write(tokenizer.files[name])
   return tokenizer
 
 

@@ -1,4 +1,6 @@
-"""Sentencepiece, without loss: decode(encode(text)) == text for any text.
+"""Text to token ids without loss: decode(encode(text)) == text.
+
+Tokenizers come from sentencepiece, here, or from a tokenizer.json (convert/tokenizer.py).
 
 Sentencepiece's defaults destroy newlines and indentation, so a model trained here normalises
 nothing, keeps whitespace pieces and falls back to bytes. What is left is sentencepiece's own
@@ -9,24 +11,57 @@ encoded as its three bytes.
 from collections.abc import Iterable, Sequence
 import hashlib
 import io
+import os
+from typing import Protocol
 
 import sentencepiece as spm
 
+from btx_jax.convert import tokenizer as fast
 from btx_jax.errors import UsageError
 
+FILE = 'tokenizer.model'
 _SPACE_MARK = '\u2581'
 _PIECE = 4000  # characters of a training sentence; sentencepiece leaves out long ones
 
 
-class Tokenizer:
-  """A sentencepiece model. `hash` identifies it; every document begins with `bos_id`."""
+class Tokenizer(Protocol):
+  """What all tokenizers are.
 
-  def __init__(self, proto: bytes, name: str):
+  Attributes:
+    files: by name, all that makes it: to be kept, and exported with a model.
+    hash: identifies it.
+    vocab_size: its ids are less.
+    bos_id: every document begins with it (the end mark, where there is no other).
+    eos_id: every document ends with it.
+    unk_id: of what it does not know; its text is lost.
+  """
+  files: dict[str, bytes]
+  hash: str
+  vocab_size: int
+  bos_id: int
+  eos_id: int
+  unk_id: int | None
+
+  def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without begin and end marks."""
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of token ids."""
+
+  def pieces(self, ids: Sequence[int]) -> list[str]:
+    """The text of each token, to be looked at."""
+
+
+class Sentencepiece:
+  """A sentencepiece model, and the files that go with it."""
+
+  def __init__(self, files: dict[str, bytes], name: str):
+    proto = files[FILE]
     try:
       self._model = spm.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
       raise UsageError(f'{name} is not a sentencepiece model: {error}') from error
-    self.proto = proto
+    self.files = dict(files)
     self.hash = hashlib.sha256(proto).hexdigest()[:16]
     self.vocab_size = self._model.vocab_size()
     self.eos_id, self.unk_id = self._model.eos_id(), self._model.unk_id()
@@ -73,16 +108,39 @@ class Tokenizer:
     return result
 
 
+def file_name(path: str) -> str:
+  """'tokenizer.model' or 'tokenizer.json': what the tokenizer at a path is, or is kept as."""
+  if os.path.isdir(path):
+    return FILE if os.path.exists(os.path.join(path, FILE)) else fast.FILE
+  return fast.FILE if path.endswith('.json') else FILE
+
+
 def load(path: str) -> Tokenizer:
-  """Reads a .model file. Raises UsageError if it cannot."""
+  """Reads a sentencepiece model, a tokenizer.json, or a folder that holds one of them.
+
+  (Of both, the first: it needs no package of its own.) Files beside it that belong to it are in
+  its `files`.
+
+  Raises:
+    UsageError: it cannot be read, or is no tokenizer.
+  """
+  main = file_name(path)
+  where = os.path.join(path, main) if os.path.isdir(path) else path
+  files = {name: os.path.join(os.path.dirname(where), name) for name in fast.COMPANIONS}
+  files = {name: file for name, file in files.items() if os.path.exists(file)} | {main: where}
   try:
-    with open(path, 'rb') as file:
-      return Tokenizer(file.read(), path)
+    contents = {name: _read(file) for name, file in files.items()}
   except OSError as error:
     raise UsageError(f'tokenizer.path = {path!r} cannot be read: {error}') from error
+  return (fast.Fast if main == fast.FILE else Sentencepiece)(contents, where)
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _read(path: str) -> bytes:
+  with open(path, 'rb') as file:
+    return file.read()
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Sentencepiece:
   """A byte-pair model with byte fallback, from a sample of the text.
 
   Raises:
@@ -111,4 +169,4 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
       raise raised[0] from None
     raise UsageError(f'A tokenizer of tokenizer.vocab_size = {vocab_size} pieces cannot be '
                      f'trained from the text of the domains: {error}') from error
-  return Tokenizer(proto.getvalue(), 'the trained tokenizer')
+  return Sentencepiece({FILE: proto.getvalue()}, 'the trained tokenizer')

@@ -214,8 +214,8 @@ def _check_round_trip(text: str, decoded: str, domain: corpora.Domain):
               min(len(text), len(decoded)))
     raise UsageError(
         f'The tokenizer loses text of domains.{domain.name}: {text[at:at + 20]!r} comes back '
-        f'as {decoded[at:at + 20]!r}. Use a sentencepiece model with identity normalisation '
-        'and byte fallback (as those of Llama), or leave tokenizer.path empty to train one.')
+        f'as {decoded[at:at + 20]!r}. Use a tokenizer that changes no text and has all bytes '
+        '(as those of Llama), or leave tokenizer.path empty to train one.')
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:

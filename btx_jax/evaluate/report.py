@@ -217,9 +217,10 @@ def _cost(study: Study, status, lines) -> str:
     speeds = [(line['tokens_per_second'], line['mfu'])
               for line in lines[run.name] if 'tokens_per_second' in line]
     speed, mfu = np.median(speeds, axis=0) if speeds else (None, None)
-    done = found['step'] / run.steps
+    done = found['step'] / max(run.steps, 1)
     sources = ', '.join(dict.fromkeys(run.sources)) or '-'
-    start = {plan.MIX: f'mix of {sources}', plan.CHECKPOINT: sources}.get(run.init, run.init)
+    start = {plan.MIX: f'mix of {sources}', plan.CHECKPOINT: sources,
+             plan.HUGGING_FACE: run.folder}.get(run.init, run.init)
     domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in run.weights.items())
     body.append([
         (run.name, 'name'), (found['state'], 'name'), (start, 'name'), (domains, 'name'),

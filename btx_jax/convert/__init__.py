@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out. Nothing else knows their names, files or formats."""

@@ -1,0 +1,90 @@
+"""The model of a complete run as a Hugging Face folder, with tokenizer and model card."""
+
+from collections.abc import Iterator
+import json
+
+import sentencepiece as spm
+
+from btx_jax import manifest
+from btx_jax import plan as plan_lib
+from btx_jax.convert import export, hugging_face
+from btx_jax.data import text as text_lib
+from btx_jax.data import tokenizer as tokenizer_lib
+from btx_jax.errors import UsageError
+from btx_jax.evaluate import scores
+from btx_jax.plan import Run
+
+
+def publish(pipeline, name: str, folder: str, dtype: str) -> None:
+  """Writes the model that a run ended with.
+
+  Args:
+    pipeline: whose run it is.
+    name: of the run.
+    folder: where to; not there yet, or empty.
+    dtype: 'float32' or 'bfloat16', of the weights.
+
+  Raises:
+    UsageError: the run is not complete, or see export.export.
+  """
+  run = pipeline.run(name)
+  export.check(folder, run.model, dtype)
+  if pipeline.state(name) != manifest.COMPLETE:
+    raise UsageError(f'export writes complete runs, and {name!r} is {pipeline.state(name)}; do '
+                     f'--run={name} first.')
+  tokenizer = text_lib.tokenizer(pipeline.config, pipeline.data_folder)
+  lengths = [hugging_face.Folder(each.folder).context_length
+             for each in plan_lib.lineage(run, pipeline.runs) if each.folder]
+  export.export(
+      folder, run.model, _source(pipeline, run), dtype, max_length=max([*lengths, run.length]),
+      balance=run.objective.balance, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
+      tokenizer_files=_tokenizer_files(tokenizer), card=''.join(_card(pipeline, run)))
+
+
+def _source(pipeline, run: Run) -> export.Source:
+  if not run.steps:
+    return hugging_face.Folder(run.folder)
+  return export.Arrays(pipeline.final_params(run.name))
+
+
+def _tokenizer_files(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, bytes]:
+  """Its files; beside a bare sentencepiece model, what transformers must know of it."""
+  files = tokenizer.files
+  if tokenizer_lib.FILE not in files or 'tokenizer_config.json' in files:
+    return files
+  model = spm.SentencePieceProcessor(model_proto=files[tokenizer_lib.FILE])
+  config = {
+      'tokenizer_class': 'LlamaTokenizer', 'legacy': False, 'add_bos_token': True,
+      'add_eos_token': False, 'clean_up_tokenization_spaces': False,
+      'add_prefix_space': model.encode('a', out_type=str)[0].startswith('\u2581'),
+      'bos_token': model.id_to_piece(tokenizer.bos_id),
+      'eos_token': model.id_to_piece(tokenizer.eos_id),
+      'unk_token': model.id_to_piece(tokenizer.unk_id)}
+  return files | {'tokenizer_config.json': (json.dumps(config, indent=2) + '\n').encode()}
+
+
+def _card(pipeline, run: Run) -> Iterator[str]:
+  """README.md: what the model is, how it was made, and what it was measured at."""
+  kind = (f'mixture of {run.model.num_experts} experts (MixtralForCausalLM)'
+          if run.model.num_experts else 'dense model (LlamaForCausalLM)')
+  yield ('---\nlibrary_name: transformers\npipeline_tag: text-generation\n'
+         'tags: [branch-train-mix]\n---\n\n'
+         f'# {run.name}\n\nA {kind}, made with btx_jax, which is Branch-Train-MiX '
+         '([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)) in JAX.\n\n'
+         '## Where it came from\n\n'
+         '| run | starts from | trained on | steps | tokens M | identity |\n'
+         '|---|---|---|--:|--:|---|\n')
+  lineage = {each.name for each in plan_lib.lineage(run, pipeline.runs)}
+  for each in (each for each in pipeline.runs.values() if each.name in lineage):
+    start = {plan_lib.MIX: 'a mixture of ', plan_lib.RANDOM: 'random parameters',
+             plan_lib.HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
+    start += ', '.join(each.sources)
+    domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in each.weights.items())
+    found = manifest.read(pipeline.folder(each.name)) or {}
+    yield (f'| {each.name} | {start} | {domains} | {each.steps:,} | {each.tokens / 1e6:,.2f} | '
+           f'{found.get("identity", "")} |\n')
+  measured = scores.read(pipeline, run, scores.FINAL)
+  if measured:
+    yield '\n## Bits per byte on held-out text\n\n| domain | bits per byte |\n|---|--:|\n'
+    for domain, score in measured.items():
+      yield f'| {domain} | {score["bits_per_byte"]:.3f} |\n'

@@ -1,0 +1,294 @@
+"""Safetensors files by slices: a strict reader and a streaming writer.
+
+The `safetensors` package maps files into memory, and the pages that were looked at count as
+resident: reading a file through it takes as much memory as the file is long. Here a slice is
+read with plain reads of its own bytes (or of the rows around it, piece by piece), so that
+memory holds what was asked for and little more. Nothing is unpickled or executed.
+
+A file is 8 bytes that tell the length of the header (little endian), the header (JSON: name ->
+dtype, shape, first and last byte), and the tensors' bytes, one after another without gaps.
+"""
+
+from collections.abc import Iterator, Mapping
+import itertools
+import json
+import math
+import os
+from typing import NamedTuple
+import uuid
+
+import ml_dtypes
+import numpy as np
+
+from btx_jax.errors import RunError, UsageError
+
+Index = tuple[slice, ...]
+
+DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16),
+          'BF16': np.dtype(ml_dtypes.bfloat16)}
+# Others may stand in a file, but are not read.
+_OTHER_SIZES = {'F64': 8, 'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2,
+                'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1, 'F8_E8M0': 1}
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
+_MAX_HEADER = 100_000_000  # bytes, as the format has it
+_SMALL_RUN = 1 << 16  # bytes: a read of less costs as much as reading what lies between
+_PIECE = 1 << 24  # bytes that are read at a time around small runs
+
+
+class Tensor(NamedTuple):
+  """Where a tensor lies: `start` counts bytes from the beginning of the file."""
+  dtype: str
+  shape: tuple[int, ...]
+  start: int
+
+
+class File:
+  """A safetensors file whose header has been checked.
+
+  Attributes:
+    path: of the file.
+    tensors: by name, in the order of their bytes.
+    header: its bytes.
+
+  Raises:
+    UsageError: it cannot be read, or is not sound in some way.
+  """
+
+  def __init__(self, path: str):
+    self.path = path
+    try:
+      with open(path, 'rb') as file:
+        self.header, start, size = _read_header(file)
+      self.tensors = _tensors(self.header, start, size)
+    except (OSError, ValueError) as error:
+      raise UsageError(f'{path} is not a sound safetensors file: {error}. Copy or download it '
+                       'again.') from error
+
+  def read(self, name: str, index: Index = (), view: tuple[int, ...] | None = None) -> np.ndarray:
+    """A slice of a tensor, from the bytes of that slice.
+
+    Args:
+      name: of the tensor.
+      index: slices (of step 1) of its first dimensions; the others are whole.
+      view: the shape that `index` is about, where it is not that of the file.
+
+    Raises:
+      ValueError: the tensor is of a type that models are not kept in.
+      RunError: the file has been cut short since it was opened.
+    """
+    tensor = self.tensors[name]
+    if tensor.dtype not in DTYPES:
+      raise ValueError(f'{self.path}: {name} is of type {tensor.dtype}, not {", ".join(DTYPES)}.')
+    if view is None and not tensor.shape:
+      return self.read(name, (), (1,)).reshape(())
+    shape = tensor.shape if view is None else view
+    if math.prod(shape) != math.prod(tensor.shape):
+      raise ValueError(f'{name}: {tensor.shape} cannot be viewed as {shape}.')
+    ranges = _ranges(shape, index)
+    dtype = DTYPES[tensor.dtype]
+    out = np.empty([stop - start for start, stop in ranges], dtype)
+    if out.size:
+      with open(self.path, 'rb', buffering=0) as file:
+        self._fill(file, tensor.start, shape, ranges, out)
+    return out
+
+  def _fill(self, file, start: int, shape, ranges, out):
+    size, raw = out.itemsize, out.reshape(-1).view(np.uint8)
+    axis = _cut_axis(shape, ranges)
+    run, row = (n * math.prod(shape[axis + 1:]) * size for n in (out.shape[axis], shape[axis]))
+    if axis and run < _SMALL_RUN and row < _PIECE:
+      # Whole rows of the dimension before, as many as a piece may have.
+      step = _PIECE // row
+      low, high = ranges[axis - 1]
+      parts = [slice(*ranges[axis])]
+      flat_out = out.reshape(-1, out.shape[axis - 1], *out.shape[axis:])
+      rows = np.empty((min(step, high - low), *shape[axis:]), out.dtype)
+      for i, outer in enumerate(itertools.product(*(range(*r) for r in ranges[:axis - 1]))):
+        for first in range(low, high, step):
+          last = min(first + step, high)
+          block = rows[:last - first]
+          at = _offset((*outer, first), shape[:axis], row)
+          self._read(file, start + at, block.reshape(-1).view(np.uint8))
+          flat_out[i, first - low:last - low] = block[(slice(None), *parts)]
+      return
+    for done, (at, count) in zip(itertools.count(0, run), _runs(shape, ranges, size)):
+      self._read(file, start + at, raw[done:done + count])
+
+  def _read(self, file, start: int, into: np.ndarray):
+    """Fills `into`, bytes, from the place `start`."""
+    file.seek(start)
+    view = memoryview(into)
+    while view:
+      count = file.readinto(view)
+      if not count:
+        raise RunError(f'{self.path} has become shorter since it was opened. Copy or download it '
+                       'again.')
+      view = view[count:]
+
+
+def _read_header(file) -> tuple[bytes, int, int]:
+  """The header, the place of the first tensor, and the length of the file."""
+  size = os.fstat(file.fileno()).st_size
+  length = int.from_bytes(file.read(8), 'little')
+  if size < 8:
+    raise ValueError(f'it has {size} bytes, fewer than the length of a header takes')
+  if length > min(size - 8, _MAX_HEADER):
+    raise ValueError(f'its header is said to have {length:,} bytes, and the file has {size:,}')
+  return file.read(length), 8 + length, size
+
+
+def _tensors(header: bytes, start: int, size: int) -> dict[str, Tensor]:
+  """The table of a header. Raises ValueError, naming the tensor, unless it is consistent."""
+  try:
+    entries = json.loads(header.decode('utf-8'), object_pairs_hook=_no_twice)
+  except UnicodeDecodeError as error:
+    raise ValueError('its header is not UTF-8') from error
+  except json.JSONDecodeError as error:
+    raise ValueError(f'its header is not JSON ({error})') from error
+  if not isinstance(entries, dict):
+    raise ValueError('its header is not a JSON object')
+  spans = [(*_span(name, entry), name) for name, entry in entries.items()
+           if name != '__metadata__']
+  tensors, end = {}, 0
+  for first, last, dtype, shape, name in sorted(spans):
+    if first != end:
+      problem = 'overlaps the tensor before it' if first < end else 'has a gap before it'
+      raise ValueError(f'{name} {problem}: it starts at {first:,}, which should be {end:,}')
+    tensors[name] = Tensor(dtype, shape, start + first)
+    end = last
+    if start + end > size:
+      raise ValueError(f'{name} ends at byte {start + end:,}, and the file has {size:,}: it was '
+                       'cut short')
+  if start + end != size:
+    raise ValueError(f'its tensors end at byte {start + end:,}, and the file has {size:,}')
+  return tensors
+
+
+def _no_twice(pairs) -> dict:
+  result = dict(pairs)
+  if len(result) < len(pairs):
+    keys = [key for key, _ in pairs]
+    raise ValueError(f'{next(key for key in keys if keys.count(key) > 1)} is there twice')
+  return result
+
+
+def _span(name: str, entry) -> tuple[int, int, str, tuple[int, ...]]:
+  """First byte and end, dtype and shape of an entry of a header."""
+  try:
+    dtype, shape, (first, last) = entry['dtype'], entry['shape'], entry['data_offsets']
+    fits = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+  except (TypeError, KeyError, ValueError):
+    fits = False
+  if not fits:
+    raise ValueError(f'{name} does not have dtype, shape and data_offsets')
+  if not isinstance(dtype, str) or dtype not in _SIZES:
+    raise ValueError(f'{name} is of the unknown type {dtype!r}')
+  if last - first != math.prod(shape) * _SIZES[dtype]:
+    raise ValueError(f'{name} has {last - first:,} bytes, which is not {dtype} x {shape}')
+  return first, last, dtype, tuple(shape)
+
+
+def _ranges(shape, index: Index) -> list[tuple[int, int]]:
+  """First and end of each dimension."""
+  index = (*index, *(slice(None),) * (len(shape) - len(index)))
+  ranges = []
+  for size, cut in zip(shape, index, strict=True):
+    start, stop, step = cut.indices(size)
+    if step != 1:
+      raise ValueError(f'slices have steps of 1, not {step}.')
+    ranges.append((start, max(start, stop)))
+  return ranges
+
+
+def _cut_axis(shape, ranges) -> int:
+  """The last dimension that is not whole (0 if all are): behind it, bytes lie together."""
+  cut = [i for i, (size, (start, stop)) in enumerate(zip(shape, ranges)) if stop - start < size]
+  return cut[-1] if cut else 0
+
+
+def _offset(position, shape, unit: int) -> int:
+  """Bytes before the row at `position` of an array of rows of `unit` bytes."""
+  at = 0
+  for i, size in zip(position, shape, strict=True):
+    at = at * size + i
+  return at * unit
+
+
+def _runs(shape, ranges, itemsize: int) -> Iterator[tuple[int, int]]:
+  """First byte and count of every stretch of a slice that lies together, in order."""
+  axis = _cut_axis(shape, ranges)
+  unit = math.prod(shape[axis + 1:]) * itemsize
+  start, stop = ranges[axis]
+  for outer in itertools.product(*(range(*r) for r in ranges[:axis])):
+    yield _offset((*outer, start), shape[:axis + 1], unit), (stop - start) * unit
+
+
+class Writer:
+  """Writes a safetensors file slice by slice; a context manager.
+
+  The file has its full length and its header from the start, under a name beside `path`. It
+  takes its place at the end of the block, if every element of every tensor was written.
+  """
+
+  def __init__(self, path: str, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+               metadata: Mapping[str, str] | None = None):
+    """`tensors`: name -> shape and dtype, in the order of their bytes."""
+    self._path = path
+    self._partial = f'{path}.{uuid.uuid4().hex[:8]}.partial'
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {'__metadata__': dict(metadata or {'format': 'pt'})}, 0
+    self._tensors, self._left = {}, {}
+    for name, (shape, dtype) in tensors.items():
+      size = math.prod(shape) * np.dtype(dtype).itemsize
+      header[name] = {'dtype': names[np.dtype(dtype)], 'shape': list(shape),
+                      'data_offsets': [end, end + size]}
+      self._tensors[name] = np.dtype(dtype), tuple(shape), end
+      self._left[name] = math.prod(shape)
+      end += size
+    raw = json.dumps(header, separators=(',', ':')).encode()
+    raw += b' ' * (-len(raw) % 8)  # so that tensors are aligned
+    self._start, self._size = 8 + len(raw), 8 + len(raw) + end
+    self._head = len(raw).to_bytes(8, 'little') + raw
+
+  def __enter__(self):
+    self._file = open(self._partial, 'wb', buffering=0)
+    self._file.truncate(self._size)
+    self._write(0, self._head)
+    return self
+
+  def write(self, name: str, values: np.ndarray, index: Index = (),
+            view: tuple[int, ...] | None = None):
+    """Writes a slice; `index` and `view` as in File.read. Each element is to be written once."""
+    dtype, shape, start = self._tensors[name]
+    if view is None and not shape:
+      shape, values = (1,), np.reshape(values, 1)
+    shape = shape if view is None else view
+    ranges = _ranges(shape, index)
+    expected = tuple(stop - first for first, stop in ranges)
+    if values.shape != expected or values.dtype != dtype:
+      raise ValueError(f'{name}: {values.dtype} {values.shape} is not {dtype} {expected}.')
+    raw = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    done = 0
+    for at, count in _runs(shape, ranges, dtype.itemsize) if values.size else ():
+      self._write(self._start + start + at, raw[done:done + count])
+      done += count
+    self._left[name] -= values.size
+
+  def _write(self, start: int, raw):
+    self._file.seek(start)
+    view = memoryview(raw)
+    while view:
+      view = view[self._file.write(view):]
+
+  def __exit__(self, kind, *_):
+    try:
+      if kind is None:
+        unwritten = [name for name, left in self._left.items() if left]
+        if unwritten:
+          raise ValueError(f'{self._path}: not written once: {", ".join(unwritten)}')
+        os.fsync(self._file.fileno())
+        os.replace(self._partial, self._path)
+    finally:
+      self._file.close()
+      if os.path.exists(self._partial):
+        os.remove(self._partial)

@@ -1,0 +1,189 @@
+"""A study that starts from a Hugging Face folder: its tokenizer, its model, and back out again."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from btx_jax import manifest, plan, sharding
+from btx_jax.convert import export, hugging_face, publish
+from btx_jax.data import text as text_lib
+from btx_jax.data import tokenizer
+from btx_jax.errors import UsageError
+from btx_jax.evaluate import scores
+from btx_jax.pipeline import Pipeline
+from configs import base
+from tests import studies
+from tests.data_test import TRICKY
+from tests.helpers import TINY, assert_trees_equal, random_params
+
+TOKENIZER = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizer'
+MODEL = dataclasses.replace(TINY, vocab_size=272, num_layers=1, rope_theta=500.0)
+
+
+# tokenizer.json
+
+
+@pytest.fixture(scope='module')
+def fast():
+  return tokenizer.load(str(TOKENIZER))
+
+
+def test_any_text_comes_back(fast):
+  texts = [*TRICKY, '<|begin|> is text here, and so is <|end|>']
+  for text, ids in zip(texts, fast.encode(texts)):
+    assert fast.decode(ids) == text
+    assert not {fast.bos_id, fast.eos_id} & set(ids)
+
+
+def test_special_tokens_are_those_of_its_config(fast):
+  vocabulary = json.loads((TOKENIZER / 'tokenizer.json').read_text())['model']['vocab']
+  assert (fast.bos_id, fast.eos_id) == (vocabulary['<|begin|>'], vocabulary['<|end|>'])
+  assert fast.vocab_size == len(vocabulary) == 270
+
+
+def test_pieces_are_the_text_of_each_token(fast):
+  ids = fast.encode(['the king'])[0]
+  assert len(ids) < len('the king')
+  assert ''.join(fast.pieces([fast.bos_id, *ids, fast.eos_id])) == 'the king'
+  assert fast.pieces(fast.encode(['é'])[0]) == ['\ufffd', '\ufffd']
+
+
+def test_a_copy_is_as_good_as_the_original(fast, tmp_path):
+  """Also where the folder is not at hand any more, and by either of its names."""
+  folder = pathlib.Path(shutil.copytree(TOKENIZER, tmp_path / 'model'))
+  config = base.get_config()
+  for path in (folder, folder / 'tokenizer.json'):
+    config.tokenizer.path = str(path)
+    data = tmp_path / path.name
+    text_lib._tokenizer(config, str(data), [])
+    assert {file.name for file in data.iterdir()} >= {
+        'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'}
+  shutil.rmtree(folder)
+  again = text_lib.tokenizer(config, str(data))
+  assert (again.hash, again.eos_id) == (fast.hash, fast.eos_id)
+  assert again.files == fast.files
+
+
+def test_other_special_tokens_make_another_tokenizer(fast, tmp_path):
+  folder = pathlib.Path(shutil.copytree(TOKENIZER, tmp_path / 'model'))
+  (folder / 'tokenizer_config.json').unlink()
+  (folder / 'special_tokens_map.json').write_text('{"eos_token": "<|begin|>"}')
+  other = tokenizer.load(str(folder))
+  assert other.eos_id == other.bos_id == fast.bos_id
+  assert other.hash != fast.hash
+
+
+def test_of_both_kinds_in_a_folder_sentencepiece_is_taken(tmp_path):
+  folder = pathlib.Path(shutil.copytree(TOKENIZER, tmp_path / 'model'))
+  trained = tokenizer.train(['some words, and more words'] * 40, 290)
+  (folder / 'tokenizer.model').write_bytes(trained.files['tokenizer.model'])
+  found = tokenizer.load(str(folder))
+  assert found.hash == trained.hash
+  assert set(found.files) == {'tokenizer.model', *(file.name for file in TOKENIZER.iterdir())}
+
+
+# Models
+
+
+def write_model(folder, seed=0, dtype='float32'):
+  params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), random_params(MODEL, seed))
+  export.export(str(folder), MODEL, export.Arrays(params), dtype, max_length=99, balance=0.0,
+                bos_id=0, eos_id=1, card='',
+                tokenizer_files={file.name: file.read_bytes() for file in TOKENIZER.iterdir()})
+  return params
+
+
+def study(text, folder):
+  config = studies.get_config(text)
+  config.tokenizer.path = str(folder)
+  config.evaluation.every = 0
+  config.runs = {
+      'seed': base.run(base.hugging_face(str(folder))),
+      'expert/code': base.run(base.checkpoint('seed'), {'code': 1}, steps=1),
+      'tuned': base.run(base.hugging_face(str(folder)), {'code': 1}, steps=1,
+                        model={'remat': True, 'top_k': 1}),
+      'btx': base.run(base.mix('seed', 'seed'), {'code': 1}, steps=1),
+  }
+  return config
+
+
+def test_a_pretrained_seed(text, tmp_path):
+  """It is measured and branched from where it lies, and what comes of it goes back."""
+  params = write_model(tmp_path / 'model')
+  config = study(text, tmp_path / 'model')
+  config.mesh.update(fsdp=1, expert=1, tensor=1)  # which compiles faster
+  del config.runs['tuned'], config.runs['btx']
+  pipeline = Pipeline(config, str(tmp_path / 'work'))
+  pipeline.train()
+  assert pipeline.state('seed') == pipeline.state('expert/code') == manifest.COMPLETE
+  assert not os.path.exists(tmp_path / 'work' / 'seed' / 'checkpoints')
+  assert set(scores.read(pipeline, pipeline.runs['seed'], scores.FINAL)) == set(studies.WORDS)
+  with jax.set_mesh(pipeline.mesh):
+    assert_trees_equal(pipeline.final_params('seed'), params)
+    trained = pipeline.final_params('expert/code')
+  assert not pipeline.train()
+
+  publish.publish(pipeline, 'seed', str(tmp_path / 'seed'), 'float32')
+  assert hugging_face.Folder(str(tmp_path / 'seed')).hash == pipeline.runs['seed'].content
+  publish.publish(pipeline, 'expert/code', str(tmp_path / 'out'), 'float32')
+  out = hugging_face.Folder(str(tmp_path / 'out'))
+  assert (out.model, out.context_length) == (MODEL, 99)
+  for path, leaf in jax.tree.leaves_with_path(trained):
+    np.testing.assert_array_equal(out.read(sharding.path_of(path)), leaf)
+  assert (tmp_path / 'out' / 'chat_template.jinja').exists()
+  card = (tmp_path / 'out' / 'README.md').read_text()
+  assert f'| seed | pretrained, content {pipeline.runs["seed"].content} |' in card
+  assert '| expert/code | seed | code 100% | 1 |' in card
+
+  shutil.rmtree(tmp_path / 'model')
+  write_model(tmp_path / 'model', seed=1)
+  with pytest.raises(UsageError, match='belongs to another config:\n  content: '):
+    Pipeline(config, str(tmp_path / 'work')).train()
+
+
+def test_sizes_are_the_folders_and_the_rest_is_the_configs(text, tmp_path):
+  params = write_model(tmp_path / 'model', dtype='bfloat16')
+  config = study(text, tmp_path / 'model')
+  config.model.update(dtype='bfloat16', top_k=2, norm_eps=0.1, rope_theta=3.0)
+  pipeline = Pipeline(config, str(tmp_path / 'work'))
+  assert pipeline.runs['seed'].model == dataclasses.replace(
+      MODEL, dtype='bfloat16', top_k=2, dispatch_factor=2.0)
+  assert pipeline.runs['tuned'].model == dataclasses.replace(
+      MODEL, dtype='bfloat16', top_k=1, dispatch_factor=2.0, remat=True)
+  with jax.set_mesh(pipeline.mesh):
+    found = pipeline.initial_params(pipeline.runs['tuned'])
+    assert_trees_equal(found, params)
+    expected = sharding.shardings(params, pipeline.mesh)
+    assert jax.tree.map(lambda x: x.sharding, found) == expected
+    mixture = pipeline.initial_params(pipeline.runs['btx'])
+  experts = mixture['layers'].pop('ffn')['experts']
+  dense = params['layers'].pop('ffn')
+  assert_trees_equal(mixture, params)
+  for i in range(2):
+    assert_trees_equal({name: leaf[:, i] for name, leaf in experts.items()}, dense)
+  os.rename(tmp_path / 'model', tmp_path / 'moved')
+  moved = study(text, tmp_path / 'moved')
+  moved.model.update(config.model)
+  runs = plan.make_plan(moved, 270)
+  assert runs['tuned'].spec() == pipeline.runs['tuned'].spec()  # wherever it lies
+
+
+def test_a_pretrained_mixture_keeps_its_experts(text):
+  config = studies.get_config(text)
+  config.tokenizer.path = 'some'
+  config.runs = {'seed': base.run(base.hugging_face(
+      str(TOKENIZER.parent / 'mixtral')), {'code': 1}, steps=3)}
+  config.model.update(router='switch', top_k=1)  # of mixtures that are made here
+  found = plan.make_plan(config, 40)['seed'].model
+  assert (found.num_experts, found.router, found.k, found.router_bias) == (4, 'top_k', 2, False)
+  config.train.balance_bias = 0.1
+  assert plan.make_plan(config, 40)['seed'].model == dataclasses.replace(found, router_bias=True)
+  config.runs.seed.steps = 0
+  config.runs.seed.domains = {}
+  assert plan.make_plan(config, 40)['seed'].model == found  # nothing trains it

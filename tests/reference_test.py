@@ -1,0 +1,119 @@
+"""What we export is what transformers computes: pytest -m reference, where it is installed."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported
+
+import jax
+import numpy as np
+import pytest
+
+from btx_jax import sharding
+from btx_jax.convert import export, hugging_face, publish
+from btx_jax.data import tokenizer
+from btx_jax.model import llama
+from btx_jax.model.config import Config
+from tests import studies
+from tests.helpers import hidden_and_sums, random_params
+
+pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings('ignore')]
+
+LLAMA_2 = Config(vocab_size=96, dim=32, ffn_dim=72, num_layers=3, num_heads=4, num_kv_heads=4)
+LLAMA_3 = dataclasses.replace(
+    LLAMA_2, num_heads=8, num_kv_heads=2, head_dim=6, tied_head=True, rope_theta=5e4,
+    rope_factor=8.0, rope_original_length=16)
+MIXTRAL = dataclasses.replace(LLAMA_2, num_kv_heads=2, num_experts=5, top_k=3, rope_theta=3e3)
+MODELS = {'llama2': (LLAMA_2, 'float32'), 'llama3': (LLAMA_3, 'bfloat16'),
+          'mixtral': (MIXTRAL, 'float32')}
+ROWS, LENGTH = 8, 24
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def exported(request, tmp_path_factory):
+  """A model, its folder, its parameters as they are there, and transformers' reading of it."""
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  model, dtype = MODELS[request.param]
+  params = random_params(model, scale=0.15)
+  params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
+  folder = tmp_path_factory.mktemp('out') / request.param
+  export.export(
+      str(folder), model, export.Arrays(params), dtype, max_length=64, balance=0.01, bos_id=1,
+      eos_id=95, tokenizer_files={}, card='', max_shard=20_000)
+  theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32, output_loading_info=True)
+  assert not any(told.values()), told
+  return model, folder, params, theirs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens):
+  positions = jax.numpy.broadcast_to(jax.numpy.arange(tokens.shape[1]), tokens.shape)
+  hidden, _ = hidden_and_sums(model, params, {
+      'tokens': tokens, 'segment_ids': jax.numpy.ones_like(tokens), 'positions': positions})
+  return hidden @ llama.output_head(params)
+
+
+def test_logits_agree(exported):
+  import torch
+  model, _, params, theirs = exported
+  tokens = np.random.default_rng(0).integers(0, model.vocab_size, (ROWS, LENGTH), np.int32)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  assert np.abs(expected).max() > 1
+  np.testing.assert_allclose(logits_of(model, params, tokens), expected, rtol=0, atol=2e-4)
+
+
+def test_greedy_generation_agrees(exported):
+  import torch
+  model, _, params, theirs = exported
+  start = np.random.default_rng(1).integers(0, model.vocab_size, (ROWS, 4))
+  found = np.zeros((ROWS, LENGTH), np.int32)
+  found[:, :4] = start
+  for i in range(4, LENGTH):  # what stands behind a position does not reach it
+    found[:, i] = logits_of(model, params, found)[:, i - 1].argmax(-1)
+  expected = theirs.generate(
+      torch.tensor(start), attention_mask=torch.ones(start.shape, dtype=torch.long),
+      do_sample=False, max_new_tokens=LENGTH - 4, eos_token_id=None, pad_token_id=0).numpy()
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_what_transformers_saves_is_read_back_the_same(exported, tmp_path):
+  from safetensors.torch import save_file
+  model, folder, params, theirs = exported
+  saved = tmp_path / 'saved'
+  theirs.save_pretrained(saved, max_shard_size='20KB')
+  sources = [folder, saved]
+  if model.num_experts:  # all experts in one tensor, as transformers has them in memory
+    fused = tmp_path / 'fused'
+    fused.mkdir()
+    (fused / 'config.json').write_text((saved / 'config.json').read_text())
+    save_file(theirs.state_dict(), fused / 'model.safetensors')
+    assert any('gate_up_proj' in name for name in theirs.state_dict())
+    sources.append(fused)
+  for source in sources:
+    found = hugging_face.Folder(str(source))
+    assert found.model == model
+    for path, leaf in jax.tree.leaves_with_path(params):
+      path = sharding.path_of(path)
+      np.testing.assert_array_equal(found.read(path).astype(np.float32), leaf, path)
+
+
+def test_a_tokenizer_of_ours_gives_the_same_ids(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  texts = ['\n'.join(words * 9) for words in studies.WORDS.values()]
+  ours = tokenizer.train(texts, 330)
+  files = publish._tokenizer_files(ours)
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  kept = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizer'
+  for mine, folder in ((ours, tmp_path), (tokenizer.load(str(kept)), kept)):
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in [*texts, '  two spaces\n\tand é日', ' lead']:
+      ids = mine.encode([text])[0]
+      assert theirs(text, add_special_tokens=False)['input_ids'] == ids
+      assert theirs.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (mine.bos_id, mine.eos_id)
