@@ -1,6 +1,6 @@
 """Every way of routing, balancing, mixing and freezing, side by side on the demo's experts.
 
-Each variant is the demo's mixture changed in one thing and finetuned for half as long; `dense`
+Each variant is the demo's mixture changed in one thing and finetuned for 120 steps; `dense`
 and `upcycled` spend the FLOPs of all that leads to `btx`. Branch-Train-Merge needs no finetuning.
 Expect: `soft`, which runs all experts, best of the mixtures and `hash`, `switch`, `blend` and
 router-only finetuning behind the rest; docs/variants.md has the table of one run. About an hour
@@ -11,7 +11,7 @@ on two CPU cores.
 
 from configs import base, demo
 
-STEPS = 200
+STEPS = 120
 
 
 def get_config():
