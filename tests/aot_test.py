@@ -1,0 +1,63 @@
+"""What the TPU's compiler makes of our programs, without a TPU: pytest -m aot, where libtpu is."""
+
+import os
+import re
+
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # before libtpu is loaded: there is no TPU host
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from btx_jax import sharding
+from btx_jax.model import moe
+
+pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings('ignore')]
+
+B, T, D, F, K = 16, 1024, 512, 1536, 2
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  """Four chips, one of the axis `expert` each."""
+  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1').devices
+  return jax.sharding.Mesh(np.array(devices).reshape(1, 1, 4, 1), sharding.AXES,
+                           axis_types=(AxisType.Auto,) * 4)
+
+
+def compiled_layer(mesh, num_experts: int, form: str):
+  """The gradient of a layer of experts, of which each device holds some."""
+  like = lambda dtype, spec, *shape: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=NamedSharding(mesh, spec))
+  E, rows, held = num_experts, P(sharding.BATCH_AXES), P('expert')
+  experts = {'gate': like(jnp.bfloat16, held, E, D, F), 'up': like(jnp.bfloat16, held, E, D, F),
+             'down': like(jnp.bfloat16, held, E, F, D)}
+  args = (like(jnp.bfloat16, rows, B, T, D), experts, like(jnp.float32, rows, B, T, K),
+          like(jnp.int32, rows, B, T, K))
+
+  def loss(x, experts, gates, ids):
+    return moe.sparse_experts(x, experts, gates, ids, form).astype(jnp.float32).sum()
+
+  with jax.set_mesh(mesh):
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile()
+
+
+def kernel_rows(compiled) -> set[int]:
+  """Of what the kernels of grouped matmuls read and write row by row."""
+  kernels = re.findall(r'ragged-dot[\w.-]* = \w+\[(\d+),\d+\]', compiled.as_text())
+  return set(map(int, kernels))
+
+
+def test_more_experts_are_no_more_work(mesh):
+  """Top-2 of 8 multiplies what top-2 of 4 does: a token still meets two experts."""
+  four, eight = (compiled_layer(mesh, n, 'plain').cost_analysis()['flops'] for n in (4, 8))
+  assert eight == pytest.approx(four, rel=0.02)
+  of_four, of_eight = (kernel_rows(compiled_layer(mesh, n, 'auto')) for n in (4, 8))
+  # The TPU's own form: one kernel over the rows of all experts of a device, a quarter of room
+  # more than there are choices.
+  assert of_four == of_eight == {B * T * K * 5 // 4 // 4}
