@@ -1,0 +1,35 @@
+"""A pretrained model branched, mixed and taken away again: SmolLM2-135M on the demo's text.
+
+The seed is read from a Hugging Face folder; three experts are trained a short while on code, math
+and facts, mixed with the seed, and finetuned; `export` writes a Mixtral that transformers loads.
+So short that two CPU cores do it in half an hour: expect each expert to be better than the seed on
+its domain and the mixture on all; docs/pretrained.md has what one run gave. For good, give it
+text of yours, a thousand times the steps, and an accelerator.
+
+  python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M
+  python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M --run=btx \
+      export --to=/models/btx
+"""
+
+from configs import base, demo
+
+
+def get_config(folder: str = '/models/SmolLM2-135M'):
+  config = demo.get_config()
+  config.tokenizer.path = folder
+  config.data.length = 256
+  config.model = base.get_config().model  # sizes are those of the folder
+  config.train.batch_size = 4
+  config.evaluation.update(tokens=4096, batch_size=8)
+  config.checkpoints_kept = 1
+  config.checkpoint_every = 100
+  config.checks.expert_gain = 0.0
+  experts = tuple(f'expert/{domain}' for domain in demo.SPECIALISTS)
+  short = {'optimizer': {'peak_lr': 2e-4, 'warmup': 0.2}, 'steps': 16}
+  config.runs = {
+      'seed': base.run(base.hugging_face(folder)),
+      **{f'expert/{domain}': base.run(base.checkpoint('seed'), {domain: 1}, **short)
+         for domain in demo.SPECIALISTS},
+      'btx': base.run(base.mix('seed', *experts), demo.BLEND, **short),
+  }
+  return config
