@@ -8,7 +8,7 @@ load and with all tokens on the same experts.
 """
 
 import dataclasses
-import functools
+import itertools
 import sys
 import time
 
@@ -20,6 +20,7 @@ import optax
 from btx_jax import optim, plan, sharding, train
 from btx_jax.model import llama, moe
 from btx_jax.model.config import Config
+from btx_jax.model.linear import swiglu
 from btx_jax.objective import Objective
 
 B, T = 8, 256
@@ -38,7 +39,7 @@ def take_turns(calls, turns: int) -> dict[str, np.ndarray]:
   for call in calls.values():
     call()
   for turn in range(turns):
-    for name in sorted(calls, reverse=turn % 2):
+    for name in list(calls)[::-1 if turn % 2 else 1]:
       began = time.perf_counter()
       calls[name]()
       seconds[name].append(time.perf_counter() - began)
@@ -71,6 +72,14 @@ def layer(form: str, num_experts: int, balanced: bool):
   return lambda: jax.block_until_ready(f(*args))
 
 
+def dense_layer():
+  normal = lambda *shape: jnp.ones(shape, jnp.float32)
+  D, F = MIXTURE.dim, 2 * MIXTURE.ffn_dim
+  args = normal(B, T, D), {'gate': normal(D, F), 'up': normal(D, F), 'down': normal(F, D)}
+  f = jax.jit(jax.grad(lambda *args: swiglu(*args).sum(), (0, 1)))
+  return lambda: jax.block_until_ready(f(*args))
+
+
 def main():
   turns = int(sys.argv[1]) if len(sys.argv) > 1 else 20
   rng = np.random.default_rng(0)
@@ -85,9 +94,11 @@ def main():
       print(f'train step, {name}: {np.median(times[name]):.3f} s, {ratio:.2f} times {of} '
             f'({np.median(times[of]):.3f} s)')
     print(f'{"a layer, forward and backward":30} {"balanced":>10} {"on two experts":>15}')
-    calls = {(form, num_experts, balanced): functools.partial(layer, form, num_experts, balanced)()
-             for form in moe.FORMS for num_experts in (4, 8) for balanced in (True, False)}
+    calls = {'dense': dense_layer()}
+    for form, num_experts, balanced in itertools.product(moe.FORMS, (4, 8), (True, False)):
+      calls[form, num_experts, balanced] = layer(form, num_experts, balanced)
     times = take_turns(calls, max(turns // 4, 3))
+    print(f'{"dense, twice the width":30} {np.median(times["dense"]):8.3f} s')
     for form in moe.FORMS:
       for num_experts in (4, 8):
         seconds = [np.median(times[form, num_experts, balanced]) for balanced in (True, False)]
