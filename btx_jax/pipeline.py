@@ -9,7 +9,17 @@ import time
 import jax
 import numpy as np
 
-from btx_jax import btx, checkpoint, distributed, hardware, loop, manifest, sharding
+from btx_jax import (
+  btx,
+  checkpoint,
+  distributed,
+  hardware,
+  loop,
+  manifest,
+  mixable,
+  sharding,
+  vocabulary,
+)
 from btx_jax import plan as plan_lib
 from btx_jax.convert import hugging_face
 from btx_jax.data import mixture
@@ -74,6 +84,8 @@ class Pipeline(Study):
     distributed.first(self._check_manifests)
     for line in dict.fromkeys(line for run in wanted for line in self._uneven(run)):
       say(line)
+    for run in wanted:
+      self._tell_differences(run)
     orders = {run.name: self._order(run) for run in wanted if run.steps}
     with jax.set_mesh(self.mesh):
       for group, todo in zip(groups, todos):
@@ -121,6 +133,15 @@ class Pipeline(Study):
       lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '
                    'devices: their weights are gathered where they are used, as by mesh.fsdp')
     return lines
+
+  def _tell_differences(self, run: Run):
+    """Of a mixture's sources: what was allowed, and what it costs."""
+    sources = [self.runs[name] for name in run.sources] if run.init == plan_lib.MIX else []
+    found = mixable.differences(sources, self.runs) if sources else []
+    if found:
+      say(f'{run.name} is mixed of models that differ:\n{mixable.table(sources, found)}')
+      for kind in dict.fromkeys(each.kind for each in found if each.kind):
+        say(f'{kind}: {mixable.COSTS[kind]}.')
 
   def _order(self, run: Run):
     return mixture.training_order(
@@ -216,7 +237,7 @@ class Pipeline(Study):
     """The uniform average of what a mixture was made from: the baseline without experts."""
     # The weights of the mean without its rules, for the feed-forward layers too.
     mean = dataclasses.replace(run.recipe, rest=run.recipe.rest[-1:])
-    return self._mix(self.runs[run.sources[0]].model, run.sources, mean)
+    return self._mix(plan_lib.averaged_model(run, self.runs), run.sources, mean)
 
   def _mix(self, model: model_config.Config, sources, recipe, rng=None):
     """Parameters made from those of other runs, of which each process reads what it needs.
@@ -224,7 +245,8 @@ class Pipeline(Study):
     No more than one of them is in the memory of the host at a time, and of that one what its
     devices hold.
     """
-    saved = [self._source(name) for name in sources]
+    saved = vocabulary.aligned(
+        self, sources, [self._source(name) for name in sources], recipe.reference)
     read = lambda source, path, index: saved[source].read(path, index).astype(
         np.float32, copy=False)
     began = time.monotonic()

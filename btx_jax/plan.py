@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import json
 
-from btx_jax import errors
+from btx_jax import errors, mixable
 from btx_jax import recipe as recipe_lib
+from btx_jax import vocabulary as vocabulary_lib
 from btx_jax.convert import hugging_face
+from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.objective import Objective
@@ -19,11 +21,9 @@ from btx_jax.recipe import Recipe
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
 _RESERVED = ('data', 'report')
 # What the parameters are shaped by; the rest of a model's fields may change between runs.
-_SHAPES = ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads',
-           'head_dim', 'tied_head', 'num_experts')
+_SHAPES = ('vocab_size', *mixable.SIZES, 'num_experts')
 # What else a pretrained model was trained with.
-_PRETRAINED = ('rope_theta', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor',
-               'rope_original_length', 'norm_eps')
+_PRETRAINED = (*mixable.ROPE, 'norm_eps')
 # How a model is computed, not what it computes.
 _COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
 # Of no effect on a dense model.
@@ -85,6 +85,8 @@ class Run:
     seed: of the config; each run makes its own from it and its name.
     folder: of a pretrained model.
     content: identifies what is in that folder, wherever it is.
+    vocabulary: identifies that of a pretrained model which gives ids to other tokens than the
+      tokenizer of the config, so that it can only be mixed; else ''.
   """
   name: str
   init: str
@@ -102,6 +104,7 @@ class Run:
   seed: int
   folder: str = ''
   content: str = ''
+  vocabulary: str = ''
 
   def spec(self) -> dict:
     """Everything of the run itself that decides its result, as plain data."""
@@ -110,8 +113,9 @@ class Run:
     for key in _COMPUTE:
       del spec['model'][key]
     del spec['folder']
-    if not self.content:
-      del spec['content']
+    for key in ('content', 'vocabulary'):
+      if not spec[key]:
+        del spec[key]
     return json.loads(json.dumps(spec))  # with lists for tuples, as it is read back
 
   @property
@@ -133,12 +137,19 @@ def lineage(run: Run, runs: Mapping[str, Run]) -> list[Run]:
   return list(found.values())
 
 
-def make_plan(config, vocab_size: int) -> dict[str, Run]:
+def averaged_model(run: Run, runs: Mapping[str, Run]) -> model_config.Config:
+  """The sizes of the plain average of a mixture's sources."""
+  like = {field: getattr(run.model, field) for field in mixable.OF_REFERENCE}
+  return dataclasses.replace(runs[run.sources[0]].model, **like)
+
+
+def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None) -> dict[str, Run]:
   """The runs of a config by name, each behind those that it starts from.
 
   Args:
     config: ConfigDict as configs/base.py makes it.
     vocab_size: of the tokenizer.
+    tokenizer: that, where it is there already.
 
   Raises:
     UsageError: anything that could not be run, said before any compute is spent.
@@ -151,7 +162,7 @@ def make_plan(config, vocab_size: int) -> dict[str, Run]:
                        f'{nearest(name, config.runs)}')
   runs: dict[str, Run] = {}
   for name in _ordered(config.runs, config.stacked):
-    runs[name] = _make_run(name, config, runs, vocab_size)
+    runs[name] = _make_run(name, config, runs, vocab_size, tokenizer)
   _check_stacked([runs[name] for name in config.stacked])
   return runs
 
@@ -221,7 +232,8 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
   return order
 
 
-def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Run:
+def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
+              tokenizer: Tokenizer | None) -> Run:
   entry = config.runs[name]
   train = {**config.train, **entry.train}
   length, batch_size, accumulation = (
@@ -234,9 +246,13 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
     raise UsageError(f'runs.{name}: train.batch_size = {batch_size} is not a multiple of '
                      f'train.accumulation = {accumulation}.')
   sources, recipe, experts = _start(name, config, runs)
-  pretrained = _pretrained(name, config, vocab_size)
+  pretrained = _pretrained(name, config)
   untrained = pretrained and not (entry.domains or entry.steps or entry.match_flops_of)
+  vocabulary = _vocabulary(name, config, runs, pretrained, untrained, vocab_size, tokenizer)
   model = _model(name, config, runs, recipe, pretrained, vocab_size)
+  if model.vocab_size < vocab_size and not vocabulary:
+    raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
+                     f"tokenizer's {vocab_size}; set it to 0 to take the tokenizer's.")
   with errors.of(f'runs.{name}'):
     objective = Objective(**{field.name: train[field.name]
                              for field in dataclasses.fields(Objective)})
@@ -259,7 +275,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int) -> Ru
       weights={} if untrained else _weights(name, entry.domains, config.domains), model=model,
       optimizer=optimizer, steps=steps, length=length, batch_size=batch_size,
       accumulation=accumulation, objective=objective, seed=config.seed,
-      folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '')
+      folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
+      vocabulary=vocabulary)
 
 
 def _start(name: str, config, runs: Mapping[str, Run]):
@@ -275,12 +292,14 @@ def _start(name: str, config, runs: Mapping[str, Run]):
   if init.kind != MIX:
     return tuple(init.runs), None, runs[init.runs[0]].experts if init.runs else ()
   names = recipe_lib.names_in(init)
-  _check_mixable(name, [runs[source] for source in names])
+  sources = [runs[source] for source in names]
+  mixable.check(name, sources, runs, init.allow)
   model = runs[names[0]].model
   with errors.of(f'runs.{name}'):
     recipe = recipe_lib.make(init, names, model.ffn_dim, model_config.shared_paths(model),
                              _tokens_apart(init.averaged or init.runs, names, runs),
                              config.mix.router_std)
+  mixable.check_reference(name, sources[recipe.reference], sources)
   return names, recipe, recipe_lib.labels(init.arrangement, init.runs, init.chunks)
 
 
@@ -291,7 +310,7 @@ def _tokens_apart(names: Sequence[str], of: Sequence[str], runs: Mapping[str, Ru
               if run.name not in set.intersection(*lines)) for name in of]
 
 
-def _pretrained(name: str, config, vocab_size: int) -> hugging_face.Folder | None:
+def _pretrained(name: str, config) -> hugging_face.Folder | None:
   """The folder that the run starts from, if it is one."""
   init = config.runs[name].init
   if init.kind != HUGGING_FACE:
@@ -300,13 +319,35 @@ def _pretrained(name: str, config, vocab_size: int) -> hugging_face.Folder | Non
     raise UsageError(f'runs.{name} starts from a pretrained model, which knows the tokenizer that '
                      f'it was trained with and no other: set tokenizer.path = {init.folder!r}.')
   with errors.of(f'runs.{name}'):
-    folder = hugging_face.Folder(init.folder)
-  if folder.model.vocab_size < vocab_size:
+    return hugging_face.Folder(init.folder)
+
+
+def _vocabulary(name: str, config, runs: Mapping[str, Run],
+                pretrained: hugging_face.Folder | None, untrained: bool, vocab_size: int,
+                tokenizer: Tokenizer | None) -> str:
+  """`Run.vocabulary`. A model that does not know the tokenizer's cannot be trained on."""
+  init = config.runs[name].init
+  if init.kind == CHECKPOINT and runs[init.runs[0]].vocabulary:
+    raise UsageError(f'runs.{name} starts from {init.runs[0]!r}, whose vocabulary is not that of '
+                     f'tokenizer.path = {config.tokenizer.path!r}: such a model can only be mixed.')
+  if not pretrained:
+    return ''
+  with errors.of(f'runs.{name}'):
+    own = vocabulary_lib.own(init.folder, tokenizer) if tokenizer else None
+  size = pretrained.model.vocab_size
+  if own:
+    clash = vocabulary_lib.contradiction(tokenizer.vocabulary(), own, size)
+    if clash and not untrained:
+      raise UsageError(
+          f'runs.{name}: tokenizer.path = {config.tokenizer.path!r} is not the tokenizer of the '
+          f'model in {init.folder}: {clash}. Set tokenizer.path to the model\'s own tokenizer.')
+    return vocabulary_lib.identify(own) if clash else ''
+  if size < vocab_size:
     raise UsageError(
-        f'runs.{name}: the model in {init.folder} knows {folder.model.vocab_size} tokens, and '
+        f'runs.{name}: the model in {init.folder} knows {size} tokens, and '
         f'tokenizer.path = {config.tokenizer.path!r} has {vocab_size}; set tokenizer.path to the '
         "model's own tokenizer.")
-  return folder
+  return ''
 
 
 def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
@@ -323,6 +364,8 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
   else:
     fields = dataclasses.asdict(runs[entry.init.runs[0]].model)
   if recipe:
+    reference = runs[recipe_lib.names_in(entry.init)[recipe.reference]].model
+    fields |= {field: getattr(reference, field) for field in mixable.OF_REFERENCE}
     fields['num_experts'] = len(recipe.experts)
     fields['ffn_dim'] = sum(end - first for _, first, end in recipe.experts[0])
   sizes = dict(fields)
@@ -338,23 +381,7 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
       'hash' in (was, model.router)):
     raise UsageError(f'runs.{name}: model.router = {model.router!r}, but {entry.init.runs[0]!r} '
                      f"has {was!r}, and by 'hash' there is none to train on; use base.mix(...).")
-  if model.vocab_size < vocab_size:
-    raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
-                     f"tokenizer's {vocab_size}; set it to 0 to take the tokenizer's.")
   return model
-
-
-def _check_mixable(name: str, sources: list[Run]):
-  first = sources[0]
-  for other in sources:
-    if other.model.num_experts:
-      raise UsageError(f'runs.{name} mixes {other.name!r}, which is a mixture already.')
-    a, b = dataclasses.asdict(first.model), dataclasses.asdict(other.model)
-    differences = [f'{key} {a[key]} and {b[key]}' for key in a
-                   if key not in (*_COMPUTE, *_ROUTING, 'dtype') and a[key] != b[key]]
-    if differences:
-      raise UsageError(f'runs.{name} cannot mix {first.name!r} and {other.name!r}; they differ '
-                       f'in {"; ".join(differences)}.')
 
 
 def _weights(name: str, weights, domains) -> dict[str, float]:

@@ -33,6 +33,11 @@ class Recipe:
   tied: int = 1
   router_std: float = 0.02
 
+  @property
+  def reference(self) -> int:
+    """The first source in the mean: where sources differ, the mixture is as this one is."""
+    return next(i for i, weight in enumerate(self.rest[-1][1]) if weight)
+
   def weights(self, path: str) -> tuple[float, ...]:
     """Of each source in the mean that becomes the parameter of this path."""
     return next(weights for pattern, weights in self.rest if re.search(pattern, path))

@@ -42,12 +42,18 @@ class Study:
     for form in config.evaluation.merge:
       if form not in MERGES:
         raise UsageError(f'evaluation.merge names {form!r}; {nearest(form, MERGES)}')
-    self.runs = plan_lib.make_plan(config, text.vocab_size(config, self.data_folder))
-    if set(config.evaluation.merge) - {'posterior'}:
-      for source in (source for run in self.runs.values() if run.init == plan_lib.MIX
-                     for source in run.sources if not self.runs[source].steps):
-        raise UsageError(f'evaluation.merge: {source!r} is a pretrained model, and what it was '
-                         "trained on is not here to compare text with; use ('posterior',).")
+    tokenizer = text.given(config, self.data_folder)
+    self.runs = plan_lib.make_plan(
+        config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer)
+    mixed = [self.runs[source] for run in self.runs.values() if run.init == plan_lib.MIX
+             for source in run.sources] if config.evaluation.merge else []
+    for source in mixed:
+      if source.vocabulary:
+        raise UsageError(f'evaluation.merge: {source.name!r} has another vocabulary than the '
+                         'tokenizer, so that its probabilities are of other tokens; use ().')
+      if not source.steps and set(config.evaluation.merge) - {'posterior'}:
+        raise UsageError(f'evaluation.merge: {source.name!r} is a pretrained model, and what it '
+                         "was trained on is not here to compare text with; use ('posterior',).")
 
   @property
   def data_folder(self) -> str:

@@ -253,7 +253,8 @@ def checkpoint(run_name: str) -> ConfigDict:
 
 
 def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] | None = None,
-        arrangement: str = 'whole', chunks: int = 1) -> ConfigDict:
+        arrangement: str = 'whole', chunks: int = 1,
+        allow: tuple[str, ...] = ()) -> ConfigDict:
   """Starts from a mixture of these runs' models; naming one several times upcycles it.
 
   Args:
@@ -271,10 +272,15 @@ def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] |
       `chunks` times too small. 'blend', expert n has the n-th part of every run (paper 3.3);
       nothing is exact at its start.
     chunks: pieces of a run that is split.
+    allow: in what the runs may differ, which is refused otherwise: 'rope' (rotary settings),
+      'norm_eps', 'vocabulary', 'seed' (they were not trained from one). Of the first three, the
+      mixture has what the first run that is averaged has. Rows of embedding and head are matched
+      by the token's name: tokens that a run lacks have the first one's row, tokens that only
+      others have are dropped.
   """
   return ConfigDict({'kind': 'mix', 'runs': _names(run_names), 'averaged': _names(averaged),
                      'rules': tuple((rules or {}).items()), 'arrangement': arrangement,
-                     'chunks': chunks})
+                     'chunks': chunks, 'allow': _names(allow)})
 
 
 def hugging_face(folder: str) -> ConfigDict:

@@ -48,7 +48,7 @@ GROUPS = {
     'Optimizer and training': (('plan|study|objective', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
     'Tokenizer': (('data/.*|convert/tokenizer', '[Tt]okenizer|pieces?|sentencepiece'),),
     'Text': (('data/.*', ''), ('study', r'\bdata\.')),
-    'Runs and models': (('plan|study|model/config|pipeline|recipe', ''),),
+    'Runs and models': (('plan|study|model/config|pipeline|recipe|mixable|vocabulary', ''),),
     'While training': (('loop|checkpoint|metrics|errors', ''),),
     'Looking on and measuring': (('evaluate/.*', ''),),
     'Hugging Face folders': (('convert/.*', ''),),
@@ -65,7 +65,10 @@ NOTES = {
     'start from each other in a circle': 'Some run has to begin from `base.random()`.',
     'which is a mixture already': 'Mix dense runs. A mixture is trained on by '
                                   '`base.checkpoint(RUN)`.',
-    'they differ in': 'Models are mixed parameter by parameter, so their sizes must be the same.',
+    'cannot mix models of': 'The table has a line for each field that differs, and a column for '
+                            'each source.',
+    'mixes models that differ': 'As above; then what each difference costs. A seed is known of '
+                                'runs only; of folders, the cosine of some weights is compared.',
     'changes the parameters': 'What a run starts from has the shapes of its parameters; give '
                               'other sizes to the run with `base.random()`.',
     'at least one weight must be positive': 'Weights are shares of the rows; they need not add '

@@ -78,6 +78,10 @@ class Fast:
     of a character shows as U+FFFD."""
     return [self._piece(int(i)) for i in ids]
 
+  def vocabulary(self) -> dict[str, int]:
+    """The id of every token by its name, as it is stored, with marks."""
+    return self._model.get_vocab(with_added_tokens=True)
+
   def _piece(self, i: int) -> str:
     piece = self._model.id_to_token(i)
     if piece is None or i in self._special_ids:

@@ -64,18 +64,12 @@ def open_prepared(config, folder: str) -> Text:
   return prepare(config, folder)
 
 
-def vocab_size(config, folder: str) -> int:
-  """Pieces of the tokenizer, before there need be one."""
-  given = _given(config, folder)
-  return given.vocab_size if given else config.tokenizer.vocab_size
-
-
 def tokenizer(config, folder: str) -> Tokenizer:
   """The tokenizer that `prepare` has used."""
-  return _given(config, folder) or tokenizer_lib.load(_kept(config, folder))
+  return given(config, folder) or tokenizer_lib.load(_kept(config, folder))
 
 
-def _given(config, folder: str) -> Tokenizer | None:
+def given(config, folder: str) -> Tokenizer | None:
   """The tokenizer that the config names; None if one is to be trained.
 
   Where its file is not at hand, the copy in `folder` is as good.
@@ -94,7 +88,7 @@ def _kept(config, folder: str) -> str:
 def _tokenizer(config, folder: str, domains) -> Tokenizer:
   """The given tokenizer, or one trained from the text, kept in `folder` either way."""
   kept, size = _kept(config, folder), config.tokenizer.vocab_size
-  tokenizer = _given(config, folder)
+  tokenizer = given(config, folder)
   if not tokenizer and os.path.exists(kept):
     tokenizer = tokenizer_lib.load(kept)
     if tokenizer.vocab_size != size:

@@ -51,6 +51,9 @@ class Tokenizer(Protocol):
   def pieces(self, ids: Sequence[int]) -> list[str]:
     """The text of each token, to be looked at."""
 
+  def vocabulary(self) -> dict[str, int]:
+    """The id of every token by its name, which no other token has: as it is stored, with marks."""
+
 
 class Sentencepiece:
   """A sentencepiece model, and the files that go with it."""
@@ -93,6 +96,10 @@ class Sentencepiece:
       return piece.replace(_SPACE_MARK, ' ')
 
     return [text(int(i)) for i in ids]
+
+  def vocabulary(self) -> dict[str, int]:
+    """The id of every token by its name, as it is stored, with marks."""
+    return {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
 
   def _encode_marked(self, text: str) -> list[int]:
     # A character that neither the text nor the vocabulary has becomes its bytes, which are

@@ -52,6 +52,8 @@ def models(study: Study) -> Iterator[Model]:
         continue
     except UsageError:
       continue
+    if run.vocabulary:
+      continue  # it does not know the ids that text has here
     before = plan_lib.lineage(run, study.runs)[1:]
     if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
       dense = _sizes(study, run, AVERAGE)
@@ -65,7 +67,7 @@ def models(study: Study) -> Iterator[Model]:
 
 
 def _sizes(study: Study, run: Run, stage: str) -> model_config.Config:
-  return study.runs[run.sources[0]].model if stage == AVERAGE else run.model
+  return plan_lib.averaged_model(run, study.runs) if stage == AVERAGE else run.model
 
 
 def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
