@@ -7,6 +7,7 @@ command again continues where the last one stopped.
   status   how all runs are getting on (--watch: again and again; --json: for machines)
   report   writes the report anew, from what there is so far
   data     what the text of each domain is like
+  fit      how the experts that --run mixes differ from their seed and from each other
   export   writes the model of --run into the folder --to, as Hugging Face has it
 
 Fields of the config are set by --config.optimizer.peak_lr=1e-3 and the like. As one of several
@@ -109,6 +110,16 @@ def data(name: str, workdir: str):
   describe.show(Study(CONFIG.value, workdir))
 
 
+def fit(name: str, workdir: str):
+  """Compares the models that a mixture is made from."""
+  del name
+  if not RUN.value:
+    raise UsageError('fit needs --run=NAME, the mixture whose experts are compared.')
+  from btx_jax.evaluate import fit as fit_lib
+  from btx_jax.study import Study
+  fit_lib.tell(Study(CONFIG.value, workdir), RUN.value)
+
+
 def export(name: str, workdir: str):
   """Writes the model of a run as a Hugging Face folder."""
   del name
@@ -121,7 +132,8 @@ def export(name: str, workdir: str):
   say(f'{RUN.value} is in {TO.value}')
 
 
-COMMANDS = {'train': train, 'status': status, 'report': report, 'data': data, 'export': export}
+COMMANDS = {'train': train, 'status': status, 'report': report, 'data': data, 'fit': fit,
+            'export': export}
 
 
 def run(argv: list[str]):

@@ -109,12 +109,11 @@ def root(run, runs: Mapping):
 
 def _of_seeds(roots: Sequence) -> list[Difference]:
   """Where the sources come from: known of runs, of folders judged by their weights."""
-  names = [f'unknown: {run.folder}' if run.folder else run.name for run in roots]
-  alone = lambda run: run.content or run.name
-  if len({alone(run) for run in roots}) == 1:
+  if len({run.content or run.name for run in roots}) == 1:
     return []
   trained_here = {run.name for run in roots if not run.folder}
-  found = [Difference('seed', 'seed' if len(trained_here) > 1 else '', tuple(names))]
+  found = [Difference('seed', 'seed' if len(trained_here) > 1 else '', tuple(
+      'unknown' if run.folder else run.name for run in roots))]
   folders = {run.content: run for run in roots if run.folder}
   if len(folders) > 1:
     first, *others = (_sample(run) for run in folders.values())

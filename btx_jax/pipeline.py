@@ -246,7 +246,8 @@ class Pipeline(Study):
     devices hold.
     """
     saved = vocabulary.aligned(
-        self, sources, [self._source(name) for name in sources], recipe.reference)
+        self, [self.runs[name] for name in sources],
+        [self._source(name) for name in sources], recipe.reference)
     read = lambda source, path, index: saved[source].read(path, index).astype(
         np.float32, copy=False)
     began = time.monotonic()

@@ -110,16 +110,15 @@ class Aligned:
     return np.concatenate(found, axis)
 
 
-def aligned(study, names: Sequence[str], sources: Sequence, reference: int) -> list:
+def aligned(study, runs: Sequence, sources: Sequence, reference: int) -> list:
   """The sources of a mixture, each in the vocabulary of the reference; tells what that means.
 
   Args:
     study: whose runs they are.
-    names: of the runs.
+    runs: that the sources are the parameters of.
     sources: the parameters of each, as hugging_face.Folder and checkpoint.Saved give them.
     reference: which of them it is.
   """
-  runs = [study.runs[name] for name in names]
   size, result = runs[reference].model.vocab_size, list(sources)
   apart = [i for i, run in enumerate(runs) if run.vocabulary or run.model.vocab_size != size]
   if not apart:

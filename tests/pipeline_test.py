@@ -15,7 +15,7 @@ import pytest
 
 from btx_jax import manifest, metrics, program, sharding
 from btx_jax.errors import RunError, UsageError
-from btx_jax.evaluate import report, scores, table
+from btx_jax.evaluate import fit, report, scores, table
 from btx_jax.model import llama
 from btx_jax.pipeline import Pipeline
 from btx_jax.study import Study
@@ -101,6 +101,24 @@ def test_the_mixture_starts_from_its_sources(study):
   average = study.average_params(btx)
   up = np.mean([params['layers']['ffn']['up'] for params in sources.values()], 0)
   np.testing.assert_allclose(average['layers']['ffn']['up'], up, atol=1e-6)
+
+
+def test_experts_are_compared_with_their_seed(study, capsys):
+  """By what lies in the directories, see fit_test.py for the figures."""
+  fit.tell(Study(study.config, study.workdir), 'btx')
+  with open(os.path.join(study.workdir, 'fit.json'), encoding='utf-8') as file:
+    found = json.load(file)
+  assert (found['seed'], found['experts']) == ('seed', ['expert/code', 'expert/math'])
+  seed, code, math = (study.final_params(name)['layers']['ffn'] for name in study.runs
+                      if name != 'btx')
+  d, e = (np.concatenate([np.ravel(params[name][1] - seed[name][1]) for name in seed]).astype(
+      np.float64) for params in (code, math))
+  part, = (part for part in found['parts'] if (part['part'], part['layer']) == ('feed-forward', 1))
+  assert part['cosine'][0][1] == pytest.approx(
+      d @ e / np.linalg.norm(d) / np.linalg.norm(e), rel=1e-5)
+  said = capsys.readouterr().out
+  assert 'btx: differences from seed (the last that all come from)' in said
+  assert found['judgement'][-1] in said
 
 
 def test_manifests_say_where_a_run_came_from(study):

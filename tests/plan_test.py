@@ -113,7 +113,33 @@ def test_models_that_differ_cannot_be_mixed(tmp_path):
   config = config_of(
       tmp_path, wide=base.run(base.random(), {'code': 1}, steps=1, model={'vocab_size': 512}),
       both=base.run(base.mix('seed', 'wide'), {'code': 1}, steps=1))
-  with pytest.raises(UsageError, match=r"'seed' and 'wide'; they differ in vocab_size 300 and 512"):
+  with pytest.raises(UsageError, match=r'vocab_size +300 +512\n +seed +seed +wide\n') as raised:
+    plan.make_plan(config, 300)
+  assert str(raised.value).endswith("base.mix(..., allow=('vocabulary', 'seed')).")
+  for allow in ((), ('seed',), ('vocabulary', 'seed')):
+    config.runs.both.init.allow = allow
+    if len(allow) < 2:
+      with pytest.raises(UsageError, match='vocabulary: rows of embedding and head') as raised:
+        plan.make_plan(config, 300)
+      assert ('\nseed: ' in str(raised.value)) != bool(allow)
+    else:
+      assert plan.make_plan(config, 300)['both'].model.vocab_size == 300
+
+
+def test_a_mixture_has_the_settings_of_the_first_run_that_is_averaged(tmp_path):
+  far = {'rope_theta': 1e6, 'norm_eps': 1e-6}
+  config = config_of(
+      tmp_path, far=base.run(base.checkpoint('seed'), {'code': 1}, steps=1, model=far),
+      both=base.run(base.mix('seed', 'far', allow=('rope', 'norm_eps')), {'code': 1}, steps=1),
+      one=base.run(base.mix('seed', 'far', averaged='far', allow=('norm_eps', 'rope')),
+                   {'code': 1}, steps=1))
+  runs = plan.make_plan(config, 300)
+  seed = runs['seed'].model
+  for name, like in (('both', seed), ('one', dataclasses.replace(seed, **far))):
+    assert runs[name].model == dataclasses.replace(like, num_experts=2)
+    assert plan.averaged_model(runs[name], runs) == like
+  config.runs.both.init.allow = ('norm_eps',)
+  with pytest.raises(UsageError, match=r'rope_theta +10000.0 +1000000.0\n(.*\n)+rope: the'):
     plan.make_plan(config, 300)
 
 

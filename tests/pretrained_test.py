@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import jax
@@ -15,7 +16,7 @@ from btx_jax.convert import export, hugging_face, publish
 from btx_jax.data import text as text_lib
 from btx_jax.data import tokenizer
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import scores
+from btx_jax.evaluate import fit, scores
 from btx_jax.pipeline import Pipeline
 from configs import base
 from tests import studies
@@ -172,6 +173,83 @@ def test_sizes_are_the_folders_and_the_rest_is_the_configs(text, tmp_path):
   moved.model.update(config.model)
   runs = plan.make_plan(moved, 270)
   assert runs['tuned'].spec() == pipeline.runs['tuned'].spec()  # wherever it lies
+
+
+def write_relative(folder, params):
+  """A model of the same seed, elsewhere trained on: other rotary settings, and a tokenizer that
+  swaps two tokens, calls one otherwise and has two more."""
+  model = dataclasses.replace(MODEL, vocab_size=273, rope_theta=1e4)
+  noise = random_params(model, seed=1)
+  params = jax.tree.map(lambda a, b: a + 0.2 * b if a.shape == b.shape else b, params, noise)
+  files = {file.name: file.read_text() for file in TOKENIZER.iterdir()}
+  files = {name: content.replace('<|begin|>', '<|start|>') for name, content in files.items()}
+  found = json.loads(files['tokenizer.json'])
+  ids = found['model']['vocab']
+  ids['t'], ids['a'] = ids['a'], ids['t']
+  for i, name in ((270, '<|more|>'), (271, '<|most|>')):
+    found['added_tokens'].append(found['added_tokens'][0] | {'id': i, 'content': name})
+  files['tokenizer.json'] = json.dumps(found)
+  export.export(str(folder), model, export.Arrays(params), 'float32', max_length=99, balance=0.0,
+                bos_id=0, eos_id=1, card='',
+                tokenizer_files={name: content.encode() for name, content in files.items()})
+  return jax.tree.map(np.asarray, params), {**ids, '<|more|>': 270, '<|most|>': 271}
+
+
+def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypatch):
+  """Two folders, of other vocabularies and rotary settings, and no model of our own."""
+  monkeypatch.setattr(scores, 'measure', lambda *_: None)  # which compiles much
+  one = jax.tree.map(np.asarray, write_model(tmp_path / 'one'))
+  two, their_ids = write_relative(tmp_path / 'two', one)
+  config = study(text, tmp_path / 'one')
+  config.mesh.update(fsdp=1, expert=1, tensor=1)  # which compiles faster
+  config.train.accumulation = 1
+  config.runs = {
+      'one': base.run(base.hugging_face(str(tmp_path / 'one'))),
+      'two': base.run(base.hugging_face(str(tmp_path / 'two'))),
+      'btx': base.run(base.mix('one', 'two'), {'code': 1}, steps=1)}
+  with pytest.raises(UsageError) as raised:
+    Pipeline(config, str(tmp_path / 'work'))
+  assert re.search(r' +one +two\n +rope_theta +500.0 +10000.0\n +vocab_size +272 +273\n'
+                   r' +tokens +the tokenizer\'s +other ', str(raised.value))
+  assert re.search(r' +seed +unknown +unknown\n +cosine of weights +1.000 +0.9', str(raised.value))
+  assert str(raised.value).endswith("allow=('rope', 'vocabulary')).")
+
+  config.runs.btx.init = base.mix('one', 'two', allow=('rope', 'vocabulary'))
+  pipeline = Pipeline(config, str(tmp_path / 'work'))
+  pipeline.train()
+  said = ' '.join(capsys.readouterr().out.split())
+  assert 'btx is mixed of models that differ: one two rope_theta 500.0 10000.0' in said
+  assert 'two: of 270 tokens 269 are matched by name' in said
+  assert '4 rows of its own are left out' in said
+  assert pipeline.runs['btx'].model == dataclasses.replace(
+      MODEL, num_experts=2, dispatch_factor=2.0)
+  measured = [model.name for model in scores.models(pipeline)]
+  assert measured == ['one', 'average of btx', 'btx unfinetuned', 'btx']
+
+  found = fit.compute(pipeline, 'btx')
+  assert (found['seed'], found['experts'], found['seed_is'][:9]) == ('one', ['two'], 'the first')
+  embed = found['parts'][0]  # what only the first one knows is unmoved
+  assert embed['changed'] == [[269 * MODEL.dim]]
+
+  with jax.set_mesh(pipeline.mesh):
+    mixture = jax.tree.map(np.asarray, pipeline.initial_params(pipeline.runs['btx']))
+  ours = json.loads((TOKENIZER / 'tokenizer.json').read_text())['model']['vocab']
+  for name, axis in (('embed', 0), ('head', 1)):
+    expected = np.array(one[name])  # all that the other lacks
+    for token, i in ours.items():
+      if token in their_ids:
+        pair = [np.take(params[name], at, axis) for params, at in (
+            (one, i), (two, their_ids[token]))]
+        expected[(slice(None),) * axis + (i,)] = np.mean(pair, axis=0)
+    np.testing.assert_allclose(mixture[name], expected, rtol=1e-6, atol=1e-7)
+  np.testing.assert_allclose(
+      mixture['layers']['attn']['q'],
+      (one['layers']['attn']['q'] + two['layers']['attn']['q']) / 2, rtol=1e-6, atol=1e-7)
+  for i, params in enumerate((one, two)):
+    np.testing.assert_array_equal(
+        mixture['layers']['ffn']['experts']['up'][:, i], params['layers']['ffn']['up'])
+  with pytest.raises(UsageError, match='has another vocabulary than the tokenizer'):
+    publish.publish(pipeline, 'two', str(tmp_path / 'out'), 'float32')
 
 
 def test_a_pretrained_mixture_keeps_its_experts(text):

@@ -1,0 +1,252 @@
+"""How well experts fit together, before they are mixed: the command `fit`.
+
+What experts learned are their differences d_i = w_i - w_seed. Of each layer and each pair it tells
+
+  cosine      <d_i, d_j> / (|d_i| |d_j|)
+  norm ratio  |d_i| / |d_j|
+  conflicts   #{i and j changed, sign d_i != sign d_j} / #{i and j changed}
+
+where a weight is changed if |d| > TINY. Differences that have nothing to do with each other have
+cosine 0, and half of their signs conflict. Of what is averaged (attention, norms, embedding, head)
+a conflict means that the mean undoes what both learned; the feed-forward layers stay apart, and
+their figures only tell how different the experts are.
+
+Nothing is in memory but one parameter of one layer of each model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import itertools
+import json
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from btx_jax import checkpoint, manifest, mixable, terminal, vocabulary
+from btx_jax import plan as plan_lib
+from btx_jax.convert import hugging_face
+from btx_jax.convert.export import Source
+from btx_jax.errors import UsageError
+from btx_jax.files import replacing
+from btx_jax.model import config as model_config
+from btx_jax.plan import Run
+from btx_jax.study import Study
+
+TINY = 1e-6  # a weight that differs less from the seed's has not changed
+AVERAGED, FEED_FORWARD = 'averaged', 'feed-forward'
+_ROWS = 8192  # of embedding and head that are read at a time
+_BLOCK = 1 << 20  # weights of each model that are computed on at a time
+
+
+class Sums(NamedTuple):
+  """What the figures are computed from; those of parts are added up. n is the number of experts.
+
+  Attributes:
+    weights: [1 + n, 1 + n] float64, inner products of the weights, the seed's first.
+    differences: [n, n] float64, inner products of the differences.
+    changed: [n, n], how many weights both have changed.
+    conflicts: [n, n], how many of these have other signs.
+  """
+  weights: np.ndarray
+  differences: np.ndarray
+  changed: np.ndarray
+  conflicts: np.ndarray
+
+  def __add__(self, other: 'Sums') -> 'Sums':
+    return Sums(*(a + b for a, b in zip(self, other)))
+
+
+def sums(values: np.ndarray) -> Sums:
+  """Sums of some weights: [1 + n, m], the seed's first."""
+  n = len(values) - 1
+  result = Sums(np.zeros((n + 1, n + 1)), *(np.zeros((n, n)) for _ in range(3)))
+  for start in range(0, values.shape[1], _BLOCK):
+    w = values[:, start:start + _BLOCK].astype(np.float64)
+    d = w[1:] - w[:1]
+    s = np.sign(d) * (abs(d) > TINY)
+    changed = abs(s) @ abs(s).T
+    result += Sums(w @ w.T, d @ d.T, changed, (changed - s @ s.T) / 2)
+  return result
+
+
+def figures(found: Sums) -> dict:
+  """By name, of every expert and of every pair; None where it is 0 / 0.
+
+  Returns:
+    `cosine`, `norm_ratio`, `conflicts` [n][n] as the module says; `changed`: [n][n], how many
+    weights both have changed; `moved` [n]: |d_i| / |w_seed|; `weight_cosine` [n]: of w_i and
+    w_seed, near 0 where a model was not trained from this seed.
+  """
+  norms, lengths = (np.sqrt(np.diag(x)) for x in (found.differences, found.weights))
+  with np.errstate(divide='ignore', invalid='ignore'):
+    result = {
+        'cosine': found.differences / np.outer(norms, norms),
+        'norm_ratio': norms[:, None] / norms[None],
+        'conflicts': found.conflicts / found.changed, 'changed': found.changed,
+        'moved': norms / lengths[0],
+        'weight_cosine': found.weights[0, 1:] / (lengths[0] * lengths[1:])}
+  return {name: _plain(values.tolist()) for name, values in result.items()}
+
+
+def _plain(values):
+  """Without what JSON has no word for."""
+  if isinstance(values, list):
+    return [_plain(value) for value in values]
+  return values if math.isfinite(values) else None
+
+
+def parts(model: model_config.Config, sources: Sequence[Source]) -> Iterator[tuple]:
+  """(part, layer or None, kind, Sums) of models of these sizes, the seed's first, in order.
+
+  The parts are 'embed', then of each layer 'attention and norms' and 'feed-forward', then 'head'
+  (the last norm is in it).
+  """
+  def total(reads) -> Sums:
+    found = None
+    for path, index in reads:
+      values = np.stack([np.asarray(source.read(path, index), np.float32).ravel()
+                         for source in sources])
+      found = sums(values) if found is None else found + sums(values)
+    return found
+
+  rows = [slice(i, min(i + _ROWS, model.vocab_size)) for i in range(0, model.vocab_size, _ROWS)]
+  yield 'embed', None, AVERAGED, total(('embed', (cut, slice(None))) for cut in rows)
+  paths = [path for path in model_config.param_paths(model) if path.startswith('layers/')]
+  of_ffn = [path for path in paths if path.startswith('layers/ffn/')]
+  rest = [path for path in paths if path not in of_ffn]
+  for layer in range(model.num_layers):
+    at = (slice(layer, layer + 1),)
+    yield 'attention and norms', layer, AVERAGED, total((path, at) for path in rest)
+    yield FEED_FORWARD, layer, FEED_FORWARD, total((path, at) for path in of_ffn)
+  head = [] if model.tied_head else [('head', (slice(None), cut)) for cut in rows]
+  yield 'head', None, AVERAGED, total([('norm/scale', (slice(None),)), *head])
+
+
+def seed_of(run: Run, runs: Mapping[str, Run]) -> tuple[Run, str]:
+  """What the experts of a mixture are compared with, and why, in words.
+
+  The last run that all sources come from; where none is known, the first that the mixture names.
+  """
+  first, *others = (_behind(runs[name], runs) for name in run.sources)
+  common = [found for key, found in first.items() if all(key in other for other in others)]
+  if common:
+    return common[0], 'the last that all come from'
+  return runs[run.sources[0]], 'the first that is named, as none that all come from is known'
+
+
+def _behind(run: Run, runs: Mapping[str, Run]) -> dict[str, Run]:
+  """A dense run and all that it comes from, the last first; a folder by what is in it."""
+  if run.sources:
+    return {run.name: run} | _behind(runs[run.sources[0]], runs)
+  if not run.folder:
+    return {run.name: run}
+  untrained = {run.content: dataclasses.replace(run, steps=0)}
+  return {run.name: run} | untrained if run.steps else untrained
+
+
+def compute(study: Study, name: str) -> dict:
+  """The figures of a mixture's sources, as plain data; see the module and `figures`.
+
+  Args:
+    study: whose run it is.
+    name: of the mixture.
+
+  Raises:
+    UsageError: it is no mixture of several models, or one of them is not complete.
+  """
+  run = study.run(name)
+  if run.init != plan_lib.MIX or len(run.sources) < 2:
+    raise UsageError(f'fit compares what a mixture is made from, and {name!r} is not made from '
+                     'several runs by base.mix(...); name one that is.')
+  seed, why = seed_of(run, study.runs)
+  sources = [study.runs[source] for source in run.sources]
+  experts = [source for source in sources if source.name != seed.name]
+  for each in (seed, *experts):
+    if each.steps and study.state(each.name) != manifest.COMPLETE:
+      raise UsageError(f'fit compares complete runs, and {each.name!r} is '
+                       f'{study.state(each.name)}; do --run={each.name} first.')
+  compared = [seed, *experts, sources[run.recipe.reference]]  # the last only for its vocabulary
+  opened = vocabulary.aligned(
+      study, compared, [_open(study, each) for each in compared], len(compared) - 1)[:-1]
+  model = dataclasses.replace(seed.model, vocab_size=run.model.vocab_size)
+  result, pooled = [], {}
+  for part, layer, kind, found in parts(model, opened):
+    result.append({'part': part, 'layer': layer, 'kind': kind, **figures(found)})
+    pooled[kind] = pooled[kind] + found if kind in pooled else found
+  return {'run': name, 'seed': seed.name, 'seed_is': why,
+          'experts': [each.name for each in experts], 'tiny': TINY, 'parts': result,
+          'all': {kind: figures(found) for kind, found in pooled.items()}}
+
+
+def _open(study: Study, run: Run) -> Source:
+  if not run.steps:
+    return hugging_face.Folder(run.folder)
+  return checkpoint.Saved(os.path.join(study.folder(run.name), 'checkpoints'), run.steps)
+
+
+def tell(study: Study, name: str) -> None:
+  """Computes, writes WORKDIR/fit.json, and shows what came out; raises what `compute` does."""
+  found = compute(study, name)
+  path = os.path.join(study.workdir, 'fit.json')
+  with replacing(path) as file:
+    json.dump(found | {'judgement': judgement(found)}, file, indent=1)
+  terminal.show(as_table(found))
+  for line in judgement(found):
+    terminal.say(line)
+  terminal.say(f'Of each layer: {path}')
+
+
+def judgement(found: dict) -> list[str]:
+  """What of the figures stands out, and nothing beyond them."""
+  lines = []
+  for i, expert in enumerate(found['experts']):
+    cosine = found['all'][FEED_FORWARD]['weight_cosine'][i]
+    if cosine is None or abs(cosine) < mixable.ALIKE:
+      lines.append(f"{expert}: the cosine of its weights and those of {found['seed']} is "
+                   f'{_number(cosine)}, as of models that were not trained from one seed.')
+  worst = max((part for part in found['parts'] if part['kind'] == AVERAGED),
+              key=lambda part: max(share for _, _, share in _pairs(found, part['conflicts'])),
+              default=None) if len(found['experts']) > 1 else None
+  if worst:
+    i, j, share = max(_pairs(found, worst['conflicts']), key=lambda pair: pair[2])
+    where = worst['part'] + ('' if worst['layer'] is None else f' of layer {worst["layer"]}')
+    lines.append(f'Most sign conflicts in what is averaged: {share:.1%}, of {found["experts"][i]} '
+                 f'and {found["experts"][j]} in {where}. Differences that have nothing to do with '
+                 'each other have 50%.')
+  return lines
+
+
+def _pairs(found: dict, values: list) -> Iterator[tuple[int, int, float]]:
+  """(i, j, value) of every pair; 0 where there is none."""
+  for i, j in itertools.combinations(range(len(found['experts'])), 2):
+    yield i, j, values[i][j] or 0.0
+
+
+def as_table(found: dict) -> Table:
+  """All layers together: a line an expert against the seed, and a line a pair."""
+  table = Table(
+      title=f'{found["run"]}: differences from {found["seed"]} ({found["seed_is"]})',
+      title_justify='left', box=box.SIMPLE_HEAD, caption_justify='left', caption=(
+          'averaged: attention, norms, embedding, head. moved: norm of the difference by that of '
+          'the seed. conflicts: weights that both changed, in opposite directions.'))
+  table.add_column('')
+  for kind in (AVERAGED, FEED_FORWARD):
+    for column in ('moved', 'cosine', 'norm ratio', 'conflicts'):
+      table.add_column(f'{column}\n{kind}', justify='right', no_wrap=True)
+  every, experts = [found['all'][kind] for kind in (AVERAGED, FEED_FORWARD)], found['experts']
+  for i, expert in enumerate(experts):
+    table.add_row(expert, *(cell for of in every for cell in (
+        _number(of['moved'][i], '.1%'), '', '', '')))
+  for i, j in itertools.combinations(range(len(experts)), 2):
+    table.add_row(f'{experts[i]} and {experts[j]}', *(cell for of in every for cell in (
+        '', _number(of['cosine'][i][j]), _number(of['norm_ratio'][i][j]),
+        _number(of['conflicts'][i][j], '.1%'))))
+  return table
+
+
+def _number(value: float | None, form: str = '.2f') -> str:
+  return '-' if value is None else format(value, form)
