@@ -77,8 +77,8 @@ def check(name: str, sources: Sequence, runs: Mapping, allow: Sequence[str]) -> 
                      + f'\nIf that is meant: base.mix(..., allow={tuple(kinds)}).')
 
 
-def check_reference(name: str, reference, sources: Sequence) -> None:
-  """Raises UsageError where rows are to be matched and the tokenizer is not the reference's."""
+def check_reference(name: str, reference) -> None:
+  """Raises UsageError unless the first source in the mean knows the tokenizer's vocabulary."""
   if reference.vocabulary:
     raise UsageError(
         f'runs.{name}: {reference.name!r}, the first that is averaged, has another vocabulary than '

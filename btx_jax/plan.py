@@ -299,7 +299,7 @@ def _start(name: str, config, runs: Mapping[str, Run]):
     recipe = recipe_lib.make(init, names, model.ffn_dim, model_config.shared_paths(model),
                              _tokens_apart(init.averaged or init.runs, names, runs),
                              config.mix.router_std)
-  mixable.check_reference(name, sources[recipe.reference], sources)
+  mixable.check_reference(name, sources[recipe.reference])
   return names, recipe, recipe_lib.labels(init.arrangement, init.runs, init.chunks)
 
 

@@ -118,6 +118,9 @@ DEMO = '--config=configs/demo.py'
      "'expert/code'?"),
     (['--config=configs/demo.py:full', '--run=dens'], "did you mean 'dense'?"),
     ([DEMO, '--config.runs.expert/code.steps=3'], "as in --config.runs['expert/code'].steps"),
+    ([DEMO, 'fit'], 'fit needs --run=NAME, the mixture whose experts are compared.'),
+    ([DEMO, 'fit', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
+    ([DEMO, 'fit', '--run=btx'], "fit compares complete runs, and 'seed' is missing; do --run=se"),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
     ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; do --run"),
@@ -182,6 +185,20 @@ spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab
 config.tokenizer.path = str(here / "x.model")'''
 
 
+# Of the model itself, which calls its tokens otherwise.
+OTHER_TOKENIZER = f'''{SMALL_TOKENIZER}
+spm.SentencePieceTrainer.train(sentence_iterator=iter(["letters, others"] * 9), vocab_size=18,
+                               model_prefix=str(here / "model" / "tokenizer"),
+                               hard_vocab_limit=False, minloglevel=9)'''
+UNTRAINED = {'domains': '{}', 'steps': '0'}
+FOREIGN = '''
+config.evaluation.merge = ("posterior",)
+config.runs = {"new": config.runs.new,
+               "plain": base.run(base.hugging_face("tests/fixtures/llama2")),
+               "both": base.run(base.mix("plain", "new", allow="vocabulary"), {"code": 1}, steps=1)}
+'''
+
+
 @pytest.mark.parametrize('lines, message', [
     # The wrong name or type of a value
     ("config.train.batch_sise = 3", "line 17: there is no field 'batch_sise' there; did you mean "
@@ -234,7 +251,13 @@ config.tokenizer.path = str(here / "x.model")'''
     (new(init='base.mix("seed", "btx")'), "runs.new mixes 'btx', which is a mixture already."),
     (new(init='base.random()', model='{"dim": 32}') + '\n' + new(
         init='base.mix("seed", "new")').replace('runs.new', 'runs.both'),
-     "runs.both cannot mix 'seed' and 'new'; they differ in dim 16 and 32; head_dim 8 and 16."),
+     'runs.both cannot mix models of different sizes:\n            seed  new\n'
+     '  dim       16    32\n  head_dim  8     16\nModels are mixed parameter by parameter'),
+    (new(model='{"rope_theta": 9.0, "norm_eps": 1e-3}') + '\n' + new(
+        init='base.mix("seed", "new", allow="norm_eps")').replace('runs.new', 'runs.both'),
+     'runs.both mixes models that differ:\n              seed     new\n  rope_theta  10000.0  9.0\n'
+     '  norm_eps    1e-05    0.001\nrope: the averaged attention reads positions as none of them'),
+    (new(init='base.mix("seed", allow="ropes")'), "allow = 'ropes'; did you mean 'rope'?"),
     (new(init='base.mix("seed", rules={"embed": "sed"})'), "runs.new.init names 'sed', which"),
     (new(init='base.mix("seed", rules={"ffn/up": "seed"})'),
      "runs.new: mix: rule 'ffn/up' is found in no"),
@@ -381,6 +404,15 @@ config.tokenizer.path = str(here / "x.model")'''
     (pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + '\nconfig.evaluation.merge = ("all",)\n'
      'config.runs = {"new": config.runs.new, "both": base.run(base.mix("new", "new"), '
      '{"code": 1}, steps=1)}', "evaluation.merge: 'new' is a pretrained model"),
+    (pretrained(OTHER_TOKENIZER), "is not the tokenizer of the model in"),
+    (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + new(
+        init='base.checkpoint("new")').replace('runs.new', 'runs.more'),
+     "runs.more starts from 'new', whose vocabulary is not that of tokenizer.path = "),
+    (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + new(
+        init='base.mix("new", "new")').replace('runs.new', 'runs.both'),
+     "runs.both: 'new', the first that is averaged, has another vocabulary than the tokenizer"),
+    (pretrained(OTHER_TOKENIZER, **UNTRAINED) + FOREIGN,
+     "evaluation.merge: 'new' has another vocabulary"),
 ])
 def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
@@ -448,6 +480,12 @@ def test_a_working_directory_that_is_a_file(run, config, tmp_path):
 def test_a_mixture_that_mixtral_does_not_compute(run, config, tmp_path, argument, message):
   check(run(config(), f'--workdir={tmp_path / "work"}', 'export', '--run=btx', '--to=x', argument),
         message)
+
+
+def test_a_model_is_not_exported_with_a_tokenizer_that_is_not_its_own(run, config, tmp_path):
+  lines = pretrained(OTHER_TOKENIZER, **UNTRAINED)
+  check(run(config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new', '--to=x'),
+        "'new' has another vocabulary than the tokenizer of this config")
 
 
 def test_a_pretrained_model_that_is_cut_off_meanwhile(run, config, tmp_path):

@@ -29,12 +29,12 @@ def publish(pipeline, name: str, folder: str, dtype: str) -> None:
   """
   run = pipeline.run(name)
   export.check(folder, run.model, dtype)
-  if pipeline.state(name) != manifest.COMPLETE:
-    raise UsageError(f'export writes complete runs, and {name!r} is {pipeline.state(name)}; do '
-                     f'--run={name} first.')
   if run.vocabulary:
     raise UsageError(f'{name!r} has another vocabulary than the tokenizer of this config, which '
                      f'would be written beside it. It is in {run.folder} as it is.')
+  if pipeline.state(name) != manifest.COMPLETE:
+    raise UsageError(f'export writes complete runs, and {name!r} is {pipeline.state(name)}; do '
+                     f'--run={name} first.')
   tokenizer = text_lib.tokenizer(pipeline.config, pipeline.data_folder)
   lengths = [hugging_face.Folder(each.folder).context_length
              for each in plan_lib.lineage(run, pipeline.runs) if each.folder]
