@@ -252,6 +252,23 @@ def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypat
     publish.publish(pipeline, 'two', str(tmp_path / 'out'), 'float32')
 
 
+def test_folders_of_several_seeds_are_told_by_their_weights(text, tmp_path):
+  for seed in (0, 1):
+    write_model(tmp_path / f'{seed}', seed)
+  shutil.copytree(tmp_path / '0', tmp_path / 'copy')
+  config = study(text, tmp_path / '0')
+  config.runs = {
+      **{name: base.run(base.hugging_face(str(tmp_path / name))) for name in ('0', '1', 'copy')},
+      'trained': base.run(base.checkpoint('1'), {'code': 1}, steps=1),
+      'near': base.run(base.mix('0', 'copy'), {'code': 1}, steps=1),
+      'far': base.run(base.mix('0', 'trained', allow='seed'), {'code': 1}, steps=1)}
+  assert set(plan.make_plan(config, 270)) == set(config.runs)
+  config.runs.far.init.allow = ()
+  with pytest.raises(UsageError, match=r'seed +unknown  unknown\n +cosine of weights +1.000 +-?0.0\d'
+                     r'\nseed: the weights are not alike'):
+    plan.make_plan(config, 270)
+
+
 def test_a_pretrained_mixture_keeps_its_experts(text):
   config = studies.get_config(text)
   config.tokenizer.path = 'some'
