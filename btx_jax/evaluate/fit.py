@@ -11,7 +11,7 @@ cosine 0, and half of their signs conflict. Of what is averaged (attention, norm
 a conflict means that the mean undoes what both learned; the feed-forward layers stay apart, and
 their figures only tell how different the experts are.
 
-Nothing is in memory but one parameter of one layer of each model.
+Nothing is in memory but one parameter of each model, of as many layers as are small together.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from rich.table import Table
 
 from btx_jax import checkpoint, manifest, mixable, terminal, vocabulary
 from btx_jax import plan as plan_lib
-from btx_jax.convert import hugging_face
+from btx_jax.convert import hugging_face, names
 from btx_jax.convert.export import Source
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
@@ -38,7 +38,9 @@ from btx_jax.study import Study
 
 TINY = 1e-6  # a weight that differs less from the seed's has not changed
 AVERAGED, FEED_FORWARD = 'averaged', 'feed-forward'
-_ROWS = 8192  # of embedding and head that are read at a time
+# Weights of a parameter that are read of each model at a time, in whole layers: a checkpoint is
+# decoded in chunks that may hold all of them, so that small pieces would be read again and again.
+_READ = 1 << 27
 _BLOCK = 1 << 20  # weights of each model that are computed on at a time
 
 
@@ -99,31 +101,37 @@ def _plain(values):
   return values if math.isfinite(values) else None
 
 
-def parts(model: model_config.Config, sources: Sequence[Source]) -> Iterator[tuple]:
+def parts(model: model_config.Config, sources: Sequence[Source]) -> list[tuple]:
   """(part, layer or None, kind, Sums) of models of these sizes, the seed's first, in order.
 
   The parts are 'embed', then of each layer 'attention and norms' and 'feed-forward', then 'head'
   (the last norm is in it).
   """
-  def total(reads) -> Sums:
-    found = None
-    for path, index in reads:
-      values = np.stack([np.asarray(source.read(path, index), np.float32).ravel()
-                         for source in sources])
-      found = sums(values) if found is None else found + sums(values)
-    return found
+  size = names.sizes(model)
+  found: dict[tuple, Sums] = {}
 
-  rows = [slice(i, min(i + _ROWS, model.vocab_size)) for i in range(0, model.vocab_size, _ROWS)]
-  yield 'embed', None, AVERAGED, total(('embed', (cut, slice(None))) for cut in rows)
-  paths = [path for path in model_config.param_paths(model) if path.startswith('layers/')]
-  of_ffn = [path for path in paths if path.startswith('layers/ffn/')]
-  rest = [path for path in paths if path not in of_ffn]
-  for layer in range(model.num_layers):
-    at = (slice(layer, layer + 1),)
-    yield 'attention and norms', layer, AVERAGED, total((path, at) for path in rest)
-    yield FEED_FORWARD, layer, FEED_FORWARD, total((path, at) for path in of_ffn)
-  head = [] if model.tied_head else [('head', (slice(None), cut)) for cut in rows]
-  yield 'head', None, AVERAGED, total([('norm/scale', (slice(None),)), *head])
+  def add(part: str, layer: int | None, values: np.ndarray):
+    new = sums(values.reshape(len(values), -1))
+    found[part, layer] = found[part, layer] + new if (part, layer) in found else new
+
+  for row in names.rows(model):
+    shape, axis = names.shape(row.ours, size), 1 if row.path == 'head' else 0
+    at_once = max(1, _READ * shape[axis] // math.prod(shape))
+    for start in range(0, shape[axis], at_once):
+      index = [slice(None)] * len(shape)
+      index[axis] = slice(start, min(start + at_once, shape[axis]))
+      values = np.stack([np.asarray(source.read(row.path, tuple(index)), np.float32)
+                         for source in sources])
+      if not row.path.startswith('layers/'):
+        add('embed' if row.path == 'embed' else 'head', None, values)
+        continue
+      part = FEED_FORWARD if '/ffn/' in row.path else 'attention and norms'
+      for layer in range(values.shape[1]):
+        add(part, start + layer, values[:, layer])
+  order = ['embed', 'attention and norms', FEED_FORWARD, 'head']
+  place = lambda key: ((key[0] == 'head') - (key[0] == 'embed'), key[1] or 0, order.index(key[0]))
+  return [(part, layer, FEED_FORWARD if part == FEED_FORWARD else AVERAGED, found[part, layer])
+          for part, layer in sorted(found, key=place)]
 
 
 def seed_of(run: Run, runs: Mapping[str, Run]) -> tuple[Run, str]:
