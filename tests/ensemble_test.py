@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from btx_jax import sharding
+from btx_jax import manifest, sharding
 from btx_jax.data.tokens import Tokens
-from btx_jax.evaluate import bits, ensemble
+from btx_jax.evaluate import bits, ensemble, scores
+from btx_jax.study import Study
+from configs import base
+from tests import studies
 from tests.helpers import TINY, random_params
 
 
@@ -117,3 +120,18 @@ def test_text_is_known_by_its_words():
   assert close[0].argmax() == 0 and close[1].argmax() == 1 and not close[2].any()
   tokens = documents('king', 'queen', 'import', end=False)
   assert ensemble.taken_for(likeness, tokens, Letters()).tolist() == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_mixtures_of_the_same_models_share_their_average_and_their_merge(text, tmp_path,
+                                                                         monkeypatch):
+  config = studies.get_config(text)
+  config.evaluation.merge = ('posterior',)
+  sources = 'seed', 'expert/code', 'expert/math'
+  mixture = lambda *names, **kwargs: base.run(base.mix(*names, **kwargs), {'code': 1}, steps=1)
+  config.runs.again = mixture(*sources[::-1], arrangement='split', chunks=2)
+  config.runs.other = mixture(*sources, averaged=('seed', 'expert/code'))
+  monkeypatch.setattr(Study, 'state', lambda self, name: manifest.COMPLETE)
+  names = [model.name for model in scores.models(Study(config, str(tmp_path)))]
+  assert [name for name in names if ' of ' in name] == [
+      'average of again', 'merge of again: posterior',
+      'average of other', 'merge of other: posterior']

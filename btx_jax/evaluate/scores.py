@@ -57,13 +57,21 @@ def models(study: Study) -> Iterator[Model]:
     before = plan_lib.lineage(run, study.runs)[1:]
     if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
       dense = _sizes(study, run, AVERAGE)
-      yield Model(f'average of {run.name}', run, AVERAGE, dense, before)
-      for form in study.config.evaluation.merge if set(run.sources) <= set(run.experts) else ():
-        used = MERGES[form] or len(run.sources)
-        yield Model(f'merge of {run.name}: {form}', run, MERGE + form, dense, before,
-                    len(run.sources), min(used, len(run.sources)))
+      if first_alike(study, run) is run:
+        yield Model(f'average of {run.name}', run, AVERAGE, dense, before)
+        for form in study.config.evaluation.merge:
+          used = MERGES[form] or len(run.sources)
+          yield Model(f'merge of {run.name}: {form}', run, MERGE + form, dense, before,
+                      len(run.sources), min(used, len(run.sources)))
       yield Model(f'{run.name} unfinetuned', run, START, run.model, before)
     yield Model(run.name, run, FINAL, run.model, [*before, run])
+
+
+def first_alike(study: Study, run: Run) -> Run:
+  """The first mixture of the same models: it has their average, and what they say unmixed."""
+  weights = lambda mixture: dict(zip(mixture.sources, mixture.recipe.rest[-1][1]))
+  return next(other for other in study.runs.values()
+              if other.init == plan_lib.MIX and weights(other) == weights(run))
 
 
 def _sizes(study: Study, run: Run, stage: str) -> model_config.Config:

@@ -58,9 +58,11 @@ def checks(study: Study, table: list[Row]) -> list[dict]:
 
   for run in study.runs.values():
     experts = _branches(run, study.runs)
-    unmixed = [*run.sources, f'average of {run.name}']
+    if not experts:
+      continue
+    unmixed = [*run.sources, f'average of {scores.first_alike(study, run).name}']
     compared = [*unmixed, f'{run.name} unfinetuned', run.name]
-    if not experts or any(name not in by_name for name in compared):
+    if any(name not in by_name for name in compared):
       continue
     seed = study.runs[experts[0]].sources[0]
     score = lambda name, domain: by_name[name]['bits_per_byte'][domain]
