@@ -3,9 +3,7 @@
 Pure functions on parameter trees (laid out as model/llama.py says).
 """
 
-from collections.abc import Callable, Sequence
-import functools
-import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -98,9 +96,8 @@ def part(recipe: Recipe, path: str, index: Index, read: Read):
   """
   dense, kind = path.replace('/experts/', '/'), path.rsplit('/', 1)[-1]
   if dense == path:
-    weights = recipe.weights(path)
-    chosen = [i for i, weight in enumerate(weights) if weight]
-    return _mean([read(i, path, index) for i in chosen], [weights[i] for i in chosen])
+    chosen = {i: weight for i, weight in enumerate(recipe.weights(path)) if weight}
+    return _mean((read(i, path, index) for i in chosen), list(chosen.values()))
   # [L, E, D, F], and for `down` [L, E, F, D]: the hidden units are cut.
   layers, wanted, *matrix = index
   hidden = 0 if kind == 'down' else 1
@@ -115,10 +112,20 @@ def part(recipe: Recipe, path: str, index: Index, read: Read):
         at = list(matrix)
         at[hidden] = slice(start, stop)
         found.append(read(source, dense, (layers, *at)))
-    xp = found[0].__array_namespace__()
-    stack.append(found[0] if len(found) == 1 else xp.concat(found, axis=1 + hidden))
-  result = stack[0].__array_namespace__().stack(stack, axis=1)
-  return result * recipe.scale if kind == 'down' and recipe.scale != 1 else result
+    stack.append(_joined(found, axis=1 + hidden))
+  result = _joined([x[:, None] for x in stack], axis=1)
+  if kind == 'down' and recipe.scale != 1:
+    return result.astype('float32') * np.float32(recipe.scale)
+  return result
+
+
+def _joined(arrays, axis: int):
+  """The arrays one behind the other; a single one is left as it is, in memory too."""
+  if len(arrays) == 1:
+    return arrays[0]
+  if len({x.dtype for x in arrays}) > 1:
+    arrays = [x.astype('float32') for x in arrays]
+  return arrays[0].__array_namespace__().concat(arrays, axis=axis)
 
 
 def is_new(path: str) -> bool:
@@ -135,16 +142,25 @@ def new(path: str, shape, recipe: Recipe, rng: jax.Array) -> jax.Array:
   return jnp.repeat(columns, recipe.tied, axis=2)
 
 
-def _mean(values, weights):
-  """The weighted mean, added up in order; a single one is left as it is.
+def _mean(values: Iterator, weights):
+  """The weighted mean, added up in order, one at a time; a single one is left as it is.
 
   Times the inverse, since XLA makes that of a division: other bits.
   """
-  if len(values) == 1:
-    return values[0]
-  terms = [x.astype('float32') if w == 1 else x.astype('float32') * np.float32(w)
-           for x, w in zip(values, weights)]
-  return functools.reduce(operator.add, terms) * np.float32(1 / sum(weights))
+  if len(weights) == 1:
+    return next(values)
+  total = None
+  for weight in weights:
+    term = next(values).astype('float32')
+    if weight != 1:
+      term *= np.float32(weight)
+    if total is None:
+      total = term
+    else:
+      total += term
+    del term  # before the next is read
+  total *= np.float32(1 / sum(weights))
+  return total
 
 
 def _stacked_mean(x, weights):

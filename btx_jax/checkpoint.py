@@ -4,6 +4,7 @@ Parameters, optimizer state and data position are saved side by side, so that a 
 read an expert's parameters without its moments.
 """
 
+import math
 import os
 
 import jax
@@ -11,9 +12,11 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
 
-from btx_jax import distributed
+from btx_jax import distributed, sharding
 from btx_jax.errors import RunError
 from btx_jax.train import TrainState
+
+_CHUNK = 1 << 26  # bytes of a piece of an array that is read and written at once
 
 
 class Checkpoints:
@@ -21,8 +24,11 @@ class Checkpoints:
 
   def __init__(self, folder: str, keep: int = 2):
     self._folder = os.path.abspath(folder)
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = _chunks
     self._checkpointer = ocp.training.Checkpointer(
-        self._folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+        self._folder, context=context,
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep))
 
   def __enter__(self):
     return self
@@ -54,6 +60,18 @@ class Checkpoints:
     return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
 
 
+def _chunks(key_path, value):
+  """How an array is cut up: by layer and expert first, so that `Saved` reads one for little."""
+  del value
+  return ocp.options.ArrayOptions.Saving.StorageOptions(
+      chunk_byte_size=_CHUNK, shard_axes=tuple(range(_stacked(sharding.path_of(key_path)))))
+
+
+def _stacked(path: str) -> int:
+  """Leading dimensions of a parameter, or its moments, that are layers and experts."""
+  return ('layers/' in path) + ('/experts/' in path)
+
+
 def _rest(state: TrainState) -> dict:
   return {'step': state.step, 'opt_state': state.opt_state}
 
@@ -74,8 +92,7 @@ def _step_folder(folder: str, step: int) -> str:
 class Saved:
   """The parameters of a checkpoint, to be read slice by slice.
 
-  What is read of an array is decoded in the chunks in which it was written: each of them is
-  what one device held.
+  What is read of an array is decoded in the chunks in which it was written, see _chunks.
   """
 
   def __init__(self, folder: str, step: int):
@@ -84,12 +101,23 @@ class Saved:
 
   def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of the parameter of this path."""
+    return self._open(path)[index].read().result()
+
+  def room(self, path: str) -> int:
+    """Bytes of the chunks that a slice of one layer, and expert, lies in."""
+    array = self._open(path)
+    chunk = array.chunk_layout.read_chunk.shape
+    many = [1 if i < _stacked(path) else -(-n // c)
+            for i, (n, c) in enumerate(zip(array.shape, chunk))]
+    return math.prod(many) * math.prod(chunk) * array.dtype.numpy_dtype.itemsize
+
+  def _open(self, path: str):
     if path not in self._arrays:
       store = {'driver': 'ocdbt', 'base': f'file://{self._path}/params/',
                'path': path.replace('/', '.') + '/'}
       self._arrays[path] = tensorstore.open(
           {'driver': 'zarr3', 'kvstore': store}, open=True).result()
-    return self._arrays[path][index].read().result()
+    return self._arrays[path]
 
 
 def abstract(tree, shardings):

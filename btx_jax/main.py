@@ -126,10 +126,8 @@ def export(name: str, workdir: str):
   if not RUN.value or not TO.value:
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
   from btx_jax.convert import publish
-  from btx_jax.pipeline import Pipeline
-  from btx_jax.terminal import say
-  publish.publish(Pipeline(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
-  say(f'{RUN.value} is in {TO.value}')
+  from btx_jax.study import Study
+  publish.publish(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
 
 
 COMMANDS = {'train': train, 'status': status, 'report': report, 'data': data, 'fit': fit,

@@ -9,19 +9,9 @@ import time
 import jax
 import numpy as np
 
-from btx_jax import (
-  btx,
-  checkpoint,
-  distributed,
-  hardware,
-  loop,
-  manifest,
-  mixable,
-  sharding,
-  vocabulary,
-)
+from btx_jax import checkpoint, distributed, hardware, loop, manifest, mixable, sharding, sources
 from btx_jax import plan as plan_lib
-from btx_jax.convert import hugging_face
+from btx_jax.convert import export
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
 from btx_jax.errors import UsageError
@@ -145,7 +135,7 @@ class Pipeline(Study):
 
   def _order(self, run: Run):
     return mixture.training_order(
-        self.text.train, run.weights, run.length, mixture.seed_of(run.name, run.seed))
+        self.text.train, run.weights, run.length, plan_lib.seed_of(run.name, run.seed))
 
   @functools.cached_property
   def text(self) -> text_lib.Text:
@@ -217,17 +207,18 @@ class Pipeline(Study):
 
   def initial_params(self, run: Run):
     """The parameters that a run starts from."""
-    rng = jax.random.key(mixture.seed_of(run.name, run.seed))
     if run.init == plan_lib.RANDOM:
+      rng = jax.random.key(plan_lib.seed_of(run.name, run.seed))
       shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
       return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
     if run.init == plan_lib.CHECKPOINT:
       source = run.sources[0]
       params, biased = self.final_params(source), self.runs[source].model.router_bias
     elif run.init == plan_lib.HUGGING_FACE:
-      params, biased = self._pretrained(run), False
+      plain = dataclasses.replace(run.model, router_bias=False)
+      params, biased = self._read(sources.start(self, run), plain), False
     else:
-      return self._mix(run.model, run.sources, run.recipe, rng)
+      return self._mix(run, run.model, sources.start(self, run))
     if run.model.router_bias == biased:
       return params
     shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
@@ -237,58 +228,31 @@ class Pipeline(Study):
     """The uniform average of what a mixture was made from: the baseline without experts."""
     # The weights of the mean without its rules, for the feed-forward layers too.
     mean = dataclasses.replace(run.recipe, rest=run.recipe.rest[-1:])
-    return self._mix(plan_lib.averaged_model(run, self.runs), run.sources, mean)
+    dense = plan_lib.averaged_model(run, self.runs)
+    return self._mix(run, dense, sources.mix(self, run, dense, mean))
 
-  def _mix(self, model: model_config.Config, sources, recipe, rng=None):
-    """Parameters made from those of other runs, of which each process reads what it needs.
-
-    No more than one of them is in the memory of the host at a time, and of that one what its
-    devices hold.
-    """
-    saved = vocabulary.aligned(
-        self, [self.runs[name] for name in sources],
-        [self._source(name) for name in sources], recipe.reference)
-    read = lambda source, path, index: saved[source].read(path, index).astype(
-        np.float32, copy=False)
+  def _mix(self, run: Run, model: model_config.Config, mix: sources.Mix):
+    """What a mixture starts from, or another mixture of the same runs."""
     began = time.monotonic()
-
-    def make(key_path, like):
-      path = sharding.path_of(key_path)
-      if btx.is_new(path):
-        make_new = jax.jit(lambda rng: btx.new(path, like.shape, recipe, rng),
-                           out_shardings=like.sharding)
-        return make_new(rng)
-      return sharding.from_slices(like, lambda index: btx.part(recipe, path, index, read))
-
-    params = jax.block_until_ready(jax.tree.map_with_path(make, self._like(model)))
-    say(f'{", ".join(sources)}: read and mixed in {time.monotonic() - began:.1f} s, peak memory '
-        f'{hardware.memory()["host"] / 1e9:.1f} GB')
+    params = jax.block_until_ready(self._read(mix, model))
+    say(f'{", ".join(run.sources)}: read and mixed in {time.monotonic() - began:.1f} s, peak '
+        f'memory {hardware.memory()["host"] / 1e9:.1f} GB')
     return params
+
+  def _read(self, source: export.Source, model: model_config.Config):
+    """Parameters of a source, of which each process reads what its devices hold."""
+    return jax.tree.map_with_path(
+        lambda key_path, like: sharding.from_slices(
+            like, functools.partial(source.read, sharding.path_of(key_path))),
+        self._like(model))
 
   def final_params(self, name: str):
     """The parameters of a complete run."""
     run = self.runs[name]
     if not run.steps:
-      return self._pretrained(run)
-    return checkpoint.load_params(self._checkpoints(name), run.steps, self._like(run.model))
-
-  def _pretrained(self, run: Run):
-    """The parameters of a run's folder, of which each process reads what it needs."""
-    source = hugging_face.Folder(run.folder)
-    return jax.tree.map_with_path(
-        lambda key_path, like: sharding.from_slices(
-            like, functools.partial(source.read, sharding.path_of(key_path))),
-        self._like(dataclasses.replace(run.model, router_bias=False)))
-
-  def _source(self, name: str):
-    """The parameters of a complete run, to be read slice by slice: read(path, index)."""
-    run = self.runs[name]
-    if not run.steps:
-      return hugging_face.Folder(run.folder)
-    return checkpoint.Saved(self._checkpoints(name), run.steps)
-
-  def _checkpoints(self, name: str) -> str:
-    return os.path.join(self.folder(name), 'checkpoints')
+      return self.initial_params(run)
+    return checkpoint.load_params(
+        sources.checkpoints(self, name), run.steps, self._like(run.model))
 
   def _like(self, model: model_config.Config):
     shapes = llama.shapes(model)
@@ -297,16 +261,16 @@ class Pipeline(Study):
   def merge(self, run: Run, forms: list[str]) -> dict[str, dict[str, dict]]:
     """Bits per byte by form and domain of what a mixture was made from, unmixed: see
     evaluate.ensemble."""
-    sources = [self.runs[name] for name in run.sources]
+    unmixed = [self.runs[name] for name in run.sources]
     likeness = None
     if set(forms) != {ensemble.POSTERIOR}:
-      likeness = ensemble.Likeness([self._seen(source) for source in sources])
+      likeness = ensemble.Likeness([self._seen(source) for source in unmixed])
       for domain, tokens in self.text.held_out.items():
         taken = ensemble.taken_for(likeness, tokens, self.text.tokenizer)
         say(f'{run.name}: by tf-idf, documents of {domain} are like those of ' + ', '.join(
-            f'{source.name} {share:.0%}' for source, share in zip(sources, taken)))
+            f'{source.name} {share:.0%}' for source, share in zip(unmixed, taken)))
     nll = {domain: [] for domain in self.text.held_out}
-    for source in sources:
+    for source in unmixed:
       say(f'{source.name}: measuring for the merge of {run.name}')
       params = self.final_params(source.name)
       for domain, tokens in self.text.held_out.items():

@@ -7,6 +7,7 @@ from; nothing here, or after, knows a phase by name.
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import json
+import zlib
 
 from btx_jax import errors, mixable
 from btx_jax import recipe as recipe_lib
@@ -77,7 +78,7 @@ class Run:
     weights: domain -> share of the rows, adding up to 1.
     model: sizes.
     optimizer: settings.
-    steps: of the optimizer; 0 is a pretrained model as it is.
+    steps: of the optimizer; a run of 0 steps is its start.
     length: T.
     batch_size: B, rows of a step.
     accumulation: microbatches of a step.
@@ -127,6 +128,11 @@ class Run:
   def flops(self) -> int:
     """Model FLOPs of the whole run."""
     return self.tokens * model_config.train_flops_per_token(self.model, self.length)
+
+
+def seed_of(name: str, seed: int) -> int:
+  """A seed for the run or domain of this name, so that none repeats another's."""
+  return zlib.crc32(f'{seed}/{name}'.encode()) % 2**31
 
 
 def lineage(run: Run, runs: Mapping[str, Run]) -> list[Run]:
@@ -247,7 +253,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
                      f'train.accumulation = {accumulation}.')
   sources, recipe, experts = _start(name, config, runs)
   pretrained = _pretrained(name, config)
-  untrained = pretrained and not (entry.domains or entry.steps or entry.match_flops_of)
+  untrained = entry.init.kind != RANDOM and not (
+      entry.domains or entry.steps or entry.match_flops_of)
   vocabulary = _vocabulary(name, config, runs, pretrained, untrained, vocab_size, tokenizer)
   model = _model(name, config, runs, recipe, pretrained, vocab_size)
   if model.vocab_size < vocab_size and not vocabulary:
@@ -257,8 +264,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
     objective = Objective(**{field.name: train[field.name]
                              for field in dataclasses.fields(Objective)})
     # A model keeps the bias that it started with, for its routing depends on it.
-    biased = model.num_experts > 0 and model.router in model_config.SCORING and not untrained and (
-        model.router_bias or objective.balance_bias > 0)
+    biased = model.num_experts > 0 and model.router in model_config.SCORING and (
+        model.router_bias or (objective.balance_bias > 0 and not untrained))
     model = dataclasses.replace(model, router_bias=biased)
     objective.check(model)
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})

@@ -39,6 +39,8 @@ class Study:
         ('evaluation.tokens', config.evaluation.tokens, 1)):
       if value < least:
         raise UsageError(f'{field} = {value} must be at least {least}.')
+    if not config.mix.ram_gb > 0:
+      raise UsageError(f'mix.ram_gb = {config.mix.ram_gb} must be positive.')
     for form in config.evaluation.merge:
       if form not in MERGES:
         raise UsageError(f'evaluation.merge names {form!r}; {nearest(form, MERGES)}')
@@ -52,8 +54,8 @@ class Study:
         raise UsageError(f'evaluation.merge: {source.name!r} has another vocabulary than the '
                          'tokenizer, so that its probabilities are of other tokens; use ().')
       if not source.steps and set(config.evaluation.merge) - {'posterior'}:
-        raise UsageError(f'evaluation.merge: {source.name!r} is a pretrained model, and what it '
-                         "was trained on is not here to compare text with; use ('posterior',).")
+        raise UsageError(f'evaluation.merge: {source.name!r} is not trained here, so there is no '
+                         "text of its own to compare with; use ('posterior',).")
 
   @property
   def data_folder(self) -> str:

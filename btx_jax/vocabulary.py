@@ -109,6 +109,9 @@ class Aligned:
       found.append(source.read(path, tuple(index)).astype(np.float32))
     return np.concatenate(found, axis)
 
+  def room(self, path: str) -> int:
+    return max(self._source.room(path), self._reference.room(path))
+
 
 def aligned(study, runs: Sequence, sources: Sequence, reference: int) -> list:
   """The sources of a mixture, each in the vocabulary of the reference; tells what that means.

@@ -137,6 +137,9 @@ def get_config() -> ConfigDict:
   config.mix = ConfigDict({
       # Standard deviation of the routers that mixing adds.
       'router_std': 0.02,
+      # Memory for an export, in GB (10**9 bytes), beyond the 0.3 or so that Python and jax take:
+      # it works on pieces of a tensor that fit.
+      'ram_gb': 4.0,
   })
 
   # Names of runs that are trained as one program, side by side, each on its slice of
@@ -223,7 +226,7 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
 def run(init: ConfigDict, domains: dict[str, float] | None = None, steps: int = 0,
         match_flops_of: tuple[str, ...] = (), model: dict | None = None,
         optimizer: dict | None = None, train: dict | None = None) -> ConfigDict:
-  """One training run.
+  """One training run. Without domains and steps it is what it starts from, and takes no room.
 
   Args:
     init: random(), checkpoint(RUN), mix(RUNS) or hugging_face(FOLDER).

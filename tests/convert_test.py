@@ -15,7 +15,7 @@ from btx_jax.convert import hugging_face, model_config, names, safetensors, shar
 from btx_jax.errors import RunError, UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from tests.helpers import hidden_and_sums
+from tests.helpers import Arrays, hidden_and_sums
 
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 KINDS = ('llama2', 'llama3', 'mixtral', 'mixtral_fused')
@@ -100,7 +100,7 @@ def test_what_is_exported_and_imported_is_the_same(folders, kind, tmp_path):
   assert again.model == folder.model
   assert_same(again, folder)
   assert len(list((tmp_path / 'out').glob('*.safetensors'))) > 2
-  alone = export(tmp_path / 'one', folder.model, export_lib.Arrays(tree_of(folder)), dtype)
+  alone = export(tmp_path / 'one', folder.model, Arrays(tree_of(folder)), dtype)
   assert_same(alone, folder)
   if kind == 'llama2':  # float32 in bfloat16
     rounded = export(tmp_path / 'half', folder.model, folder, 'bfloat16')
@@ -113,7 +113,7 @@ def test_large_tensors_are_written_in_pieces(folders, tmp_path, monkeypatch):
   monkeypatch.setattr(export_lib, '_PIECE', 100)
   read = []
 
-  class Told(export_lib.Arrays):
+  class Told(Arrays):
 
     def read(self, path, index):
       values = super().read(path, index)
@@ -148,7 +148,7 @@ def test_an_exported_config_says_all_that_transformers_4_and_5_need(folders, tmp
 def test_an_export_that_was_cut_off_is_not_taken_for_one(folders, tmp_path):
   folder = folders['llama2']
 
-  class Killed(export_lib.Arrays):
+  class Killed(Arrays):
 
     def read(self, path, index):
       if path == 'norm/scale':
@@ -399,7 +399,7 @@ def test_tensors_that_are_no_weights_are_not_read(tmp_path):
 def test_slices_of_files(tmp_path, monkeypatch, small):
   """Written and read in slices, by runs and by rows around them, they are NumPy's."""
   monkeypatch.setattr(safetensors, '_SMALL_RUN', small)
-  monkeypatch.setattr(safetensors, '_PIECE', 100)
+  monkeypatch.setattr(safetensors, 'PIECE', 100)
   rng, path = np.random.default_rng(0), str(tmp_path / 'x.safetensors')
   tensors = {'a': rng.normal(size=(5, 6, 7)).astype(np.float32), 'b': np.float32(3).reshape(()),
              'c': np.zeros((0, 4), np.float16), 'd': rng.normal(size=9).astype(np.float16)}
@@ -432,7 +432,7 @@ def test_a_slice_takes_the_memory_of_the_slice(tmp_path):
     values = file.read('a', index)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < values.nbytes + 1.2 * safetensors._PIECE
+    assert peak < values.nbytes + 1.2 * safetensors.PIECE
   np.testing.assert_array_equal(values[:, 0], np.arange(size) // 500 * 500)
 
 
@@ -450,7 +450,7 @@ def test_a_tensor_longer_than_a_shard_has_a_file_of_its_own(tmp_path):
   tensors = {name: np.full(size, size, np.float32) for name, size in
              (('a', 2), ('b', 3), ('c', 9), ('d', 1), ('e', 1))}
   shards.write(str(tmp_path), {k: v.shape for k, v in tensors.items()}, np.dtype(np.float32),
-               ((k, v, (), v.shape) for k, v in tensors.items()), max_bytes=20)
+               lambda name: [(tensors[name], (), tensors[name].shape)], max_bytes=20)
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())['weight_map']
   assert [name[6:11] for name in index.values()] == ['00001', '00001', '00002', '00003', '00003']
   found = shards.Shards(str(tmp_path))

@@ -321,6 +321,7 @@ config.runs = {"new": config.runs.new,
     ('config.train.balance_scope = "bach"', "'bach'; did you mean 'batch'?"),
     ('config.log_every = 0', 'log_every = 0 must be at least 1.'),
     ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
+    ('config.mix.ram_gb = 0.0', 'mix.ram_gb = 0.0 must be positive.'),
     ('config.evaluation.merge = ("top_3",)', "evaluation.merge names 'top_3'; did you mean 'top_"),
     ('config.data.held_out = 1.5', 'data.held_out = 1.5 must be a share between 0 and 1.'),
     ('config.data.max_skipped = 2.0', 'data.max_skipped = 2.0 must be a share from 0 to 1.'),
@@ -403,7 +404,7 @@ config.runs = {"new": config.runs.new,
      "stacked names 'new', which is not trained."),
     (pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + '\nconfig.evaluation.merge = ("all",)\n'
      'config.runs = {"new": config.runs.new, "both": base.run(base.mix("new", "new"), '
-     '{"code": 1}, steps=1)}', "evaluation.merge: 'new' is a pretrained model"),
+     '{"code": 1}, steps=1)}', "evaluation.merge: 'new' is not trained here, so"),
     (pretrained(OTHER_TOKENIZER), "is not the tokenizer of the model in"),
     (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + new(
         init='base.checkpoint("new")').replace('runs.new', 'runs.more'),
@@ -486,6 +487,15 @@ def test_a_model_is_not_exported_with_a_tokenizer_that_is_not_its_own(run, confi
   lines = pretrained(OTHER_TOKENIZER, **UNTRAINED)
   check(run(config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new', '--to=x'),
         "'new' has another vocabulary than the tokenizer of this config")
+
+
+def test_an_export_with_too_little_memory(run, config, tmp_path):
+  lines = pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + (
+      '\nconfig.runs = {"new": config.runs.new}')
+  check(run(config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
+            f'--to={tmp_path / "out"}', '--config.mix.ram_gb=0.001'),
+        'mix.ram_gb = 0.001 is too little: embed takes 0.00419 at least.')
+  assert not (tmp_path / 'out.partial').exists()
 
 
 def test_a_pretrained_model_that_is_cut_off_meanwhile(run, config, tmp_path):

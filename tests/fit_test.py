@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from btx_jax import plan, sharding
-from btx_jax.convert import export
 from btx_jax.evaluate import fit
 from configs import base
 from tests import studies
-from tests.helpers import TINY, random_params
+from tests.helpers import TINY, Arrays, random_params
 
 MODEL = dataclasses.replace(TINY, tied_head=False)
 
@@ -47,7 +46,7 @@ def test_figures_are_what_the_formulas_say(monkeypatch, small):
     monkeypatch.setattr(fit, '_READ', 350)
     monkeypatch.setattr(fit, '_BLOCK', 53)
   trees = relatives()
-  found = fit.parts(MODEL, [export.Arrays(tree) for tree in trees])
+  found = fit.parts(MODEL, [Arrays(tree) for tree in trees])
   places = {
       ('embed', None): lambda path: path == 'embed',
       ('head', None): lambda path: path in ('head', 'norm/scale'),

@@ -1,5 +1,6 @@
 """What several tests need: a tiny model, random batches, meshes over some of the devices."""
 
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -40,6 +41,32 @@ def hidden_and_sums(cfg: Config, params, batch):
   hidden, routed = llama.Llama(cfg).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'])
   return hidden, routed and routed.sums
+
+
+class Arrays:
+  """Parameters in memory as a `Source`."""
+
+  def __init__(self, params: Mapping):
+    """`params`: nested dicts of arrays."""
+    self._arrays = dict(_flat(params))
+    self.shapes = {path: tuple(x.shape) for path, x in self._arrays.items()}
+    self.dtypes = {path: np.dtype(x.dtype) for path, x in self._arrays.items()}
+
+  def read(self, path: str, index=()) -> np.ndarray:
+    return np.asarray(self._arrays[path])[tuple(index)]
+
+  def room(self, path: str) -> int:
+    del path
+    return 0
+
+
+def _flat(tree: Mapping, path: str = '') -> Iterator:
+  for key, value in tree.items():
+    below = f'{path}/{key}' if path else key
+    if isinstance(value, Mapping):
+      yield from _flat(value, below)
+    else:
+      yield below, value
 
 
 def normal(shape, seed: int = 0) -> np.ndarray:

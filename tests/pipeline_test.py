@@ -4,6 +4,7 @@ import glob
 import gzip
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import manifest, metrics, program, sharding
+from btx_jax import manifest, metrics, program, sharding, sources
 from btx_jax.errors import RunError, UsageError
 from btx_jax.evaluate import fit, report, scores, table
 from btx_jax.model import llama
@@ -119,6 +120,17 @@ def test_experts_are_compared_with_their_seed(study, capsys):
   said = capsys.readouterr().out
   assert 'btx: differences from seed (the last that all come from)' in said
   assert found['judgement'][-1] in said
+
+
+def test_any_slice_of_a_checkpoint_is_that_of_the_whole(study):
+  """And it is kept by layer and expert, so that one of them is read for little."""
+  saved = sources.final(study, 'btx')
+  for key_path, leaf in jax.tree.leaves_with_path(study.final_params('btx')):
+    path = sharding.path_of(key_path)
+    index = tuple(slice(n // 2, n) for n in leaf.shape)
+    np.testing.assert_array_equal(saved.read(path, index), leaf[index])
+    one = leaf.size // math.prod(leaf.shape[:('layers' in path) + ('experts' in path)])
+    assert saved.room(path) == 4 * one, path
 
 
 def test_manifests_say_where_a_run_came_from(study):

@@ -21,7 +21,7 @@ from btx_jax.pipeline import Pipeline
 from configs import base
 from tests import studies
 from tests.data_test import TRICKY
-from tests.helpers import TINY, assert_trees_equal, random_params
+from tests.helpers import TINY, Arrays, assert_trees_equal, random_params
 
 TOKENIZER = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizer'
 MODEL = dataclasses.replace(TINY, vocab_size=272, num_layers=1, rope_theta=500.0)
@@ -94,7 +94,7 @@ def test_of_both_kinds_in_a_folder_sentencepiece_is_taken(tmp_path):
 
 def write_model(folder, seed=0, dtype='float32'):
   params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), random_params(MODEL, seed))
-  export.export(str(folder), MODEL, export.Arrays(params), dtype, max_length=99, balance=0.0,
+  export.export(str(folder), MODEL, Arrays(params), dtype, max_length=99, balance=0.0,
                 bos_id=0, eos_id=1, card='',
                 tokenizer_files={file.name: file.read_bytes() for file in TOKENIZER.iterdir()})
   return params
@@ -189,7 +189,7 @@ def write_relative(folder, params):
   for i, name in ((270, '<|more|>'), (271, '<|most|>')):
     found['added_tokens'].append(found['added_tokens'][0] | {'id': i, 'content': name})
   files['tokenizer.json'] = json.dumps(found)
-  export.export(str(folder), model, export.Arrays(params), 'float32', max_length=99, balance=0.0,
+  export.export(str(folder), model, Arrays(params), 'float32', max_length=99, balance=0.0,
                 bos_id=0, eos_id=1, card='',
                 tokenizer_files={name: content.encode() for name, content in files.items()})
   return jax.tree.map(np.asarray, params), {**ids, '<|more|>': 270, '<|most|>': 271}

@@ -17,7 +17,7 @@ from btx_jax.data import tokenizer
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from tests import studies
-from tests.helpers import hidden_and_sums, random_params
+from tests.helpers import Arrays, hidden_and_sums, random_params
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings('ignore')]
 
@@ -40,7 +40,7 @@ def exported(request, tmp_path_factory):
   params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
   folder = tmp_path_factory.mktemp('out') / request.param
   export.export(
-      str(folder), model, export.Arrays(params), dtype, max_length=64, balance=0.01, bos_id=1,
+      str(folder), model, Arrays(params), dtype, max_length=64, balance=0.01, bos_id=1,
       eos_id=95, tokenizer_files={}, card='', max_shard=20_000)
   theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32, output_loading_info=True)

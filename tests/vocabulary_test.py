@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from btx_jax import vocabulary
-from btx_jax.convert.export import Arrays
 from btx_jax.data import tokenizer
-from tests.helpers import normal
+from tests.helpers import Arrays, normal
 
 TOKENIZER = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizer'
 OURS = {'<s>': 0, 'the': 1, 'king': 2, 'and': 3, 'so': 4, 'he': 5, 'went': 7}  # no token has row 6

@@ -13,27 +13,37 @@ import numpy as np
 from btx_jax.convert import model_config, names, shards
 from btx_jax.convert.safetensors import Index
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import replacing
 from btx_jax.model.config import Config
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD = 5_000_000_000  # bytes of a file
-_PIECE = 1 << 27  # bytes that are converted at a time
+_PIECE = 1 << 24  # bytes that converting a piece takes: more is not faster
+# For a number of a piece: a sum in float32, a term of it, and that as it is stored, and once more
+# where rows are put together; and of the piece before, which is being written meanwhile, the
+# number itself and in another order.
+_BYTES_EACH = 24
+_WHAT = 'unfinished.json'  # of what the shards of an unfinished export are
 
 
 class Source(Protocol):
-  """Parameters by slices, as hugging_face.Folder and checkpoint.Saved give them."""
+  """Parameters by slices: hugging_face.Folder, checkpoint.Saved, sources.Mix."""
 
   def read(self, path: str, index: Index) -> np.ndarray:
-    """A slice of the parameter at the '/'-joined path."""
+    """A slice, with a start and an end in each dimension, of the parameter at this path."""
+
+  def room(self, path: str) -> int:
+    """Bytes that `read` takes besides what it returns, for a slice of one layer and expert."""
 
 
 def export(folder: str, model: Config, source: Source, dtype: str, *, max_length: int,
            balance: float, bos_id: int, eos_id: int, tokenizer_files: Mapping[str, bytes],
-           card: str, max_shard: int = MAX_SHARD) -> None:
+           card: str, max_shard: int = MAX_SHARD, ram: int = 4 * 10**9, identity: str = '') -> int:
   """Writes a folder that transformers, and what reads the same format, loads as it is.
 
   It is written beside `folder` under the name FOLDER.partial and renamed when all of it is
-  there, so that a folder of the right name is always whole.
+  there, so that a folder of the right name is always whole. What is whole in FOLDER.partial is
+  kept by the next call that would write the same.
 
   Args:
     folder: must not be there yet, or be empty.
@@ -44,29 +54,53 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
     tokenizer_files: by name.
     card: text of README.md.
     max_shard: bytes of a file of weights.
+    ram: bytes that may be in use at once.
+    identity: of the content of `source`; '' if it is not known.
+
+  Returns:
+    The bytes of weights that were written now.
 
   Raises:
-    UsageError: the model cannot be expressed there, or the folder is taken.
+    UsageError: the model cannot be expressed there, the folder is taken, or `ram` is too little.
   """
   check(folder, model, dtype)
   config = model_config.to_json(model, dtype, max_length, balance, bos_id, eos_id)
-  partial = f'{os.path.normpath(folder)}.partial'
-  shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-  os.makedirs(partial)
   size = names.sizes(model)
   tensors = {name: (row, place) for row in names.rows(model)
              for name, place in names.named(row, size)}
   order = sorted(tensors, key=lambda name: _by_layer(name, *tensors[name]))
-  shards.write(partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
-               DTYPES[dtype], _pieces(source, {name: tensors[name] for name in order}, size,
-                                      DTYPES[dtype]), max_shard)
+  rows = {row.path: _rows_at_once(row, size, source, ram) for row in names.rows(model)}
+  partial = f'{os.path.normpath(folder)}.partial'
+  _go_on(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
+  written = shards.write(
+      partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
+      DTYPES[dtype], lambda name: _pieces(source, *tensors[name], size, DTYPES[dtype],
+                                          rows[tensors[name][0].path]), max_shard)
   generation = {'_from_model_config': True, 'bos_token_id': bos_id, 'eos_token_id': eos_id}
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
            'generation_config.json': json.dumps(generation, indent=2) + '\n', 'README.md': card}
   for name, content in (tokenizer_files | {k: v.encode() for k, v in texts.items()}).items():
     with open(os.path.join(partial, name), 'wb') as file:
       file.write(content)
+  os.remove(os.path.join(partial, _WHAT))
   os.rename(partial, folder)
+  return written
+
+
+def _go_on(partial: str, what: dict) -> None:
+  """Clears the folder of an export that was cut off, but for the whole shards of the same one."""
+  try:
+    with open(os.path.join(partial, _WHAT), encoding='utf-8') as file:
+      same = bool(what['identity']) and json.load(file) == what
+  except (OSError, ValueError):
+    same = False
+  if not same:
+    shutil.rmtree(partial, ignore_errors=True)
+    with replacing(os.path.join(partial, _WHAT)) as file:
+      json.dump(what, file)
+  for name in os.listdir(partial):
+    if name != _WHAT and not name.endswith('.safetensors'):
+      os.remove(os.path.join(partial, name))
 
 
 def check(folder: str, model: Config, dtype: str) -> None:
@@ -84,41 +118,30 @@ def _by_layer(name: str, row: names.Row, place: tuple[int, ...]):
   return (0 if row.path == 'embed' else 1 if place else 2, place[:1])
 
 
-def _pieces(source: Source, tensors, size, dtype: np.dtype) -> Iterator:
-  """(name, values, index, view) of every tensor, in pieces along its first dimension."""
-  for name, (row, place) in tensors.items():
-    view = names.shape(row.theirs, size)
-    first, *rest = view
-    step = max(1, _PIECE // (math.prod(rest) * dtype.itemsize))
-    at = names.inner(row).index(row.theirs[0])  # our dimension that is their first
-    lead = tuple(slice(i, i + 1) for i in place)
-    for start in range(0, first, step):
-      cut = slice(start, min(start + step, first))
-      index = [slice(None)] * len(names.inner(row))
-      index[at] = cut
-      values = source.read(row.path, (*lead, *index))
-      values = values.reshape(values.shape[len(place):])
-      values = values.transpose(np.argsort(names.axes(row))).astype(dtype)
-      yield name, values, (cut,), view
+def _rows_at_once(row: names.Row, size, source: Source, ram: int) -> int:
+  """How much of the first dimension of a tensor is converted at a time."""
+  each = math.prod(names.shape(row.theirs, size)[1:]) * _BYTES_EACH
+  room = source.room(row.path)
+  if room + each > ram:
+    raise UsageError(f'mix.ram_gb = {ram / 1e9:g} is too little: {row.path} takes '
+                     f'{(room + each) / 1e9:.3g} at least.')
+  # A source that decodes much at once is asked for much at once.
+  return max(1, min(ram - room, max(_PIECE, room * _BYTES_EACH // 4)) // each)
 
 
-class Arrays:
-  """Parameters in memory as a `Source`."""
-
-  def __init__(self, params: Mapping):
-    """`params`: nested dicts of arrays."""
-    self._arrays = dict(_flat(params))
-    self.shapes = {path: tuple(x.shape) for path, x in self._arrays.items()}
-    self.dtypes = {path: np.dtype(x.dtype) for path, x in self._arrays.items()}
-
-  def read(self, path: str, index: Index = ()) -> np.ndarray:
-    return np.asarray(self._arrays[path])[tuple(index)]
-
-
-def _flat(tree: Mapping, path: str = '') -> Iterator:
-  for key, value in tree.items():
-    below = f'{path}/{key}' if path else key
-    if isinstance(value, Mapping):
-      yield from _flat(value, below)
-    else:
-      yield below, value
+def _pieces(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype,
+            step: int) -> Iterator:
+  """(values, index, view) of a tensor, in pieces of `step` along its first dimension."""
+  view = names.shape(row.theirs, size)
+  at = names.inner(row).index(row.theirs[0])  # our dimension that is their first
+  lead = tuple(slice(i, i + 1) for i in place)
+  for start in range(0, view[0], step):
+    cut = slice(start, min(start + step, view[0]))
+    index = [slice(0, n) for n in names.shape(names.inner(row), size)]
+    index[at] = cut
+    values = source.read(row.path, (*lead, *index))
+    values = values.squeeze(tuple(range(len(place))))
+    # Of a folder this undoes its transposing; so nothing has been moved in memory.
+    values = values.transpose(np.argsort(names.axes(row))).astype(dtype, copy=False)
+    yield values, (cut,), view
+    del values  # before the next is made

@@ -1,18 +1,18 @@
 """A Hugging Face folder as a source of our parameters: any slice, read from just its bytes.
 
-A source has `shapes` and `dtypes` (of each parameter, by its '/'-joined path) and
-`read(path, index)`: that is all that loading, mixing and exporting ask for.
+Loading, mixing and exporting ask for what export.Source has: `read(path, index)` and `room(path)`.
 """
 
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 
 import numpy as np
 
-from btx_jax.convert import model_config, names
+from btx_jax.convert import model_config, names, safetensors
 from btx_jax.convert.safetensors import DTYPES, Index
 from btx_jax.convert.shards import Shards
 from btx_jax.errors import UsageError
@@ -66,16 +66,30 @@ class Folder:
     index = (*index, *(slice(None),) * (len(shape) - len(index)))
     ranges = [range(size)[cut] for size, cut in zip(shape, index, strict=True)]
     stacked = names.stacked(row)
-    out = np.empty([len(r) for r in ranges], self.dtypes[path])
     theirs = names.their_index(row, index[len(stacked):])
     view = names.shape(row.theirs, self._sizes)
-    for place in np.ndindex(*(len(r) for r in ranges[:len(stacked)])):
+
+    def one(place):
       at = dict(zip(stacked, (r[i] for r, i in zip(ranges, place))))
       values = self._shards.read(row.name.format(**at), theirs, view)
       if '2' in row.theirs:
         values = values.squeeze(row.theirs.replace(' ', '').index('2'))
-      out[place] = values.transpose(names.axes(row))
+      return values.transpose(names.axes(row))
+
+    lead = [len(r) for r in ranges[:len(stacked)]]
+    if math.prod(lead) == 1:
+      # As it lies in the file: what is exported is transposed back, so that nothing is copied.
+      values = one([0] * len(lead)).astype(self.dtypes[path], copy=False)
+      return values[(None,) * len(lead)]
+    out = np.empty([len(r) for r in ranges], self.dtypes[path])
+    for place in np.ndindex(*lead):
+      out[place] = one(place)
     return out
+
+  def room(self, path: str) -> int:
+    """Bytes that `read` takes besides what it returns, for a slice of one layer."""
+    del path
+    return safetensors.PIECE
 
   def _dtype(self, row: names.Row) -> np.dtype:
     found = {self._shards.tensors[name].dtype for name, _ in names.named(row, self._sizes)}

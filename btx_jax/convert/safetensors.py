@@ -32,7 +32,7 @@ _OTHER_SIZES = {'F64': 8, 'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16
 _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 _MAX_HEADER = 100_000_000  # bytes, as the format has it
 _SMALL_RUN = 1 << 16  # bytes: a read of less costs as much as reading what lies between
-_PIECE = 1 << 24  # bytes that are read at a time around small runs
+PIECE = 1 << 22  # bytes that are read at a time around small runs
 
 
 class Tensor(NamedTuple):
@@ -96,9 +96,9 @@ class File:
     size, raw = out.itemsize, out.reshape(-1).view(np.uint8)
     axis = _cut_axis(shape, ranges)
     run, row = (n * math.prod(shape[axis + 1:]) * size for n in (out.shape[axis], shape[axis]))
-    if axis and run < _SMALL_RUN and row < _PIECE:
+    if axis and run < _SMALL_RUN and row < PIECE:
       # Whole rows of the dimension before, as many as a piece may have.
-      step = _PIECE // row
+      step = PIECE // row
       low, high = ranges[axis - 1]
       parts = [slice(*ranges[axis])]
       flat_out = out.reshape(-1, out.shape[axis - 1], *out.shape[axis:])
@@ -277,8 +277,11 @@ class Writer:
   def _write(self, start: int, raw):
     self._file.seek(start)
     view = memoryview(raw)
-    while view:
-      view = view[self._file.write(view):]
+    try:
+      while view:
+        view = view[self._file.write(view):]
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, self._path) from error  # it names no file
 
   def __exit__(self, kind, *_):
     try:

@@ -1,6 +1,7 @@
 """A folder of safetensors files as one table of tensors, and one written in shards."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 import hashlib
 import json
 import math
@@ -109,37 +110,53 @@ def _open(folder: str, where: Mapping[str, str]) -> dict[str, File]:
 
 
 def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
-          pieces: Iterable, max_bytes: int) -> None:
+          pieces: Callable[[str], Iterable], max_bytes: int) -> int:
   """Writes tensors into as many files as it takes for none to be longer than `max_bytes`.
+
+  A file that is there already is left as it is: it is whole, for none is seen under its name
+  before.
 
   Args:
     folder: where to.
-    tensors: name -> shape, in the order of `pieces`.
+    tensors: name -> shape, in their order in the files.
     dtype: of all of them.
-    pieces: (name, values, index, view), as Writer.write takes them, tensor by tensor.
+    pieces: name -> (values, index, view) of its slices, as Writer.write takes them.
     max_bytes: of the tensors of a file; one tensor that is longer has a file of its own.
+
+  Returns:
+    The bytes of tensors that were written.
   """
   size = {name: math.prod(shape) * dtype.itemsize for name, shape in tensors.items()}
-  groups, room = [[]], max_bytes
+  groups, room, written = [[]], max_bytes, 0
   for name in tensors:
     if groups[-1] and size[name] > room:
       groups.append([])
       room = max_bytes
     groups[-1].append(name)
     room -= size[name]
-  names = [_SINGLE] if len(groups) == 1 else [
+  files = [_SINGLE] if len(groups) == 1 else [
       f'model-{i + 1:05}-of-{len(groups):05}.safetensors' for i in range(len(groups))]
-  pieces, ahead = iter(pieces), None
-  for shard, group in zip(names, groups):
-    with Writer(os.path.join(folder, shard), {name: (tensors[name], dtype) for name in group}
-                ) as writer:
-      while ahead := ahead or next(pieces, None):
-        if ahead[0] not in group:
-          break
-        writer.write(*ahead)
-        ahead = None
+  for file, group in zip(files, groups):
+    path = os.path.join(folder, file)
+    if os.path.exists(path):
+      continue
+    with Writer(path, {name: (tensors[name], dtype) for name in group}) as writer:
+      for slice_ in _ahead((name, *piece) for name in group for piece in pieces(name)):
+        writer.write(*slice_)
+    written += sum(size[name] for name in group)
   if len(groups) > 1:
     index = {'metadata': {'total_size': sum(size.values())},
-             'weight_map': {name: shard for shard, group in zip(names, groups) for name in group}}
+             'weight_map': {name: file for file, group in zip(files, groups) for name in group}}
     with open(os.path.join(folder, _INDEX), 'w', encoding='utf-8') as file:
       json.dump(index, file, indent=2)
+  return written
+
+
+def _ahead(items: Iterator) -> Iterator:
+  """The same items; while one is in use, a thread makes the next, and no more."""
+  with futures.ThreadPoolExecutor(1) as thread:
+    coming = thread.submit(next, items, None)
+    while (item := coming.result()) is not None:
+      coming = thread.submit(next, items, None)
+      yield item
+      del item

@@ -7,11 +7,11 @@ processes, each domain has its share in each batch, and all there is to resume i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-import zlib
 
 import grain
 import numpy as np
 
+from btx_jax import plan
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
 
@@ -77,7 +77,7 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
         raise UsageError(f'domains.{name} has {len(tokens.ids)} training tokens, fewer than '
                          f'one row of data.length = {length}.')
       # By name, so that a further domain in the config changes nothing for this one.
-      source = grain.MapDataset.source(windows).seed(seed_of(name, seed))
+      source = grain.MapDataset.source(windows).seed(plan.seed_of(name, seed))
       sources.append(source.shuffle().repeat())
   shares = [weights[name] for name in domains if name in weights]
   return grain.MapDataset.mix(sources, weights=shares)
@@ -142,8 +142,3 @@ def evaluation_batches(tokens: Tokens, length: int, batch_size: int) -> Iterator
     rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]
     empty = {name: np.zeros_like(values) for name, values in rows[0].items()}
     yield stack(rows + [empty] * (batch_size - len(rows)))
-
-
-def seed_of(name: str, seed: int) -> int:
-  """A seed for the run or domain of this name, so that none repeats another's."""
-  return zlib.crc32(f'{seed}/{name}'.encode()) % 2**31

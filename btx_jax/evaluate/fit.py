@@ -26,9 +26,9 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from btx_jax import checkpoint, manifest, mixable, terminal, vocabulary
+from btx_jax import manifest, mixable, sources, terminal, vocabulary
 from btx_jax import plan as plan_lib
-from btx_jax.convert import hugging_face, names
+from btx_jax.convert import names
 from btx_jax.convert.export import Source
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
@@ -101,7 +101,7 @@ def _plain(values):
   return values if math.isfinite(values) else None
 
 
-def parts(model: model_config.Config, sources: Sequence[Source]) -> list[tuple]:
+def parts(model: model_config.Config, opened: Sequence[Source]) -> list[tuple]:
   """(part, layer or None, kind, Sums) of models of these sizes, the seed's first, in order.
 
   The parts are 'embed', then of each layer 'attention and norms' and 'feed-forward', then 'head'
@@ -121,7 +121,7 @@ def parts(model: model_config.Config, sources: Sequence[Source]) -> list[tuple]:
       index = [slice(None)] * len(shape)
       index[axis] = slice(start, min(start + at_once, shape[axis]))
       values = np.stack([np.asarray(source.read(row.path, tuple(index)), np.float32)
-                         for source in sources])
+                         for source in opened])
       if not row.path.startswith('layers/'):
         add('embed' if row.path == 'embed' else 'head', None, values)
         continue
@@ -171,15 +171,15 @@ def compute(study: Study, name: str) -> dict:
     raise UsageError(f'fit compares what a mixture is made from, and {name!r} is not made from '
                      'several runs by base.mix(...); name one that is.')
   seed, why = seed_of(run, study.runs)
-  sources = [study.runs[source] for source in run.sources]
-  experts = [source for source in sources if source.name != seed.name]
+  mixed = [study.runs[source] for source in run.sources]
+  experts = [each for each in mixed if each.name != seed.name]
   for each in (seed, *experts):
     if each.steps and study.state(each.name) != manifest.COMPLETE:
       raise UsageError(f'fit compares complete runs, and {each.name!r} is '
                        f'{study.state(each.name)}; do --run={each.name} first.')
-  compared = [seed, *experts, sources[run.recipe.reference]]  # the last only for its vocabulary
-  opened = vocabulary.aligned(
-      study, compared, [_open(study, each) for each in compared], len(compared) - 1)[:-1]
+  compared = [seed, *experts, mixed[run.recipe.reference]]  # the last only for its vocabulary
+  opened = vocabulary.aligned(study, compared, [
+      sources.final(study, each.name) for each in compared], len(compared) - 1)[:-1]
   model = dataclasses.replace(seed.model, vocab_size=run.model.vocab_size)
   result, pooled = [], {}
   for part, layer, kind, found in parts(model, opened):
@@ -188,12 +188,6 @@ def compute(study: Study, name: str) -> dict:
   return {'run': name, 'seed': seed.name, 'seed_is': why,
           'experts': [each.name for each in experts], 'tiny': TINY, 'parts': result,
           'all': {kind: figures(found) for kind, found in pooled.items()}}
-
-
-def _open(study: Study, run: Run) -> Source:
-  if not run.steps:
-    return hugging_face.Folder(run.folder)
-  return checkpoint.Saved(os.path.join(study.folder(run.name), 'checkpoints'), run.steps)
 
 
 def tell(study: Study, name: str) -> None:

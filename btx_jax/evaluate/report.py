@@ -170,7 +170,7 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
   final = scores.read(study, run, scores.FINAL)
   stages = {title: {domain: score['gates'] for domain, score in found.items()}
             for title, found in (('before', scores.read(study, run, scores.START)),
-                                 ('after', final)) if found}
+                                 ('after' if run.steps else 'before', final)) if found}
   if not stages and not routed:
     return
   yield f'<h2>Experts of {_text(run.name)}</h2>'

@@ -63,7 +63,8 @@ def models(study: Study) -> Iterator[Model]:
           used = MERGES[form] or len(run.sources)
           yield Model(f'merge of {run.name}: {form}', run, MERGE + form, dense, before,
                       len(run.sources), min(used, len(run.sources)))
-      yield Model(f'{run.name} unfinetuned', run, START, run.model, before)
+      if run.steps:
+        yield Model(f'{run.name} unfinetuned', run, START, run.model, before)
     yield Model(run.name, run, FINAL, run.model, [*before, run])
 
 

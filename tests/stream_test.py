@@ -1,0 +1,291 @@
+"""Mixing as a stream: from folders to a folder, no more of them in memory than a piece."""
+
+import dataclasses
+import errno
+import functools
+import os
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+
+from btx_jax import btx, errors, plan, recipe, sharding, sources
+from btx_jax.convert import export, hugging_face, publish, safetensors
+from btx_jax.errors import UsageError
+from btx_jax.evaluate import table
+from btx_jax.model.config import shared_paths
+from btx_jax.pipeline import Pipeline
+from btx_jax.study import Study
+from configs import base
+from tests import studies
+from tests.helpers import Arrays, assert_trees_equal, random_params
+from tests.pretrained_test import MODEL, TOKENIZER
+
+NAMES = ('seed', 'code', 'math')
+
+
+def write(folder, model, source, dtype='bfloat16', **options):
+  given = {'max_length': 99, 'balance': 0.0, 'bos_id': 0, 'eos_id': 1, 'card': '',
+           'tokenizer_files': {file.name: file.read_bytes() for file in TOKENIZER.iterdir()}}
+  return export.export(str(folder), model, source, dtype, **given | options)
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+  """Folders of three models, and their parameters as they are kept there."""
+  root, params = tmp_path_factory.mktemp('models'), {}
+  for i, name in enumerate(NAMES):
+    params[name] = jax.tree.map(lambda x: np.asarray(x.astype('bfloat16')), random_params(MODEL, i))
+    write(root / name, MODEL, Arrays(params[name]))
+  return root, params
+
+
+def study(root, workdir, kind=Study, **mix):
+  """One that needs no text: a mixture of pretrained models."""
+  config = base.get_config()
+  config.tokenizer.path = str(root / 'seed')
+  config.runs = {name: base.run(base.hugging_face(str(root / name))) for name in NAMES}
+  config.runs['btx'] = base.run(base.mix(*NAMES, allow=('seed',), **mix))
+  return kind(config, str(workdir))
+
+
+def content(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != 'README.md'}
+
+
+# What is computed
+
+
+@pytest.mark.parametrize('mix', [
+    {}, {'arrangement': 'split', 'chunks': 2},
+    {'averaged': ('code', 'math'), 'rules': {'attn/[qk]$': 'seed'}}])
+def test_a_stream_has_the_bits_of_mixing_in_memory(models, tmp_path, mix):
+  root, params = models
+  found = study(root, tmp_path / 'work', **mix)
+  publish.publish(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
+  run, out = found.runs['btx'], hugging_face.Folder(str(tmp_path / 'out'))
+  made = recipe.make(base.mix(*NAMES, **mix), NAMES, MODEL.ffn_dim, shared_paths(MODEL), [0] * 3,
+                     found.config.mix.router_std)
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float32),
+                         *(params[name] for name in NAMES))
+  expected = jax.jit(btx.mix, static_argnums=(1, 3))(
+      stacked, run.model, jax.random.key(plan.seed_of('btx', 0)), made)
+  for key_path, leaf in jax.tree.leaves_with_path(expected):
+    path = sharding.path_of(key_path)
+    np.testing.assert_array_equal(out.read(path), np.asarray(leaf.astype('bfloat16')), path)
+  assert not (tmp_path / 'work').exists()
+
+
+def test_what_is_copied_is_not_moved_in_memory(models, tmp_path, monkeypatch):
+  """From a folder to a folder, transposing there and back cancels."""
+  contiguous = []
+  write_slice = safetensors.Writer.write
+
+  def told(writer, name, values, *where):
+    contiguous.append(values.flags.c_contiguous)
+    write_slice(writer, name, values, *where)
+
+  monkeypatch.setattr(safetensors.Writer, 'write', told)
+  found = study(models[0], tmp_path)
+  write(tmp_path / 'out', found.runs['btx'].model, sources.final(found, 'btx'))
+  moved = len(contiguous) - sum(contiguous)
+  assert moved <= MODEL.num_layers  # the routers
+
+
+def test_layers_of_another_type_are_not_rounded_twice(models, tmp_path):
+  """A float32 model is mixed with bfloat16 ones as if all were float32."""
+  root, params = models
+  exact = random_params(MODEL, 7)
+  write(tmp_path / 'exact', MODEL, Arrays(exact), 'float32')
+  parts = [hugging_face.Folder(str(tmp_path / 'exact')), hugging_face.Folder(str(root / 'code'))]
+  mix = sources.Mix(MODEL, recipe.whole([0, 1], MODEL.ffn_dim), parts)
+  whole = tuple(slice(0, n) for n in (1, 2, MODEL.dim, MODEL.ffn_dim))
+  found = mix.read('layers/ffn/experts/up', whole)
+  assert found.dtype == np.float32
+  np.testing.assert_array_equal(found[:, 0], exact['layers']['ffn']['up'])
+  np.testing.assert_array_equal(
+      found[:, 1], params['code']['layers']['ffn']['up'].astype(np.float32))
+
+
+# What is left of an export that ended early
+
+
+class Stops:
+  """A source that fails at its `n`-th read, or never."""
+
+  def __init__(self, source, n=10**9):
+    self.room, self._source, self._left, self.reads = source.room, source, n, 0
+
+  def read(self, path, index):
+    self.reads += 1
+    if self.reads > self._left:
+      raise KeyboardInterrupt
+    return self._source.read(path, index)
+
+
+def test_an_export_goes_on_where_it_was_cut_off(models, tmp_path):
+  found, out = study(models[0], tmp_path), tmp_path / 'out'
+  source, model = sources.final(found, 'btx'), found.runs['btx'].model
+  put = functools.partial(write, model=model, max_shard=3_000)
+  whole, cut, rest = Stops(source), Stops(source, 15), Stops(source)
+  total = put(tmp_path / 'straight', source=whole, identity='a')
+  with pytest.raises(KeyboardInterrupt):
+    put(out, source=cut, identity='a')
+  assert not out.exists()
+  partial = tmp_path / 'out.partial'
+  shards = sorted(path.name for path in partial.glob('*.safetensors'))
+  kept = (partial / shards[-1]).stat().st_mtime_ns
+  assert 2 <= len(shards) < len(list((tmp_path / 'straight').glob('*.safetensors')))
+  assert 0 < put(out, source=rest, identity='a') < total
+  assert content(out) == content(tmp_path / 'straight')
+  assert (out / shards[-1]).stat().st_mtime_ns == kept
+  assert rest.reads < whole.reads
+  assert not partial.exists()
+
+
+@pytest.mark.parametrize('change', [
+    {'identity': 'b'}, {'identity': ''}, {'dtype': 'float32'}, {'max_shard': 4_000}])
+def test_an_export_of_something_else_starts_anew(models, tmp_path, change):
+  found = study(models[0], tmp_path)
+  source, model = sources.final(found, 'btx'), found.runs['btx'].model
+  first = {'model': model, 'max_shard': 3_000, 'identity': change.get('identity') and 'a'}
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path / 'out', source=Stops(source, 15), **first)
+  again = Stops(source)
+  write(tmp_path / 'out', source=again, **first | change)
+  whole = Stops(source)
+  write(tmp_path / 'straight', source=whole, **first | change)
+  assert again.reads == whole.reads
+  assert content(tmp_path / 'out') == content(tmp_path / 'straight')
+
+
+def test_identities_tell_apart_what_is_mixed_and_how(models, tmp_path):
+  made = [study(models[0], tmp_path, **mix) for mix in (
+      {}, {'averaged': ('code',)}, {'rules': {'embed': 'code'}})]
+  found = [publish._identity(each, each.runs['btx']) for each in made]
+  assert len(set(found)) == 3
+  again = study(models[0], tmp_path / 'elsewhere')
+  assert publish._identity(again, again.runs['btx']) == found[0]
+
+
+def test_a_full_disk(models, tmp_path, monkeypatch):
+  found, out = study(models[0], tmp_path), tmp_path / 'out'
+  source, model = sources.final(found, 'btx'), found.runs['btx'].model
+  put = functools.partial(write, out, model, source, max_shard=3_000, identity='a')
+  left = [20_000]
+
+  class Full:
+    """A file on a disk with so little left."""
+
+    def __init__(self, file):
+      self._file = file
+
+    def __getattr__(self, name):
+      return getattr(self._file, name)
+
+    def write(self, raw):
+      left[0] -= len(raw)
+      if left[0] < 0:
+        raise OSError(errno.ENOSPC, 'No space left on device')
+      return self._file.write(raw)
+
+  real = open
+  monkeypatch.setattr(safetensors, 'open', lambda path, mode, **how: (
+      Full(real(path, mode, **how)) if mode == 'wb' else real(path, mode, **how)), raising=False)
+  with pytest.raises(OSError) as caught:
+    put()
+  assert errors._explain(caught.value)[0].startswith(f'No space is left for {out}.partial/model-0')
+  assert not out.exists()
+  monkeypatch.undo()
+  put()
+  assert content(out).keys() >= {'config.json', 'model.safetensors.index.json'}
+  hugging_face.Folder(str(out))
+
+
+# Memory
+
+
+def test_too_little_memory_is_refused_before_anything_is_written(models, tmp_path):
+  found = study(models[0], tmp_path)
+  found.config.mix.ram_gb = 0.001
+  with pytest.raises(UsageError, match=r'mix.ram_gb = 0.001 is too little: embed takes 0.00419 at'):
+    publish.publish(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
+  assert not os.listdir(tmp_path)
+
+
+def test_memory_is_what_the_budget_says(tmp_path):
+  """NumPy tells what it allocates: a mean of four, its largest tensor far above the budget."""
+
+  class Ones:
+
+    def read(self, path, index):
+      del path
+      return np.ones([cut.stop - cut.start for cut in index], np.float32)
+
+    def room(self, path):
+      del path
+      return 0
+
+  model = dataclasses.replace(MODEL, vocab_size=30_000, dim=64)  # 8 MB of embedding
+  weighted = dataclasses.replace(recipe.whole(range(4), MODEL.ffn_dim),
+                                 rest=(('', (1.0, 2.0, 3.0, 4.0)),))
+  mix = sources.Mix(model, weighted, [Ones()] * 4)
+  ram = 10**6
+  tracemalloc.start()
+  try:
+    write(tmp_path / 'out', model, mix, 'float32', ram=ram)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < ram + 3e5  # what Python needs beside
+  out = hugging_face.Folder(str(tmp_path / 'out'))
+  assert (out.read('embed', (slice(-3, None),)) == 1).all()
+
+
+# As a run
+
+
+def test_a_run_of_zero_steps_is_its_start(models, text, tmp_path):
+  config = studies.get_config(text)
+  root = models[0]
+  config.tokenizer.path = str(root / 'seed')
+  config.mesh.update(fsdp=1, expert=1, tensor=1)
+  config.evaluation.every = 0
+  config.train.accumulation = 1
+  config.domains = {'code': config.domains.code}
+  config.runs = {
+      'code': base.run(base.hugging_face(str(root / 'code'))),
+      'start': base.run(base.mix('code', 'code'))}
+  Pipeline(config, str(tmp_path / 'work')).train()
+  config.runs['again'] = base.run(base.checkpoint('start'))
+  config.runs['btx'] = base.run(base.checkpoint('again'), {'code': 1}, steps=1,
+                                train={'balance_bias': 0.1})
+  pipeline = Pipeline(config, str(tmp_path / 'work'))
+  rows = {row['name']: row['mean'] for row in table.rows(pipeline)}
+  assert list(rows) == ['code', 'start']
+  assert abs(rows['code'] - rows['start']) < 1e-4  # two copies of it
+  assert not os.path.exists(tmp_path / 'work' / 'start' / 'checkpoints')
+  with jax.set_mesh(pipeline.mesh):
+    mixed = pipeline.final_params('again')
+    begin = pipeline.initial_params(pipeline.runs['btx'])
+  assert not begin['layers']['ffn'].pop('router_bias').any()
+  assert_trees_equal(begin, mixed)
+  publish.publish(pipeline, 'again', str(tmp_path / 'again'), 'float32')
+  out = hugging_face.Folder(str(tmp_path / 'again'))
+  for path, leaf in jax.tree.leaves_with_path(mixed):
+    np.testing.assert_array_equal(out.read(sharding.path_of(path)), leaf)
+  assert '| start | a mixture of code |' in (tmp_path / 'again' / 'README.md').read_text()
+
+
+def test_plans_of_runs_without_steps(models, tmp_path):
+  found = study(models[0], tmp_path)
+  assert (found.runs['btx'].steps, found.runs['btx'].tokens) == (0, 0)
+  found.config.runs['dense'] = base.run(base.random())
+  with pytest.raises(UsageError, match=r'runs.dense.steps = 0 must be at least 1'):
+    Study(found.config, str(tmp_path))
+  del found.config.runs['dense']
+  found.config.runs['btx'].domains = {'code': 1.0}
+  found.config.domains = {'code': base.domain('x.txt')}
+  with pytest.raises(UsageError, match=r'runs.btx.steps = 0 must be at least 1'):
+    Study(found.config, str(tmp_path))
