@@ -17,8 +17,8 @@ from btx_jax import program as program_lib
 from btx_jax.checkpoint import Checkpoints
 from btx_jax.errors import RunError
 from btx_jax.model.config import Config
-from btx_jax.plan import Run
 from btx_jax.recorder import Recorder
+from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
 
 

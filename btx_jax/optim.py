@@ -11,7 +11,7 @@ import optax
 
 from btx_jax import sharding
 from btx_jax.objective import trains
-from btx_jax.plan import Optimizer
+from btx_jax.run import Optimizer
 
 # Norm scales carry no weight decay. By path, not by rank: layers are stacked, so that the
 # scales of all layers are one matrix.

@@ -11,6 +11,7 @@ import numpy as np
 
 from btx_jax import checkpoint, distributed, hardware, loop, manifest, mixable, sharding, sources
 from btx_jax import plan as plan_lib
+from btx_jax import run as run_lib
 from btx_jax.convert import export
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
@@ -18,7 +19,7 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, scores
 from btx_jax.model import config as model_config
 from btx_jax.model import llama
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.study import Study
 from btx_jax.terminal import say
 
@@ -126,7 +127,7 @@ class Pipeline(Study):
 
   def _tell_differences(self, run: Run):
     """Of a mixture's sources: what was allowed, and what it costs."""
-    sources = [self.runs[name] for name in run.sources] if run.init == plan_lib.MIX else []
+    sources = [self.runs[name] for name in run.sources] if run.init == run_lib.MIX else []
     found = mixable.differences(sources, self.runs) if sources else []
     if found:
       say(f'{run.name} is mixed of models that differ:\n{mixable.table(sources, found)}')
@@ -135,7 +136,7 @@ class Pipeline(Study):
 
   def _order(self, run: Run):
     return mixture.training_order(
-        self.text.train, run.weights, run.length, plan_lib.seed_of(run.name, run.seed))
+        self.text.train, run.weights, run.length, run_lib.seed_of(run.name, run.seed))
 
   @functools.cached_property
   def text(self) -> text_lib.Text:
@@ -207,14 +208,14 @@ class Pipeline(Study):
 
   def initial_params(self, run: Run):
     """The parameters that a run starts from."""
-    if run.init == plan_lib.RANDOM:
-      rng = jax.random.key(plan_lib.seed_of(run.name, run.seed))
+    if run.init == run_lib.RANDOM:
+      rng = jax.random.key(run_lib.seed_of(run.name, run.seed))
       shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
       return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
-    if run.init == plan_lib.CHECKPOINT:
+    if run.init == run_lib.CHECKPOINT:
       source = run.sources[0]
       params, biased = self.final_params(source), self.runs[source].model.router_bias
-    elif run.init == plan_lib.HUGGING_FACE:
+    elif run.init == run_lib.HUGGING_FACE:
       plain = dataclasses.replace(run.model, router_bias=False)
       params, biased = self._read(sources.start(self, run), plain), False
     else:
@@ -228,7 +229,7 @@ class Pipeline(Study):
     """The uniform average of what a mixture was made from: the baseline without experts."""
     # The weights of the mean without its rules, for the feed-forward layers too.
     mean = dataclasses.replace(run.recipe, rest=run.recipe.rest[-1:])
-    dense = plan_lib.averaged_model(run, self.runs)
+    dense = run_lib.averaged_model(run, self.runs)
     return self._mix(run, dense, sources.mix(self, run, dense, mean))
 
   def _mix(self, run: Run, model: model_config.Config, mix: sources.Mix):

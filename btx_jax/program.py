@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from btx_jax import optim, sharding, train
-from btx_jax import plan as plan_lib
+from btx_jax import run as run_lib
 from btx_jax.checkpoint import abstract
 from btx_jax.data import mixture
 from btx_jax.model import llama
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.train import TrainState
 
 
@@ -58,7 +58,7 @@ def single(run: Run, mesh, num_domains: int) -> Program:
   like, create = _state_of(run, tx, mesh)
   step = jax.jit(
       train.make_train_step(run.model, tx, run.objective, num_domains,
-                            seed=plan_lib.seed_of(run.name, run.seed)),
+                            seed=run_lib.seed_of(run.name, run.seed)),
       donate_argnums=0,
       # The metrics whole on every device, so that each process can read them.
       out_shardings=(_shardings(like), NamedSharding(mesh, P())))

@@ -12,7 +12,7 @@ from btx_jax import distributed, hardware, optim
 from btx_jax.evaluate import routing
 from btx_jax.metrics import MetricsFile
 from btx_jax.model import config as model_config
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
 
 

@@ -11,14 +11,14 @@ import os
 
 import numpy as np
 
-from btx_jax import plan as plan_lib
+from btx_jax import run as run_lib
 from btx_jax import vocabulary
 from btx_jax.convert import hugging_face
 from btx_jax.convert.export import Source
 from btx_jax.convert.safetensors import Index
 from btx_jax.model.config import Config
-from btx_jax.plan import Run
 from btx_jax.recipe import Recipe
+from btx_jax.run import Run
 from btx_jax.study import Study
 
 # What needs jax or orbax is imported late: looking on and folders take neither.
@@ -71,9 +71,9 @@ def final(study: Study, name: str) -> Source:
 
 def start(study: Study, run: Run) -> Source:
   """What a run starts from, if that is not random."""
-  if run.init == plan_lib.HUGGING_FACE:
+  if run.init == run_lib.HUGGING_FACE:
     return hugging_face.Folder(run.folder)
-  if run.init == plan_lib.CHECKPOINT:
+  if run.init == run_lib.CHECKPOINT:
     return final(study, run.sources[0])
   return mix(study, run, run.model, run.recipe)
 
@@ -83,7 +83,7 @@ def mix(study: Study, run: Run, model: Config, recipe: Recipe) -> Mix:
   aligned = vocabulary.aligned(
       study, [study.runs[source] for source in run.sources],
       [final(study, source) for source in run.sources], recipe.reference)
-  return Mix(model, recipe, aligned, plan_lib.seed_of(run.name, run.seed))
+  return Mix(model, recipe, aligned, run_lib.seed_of(run.name, run.seed))
 
 
 def trained(study: Study, run: Run) -> Iterator[str]:

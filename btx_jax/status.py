@@ -15,7 +15,7 @@ from rich.text import Text
 from btx_jax import manifest, metrics
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.study import MISSING, Study
 from btx_jax.terminal import console, say, show
 

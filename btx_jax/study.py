@@ -7,6 +7,7 @@ import os
 
 from btx_jax import fields, manifest
 from btx_jax import plan as plan_lib
+from btx_jax import run as run_lib
 from btx_jax.data import corpora, text
 from btx_jax.errors import UsageError, nearest
 
@@ -47,7 +48,7 @@ class Study:
     tokenizer = text.given(config, self.data_folder)
     self.runs = plan_lib.make_plan(
         config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer)
-    mixed = [self.runs[source] for run in self.runs.values() if run.init == plan_lib.MIX
+    mixed = [self.runs[source] for run in self.runs.values() if run.init == run_lib.MIX
              for source in run.sources] if config.evaluation.merge else []
     for source in mixed:
       if source.vocabulary:
@@ -71,7 +72,7 @@ class Study:
     found = manifest.read(self.folder(name))
     return found['state'] if found else MISSING
 
-  def run(self, name: str) -> plan_lib.Run:
+  def run(self, name: str) -> run_lib.Run:
     """The run of this name. Raises UsageError if there is none."""
     if name not in self.runs:
       raise UsageError(f'--run={name} is not a run of this config; {nearest(name, self.runs)}')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from btx_jax import plan
+from btx_jax import run as run_lib
 from btx_jax.data import corpora, demo, mixture, tokenizer, tokens
 from btx_jax.errors import UsageError
 
@@ -275,7 +275,7 @@ def test_a_further_domain_changes_nothing_for_the_others():
 
 
 def test_runs_of_other_names_have_other_orders():
-  seeds = [plan.seed_of(name, 0) for name in ('seed', 'expert/code', 'btx')]
+  seeds = [run_lib.seed_of(name, 0) for name in ('seed', 'expert/code', 'btx')]
   firsts = {tuple(order(seed)[i]['tokens'][1] for i in range(20)) for seed in seeds}
   assert len(firsts) == 3
 

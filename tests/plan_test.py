@@ -6,6 +6,7 @@ import ml_collections
 import pytest
 
 from btx_jax import plan
+from btx_jax import run as run_lib
 from btx_jax.errors import UsageError
 from btx_jax.model.config import param_paths
 from btx_jax.objective import frozen
@@ -51,7 +52,7 @@ def test_steps_can_match_the_flops_of_other_runs():
     assert abs(runs[rival].flops - spent) <= per_step / 2
   assert runs['upcycled'].experts == ('seed',) * 4
   assert runs['upcycled'].sources == ('seed',)
-  assert [run.name for run in plan.lineage(runs['btx'], runs)] == [
+  assert [run.name for run in run_lib.lineage(runs['btx'], runs)] == [
       'btx', 'seed', 'expert/code', 'expert/math', 'expert/knowledge']
 
 
@@ -137,7 +138,7 @@ def test_a_mixture_has_the_settings_of_the_first_run_that_is_averaged(tmp_path):
   seed = runs['seed'].model
   for name, like in (('both', seed), ('one', dataclasses.replace(seed, **far))):
     assert runs[name].model == dataclasses.replace(like, num_experts=2)
-    assert plan.averaged_model(runs[name], runs) == like
+    assert run_lib.averaged_model(runs[name], runs) == like
   config.runs.both.init.allow = ('norm_eps',)
   with pytest.raises(UsageError, match=r'rope_theta +10000.0 +1000000.0\n(.*\n)+rope: the'):
     plan.make_plan(config, 300)

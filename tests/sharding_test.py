@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax import optim, plan, sharding, train
+from btx_jax import optim, sharding, train
+from btx_jax import run as run_lib
 from btx_jax.errors import UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
@@ -24,7 +25,7 @@ def shapes_of(cfg):
 
 
 def state_of(cfg):
-  tx = optim.adamw(plan.Optimizer(peak_lr=1.0), lambda count: 1.0)
+  tx = optim.adamw(run_lib.Optimizer(peak_lr=1.0), lambda count: 1.0)
   return jax.eval_shape(lambda params: train.create_state(params, tx), random_params(cfg))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from btx_jax import loop, manifest, metrics, plan, program
+from btx_jax import run as run_lib
 from btx_jax.errors import UsageError
 from btx_jax.objective import Objective
 from btx_jax.pipeline import Pipeline
@@ -28,9 +29,9 @@ MESH = (1, 2, 4, 1)
 
 def branches():
   """Three runs, for four slots: of other lengths and learning rates."""
-  one = plan.Run(
+  one = run_lib.Run(
       name='a', init='random', sources=(), weights={'code': 1.0}, model=TINY,
-      optimizer=plan.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, length=15, batch_size=16,
+      optimizer=run_lib.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, length=15, batch_size=16,
       accumulation=2, objective=Objective(freeze=('attn/o$',)), recipe=None, experts=(), seed=0)
   other = lambda name, steps, rate: dataclasses.replace(
       one, name=name, steps=steps, optimizer=dataclasses.replace(one.optimizer, peak_lr=rate))

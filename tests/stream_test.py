@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import btx, errors, plan, recipe, sharding, sources
+from btx_jax import btx, errors, recipe, sharding, sources
+from btx_jax import run as run_lib
 from btx_jax.convert import export, hugging_face, publish, safetensors
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import table
@@ -70,7 +71,7 @@ def test_a_stream_has_the_bits_of_mixing_in_memory(models, tmp_path, mix):
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float32),
                          *(params[name] for name in NAMES))
   expected = jax.jit(btx.mix, static_argnums=(1, 3))(
-      stacked, run.model, jax.random.key(plan.seed_of('btx', 0)), made)
+      stacked, run.model, jax.random.key(run_lib.seed_of('btx', 0)), made)
   for key_path, leaf in jax.tree.leaves_with_path(expected):
     path = sharding.path_of(key_path)
     np.testing.assert_array_equal(out.read(path), np.asarray(leaf.astype('bfloat16')), path)

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from btx_jax import optim, plan, sharding, train
+from btx_jax import optim, sharding, train
+from btx_jax import run as run_lib
 from btx_jax.model import llama, routers, routing
 from btx_jax.objective import Objective
 from tests import hlo
@@ -184,7 +185,7 @@ def test_what_is_frozen_stays_and_a_bias_follows_the_load():
   """AdamW with weight decay and clipping, several steps, two microbatches, on a mesh."""
   cfg = dataclasses.replace(TINY_MIXTURE, router_bias=True)
   freeze = ('embed$', '/experts/')
-  settings = plan.Optimizer(peak_lr=0.1, warmup=0.0, weight_decay=0.5, clip_norm=0.1)
+  settings = run_lib.Optimizer(peak_lr=0.1, warmup=0.0, weight_decay=0.5, clip_norm=0.1)
   tx = optim.adamw(settings, optim.schedule(settings, 10))
   params = random_params(cfg)
   with use_mesh((1, 2, 2, 1)) as mesh:
@@ -307,7 +308,7 @@ def test_norms_by_part_are_those_of_the_whole():
 
 
 def test_adamw_against_numpy_and_norm_scales_do_not_decay():
-  cfg = plan.Optimizer(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
+  cfg = run_lib.Optimizer(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
   tx = optim.adamw(cfg, optim.schedule(cfg, 10))
   rng = np.random.default_rng(0)
   params = {'norm': {'scale': rng.normal(size=(2, 3))}, 'ffn': {'up': rng.normal(size=(2, 3))}}
@@ -328,7 +329,7 @@ def test_adamw_against_numpy_and_norm_scales_do_not_decay():
 
 
 def test_the_schedule_warms_up_and_ends_at_its_share():
-  schedule = optim.schedule(plan.Optimizer(peak_lr=2.0, warmup=0.1, final_lr=0.1), 100)
+  schedule = optim.schedule(run_lib.Optimizer(peak_lr=2.0, warmup=0.1, final_lr=0.1), 100)
   assert schedule(0) == 0
   np.testing.assert_allclose(schedule(10), 2.0)
   np.testing.assert_allclose(schedule(100), 0.2, rtol=1e-6)

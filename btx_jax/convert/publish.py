@@ -8,13 +8,13 @@ import time
 import sentencepiece as spm
 
 from btx_jax import manifest, sources
-from btx_jax import plan as plan_lib
+from btx_jax import run as run_lib
 from btx_jax.convert import export, hugging_face
 from btx_jax.data import text as text_lib
 from btx_jax.data import tokenizer as tokenizer_lib
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.study import Study
 from btx_jax.terminal import say
 
@@ -44,7 +44,7 @@ def publish(study: Study, name: str, folder: str, dtype: str) -> None:
                        f'--run={needed} first.')
   tokenizer = text_lib.tokenizer(study.config, study.data_folder)
   lengths = [hugging_face.Folder(each.folder).context_length
-             for each in plan_lib.lineage(run, study.runs) if each.folder]
+             for each in run_lib.lineage(run, study.runs) if each.folder]
   began = time.monotonic()
   written = export.export(
       folder, run.model, sources.final(study, name), dtype,
@@ -64,7 +64,7 @@ def _identity(study: Study, run: Run) -> str:
   for name in sources.trained(study, run):
     found = manifest.read(study.folder(name))
     trained[name] = [found['identity'], found['started'], found['seconds']]
-  lineage = [each.spec() for each in plan_lib.lineage(run, study.runs)]
+  lineage = [each.spec() for each in run_lib.lineage(run, study.runs)]
   tokenizer = text_lib.tokenizer(study.config, study.data_folder)  # vocabularies are aligned by it
   return manifest.identity({
       'lineage': lineage, 'trained': trained, 'tokenizer': tokenizer.hash})
@@ -97,10 +97,10 @@ def _card(study: Study, run: Run) -> Iterator[str]:
          '## Where it came from\n\n'
          '| run | starts from | trained on | steps | tokens M | identity |\n'
          '|---|---|---|--:|--:|---|\n')
-  lineage = {each.name for each in plan_lib.lineage(run, study.runs)}
+  lineage = {each.name for each in run_lib.lineage(run, study.runs)}
   for each in (each for each in study.runs.values() if each.name in lineage):
-    start = {plan_lib.MIX: 'a mixture of ', plan_lib.RANDOM: 'random parameters',
-             plan_lib.HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
+    start = {run_lib.MIX: 'a mixture of ', run_lib.RANDOM: 'random parameters',
+             run_lib.HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
     start += ', '.join(each.sources)
     domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in each.weights.items())
     found = manifest.read(study.folder(each.name)) or {}

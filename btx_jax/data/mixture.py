@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from btx_jax import plan
+from btx_jax import run as run_lib
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
 
@@ -77,7 +77,7 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
         raise UsageError(f'domains.{name} has {len(tokens.ids)} training tokens, fewer than '
                          f'one row of data.length = {length}.')
       # By name, so that a further domain in the config changes nothing for this one.
-      source = grain.MapDataset.source(windows).seed(plan.seed_of(name, seed))
+      source = grain.MapDataset.source(windows).seed(run_lib.seed_of(name, seed))
       sources.append(source.shuffle().repeat())
   shares = [weights[name] for name in domains if name in weights]
   return grain.MapDataset.mix(sources, weights=shares)

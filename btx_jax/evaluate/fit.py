@@ -27,13 +27,13 @@ from rich import box
 from rich.table import Table
 
 from btx_jax import manifest, mixable, sources, terminal, vocabulary
-from btx_jax import plan as plan_lib
+from btx_jax import run as run_lib
 from btx_jax.convert import names
 from btx_jax.convert.export import Source
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model import config as model_config
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.study import Study
 
 TINY = 1e-6  # a weight that differs less from the seed's has not changed
@@ -167,7 +167,7 @@ def compute(study: Study, name: str) -> dict:
     UsageError: it is no mixture of several models, or one of them is not complete.
   """
   run = study.run(name)
-  if run.init != plan_lib.MIX or len(run.sources) < 2:
+  if run.init != run_lib.MIX or len(run.sources) < 2:
     raise UsageError(f'fit compares what a mixture is made from, and {name!r} is not made from '
                      'several runs by base.mix(...); name one that is.')
   seed, why = seed_of(run, study.runs)

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from btx_jax import manifest, metrics, plan
+from btx_jax import manifest, metrics
+from btx_jax import run as run_lib
 from btx_jax import status as status_lib
 from btx_jax.data import tokens
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import pictures, scores
 from btx_jax.evaluate import table as table_lib
 from btx_jax.files import replacing
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.study import Study
 
 _STYLE = '''
@@ -153,7 +154,7 @@ def _comparison(rows) -> str:
 
 def _curve(study: Study, run: Run, lines) -> dict[str, list]:
   """A run's losses, by what it and all that it came from have cost until then."""
-  before = plan.lineage(run, study.runs)[1:]
+  before = run_lib.lineage(run, study.runs)[1:]
   tokens_before, flops_before = (sum(getattr(r, cost) for r in before)
                                  for cost in ('tokens', 'flops'))
   done = [line['step'] / run.steps for line in lines]
@@ -219,8 +220,8 @@ def _cost(study: Study, status, lines) -> str:
     speed, mfu = np.median(speeds, axis=0) if speeds else (None, None)
     done = found['step'] / max(run.steps, 1)
     sources = ', '.join(dict.fromkeys(run.sources)) or '-'
-    start = {plan.MIX: f'mix of {sources}', plan.CHECKPOINT: sources,
-             plan.HUGGING_FACE: run.folder}.get(run.init, run.init)
+    start = {run_lib.MIX: f'mix of {sources}', run_lib.CHECKPOINT: sources,
+             run_lib.HUGGING_FACE: run.folder}.get(run.init, run.init)
     domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in run.weights.items())
     body.append([
         (run.name, 'name'), (found['state'], 'name'), (start, 'name'), (domains, 'name'),

@@ -10,12 +10,12 @@ import os
 from typing import NamedTuple
 
 from btx_jax import distributed, manifest
-from btx_jax import plan as plan_lib
+from btx_jax import run as run_lib
 from btx_jax.data import tokens
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model import config as model_config
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.study import MERGES, Study
 from btx_jax.terminal import say
 
@@ -54,8 +54,8 @@ def models(study: Study) -> Iterator[Model]:
       continue
     if run.vocabulary:
       continue  # it does not know the ids that text has here
-    before = plan_lib.lineage(run, study.runs)[1:]
-    if run.init == plan_lib.MIX and len(set(run.sources)) > 1:
+    before = run_lib.lineage(run, study.runs)[1:]
+    if run.init == run_lib.MIX and len(set(run.sources)) > 1:
       dense = _sizes(study, run, AVERAGE)
       if first_alike(study, run) is run:
         yield Model(f'average of {run.name}', run, AVERAGE, dense, before)
@@ -72,11 +72,11 @@ def first_alike(study: Study, run: Run) -> Run:
   """The first mixture of the same models: it has their average, and what they say unmixed."""
   weights = lambda mixture: dict(zip(mixture.sources, mixture.recipe.rest[-1][1]))
   return next(other for other in study.runs.values()
-              if other.init == plan_lib.MIX and weights(other) == weights(run))
+              if other.init == run_lib.MIX and weights(other) == weights(run))
 
 
 def _sizes(study: Study, run: Run, stage: str) -> model_config.Config:
-  return plan_lib.averaged_model(run, study.runs) if stage == AVERAGE else run.model
+  return run_lib.averaged_model(run, study.runs) if stage == AVERAGE else run.model
 
 
 def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:

@@ -6,10 +6,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from btx_jax import plan as plan_lib
+from btx_jax import run as run_lib
 from btx_jax.evaluate import scores
 from btx_jax.model import config as model_config
-from btx_jax.plan import Run
+from btx_jax.run import Run
 from btx_jax.study import Study
 
 Row = dict[str, Any]
@@ -96,9 +96,9 @@ def checks(study: Study, table: list[Row]) -> list[dict]:
 
 def _branches(run: Run, runs) -> list[str]:
   """Of a mixture of one seed and its branches, each an expert: the branches. Else none."""
-  if run.init != plan_lib.MIX or not set(run.sources) <= set(run.experts):
+  if run.init != run_lib.MIX or not set(run.sources) <= set(run.experts):
     return []
-  branches = [name for name in run.sources if runs[name].init == plan_lib.CHECKPOINT]
+  branches = [name for name in run.sources if runs[name].init == run_lib.CHECKPOINT]
   seeds = {runs[name].sources[0] for name in branches}
   rest = set(run.sources) - set(branches)
   return branches if len(seeds) == 1 and rest <= seeds else []

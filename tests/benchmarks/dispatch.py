@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from btx_jax import optim, plan, sharding, train
+from btx_jax import optim, sharding, train
+from btx_jax import run as run_lib
 from btx_jax.model import llama, moe
 from btx_jax.model.config import Config
 from btx_jax.model.linear import swiglu
@@ -47,7 +48,7 @@ def take_turns(calls, turns: int) -> dict[str, np.ndarray]:
 
 
 def train_step(cfg: Config, batch):
-  tx = optim.adamw(plan.Optimizer(peak_lr=1e-3), optax.constant_schedule(1e-3))
+  tx = optim.adamw(run_lib.Optimizer(peak_lr=1e-3), optax.constant_schedule(1e-3))
   step = jax.jit(train.make_train_step(cfg, tx, Objective()), donate_argnums=0)
   states = [train.create_state(llama.init(cfg, jax.random.key(0)), tx)]
 

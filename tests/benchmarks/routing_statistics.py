@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from btx_jax import optim, plan, sharding, train
+from btx_jax import optim, sharding, train
+from btx_jax import run as run_lib
 from btx_jax.model import llama, routing
 from btx_jax.model.config import Config
 from btx_jax.objective import Objective
@@ -40,7 +41,7 @@ def main():
            'positions': np.tile(np.arange(T, dtype=np.int32), (1, B, 1)),
            'loss_mask': np.ones((1, B, T), bool),
            'domain': np.arange(B, dtype=np.int32)[None] % DOMAINS}
-  tx = optim.adamw(plan.Optimizer(peak_lr=1e-3), optax.constant_schedule(1e-3))
+  tx = optim.adamw(run_lib.Optimizer(peak_lr=1e-3), optax.constant_schedule(1e-3))
   params = llama.init(CFG, jax.random.key(0))
 
   def compiled():
