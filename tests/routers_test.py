@@ -164,7 +164,7 @@ def test_sample_top_1_computes_one_expert_a_token_and_all_in_the_first_layer(mon
   """Rows of the buffers: beyond the first round there are some only if an expert overflows."""
   cfg, rows = CONFIGS['sample_top_1'], []
   run = lambda buffers, *_: rows.append(buffers.shape) or buffers
-  monkeypatch.setattr(dispatch, '_run_experts', run)
+  monkeypatch.setitem(moe.FORMS, 'plain', functools.partial(dispatch.in_rounds, run=run))
   params = {'router': np.zeros((D, E)), 'experts': {
       'gate': np.zeros((E, D, 20)), 'up': np.zeros((E, D, 20)), 'down': np.zeros((E, 20, D))}}
   jax.eval_shape(lambda: llama.Mixture(cfg, sharding.BATCH_AXES).apply(
