@@ -45,7 +45,8 @@ GROUPS = {
     'Several processes': (('distributed|rollcall', ''),),
     'Working directory': (
         ('manifest', ''), ('data/(text|tokens)|pipeline', '--workdir'), ('errors', 'written or')),
-    'Optimizer and training': (('plan|run|study|objective', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
+    'Optimizer and training': (
+        ('plan|run|study|objective', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
     'Tokenizer': (('data/.*|convert/tokenizer', '[Tt]okenizer|pieces?|sentencepiece'),),
     'Text': (('data/.*', ''), ('study', r'\bdata\.')),
     'Runs and models': (('plan|run|study|model/config|pipeline|recipe|mixable|vocabulary', ''),),
