@@ -2,9 +2,8 @@
 
 The seed is read from a Hugging Face folder; three experts are trained a short while on code, math
 and facts, mixed with the seed, and finetuned; `export` writes a Mixtral that transformers loads.
-So short that two CPU cores do it in half an hour: expect each expert to be better than the seed on
-its domain and the mixture on all; docs/pretrained.md has what one run gave. For good, give it
-text of yours, a thousand times the steps, and an accelerator.
+So short that it shows the path and not the method: for good, give it text of yours, a thousand
+times the steps, and an accelerator.
 
   python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M
   python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M --run=btx \
