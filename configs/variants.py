@@ -2,9 +2,8 @@
 
 Each variant is the demo's mixture changed in one thing and finetuned for 120 steps; `dense`
 and `upcycled` spend the FLOPs of all that leads to `btx`. Branch-Train-Merge needs no finetuning.
-Expect: `soft`, which runs all experts, best of the mixtures and `hash`, `switch`, `blend` and
-router-only finetuning behind the rest; docs/variants.md has the table of one run. About an hour
-on two CPU cores.
+Expect: all but `router_only` better than the seed; two experts a token better than one; `blend`
+last of the rest. docs/variants.md has the table of one run. About an hour on two CPU cores.
 
   python -m btx_jax.main --config=configs/variants.py
 """
