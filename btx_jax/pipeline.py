@@ -210,7 +210,7 @@ class Pipeline(Study):
     """The parameters that a run starts from."""
     if run.init == run_lib.RANDOM:
       rng = jax.random.key(run_lib.seed_of(run.name, run.seed))
-      shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
+      shardings = sharding.shardings(llama.shapes(run.model), self.mesh)
       return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
     if run.init == run_lib.CHECKPOINT:
       source = run.sources[0]
@@ -222,7 +222,7 @@ class Pipeline(Study):
       return self._mix(run, run.model, sources.start(self, run))
     if run.model.router_bias == biased:
       return params
-    shardings = jax.tree.map(lambda like: like.sharding, self._like(run.model))
+    shardings = sharding.shardings(llama.shapes(run.model), self.mesh)
     return jax.jit(functools.partial(llama.with_bias, run.model), out_shardings=shardings)(params)
 
   def average_params(self, run: Run):

@@ -71,7 +71,8 @@ def test_experts_that_are_the_same_score_as_one(form):
 
 def test_top_1_is_the_expert_that_was_chosen_exactly():
   """From the second block on; before the first nothing is known, and all count the same."""
-  weights = ensemble.similar_log_weights(likeness_of([0.1, 0.3, 0.2]), TOKENS, Letters(), 1, 3)
+  similar = ensemble.similarities(likeness_of([0.1, 0.3, 0.2]), TOKENS, Letters())
+  weights = ensemble.similar_log_weights(similar, 1, NLL.shape)
   place = np.concatenate([np.arange(b - a) for a, b in zip(TOKENS.starts, TOKENS.starts[1:])])
   known = place >= ensemble.BLOCK
   assert known.any() and (~known).any()
@@ -95,7 +96,7 @@ def test_nothing_after_a_token_decides_its_weights():
     seen.extend(texts)
     return np.tile([0.1, 0.3, 0.2], (len(texts), 1))
 
-  ensemble.similar_log_weights(likeness, TOKENS, Letters(), 1, 3)
+  ensemble.similarities(likeness, TOKENS, Letters())
   whole = Letters().decode(TOKENS.ids[TOKENS.starts[2]:].tolist())
   assert seen[-1] == whole[:192] and len(seen) == 2 + 3
   other = NLL.copy()

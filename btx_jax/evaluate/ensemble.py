@@ -98,20 +98,28 @@ def similar_weights(cosines_E: np.ndarray, k: int) -> np.ndarray:
   return weights / weights.sum()
 
 
-def similar_log_weights(likeness: Likeness, tokens: Tokens, tokenizer: Tokenizer,
-                        k: int, num_experts: int) -> np.ndarray:
-  """Log weights [tokens, E] from the text before each block of a document.
+def similarities(likeness: Likeness, tokens: Tokens, tokenizer: Tokenizer
+                 ) -> list[tuple[slice, np.ndarray]]:
+  """The tokens of each block, and how like each expert's text is what its document has before.
 
-  The first block has nothing before it: there all experts count the same.
+  The first block of a document has nothing before it and is left out.
   """
-  result = np.full((len(tokens.ids), num_experts), -math.log(num_experts))
+  result = []
   for first, end in itertools.pairwise(tokens.starts):
     begins = range(first + BLOCK, end, BLOCK)
     if begins:
       before = [tokenizer.decode(tokens.ids[first:begin].tolist()) for begin in begins]
-      for begin, cosines in zip(begins, likeness(before)):
-        with np.errstate(divide='ignore'):
-          result[begin:min(begin + BLOCK, end)] = np.log(similar_weights(cosines, k))
+      result += [(slice(begin, min(begin + BLOCK, end)), cosines)
+                 for begin, cosines in zip(begins, likeness(before))]
+  return result
+
+
+def similar_log_weights(similar: Sequence[tuple[slice, np.ndarray]], k: int, shape) -> np.ndarray:
+  """Log weights of `shape` [tokens, E] by `similarities`; elsewhere all experts count the same."""
+  result = np.full(shape, -math.log(shape[1]))
+  for block, cosines in similar:
+    with np.errstate(divide='ignore'):
+      result[block] = np.log(similar_weights(cosines, k))
   return result
 
 
@@ -154,12 +162,12 @@ def evaluate(forms: Sequence[str], nll: Mapping[str, np.ndarray],
   """
   result = {form: {} for form in forms}
   for domain, tokens in held_out.items():
+    similar = similarities(likeness, tokens, tokenizer) if likeness else []
     for form in forms:
       if form == POSTERIOR:
         weights = posterior_log_weights(nll[domain], tokens.starts)
       else:
-        weights = similar_log_weights(likeness, tokens, tokenizer, MERGES[form],
-                                      nll[domain].shape[1])
+        weights = similar_log_weights(similar, MERGES[form], nll[domain].shape)
       result[form][domain] = bits_per_byte(nll[domain], weights, tokens, tokenizer.eos_id)
   return result
 

@@ -10,19 +10,16 @@ load and with all tokens on the same experts.
 import dataclasses
 import itertools
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from btx_jax import optim, sharding, train
-from btx_jax import run as run_lib
-from btx_jax.model import llama, moe
+from btx_jax import sharding
+from btx_jax.model import moe
 from btx_jax.model.config import Config
 from btx_jax.model.linear import swiglu
-from btx_jax.objective import Objective
+from tests.benchmarks import turns as turns_lib
 
 B, T = 8, 256
 MIXTURE = Config(vocab_size=4096, dim=256, ffn_dim=704, num_layers=4, num_heads=4, num_kv_heads=4,
@@ -32,31 +29,6 @@ MODELS = {
     'top-2 of 4': MIXTURE,
     'top-2 of 8': dataclasses.replace(MIXTURE, num_experts=8),
 }
-
-
-def take_turns(calls, turns: int) -> dict[str, np.ndarray]:
-  """Seconds of each call in each turn; the order changes from turn to turn."""
-  seconds = {name: [] for name in calls}
-  for call in calls.values():
-    call()
-  for turn in range(turns):
-    for name in list(calls)[::-1 if turn % 2 else 1]:
-      began = time.perf_counter()
-      calls[name]()
-      seconds[name].append(time.perf_counter() - began)
-  return {name: np.array(times) for name, times in seconds.items()}
-
-
-def train_step(cfg: Config, batch):
-  tx = optim.adamw(run_lib.Optimizer(peak_lr=1e-3), optax.constant_schedule(1e-3))
-  step = jax.jit(train.make_train_step(cfg, tx, Objective()), donate_argnums=0)
-  states = [train.create_state(llama.init(cfg, jax.random.key(0)), tx)]
-
-  def call():
-    states[0], metrics = step(states[0], batch)
-    jax.block_until_ready(metrics)
-
-  return call
 
 
 def layer(form: str, num_experts: int, balanced: bool):
@@ -83,13 +55,10 @@ def dense_layer():
 
 def main():
   turns = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-  rng = np.random.default_rng(0)
-  ids = rng.integers(0, MIXTURE.vocab_size, (2, 1, B, T)).astype(np.int32)
-  batch = {'tokens': ids[0], 'targets': ids[1], 'segment_ids': np.ones((1, B, T), np.int32),
-           'positions': np.tile(np.arange(T, dtype=np.int32), (1, B, 1)),
-           'loss_mask': np.ones((1, B, T), bool), 'domain': np.zeros((1, B), np.int32)}
+  batch = turns_lib.batch(MIXTURE.vocab_size, B, T)
   with jax.set_mesh(sharding.make_mesh()):
-    times = take_turns({name: train_step(cfg, batch) for name, cfg in MODELS.items()}, turns)
+    steps = {name: turns_lib.train_step(cfg, batch) for name, cfg in MODELS.items()}
+    times = turns_lib.take(steps, turns)
     for name, of in (('top-2 of 4', 'dense'), ('top-2 of 8', 'top-2 of 4')):
       ratio = np.median(times[name] / times[of])
       print(f'train step, {name}: {np.median(times[name]):.3f} s, {ratio:.2f} times {of} '
@@ -98,7 +67,7 @@ def main():
     calls = {'dense': dense_layer()}
     for form, num_experts, balanced in itertools.product(moe.FORMS, (4, 8), (True, False)):
       calls[form, num_experts, balanced] = layer(form, num_experts, balanced)
-    times = take_turns(calls, max(turns // 4, 3))
+    times = turns_lib.take(calls, max(turns // 4, 3))
     print(f'{"dense, twice the width":30} {np.median(times["dense"]):8.3f} s')
     for form in moe.FORMS:
       for num_experts in (4, 8):
