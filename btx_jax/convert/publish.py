@@ -51,21 +51,21 @@ def publish(study: Study, name: str, folder: str, dtype: str) -> None:
       max_length=max([*lengths, run.length]), balance=run.objective.balance,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=_tokenizer_files(tokenizer),
       card=''.join(_card(study, run)), ram=int(study.config.mix.ram_gb * 1e9),
-      identity=_identity(study, run, tokenizer))
+      identity=_identity(study, run))
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   say(f'{name} is in {folder}: {written:,} bytes of weights written in {seconds:.1f} s, '
       f'{written / seconds / 1e6:,.0f} MB/s; peak memory {peak / 1e9:.2f} GB')
 
 
-def _identity(study: Study, run: Run, tokenizer: tokenizer_lib.Tokenizer) -> str:
-  """Of the parameters: of all that the run comes from, down to what was trained or read, and of
-  the tokenizer, by which vocabularies are aligned."""
+def _identity(study: Study, run: Run) -> str:
+  """Of the parameters: of all that the run comes from, down to what was trained or read."""
   trained = {}
   for name in sources.trained(study, run):
     found = manifest.read(study.folder(name))
     trained[name] = [found['identity'], found['started'], found['seconds']]
   lineage = [each.spec() for each in run_lib.lineage(run, study.runs)]
+  tokenizer = text_lib.tokenizer(study.config, study.data_folder)  # vocabularies are aligned by it
   return manifest.identity({
       'lineage': lineage, 'trained': trained, 'tokenizer': tokenizer.hash})
 
