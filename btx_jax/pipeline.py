@@ -114,7 +114,7 @@ class Pipeline(Study):
       sharding.holds_experts(self.mesh.shape['expert'], run.model.num_experts)
     if run.model.attention == 'cudnn' and jax.default_backend() != 'gpu':
       raise UsageError(f"runs.{run.name}: model.attention = 'cudnn' needs an NVIDIA GPU, and "
-                       f"this is a {jax.default_backend()}; use 'xla'.")
+                       f"this is a {jax.default_backend()}; use 'auto'.")
 
   def _uneven(self, run: Run) -> list[str]:
     """What of a run's model the mesh does not divide, so that it costs memory or traffic."""

@@ -217,6 +217,15 @@ def batch_sharding(mesh, leading: int = 0, stacked: bool = False) -> NamedShardi
   return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
 
 
+def platform() -> str:
+  """Of the devices that a program is traced for: those of the mesh in use, 'cpu' without one.
+
+  Not of those that are here: a program can be compiled for others (preflight).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return 'cpu' if mesh.empty else mesh.abstract_device.platform
+
+
 def constrain(x, spec):
   """with_sharding_constraint where there is a mesh, x itself where there is none."""
   if jax.sharding.get_abstract_mesh().empty:

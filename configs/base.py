@@ -81,10 +81,15 @@ def get_config() -> ConfigDict:
       'capacity_factor': 0.0,
       # 'float32' or 'bfloat16': of the computation; parameters are float32.
       'dtype': 'float32',
-      # Recompute each layer in the backward pass instead of keeping its activations.
-      'remat': False,
-      # 'xla', or 'cudnn' on an NVIDIA GPU.
-      'attention': 'xla',
+      # What of each layer is kept for the backward pass; the rest is recomputed. From most memory
+      # to least: 'none' recomputes nothing; 'matmuls' keeps their results; 'projections', those
+      # outside the feed-forward layers; 'dispatch', what attention gives, and tokens sent to
+      # experts and back; 'attention', the first alone; 'full', only the layer's input; 'offload',
+      # that in the host's memory.
+      'remat': 'none',
+      # 'xla', anywhere; 'splash', on a TPU; 'cudnn', on an NVIDIA GPU in bfloat16; 'auto', the
+      # one for the platform.
+      'attention': 'auto',
       # How tokens get to experts and back, a matter of speed: in buffers of fixed size, for a
       # matmul an expert ('plain', for CPU and GPU) or one of all that skips what is empty
       # ('grouped', for TPU); 'gather', all tokens to all; or 'auto', the one for the platform.

@@ -1,6 +1,7 @@
 """The network: causality, document borders, and each part against an independent form."""
 
 import dataclasses
+import math
 
 from flax import linen as nn
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from btx_jax import sharding
 from btx_jax.errors import UsageError
 from btx_jax.model import attention, llama
-from btx_jax.model.config import Config, num_params, train_flops_per_token
+from btx_jax.model.config import REMATS, Config, num_params, train_flops_per_token
 from tests.helpers import (
   TINY,
   TINY_MIXTURE,
@@ -75,7 +77,7 @@ def test_scan_and_remat_change_nothing(cfg):
   value_and_grad = lambda f: jax.jit(jax.value_and_grad(lambda p: (f(p) ** 2).mean()))(params)
   expected, expected_grad = value_and_grad(unrolled)
   _, sums = hidden_and_sums(cfg, params, batch)
-  for remat in (False, True):
+  for remat in REMATS if cfg.num_experts else ('none', 'full'):
     model = dataclasses.replace(cfg, remat=remat)
     assert_trees_close(hidden_and_sums(model, params, batch)[1], sums, rtol=1e-6)
     value, grad = value_and_grad(lambda p, model=model: hidden_and_sums(model, p, batch)[0])
@@ -98,6 +100,23 @@ def test_attention_against_numpy(length, kv_heads):
     expected[b, n, t] = scores / scores.sum() @ v[b, shared, seen]
   y = jax.jit(attention.attention)(*map(jnp.float32, (q, k, v)), jnp.int32(segments))
   np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 1, 2, 2)])
+def test_the_kernel_of_tpus_is_plain_attention(sizes):
+  """Interpreted, with grouped queries and packed documents, rows and heads over a mesh."""
+  q, k, v = (normal((4, n, 256, 16), seed) for seed, n in enumerate((4, 2, 2)))
+  segments = jnp.int32(np.sort(np.random.default_rng(0).integers(0, 4, (4, 256))))
+
+  def value_and_grad(implementation):
+    f = lambda *qkv: jnp.sin(attention.attention(*qkv, segments, implementation)).sum()
+    return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)
+
+  devices = np.array(jax.devices()[:math.prod(sizes)]).reshape(sizes)
+  with jax.set_mesh(jax.sharding.Mesh(devices, sharding.AXES)):
+    (value, grad), (expected, expected_grad) = map(value_and_grad, ('splash', 'xla'))
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  assert_trees_close(grad, expected_grad, rtol=1e-4)
 
 
 def test_attention_gradients_against_jax_nn():

@@ -68,6 +68,36 @@ def test_other_forms_are_the_same_function(num_experts, k, mesh_shape, form):
     assert_sparse_equals_dense(layer(num_experts, k, skew=skew), k, mesh_shape, form)
 
 
+def test_rows_that_a_grouped_matmul_leaves_undefined_reach_nothing(monkeypatch):
+  """As on TPUs, where neither the kernel nor its gradient writes rows behind the last group."""
+  real = jax.lax.ragged_dot
+  in_groups = lambda rows, sizes: (jnp.arange(len(rows)) < sizes.sum())[:, None]
+  poison = lambda rows, sizes: jnp.where(in_groups(rows, sizes), rows, jnp.nan)
+
+  @jax.custom_vjp
+  def undefined_behind(rows, w, sizes):
+    return poison(real(rows, w, sizes), sizes)
+
+  def forward(rows, w, sizes):
+    return undefined_behind(rows, w, sizes), (rows, w, sizes)
+
+  def backward(residuals, dy):
+    rows, w, sizes = residuals
+    clean = lambda x: jnp.where(in_groups(x, sizes), x, 0)  # it does not read them either
+    drows, dw = jax.vjp(lambda rows, w: real(rows, w, sizes), clean(rows), w)[1](clean(dy))
+    return poison(drows, sizes), dw, None
+
+  undefined_behind.defvjp(forward, backward)
+  monkeypatch.setattr(jax.lax, 'ragged_dot', undefined_behind)
+  args = layer(4, 2, skew=2.0)
+  (_, expected), expected_grads = loss_of('dense', 2)(*args)
+  for form in ('grouped', 'gather'):
+    with use_mesh((1, 1, 2, 1)):
+      (_, y), grads = loss_of.__wrapped__(form, 2)(*args)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert_trees_close(grads, expected_grads, rtol=1e-4)
+
+
 def test_the_form_is_that_of_the_platform_that_is_compiled_for():
   with use_mesh((1, 1, 4, 1)):
     compiled = loss_of('auto', 2).lower(*layer(4, 2)).compile().as_text()

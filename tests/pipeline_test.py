@@ -283,7 +283,7 @@ def test_a_directory_of_another_config_is_refused_and_untouched(study, apply, me
 def test_settings_that_do_not_change_results_may_change(study):
   config = study.config.copy_and_resolve_references()
   config.update(log_every=3, checkpoint_every=5)
-  config.model.update(remat=True, dispatch_factor=1.0)
+  config.model.update(remat='full', dispatch_factor=1.0)
   assert not Pipeline(config, study.workdir).train()
 
 

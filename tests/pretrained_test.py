@@ -108,7 +108,7 @@ def study(text, folder):
       'seed': base.run(base.hugging_face(str(folder))),
       'expert/code': base.run(base.checkpoint('seed'), {'code': 1}, steps=1),
       'tuned': base.run(base.hugging_face(str(folder)), {'code': 1}, steps=1,
-                        model={'remat': True, 'top_k': 1}),
+                        model={'remat': 'full', 'top_k': 1}),
       'btx': base.run(base.mix('seed', 'seed'), {'code': 1}, steps=1),
   }
   return config
@@ -156,7 +156,7 @@ def test_sizes_are_the_folders_and_the_rest_is_the_configs(text, tmp_path):
   assert pipeline.runs['seed'].model == dataclasses.replace(
       MODEL, dtype='bfloat16', top_k=2, dispatch_factor=2.0)
   assert pipeline.runs['tuned'].model == dataclasses.replace(
-      MODEL, dtype='bfloat16', top_k=1, dispatch_factor=2.0, remat=True)
+      MODEL, dtype='bfloat16', top_k=1, dispatch_factor=2.0, remat='full')
   with jax.set_mesh(pipeline.mesh):
     found = pipeline.initial_params(pipeline.runs['tuned'])
     assert_trees_equal(found, params)

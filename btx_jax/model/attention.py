@@ -1,12 +1,18 @@
 """Rotary embeddings and causal attention within packed documents."""
 
+import math
+
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from btx_jax import sharding
 from btx_jax.model.config import Config
 
 QUERY_BLOCKS = 4
+_LANES = 128  # of a TPU: the splash kernel works on so many positions, or a multiple
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:
@@ -39,30 +45,47 @@ def rotate(x_BNTH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BNTH.dtype)
 
 
-def attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, implementation='xla') -> jax.Array:
+def attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, implementation='auto',
+              batch_axes=sharding.BATCH_AXES) -> jax.Array:
   """Causal attention in which a position sees only its own document.
 
   Args:
     q_BNTH, k_BKTH, v_BKTH: queries, keys and values; K divides N.
     segment_ids_BT: the document of each position, numbered within its row.
-    implementation: 'xla', plain einsums that run anywhere, or 'cudnn', the fused kernel of
-      NVIDIA GPUs, for bfloat16.
+    implementation: 'xla', plain einsums that run anywhere; 'splash', the kernel of TPUs (elsewhere
+      it is interpreted, very slowly); 'cudnn', that of NVIDIA GPUs, for bfloat16; or 'auto', the
+      one of the platform where it can take such arrays, else 'xla'.
+    batch_axes: the mesh axes over which rows are sharded.
 
   Returns:
     [B, N, T, H], in the dtype of the queries.
   """
-  B, N, T, H = q_BNTH.shape
-  K = k_BKTH.shape[1]
-  if implementation == 'cudnn':
-    q, k, v = (x.swapaxes(1, 2) for x in (q_BNTH, k_BKTH, v_BKTH))
-    mask = _visible(segment_ids_BT, 0, T)[:, None]
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='cudnn')
-    return y.swapaxes(1, 2)
+  if implementation == 'auto':
+    implementation = _of_platform(q_BNTH)
+  if implementation == 'splash' and q_BNTH.shape[2] % _LANES == 0:
+    return _splash(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes)
+  form = _cudnn if implementation == 'cudnn' else _plain
+  return checkpoint_name(form(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT), 'attended')
 
+
+def _of_platform(q_BNTH) -> str:
+  """The kernel of the platform that this is compiled for, where it can take such queries."""
+  *_, T, H = q_BNTH.shape
+  platform = sharding.platform()
+  if platform == 'tpu' and T % _LANES == 0:
+    return 'splash'
+  if platform == 'gpu' and q_BNTH.dtype == jnp.bfloat16 and T > 1 and H % 8 == 0 and H <= 128:
+    return 'cudnn'
+  return 'xla'
+
+
+def _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
   # A block of queries needs the keys up to its own end only: blocks spare 3/8 of the work
   # and keep the scores in cache. Heads before positions, and dividing by the softmax's sum
   # after the values are added up, make this more than twice as fast on a CPU, forward and
   # backward, as jax.nn.dot_product_attention's XLA form.
+  B, N, T, H = q_BNTH.shape
+  K = k_BKTH.shape[1]
   q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H) * H**-0.5
   blocks = QUERY_BLOCKS if T % QUERY_BLOCKS == 0 else 1
   outputs = []
@@ -78,6 +101,40 @@ def attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, implementation='xla') -> j
                    preferred_element_type=jnp.float32)
     outputs.append((y / weights.sum(-1, keepdims=True)).astype(q_BNTH.dtype))
   return jnp.concatenate(outputs, axis=3).reshape(B, N, T, H)
+
+
+def _cudnn(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
+  q, k, v = (x.swapaxes(1, 2) for x in (q_BNTH, k_BKTH, v_BKTH))
+  mask = _visible(segment_ids_BT, 0, q.shape[1])[:, None]
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='cudnn')
+  return y.swapaxes(1, 2)
+
+
+def _splash(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes):
+  """Blocks of keys that are all in the future are skipped; no scores reach memory."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+  mesh = jax.sharding.get_abstract_mesh()
+  N, T, H = q_BNTH.shape[1:]
+  heads_axis = None if mesh.empty else sharding.axis_that_cuts('tensor', k_BKTH.shape[1])
+  heads = N // (mesh.shape['tensor'] if heads_axis else 1)
+  # The largest blocks that divide T: fewer rounds through the kernel's scratch memory.
+  queries, keys = math.gcd(T, 512), math.gcd(T, 1024)
+  sizes = splash.BlockSizes(
+      block_q=queries, block_kv=keys, block_kv_compute=queries, block_q_dkv=queries,
+      block_kv_dkv=keys, block_kv_dkv_compute=queries, block_q_dq=queries, block_kv_dq=keys)
+
+  def local(q, k, v, segment_ids):
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((T, T))] * heads), block_sizes=sizes,
+        residual_checkpoint_name='attended', interpret=sharding.platform() != 'tpu')
+    return jax.vmap(kernel)(q * H**-0.5, k, v, splash.SegmentIds(segment_ids, segment_ids))
+
+  if mesh.empty:
+    return local(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT)
+  rows, by_head = P(batch_axes), P(batch_axes, heads_axis)
+  # Kernels do not say over which axes what they give varies.
+  return jax.shard_map(local, in_specs=(by_head, by_head, by_head, rows), out_specs=by_head,
+                       check_vma=False)(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT)
 
 
 def _visible(segment_ids_BT, start, end):

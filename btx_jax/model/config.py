@@ -7,6 +7,11 @@ import dataclasses
 
 from btx_jax.errors import UsageError, nearest
 
+ATTENTIONS = ('auto', 'xla', 'splash', 'cudnn')
+# From most memory and least work to the reverse: all; results of matmuls; those but of the
+# feed-forward layers' insides; of attention, and tokens on their way to experts and back, so that
+# none is sent again; of attention; layers' inputs only; these in the host's memory.
+REMATS = ('none', 'matmuls', 'projections', 'dispatch', 'attention', 'full', 'offload')
 DISPATCHES = ('auto', 'plain', 'grouped', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
 # Those that choose by scores, so that a bias can change the choice.
@@ -39,8 +44,9 @@ class Config:
       units of a balanced load; 0 stands for 1.5.
     router_bias: the choice of experts has a bias, a parameter that no gradient reaches.
     dtype: of the computation, 'float32' or 'bfloat16'; parameters are always float32.
-    remat: recompute each layer in the backward pass instead of keeping its activations.
-    attention: implementation of attention: 'xla' (anywhere) or 'cudnn' (GPU, bfloat16).
+    remat: what of each layer is kept for the backward pass, see REMATS; the rest is recomputed.
+    attention: 'xla' (anywhere), 'splash' (TPU), 'cudnn' (GPU, bfloat16), or 'auto': the one for
+      the platform.
     dispatch: how tokens get to experts, a matter of speed only: see moe.FORMS; 'auto' is the one
       for the platform.
     dispatch_factor: of all but 'gather': room for tokens per expert in one round of dispatch, in
@@ -66,8 +72,8 @@ class Config:
   capacity_factor: float = 0.0
   router_bias: bool = False
   dtype: str = 'float32'
-  remat: bool = False
-  attention: str = 'xla'
+  remat: str = 'none'
+  attention: str = 'auto'
   dispatch: str = 'auto'
   dispatch_factor: float = 1.25
 
@@ -93,9 +99,11 @@ class Config:
     if self.dtype not in ('float32', 'bfloat16'):
       raise UsageError(f'model.dtype = {self.dtype!r}; '
                        f"{nearest(self.dtype, ('float32', 'bfloat16'))}")
-    if self.attention not in ('xla', 'cudnn'):
+    if self.remat not in REMATS:
+      raise UsageError(f'model.remat = {self.remat!r}; {nearest(self.remat, REMATS)}')
+    if self.attention not in ATTENTIONS:
       raise UsageError(f'model.attention = {self.attention!r}; '
-                       f"{nearest(self.attention, ('xla', 'cudnn'))}")
+                       f'{nearest(self.attention, ATTENTIONS)}')
     if self.attention == 'cudnn' and self.dtype != 'bfloat16':
       raise UsageError("model.attention = 'cudnn' needs model.dtype = 'bfloat16'.")
     if self.dispatch not in DISPATCHES:

@@ -12,6 +12,7 @@ import functools
 import math
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from btx_jax.model.linear import swiglu
@@ -124,10 +125,11 @@ def _send(buffers_ECD, filled_E, experts, shards, run):
   counts = filled_E[:, None]
   if shards > 1:  # own experts' rows from every device, [E / shards, shards * C, D]
     buffers_ECD, counts = to_experts(buffers_ECD), to_experts(counts)
+  buffers_ECD = checkpoint_name(buffers_ECD, 'sent')
   outputs = run(buffers_ECD, counts, experts)
   if shards > 1:
     outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
-  return outputs
+  return checkpoint_name(outputs, 'returned')
 
 
 def _grouped(x, experts, expert_of_pair):
@@ -145,10 +147,10 @@ def _grouped(x, experts, expert_of_pair):
   pair_of_slot = jnp.where(slots < sizes.sum(), by_expert[:len(slots)], -1)
   slot_of_pair = jnp.where(expert_of_pair < held, jnp.argsort(by_expert), -1)
 
-  def matmul(rows, w):
-    # What is behind the last group is not defined.
-    return jnp.where((pair_of_slot >= 0)[:, None], jax.lax.ragged_dot(rows, w, sizes), 0)
-
+  # What is behind the last group is not defined, in no matmul and in no gradient of one. No row
+  # meets another, groups are all that gradients of weights sum over, and nobody asks for a slot
+  # that has no pair: so it may stay undefined, which saves masks as large as the activations.
+  matmul = lambda rows, w: jax.lax.ragged_dot(rows, w, sizes)
   outputs = swiglu(_dispatch(x, pair_of_slot, slot_of_pair, k), experts, matmul)
   return _combine(outputs, pair_of_slot, slot_of_pair)
 

@@ -1,6 +1,7 @@
 """Matrix multiplication whose gradient is laid out as the weights are, and SwiGLU made of it."""
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 
 @jax.custom_vjp
@@ -30,4 +31,6 @@ matmul.defvjp(_forward, _backward)
 
 def swiglu(x, w, matmul=matmul):
   """(silu(x @ gate) * (x @ up)) @ down, on the last dimension of x."""
-  return matmul(jax.nn.silu(matmul(x, w['gate'])) * matmul(x, w['up']), w['down'])
+  gate = checkpoint_name(matmul(x, w['gate']), 'hidden')
+  up = checkpoint_name(matmul(x, w['up']), 'hidden')
+  return matmul(jax.nn.silu(gate) * up, w['down'])

@@ -14,6 +14,7 @@ import functools
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -25,9 +26,23 @@ from btx_jax.model.linear import matmul, swiglu
 
 _init = nn.initializers.normal(0.02)
 
+_keep = jax.checkpoint_policies.save_only_these_names
+# What the forward pass keeps of a layer besides its input, by name of model.remat.
+_REMAT = {
+    'full': None,
+    'attention': _keep('attended'),
+    'dispatch': _keep('attended', 'sent', 'returned'),
+    'projections': _keep('qkv', 'attended', 'sent', 'returned'),
+    'matmuls': _keep('qkv', 'attended', 'sent', 'returned', 'hidden'),
+    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=['layer'],
+        offload_src='device', offload_dst='pinned_host'),
+}
+
 
 class Attention(nn.Module):
   cfg: Config
+  batch_axes: tuple[str, ...]
 
   @nn.compact
   def __call__(self, x_BTD, rope, segment_ids_BT):
@@ -40,7 +55,8 @@ class Attention(nn.Module):
     heads = lambda w_DNH: matmul(x_BTD, w_DNH.reshape(D, -1)).reshape(B, T, -1, H).swapaxes(1, 2)
     q, k, v = (heads(w[name]) for name in 'qkv')
     q, k = attention_lib.rotate(q, rope), attention_lib.rotate(k, rope)
-    y_BNTH = attention_lib.attention(q, k, v, segment_ids_BT, cfg.attention)
+    q, k, v = (checkpoint_name(x, 'qkv') for x in (q, k, v))
+    y_BNTH = attention_lib.attention(q, k, v, segment_ids_BT, cfg.attention, self.batch_axes)
     return matmul(y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w['o'].reshape(N * H, D))
 
 
@@ -92,8 +108,10 @@ class Block(nn.Module):
   def __call__(self, x_BTD, layer, rope, segment_ids_BT, tokens_BT, training):
     """`layer` counts from 0; `tokens_BT` and `training` are for the routers of a mixture."""
     cfg = self.cfg
+    x_BTD = checkpoint_name(x_BTD, 'layer')
     norm = lambda name: nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name=name)
-    x_BTD += Attention(cfg, name='attn')(norm('attn_norm')(x_BTD), rope, segment_ids_BT)
+    attn = Attention(cfg, self.batch_axes, name='attn')
+    x_BTD += attn(norm('attn_norm')(x_BTD), rope, segment_ids_BT)
     h_BTD = norm('ffn_norm')(x_BTD)
     if cfg.num_experts:
       context = routers.Context(tokens_BT, segment_ids_BT > 0, layer, training=training)
@@ -135,7 +153,9 @@ class Llama(nn.Module):
     # Looked up in float32: its gradient, a sum over all places of a token, must not round.
     x_BTD = sharding.constrain(embed, P())[tokens_BT].astype(cfg.dtype)
     rope = attention_lib.rope_tables(positions_BT, cfg)
-    block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+    block = Block
+    if cfg.remat != 'none':
+      block = nn.remat(Block, prevent_cse=False, policy=_REMAT[cfg.remat])
     layers = nn.scan(
         block, variable_axes={'params': 0}, split_rngs={'params': True},
         in_axes=(0, *(nn.broadcast,) * 4), length=cfg.num_layers)

@@ -57,7 +57,7 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form='auto',
   E, _, F = experts['up'].shape
   room = dispatch_factor * (load or ids_BTk.shape[-1]) / E
   if form == 'auto':
-    form = _OF_PLATFORM.get(None if mesh.empty else mesh.abstract_device.platform, 'plain')
+    form = _OF_PLATFORM.get(sharding.platform(), 'plain')
   if mesh.empty:
     return _on_device(x_BTD, experts, gates_BTk, ids_BTk, FORMS[form],
                       room, 1, None)

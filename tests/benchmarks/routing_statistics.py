@@ -17,7 +17,7 @@ from btx_jax.model.config import Config
 from tests.benchmarks import turns
 
 CFG = Config(vocab_size=4096, dim=128, ffn_dim=352, num_layers=4, num_heads=4, num_kv_heads=4,
-             tied_head=True, remat=True, num_experts=4)
+             tied_head=True, remat='full', num_experts=4)
 B, T, DOMAINS = 8, 256, 4
 
 
