@@ -69,10 +69,11 @@ def in_rounds(x, experts, gates, ids, room, shards, run):
     if shards > 1:  # all devices that exchange tokens must agree to go another round
       most = jax.lax.pmax(most, 'expert')
 
-    @jax.checkpoint  # keeps nothing for the backward pass of a round that rarely happens
     def overflow(y, r):
-      return jax.lax.cond(
-          r * C < most, lambda y: y + one_round(r), lambda y: y, y), None
+      # A round that rarely happens keeps nothing for the backward pass. Inside of the condition:
+      # what a branch keeps has its room in memory whether the branch is taken or not.
+      more = jax.checkpoint(lambda y: y + one_round(r))
+      return jax.lax.cond(r * C < most, more, lambda y: y, y), None
 
     y, _ = jax.lax.scan(overflow, y, jnp.arange(1, rounds))
   return y
