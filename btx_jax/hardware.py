@@ -8,13 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s of one device, by its kind, from the makers' data sheets.
-_PEAK = {
-    'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12,
-    'TPU v5p': 459e12, 'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
-    'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12,
-}
+from btx_jax import chips
 
 
 @functools.cache
@@ -24,9 +18,9 @@ def peak_flops(dtype: str) -> float:
   Of a device that is not in the table, a CPU above all, it is what one large matmul in `dtype`
   achieves; the fake devices of one CPU share it.
   """
-  kind = jax.devices()[0].device_kind
-  if kind in _PEAK:
-    return _PEAK[kind] * jax.device_count()
+  chip = chips.of_kind(jax.devices()[0].device_kind)
+  if chip:
+    return chip.flops * jax.device_count()
   shared = jax.default_backend() == 'cpu'
   return _measured_flops(dtype) * (jax.process_count() if shared else jax.device_count())
 

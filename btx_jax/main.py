@@ -9,6 +9,7 @@ command again continues where the last one stopped.
   data     what the text of each domain is like
   fit      how the experts that --run mixes differ from their seed and from each other
   export   writes the model of --run into the folder --to, as Hugging Face has it
+  preflight  compiles every run for --topology, which need not be here: memory, traffic, time
 
 Fields of the config are set by --config.optimizer.peak_lr=1e-3 and the like. As one of several
 processes, on as many hosts: --distributed, or --coordinator with its companions
@@ -33,7 +34,9 @@ RUN = flags.DEFINE_string('run', None, 'Only this run, as a job of its own.')
 PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Trace so many steps of each run, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: look again every two seconds, until Ctrl-C.')
-JSON = flags.DEFINE_bool('json', False, 'status: as JSON.')
+JSON = flags.DEFINE_bool('json', False, 'status, preflight: as JSON.')
+TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'preflight: what to compile for, v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
 TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
 DTYPE = flags.DEFINE_string('dtype', 'bfloat16', 'export: bfloat16 or float32, of the weights.')
 DISTRIBUTED = flags.DEFINE_bool(
@@ -130,8 +133,21 @@ def export(name: str, workdir: str):
   publish.publish(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
 
 
+def preflight(name: str, workdir: str):
+  """Compiles what would run, for devices that are not here; fails where it does not fit."""
+  del name
+  if not TOPOLOGY.value:
+    raise UsageError('preflight needs --topology=KIND:SIZE, like v5p:4x4x4, h100:8 or cpu:8.')
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # whatever is here: it is not what this is about
+  from btx_jax.preflight import tell, topology
+  from btx_jax.study import Study
+  study = Study(CONFIG.value, workdir, at_hand=False)
+  if not tell.tell(study, topology.get(TOPOLOGY.value), JSON.value):
+    sys.exit(1)
+
+
 COMMANDS = {'train': train, 'status': status, 'report': report, 'data': data, 'fit': fit,
-            'export': export}
+            'export': export, 'preflight': preflight}
 
 
 def run(argv: list[str]):
@@ -161,7 +177,8 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    ours = [flag.name for flag in (CONFIG, WORKDIR, RUN, PROFILE, WATCH, JSON, TO, DTYPE, DEBUG)]
+    ours = [flag.name for flag in (CONFIG, WORKDIR, RUN, PROFILE, WATCH, JSON, TOPOLOGY, TO, DTYPE,
+                                       DEBUG)]
     sys.exit(errors.tell(UsageError(
         f'There is no flag --{error.flagname}; {nearest(error.flagname, ours)}')))
   except Exception as error:  # a config file is code: it may raise anything

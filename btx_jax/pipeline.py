@@ -9,7 +9,17 @@ import time
 import jax
 import numpy as np
 
-from btx_jax import checkpoint, distributed, hardware, loop, manifest, mixable, sharding, sources
+from btx_jax import (
+  checkpoint,
+  distributed,
+  hardware,
+  layout,
+  loop,
+  manifest,
+  mixable,
+  sharding,
+  sources,
+)
 from btx_jax import plan as plan_lib
 from btx_jax import run as run_lib
 from btx_jax.convert import export
@@ -37,18 +47,8 @@ class Pipeline(Study):
     self.profile = profile
     if set(config.evaluation.merge) - {ensemble.POSTERIOR}:
       ensemble.vectorizer()  # so that it is missed now and not after the training
-    self.mesh = sharding.make_mesh(**self._sizes_of_mesh())
+    self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
     sharding.check_rows(self.mesh, config.evaluation.batch_size, 'evaluation.batch_size')
-
-  def _sizes_of_mesh(self) -> dict[str, int]:
-    sizes = dict(self.config.mesh)
-    if 0 not in sizes.values():
-      return sizes
-    models = [run.model for run in self.runs.values()]
-    experts = max((model.num_experts for model in models), default=0)
-    # Float32 parameters, gradients and the two moments of Adam.
-    state = 16 * max((model_config.num_params(model) for model in models), default=0)
-    return sharding.choose(sizes, jax.device_count(), experts, state, hardware.device_memory())
 
   def train(self, only: str | None = None) -> bool:
     """Trains and measures every run that is not complete, or only the one named.
@@ -67,13 +67,13 @@ class Pipeline(Study):
     todos = [[run for run in group if run.name in incomplete] for group in groups]
     for todo in todos:
       for run in todo:
-        self._check_layout(run, stacked=len(todo) > 1)
+        layout.check(run, self.mesh, stacked=len(todo) > 1)
     distributed.check_shared(self.workdir)
     distributed.agree({'tokens': {name: tokens.hash for name, tokens in self.text.train.items()},
                        'tokenizer': self.text.tokenizer.hash,
                        'pretrained': {run.folder: run.content for run in self.runs.values()}})
     distributed.first(self._check_manifests)
-    for line in dict.fromkeys(line for run in wanted for line in self._uneven(run)):
+    for line in dict.fromkeys(line for run in wanted for line in layout.uneven(run, self.mesh)):
       say(line)
     for run in wanted:
       self._tell_differences(run)
@@ -104,26 +104,6 @@ class Pipeline(Study):
       elif os.path.exists(os.path.join(folder, 'checkpoints')):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train anew.')
-
-  def _check_layout(self, run: Run, stacked: bool):
-    sharding.check_rows(
-        self.mesh, run.batch_size // run.accumulation,
-        f'runs.{run.name}: train.batch_size / train.accumulation',
-        sharding.BRANCH_BATCH_AXES if stacked else sharding.BATCH_AXES)
-    if run.model.num_experts:
-      sharding.holds_experts(self.mesh.shape['expert'], run.model.num_experts)
-    if run.model.attention == 'cudnn' and jax.default_backend() != 'gpu':
-      raise UsageError(f"runs.{run.name}: model.attention = 'cudnn' needs an NVIDIA GPU, and "
-                       f"this is a {jax.default_backend()}; use 'auto'.")
-
-  def _uneven(self, run: Run) -> list[str]:
-    """What of a run's model the mesh does not divide, so that it costs memory or traffic."""
-    lines = sharding.left_whole(llama.shapes(run.model), self.mesh)
-    experts, devices = run.model.num_experts, self.mesh.shape['expert']
-    if experts and not sharding.holds_experts(devices, experts):
-      lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '
-                   'devices: their weights are gathered where they are used, as by mesh.fsdp')
-    return lines
 
   def _tell_differences(self, run: Run):
     """Of a mixture's sources: what was allowed, and what it costs."""

@@ -5,6 +5,7 @@ Runs are a graph by what they start from; nothing here, or after, knows a phase 
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import os
 
 from btx_jax import errors, mixable
 from btx_jax import recipe as recipe_lib
@@ -34,13 +35,15 @@ _PRETRAINED = (*mixable.ROPE, 'norm_eps')
 _ROUTING = ('router', 'top_k', 'capacity_factor')
 
 
-def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None) -> dict[str, Run]:
+def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None,
+              at_hand: bool = True) -> dict[str, Run]:
   """The runs of a config by name, each behind those that it starts from.
 
   Args:
     config: ConfigDict as configs/base.py makes it.
     vocab_size: of the tokenizer.
     tokenizer: that, where it is there already.
+    at_hand: pretrained models are; else those that are not have the sizes of `config.model`.
 
   Raises:
     UsageError: anything that could not be run, said before any compute is spent.
@@ -53,7 +56,7 @@ def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None) -> di
                        f'{nearest(name, config.runs)}')
   runs: dict[str, Run] = {}
   for name in _ordered(config.runs, config.stacked):
-    runs[name] = _make_run(name, config, runs, vocab_size, tokenizer)
+    runs[name] = _make_run(name, config, runs, vocab_size, tokenizer, at_hand)
   _check_stacked([runs[name] for name in config.stacked])
   return runs
 
@@ -124,7 +127,7 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
 
 
 def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
-              tokenizer: Tokenizer | None) -> Run:
+              tokenizer: Tokenizer | None, at_hand: bool) -> Run:
   entry = config.runs[name]
   train = {**config.train, **entry.train}
   length, batch_size, accumulation = (
@@ -137,7 +140,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
     raise UsageError(f'runs.{name}: train.batch_size = {batch_size} is not a multiple of '
                      f'train.accumulation = {accumulation}.')
   sources, recipe, experts = _start(name, config, runs)
-  pretrained = _pretrained(name, config)
+  pretrained = _pretrained(name, config, at_hand)
   untrained = entry.init.kind != RANDOM and not (
       entry.domains or entry.steps or entry.match_flops_of)
   vocabulary = _vocabulary(name, config, runs, pretrained, untrained, vocab_size, tokenizer)
@@ -202,10 +205,10 @@ def _tokens_apart(names: Sequence[str], of: Sequence[str], runs: Mapping[str, Ru
               if run.name not in set.intersection(*lines)) for name in of]
 
 
-def _pretrained(name: str, config) -> hugging_face.Folder | None:
-  """The folder that the run starts from, if it is one."""
+def _pretrained(name: str, config, at_hand: bool) -> hugging_face.Folder | None:
+  """The folder that the run starts from, if it is one, and is there or has to be."""
   init = config.runs[name].init
-  if init.kind != HUGGING_FACE:
+  if init.kind != HUGGING_FACE or not (at_hand or os.path.exists(init.folder)):
     return None
   if not config.tokenizer.path:
     raise UsageError(f'runs.{name} starts from a pretrained model, which knows the tokenizer that '
@@ -247,7 +250,7 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
   """Sizes from the config, or from what the run starts from, with the run's own changes."""
   entry = config.runs[name]
   kind = entry.init.kind
-  if kind == RANDOM:
+  if kind == RANDOM or (kind == HUGGING_FACE and not pretrained):
     fields = dict(config.model)
     fields['vocab_size'] = fields['vocab_size'] or vocab_size
   elif pretrained:

@@ -37,7 +37,7 @@ class Program(NamedTuple):
     part_metrics: (metrics, i) -> metrics of run i.
     batches: (training orders of the runs, first step, last step) -> batches of this process.
     place: batch of this process -> global batch.
-    compile: (state, batch) -> the compiled step, to look at.
+    lower: () -> the step as it is traced, to be compiled and looked at; no device is needed.
     slots: places for runs; more than runs where these do not fill the axis.
   """
   like: TrainState
@@ -48,7 +48,7 @@ class Program(NamedTuple):
   part_metrics: Callable[[dict, int], dict]
   batches: Callable[[Sequence[grain.MapDataset], int, int], Iterator[mixture.Batch]]
   place: Callable[[mixture.Batch], dict]
-  compile: Callable[[TrainState, dict], Any]
+  lower: Callable[[], jax.stages.Lowered]
   slots: int
 
 
@@ -73,7 +73,7 @@ def single(run: Run, mesh, num_domains: int) -> Program:
       like, create, join=lambda states: states.pop(), part=lambda state, _: state,
       step=lambda state, batch, _: step(state, batch), part_metrics=lambda metrics, _: metrics,
       batches=batches, place=lambda batch: sharding.to_global(batch, mesh, rows_each, leading=1),
-      compile=lambda state, batch: step.lower(state, batch).compile(), slots=1)
+      lower=lambda: step.lower(like, _batch_like(run, mesh)), slots=1)
 
 
 def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
@@ -92,9 +92,10 @@ def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
   branches = NamedSharding(mesh, P('expert'))
   # A table, since the rate of each branch must be an array to be mapped over.
   longest = np.arange(max(run.steps for run in runs))
-  rates = jax.jit(
+  make_rates = jax.jit(
       lambda: jnp.stack(fill([jax.vmap(schedule)(longest) for schedule in schedules])),
-      out_shardings=branches)()
+      out_shardings=branches)
+  rates = functools.cache(lambda: make_rates())
 
   def one_step(state, batch, rates, active):
     tx = optim.adamw(first.optimizer, lambda count: rates[count])
@@ -108,12 +109,14 @@ def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
 
   def step(state, batch, active):
     active = np.array([*active, *[False] * (slots - len(active))])
-    return steps(state, batch, rates, jax.make_array_from_callback(
+    return steps(state, batch, rates(), jax.make_array_from_callback(
         (slots,), branches, lambda index: active[index]))
 
-  def compile(state, batch):
+  def lower():
+    rates = abstract(jax.eval_shape(make_rates), branches)
     active = jax.ShapeDtypeStruct((slots,), bool, sharding=branches)
-    return steps.lower(state, batch, rates, active).compile()
+    return steps.lower(abstract(all_like, all_shardings), _batch_like(first, mesh, slots), rates,
+                       active)
 
   def join(states):
     """Leaf by leaf, each let go of, so that one of them is there twice and not the state."""
@@ -142,7 +145,7 @@ def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
       like, create, join=join, part=part, step=step,
       part_metrics=lambda metrics, i: jax.tree.map(lambda x: x[i], metrics), batches=batches,
       place=lambda batch: sharding.to_global(batch, mesh, rows_each, leading=1, slots=slots),
-      compile=compile, slots=slots)
+      lower=lower, slots=slots)
 
 
 def _state_of(run: Run, tx, mesh):
@@ -151,6 +154,16 @@ def _state_of(run: Run, tx, mesh):
   like = jax.eval_shape(lambda: make(llama.init(run.model, jax.random.key(0))))
   shardings = sharding.shardings(like, mesh)
   return abstract(like, shardings), jax.jit(make, out_shardings=shardings)
+
+
+def _batch_like(run: Run, mesh, slots: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+  """A global batch as shapes over the mesh; `slots` are those of stacked branches."""
+  rows = ((slots,) if slots else ()) + (run.accumulation, run.batch_size // run.accumulation)
+  like = lambda shape, dtype: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.batch_sharding(mesh, leading=1, stacked=bool(slots)))
+  ids = ('tokens', 'targets', 'segment_ids', 'positions')
+  return {**{name: like((*rows, run.length), np.int32) for name in ids},
+          'loss_mask': like((*rows, run.length), bool), 'domain': like(rows, np.int32)}
 
 
 @functools.cache

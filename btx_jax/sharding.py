@@ -9,7 +9,7 @@ While branches train in one program, stacked, `expert` indexes the branches inst
 `stacked=True` it goes to the leading dimension of every array, and so to no other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 import re
 
@@ -74,29 +74,30 @@ def choose(sizes: dict[str, int], devices: int, num_experts: int, state_bytes: i
   return sizes
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1
-              ) -> jax.sharding.Mesh:
-  """A mesh over all devices; one axis may be -1, "all devices that are left".
+def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1,
+              devices: Sequence | None = None) -> jax.sharding.Mesh:
+  """A mesh over all devices, or those given; one axis may be -1, "all devices that are left".
 
   Raises:
     UsageError: the sizes do not multiply to the number of devices, or `data` is not a
       multiple of the slices that TPUs are in.
   """
   sizes = dict(zip(AXES, (data, fsdp, expert, tensor)))
-  devices = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   named = ', '.join(f'mesh.{axis} = {size}' for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UsageError(f'{named}: each axis must be positive, and at most one -1 (the rest).')
-  if devices % fixed or (not free and fixed != devices):
+  if count % fixed or (not free and fixed != count):
     raise UsageError(
-        f'{named} cannot be laid on {devices} device(s): the sizes must multiply to '
-        f'{devices}. Set one of them to -1 to take all that is left; the others must '
-        f'divide {devices}.')
+        f'{named} cannot be laid on {count} device(s): the sizes must multiply to '
+        f'{count}. Set one of them to -1 to take all that is left; the others must '
+        f'divide {count}.')
   if free:
-    sizes[free[0]] = devices // fixed
-  return jax.sharding.Mesh(lay_devices(tuple(sizes.values()), jax.devices()), AXES,
+    sizes[free[0]] = count // fixed
+  return jax.sharding.Mesh(lay_devices(tuple(sizes.values()), devices), AXES,
                            axis_types=(AxisType.Auto,) * len(AXES))
 
 

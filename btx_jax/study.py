@@ -25,7 +25,8 @@ class Study:
     runs: by name, in the order in which they can be done.
   """
 
-  def __init__(self, config, workdir: str):
+  def __init__(self, config, workdir: str, at_hand: bool = True):
+    """`at_hand`: tokenizer and pretrained models have to be there, else only if they are."""
     self.config, self.workdir = config, workdir
     fields.check(config)
     corpora.from_config(config.domains)
@@ -45,9 +46,12 @@ class Study:
     for form in config.evaluation.merge:
       if form not in MERGES:
         raise UsageError(f'evaluation.merge names {form!r}; {nearest(form, MERGES)}')
-    tokenizer = text.given(config, self.data_folder)
+    tokenizer = None
+    if at_hand or os.path.exists(config.tokenizer.path):
+      tokenizer = text.given(config, self.data_folder)
     self.runs = plan_lib.make_plan(
-        config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer)
+        config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer,
+        at_hand)
     mixed = [self.runs[source] for run in self.runs.values() if run.init == run_lib.MIX
              for source in run.sources] if config.evaluation.merge else []
     for source in mixed:

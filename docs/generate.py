@@ -41,7 +41,7 @@ class Message(NamedTuple):
 GROUPS = {
     'The command line and the config file': (
         ('main|fields', ''), ('errors', '--help|--debug|--config|PLACE|no flag')),
-    'Devices and mesh': (('sharding', ''), ('pipeline', 'NVIDIA')),
+    'Devices and mesh': (('sharding|layout', ''), ('preflight/.*', '')),
     'Several processes': (('distributed|rollcall', ''),),
     'Working directory': (
         ('manifest', ''), ('data/(text|tokens)|pipeline', '--workdir'), ('errors', 'written or')),

@@ -11,7 +11,7 @@ import pytest
 from btx_jax import btx, sharding
 from btx_jax import recipe as recipe_lib
 from btx_jax.model import llama
-from tests import hlo
+from btx_jax.preflight import hlo
 from tests.helpers import (
   TINY,
   TINY_MIXTURE,
@@ -117,7 +117,7 @@ def test_mixing_stacked_branches_only_adds_up_what_is_averaged(mesh_shape):
     layout = sharding.shardings(llama.shapes(TINY_MIXTURE), mesh)
     compiled = jax.jit(btx.mix, static_argnums=1, out_shardings=layout).lower(
         experts, TINY_MIXTURE, rng).compile()
-  found = hlo.collectives(compiled, mesh)
+  found = hlo.collectives(hlo.parse(compiled.as_text()), mesh)
   assert any('expert' in c.axes for c in found)
   for c in found:
     assert c.kind in ('all-reduce', 'reduce-scatter'), c

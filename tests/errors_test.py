@@ -12,6 +12,8 @@ from tests import command
 
 MESSAGES = generate.messages()
 MET = set()  # of them, so far
+# Messages that need several TPU slices, a process that dies, or a compiler for other devices.
+_OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 
 CONFIG = '''
 import pathlib, sys
@@ -126,6 +128,12 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; do --run"),
     ([DEMO, 'export', '--run=seed', '--to=docs'], '--to=docs is there already; name another'),
     ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "--dtype=float16: did you mean"),
+    ([DEMO, 'preflight'], 'preflight needs --topology=KIND:SIZE, like v5p:4x4x4'),
+    ([DEMO, 'preflight', '--topology=v5p'], '--topology=v5p is not KIND:SIZE; examples are v5p:4x'),
+    ([DEMO, 'preflight', '--topology=v9p:4x4x4'], "did you mean 'v5p'? Examples are v5p:4x4x4"),
+    ([DEMO, 'preflight', '--topology=v5p:4x4'], 'form a torus of 3 dimensions, like v5p:4x4x4.'),
+    ([DEMO, 'preflight', '--topology=h100:12'], 'nodes have 8 GPUs; 12 is no multiple.'),
+    ([DEMO, 'preflight', '--topology=cpu:3'], 'train.batch_size / train.accumulation: 8 rows '),
     ([DEMO, "--config.runs['expert/code'].steps=-1"], 'steps = -1 must be at least 1.'),
     ([DEMO, '--config.domains.code.source=stdlb'], "did you mean 'stdlib'?"),
     ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
@@ -571,5 +579,5 @@ def test_every_message_of_the_table_was_met(request):
   # Those of several processes are met in distributed_test.py, that of TPU slices needs some.
   missing = [str(message) for message in MESSAGES
              if message not in MET and message.module not in ('distributed', 'rollcall')
-             and not any(text in str(message) for text in ('TPU slices', 'Another process'))]
+             and not any(text in str(message) for text in _OF_OTHER_MACHINES)]
   assert not missing, 'no mistake in this file leads to:\n' + '\n'.join(missing)

@@ -13,8 +13,9 @@ from btx_jax import run as run_lib
 from btx_jax.errors import UsageError
 from btx_jax.objective import Objective
 from btx_jax.pipeline import Pipeline
+from btx_jax.preflight import hlo
 from configs import base
-from tests import hlo, studies
+from tests import studies
 from tests.helpers import (
   TINY,
   assert_trees_close,
@@ -80,10 +81,10 @@ def test_each_branch_is_what_it_would_be_alone(stacked):
 
 
 def test_no_collective_crosses_branches(stacked):
-  made, _, _, _, _, (state, batch) = stacked
+  made = stacked[0]
   with use_mesh(MESH) as mesh:
-    compiled = made.compile(state, batch)
-  sent = hlo.collectives(compiled, mesh)
+    compiled = made.lower().compile()
+  sent = hlo.collectives(hlo.parse(compiled.as_text()), mesh)
   assert {'fsdp'} <= {axis for each in sent for axis in each.axes}  # it does see some
   # Only the metrics, a few numbers, are told to all.
   crossing = [each for each in sent if 'expert' in each.axes]

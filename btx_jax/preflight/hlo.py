@@ -1,0 +1,241 @@
+"""A compiled program as its text has it: computations, and instructions in their schedule."""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
+          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'f8e4m3fn': 1, 'f8e5m2': 1, 's4': 0.5, 'u4': 0.5,
+          'c64': 8}
+_SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{\s*$')
+_INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*)$')
+_CALLED = re.compile(r'(?:calls|to_apply|async_execution_computation)=%?([\w.-]+)')
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_LISTED = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{[^=]*\})?\}')
+_IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
+_NAMED = re.compile(
+    r'replica_groups=mesh\[([^\]]*)\]'
+    r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}')
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute',
+               'ragged-all-to-all')
+HBM, HOST = 0, 5  # memory spaces; others are on the chip
+
+
+class Shape(NamedTuple):
+  """An array: its type, dimensions and memory space."""
+  dtype: str
+  dims: tuple[int, ...]
+  space: int = HBM
+
+  @property
+  def bytes(self) -> float:
+    return math.prod(self.dims) * _BYTES.get(self.dtype, 0)
+
+
+class Instruction(NamedTuple):
+  """One line of a computation.
+
+  Attributes:
+    name: what others call it by.
+    opcode: 'fusion', 'all-gather-start' and so on.
+    shapes: of its results.
+    operands: names.
+    attributes: the rest of the line.
+    is_root: it is what the computation gives.
+  """
+  name: str
+  opcode: str
+  shapes: tuple[Shape, ...]
+  operands: tuple[str, ...]
+  attributes: str
+  is_root: bool
+
+  @property
+  def called(self) -> list[str]:
+    """Computations that it is made of, but for loops and conditionals."""
+    return _CALLED.findall(self.attributes)
+
+  def attribute(self, name: str) -> str | None:
+    """The value of `name=...` up to the next comma or space."""
+    found = re.search(rf'\b{name}=%?([^\s,]+)', self.attributes)
+    return found[1] if found else None
+
+
+class Computation(dict):
+  """Instructions by name, in the order of the schedule."""
+
+  @property
+  def root(self) -> Instruction:
+    return next((i for i in self.values() if i.is_root), list(self.values())[-1])
+
+  def shape(self, name: str) -> Shape | None:
+    """Of the (first) result of an instruction."""
+    found = self.get(name)
+    return found.shapes[0] if found and found.shapes else None
+
+
+class Module(NamedTuple):
+  """A program: its computations by name, and the one that is its entry."""
+  computations: dict[str, Computation]
+  entry: str
+
+  def branches(self, conditional: Instruction) -> list[str]:
+    """Computations that a conditional chooses from."""
+    listed = _BRANCHES.search(conditional.attributes)
+    if listed:
+      return [name.strip(' %') for name in listed[1].split(',')]
+    return [conditional.attribute(f'{which}_computation') for which in ('false', 'true')]
+
+  def trips(self, loop: Instruction) -> int:
+    """How often a loop's body runs: as the compiler noted it, or the bound in its condition."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+      return int(known[1])
+    return max(self._constants(loop.attribute('condition')), default=1)
+
+  def _constants(self, name: str) -> list[int]:
+    found = []
+    for instruction in self.computations.get(name, {}).values():
+      if instruction.opcode == 'constant' and instruction.operands[0].lstrip('-').isdigit():
+        found.append(int(instruction.operands[0]))
+      for called in instruction.called:
+        found += self._constants(called)
+    return found
+
+
+def parse(text: str) -> Module:
+  """A module from `compiled.as_text()`."""
+  computations, current, entry = {}, None, ''
+  for line in text.splitlines():
+    if current is None:
+      if match := _COMPUTATION.match(line):
+        current = computations.setdefault(match[2], Computation())
+        entry = match[2] if match[1] else entry
+    elif line.rstrip() == '}':
+      current = None
+    elif match := _INSTRUCTION.match(line):
+      instruction = _instruction(match[2], match[3], bool(match[1]))
+      current[instruction.name] = instruction
+    elif line.strip():  # notes of kernels have line breaks in them
+      last = current.popitem()[1]
+      current[last.name] = last._replace(attributes=last.attributes + line)
+  return Module(computations, entry or next(reversed(computations)))
+
+
+def _instruction(name: str, text: str, is_root: bool) -> Instruction:
+  """From `TYPE opcode(operands), attributes`."""
+  end = _closing(text, 0) if text.startswith('(') else text.index(' ')
+  result, rest = text[:end], text[end:].lstrip(') ')
+  opcode, _, rest = rest.partition('(')
+  end = _closing('(' + rest, 0) - 1
+  operands = re.sub(r'/\*.*?\*/', '', rest[:end])
+  operands = tuple(o.strip().split(' ')[-1].lstrip('%') for o in _split(operands))
+  return Instruction(name, opcode, _shapes(result), operands, rest[end + 1:], is_root)
+
+
+def _closing(text: str, start: int) -> int:
+  """Where the parenthesis that opens at `start` is closed."""
+  depth = 0
+  for at in range(start, len(text)):
+    depth += {'(': 1, ')': -1}.get(text[at], 0)
+    if not depth:
+      return at
+  return len(text)
+
+
+def _split(operands: str) -> list[str]:
+  """At commas outside of brackets."""
+  parts, depth = [''], 0
+  for c in operands:
+    depth += {'[': 1, '{': 1, '(': 1, ']': -1, '}': -1, ')': -1}.get(c, 0)
+    if c == ',' and not depth:
+      parts.append('')
+    else:
+      parts[-1] += c
+  return [part for part in parts if part.strip()]
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+  shapes = []
+  for dtype, dims, layout in _SHAPE.findall(text):
+    space = re.search(r'S\((\d+)\)', layout)
+    shapes.append(Shape(dtype, tuple(map(int, dims.split(','))) if dims else (),
+                        int(space[1]) if space else HBM))
+  return tuple(shapes)
+
+
+class Collective(NamedTuple):
+  """One collective of a program.
+
+  Attributes:
+    kind: 'all-gather', 'all-reduce' and so on.
+    shapes: dimensions of its results on one device.
+    axes: the axes of the mesh along which it moves data.
+  """
+  kind: str
+  shapes: tuple[tuple[int, ...], ...]
+  axes: tuple[str, ...]
+
+
+def collectives(module: Module, mesh) -> list[Collective]:
+  """All collectives of a program that move data; those inside loops once."""
+  found = []
+  for computation in module.computations.values():
+    for instruction in computation.values():
+      kind = instruction.opcode.removesuffix('-start')
+      if kind in COLLECTIVES and (along := axes(instruction, mesh)):
+        shapes = tuple(shape.dims for shape in instruction.shapes)
+        found.append(Collective(kind, shapes, along))
+  return found
+
+
+def axes(instruction: Instruction, mesh) -> tuple[str, ...]:
+  """The axes of the mesh along which a collective moves data."""
+  return _axes(_group_text(instruction.attributes), mesh)
+
+
+@functools.lru_cache(maxsize=1024)
+def _axes(attributes: str, mesh) -> tuple[str, ...]:
+  places = [np.array(np.unravel_index(group, mesh.devices.shape))
+            for group in _groups(attributes, mesh.size)]
+  return tuple(axis for i, axis in enumerate(mesh.axis_names)
+               if any(len(set(place[i])) > 1 for place in places))
+
+
+def _group_text(attributes: str) -> str:
+  """That part of a collective's attributes that says who takes part."""
+  for pattern in (_LISTED, _IOTA, _NAMED):
+    if match := pattern.search(attributes):
+      return match[0]
+  return ''
+
+
+def _groups(text: str, devices: int) -> list[list[int]]:
+  """The devices that take part together, from any of the notations of HLO."""
+  numbers = lambda text: list(map(int, text.split(',')))
+  if match := _IOTA.search(text):  # [2,4]<=[4,2]T(1,0): numbers of a transposed array
+    return _iota(match[2], match[3]).reshape(numbers(match[1])).tolist()
+  # mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a','b':(1)2}: along axes, or parts of them
+  if match := _NAMED.search(text):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+    parts = {axis: [1, int(size), 1] for axis, size in sizes.items()}
+    for axis, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[4]):
+      before, size = int(before or 1), int(size or sizes[axis])
+      parts[axis] = [before, size, int(sizes[axis]) // before // size]
+    ids = _iota(match[2], match[3]) if match[2] else np.arange(devices)
+    ids = ids.reshape([n for part in parts.values() for n in part])
+    moved = [3 * list(sizes).index(axis) + 1 for axis in re.findall(r"'(\w+)'", match[4])]
+    together = math.prod(ids.shape[i] for i in moved)
+    return np.moveaxis(ids, moved, range(-len(moved), 0)).reshape(-1, together).tolist()
+  groups = re.findall(r'[\d,]*\d', text.partition('=')[2])  # {{0,1},{2,3}}; {} is all devices
+  return [numbers(group) for group in groups] or [list(range(devices))]
+
+
+def _iota(dims: str, order: str) -> np.ndarray:
+  dims = list(map(int, dims.split(',')))
+  ids = np.arange(math.prod(dims)).reshape(dims)
+  return ids.transpose(list(map(int, order.split(','))) if order else None)

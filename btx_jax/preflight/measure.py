@@ -1,0 +1,206 @@
+"""The programs of a config compiled for a topology, and what each of them takes."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import re
+import time
+from typing import NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from btx_jax import btx, layout, sharding
+from btx_jax import plan as plan_lib
+from btx_jax import program as program_lib
+from btx_jax import run as run_lib
+from btx_jax.checkpoint import abstract
+from btx_jax.chips import UNKNOWN
+from btx_jax.errors import UsageError
+from btx_jax.model import config as model_config
+from btx_jax.model import llama
+from btx_jax.preflight import cost as cost_lib
+from btx_jax.preflight import hlo
+from btx_jax.preflight import topology as topology_lib
+from btx_jax.preflight.topology import Topology
+from btx_jax.run import Run
+from btx_jax.study import Study
+
+_METRICS = 1024  # numbers; no array of a model is so small
+_USED = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm')
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+class Finding(NamedTuple):
+  """Something that the compiled program alone can prove, or refute."""
+  holds: bool
+  text: str
+
+
+@dataclasses.dataclass
+class Measured:
+  """One program, which one run needs, or several that differ in text and steps alone.
+
+  Attributes:
+    runs: that need it.
+    stacked: they are branches of one program.
+    mesh: sizes of the axes that are more than 1.
+    devices: in all.
+    params: of the model.
+    active_params: that a token meets.
+    state: bytes of parameters and optimizer, all devices together: of a checkpoint.
+    flops_per_token: of the model, forward and backward, without what is recomputed.
+    tokens: of a step, all branches together.
+    compile_seconds: that the compiler took.
+    error: why there is no program, or ''.
+    arguments: bytes of a device that hold the state and a batch.
+    temporaries: bytes of a device besides.
+    memory: bytes that a device has; None where that is not known.
+    host: bytes of a host that saving takes, and activations that are offloaded.
+    host_memory: bytes that a host has.
+    cost: of a step on one device, in no time where the chip is not known; None without a program.
+    findings: what the program proves.
+  """
+  runs: tuple[Run, ...]
+  stacked: bool
+  mesh: dict[str, int]
+  devices: int
+  params: int
+  active_params: int
+  state: int
+  flops_per_token: int
+  tokens: int
+  compile_seconds: float = 0.0
+  error: str = ''
+  arguments: float = 0.0
+  temporaries: float = 0.0
+  memory: float | None = None
+  host: float = 0.0
+  host_memory: float | None = None
+  cost: cost_lib.Cost | None = None
+  findings: list[Finding] = dataclasses.field(default_factory=list)
+
+  @property
+  def peak(self) -> float:
+    """Bytes of a device that are in use at once at most."""
+    return self.arguments + self.temporaries
+
+  @property
+  def fits(self) -> bool:
+    return not self.error and (self.memory is None or self.peak <= self.memory)
+
+  def mfu(self, chip) -> float:
+    """The model's FLOPs of a step over what the devices could do in its time."""
+    return self.tokens * self.flops_per_token / (
+        self.cost.seconds * self.devices * chip.flops)
+
+
+def programs(study: Study, topology: Topology):
+  """Yields a Measured of every program that the study's runs need, compiled one after another.
+
+  Raises:
+    UsageError: a run cannot be laid on the topology.
+  """
+  chip = topology.chip
+  mesh = layout.mesh(study.config, study.runs, topology.devices, chip and chip.memory)
+  trained = [run for run in study.runs.values() if run.steps]
+  wanted: dict[str, list[list[Run]]] = {}
+  for group in plan_lib.groups(trained, study.config.stacked):
+    for run in group:
+      layout.check(run, mesh, stacked=len(group) > 1)
+    wanted.setdefault(_key(group), []).append(group)
+  if not wanted:
+    raise UsageError('No run of this config is trained: there is nothing to compile.')
+  for groups in wanted.values():
+    with jax.set_mesh(mesh):
+      yield _measure(groups, study, topology, mesh)
+
+
+def _key(group: Sequence[Run]) -> str:
+  """Equal for groups of runs that the same program trains, but for its learning rates."""
+  fields = [(run.model, run.length, run.batch_size, run.accumulation, run.objective,
+             dataclasses.replace(run.optimizer, peak_lr=1.0, warmup=0.0, final_lr=0.0))
+            for run in group]
+  return repr((fields, len(group)))
+
+
+def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) -> Measured:
+  group, chip = groups[0], topology.chip
+  run, stacked = group[0], len(group) > 1
+  domains = len(study.config.domains)
+  if stacked:
+    made = program_lib.stacked(group, mesh, domains)
+  else:
+    made = program_lib.single(run, mesh, domains)
+  state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made.like))
+  result = Measured(
+      runs=tuple(each for group in groups for each in group), stacked=stacked,
+      mesh={axis: n for axis, n in mesh.shape.items() if n > 1}, devices=mesh.size,
+      params=model_config.num_params(run.model),
+      active_params=model_config.num_params(run.model, active=True), state=state,
+      flops_per_token=model_config.train_flops_per_token(run.model, run.length),
+      tokens=len(group) * run.batch_size * run.length, memory=chip and chip.memory,
+      host_memory=chip and chip.host_memory * len(topology.devices) / topology.hosts)
+  began = time.monotonic()
+  try:
+    compiled = made.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    result.compile_seconds = time.monotonic() - began
+    result.error = 'the compiler found no way to fit it into the memory'
+    if used := _USED.search(str(error)):
+      result.temporaries = float(used[1]) * _UNITS[used[2]]
+      result.memory = float(used[3]) * _UNITS[used[4]]
+    return result
+  result.compile_seconds = time.monotonic() - began
+  module = hlo.parse(compiled.as_text())
+  _read_memory(result, compiled, mesh.size / topology.hosts)
+  filled = 1 / run.model.dispatch_factor if run.model.num_experts else 1.0
+  result.cost = cost_lib.Model(module, chip or UNKNOWN, mesh, topology_lib.speed(topology, mesh),
+                               filled).total()
+  if stacked:
+    result.findings.append(_branches_are_apart(module, mesh))
+  for mixed in result.runs:
+    if mixed.init == run_lib.MIX and mesh.shape['expert'] == len(mixed.recipe.experts):
+      result.findings.append(_mixing_moves(mixed, study, mesh))
+  return result
+
+
+def _read_memory(result: Measured, compiled, per_host: float):
+  found = compiled.memory_analysis()
+  result.arguments = found.argument_size_in_bytes
+  # The state is updated in place; what is given besides are a few metrics. Temporaries that are
+  # never there at once share memory: where the compiler tells its peak, that counts.
+  besides = found.output_size_in_bytes - found.alias_size_in_bytes
+  result.temporaries = found.temp_size_in_bytes + besides
+  if peak := getattr(found, 'peak_memory_in_bytes', 0):
+    result.temporaries = min(result.temporaries, max(peak - result.arguments, 0))
+  result.host = (result.arguments + found.host_temp_size_in_bytes) * per_host
+
+
+def _branches_are_apart(module: hlo.Module, mesh) -> Finding:
+  """What stacked branches tell each other."""
+  crossing = [c for c in hlo.collectives(module, mesh) if 'expert' in c.axes]
+  most = max((math.prod(shape) for c in crossing for shape in c.shapes), default=0)
+  return Finding(most <= _METRICS, (
+      f'branches send each other at most {most} numbers at a time along mesh.expert, in '
+      f'{len(crossing)} collectives: metrics, and no parameter, gradient or activation'))
+
+
+def _mixing_moves(run: Run, study: Study, mesh) -> Finding:
+  """What mixing branches that lie along mesh.expert sends."""
+  source = study.runs[run.sources[0]].model
+  experts = jax.eval_shape(
+      lambda: btx.branch(llama.init(source, jax.random.key(0)), len(run.sources)))
+  experts = abstract(experts, sharding.shardings(experts, mesh, stacked=True))
+  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=NamedSharding(mesh, P()))
+  mix = jax.jit(lambda experts, key: btx.mix(experts, run.model, key, run.recipe),
+                out_shardings=sharding.shardings(llama.shapes(run.model), mesh))
+  found = hlo.collectives(hlo.parse(mix.lower(experts, key).compile().as_text()), mesh)
+  wide = [c for c in found if any(run.model.ffn_dim in shape for shape in c.shapes)]
+  return Finding(not wide, (
+      f'mixing {run.name} of branches along mesh.expert moves '
+      f'{"feed-forward weights" if wide else "no feed-forward weight"}; {len(found)} collectives '
+      'add up what is averaged'))

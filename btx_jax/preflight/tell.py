@@ -1,0 +1,162 @@
+"""What preflight found, as a table, as advice, and for machines."""
+
+import json
+import math
+
+from rich import box
+from rich.table import Table
+
+from btx_jax.model.config import REMATS
+from btx_jax.preflight import measure
+from btx_jax.preflight.measure import Measured
+from btx_jax.preflight.topology import Topology
+from btx_jax.study import Study
+from btx_jax.terminal import say, show
+
+GB = 1e9
+
+
+def tell(study: Study, topology: Topology, as_json: bool) -> bool:
+  """Compiles and shows everything; whether it all fits."""
+  found = []
+  for program in measure.programs(study, topology):
+    found.append(program)
+    if not as_json:
+      say(f'{_names(program)}: compiled in {program.compile_seconds:.0f} s'
+          + (f'; {program.error}' if program.error else ''))
+  if as_json:
+    print(json.dumps(as_data(found, topology), indent=1))
+    return all(program.fits for program in found)
+  say(f'{topology.name}: {found[0].devices} devices, compiled by {topology.compiler}. Times are '
+      'those of the peaks in btx_jax/chips.py; nothing ran.')
+  show(as_table(found, topology))
+  for program in found:
+    for finding in program.findings:
+      say(f'{"proven " if finding.holds else "REFUTED"}  {finding.text}')
+    for line in advice(program):
+      say(line)
+  return all(program.fits for program in found)
+
+
+def _names(program: Measured) -> str:
+  return (' | ' if program.stacked else ', ').join(run.name for run in program.runs)
+
+
+def as_table(found: list[Measured], topology: Topology) -> Table:
+  """A column for each program."""
+  table = Table(box=box.SIMPLE)
+  table.add_column('')
+  for program in found:
+    table.add_column(_names(program), justify='right')
+  chip = topology.chip
+
+  def row(name: str, value):
+    table.add_row(name, *(value(program) for program in found))
+
+  def of_time(value):
+    return lambda p: value(p) if p.cost and chip else '-'
+
+  row('mesh', lambda p: ' '.join(f'{axis} {n}' for axis, n in p.mesh.items()) or 'one device')
+  row('remat, accumulation, rows a step', lambda p: ', '.join(map(str, (
+      p.runs[0].model.remat, p.runs[0].accumulation, p.runs[0].batch_size))))
+  row('parameters (a token meets)', lambda p: f'{_count(p.params)} ({_count(p.active_params)})')
+  row('model FLOPs a token, forward and backward', lambda p: f'{p.flops_per_token / 1e9:.3g} G')
+  row('device: state and batch', lambda p: _gb(p.arguments))
+  row('device: temporaries', lambda p: _gb(p.temporaries))
+  row('device: peak of memory', lambda p: _gb(p.peak) + (
+      f' of {_gb(p.memory)}' if p.memory else '') + ('' if p.fits else ' DOES NOT FIT'))
+  row('host: while it saves', lambda p: _gb(p.host) + (
+      f' of {_gb(p.host_memory)}' if p.host_memory else ''))
+  row('checkpoint', lambda p: _gb(p.state))
+  keys = sorted({key for p in found if p.cost for key, sent in p.cost.sent.items() if sent > 1e3},
+                key=lambda key: (key[1], key[0]))
+  for kind, axes in keys:
+    row(f'sent a step: {kind} over {", ".join(axes)}',
+        lambda p, key=(kind, axes): _gb(p.cost.sent[key]) if p.cost else '-')
+  row('step: compute', of_time(lambda p: _s(p.cost.compute)))
+  row('step: memory', of_time(lambda p: _s(p.cost.memory)))
+  row('step: network (of which nothing hides)', of_time(
+      lambda p: f'{_s(p.cost.network)} ({_s(p.cost.waiting)})'))
+  row('step', of_time(lambda p: _s(p.cost.seconds)))
+  row('MFU', of_time(lambda p: f'{p.mfu(chip):.1%}'))
+  row('tokens a second', of_time(lambda p: f'{p.tokens / p.cost.seconds:,.0f}'))
+  row('days, device-hours', of_time(lambda p: '; '.join(
+      f'{days:.1f}, {days * 24 * p.devices:,.0f}' for days in _days(p))))
+  return table
+
+
+def _days(program: Measured) -> list[float]:
+  """Of each run, or of all branches of a program together."""
+  steps = [run.steps for run in program.runs]
+  if program.stacked:
+    steps = [max(steps)]
+  return [n * program.cost.seconds / 86400 for n in steps]
+
+
+def advice(program: Measured) -> list[str]:
+  """What to change when a program does not fit, the cheapest first."""
+  if program.fits:
+    return []
+  run, axes = program.runs[0], program.mesh
+  over = program.peak - program.memory
+  lines = [f'{_names(program)} needs {_gb(over)} more than a device has. What would help, the '
+           'cheapest first:']
+  spread = math.prod(n for axis, n in axes.items() if axis != 'tensor')
+  rows = run.batch_size // run.accumulation
+  if rows % 2 == 0 and rows // 2 % spread == 0:
+    lines.append(f'  train.accumulation = {2 * run.accumulation}: half the activations; weights '
+                 'are gathered, and gradients summed, twice as often')
+  if run.model.remat != REMATS[-1]:
+    further = REMATS[REMATS.index(run.model.remat) + 1:]
+    lines.append(f'  model.remat = {" or ".join(map(repr, further))}: fewer activations are kept; '
+                 'at most a third more FLOPs, and for the last traffic with the host')
+  if axes.get('data', 1) > 1:
+    lines.append(f'  mesh.fsdp = {2 * axes.get("fsdp", 1)}: the state is cut up further; weights '
+                 'are gathered from more devices')
+  if rows > spread and run.accumulation == 1:
+    lines.append(f'  train.batch_size = {run.batch_size // 2}: another run than was planned')
+  lines.append(f'  mesh.tensor = {2 * axes.get("tensor", 1)}: each layer is cut up; activations '
+               'cross the network in every one')
+  lines.append(f'  more devices: {2 * program.devices} have half the state each')
+  return lines
+
+
+def as_data(found: list[Measured], topology: Topology) -> dict:
+  """Everything, as plain data, in bytes and seconds."""
+  return {'topology': topology.name, 'compiler': topology.compiler,
+          'programs': [_as_data(program, topology) for program in found]}
+
+
+def _as_data(program: Measured, topology: Topology) -> dict:
+  result = {
+      'runs': [run.name for run in program.runs], 'stacked': program.stacked,
+      'mesh': program.mesh, 'devices': program.devices, 'fits': program.fits,
+      'error': program.error, 'parameters': program.params,
+      'active_parameters': program.active_params, 'flops_per_token': program.flops_per_token,
+      'tokens_per_step': program.tokens, 'compile_seconds': program.compile_seconds,
+      'memory': {'arguments': program.arguments, 'temporaries': program.temporaries,
+                 'peak': program.peak, 'device': program.memory, 'host': program.host,
+                 'checkpoint': program.state},
+      'findings': [finding._asdict() for finding in program.findings]}
+  if cost := program.cost:
+    result['sent'] = [{'kind': kind, 'axes': axes, 'bytes': sent}
+                      for (kind, axes), sent in cost.sent.items()]
+    result['seconds'] = {name: getattr(cost, name) for name in (
+        'compute', 'memory', 'network', 'waiting')} | {'step': cost.seconds}
+    result['flops'] = cost.flops
+    result['mfu'] = program.mfu(topology.chip)
+    result['days'] = _days(program)
+  return result
+
+
+def _gb(size: float) -> str:
+  unit, name = (GB, 'GB') if size >= 1e7 else (1e6, 'MB')
+  return f'{size / unit:,.2f} {name}' if size < 1e11 else f'{size / unit:,.0f} {name}'
+
+
+def _s(seconds: float) -> str:
+  return f'{seconds:.3f} s'
+
+
+def _count(n: float) -> str:
+  return f'{n / 1e9:.2f} B' if n >= 1e9 else f'{n / 1e6:.1f} M'

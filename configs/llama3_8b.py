@@ -1,0 +1,17 @@
+"""Llama 3 8B branched for math, code and Wikipedia: the paper's settings with a newer seed.
+
+The text, tokens a step and optimizer are those of configs/llama2_7b.py; rows are 8192 tokens, as
+the seed was trained on.
+
+  python -m btx_jax.main --config=configs/llama3_8b.py preflight --topology=v5p:4x4x4
+"""
+
+from configs import llama2_7b
+
+
+def get_config(folder: str = '/models/Meta-Llama-3-8B'):
+  config = llama2_7b.get_config(folder)
+  config.data.length = 8192
+  config.model.update(vocab_size=128_256, ffn_dim=14_336, num_kv_heads=8, rope_theta=500_000.0)
+  config.train.update(batch_size=512)
+  return config

@@ -1,0 +1,241 @@
+"""Preflight: what is read from a compiled program, against what is known of it."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import pytest
+
+from btx_jax import chips, hardware, sharding
+from btx_jax.errors import UsageError
+from btx_jax.model import config as model_config
+from btx_jax.preflight import cost, hlo, measure, tell, topology
+from btx_jax.preflight.topology import Topology
+from btx_jax.study import Study
+from configs import llama2_7b
+from tests import studies
+from tests.helpers import use_mesh
+
+# 1 FLOP, 1 byte and 1 byte over the network take a second each.
+CHIP = chips.Chip((), 1.0, 1e9, 1.0, 1.0, 0, 1.0, 1e9, 1.0)
+FREE_MEMORY = CHIP._replace(bandwidth=float('inf'))
+TURNS = 7
+
+
+def cost_of(text: str, mesh=None, chip=FREE_MEMORY, filled: float = 1.0) -> cost.Cost:
+  return cost.Model(hlo.parse(text), chip, mesh, lambda kind, axes: 1.0, filled).total()
+
+
+def test_loops_are_multiplied_out_and_fusions_looked_into():
+  def f(x, w):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=TURNS)[0]
+
+  compiled = jax.jit(f).lower(jnp.ones((8, 16)), jnp.ones((16, 16))).compile()
+  assert cost_of(compiled.as_text()).flops == TURNS * 2 * 8 * 16 * 16
+
+
+def test_bytes_by_collective_and_axis():
+  """A sum over devices is two passes over the buffer, and (n - 1) / n of it leaves a device."""
+  with use_mesh((2, 1, 1, 4)) as mesh:
+    place = lambda shape, spec: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    def f(x, w):
+      body = lambda x, _: (jax.lax.with_sharding_constraint(jnp.tanh(x @ w), P('data')), None)
+      return jax.lax.scan(body, x, None, length=TURNS)[0]
+
+    compiled = jax.jit(f).lower(place((8, 16), P('data', 'tensor')),
+                                place((16, 16), P('tensor', None))).compile()
+  sent = cost_of(compiled.as_text(), mesh).sent
+  assert sent['all-reduce', ('tensor',)] == TURNS * 2 * (3 / 4) * (4 * 16 * 4)
+  assert {axes for _, axes in sent} == {('tensor',)}
+
+
+def program(body: str) -> str:
+  """Two devices, along the axis `data`; a is [10] f32, m and n [2, 5] bf16."""
+  return f'''HloModule m, is_scheduled=true
+
+%cheap (p: f32[10]) -> f32[10] {{
+  ROOT %p = f32[10]{{0}} parameter(0)
+}}
+
+%dear (q: f32[10]) -> f32[10] {{
+  %q = f32[10]{{0}} parameter(0)
+  ROOT %d = f32[10]{{0}} all-reduce(%q), replica_groups={{{{0,1}}}}
+}}
+
+ENTRY %main (a: f32[10]) -> f32[10] {{
+  %a = f32[10]{{0}} parameter(0)
+  %m = bf16[2,5]{{1,0}} parameter(1)
+  %n = bf16[5,2]{{1,0}} parameter(2)
+{body}
+}}
+'''
+
+
+GATHER = '%s = (f32[10], f32[20]) all-gather-start(%a), replica_groups={{0,1}}, dimensions={0}'
+DOT = '%x = bf16[2,2]{1,0} dot(%m, %n), lhs_contracting_dims={1}, rhs_contracting_dims={0}'
+DONE = 'ROOT %g = f32[20]{0} all-gather-done(%s)'
+
+
+@pytest.mark.parametrize('lines, waiting', [
+    ((GATHER, DOT, DONE), 0), ((DOT, GATHER, DONE), 40)])
+def test_only_what_lies_between_start_and_done_hides_a_collective(lines, waiting):
+  """40 bytes leave a device, in 40 seconds; the matmul takes 40 FLOPs as well."""
+  with use_mesh((2, 1, 1, 1)) as mesh:
+    found = cost_of(program('\n'.join(f'  {line}' for line in lines)), mesh)
+  assert (found.compute, found.network, found.waiting) == (40, 40, waiting)
+  assert found.seconds == 40 + waiting
+
+
+def test_a_conditional_costs_what_its_cheapest_branch_does():
+  body = ('  ROOT %c = f32[10]{0} conditional(%i, %a, %a), branch_computations={%dear, %cheap}')
+  with use_mesh((2, 1, 1, 1)) as mesh:
+    assert cost_of(program(body), mesh).seconds == 0
+
+
+def test_products_with_padding_are_none():
+  """As the TPU's compiler writes x [2, 8, 16] @ w [16, 4, 32]: a window of 4 over padding."""
+  text = program('''  %u = bf16[1,2,8,16]{3,2,1,0} parameter(3)
+  %w = bf16[1,4,16,32]{3,2,1,0} parameter(4)
+  ROOT %v = bf16[2,8,4,32]{3,2,1,0} convolution(%u, %w), '''
+                 'window={size=1x4 pad=0_0x3_3 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f')
+  text = text.replace('bf16[1,2,8,16]{3,2,1,0} parameter(3)',
+                      'bf16[2,8,16,1]{3,2,1,0} parameter(3)')
+  text = text.replace('bf16[1,4,16,32]{3,2,1,0} parameter(4)',
+                      'bf16[4,32,16,1]{3,2,1,0} parameter(4)')
+  assert cost_of(text).flops == 2 * (2 * 8) * 16 * (4 * 32)
+
+
+def test_a_slice_of_a_stack_is_not_the_stack():
+  """As of the layers' parameters in a loop."""
+  def f(x, stack):
+    return jax.lax.scan(lambda x, w: (jnp.sin(x) + w, None), x, stack)[0]
+
+  compiled = jax.jit(f).lower(jnp.ones(1024), jnp.ones((100, 1024))).compile()
+  one = 4 * 1024
+  assert cost_of(compiled.as_text(), chip=CHIP).memory < 100 * 8 * one  # and not 100 * 100
+
+
+def test_kernels_count_by_the_rows_of_their_operands():
+  call = ('  %r = bf16[{}]{{1,0}} parameter(3)\n  %e = bf16[{}]{{2,1,0}} parameter(4)\n'
+          '  ROOT %{} = bf16[{}] custom-call(%r, %e), custom_call_target="tpu_custom_call"{}')
+  matmul = program(call.format('100,8', '2,8,32', 'ragged-dot-none.1', '100,32', ''))
+  assert cost_of(matmul, filled=0.8).flops == 0.8 * 2 * 100 * 8 * 32
+  q = '2,4,64,16'  # [B, N, T, H]: two products, of half of all pairs
+  attend = program(call.format(q, q, 'k', q, ', metadata={op_name="splash_mha_fwd_segmented"}'))
+  assert cost_of(attend).flops == 2 * 2 * (2 * 4) * 64 * 64 * 16 / 2
+
+
+def miniature(tmp_path, **changes) -> Study:
+  config = studies.get_config(tmp_path)
+  config.mesh.update(data=-1, fsdp=1, expert=2, tensor=1)
+  config.update(changes)
+  return Study(config, str(tmp_path / 'work'), at_hand=False)
+
+
+@pytest.fixture
+def here():
+  """The eight devices of the tests, as if they were elsewhere."""
+  return Topology('cpu:8', None, jax.devices(), 'jaxlib')
+
+
+def test_a_program_for_what_differs_and_one_for_branches_of_a_program(tmp_path, here):
+  study = miniature(tmp_path, stacked=('expert/code', 'expert/math'))
+  found = list(measure.programs(study, here))
+  assert [[run.name for run in p.runs] for p in found] == [
+      ['seed'], ['expert/code', 'expert/math'], ['btx']]
+  seed, branches, mixture = found
+  assert branches.stacked and branches.tokens == 2 * seed.tokens == 2 * 16 * 15
+  assert [finding.holds for finding in branches.findings] == [True]
+  # Parameters and the two moments of Adam, and three counters.
+  assert mixture.state == 3 * 4 * mixture.params + 12 == (
+      3 * 4 * model_config.num_params(study.runs["btx"].model) + 12)
+  for program in found:
+    assert program.fits and program.peak > program.state / 8
+    assert program.cost.flops * 8 >= program.tokens * program.flops_per_token
+  data = tell.as_data(found, here)
+  assert data['programs'][2]['memory']['checkpoint'] == mixture.state
+  assert any(sent['axes'] == ('expert',) for sent in data['programs'][2]['sent'])
+
+
+def test_equal_branches_need_one_program(tmp_path, here):
+  found = list(measure.programs(miniature(tmp_path), here))
+  assert [[run.name for run in p.runs] for p in found] == [
+      ['seed', 'expert/code', 'expert/math'], ['btx']]
+
+
+def test_what_the_compiler_cannot_place_is_an_answer(tmp_path, here, monkeypatch, capsys):
+  def refuse(*_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out '
+                                     'of memory in memory space hbm. Used 104.21G of 95.74G hbm.')
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  assert not tell.tell(miniature(tmp_path), here, as_json=False)
+  said = capsys.readouterr().out
+  assert 'btx: compiled in 0 s; the compiler found no way' in said
+  assert '111 GB of 103 GB DOES NOT FIT' in said and 'needs 9.09 GB more' in said
+  assert said.index('train.accumulation = 4') < said.index("'matmuls' or") < said.index(
+      'mesh.fsdp = 2') < said.index('more devices: 16')
+
+
+def test_the_papers_run_without_its_weights():
+  """Sizes of the paper: 6.74 B parameters, 19.7 B mixed, of which a token meets 11.1 B (2.4)."""
+  study = Study(llama2_7b.get_config('/not/here'), '/not/there', at_hand=False)
+  run = study.runs['btx']
+  assert run.batch_size * run.length == 2**22 and run.steps == 19_073
+  count = lambda run, active=False: round(model_config.num_params(run.model, active) / 1e9, 2)
+  assert count(study.runs['seed']) == 6.74
+  assert (count(run), count(run, active=True)) == (19.72, 11.07)
+  assert sum(run.weights.values()) == pytest.approx(1)
+  with pytest.raises(UsageError, match='/not/here'):
+    Study(llama2_7b.get_config('/not/here'), '/not/there')
+
+
+def test_time_over_links():
+  """Of a torus of 4 x 4 x 4 chips, and of slices of it that one network connects."""
+  def devices(slices):
+    return [types.SimpleNamespace(coords=(x, y, z), slice_index=s, process_index=0, platform='tpu')
+            for s in range(slices) for x in range(4) for y in range(4) for z in range(4)]
+
+  def speeds(slices, shape):
+    array = sharding.np.array(devices(slices), object).reshape(shape)
+    mesh = types.SimpleNamespace(devices=array, axis_names=sharding.AXES)
+    return topology.speed(Topology('', chips.CHIPS['v5p'], array.ravel(), ''), mesh)
+
+  one = speeds(1, (1, 16, 4, 1))
+  link = chips.CHIPS['v5p'].link
+  assert one('all-gather', ('expert',)) == 2 * link  # around one dimension, both ways
+  assert one('all-gather', ('fsdp',)) == 4 * link
+  assert one('all-gather', ('fsdp', 'expert')) == 6 * link
+  assert speeds(2, (2, 16, 4, 1))('all-reduce', ('data',)) == chips.CHIPS['v5p'].network
+  assert speeds(1, (1, 16, 2, 2))('all-gather', ('expert',)) == link  # ends before it is around
+
+
+def test_the_share_of_the_peak_and_preflight_have_one_table(monkeypatch):
+  device = types.SimpleNamespace(device_kind='TPU v5p')
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  hardware.peak_flops.cache_clear()
+  assert hardware.peak_flops('bfloat16') == chips.CHIPS['v5p'].flops
+  hardware.peak_flops.cache_clear()
+
+
+@pytest.mark.parametrize('name, message', [
+    ('v5q:4x4', "did you mean 'v5p'?"), ('v5p', 'is not KIND:SIZE'), ('v5p:4x4', '3 dimensions'),
+    ('h100:12', 'nodes have 8 GPUs; 12 is no multiple'), ('cpu:2x2', 'examples are')])
+def test_topologies_that_nobody_knows(name, message):
+  with pytest.raises(UsageError, match=message.replace('?', r'\?')):
+    topology.get(name)
+
+
+def test_a_program_that_has_no_time_shows_none(tmp_path, here):
+  program = next(measure.programs(miniature(tmp_path), here))
+  fast = dataclasses.replace(program)
+  table = tell.as_table([fast], here)
+  cells = {row: cell for row, cell in zip(table.columns[0].cells, table.columns[1].cells)}
+  assert cells['MFU'] == cells['step'] == '-'
+  assert cells['device: peak of memory'].endswith('MB')
