@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers have in common; sourced, with their arguments:
+# What the launchers have in common; sourced in the root of the repository, with their arguments:
 #
 #   --dry-run   prints what would be run, one command a line, and does nothing
 #   --one-job   all runs one after another as one job, those of config.stacked side by side
@@ -11,8 +11,6 @@
 #   stages      names of runs: those of an entry can be jobs at the same time, after those of the
 #               entries before. What is not among them (at most one run, the finetune) is left to
 #               the command without --run, which also compares.
-
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {
   echo "${0##*/}: $*" >&2
@@ -40,12 +38,15 @@ each() {
   for name in "${@:2}"; do
     if [[ $dry_run ]]; then
       "$1" "$name"
-    else
-      "$1" "$name" & ids+=($!)
+      continue
     fi
+    set -m  # a process group of its own, to be ended as a whole
+    "$1" "$name" &
+    set +m
+    ids+=($!)
   done
-  # What is in the background does not hear Ctrl-C; on SIGTERM the command saves.
-  trap 'kill "${ids[@]}" 2>/dev/null; wait; exit 130' INT TERM
+  # Ctrl-C, too, reaches them as SIGTERM, on which the command saves.
+  trap 'kill -- "${ids[@]/#/-}" 2>/dev/null; wait; exit 130' INT TERM
   for id in "${ids[@]}"; do wait "$id" || failed=1; done
   trap - INT TERM
   [[ ! $failed ]] || fail 'not all were done; the same command again goes on'

@@ -4,33 +4,37 @@
 #
 #   EXPERTS=apart launch/gpu_node.sh [--dry-run] --config=configs/mine.py
 set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
 
 experts=${EXPERTS:-in_turn}  # 'in_turn', each over all GPUs; 'apart', each on its share of them at
                              # the same time; 'stacked', as one program (config.stacked)
-gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}  # without any: 8 fake devices
-[[ $gpus != 0 ]] || export JAX_PLATFORMS=cpu
-if [[ ${JAX_PLATFORMS:-} == cpu ]]; then
-  gpus=${JAX_NUM_CPU_DEVICES:-8}
-  export NPROC="${NPROC:-32}"  # threads of XLA: fewer than devices can wait for each other forever
+gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+fake=''
+if [[ $gpus == 0 || ${JAX_PLATFORMS:-} == cpu ]]; then
+  fake=1 gpus=${JAX_NUM_CPU_DEVICES:-8}
+  # As many threads of XLA as devices or more: fewer can wait for each other forever.
+  run export JAX_PLATFORMS=cpu NPROC="${NPROC:-32}"
 fi
+run . launch/env.sh
 
-. "$(dirname "$0")/common.sh"
-. launch/env.sh
-
-# The devices from FIRST on, COUNT of them, as an environment.
-devices() {
-  if [[ ${JAX_PLATFORMS:-} == cpu ]]; then
-    echo "JAX_NUM_CPU_DEVICES=$2"
-  else
-    echo "CUDA_VISIBLE_DEVICES=$(seq -s, "$1" $(($1 + $2 - 1)))"
-  fi
+# FIRST COUNT COMMAND...: runs a command on so many devices.
+on() {
+  local devices
+  devices=CUDA_VISIBLE_DEVICES=$(seq -s, "$1" $(($1 + $2 - 1)))
+  [[ ! $fake ]] || devices=JAX_NUM_CPU_DEVICES=$2
+  run env "$devices" "${@:3}"
 }
 
-# A run on its share, by its place among those that run at the same time.
-on_share() {
-  local i
-  for i in "${!now[@]}"; do [[ ${now[i]} == "$1" ]] && break; done
-  run env "$(devices $((i * share)) "$share")" "${command[@]}" --run="$1"
+# RUN: does it on its share, by its place among `now`; all that is left, where there is no name.
+job() {
+  local i=0
+  if [[ ! $1 ]]; then
+    on 0 "$gpus" "${command[@]}"
+    return
+  fi
+  while [[ ${now[i]} != "$1" ]]; do i=$((i + 1)); done
+  on $((i * share)) "$share" "${command[@]}" --run="$1"
 }
 
 case $experts in
@@ -42,17 +46,17 @@ case $experts in
       share=$((gpus / most))
       for ((first = 0; first < ${#names[@]}; first += most)); do
         now=("${names[@]:first:most}")
-        each on_share "${now[@]}"
+        each job "${now[@]}"
       done
     done
     ;;
   stacked)
     for stage in "${stages[@]}"; do
       [[ $stage == *' '* ]] || continue
-      command+=("--config.stacked=('${stage// /"','"}',)")
+      command+=("--config.stacked=('${stage// /"', '"}')")
       break
     done
     ;;
   *) fail "EXPERTS=$experts; valid: in_turn, apart, stacked" ;;
 esac
-run env "$(devices 0 "$gpus")" "${command[@]}"
+each job ''

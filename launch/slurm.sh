@@ -9,7 +9,8 @@ set -euo pipefail
 nodes=${NODES:-1}  # of each job
 gpus=${GPUS:-8}    # of each node, and processes, each with one of them; 0: no GPUs, one process
 
-. "$(dirname "$0")/common.sh"
+cd "$(dirname "$0")/.."
+. launch/common.sh
 
 # --requeue: Slurm starts a preempted job again. --signal: five minutes before its time is up the
 # processes, not the script, get SIGTERM, save and end; launch/slurm_job.sh then asks for more.
@@ -20,27 +21,28 @@ else
   sbatch+=(--ntasks-per-node=1)
 fi
 
-# STAGE OPTION...: submits a job, and says its id.
+# STAGE OPTION...: submits a job, to begin when the one before is complete.
+id='' jobs=0
 submit() {
-  local job=("${sbatch[@]}" "${@:2}" "${after[@]}" launch/slurm_job.sh "$1" "${command[@]}")
+  local i names job=("${sbatch[@]}" "${@:2}")
+  [[ ! $id ]] || job+=(--dependency="afterok:$id" --kill-on-invalid-dep=yes)
+  job+=(launch/slurm_job.sh "$1" "${command[@]}")
   if [[ ! $dry_run ]]; then
-    "${job[@]}" | cut -d';' -f1  # behind it may stand the cluster
+    id=$("${job[@]}" | cut -d';' -f1)  # behind it may stand the cluster
     return
   fi
-  quoted "${job[@]}" >&2
-  local names i
-  read -ra names <<< "${1:-''}"
+  quoted "${job[@]}"
+  id=JOB$((jobs += 1))
+  read -ra names <<< "${1:-all}"
   for i in "${!names[@]}"; do
-    DRY_RUN=1 SLURM_ARRAY_TASK_ID=$i bash launch/slurm_job.sh "$1" "${command[@]}" >&2
+    mapfile -t job < <(DRY_RUN=1 SLURM_ARRAY_TASK_ID=$i launch/slurm_job.sh "$1" "${command[@]}")
+    quoted "${job[@]}"
   done
-  echo "JOB$((${#after[@]} ? ${after[0]##*JOB} + 1 : 1))"
 }
 
-after=()
 for stage in "${stages[@]}"; do
   read -ra names <<< "$stage"
-  id=$(submit "$stage" --array="0-$((${#names[@]} - 1))" --job-name="${names[0]}")
-  after=(--dependency="afterok:$id" --kill-on-invalid-dep=yes)
+  submit "$stage" --array="0-$((${#names[@]} - 1))" --job-name="${names[0]}"
 done
-id=$(submit '' --job-name=btx)
-echo "the last job is $id"
+submit '' --job-name=btx
+[[ $dry_run ]] || echo "${#stages[@]} array(s) submitted, and at last job $id"

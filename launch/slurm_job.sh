@@ -9,7 +9,7 @@ read -ra runs <<< "$1"
 job=(srun "${@:2}" --distributed)
 ((${#runs[@]} == 0)) || job+=(--run="${runs[SLURM_ARRAY_TASK_ID]}")
 if [[ ${DRY_RUN:-} ]]; then
-  echo "${job[*]@Q}"
+  printf '%s\n' "${job[@]}"
   exit
 fi
 
