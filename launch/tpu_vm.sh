@@ -28,7 +28,8 @@ setup+=' && curl -LsSf https://astral.sh/uv/install.sh | sh && PATH=$HOME/.local
 setup+=" && uv venv --allow-existing --python=3.12 && uv pip install -e '.[$extras]'"
 case $share in
   gs://*) mount="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 ${share#gs://} /mnt/btx" ;;
-  *) mount="sudo apt-get install -qy nfs-common && sudo mount $share /mnt/btx" ;;
+  *) mount="sudo apt-get install -qy nfs-common && sudo mount $share /mnt/btx"
+     mount+=' && sudo chmod a+rwx /mnt/btx' ;;
 esac
 if [[ $share ]]; then
   setup+=' && sudo mkdir -p /mnt/btx && { mountpoint -q /mnt/btx'
