@@ -41,7 +41,7 @@ each() {
       continue
     fi
     set -m  # a process group of its own, to be ended as a whole
-    "$1" "$name" &
+    (trap : TERM && "$1" "$name") &  # this shell outlives what it does
     set +m
     ids+=($!)
   done

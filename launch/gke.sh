@@ -16,15 +16,12 @@ export HOSTS=${HOSTS:-4} CHIPS=${CHIPS:-4}  # of a slice of that topology; chips
 export CLAIM=${CLAIM:-btx}                  # of the volume that is mounted at /mnt/btx
 prefix=${PREFIX:-btx}                       # JobSets are called PREFIX-RUN
 
-# JOBSET: says how it ended, nothing while it runs or if there is none.
-state() {
-  kubectl get jobset "$1" --ignore-not-found --output=jsonpath='{.status.terminalState}'
-}
-
 # RUN: does it, and waits for its end; all that is left, where there is no name.
 job() {
   local key ended name=$prefix-${1:-all} text words=("${command[@]}" --distributed ${1:+--run="$1"})
   name=${name,,} name=${name//[^a-z0-9-]/-}
+  # Says how it ended; nothing while it runs, or if there is none.
+  local ask=(kubectl get jobset "$name" --ignore-not-found --output='jsonpath={.status.terminalState}')
   text=$(< launch/gke_jobset.yaml)
   text=${text//"\${NAME}"/"$name"} text=${text//"\${COMMAND}"/"$(quoted "${words[@]}")"}
   for key in IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS CLAIM; do
@@ -32,13 +29,13 @@ job() {
   done
   if [[ $dry_run ]]; then
     printf "kubectl apply -f - <<'JOBSET'\n%s\nJOBSET\n" "$text"
-    quoted kubectl wait jobset "$name" --for=condition=Completed --timeout=-1s
+    quoted "${ask[@]}"
     return
   fi
   # One that has ended does not start again; one that still runs is left alone by `apply`.
-  [[ ! $(state "$name") ]] || kubectl delete jobset "$name"
+  [[ ! $("${ask[@]}") ]] || kubectl delete jobset "$name"
   kubectl apply -f - <<< "$text"
-  until ended=$(state "$name") && [[ $ended ]]; do sleep 30; done
+  until ended=$("${ask[@]}") && [[ $ended ]]; do sleep 30; done
   echo "$name: $ended"
   [[ $ended == Completed ]]
 }
