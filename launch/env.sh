@@ -32,8 +32,9 @@ tpu=(
 )
 export LIBTPU_INIT_ARGS="${tpu[*]} ${LIBTPU_INIT_ARGS:-}"
 
-# A job that goes on, and experts, which are all one program, do not compile again. Storage that
-# the hosts share is best. Not on CPUs: what one compiled another may not be able to run.
+# A job that goes on does not compile again, nor does the second of the experts that differ in text
+# only: they are one program. Best on storage that the hosts share. Not on CPUs: what is compiled on
+# one, another may not be able to run.
 if [[ ${JAX_PLATFORMS:-} != cpu ]]; then
   export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/btx_jax}"
 fi
