@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 zone=${ZONE:?the zone of the slices, as in us-east5-b}
 type=${TYPE:-v5litepod-16}             # accelerator type of a slice
-version=${VERSION:-v2-alpha-tpuv5-lite} # runtime that goes with it
+version=${VERSION:-v2-alpha-tpuv5-lite}  # runtime that goes with it
 prefix=${PREFIX:-btx}                  # slices are called PREFIX-RUN
 extras=${EXTRAS:-tpu}                  # of the package, as in tpu,demo,hf
 queued=${QUEUED:-}                     # 1: by queued resources, each as soon as there is room
@@ -49,15 +49,17 @@ create() {
     [[ ! $state ]] || remove "$1"  # it was preempted
   fi
   run "${tpus[@]}" "${what[@]}" --zone="$zone" --accelerator-type="$type" ${spot:+--spot}
-  [[ ! $queued ]] || run active "$1"
+  [[ ! $queued ]] || active "$1"
 }
 
 # SLICE: waits until the queue has come to it.
 active() {
-  local state=''
-  until [[ $state == ACTIVE ]]; do
+  local state='' ask=("${tpus[@]}" queued-resources describe "$1" --zone="$zone")
+  ask+=(--format='value(state.state)')
+  [[ ! $dry_run ]] || run "${ask[@]}"
+  until [[ $dry_run || $state == ACTIVE ]]; do
     sleep 30
-    state=$("${tpus[@]}" queued-resources describe "$1" --zone="$zone" --format='value(state.state)')
+    state=$("${ask[@]}")
     [[ $state != FAILED && $state != SUSPENDED ]] || fail "$1 is $state"
   done
 }

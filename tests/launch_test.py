@@ -187,6 +187,48 @@ def test_one_node_trains_apart_is_stopped_and_goes_on_in_turn(text, tmp_path):
   assert manifest.read(str(tmp_path / 'work' / 'btx'))['devices'] == '4 x cpu'
 
 
+GCLOUD = '''#!/bin/bash
+# Logs what it is asked for; one slice fails.
+echo "$*" >> {folder}/log
+case $* in
+  *describe*) echo ACTIVE ;;
+  *" ssh {broken} "*) exit 1 ;;
+esac
+'''
+KUBECTL = '''#!/bin/bash
+# Every JobSet ends as soon as it is there.
+case $1 in
+  apply)
+    name=$(sed -n 's/^  name: //p')
+    echo "create $name" >> {folder}/log
+    touch {folder}/$name ;;
+  get) [[ ! -e {folder}/$3 ]] || {{ [[ $3 == {broken} ]] && echo Failed || echo Completed; }} ;;
+  delete) echo "delete $3" >> {folder}/log; rm {folder}/$3 ;;
+esac
+'''
+
+
+@pytest.mark.parametrize('script, name, text', [
+    ('tpu_vm.sh', 'gcloud', GCLOUD), ('gke.sh', 'kubectl', KUBECTL)])
+def test_slices_are_made_stage_by_stage_and_none_after_a_failure(tmp_path, script, name, text):
+  stand_in(tmp_path, 'sleep', '#!/bin/sh\n')
+  ended = []
+  for broken in ('none', 'btx-expert-math'):
+    folder = tmp_path / broken
+    folder.mkdir()
+    stand_in(tmp_path, name, text.format(folder=folder, broken=broken))
+    done = launch(script, '--config=configs/demo.py', f'--workdir={tmp_path / "work"}',
+                  env=environment(tmp_path, **SETTINGS, QUEUED='1', TMPDIR=str(tmp_path)))
+    log = (folder / 'log').read_text()
+    ended.append((done.returncode, re.findall(r'create (\S+)', log), log))
+  (code, [first, *experts, last], log), (failed, made, _) = ended
+  assert (code, first, last) == (0, 'btx-seed', 'btx-all')
+  assert sorted(experts) == ['btx-expert-code', 'btx-expert-knowledge', 'btx-expert-math']
+  assert failed == 2 and made[0] == first and sorted(made[1:]) == sorted(experts)
+  if script == 'tpu_vm.sh':  # DELETE=1
+    assert sorted(re.findall(r'delete (\S+)', log)) == sorted([first, *experts, last])
+
+
 SBATCH = '''#!/bin/bash
 # Does the job at once; its id is the number of jobs so far. What it was asked for goes to a log.
 set -euo pipefail
