@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ TIMEOUT = 300  # seconds that processes wait for each other at the start
 _TICK = 5.0  # seconds after which those who wait for process 0 hear that it is at work
 _GRACE = 5.0  # seconds for the others to come to the same error
 _LAG = 120.0  # seconds after which shared storage must show what was written
+_told = threading.Event()  # by SIGTERM, where there is one process
 _beats = itertools.count(1)  # one for each step of any run: preemption is agreed on by number
 
 
@@ -207,13 +209,25 @@ def _in_time(holds: Callable[[], bool]) -> bool:
   return True
 
 
-def preempted() -> bool:
-  """To be asked at every step: whether to save and stop, by the same step on all processes.
+@contextlib.contextmanager
+def until_preempted():
+  """In the block, SIGTERM does not end this process, but makes `preempted` say so."""
+  if _several():  # jax's preemption service takes it, of whatever process
+    yield
+    return
+  _told.clear()
+  before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+  try:
+    yield
+  finally:
+    # None, where C++ had put a handler, cannot be put back.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
-  jax's preemption service takes SIGTERM, of whatever process, for that.
-  """
+
+def preempted() -> bool:
+  """To be asked at every step: whether to save and stop, by the same step on all processes."""
   if not _several():
-    return False
+    return _told.is_set()
   from jax.experimental import multihost_utils
   return multihost_utils.reached_preemption_sync_point(next(_beats))
 

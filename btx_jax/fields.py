@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from btx_jax import files
 from btx_jax.errors import UsageError, nearest
 from configs import base
 
@@ -18,13 +19,17 @@ def check(config) -> None:
   """Raises UsageError for the first field that is missing, unknown or of another type."""
   like = base.get_config()
   _check_section('', config, like)
+  files.check_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
     _check_section(f'domains.{name}', domain, base.domain())
+    for path in domain.paths:
+      files.check_path(f'domains.{name}.paths', path)
   for name, run in config.runs.items():
     kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
     init = {'mix': base.mix(rules={'': ''}), 'hugging_face': base.hugging_face('')}.get(
         kind, base.random())
     _check_section(f'runs.{name}', run, base.run(init, {}))
+    files.check_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
     for section in _OWN:

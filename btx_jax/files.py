@@ -1,7 +1,17 @@
-"""Files that are replaced whole, so that a reader never sees half of one."""
+"""Files that are replaced whole, so that a reader never sees half of one; and what is no path."""
 
 import contextlib
 import os
+import re
+
+from btx_jax.errors import UsageError
+
+
+def check_path(name: str, path: str):
+  """Raises UsageError for an address like gs://bucket: os.path takes it for a relative path."""
+  if re.match(r'[a-z][a-z0-9]*://', path):
+    raise UsageError(f'{name} = {path} is an address, not a path. What is in a bucket has to be '
+                     'mounted or copied first; see docs/tpu_vm.md.')
 
 
 @contextlib.contextmanager

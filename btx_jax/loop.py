@@ -82,6 +82,7 @@ def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
     program = program_lib.stacked(runs, mesh, len(domains))
 
   with contextlib.ExitStack() as stack:
+    stack.enter_context(distributed.until_preempted())
     checkpoints = [stack.enter_context(Checkpoints(
         os.path.join(job.folder, 'checkpoints'), settings.keep)) for job in jobs]
     starts = distributed.decided(lambda: [saved.latest or 0 for saved in checkpoints])

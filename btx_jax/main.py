@@ -6,6 +6,7 @@ command again continues where the last one stopped.
 
   status   how all runs are getting on (--watch: again and again; --json: for machines)
   report   writes the report anew, from what there is so far
+  jobs     what is still to be done, for scripts: the runs of a line can be jobs at the same time
   data     what the text of each domain is like
   fit      how the experts that --run mixes differ from their seed and from each other
   export   writes the model of --run into the folder --to, as Hugging Face has it
@@ -22,7 +23,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from btx_jax import distributed, errors, rollcall
+from btx_jax import distributed, errors, files, rollcall
 from btx_jax.errors import UsageError, nearest
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -97,6 +98,15 @@ def status(name: str, workdir: str):
   status_lib.tell(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
 
 
+def jobs(name: str, workdir: str):
+  """Prints the runs to do, those of a line after those of the lines above."""
+  del name
+  from btx_jax import status as status_lib
+  from btx_jax.study import Study
+  for names in status_lib.stages(Study(CONFIG.value, workdir)):
+    print(*names)
+
+
 def report(name: str, workdir: str):
   """Writes the report."""
   from btx_jax.evaluate import report as report_lib
@@ -146,8 +156,8 @@ def preflight(name: str, workdir: str):
     sys.exit(1)
 
 
-COMMANDS = {'train': train, 'status': status, 'report': report, 'data': data, 'fit': fit,
-            'export': export, 'preflight': preflight}
+COMMANDS = {'train': train, 'status': status, 'jobs': jobs, 'report': report, 'data': data,
+            'fit': fit, 'export': export, 'preflight': preflight}
 
 
 def run(argv: list[str]):
@@ -169,7 +179,10 @@ def run(argv: list[str]):
     raise UsageError(f'{command} is for one process: leave --distributed, --coordinator, '
                      '--num_processes and --process_id away.')
   name = os.path.splitext(os.path.basename(config_file))[0]
-  COMMANDS[command](name, WORKDIR.value or os.path.join('runs', name))
+  workdir = WORKDIR.value or os.path.join('runs', name)
+  for flag, path in (('--workdir', workdir), ('--to', TO.value or '')):
+    files.check_path(flag, path)
+  COMMANDS[command](name, workdir)
 
 
 def _parse(argv: list[str]) -> list[str]:

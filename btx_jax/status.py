@@ -40,6 +40,18 @@ def collect(study: Study) -> dict[str, Any]:
   return {'workdir': study.workdir, 'notes': _notes(study, runs), 'runs': runs}
 
 
+def stages(study: Study) -> list[list[str]]:
+  """Names of the runs that are not complete, so that each starts only from runs of stages before
+  its own, or complete ones: those of a stage can be done at the same time."""
+  depth: dict[str, int] = {}
+  found: dict[int, list[str]] = {}
+  for run in study.runs.values():
+    depth[run.name] = 1 + max((depth[source] for source in run.sources), default=0)
+    if study.state(run.name) != manifest.COMPLETE:
+      found.setdefault(depth[run.name], []).append(run.name)
+  return [found[level] for level in sorted(found)]
+
+
 def _notes(study: Study, runs) -> list[str]:
   if any(run['state'] != MISSING for run in runs):
     return []

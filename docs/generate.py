@@ -44,7 +44,8 @@ GROUPS = {
     'Devices and mesh': (('sharding|layout', ''), ('preflight/.*', '')),
     'Several processes': (('distributed|rollcall', ''),),
     'Working directory': (
-        ('manifest', ''), ('data/(text|tokens)|pipeline', '--workdir'), ('errors', 'written or')),
+        ('manifest|files', ''), ('data/(text|tokens)|pipeline', '--workdir'),
+        ('errors', 'written or')),
     'Optimizer and training': (
         ('plan|run|study|objective', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
     'Tokenizer': (('data/.*|convert/tokenizer', '[Tt]okenizer|pieces?|sentencepiece'),),
@@ -61,8 +62,8 @@ NOTES = {
     '(--debug shows where it came from.)': 'A config file is code, and this line of it raised an '
                                            'error.',
     'and must be WANTED': 'Python tells 1000 from 1e3, and 1 from \'1\'.',
-    'One command at a time': 'Commands are `status`, `report`, `data`, `fit` and `export`; without '
-                             'one, it trains.',
+    'One command at a time': 'Commands are `status`, `jobs`, `report`, `data`, `fit` and `export`; '
+                             'without one, it trains.',
     'start from each other in a circle': 'Some run has to begin from `base.random()`.',
     'which is a mixture already': 'Mix dense runs. A mixture is trained on by '
                                   '`base.checkpoint(RUN)`.',
@@ -87,7 +88,8 @@ NOTES = {
                                     'those of the config.',
     'is sound. To train it': 'The loss, or the norm of its gradient, is not a finite number. '
                              'Nothing that is not finite is ever saved.',
-    'stopped; the same command': 'Ctrl-C, or the signal that it sends.',
+    'stopped; the same command': 'Ctrl-C; or SIGTERM, in which case the checkpoint is of the step '
+                                 'that was being done.',
     'Out of memory': 'The end of the line is what the device said.',
     'this was not foreseen': 'The traceback stands above it.',
 }

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # before libtpu is loaded: there is no TPU host
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -16,6 +18,7 @@ import pytest
 
 from btx_jax import sharding
 from btx_jax.model import moe
+from tests.jobs import ROOT
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings('ignore')]
 
@@ -61,3 +64,36 @@ def test_more_experts_are_no_more_work(mesh):
   # The TPU's own form: one kernel over the rows of all experts of a device, a quarter of room
   # more than there are choices.
   assert of_four == of_eight == {B * T * K * 5 // 4 // 4}
+
+
+# Layers in a loop, whose parameters are cut up over two chips, and copies of it on two others.
+LAYERS = '''
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec as P
+devices = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1').devices
+mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 2), ('data', 'fsdp'))
+held = NamedSharding(mesh, P(None, 'fsdp', None))
+w = jax.ShapeDtypeStruct((6, 4096, 4096), jnp.bfloat16, sharding=held)
+x = jax.ShapeDtypeStruct((8192, 4096), jnp.bfloat16,
+                         sharding=NamedSharding(mesh, P(('data', 'fsdp'))))
+
+def loss(w, x):
+  layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+  return jax.lax.scan(layer, x, w)[0].astype(jnp.float32).sum()
+
+step = lambda w, x: w - 0.1 * jax.grad(loss)(w, x)
+with jax.set_mesh(mesh):
+  print(jax.jit(step, out_shardings=held).lower(w, x).compile().as_text())
+'''
+
+
+def test_flags_of_launch_scripts_hide_all_gathers():
+  """libtpu knows the flags, or would end the process, and they do what env.sh says."""
+  fused = []
+  for prefix in ('', '. launch/env.sh && '):
+    done = subprocess.run(['bash', '-c', f'{prefix}"$0" -c "$1"', sys.executable, LAYERS],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fused.append(done.stdout.count('async_collective_name'))
+  assert fused[0] == 0 < fused[1]

@@ -137,12 +137,24 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, "--config.runs['expert/code'].steps=-1"], 'steps = -1 must be at least 1.'),
     ([DEMO, '--config.domains.code.source=stdlb'], "did you mean 'stdlib'?"),
     ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
+    ([DEMO, '--config.tokenizer.path=gs://b/t'], 'tokenizer.path = gs://b/t is an address, not'),
+    ([DEMO, "--config.domains.code.paths=('gs://b/*.txt',)"], 'domains.code.paths = gs://b/*.txt'),
+    ([DEMO, 'export', '--run=seed', '--to=gs://b/m'], '--to = gs://b/m is an address, not a path'),
 ])
 def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
   done = run(*arguments, f'--workdir={tmp_path / "work"}')
   check(done, message)
   assert done.stderr.count('\n') == 1
   assert not (tmp_path / 'work').exists()
+
+
+def test_a_bucket_is_no_path(run, config, tmp_path):
+  done = run(DEMO, '--workdir=gs://bucket/demo', cwd=command.ROOT)
+  check(done, '--workdir = gs://bucket/demo is an address, not a path. What is in a bucket has to')
+  assert not os.path.exists(os.path.join(command.ROOT, 'gs:'))
+  done = run(config("config.runs.new.init = base.hugging_face('gs://bucket/model')"),
+             f'--workdir={tmp_path / "work"}')
+  check(done, 'runs.new.init.folder = gs://bucket/model is an address')
 
 
 def test_a_flag_without_its_value(run, tmp_path):

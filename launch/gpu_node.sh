@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# All runs of a config on the GPUs of one node, or on fake devices where there are none.
+# From nothing to result: docs/gpu_node.md. Flags: launch/common.sh.
+#
+#   EXPERTS=apart launch/gpu_node.sh [--dry-run] --config=configs/mine.py
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+
+experts=${EXPERTS:-in_turn}  # 'in_turn', each over all GPUs; 'apart', each on its share of them at
+                             # the same time; 'stacked', as one program (config.stacked)
+gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+fake=''
+if [[ $gpus == 0 || ${JAX_PLATFORMS:-} == cpu ]]; then
+  fake=1 gpus=${JAX_NUM_CPU_DEVICES:-8}
+  # As many threads of XLA as devices or more: fewer can wait for each other forever.
+  run export JAX_PLATFORMS=cpu NPROC="${NPROC:-32}"
+fi
+run . launch/env.sh
+
+# FIRST COUNT COMMAND...: runs a command on so many devices.
+on() {
+  local devices
+  devices=CUDA_VISIBLE_DEVICES=$(seq -s, "$1" $(($1 + $2 - 1)))
+  [[ ! $fake ]] || devices=JAX_NUM_CPU_DEVICES=$2
+  run env "$devices" "${@:3}"
+}
+
+# RUN: does it on its share, by its place among `now`; all that is left, where there is no name.
+job() {
+  local i=0
+  if [[ ! $1 ]]; then
+    on 0 "$gpus" "${command[@]}"
+    return
+  fi
+  while [[ ${now[i]} != "$1" ]]; do i=$((i + 1)); done
+  on $((i * share)) "$share" "${command[@]}" --run="$1"
+}
+
+case $experts in
+  in_turn) ;;
+  apart)
+    for stage in "${stages[@]}"; do
+      read -ra names <<< "$stage"
+      most=$((${#names[@]} < gpus ? ${#names[@]} : gpus))
+      share=$((gpus / most))
+      for ((first = 0; first < ${#names[@]}; first += most)); do
+        now=("${names[@]:first:most}")
+        each job "${now[@]}"
+      done
+    done
+    ;;
+  stacked)
+    for stage in "${stages[@]}"; do
+      [[ $stage == *' '* ]] || continue
+      command+=("--config.stacked=('${stage// /"', '"}')")
+      break
+    done
+    ;;
+  *) fail "EXPERTS=$experts; valid: in_turn, apart, stacked" ;;
+esac
+each job ''

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# All runs of a config on Cloud TPU VMs: a slice for each run, those that can run at the same time
+# at once, then the finetune with the comparison on one more.
+# From nothing to result: docs/tpu_vm.md. Flags: launch/common.sh.
+#
+#   ZONE=us-east5-b SHARE=10.0.0.2:/btx DELETE=1 \
+#       launch/tpu_vm.sh [--dry-run] --config=configs/mine.py --workdir=/mnt/btx/mine
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+
+zone=${ZONE:?the zone of the slices, as in us-east5-b}
+type=${TYPE:-v5litepod-16}             # accelerator type of a slice
+version=${VERSION:-v2-alpha-tpuv5-lite}  # runtime that goes with it
+prefix=${PREFIX:-btx}                  # slices are called PREFIX-RUN
+extras=${EXTRAS:-tpu}                  # of the package, as in tpu,demo,hf
+queued=${QUEUED:-}                     # 1: by queued resources, each as soon as there is room
+spot=${SPOT:-}                         # 1: at the price, and with the preemptions, of spot
+delete=${DELETE:-}                     # 1: a slice is deleted when its run is complete
+share=${SHARE:-}                       # HOST:/EXPORT of NFS, or gs://BUCKET, to be at /mnt/btx on
+                                       # every host; empty: it is there, or nothing is shared
+
+tpus=(gcloud compute tpus)
+setup='mkdir -p btx_jax && tar -xzf btx_jax.tgz -C btx_jax && cd btx_jax'
+# What is in quotes is for the shell of the host.
+# shellcheck disable=SC2016
+setup+=' && curl -LsSf https://astral.sh/uv/install.sh | sh && PATH=$HOME/.local/bin:$PATH'
+setup+=" && uv venv --allow-existing --python=3.12 && uv pip install -e '.[$extras]'"
+case $share in
+  gs://*) mount="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 ${share#gs://} /mnt/btx" ;;
+  *) mount="sudo apt-get install -qy nfs-common && sudo mount $share /mnt/btx"
+     mount+=' && sudo chmod a+rwx /mnt/btx' ;;
+esac
+if [[ $share ]]; then
+  setup+=' && sudo mkdir -p /mnt/btx && { mountpoint -q /mnt/btx'
+  setup+=" || { sudo chown \$USER /mnt/btx && $mount; }; }"
+fi
+
+environment='cd btx_jax && . .venv/bin/activate && . launch/env.sh'
+[[ ! $share ]] || environment="export JAX_COMPILATION_CACHE_DIR=/mnt/btx/cache && $environment"
+
+# SLICE: creates it, unless it is there from before.
+create() {
+  local what=(tpu-vm create "$1" --version="$version") state=''
+  [[ ! $queued ]] || what=(queued-resources create "$1" --node-id="$1" --runtime-version="$version")
+  if [[ ! $dry_run ]]; then
+    state=$("${tpus[@]}" tpu-vm list --zone="$zone" --filter="name~/$1\$" --format='value(state)')
+    [[ $state != READY ]] || return 0
+    [[ ! $state ]] || remove "$1"  # it was preempted
+  fi
+  run "${tpus[@]}" "${what[@]}" --zone="$zone" --accelerator-type="$type" ${spot:+--spot}
+  [[ ! $queued ]] || active "$1"
+}
+
+# SLICE: waits until the queue has come to it.
+active() {
+  local state='' ask=("${tpus[@]}" queued-resources describe "$1" --zone="$zone")
+  ask+=(--format='value(state.state)')
+  [[ ! $dry_run ]] || run "${ask[@]}"
+  until [[ $dry_run || $state == ACTIVE ]]; do
+    sleep 30
+    state=$("${ask[@]}")
+    [[ $state != FAILED && $state != SUSPENDED ]] || fail "$1 is $state"
+  done
+}
+
+# SLICE: deletes it.
+remove() {
+  if [[ $queued ]]; then
+    run "${tpus[@]}" queued-resources delete "$1" --zone="$zone" --force --quiet
+  else
+    run "${tpus[@]}" tpu-vm delete "$1" --zone="$zone" --quiet
+  fi
+}
+
+# RUN: does it on a slice of its own; all that is left, where there is no name.
+job() {
+  local name=$prefix-${1:-all} words=("${command[@]}" --distributed ${1:+--run="$1"})
+  name=${name,,} name=${name//[^a-z0-9-]/-}
+  create "$name"
+  run "${tpus[@]}" tpu-vm scp "$package" "$name:btx_jax.tgz" --zone="$zone" --worker=all
+  run "${tpus[@]}" tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$setup"
+  run "${tpus[@]}" tpu-vm ssh "$name" --zone="$zone" --worker=all \
+    --command="$environment && $(quoted "${words[@]}")"
+  [[ ! $delete ]] || remove "$name"
+}
+
+package=${TMPDIR:-/tmp}/btx_jax.tgz
+run tar -czf "$package" pyproject.toml README.md LICENSE btx_jax configs launch
+for stage in "${stages[@]}"; do
+  read -ra names <<< "$stage"
+  each job "${names[@]}"
+done
+each job ''
