@@ -10,8 +10,6 @@ Parameters (`L` layers stacked on the first axis by scan):
   layers/ffn/router_bias [L,E]                      mixture whose load is balanced by biases
 """
 
-import functools
-
 from flax import linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -172,7 +170,7 @@ def output_head(params, dtype=jnp.float32) -> jax.Array:
 
 def shapes(cfg: Config):
   """The parameters as shapes and types."""
-  return jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
+  return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
 
 
 def init(cfg: Config, rng: jax.Array):

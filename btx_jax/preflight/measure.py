@@ -195,7 +195,7 @@ def _mixing_moves(run: Run, study: Study, mesh) -> Finding:
   experts = jax.eval_shape(
       lambda: btx.branch(llama.init(source, jax.random.key(0)), len(run.sources)))
   experts = abstract(experts, sharding.shardings(experts, mesh, stacked=True))
-  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=NamedSharding(mesh, P()))
+  key = abstract(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, P()))
   mix = jax.jit(lambda experts, key: btx.mix(experts, run.model, key, run.recipe),
                 out_shardings=sharding.shardings(llama.shapes(run.model), mesh))
   found = hlo.collectives(hlo.parse(mix.lower(experts, key).compile().as_text()), mesh)

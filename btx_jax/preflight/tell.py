@@ -141,11 +141,12 @@ def _as_data(program: Measured, topology: Topology) -> dict:
   if cost := program.cost:
     result['sent'] = [{'kind': kind, 'axes': axes, 'bytes': sent}
                       for (kind, axes), sent in cost.sent.items()]
-    result['seconds'] = {name: getattr(cost, name) for name in (
-        'compute', 'memory', 'network', 'waiting')} | {'step': cost.seconds}
     result['flops'] = cost.flops
-    result['mfu'] = program.mfu(topology.chip)
-    result['days'] = _days(program)
+    if topology.chip:
+      result['seconds'] = {name: getattr(cost, name) for name in (
+          'compute', 'memory', 'network', 'waiting')} | {'step': cost.seconds}
+      result['mfu'] = program.mfu(topology.chip)
+      result['days'] = _days(program)
   return result
 
 
