@@ -162,14 +162,14 @@ def test_tokens_are_dropped_and_experts_drawn_alike_on_every_mesh(name):
 
 def test_sample_top_1_computes_one_expert_a_token_and_all_in_the_first_layer(monkeypatch):
   """Rows of the buffers: beyond the first round there are some only if an expert overflows."""
-  cfg, rows = CONFIGS['sample_top_1'], []
-  run = lambda buffers, *_: rows.append(buffers.shape) or buffers
-  monkeypatch.setitem(moe.FORMS, 'plain', functools.partial(dispatch.in_rounds, run=run))
+  cfg, shapes = CONFIGS['sample_top_1'], []
+  swiglu = lambda rows, *_: shapes.append(rows.shape) or rows
+  monkeypatch.setitem(moe.FORMS, 'pieces', functools.partial(dispatch.in_rounds, swiglu=swiglu))
   params = {'router': np.zeros((D, E)), 'experts': {
       'gate': np.zeros((E, D, 20)), 'up': np.zeros((E, D, 20)), 'down': np.zeros((E, 20, D))}}
   jax.eval_shape(lambda: llama.Mixture(cfg, sharding.BATCH_AXES).apply(
       {'params': params}, jnp.zeros((B, T, D)), Context(*inputs()[1:], 1, training=TRAINING)))
-  assert set(rows) == {(E, math.ceil(cfg.dispatch_factor * B * T / E), D)}
+  assert set(shapes) == {(E * math.ceil(cfg.dispatch_factor * B * T / E), D)}
   for layer, experts in ((0, E), (1, 1)):
     ids = route(cfg, *inputs(), layer, None, TRAINING).ids
     np.testing.assert_array_equal((ids >= 0).sum(-1), experts)
