@@ -157,7 +157,13 @@ def test_tokens_are_dropped_and_experts_drawn_alike_on_every_mesh(name):
     np.testing.assert_allclose(found.gates, expected.gates, rtol=1e-5)
     if name == 'switch':
       np.testing.assert_array_equal(found.room, expected.room)
-      np.testing.assert_array_equal(found.room, room(logits.argmax(-1), counted))
+      found_room = room(logits.argmax(-1), counted)
+      np.testing.assert_array_equal(found.room, found_room)
+      sums = routing.routing_sums(found, logits, counted, E)
+      assert sums.dropped.tolist() == (counted & ~found_room[..., 0]).sum(1).tolist()
+      assert sums.dropped.sum() > 0
+    else:
+      assert routing.routing_sums(found, logits, counted, E).dropped is None
 
 
 def test_sample_top_1_computes_one_expert_a_token_and_all_in_the_first_layer(monkeypatch):
