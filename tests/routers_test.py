@@ -108,13 +108,15 @@ def dense_layer(experts, x, gates):
       has_aux=True)(experts, x, gates)
 
 
-@pytest.mark.parametrize('name, layer, mesh_shape', [
-    ('biased', 0, (1, 2, 4, 1)), ('softmax_top_k', 0, (2, 2, 2, 1)), ('switch', 0, (1, 2, 2, 2)),
-    ('soft', 0, (1, 1, 4, 2)), ('sample_top_1', 1, (1, 2, 2, 2)), ('sample_top_1', 0, (1, 2, 2, 2)),
-    ('hash', 0, None)])
-def test_a_layer_is_its_dense_form(name, layer, mesh_shape):
+@pytest.mark.parametrize('name, layer, mesh_shape, form', [
+    ('biased', 0, (1, 2, 4, 1), 'auto'), ('softmax_top_k', 0, (2, 2, 2, 1), 'auto'),
+    ('switch', 0, (1, 2, 2, 2), 'auto'), ('soft', 0, (1, 1, 4, 2), 'auto'),
+    ('sample_top_1', 1, (1, 2, 2, 2), 'auto'), ('sample_top_1', 0, (1, 2, 2, 2), 'auto'),
+    ('hash', 0, None, 'auto'),
+    *((name, 1, (1, 1, 2, 1), 'gather') for name in CONFIGS)])
+def test_a_layer_is_its_dense_form(name, layer, mesh_shape, form):
   """Values to 1e-5, and every gradient to 1e-4: of tokens, router and experts."""
-  cfg = CONFIGS[name]
+  cfg = dataclasses.replace(CONFIGS[name], dispatch=form)
   _, tokens, counted = inputs()
   x = jnp.asarray(normal((B, T, D)))
   experts = {'gate': (E, D, 20), 'up': (E, D, 20), 'down': (E, 20, D)}
