@@ -70,7 +70,8 @@ class Recorder(contextlib.ExitStack):
       return
     sums = {'nll': metrics['nll_by_domain'], 'tokens': metrics['tokens_by_domain']}
     if 'routing' in metrics:
-      sums |= metrics['routing']._asdict()
+      sums |= {name: value for name, value in metrics['routing']._asdict().items()
+               if value is not None}
     sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
     self._sums = ({name: value + sums[name] for name, value in self._sums.items()}
                   if self._sums else sums)

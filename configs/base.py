@@ -90,9 +90,9 @@ def get_config() -> ConfigDict:
       # 'xla', anywhere; 'splash', on a TPU; 'cudnn', on an NVIDIA GPU in bfloat16; 'auto', the
       # one for the platform.
       'attention': 'auto',
-      # How tokens get to experts and back, a matter of speed: in buffers of fixed size, for a
-      # matmul an expert ('plain', for CPU and GPU) or one of all that skips what is empty
-      # ('grouped', for TPU); 'gather', all tokens to all; or 'auto', the one for the platform.
+      # How tokens get to experts and back, a matter of speed: in buffers of fixed size, of which
+      # what is in use is multiplied piece by piece ('pieces', for CPU and GPU) or in one grouped
+      # matmul ('grouped', for TPU); 'gather', all tokens to all; or 'auto', the platform's own.
       'dispatch': 'auto',
       # Room of an expert in one round of dispatch; a matter of speed, nothing is dropped.
       'dispatch_factor': 1.25,

@@ -58,11 +58,8 @@ def kernel_rows(compiled) -> set[int]:
 
 def test_more_experts_are_no_more_work(mesh):
   """Top-2 of 8 multiplies what top-2 of 4 does: a token still meets two experts."""
-  four, eight = (compiled_layer(mesh, n, 'plain').cost_analysis()['flops'] for n in (4, 8))
-  assert eight == pytest.approx(four, rel=0.02)
   of_four, of_eight = (kernel_rows(compiled_layer(mesh, n, 'auto')) for n in (4, 8))
-  # The TPU's own form: one kernel over the rows of all experts of a device, a quarter of room
-  # more than there are choices.
+  # One kernel over the rows of all experts of a device, a quarter of room more than choices.
   assert of_four == of_eight == {B * T * K * 5 // 4 // 4}
 
 

@@ -47,7 +47,7 @@ def loss_of(dispatch, k):
   return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
 
 
-def assert_sparse_equals_dense(args, k, mesh_shape, form='plain'):
+def assert_sparse_equals_dense(args, k, mesh_shape, form='pieces'):
   (_, expected), expected_grads = loss_of('dense', k)(*args)
   with use_mesh(mesh_shape):
     (_, y), grads = loss_of(form, k)(*args)
@@ -133,14 +133,14 @@ def test_a_capacity_that_fits_nothing_still_drops_nothing():
   x, experts, logits = layer(4, 2)
   gates, ids = top_k(logits, 2)
   expected = jax.jit(moe.dense_experts)(x, experts, routing.dense_gates(gates, ids, 4))
-  y = jax.jit(moe.sparse_experts, static_argnums=(4, 5))(x, experts, gates, ids, 'plain', 0.1)
+  y = jax.jit(moe.sparse_experts, static_argnums=(4, 5))(x, experts, gates, ids, 'pieces', 0.1)
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_experts_that_cannot_be_spread_are_refused_with_the_sizes_that_can():
   x, experts, logits = layer(8, 2)
   with use_mesh((1, 1, 3, 1)), pytest.raises(UsageError, match='can be 1, 2, 4, 8'):
-    loss_of('plain', 2)(x[:6], experts, logits[:6])
+    loss_of('pieces', 2)(x[:6], experts, logits[:6])
 
 
 def test_dense_experts_is_the_equation_of_the_paper():

@@ -48,6 +48,9 @@ def test_figures_are_their_definitions():
   assert found['largest_load'] == max(map(max, found['load']))
   assert found['smallest_load'] == min(map(min, found['load']))
   np.testing.assert_allclose(found['entropy'], 0.7)
+  assert 'dropped' not in found  # there is no such figure where a router drops nothing
+  sums['dropped'] = np.array([[10, 0, 6], [0, 0, 24]])
+  assert routing.describe(sums, DOMAINS)['dropped'] == [0.1, 0.15]  # of 80 tokens' 160 choices
 
 
 def test_mutual_information_of_independence_is_0_and_of_a_bijection_all():

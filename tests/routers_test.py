@@ -108,13 +108,15 @@ def dense_layer(experts, x, gates):
       has_aux=True)(experts, x, gates)
 
 
-@pytest.mark.parametrize('name, layer, mesh_shape', [
-    ('biased', 0, (1, 2, 4, 1)), ('softmax_top_k', 0, (2, 2, 2, 1)), ('switch', 0, (1, 2, 2, 2)),
-    ('soft', 0, (1, 1, 4, 2)), ('sample_top_1', 1, (1, 2, 2, 2)), ('sample_top_1', 0, (1, 2, 2, 2)),
-    ('hash', 0, None)])
-def test_a_layer_is_its_dense_form(name, layer, mesh_shape):
+@pytest.mark.parametrize('name, layer, mesh_shape, form', [
+    ('biased', 0, (1, 2, 4, 1), 'auto'), ('softmax_top_k', 0, (2, 2, 2, 1), 'auto'),
+    ('switch', 0, (1, 2, 2, 2), 'auto'), ('soft', 0, (1, 1, 4, 2), 'auto'),
+    ('sample_top_1', 1, (1, 2, 2, 2), 'auto'), ('sample_top_1', 0, (1, 2, 2, 2), 'auto'),
+    ('hash', 0, None, 'auto'),
+    *((name, 1, (1, 1, 2, 1), 'gather') for name in CONFIGS)])
+def test_a_layer_is_its_dense_form(name, layer, mesh_shape, form):
   """Values to 1e-5, and every gradient to 1e-4: of tokens, router and experts."""
-  cfg = CONFIGS[name]
+  cfg = dataclasses.replace(CONFIGS[name], dispatch=form)
   _, tokens, counted = inputs()
   x = jnp.asarray(normal((B, T, D)))
   experts = {'gate': (E, D, 20), 'up': (E, D, 20), 'down': (E, 20, D)}
@@ -157,19 +159,25 @@ def test_tokens_are_dropped_and_experts_drawn_alike_on_every_mesh(name):
     np.testing.assert_allclose(found.gates, expected.gates, rtol=1e-5)
     if name == 'switch':
       np.testing.assert_array_equal(found.room, expected.room)
-      np.testing.assert_array_equal(found.room, room(logits.argmax(-1), counted))
+      found_room = room(logits.argmax(-1), counted)
+      np.testing.assert_array_equal(found.room, found_room)
+      sums = routing.routing_sums(found, logits, counted, E)
+      assert sums.dropped.tolist() == (counted & ~found_room[..., 0]).sum(1).tolist()
+      assert sums.dropped.sum() > 0
+    else:
+      assert routing.routing_sums(found, logits, counted, E).dropped is None
 
 
 def test_sample_top_1_computes_one_expert_a_token_and_all_in_the_first_layer(monkeypatch):
   """Rows of the buffers: beyond the first round there are some only if an expert overflows."""
-  cfg, rows = CONFIGS['sample_top_1'], []
-  run = lambda buffers, *_: rows.append(buffers.shape) or buffers
-  monkeypatch.setitem(moe.FORMS, 'plain', functools.partial(dispatch.in_rounds, run=run))
+  cfg, shapes = CONFIGS['sample_top_1'], []
+  swiglu = lambda rows, *_: shapes.append(rows.shape) or rows
+  monkeypatch.setitem(moe.FORMS, 'pieces', functools.partial(dispatch.in_rounds, swiglu=swiglu))
   params = {'router': np.zeros((D, E)), 'experts': {
       'gate': np.zeros((E, D, 20)), 'up': np.zeros((E, D, 20)), 'down': np.zeros((E, 20, D))}}
   jax.eval_shape(lambda: llama.Mixture(cfg, sharding.BATCH_AXES).apply(
       {'params': params}, jnp.zeros((B, T, D)), Context(*inputs()[1:], 1, training=TRAINING)))
-  assert set(rows) == {(E, math.ceil(cfg.dispatch_factor * B * T / E), D)}
+  assert set(shapes) == {(E * math.ceil(cfg.dispatch_factor * B * T / E), D)}
   for layer, experts in ((0, E), (1, 1)):
     ids = route(cfg, *inputs(), layer, None, TRAINING).ids
     np.testing.assert_array_equal((ids >= 0).sum(-1), experts)

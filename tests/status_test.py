@@ -165,11 +165,14 @@ def routing_line(step, study):
 
 def test_a_report_of_unfinished_runs_has_what_there_is(study):
   start(study, 'seed', manifest.COMPLETE, lines=[line(s, loss_by_domain={}) for s in (1, 2)])
-  start(study, 'btx', lines=[routing_line(s, study) for s in (1, 2, 3)])
+  lines = [routing_line(s, study) for s in (1, 2, 3)]
+  lines[0]['routing']['dropped'], lines[2]['routing']['dropped'] = [0.3, 0.1], [0.0, 0.06]
+  start(study, 'btx', lines=lines)
   path = report.write(study, 'half <b>way</b>')
   with open(path, encoding='utf-8') as file:
     page = file.read()
   assert '1 of 4 runs complete' in page
+  assert 'dropped 20.0% at step 1 and 3.0% at step 3, 6.0% in the layer' in page
   assert 'half &lt;b&gt;way&lt;/b&gt;' in page and '<b>way' not in page
   assert page.count('data:image/png;base64,') == 4
   assert not [word for word in ('src="http', 'href="http', '<script', '@import') if word in page]

@@ -280,6 +280,18 @@ def test_metrics_by_domain_against_numpy_from_the_model_s_own_outputs(mesh_shape
           ours.gates, [gates[ids == expert].sum() for expert in range(E)], rtol=1e-5)
 
 
+def test_what_full_experts_drop_is_counted_by_the_domain_that_loses_it():
+  cfg = dataclasses.replace(TINY_MIXTURE, router='switch', num_layers=1, capacity_factor=0.5)
+  batch = random_batch(cfg, padding=5)
+  batch['domain'].sort()
+  _, metrics = step(cfg, random_params(cfg), microbatches(batch, 1))
+  sums = metrics['routing']
+  picks, limit = sums.picks[0].sum(0), np.ceil(0.5 * sums.count.sum() / cfg.num_experts)
+  assert sums.dropped.sum() == np.maximum(picks - limit, 0).sum() > 0
+  # Rows take the room of experts in their order, and the last ones are of domain 1.
+  assert sums.dropped[0, 1] > sums.dropped[0, 0]
+
+
 def test_entropy_probabilities_and_z_against_numpy():
   logits = normal((2, 3, 4, 5))  # B T E, twice
   cfg = dataclasses.replace(TINY_MIXTURE, num_experts=5)

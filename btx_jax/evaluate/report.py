@@ -190,6 +190,11 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
         f'load_{file_name}', pictures.load(
             [line['step'] for line in routed], column('load'), column('mutual_information'),
             column('entropy'), run.experts), f'Load of the experts of {run.name}')
+    if 'dropped' in routed[-1]['routing']:
+      first, last = (np.asarray(routed[at]['routing']['dropped']) for at in (0, -1))
+      yield (f'<p>Of all choices full experts dropped {first.mean():.1%} at step '
+             f'{routed[0]["step"]:,} and {last.mean():.1%} at step {routed[-1]["step"]:,}, '
+             f'{last.max():.1%} in the layer that dropped most.</p>')
   if final:
     yield '<p>Held-out text; a token has the colour of the expert with its largest gate, '
     yield 'mean over layers.</p><p>'

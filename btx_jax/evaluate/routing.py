@@ -15,7 +15,7 @@ def describe(sums: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
 
   Args:
     sums: of model.routing.RoutingSums, by field: gates, picks [L, G, E], entropy,
-      count [L, G].
+      count [L, G], and dropped [L, G] of a router that drops.
     domains: names of the G domains.
 
   Returns:
@@ -26,13 +26,14 @@ def describe(sums: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
     entropy: [L], mean entropy of the router's softmax over all experts, in nats.
     mutual_information: [L], between a token's domain and its expert (weighted by the gates),
       in bits: 0 where routing knows nothing of domains.
+    dropped: [L], the share of all picks that passed by a full expert; only of a router that drops.
   """
   gates, picks, entropy, count = (
       np.asarray(sums[name], np.float64) for name in ('gates', 'picks', 'entropy', 'count'))
   present = [(name, g) for g, name in enumerate(domains) if count[0, g]]
   load = picks.sum(1) / picks.sum((1, 2))[:, None]
   by_domain = lambda x: {name: _rounded(x[:, g] / count[:, g, None]) for name, g in present}
-  return {
+  figures = {
       'gates': by_domain(gates),
       'picks': by_domain(picks),
       'load': _rounded(load),
@@ -41,6 +42,9 @@ def describe(sums: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
       'entropy': _rounded(entropy.sum(1) / count.sum(1)),
       'mutual_information': _rounded(mutual_information(gates)),
   }
+  if 'dropped' in sums:
+    figures['dropped'] = _rounded(np.asarray(sums['dropped']).sum(1) / picks.sum((1, 2)))
+  return figures
 
 
 def mutual_information(weight_LGE) -> np.ndarray:

@@ -12,7 +12,7 @@ ATTENTIONS = ('auto', 'xla', 'splash', 'cudnn')
 # feed-forward layers' insides; of attention, and tokens on their way to experts and back, so that
 # none is sent again; of attention; layers' inputs only; these in the host's memory.
 REMATS = ('none', 'matmuls', 'projections', 'dispatch', 'attention', 'full', 'offload')
-DISPATCHES = ('auto', 'plain', 'grouped', 'gather')
+DISPATCHES = ('auto', 'pieces', 'grouped', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
 # Those that choose by scores, so that a bias can change the choice.
 SCORING = ('top_k', 'softmax_top_k', 'switch')

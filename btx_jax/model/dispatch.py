@@ -1,8 +1,8 @@
 """Tokens to their experts and back: forms of one function, for one device of a mesh.
 
-`in_rounds` sends tokens in buffers of fixed size, to experts that are each a `plain` matmul or
-all one that is `grouped`; `gathered` brings all tokens of the `expert` axis together. All are
-exact: no token is dropped, whatever the load.
+`in_rounds` sends tokens in buffers of fixed size; `gathered` brings all tokens of the `expert` axis
+together. Both are exact: no token is dropped, whatever the load. What a device then has is sorted
+by expert and multiplied group by group, by one of the functions of grouped.py.
 
 Into the buffers and back again, rows move by gathers in both directions of differentiation:
 both permutations are known, whereas autodiff would turn each gather into a slow scatter-add.
@@ -15,15 +15,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from btx_jax.model.linear import swiglu
 
-
-def in_rounds(x, experts, gates, ids, room, shards, run):
+def in_rounds(x, experts, gates, ids, room, shards, swiglu):
   """Buffers of `capacity` rows for every expert.
 
   What does not fit goes in a further round, which costs time only if some expert really
   overflowed. A token picks an expert at most once, so the number of rounds that can be needed
-  is known.
+  is known. Where nothing has to travel and there is room for every choice, buffers need no
+  borders and choices no rounds: that is `gathered`, on this device alone.
 
   Args:
     x: the device's tokens [n, D].
@@ -32,13 +31,15 @@ def in_rounds(x, experts, gates, ids, room, shards, run):
     ids: the chosen experts, [n, k]; -1 is none.
     room: rows per expert in a round, as a share of n.
     shards: devices of the axis `expert` that share the experts.
-    run: `plain` or `grouped`.
+    swiglu: of groups of rows, a function of grouped.py.
 
   Returns:
     [n, D].
   """
   (tokens, D), k = x.shape, ids.shape[-1]
   E, pairs = experts['up'].shape[0] * shards, tokens * k
+  if shards == 1 and room * E >= k:
+    return gathered(x, experts, gates, ids, room, shards, swiglu)
   C = min(tokens, math.ceil(room * tokens))
   rounds = math.ceil(tokens / C)
 
@@ -59,9 +60,9 @@ def in_rounds(x, experts, gates, ids, room, shards, run):
     slot_of_pair = jnp.where((ids < E) & (rank // C == r), ids * C + rank % C, -1)
     buffers = _dispatch(x, pair_of_slot, slot_of_pair, k).reshape(E, C, D)
     filled_E = jnp.clip(count_E - r * C, 0, C)
-    outputs = _send(buffers, filled_E, experts, shards, run).reshape(E * C, D)
+    outputs = _send(buffers, filled_E, experts, shards, swiglu).reshape(E * C, D)
     choices = _combine(outputs, pair_of_slot, slot_of_pair).reshape(tokens, k, D)
-    return jnp.einsum('nkd,nk->nd', choices, gates.astype(choices.dtype))
+    return _weighted(choices, gates)
 
   y = one_round(0)
   if rounds > 1:
@@ -79,8 +80,8 @@ def in_rounds(x, experts, gates, ids, room, shards, run):
   return y
 
 
-def gathered(x, experts, gates, ids, room, shards):
-  """All tokens of the `expert` axis on each of its devices, in one grouped matmul.
+def gathered(x, experts, gates, ids, room, shards, swiglu):
+  """All tokens of the `expert` axis on each of its devices.
 
   The simplest form, of ordinary collectives alone. Takes and returns what `in_rounds` does;
   `room` is of no use.
@@ -91,54 +92,36 @@ def gathered(x, experts, gates, ids, room, shards):
   held = experts['up'].shape[0]
   first = jax.lax.axis_index('expert') * held if shards > 1 else 0
   own = ids.reshape(-1) - first
-  choices = _grouped(x, experts, jnp.where((own >= 0) & (own < held), own, held))
-  y = jnp.einsum('nkd,nk->nd', choices.reshape(*ids.shape, -1), gates.astype(choices.dtype))
+  choices = _by_expert(x, experts, jnp.where((own >= 0) & (own < held), own, held), swiglu)
+  y = _weighted(checkpoint_name(choices, 'returned').reshape(*ids.shape, -1), gates)
   return jax.lax.psum_scatter(y, 'expert', tiled=True) if shards > 1 else y
 
 
-def plain(buffers, counts, experts):
-  """The experts on their buffers [experts, rows, D], each a matmul of all rows, empty or not."""
-  del counts
-  # One by one: XLA's batched form transposes the whole stack of weights for its gradient.
-  return jnp.stack([swiglu(rows, {name: w[i] for name, w in experts.items()})
-                    for i, rows in enumerate(buffers)])
-
-
-def grouped(buffers, counts, experts):
-  """The same in one grouped matmul of just the rows that are not empty.
-
-  `counts`: [experts, devices], rows in use at the front of what each device sent.
-  """
-  (held, rows, D), devices = buffers.shape, counts.shape[1]
-  place = jnp.arange(rows // devices)
-  in_use = place[None, None] < counts[..., None]
-  expert = jnp.where(in_use, jnp.arange(held)[:, None, None], held)
-  outputs = _grouped(buffers.reshape(held * rows, D), experts, expert.reshape(-1))
-  return outputs.reshape(buffers.shape)
-
-
-def _send(buffers_ECD, filled_E, experts, shards, run):
+def _send(buffers_ECD, filled_E, experts, shards, swiglu):
   """Sends buffers to where their experts are, applies these, and sends the results back.
 
-  `filled_E`: rows of each buffer that are in use.
+  `filled_E`: rows of each buffer that are in use, at its front.
   """
   to_experts = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)
   counts = filled_E[:, None]
   if shards > 1:  # own experts' rows from every device, [E / shards, shards * C, D]
     buffers_ECD, counts = to_experts(buffers_ECD), to_experts(counts)
   buffers_ECD = checkpoint_name(buffers_ECD, 'sent')
-  outputs = run(buffers_ECD, counts, experts)
+  held, rows, D = buffers_ECD.shape
+  in_use = jnp.arange(rows // shards)[None, None] < counts[..., None]
+  expert = jnp.where(in_use, jnp.arange(held)[:, None, None], held).reshape(-1)
+  outputs = _by_expert(buffers_ECD.reshape(-1, D), experts, expert, swiglu)
+  outputs = outputs.reshape(buffers_ECD.shape)
   if shards > 1:
     outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
   return checkpoint_name(outputs, 'returned')
 
 
-def _grouped(x, experts, expert_of_pair):
+def _by_expert(x, experts, expert_of_pair, swiglu):
   """What experts give to pairs of a token and an expert, [pairs, D].
 
   Pair p is of token p // k, the tokens x [n, D]; one whose expert is as high as there are
-  experts has none, and gives zeros. Where the hardware has a grouped matmul (TPU), these cost
-  nothing; elsewhere it costs as many times the work as there are experts.
+  experts has none, is not multiplied, and gives zeros.
   """
   (tokens, _), held = x.shape, experts['up'].shape[0]
   k = len(expert_of_pair) // tokens
@@ -147,13 +130,13 @@ def _grouped(x, experts, expert_of_pair):
   slots = jnp.arange(tokens * min(k, held))  # a token picks an expert at most once
   pair_of_slot = jnp.where(slots < sizes.sum(), by_expert[:len(slots)], -1)
   slot_of_pair = jnp.where(expert_of_pair < held, jnp.argsort(by_expert), -1)
-
-  # What is behind the last group is not defined, in no matmul and in no gradient of one. No row
-  # meets another, groups are all that gradients of weights sum over, and nobody asks for a slot
-  # that has no pair: so it may stay undefined, which saves masks as large as the activations.
-  matmul = lambda rows, w: jax.lax.ragged_dot(rows, w, sizes)
-  outputs = swiglu(_dispatch(x, pair_of_slot, slot_of_pair, k), experts, matmul)
+  outputs = swiglu(_dispatch(x, pair_of_slot, slot_of_pair, k), sizes, experts)
   return _combine(outputs, pair_of_slot, slot_of_pair)
+
+
+def _weighted(choices, gates):
+  """The sum of what a token's choices give [n, k, D], weighted; added up in float32."""
+  return (choices * gates[..., None]).sum(1).astype(choices.dtype)
 
 
 def _rows(x, index):

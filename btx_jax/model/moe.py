@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from btx_jax import sharding
-from btx_jax.model import dispatch
+from btx_jax.model import dispatch, grouped
 from btx_jax.model.linear import swiglu
 
 FORMS = {
-    'plain': functools.partial(dispatch.in_rounds, run=dispatch.plain),
-    'grouped': functools.partial(dispatch.in_rounds, run=dispatch.grouped),
-    'gather': dispatch.gathered,
+    'pieces': functools.partial(dispatch.in_rounds, swiglu=grouped.in_pieces),
+    'grouped': functools.partial(dispatch.in_rounds, swiglu=grouped.ragged),
+    'gather': functools.partial(dispatch.gathered, swiglu=grouped.ragged),
 }
-# Of the platform that a program is compiled for; 'plain' of all others.
+# Of the platform that a program is compiled for; 'pieces' of all others.
 _OF_PLATFORM = {'tpu': 'grouped'}
 
 
@@ -57,7 +57,7 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form='auto',
   E, _, F = experts['up'].shape
   room = dispatch_factor * (load or ids_BTk.shape[-1]) / E
   if form == 'auto':
-    form = _OF_PLATFORM.get(sharding.platform(), 'plain')
+    form = _OF_PLATFORM.get(sharding.platform(), 'pieces')
   if mesh.empty:
     return _on_device(x_BTD, experts, gates_BTk, ids_BTk, FORMS[form],
                       room, 1, None)

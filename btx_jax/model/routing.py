@@ -24,6 +24,7 @@ class RoutingSums(NamedTuple):
     entropy: [..., G], of that softmax, in nats.
     z: [..., G], squared logarithm of that softmax's denominator.
     count: [..., G], tokens that were counted (padding is not).
+    dropped: [..., G], choices that passed by a full expert; None of a router that drops none.
   """
   gates: jax.Array
   picks: jax.Array
@@ -31,6 +32,7 @@ class RoutingSums(NamedTuple):
   entropy: jax.Array
   z: jax.Array
   count: jax.Array
+  dropped: jax.Array | None = None
 
 
 class Routing(NamedTuple):
@@ -75,7 +77,8 @@ def routing_sums(choice: Choice, logits_BTE, counted_BT, num_experts: int) -> Ro
       probs=over_row(probs_BTE),
       entropy=over_row(jax.scipy.special.entr(probs_BTE).sum(-1)),
       z=over_row(z_BT),
-      count=counted_BT.sum(1).astype(jnp.float32))
+      count=counted_BT.sum(1).astype(jnp.float32),
+      dropped=None if choice.room is None else over_row((~choice.room).astype(jnp.float32).sum(-1)))
 
 
 def by_domain(sums: RoutingSums, domain_B, num_domains: int) -> RoutingSums:
@@ -88,7 +91,7 @@ def by_domain(sums: RoutingSums, domain_B, num_domains: int) -> RoutingSums:
     member = member_BG.reshape((1,) * lead + member_BG.shape + (1,) * behind)
     return (jnp.expand_dims(x, lead + 1) * member).sum(lead)
 
-  return RoutingSums(*map(add, sums))
+  return jax.tree.map(add, sums)
 
 
 def balance_loss(sums: RoutingSums) -> jax.Array:

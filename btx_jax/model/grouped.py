@@ -1,0 +1,132 @@
+"""SwiGLU of rows sorted by expert: each group of rows with weights of its own.
+
+Two forms of one function, (rows [n, D], sizes [E], experts [E, ...]) -> [n, D]: `ragged` for
+hardware whose compiler has a grouped matmul (TPU), `in_pieces` of ordinary matmuls for all other.
+What they give for rows behind the last group is not defined.
+"""
+
+import functools
+import math
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from btx_jax import sharding
+from btx_jax.model import linear
+
+# Lengths of pieces in units of a balanced load, and the rows below which a matmul is not worth its
+# while. Long ones make the most of a matmul, short ones leave few rows empty; each is a loop more
+# to compile.
+_LENGTHS, _SHORTEST = (1, 1 / 4, 1 / 16), 32
+
+
+def ragged(rows, sizes, experts):
+  """One kernel for all groups; elsewhere than on a TPU, all experts on all rows."""
+  # What is behind the last group is not defined, in no matmul and in no gradient of one. No row
+  # meets another, groups are all that gradients of weights sum over, and nobody asks for a row
+  # behind: so it may stay undefined, which saves masks as large as the activations.
+  return linear.swiglu(rows, experts, lambda x, w: jax.lax.ragged_dot(x, w, sizes))
+
+
+@jax.custom_vjp
+def in_pieces(rows, sizes, experts):
+  """Expert by expert, its rows in pieces of a few fixed lengths, as many as there turn out to be.
+
+  Only the last piece of a group, the shortest, has empty rows. Both directions are written out,
+  since a loop of unknown length has no gradient.
+  """
+  return _forward(rows, sizes, experts)[0]
+
+
+def _forward(rows, sizes, experts):
+  lengths, padded = _lengths(rows, sizes), _padded(rows, sizes)
+  wide = jnp.zeros((len(padded), experts['up'].shape[-1]), rows.dtype)
+
+  def one_expert(out, expert):
+    w, start, size = expert
+
+    def piece(out, at, length):
+      x = jax.lax.dynamic_slice_in_dim(padded, at, length)
+      gate, up = x @ w['gate'], x @ w['up']
+      return _write(out, (_hidden(gate, up) @ w['down'], gate, up), at)
+
+    return _over_pieces(piece, out, start, size, lengths), None
+
+  out = sharding.varying_like((jnp.zeros_like(padded), wide, wide), rows)
+  (y, gate, up), _ = jax.lax.scan(one_expert, out, (experts, _starts(sizes), sizes))
+  gate, up = checkpoint_name((gate, up), 'hidden')
+  return y[:len(rows)], (padded, sizes, experts, gate, up)
+
+
+def _backward(residuals, dy):
+  padded, sizes, experts, gates, ups = residuals
+  lengths, dy = _lengths(dy, sizes), _padded(dy, sizes)
+
+  def one_expert(dx, expert):
+    w, start, size = expert
+
+    def piece(totals, at, length):
+      dx, dw = totals
+      x, gate, up, d = (jax.lax.dynamic_slice_in_dim(a, at, length)
+                        for a in (padded, gates, ups, dy))
+      d = jnp.where((at + jnp.arange(length) < start + size)[:, None], d, 0)
+      hidden, into_hidden = jax.vjp(_hidden, gate, up)
+      dgate, dup = into_hidden(d @ w['down'].T)
+      more = {'gate': _outer(x, dgate), 'up': _outer(x, dup), 'down': _outer(hidden, d)}
+      return (_write(dx, dgate @ w['gate'].T + dup @ w['up'].T, at),
+              jax.tree.map(jnp.add, dw, more))
+
+    dw = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), w)
+    dx, dw = _over_pieces(piece, (dx, sharding.varying_like(dw, dx)), start, size, lengths)
+    return dx, jax.tree.map(lambda dw, w: dw.astype(w.dtype), dw, w)
+
+  dx = sharding.varying_like(jnp.zeros_like(padded), dy)
+  dx, dw = jax.lax.scan(one_expert, dx, (experts, _starts(sizes), sizes))
+  return dx[:len(dx) - lengths[-1]], None, dw
+
+
+in_pieces.defvjp(_forward, _backward)
+
+
+def _over_pieces(piece, carry, start, size, lengths):
+  """`piece` (carry, at, length) -> carry over a group, the longest pieces first.
+
+  What the last one writes behind its group the next group overwrites.
+  """
+  for length in lengths:
+    many = size // length if length != lengths[-1] else -(-size // length)
+    body = lambda i, carry, at, length: piece(carry, at + i * length, length)
+    carry = jax.lax.fori_loop(
+        0, many, functools.partial(body, at=start, length=length), carry)
+    start, size = start + many * length, size - many * length
+  return carry
+
+
+def _lengths(rows, sizes) -> list[int]:
+  """In rows, in falling order."""
+  lengths = {max(_SHORTEST, math.ceil(share * len(rows) / len(sizes))) for share in _LENGTHS}
+  return sorted(lengths, reverse=True)
+
+
+def _padded(rows, sizes):
+  """So that the last piece, which may have empty rows, ends within."""
+  return jnp.pad(rows, ((0, _lengths(rows, sizes)[-1]), (0, 0)))
+
+
+def _starts(sizes):
+  return jnp.cumsum(sizes) - sizes
+
+
+def _write(out, rows, at):
+  return jax.tree.map(
+      lambda out, rows: jax.lax.dynamic_update_slice_in_dim(out, rows, at, 0), out, rows)
+
+
+def _hidden(gate, up):
+  return jax.nn.silu(gate) * up
+
+
+def _outer(x, dy):
+  """The gradient of weights, added up over rows, laid out as they are (see linear.py)."""
+  return jnp.einsum('nd,nf->df', x, dy, preferred_element_type=jnp.float32)
