@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
       # What of each layer is kept for the backward pass; the rest is recomputed. From most memory
       # to least: 'none' recomputes nothing; 'matmuls' keeps their results; 'projections', those
       # outside the feed-forward layers; 'dispatch', what attention gives, and tokens sent to
-      # experts and back; 'attention', the first alone; 'full', only the layer's input; 'offload',
+      # experts; 'attention', the first alone; 'full', only the layer's input; 'offload',
       # that in the host's memory.
       'remat': 'none',
       # 'xla', anywhere; 'splash', on a TPU; 'cudnn', on an NVIDIA GPU in bfloat16; 'auto', the

@@ -9,8 +9,8 @@ from btx_jax.errors import UsageError, nearest
 
 ATTENTIONS = ('auto', 'xla', 'splash', 'cudnn')
 # From most memory and least work to the reverse: all; results of matmuls; those but of the
-# feed-forward layers' insides; of attention, and tokens on their way to experts and back, so that
-# none is sent again; of attention; layers' inputs only; these in the host's memory.
+# feed-forward layers' insides; of attention, and tokens sent to experts, so that none is sent
+# again; of attention; layers' inputs only; these in the host's memory.
 REMATS = ('none', 'matmuls', 'projections', 'dispatch', 'attention', 'full', 'offload')
 DISPATCHES = ('auto', 'pieces', 'grouped', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')

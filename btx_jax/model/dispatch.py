@@ -44,10 +44,8 @@ def in_rounds(x, experts, gates, ids, room, shards, swiglu):
   rounds = math.ceil(tokens / C)
 
   ids = jnp.where(ids < 0, E, ids).reshape(pairs)  # behind all others
-  by_expert = jnp.argsort(ids, stable=True)
-  count_E = jax.nn.one_hot(ids, E, dtype=jnp.int32).sum(0)
+  by_expert, rank, count_E = _sorted(ids, E)
   start_E = jnp.cumsum(count_E) - count_E
-  rank = jnp.argsort(by_expert) - start_E[ids]  # of a pair among those of its expert
   slot = jnp.arange(E * C)
 
   def one_round(r):
@@ -59,10 +57,10 @@ def in_rounds(x, experts, gates, ids, room, shards, swiglu):
         by_expert[jnp.minimum(start_E[expert] + place, pairs - 1)], -1)
     slot_of_pair = jnp.where((ids < E) & (rank // C == r), ids * C + rank % C, -1)
     buffers = _dispatch(x, pair_of_slot, slot_of_pair, k).reshape(E, C, D)
+    shares = _dispatch(gates.reshape(pairs, 1), pair_of_slot, slot_of_pair, 1).reshape(E, C, 1)
     filled_E = jnp.clip(count_E - r * C, 0, C)
-    outputs = _send(buffers, filled_E, experts, shards, swiglu).reshape(E * C, D)
-    choices = _combine(outputs, pair_of_slot, slot_of_pair).reshape(tokens, k, D)
-    return _weighted(choices, gates)
+    outputs = _send(buffers, shares, filled_E, experts, shards, swiglu).reshape(E * C, D)
+    return _summed(_combine(outputs, pair_of_slot, slot_of_pair), k)
 
   y = one_round(0)
   if rounds > 1:
@@ -92,51 +90,68 @@ def gathered(x, experts, gates, ids, room, shards, swiglu):
   held = experts['up'].shape[0]
   first = jax.lax.axis_index('expert') * held if shards > 1 else 0
   own = ids.reshape(-1) - first
-  choices = _by_expert(x, experts, jnp.where((own >= 0) & (own < held), own, held), swiglu)
-  y = _weighted(checkpoint_name(choices, 'returned').reshape(*ids.shape, -1), gates)
+  own = jnp.where((own >= 0) & (own < held), own, held)
+  by_expert, rank, sizes = _sorted(own, held)
+  k = ids.shape[1]
+  slots = jnp.arange(len(x) * min(k, held))  # a token picks an expert at most once
+  pair_of_slot = jnp.where(slots < sizes.sum(), by_expert[:len(slots)], -1)
+  start = jnp.cumsum(sizes) - sizes
+  slot_of_pair = jnp.where(own < held, start[jnp.minimum(own, held - 1)] + rank, -1)
+  rows = _dispatch(x, pair_of_slot, slot_of_pair, k)
+  shares = _dispatch(gates.reshape(-1, 1), pair_of_slot, slot_of_pair, 1)
+  outputs = swiglu(rows, shares, sizes, experts)
+  y = _summed(_combine(outputs, pair_of_slot, slot_of_pair), k)
   return jax.lax.psum_scatter(y, 'expert', tiled=True) if shards > 1 else y
 
 
-def _send(buffers_ECD, filled_E, experts, shards, swiglu):
+def _send(buffers, shares, filled_E, experts, shards, swiglu):
   """Sends buffers to where their experts are, applies these, and sends the results back.
 
-  `filled_E`: rows of each buffer that are in use, at its front.
+  Args:
+    buffers: [E, C, D].
+    shares: gates of the rows, [E, C, 1].
+    filled_E: rows of each buffer that are in use, at its front.
+    experts, shards, swiglu: as of `in_rounds`.
   """
   to_experts = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)
   counts = filled_E[:, None]
   if shards > 1:  # own experts' rows from every device, [E / shards, shards * C, D]
-    buffers_ECD, counts = to_experts(buffers_ECD), to_experts(counts)
-  buffers_ECD = checkpoint_name(buffers_ECD, 'sent')
-  held, rows, D = buffers_ECD.shape
-  in_use = jnp.arange(rows // shards)[None, None] < counts[..., None]
-  expert = jnp.where(in_use, jnp.arange(held)[:, None, None], held).reshape(-1)
-  outputs = _by_expert(buffers_ECD.reshape(-1, D), experts, expert, swiglu)
-  outputs = outputs.reshape(buffers_ECD.shape)
+    buffers, shares, counts = (to_experts(x) for x in (buffers, shares, counts))
+  buffers, shares = checkpoint_name((buffers, shares), 'sent')
+  shape = buffers.shape
+  rows, D = shape[0] * shape[1], shape[2]
+  # Buffer after buffer, those of an expert next to each other, without their empty ends.
+  filled = counts.reshape(-1)
+  end = jnp.cumsum(filled)
+  size, slot = rows // len(filled), jnp.arange(rows)
+  buffer = (slot[:, None] >= end[None]).sum(1)
+  source = buffer * size + slot - (end - filled)[jnp.minimum(buffer, len(filled) - 1)]
+  row_of_slot = jnp.where(slot < end[-1], source, -1)
+  slot_of_row = jnp.where(slot % size < filled[slot // size],
+                          (end - filled)[slot // size] + slot % size, -1)
+  packed = _dispatch(buffers.reshape(rows, D), row_of_slot, slot_of_row, 1)
+  shares = _dispatch(shares.reshape(rows, 1), row_of_slot, slot_of_row, 1)
+  outputs = swiglu(packed, shares, counts.sum(1), experts)
+  outputs = _combine(outputs, row_of_slot, slot_of_row).reshape(shape)
   if shards > 1:
     outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
-  return checkpoint_name(outputs, 'returned')
+  return outputs
 
 
-def _by_expert(x, experts, expert_of_pair, swiglu):
-  """What experts give to pairs of a token and an expert, [pairs, D].
+def _sorted(ids, E):
+  """Pairs by their expert: in which order, each one's rank among its expert's, and counts [E].
 
-  Pair p is of token p // k, the tokens x [n, D]; one whose expert is as high as there are
-  experts has none, is not multiplied, and gives zeros.
+  An id E is that of pairs without an expert, which come last.
   """
-  (tokens, _), held = x.shape, experts['up'].shape[0]
-  k = len(expert_of_pair) // tokens
-  by_expert = jnp.argsort(expert_of_pair, stable=True)
-  sizes = jax.nn.one_hot(expert_of_pair, held, dtype=jnp.int32).sum(0)
-  slots = jnp.arange(tokens * min(k, held))  # a token picks an expert at most once
-  pair_of_slot = jnp.where(slots < sizes.sum(), by_expert[:len(slots)], -1)
-  slot_of_pair = jnp.where(expert_of_pair < held, jnp.argsort(by_expert), -1)
-  outputs = swiglu(_dispatch(x, pair_of_slot, slot_of_pair, k), sizes, experts)
-  return _combine(outputs, pair_of_slot, slot_of_pair)
+  member = jax.nn.one_hot(ids, E, dtype=jnp.int32)
+  rank = ((jnp.cumsum(member, 0) - 1) * member).sum(1)
+  return jnp.argsort(ids, stable=True), rank, member.sum(0)
 
 
-def _weighted(choices, gates):
-  """The sum of what a token's choices give [n, k, D], weighted; added up in float32."""
-  return (choices * gates[..., None]).sum(1).astype(choices.dtype)
+def _summed(choices, k):
+  """The sum of each token's choices [n * k, D], which are weighted already, in float32: [n, D]."""
+  choices = choices.reshape(-1, k, choices.shape[-1])
+  return choices.sum(1, dtype=jnp.float32).astype(choices.dtype)
 
 
 def _rows(x, index):

@@ -1,8 +1,9 @@
 """SwiGLU of rows sorted by expert: each group of rows with weights of its own.
 
-Two forms of one function, (rows [n, D], sizes [E], experts [E, ...]) -> [n, D]: `ragged` for
-hardware whose compiler has a grouped matmul (TPU), `in_pieces` of ordinary matmuls for all other.
-What they give for rows behind the last group is not defined.
+Two forms of one function, (rows [n, D], shares [n, 1], sizes [E], experts [E, ...]) -> [n, D]:
+`ragged` for hardware whose compiler has a grouped matmul (TPU), `in_pieces` of ordinary matmuls for
+all other. Each row's result is multiplied by its share, the gate that chose its expert. What they
+give for rows behind the last group is not defined.
 """
 
 import functools
@@ -21,69 +22,70 @@ from btx_jax.model import linear
 _LENGTHS, _SHORTEST = (1, 1 / 4, 1 / 16), 32
 
 
-def ragged(rows, sizes, experts):
+def ragged(rows, shares, sizes, experts):
   """One kernel for all groups; elsewhere than on a TPU, all experts on all rows."""
   # What is behind the last group is not defined, in no matmul and in no gradient of one. No row
   # meets another, groups are all that gradients of weights sum over, and nobody asks for a row
   # behind: so it may stay undefined, which saves masks as large as the activations.
-  return linear.swiglu(rows, experts, lambda x, w: jax.lax.ragged_dot(x, w, sizes))
+  return linear.swiglu(rows, experts, lambda x, w: jax.lax.ragged_dot(x, w, sizes), shares)
 
 
 @jax.custom_vjp
-def in_pieces(rows, sizes, experts):
+def in_pieces(rows, shares, sizes, experts):
   """Expert by expert, its rows in pieces of a few fixed lengths, as many as there turn out to be.
 
   Only the last piece of a group, the shortest, has empty rows. Both directions are written out,
   since a loop of unknown length has no gradient.
   """
-  return _forward(rows, sizes, experts)[0]
+  return _forward(rows, shares, sizes, experts)[0]
 
 
-def _forward(rows, sizes, experts):
-  lengths, padded = _lengths(rows, sizes), _padded(rows, sizes)
+def _forward(rows, shares, sizes, experts):
+  lengths = _lengths(rows, sizes)
+  padded, shares = _padded(rows, sizes), _padded(shares, sizes)
   wide = jnp.zeros((len(padded), experts['up'].shape[-1]), rows.dtype)
 
   def one_expert(out, expert):
     w, start, size = expert
 
     def piece(out, at, length):
-      x = jax.lax.dynamic_slice_in_dim(padded, at, length)
+      x, share = _piece((padded, shares), at, length)
       gate, up = x @ w['gate'], x @ w['up']
-      return _write(out, (_hidden(gate, up) @ w['down'], gate, up), at)
+      return _write(out, (linear.hidden(gate, up, share) @ w['down'], gate, up), at)
 
     return _over_pieces(piece, out, start, size, lengths), None
 
   out = sharding.varying_like((jnp.zeros_like(padded), wide, wide), rows)
   (y, gate, up), _ = jax.lax.scan(one_expert, out, (experts, _starts(sizes), sizes))
   gate, up = checkpoint_name((gate, up), 'hidden')
-  return y[:len(rows)], (padded, sizes, experts, gate, up)
+  return y[:len(rows)], (padded, shares, sizes, experts, gate, up)
 
 
 def _backward(residuals, dy):
-  padded, sizes, experts, gates, ups = residuals
+  padded, shares, sizes, experts, gates, ups = residuals
   lengths, dy = _lengths(dy, sizes), _padded(dy, sizes)
 
-  def one_expert(dx, expert):
+  def one_expert(by_row, expert):
     w, start, size = expert
 
     def piece(totals, at, length):
-      dx, dw = totals
-      x, gate, up, d = (jax.lax.dynamic_slice_in_dim(a, at, length)
-                        for a in (padded, gates, ups, dy))
+      by_row, dw = totals
+      x, share, gate, up, d = _piece((padded, shares, gates, ups, dy), at, length)
       d = jnp.where((at + jnp.arange(length) < start + size)[:, None], d, 0)
-      hidden, into_hidden = jax.vjp(_hidden, gate, up)
-      dgate, dup = into_hidden(d @ w['down'].T)
+      hidden, into_hidden = jax.vjp(linear.hidden, gate, up, share)
+      dgate, dup, dshare = into_hidden(d @ w['down'].T)
       more = {'gate': _outer(x, dgate), 'up': _outer(x, dup), 'down': _outer(hidden, d)}
-      return (_write(dx, dgate @ w['gate'].T + dup @ w['up'].T, at),
+      return (_write(by_row, (dgate @ w['gate'].T + dup @ w['up'].T, dshare), at),
               jax.tree.map(jnp.add, dw, more))
 
     dw = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), w)
-    dx, dw = _over_pieces(piece, (dx, sharding.varying_like(dw, dx)), start, size, lengths)
-    return dx, jax.tree.map(lambda dw, w: dw.astype(w.dtype), dw, w)
+    by_row, dw = _over_pieces(piece, (by_row, sharding.varying_like(dw, dy)), start, size, lengths)
+    return by_row, jax.tree.map(lambda dw, w: dw.astype(w.dtype), dw, w)
 
-  dx = sharding.varying_like(jnp.zeros_like(padded), dy)
-  dx, dw = jax.lax.scan(one_expert, dx, (experts, _starts(sizes), sizes))
-  return dx[:len(dx) - lengths[-1]], None, dw
+  by_row = sharding.varying_like((jnp.zeros_like(padded), jnp.zeros_like(shares)), dy)
+  (dx, dshares), dw = jax.lax.scan(one_expert, by_row, (experts, _starts(sizes), sizes))
+  rows = len(dx) - lengths[-1]
+  return dx[:rows], dshares[:rows], None, dw
 
 
 in_pieces.defvjp(_forward, _backward)
@@ -118,13 +120,13 @@ def _starts(sizes):
   return jnp.cumsum(sizes) - sizes
 
 
+def _piece(arrays, at, length):
+  return [jax.lax.dynamic_slice_in_dim(a, at, length) for a in arrays]
+
+
 def _write(out, rows, at):
   return jax.tree.map(
       lambda out, rows: jax.lax.dynamic_update_slice_in_dim(out, rows, at, 0), out, rows)
-
-
-def _hidden(gate, up):
-  return jax.nn.silu(gate) * up
 
 
 def _outer(x, dy):

@@ -29,8 +29,17 @@ def _backward(residuals, dy):
 matmul.defvjp(_forward, _backward)
 
 
-def swiglu(x, w, matmul=matmul):
-  """(silu(x @ gate) * (x @ up)) @ down, on the last dimension of x."""
+def swiglu(x, w, matmul=matmul, shares=1):
+  """shares * (silu(x @ gate) * (x @ up)) @ down, on the last dimension of x.
+
+  The shares [..., 1] go in before the last matmul: then nothing that comes behind it is needed
+  for their gradient.
+  """
   gate = checkpoint_name(matmul(x, w['gate']), 'hidden')
   up = checkpoint_name(matmul(x, w['up']), 'hidden')
-  return matmul(jax.nn.silu(gate) * up, w['down'])
+  return matmul(hidden(gate, up, shares), w['down'])
+
+
+def hidden(gate, up, shares=1):
+  """What SwiGLU's last matmul is applied to, in the dtype of `up`."""
+  return (jax.nn.silu(gate) * up * shares).astype(up.dtype)

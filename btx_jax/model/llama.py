@@ -29,9 +29,9 @@ _keep = jax.checkpoint_policies.save_only_these_names
 _REMAT = {
     'full': None,
     'attention': _keep('attended'),
-    'dispatch': _keep('attended', 'sent', 'returned'),
-    'projections': _keep('qkv', 'attended', 'sent', 'returned'),
-    'matmuls': _keep('qkv', 'attended', 'sent', 'returned', 'hidden'),
+    'dispatch': _keep('attended', 'sent'),
+    'projections': _keep('qkv', 'attended', 'sent'),
+    'matmuls': _keep('qkv', 'attended', 'sent', 'hidden'),
     'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=['layer'],
         offload_src='device', offload_dst='pinned_host'),
