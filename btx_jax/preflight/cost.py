@@ -69,35 +69,21 @@ class Model:
 
   def _of(self, name: str) -> Cost:
     computation, cost = self._module.computations[name], Cost()
-    free, ends = defaultdict(float), {}  # of network and memory; of what has started
+    clock = _Clock(cost)
     for instruction in computation.values():
       kind = instruction.opcode
-      if kind.endswith(('-done', '-update')) and instruction.operands:
-        end = ends.get(instruction.operands[0], 0.0)
-        if kind.endswith('-update'):
-          ends[instruction.name] = end
-        elif end > cost.seconds:
-          if instruction.operands[0] in self._collectives_of(computation):
-            cost.waiting += end - cost.seconds
-          cost.seconds = end
-      elif moved := self._collective(computation, instruction):
-        kind, axes, size = moved
-        seconds = size / self._speed(kind, axes) if axes else 0.0
-        cost.network += seconds
-        cost.sent[kind, axes] += size
-        end = free['network'] = max(free['network'], cost.seconds) + seconds
-        if instruction.opcode.endswith('-start'):
-          ends[instruction.name] = end
-        else:
-          cost.waiting += end - cost.seconds
-          cost.seconds = end
+      if moved := self._collective(computation, instruction):
+        self._communicate(clock, instruction, *moved)
       elif kind.endswith('-start'):
         where = 'host' if any(s.space == hlo.HOST for s in instruction.shapes) else 'memory'
         size = max((s.bytes for s in instruction.shapes), default=0)
         seconds = size / (self._chip.host_link if where == 'host' else self._chip.bandwidth)
-        if where == 'memory':
-          cost.memory += seconds
-        ends[instruction.name] = free[where] = max(free[where], cost.seconds) + seconds
+        cost.memory += seconds if where == 'memory' else 0
+        clock.start(instruction.name, where, seconds)
+      elif kind.endswith(('-update', '-done')):
+        clock.follow(instruction.name, instruction.operands[0])
+        if kind.endswith('-done'):
+          clock.wait(instruction.name)
       elif kind == 'while':
         cost.add(self.of(instruction.attribute('body')), self._module.trips(instruction))
       elif kind == 'conditional':
@@ -108,6 +94,20 @@ class Model:
         self._work(cost, computation, instruction)
     return cost
 
+  def _communicate(self, clock: '_Clock', instruction: hlo.Instruction, collective: str,
+                   kind: str, axes: tuple[str, ...], size: float):
+    """A collective, `collective` by name; `size` is what a device sends."""
+    cost, stage = clock.cost, _stage(instruction)
+    if stage == 'done':
+      clock.wait(collective)
+      return
+    seconds = size / self._speed(kind, axes) if axes else 0.0
+    cost.network += seconds
+    cost.sent[kind, axes] += size
+    clock.start(collective, 'network', seconds)
+    if stage == 'whole':
+      clock.wait(collective)
+
   def _work(self, cost: Cost, computation: hlo.Computation, instruction: hlo.Instruction):
     flops = self._flops(computation, instruction)
     compute = flops / self._chip.flops
@@ -117,32 +117,29 @@ class Model:
     cost.memory += memory
     cost.seconds += max(compute, memory)
 
-  @functools.cached_property
-  def _started(self):
-    return {}
-
-  def _collectives_of(self, computation: hlo.Computation) -> set[str]:
-    """Names of the asynchronous collectives that start there."""
-    key = id(computation)
-    if key not in self._started:
-      self._started[key] = {i.name for i in computation.values()
-                            if i.opcode.endswith('-start') and self._collective(computation, i)}
-    return self._started[key]
-
   def _collective(self, computation: hlo.Computation, instruction: hlo.Instruction):
-    """(kind, axes, bytes that a device sends) of a collective; None of anything else."""
+    """(name, kind, axes, bytes that a device sends) of a collective; None of anything else."""
     kind = instruction.opcode.removesuffix('-start')
-    if kind == 'async':  # wraps it in a computation
+    if instruction.opcode in ('async-start', 'fusion'):
+      # Wrapped in a computation. The TPU's compiler has collectives start, go on in the midst of
+      # other fusions, and be done, each by a fusion of its own on the same channel.
       inner = self._module.computations[instruction.called[0]]
-      found = [i for i in inner.values() if i.opcode in hlo.COLLECTIVES]
-      return self._collective(inner, found[0]) if found else None
+      found = next((i for i in inner.values() if i.opcode in hlo.COLLECTIVES), None)
+      if not found or _stage(instruction) == 'goes on':
+        return None
+      name, kind, axes, size = self._collective(inner, found)
+      if kind == 'all-reduce' and instruction.shapes[0].bytes < found.shapes[0].bytes:
+        kind, size = 'reduce-scatter', size / 2  # a device keeps its part of the sum only
+      if instruction.opcode == 'fusion':
+        return found.attribute('channel_id') or name, kind, axes, size
+      return instruction.name, kind, axes, size
     if kind not in hlo.COLLECTIVES:
       return None
     axes = hlo.axes(instruction, self._mesh)
     n = math.prod(self._mesh.shape[axis] for axis in axes)
     given = sum(s.bytes for o in instruction.operands for s in _shapes(computation, o))
     size = {'all-gather': given * n, 'all-reduce': 2 * given}.get(kind, given)
-    return kind, axes, size * (n - 1) / n
+    return instruction.name, kind, axes, size * (n - 1) / n
 
   def _flops(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
     """Of matmuls in it; elementwise work is not counted."""
@@ -177,6 +174,39 @@ class Model:
     return sum(read) + written
 
 
+def _stage(instruction: hlo.Instruction) -> str:
+  """Of a collective: 'whole', or what part of its course this is."""
+  if instruction.opcode != 'fusion':
+    return 'start' if instruction.opcode.endswith('-start') else 'whole'
+  if 'async' not in instruction.name:
+    return 'goes on' if 'async_collective' in instruction.attributes else 'whole'
+  return next((stage for stage in ('start', 'done') if stage in instruction.name), 'goes on')
+
+
+class _Clock:
+  """Time in a computation, and what is under way meanwhile."""
+
+  def __init__(self, cost: Cost):
+    self.cost = cost
+    self._free: dict[str, float] = defaultdict(float)  # when network and memory are idle again
+    self._ends: dict[str, tuple[float, bool]] = {}  # when, and whether it is the network's
+
+  def start(self, name: str, where: str, seconds: float):
+    end = self._free[where] = max(self._free[where], self.cost.seconds) + seconds
+    self._ends[name] = end, where == 'network'
+
+  def follow(self, name: str, other: str):
+    """`name` is done when `other` is."""
+    if other in self._ends:
+      self._ends[name] = self._ends[other]
+
+  def wait(self, name: str):
+    end, on_network = self._ends.get(name, (0.0, False))
+    waits = max(end - self.cost.seconds, 0.0)
+    self.cost.seconds += waits
+    self.cost.waiting += waits if on_network else 0
+
+
 def _shapes(computation: hlo.Computation, name: str):
   found = computation.get(name)
   return found.shapes if found else ()
@@ -193,19 +223,29 @@ def _used(computation: hlo.Computation, name: str) -> float:
         continue  # written in place
       elif user.opcode in ('bitcast', 'copy', 'reshape', 'convert'):
         total += _used(computation, user.name)
+      elif user.opcode == 'tuple' or user.opcode in hlo.COLLECTIVES:
+        continue  # handed on; or sent, which has a price of its own
       else:
         return math.inf
   return total
 
 
 def _updated(computation: hlo.Computation) -> float:
-  """Bytes that a computation writes if it updates a slice in place."""
+  """Bytes that a computation writes: of arrays that it updates in place, the slices."""
   root = computation.root
-  while root.opcode in ('bitcast', 'copy', 'reshape') and root.operands[0] in computation:
-    root = computation[root.operands[0]]
-  if root.opcode == 'dynamic-update-slice':
-    return computation.shape(root.operands[1]).bytes
-  return math.inf
+  names = root.operands if root.opcode == 'tuple' else (root.name,)
+  return sum(_written(computation, name) for name in names)
+
+
+def _written(computation: hlo.Computation, name: str) -> float:
+  made = computation[name]
+  while made.opcode in ('bitcast', 'copy', 'reshape') and made.operands[0] in computation:
+    made = computation[made.operands[0]]
+  if made.opcode == 'dynamic-update-slice':
+    return computation.shape(made.operands[1]).bytes
+  if made.opcode in ('parameter', 'custom-call') or made.opcode in hlo.COLLECTIVES:
+    return 0.0  # handed on
+  return sum(s.bytes for s in computation[name].shapes)
 
 
 def _dot_flops(computation: hlo.Computation, dot: hlo.Instruction) -> float:
