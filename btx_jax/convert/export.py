@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from btx_jax.convert import model_config, names, shards
-from btx_jax.convert.safetensors import Index
+from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import replacing
 from btx_jax.model.config import Config
@@ -31,6 +31,12 @@ class Source(Protocol):
 
   def read(self, path: str, index: Index) -> np.ndarray:
     """A slice, with a start and an end in each dimension, of the parameter at this path."""
+
+  def stretch(self, path: str, index: Index) -> Stretch | None:
+    """Where a slice of one layer and expert lies, in the order of Hugging Face's dimensions.
+
+    None if it lies nowhere as it is, or not in one piece.
+    """
 
   def room(self, path: str) -> int:
     """Bytes that `read` takes besides what it returns, for a slice of one layer and expert."""
@@ -75,7 +81,8 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
   written = shards.write(
       partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
       DTYPES[dtype], lambda name: _pieces(source, *tensors[name], size, DTYPES[dtype],
-                                          rows[tensors[name][0].path]), max_shard)
+                                          rows[tensors[name][0].path]),
+      max_shard, lambda name: _stretch(source, *tensors[name], size, DTYPES[dtype]))
   generation = {'_from_model_config': True, 'bos_token_id': bos_id, 'eos_token_id': eos_id}
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
            'generation_config.json': json.dumps(generation, indent=2) + '\n', 'README.md': card}
@@ -127,6 +134,14 @@ def _rows_at_once(row: names.Row, size, source: Source, ram: int) -> int:
                      f'{(room + each) / 1e9:.3g} at least.')
   # A source that decodes much at once is asked for much at once.
   return max(1, min(ram - room, max(_PIECE, room * _BYTES_EACH // 4)) // each)
+
+
+def _stretch(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype
+             ) -> Stretch | None:
+  """Where the bytes of a whole tensor lie, if they are to be copied as they are."""
+  whole = (slice(0, n) for n in names.shape(names.inner(row), size))
+  found = source.stretch(row.path, (*(slice(i, i + 1) for i in place), *whole))
+  return found if found and found.dtype == dtype else None
 
 
 def _pieces(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype,

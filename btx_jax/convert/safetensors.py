@@ -10,6 +10,7 @@ dtype, shape, first and last byte), and the tensors' bytes, one after another wi
 """
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import uuid
 import ml_dtypes
 import numpy as np
 
+from btx_jax import files
 from btx_jax.errors import RunError, UsageError
 
 Index = tuple[slice, ...]
@@ -40,6 +42,14 @@ class Tensor(NamedTuple):
   dtype: str
   shape: tuple[int, ...]
   start: int
+
+
+class Stretch(NamedTuple):
+  """Numbers that lie together in a file: `count` bytes from the place `start`."""
+  path: str
+  start: int
+  count: int
+  dtype: np.dtype
 
 
 class File:
@@ -92,6 +102,18 @@ class File:
         self._fill(file, tensor.start, shape, ranges, out)
     return out
 
+  def stretch(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
+              ) -> Stretch | None:
+    """Where a slice lies, `index` and `view` as in `read`; None if not in one piece."""
+    tensor = self.tensors[name]
+    shape = tensor.shape if view is None else view
+    dtype = DTYPES[tensor.dtype]
+    runs = list(itertools.islice(_runs(shape, _ranges(shape, index), dtype.itemsize), 2))
+    if len(runs) != 1:
+      return None
+    at, count = runs[0]
+    return Stretch(self.path, tensor.start + at, count, dtype)
+
   def _fill(self, file, start: int, shape, ranges, out):
     size, raw = out.itemsize, out.reshape(-1).view(np.uint8)
     axis = _cut_axis(shape, ranges)
@@ -121,9 +143,12 @@ class File:
     while view:
       count = file.readinto(view)
       if not count:
-        raise RunError(f'{self.path} has become shorter since it was opened. Copy or download it '
-                       'again.')
+        raise _shorter(self.path)
       view = view[count:]
+
+
+def _shorter(path: str) -> RunError:
+  return RunError(f'{path} has become shorter since it was opened. Copy or download it again.')
 
 
 def _read_header(file) -> tuple[bytes, int, int]:
@@ -274,12 +299,29 @@ class Writer:
       done += count
     self._left[name] -= values.size
 
+  def copy(self, name: str, stretch: Stretch):
+    """Writes a whole tensor from where its bytes lie; from any thread."""
+    dtype, shape, start = self._tensors[name]
+    if stretch.dtype != dtype or stretch.count != math.prod(shape) * dtype.itemsize:
+      raise ValueError(f'{name}: {stretch} is not {dtype} {shape}.')
+    with open(stretch.path, 'rb', buffering=0) as source, self._naming_the_file():
+      copied = files.copy(source.fileno(), stretch.start, stretch.count, self._file.fileno(),
+                          self._start + start)
+    if copied < stretch.count:
+      raise _shorter(stretch.path)
+    self._left[name] -= math.prod(shape)
+
   def _write(self, start: int, raw):
-    self._file.seek(start)
     view = memoryview(raw)
-    try:
+    with self._naming_the_file():
       while view:
-        view = view[self._file.write(view):]
+        count = os.pwrite(self._file.fileno(), view, start)
+        view, start = view[count:], start + count
+
+  @contextlib.contextmanager
+  def _naming_the_file(self):
+    try:
+      yield
     except OSError as error:
       raise OSError(error.errno, error.strerror, self._path) from error  # it names no file
 
