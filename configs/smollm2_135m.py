@@ -16,10 +16,11 @@ from configs import base, demo
 def get_config(folder: str = '/models/SmolLM2-135M'):
   config = demo.get_config()
   config.tokenizer.path = folder
+  config.domains = {name: config.domains[name] for name in demo.SPECIALISTS}
   config.data.length = 256
   config.model = base.get_config().model  # sizes are those of the folder
   config.train.batch_size = 4
-  config.evaluation.update(tokens=4096, batch_size=8)
+  config.evaluation.update(tokens=16_384, batch_size=8)
   config.checkpoints_kept = 1
   config.checkpoint_every = 100
   config.checks.expert_gain = 0.0
@@ -29,6 +30,6 @@ def get_config(folder: str = '/models/SmolLM2-135M'):
       'seed': base.run(base.hugging_face(folder)),
       **{f'expert/{domain}': base.run(base.checkpoint('seed'), {domain: 1}, **short)
          for domain in demo.SPECIALISTS},
-      'btx': base.run(base.mix('seed', *experts), demo.BLEND, **short),
+      'btx': base.run(base.mix('seed', *experts), dict.fromkeys(demo.SPECIALISTS, 1), **short),
   }
   return config

@@ -13,7 +13,8 @@ import re
 import numpy as np
 
 from btx_jax.convert import model_config, names, safetensors
-from btx_jax.convert.safetensors import DTYPES, Index, Stretch
+from btx_jax.convert.header import DTYPES
+from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.convert.shards import Shards
 from btx_jax.errors import UsageError
 

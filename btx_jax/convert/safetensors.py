@@ -3,10 +3,8 @@
 The `safetensors` package maps files into memory, and the pages that were looked at count as
 resident: reading a file through it takes as much memory as the file is long. Here a slice is
 read with plain reads of its own bytes (or of the rows around it, piece by piece), so that
-memory holds what was asked for and little more. Nothing is unpickled or executed.
-
-A file is 8 bytes that tell the length of the header (little endian), the header (JSON: name ->
-dtype, shape, first and last byte), and the tensors' bytes, one after another without gaps.
+memory holds what was asked for and little more, and what is only to be copied goes from file to
+file in the system. Nothing is unpickled or executed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,30 +16,17 @@ import os
 from typing import NamedTuple
 import uuid
 
-import ml_dtypes
 import numpy as np
 
 from btx_jax import files
+from btx_jax.convert import header
+from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
 
 Index = tuple[slice, ...]
 
-DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16),
-          'BF16': np.dtype(ml_dtypes.bfloat16)}
-# Others may stand in a file, but are not read.
-_OTHER_SIZES = {'F64': 8, 'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2,
-                'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1, 'F8_E8M0': 1}
-_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
-_MAX_HEADER = 100_000_000  # bytes, as the format has it
 _SMALL_RUN = 1 << 16  # bytes: a read of less costs as much as reading what lies between
 PIECE = 1 << 22  # bytes that are read at a time around small runs
-
-
-class Tensor(NamedTuple):
-  """Where a tensor lies: `start` counts bytes from the beginning of the file."""
-  dtype: str
-  shape: tuple[int, ...]
-  start: int
 
 
 class Stretch(NamedTuple):
@@ -68,8 +53,8 @@ class File:
     self.path = path
     try:
       with open(path, 'rb') as file:
-        self.header, start, size = _read_header(file)
-      self.tensors = _tensors(self.header, start, size)
+        self.header, start, size = header.read(file)
+      self.tensors = header.tensors(self.header, start, size)
     except (OSError, ValueError) as error:
       raise UsageError(f'{path} is not a sound safetensors file: {error}. Copy or download it '
                        'again.') from error
@@ -151,68 +136,6 @@ def _shorter(path: str) -> RunError:
   return RunError(f'{path} has become shorter since it was opened. Copy or download it again.')
 
 
-def _read_header(file) -> tuple[bytes, int, int]:
-  """The header, the place of the first tensor, and the length of the file."""
-  size = os.fstat(file.fileno()).st_size
-  length = int.from_bytes(file.read(8), 'little')
-  if size < 8:
-    raise ValueError(f'it has {size} bytes, fewer than the length of a header takes')
-  if length > min(size - 8, _MAX_HEADER):
-    raise ValueError(f'its header is said to have {length:,} bytes, and the file has {size:,}')
-  return file.read(length), 8 + length, size
-
-
-def _tensors(header: bytes, start: int, size: int) -> dict[str, Tensor]:
-  """The table of a header. Raises ValueError, naming the tensor, unless it is consistent."""
-  try:
-    entries = json.loads(header.decode('utf-8'), object_pairs_hook=_no_twice)
-  except UnicodeDecodeError as error:
-    raise ValueError('its header is not UTF-8') from error
-  except json.JSONDecodeError as error:
-    raise ValueError(f'its header is not JSON ({error})') from error
-  if not isinstance(entries, dict):
-    raise ValueError('its header is not a JSON object')
-  spans = [(*_span(name, entry), name) for name, entry in entries.items()
-           if name != '__metadata__']
-  tensors, end = {}, 0
-  for first, last, dtype, shape, name in sorted(spans):
-    if first != end:
-      problem = 'overlaps the tensor before it' if first < end else 'has a gap before it'
-      raise ValueError(f'{name} {problem}: it starts at {first:,}, which should be {end:,}')
-    tensors[name] = Tensor(dtype, shape, start + first)
-    end = last
-    if start + end > size:
-      raise ValueError(f'{name} ends at byte {start + end:,}, and the file has {size:,}: it was '
-                       'cut short')
-  if start + end != size:
-    raise ValueError(f'its tensors end at byte {start + end:,}, and the file has {size:,}')
-  return tensors
-
-
-def _no_twice(pairs) -> dict:
-  result = dict(pairs)
-  if len(result) < len(pairs):
-    keys = [key for key, _ in pairs]
-    raise ValueError(f'{next(key for key in keys if keys.count(key) > 1)} is there twice')
-  return result
-
-
-def _span(name: str, entry) -> tuple[int, int, str, tuple[int, ...]]:
-  """First byte and end, dtype and shape of an entry of a header."""
-  try:
-    dtype, shape, (first, last) = entry['dtype'], entry['shape'], entry['data_offsets']
-    fits = all(type(n) is int and n >= 0 for n in (first, last, *shape))
-  except (TypeError, KeyError, ValueError):
-    fits = False
-  if not fits:
-    raise ValueError(f'{name} does not have dtype, shape and data_offsets')
-  if not isinstance(dtype, str) or dtype not in _SIZES:
-    raise ValueError(f'{name} is of the unknown type {dtype!r}')
-  if last - first != math.prod(shape) * _SIZES[dtype]:
-    raise ValueError(f'{name} has {last - first:,} bytes, which is not {dtype} x {shape}')
-  return first, last, dtype, tuple(shape)
-
-
 def _ranges(shape, index: Index) -> list[tuple[int, int]]:
   """First and end of each dimension."""
   index = (*index, *(slice(None),) * (len(shape) - len(index)))
@@ -261,16 +184,16 @@ class Writer:
     self._path = path
     self._partial = f'{path}.{uuid.uuid4().hex[:8]}.partial'
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {'__metadata__': dict(metadata or {'format': 'pt'})}, 0
+    entries, end = {'__metadata__': dict(metadata or {'format': 'pt'})}, 0
     self._tensors, self._left = {}, {}
     for name, (shape, dtype) in tensors.items():
       size = math.prod(shape) * np.dtype(dtype).itemsize
-      header[name] = {'dtype': names[np.dtype(dtype)], 'shape': list(shape),
+      entries[name] = {'dtype': names[np.dtype(dtype)], 'shape': list(shape),
                       'data_offsets': [end, end + size]}
       self._tensors[name] = np.dtype(dtype), tuple(shape), end
       self._left[name] = math.prod(shape)
       end += size
-    raw = json.dumps(header, separators=(',', ':')).encode()
+    raw = json.dumps(entries, separators=(',', ':')).encode()
     raw += b' ' * (-len(raw) % 8)  # so that tensors are aligned
     self._start, self._size = 8 + len(raw), 8 + len(raw) + end
     self._head = len(raw).to_bytes(8, 'little') + raw

@@ -10,7 +10,8 @@ import os
 
 import numpy as np
 
-from btx_jax.convert.safetensors import DTYPES, File, Index, Stretch, Tensor, Writer
+from btx_jax.convert.header import DTYPES, Tensor
+from btx_jax.convert.safetensors import File, Index, Stretch, Writer
 from btx_jax.errors import UsageError
 
 _SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
