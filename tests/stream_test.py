@@ -101,7 +101,11 @@ def _cannot(*_):
   raise OSError(errno.EXDEV, 'Invalid cross-device link')
 
 
-@pytest.mark.parametrize('system', [_cannot, lambda *_: 0, None])
+def _some(source, into, count, start, at, call=os.copy_file_range):
+  return call(source, into, min(count, 100), start, at)
+
+
+@pytest.mark.parametrize('system', [_cannot, _some, lambda *_: 0, None])
 def test_a_system_that_cannot_copy_between_files(models, tmp_path, monkeypatch, system):
   found = study(models[0], tmp_path)
   model, source = found.runs['btx'].model, sources.final(found, 'btx')
@@ -112,6 +116,19 @@ def test_a_system_that_cannot_copy_between_files(models, tmp_path, monkeypatch, 
     monkeypatch.delattr(os, 'copy_file_range')
   write(tmp_path / 'by_hand', model, source)
   assert content(tmp_path / 'by_hand') == content(tmp_path / 'straight')
+
+
+def test_only_what_mixing_leaves_as_it_is_is_copied():
+  made = recipe.make(base.mix(*NAMES, arrangement='split', chunks=2), NAMES, MODEL.ffn_dim,
+                     shared_paths(MODEL), [0] * 3, 0.02)
+  D, half = MODEL.dim, MODEL.ffn_dim // 2
+  layer, width, hidden = slice(0, 1), slice(0, D), slice(0, half)
+  fourth, second_half = slice(3, 4), slice(half, 2 * half)
+  assert btx.only(made, 'layers/ffn/experts/up', (layer, fourth, width, hidden)) == (
+      1, 'layers/ffn/up', (layer, width, second_half))
+  assert not btx.only(made, 'layers/ffn/experts/down', (layer, fourth, hidden, width))  # doubled
+  assert not btx.only(made, 'layers/ffn/experts/up', (layer, slice(0, 2), width, hidden))
+  assert not btx.only(made, 'layers/attn/q', (layer,))
 
 
 def test_a_source_that_shrinks_under_an_export(models, tmp_path):
