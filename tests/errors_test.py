@@ -512,8 +512,8 @@ def test_a_llama_that_transformers_refuses(run, config, tmp_path):
 
 
 def test_two_exports_into_one_folder(run, config, tmp_path):
-  lines = '''config.tokenizer.path = 'tests/fixtures/tokenizer'
-config.runs = {'new': base.run(base.hugging_face('tests/fixtures/llama2'))}'''
+  lines = SMALL_TOKENIZER + (
+      '\nconfig.runs = {"new": base.run(base.hugging_face("tests/fixtures/llama2"))}')
   out, partial = tmp_path / 'out', tmp_path / 'out.partial'
   arguments = (config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
                f'--to={out}')
