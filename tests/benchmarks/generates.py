@@ -26,16 +26,16 @@ from btx_jax.model import llama
 from btx_jax.model.config import Config
 
 PROMPTS = (
-    'def read_lines(path):\n    """Returns the lines of a file."""\n',
-    'import os\n\nclass Cache:\n    def __init__(self, size):\n',
-    'Solve 5*x + 3 = 18 for x.\n',
-    'What is the sum of 127 and 396?\n',
-    'The economy of Portugal is based on',
-    'Population of Iceland, its climate and natural resources:',
-    'The history of the printing press begins',
-    'My fellow citizens,',
+    'def read_lines(path):\n    """Returns the lines of a file',
+    'import os\n\nclass Cache:\n    def __init__(self, size',
+    'Solve 5*x + 3 = 18 for x.',
+    'What is the sum of 127 and 396?',
+    'The economy of Portugal is based mostly on tourism',
+    'The population of Iceland, its climate and its rivers',
+    'The history of the printing press begins in the city of',
+    'My fellow citizens, I come before this house to',
 )
-NEW = 64
+GIVEN, NEW = 8, 64  # tokens of each that are given, so that no row is padded, and that are new
 
 
 def parameters(run: str, folder: str):
@@ -52,56 +52,48 @@ def parameters(run: str, folder: str):
   return model, jax.tree.map_with_path(read, llama.shapes(model))
 
 
-def generated(folder: str) -> tuple[list[list[int]], list[np.ndarray]]:
-  """Of each beginning: its tokens and those that follow, and the logits of these [NEW, V]."""
+def generated(folder: str) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens [B, GIVEN + NEW], and the logits of the new ones [B, NEW, V]."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-  rows, logits = [], []
-  for prompt in PROMPTS:
-    start = tokenizer(prompt, return_tensors='pt')
-    with torch.no_grad():
-      found = model.generate(
-          **start, do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0,
-          return_dict_in_generate=True, output_logits=True)
-    rows.append(found.sequences[0].tolist())
-    logits.append(torch.cat(found.logits).numpy())
-    print(repr(tokenizer.decode(rows[-1])), flush=True)
-  return rows, logits
+  start = torch.tensor([tokenizer(prompt)['input_ids'][:GIVEN] for prompt in PROMPTS])
+  with torch.no_grad():
+    found = model.generate(
+        start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=NEW,
+        eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+  for row in found.sequences:
+    print(repr(tokenizer.decode(row)))
+  return found.sequences.numpy(), torch.stack(found.logits, 1).numpy()
 
 
-def ours(model: Config, params, rows: list[list[int]]) -> list[np.ndarray]:
-  """The logits of each row's last NEW tokens, as one forward pass gives them [NEW, V]."""
-  length = max(map(len, rows))
-  tokens = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
-  positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-  real = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int32)
+def ours(model: Config, params, tokens: np.ndarray) -> np.ndarray:
+  """The logits of the new tokens, as one forward pass gives them [B, NEW, V]."""
+  positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
   @jax.jit
-  def logits(params, tokens, real, positions):
-    hidden, _ = llama.Llama(model).apply({'params': params}, tokens, real, positions)
-    return hidden @ llama.output_head(params)
+  def logits(params, tokens, positions):
+    hidden, _ = llama.Llama(model).apply(
+        {'params': params}, tokens, jax.numpy.ones_like(tokens), positions)
+    return hidden[:, GIVEN - 1:-1] @ llama.output_head(params)
 
   with jax.set_mesh(sharding.make_mesh()):
-    found = np.asarray(logits(params, tokens, real, positions))
-  return [each[len(row) - NEW - 1:len(row) - 1] for each, row in zip(found, rows)]
+    return np.asarray(logits(params, tokens.astype(np.int32), positions))
 
 
 def main():
   folder, run = sys.argv[1:]
-  rows, theirs = generated(folder)
-  model, params = parameters(run, folder)
-  agree = 0
-  print(f'{"agree":>8} {"logits differ by":>18} {"smallest lead":>14}')
-  for row, a, b in zip(rows, ours(model, params, rows), theirs):
-    same = a.argmax(-1) == np.array(row[-NEW:])
-    first, second = np.sort(a, -1)[:, [-1, -2]].T
-    print(f'{same.sum():5} / {NEW} {np.abs(a - b).max():15.1e} {(first - second).min():14.1e}')
-    for at in np.flatnonzero(~same):
-      print(f'  token {at}: {row[at - NEW]} there, {a[at].argmax()} here; its lead here is '
-            f'{a[at].max() - a[at, row[at - NEW]]:.1e}')
-    agree += int(same.sum())
-  print(f'{agree} of {NEW * len(rows)} tokens are the same')
-  sys.exit(agree < NEW * len(rows))
+  tokens, theirs = generated(folder)
+  found = ours(*parameters(run, folder), tokens)
+  same = found.argmax(-1) == tokens[:, GIVEN:]
+  second, first = np.moveaxis(np.sort(found, -1)[..., -2:], -1, 0)
+  apart, lead = abs(found - theirs).max(-1), first - second
+  print(f'{"agree":>7} {"logits differ by":>18} {"smallest lead":>14}')
+  for row in range(len(tokens)):
+    print(f'{same[row].sum():2} / {NEW} {apart[row].max():18.1e} {lead[row].min():14.1e}')
+  for row, at in np.argwhere(~same):
+    print(f'text {row}, new token {at}: the lead is {lead[row, at]:.1e}')
+  print(f'{same.sum()} of {same.size} tokens are the same')
+  sys.exit(not same.all())
 
 
 if __name__ == '__main__':
