@@ -106,7 +106,6 @@ class Pipeline(Study):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train anew.')
 
-
   def _order(self, run: Run):
     return mixture.training_order(
         self.text.train, run.weights, run.length, run_lib.seed_of(run.name, run.seed))
