@@ -94,14 +94,38 @@ def part(recipe: Recipe, path: str, index: Index, read: Read):
   Returns:
     An array of the kind that `read` gives: NumPy's or jax's.
   """
-  dense, kind = path.replace('/experts/', '/'), path.rsplit('/', 1)[-1]
+  dense = path.replace('/experts/', '/')
   if dense == path:
     chosen = {i: weight for i, weight in enumerate(recipe.weights(path)) if weight}
     return _mean((read(i, path, index) for i in chosen), list(chosen.values()))
-  # [L, E, D, F], and for `down` [L, E, F, D]: the hidden units are cut.
+  stack = [_joined([read(source, dense, at) for source, at in cuts], axis=1 + _hidden(path))
+           for cuts in _cuts(recipe, path, index)]
+  result = _joined([x[:, None] for x in stack], axis=1)
+  if _scale(recipe, path) != 1:
+    return result.astype('float32') * np.float32(recipe.scale)
+  return result
+
+
+def only(recipe: Recipe, path: str, index: Index) -> tuple[int, str, Index] | None:
+  """What `part` would read, (source, path, index), where it gives that as it is; else None."""
+  dense = path.replace('/experts/', '/')
+  if dense == path:
+    chosen = [i for i, weight in enumerate(recipe.weights(path)) if weight]
+    return (chosen[0], path, index) if len(chosen) == 1 else None
+  cuts = [cut for expert in _cuts(recipe, path, index) for cut in expert]
+  if len(cuts) > 1 or _scale(recipe, path) != 1:
+    return None
+  source, at = cuts[0]
+  return source, dense, at
+
+
+def _cuts(recipe: Recipe, path: str, index: Index) -> list[list[tuple[int, Index]]]:
+  """Of what each expert of a slice is put together: slices of dense feed-forward layers.
+
+  The index is of [L, E, D, F], or for `down` of [L, E, F, D]: the hidden units are cut.
+  """
   layers, wanted, *matrix = index
-  hidden = 0 if kind == 'down' else 1
-  stack = []
+  hidden, result = _hidden(path), []
   for pieces in recipe.experts[wanted]:
     found, begin = [], 0
     for source, first, end in pieces:
@@ -111,12 +135,19 @@ def part(recipe: Recipe, path: str, index: Index, read: Read):
       if start < stop:
         at = list(matrix)
         at[hidden] = slice(start, stop)
-        found.append(read(source, dense, (layers, *at)))
-    stack.append(_joined(found, axis=1 + hidden))
-  result = _joined([x[:, None] for x in stack], axis=1)
-  if kind == 'down' and recipe.scale != 1:
-    return result.astype('float32') * np.float32(recipe.scale)
+        found.append((source, (layers, *at)))
+    result.append(found)
   return result
+
+
+def _hidden(path: str) -> int:
+  """Which dimension of a feed-forward matrix, [D, F] or [F, D], its hidden units are."""
+  return 0 if path.endswith('/down') else 1
+
+
+def _scale(recipe: Recipe, path: str) -> float:
+  """Of an expert's parameter."""
+  return recipe.scale if path.endswith('/down') else 1.0
 
 
 def _joined(arrays, axis: int):

@@ -1,10 +1,15 @@
-"""Files that are replaced whole, so that a reader never sees half of one; and what is no path."""
+"""Files replaced whole, so that a reader never sees half of one; parts copied; what is no path."""
 
 import contextlib
+import errno
 import os
 import re
 
 from btx_jax.errors import UsageError
+
+_BLOCK = 1 << 18  # bytes: what a core has at hand
+# What systems say that cannot copy between these two files by themselves.
+_CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def check_path(name: str, path: str):
@@ -28,3 +33,31 @@ def replacing(path: str, mode: str = 'w'):
     with contextlib.suppress(FileNotFoundError):
       os.remove(partial)
     raise
+
+
+def copy(source: int, start: int, count: int, into: int, at: int) -> int:
+  """Copies a part of a file, where the system can without the bytes passing through here.
+
+  Args:
+    source: descriptor of the file that is read.
+    start, count: bytes of it.
+    into: descriptor of another file, written from the place `at`.
+
+  Returns:
+    The bytes copied, fewer than `count` where `source` ends before.
+  """
+  done = 0
+  with contextlib.suppress(AttributeError):  # macOS has none
+    try:
+      while found := os.copy_file_range(source, into, count - done, start + done, at + done):
+        done += found
+    except OSError as error:
+      if error.errno not in _CANNOT:
+        raise
+  # From here on by hand, also where the system said 0, which some do of a file that has more.
+  while block := os.pread(source, min(_BLOCK, count - done), start + done):
+    view = memoryview(block)
+    while view:
+      written = os.pwrite(into, view, at + done)
+      view, done = view[written:], done + written
+  return done

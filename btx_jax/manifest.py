@@ -18,7 +18,7 @@ from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
-_NAME = 'manifest.json'
+_NAME, LOCK = 'manifest.json', 'lock'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
              'sentencepiece')
 
@@ -75,7 +75,7 @@ def go_on(manifest: dict) -> dict:
 
 @contextlib.contextmanager
 def lock(folder: str):
-  """Holds a run directory for this process, until the end of the block or of the process.
+  """Holds a directory for this process, until the end of the block or of the process.
 
   A file system that knows no locks lets everyone in.
 
@@ -83,13 +83,13 @@ def lock(folder: str):
     UsageError: another process holds it.
   """
   os.makedirs(folder, exist_ok=True)
-  with open(os.path.join(folder, 'lock'), 'a+', encoding='utf-8') as file:
+  with open(os.path.join(folder, LOCK), 'a+', encoding='utf-8') as file:
     try:
       _lock(file)
     except OSError as error:
       if error.errno in (errno.EACCES, errno.EAGAIN):
         file.seek(0)
-        raise UsageError(f'{folder} is being trained by another process: {file.read().strip()}. '
+        raise UsageError(f'{folder} is in use by another process: {file.read().strip()}. '
                          'Wait for it, or stop it.') from error
     file.truncate(0)
     file.write(f'{socket.gethostname()}, process {os.getpid()}\n')
@@ -111,7 +111,7 @@ def _lock(file, tries: int = 20):
 def held(folder: str) -> bool:
   """Whether a process is at work in a run directory; True where that cannot be known."""
   try:
-    with open(os.path.join(folder, 'lock'), encoding='utf-8') as file:
+    with open(os.path.join(folder, LOCK), encoding='utf-8') as file:
       fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except FileNotFoundError:
     return False

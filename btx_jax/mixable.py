@@ -33,6 +33,7 @@ COSTS = {
 # The cosine of two models' weights is far above this where they come from one seed, and about 0
 # where not.
 ALIKE = 0.1
+UNKNOWN = 'unknown'  # the seed of a folder
 
 
 class Difference(NamedTuple):
@@ -77,6 +78,22 @@ def check(name: str, sources: Sequence, runs: Mapping, allow: Sequence[str]) -> 
                      + f'\nIf that is meant: base.mix(..., allow={tuple(kinds)}).')
 
 
+def remarks(run, runs: Mapping) -> list[str]:
+  """What a person is told of a mixture: what differs that is allowed, and what it costs."""
+  sources = [runs[name] for name in run.sources]
+  found = differences(sources, runs)
+  if not found:
+    return []
+  lines = [f'{run.name} is mixed of models that differ:\n{table(sources, found)}']
+  lines += [f'{kind}: {COSTS[kind]}.'
+            for kind in dict.fromkeys(each.kind for each in found if each.kind)]
+  if any(each.field == 'seed' and UNKNOWN in each.values and len(set(each.values)) > 1
+         for each in found):
+    lines.append(f'seed: nothing tells whether folders come from the one of the runs; `--run='
+                 f"{run.name} fit` says how alike the weights are, once these are trained.")
+  return lines
+
+
 def check_reference(name: str, reference) -> None:
   """Raises UsageError unless the first source in the mean knows the tokenizer's vocabulary."""
   if reference.vocabulary:
@@ -113,7 +130,7 @@ def _of_seeds(roots: Sequence) -> list[Difference]:
     return []
   trained_here = {run.name for run in roots if not run.folder}
   found = [Difference('seed', 'seed' if len(trained_here) > 1 else '', tuple(
-      'unknown' if run.folder else run.name for run in roots))]
+      UNKNOWN if run.folder else run.name for run in roots))]
   folders = {run.content: run for run in roots if run.folder}
   if len(folders) > 1:
     first, *others = (_sample(run) for run in folders.values())

@@ -76,7 +76,8 @@ class Pipeline(Study):
     for line in dict.fromkeys(line for run in wanted for line in layout.uneven(run, self.mesh)):
       say(line)
     for run in wanted:
-      self._tell_differences(run)
+      for line in mixable.remarks(run, self.runs) if run.init == run_lib.MIX else ():
+        say(line)
     orders = {run.name: self._order(run) for run in wanted if run.steps}
     with jax.set_mesh(self.mesh):
       for group, todo in zip(groups, todos):
@@ -104,15 +105,6 @@ class Pipeline(Study):
       elif os.path.exists(os.path.join(folder, 'checkpoints')):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train anew.')
-
-  def _tell_differences(self, run: Run):
-    """Of a mixture's sources: what was allowed, and what it costs."""
-    sources = [self.runs[name] for name in run.sources] if run.init == run_lib.MIX else []
-    found = mixable.differences(sources, self.runs) if sources else []
-    if found:
-      say(f'{run.name} is mixed of models that differ:\n{mixable.table(sources, found)}')
-      for kind in dict.fromkeys(each.kind for each in found if each.kind):
-        say(f'{kind}: {mixable.COSTS[kind]}.')
 
   def _order(self, run: Run):
     return mixture.training_order(

@@ -15,7 +15,7 @@ from btx_jax import run as run_lib
 from btx_jax import vocabulary
 from btx_jax.convert import hugging_face
 from btx_jax.convert.export import Source
-from btx_jax.convert.safetensors import Index
+from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.model.config import Config
 from btx_jax.recipe import Recipe
 from btx_jax.run import Run
@@ -37,6 +37,13 @@ class Mix:
       return self._new[path][index]
     return btx.part(self._recipe, path, index,
                     lambda source, path, index: self._sources[source].read(path, index))
+
+  def stretch(self, path: str, index: Index) -> Stretch | None:
+    from btx_jax import btx
+    if btx.is_new(path) or not (found := btx.only(self._recipe, path, index)):
+      return None
+    source, path, index = found
+    return self._sources[source].stretch(path, index)
 
   def room(self, path: str) -> int:
     if path.rsplit('/', 1)[-1] in ('router', 'router_bias'):

@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 
-from btx_jax.convert.safetensors import Index
+from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.data import text
 from btx_jax.data import tokenizer as tokenizer_lib
 from btx_jax.terminal import say
@@ -108,6 +108,9 @@ class Aligned:
       index[axis] = slice(first, first + len(group))
       found.append(source.read(path, tuple(index)).astype(np.float32))
     return np.concatenate(found, axis)
+
+  def stretch(self, path: str, index: Index) -> Stretch | None:
+    return None if path in _AXIS else self._source.stretch(path, index)
 
   def room(self, path: str) -> int:
     return max(self._source.room(path), self._reference.room(path))

@@ -476,7 +476,7 @@ def test_the_directory_of_another_config(run, config, seed, argument, message):
 def test_directories_that_something_happened_to(run, config, work):
   arguments = config(), f'--workdir={work}', '--run=new'
   with manifest.lock(str(work / 'new')):
-    check(run(*arguments), f'new is being trained by another process: {os.uname().nodename}')
+    check(run(*arguments), f'new is in use by another process: {os.uname().nodename}')
   os.rename(work / 'seed' / 'checkpoints', work / 'away')
   check(run(*arguments), f'To train its run again, delete {work / "seed"}.', code=1)
   os.rename(work / 'away', work / 'seed' / 'checkpoints')
@@ -502,6 +502,30 @@ def test_a_working_directory_that_is_a_file(run, config, tmp_path):
 def test_a_mixture_that_mixtral_does_not_compute(run, config, tmp_path, argument, message):
   check(run(config(), f'--workdir={tmp_path / "work"}', 'export', '--run=btx', '--to=x', argument),
         message)
+
+
+def test_a_llama_that_transformers_refuses(run, config, tmp_path):
+  check(run(config(), f'--workdir={tmp_path / "work"}', 'export', '--run=seed', '--to=x',
+            '--config.model.num_heads=3', '--config.model.num_kv_heads=3',
+            '--config.model.head_dim=8'),
+        'is not a multiple of model.num_heads = 3, and transformers refuses such a Llama.')
+
+
+def test_two_exports_into_one_folder(run, config, tmp_path):
+  lines = SMALL_TOKENIZER + (
+      '\nconfig.runs = {"new": base.run(base.hugging_face("tests/fixtures/llama2"))}')
+  out, partial = tmp_path / 'out', tmp_path / 'out.partial'
+  arguments = (config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
+               f'--to={out}')
+  with manifest.lock(str(partial)):
+    (partial / 'model-00001-of-00002.safetensors').write_text('of the first')
+    check(run(*arguments), f'out.partial is in use by another process: {os.uname().nodename}')
+    assert len(os.listdir(partial)) == 2
+  done = run(*arguments)
+  assert done.code == 0, done.stderr
+  assert {'config.json', 'model.safetensors'} < {*os.listdir(out)}
+  assert not {'lock', 'model-00001-of-00002.safetensors'} & {*os.listdir(out)}
+  assert not partial.exists()
 
 
 def test_a_model_is_not_exported_with_a_tokenizer_that_is_not_its_own(run, config, tmp_path):

@@ -106,6 +106,21 @@ def test_the_seed_is_the_last_run_that_all_come_from(tmp_path):
   assert [name for name, (_, why) in seeds.items() if 'none that all come from' in why] == ['none']
 
 
+def test_the_terminal_has_every_layer():
+  values = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+  parts = [{'part': 'feed-forward', 'layer': layer, **fit.figures(fit.sums(values * scale))}
+           for layer, scale in ((0, 1), (1, 1e-9))]
+  table = fit.by_layer({'experts': ['two', 'three'], 'parts': parts})
+  name, *moved, pair = (list(column.cells) for column in table.columns)
+  seed, *experts = values.astype(np.float64)
+  assert name == ['0 feed-forward', '1 feed-forward']
+  assert [cells[0] for cells in moved] == [
+      f'{np.linalg.norm(w - seed) / np.linalg.norm(seed):.1%}' for w in experts]
+  cosine, ratio, conflicts = expected(seed, *experts)
+  assert pair[0] == f'{cosine:.2f} {ratio:.2f} {conflicts:.1%}'
+  assert pair[1].endswith(' -')  # nothing there has changed by more than TINY
+
+
 def test_a_judgement_says_what_is_measured():
   values = np.random.default_rng(0).normal(size=(3, 4000)).astype(np.float32)
   values[1] += values[0]

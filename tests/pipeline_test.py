@@ -322,7 +322,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(study, copy):
       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   with holder:
     holder.stdout.readline()
-    with pytest.raises(UsageError, match=f'being trained by another process: .*{holder.pid}'):
+    with pytest.raises(UsageError, match=f'in use by another process: .*{holder.pid}'):
       Pipeline(study.config, str(copy)).train()
     assert manifest.read(os.path.join(copy, 'btx')) is None
     holder.stdin.close()

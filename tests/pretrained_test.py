@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import manifest, plan, sharding
+from btx_jax import manifest, mixable, plan, sharding
 from btx_jax.convert import export, hugging_face, publish
 from btx_jax.data import text as text_lib
 from btx_jax.data import tokenizer
@@ -263,6 +263,14 @@ def test_folders_of_several_seeds_are_told_by_their_weights(text, tmp_path):
       'near': base.run(base.mix('0', 'copy'), {'code': 1}, steps=1),
       'far': base.run(base.mix('0', 'trained', allow='seed'), {'code': 1}, steps=1)}
   assert set(plan.make_plan(config, 270)) == set(config.runs)
+  sizes = {field: getattr(MODEL, field)
+           for field in (*mixable.SIZES, *mixable.ROPE, 'norm_eps', 'vocab_size')}
+  config.runs.own = base.run(base.random(), {'code': 1}, steps=1, model=sizes)
+  config.runs.beside = base.run(base.mix('own', '0'), {'code': 1}, steps=1)
+  runs = plan.make_plan(config, 270)
+  assert 'seed: nothing tells whether folders come from' in mixable.remarks(
+      runs['beside'], runs)[-1]
+  assert not mixable.remarks(runs['near'], runs)
   config.runs.far.init.allow = ()
   told = r'unknown  unknown\n +cosine of weights +1.000 +-?0.0\d+\nseed: the weights are not alike'
   with pytest.raises(UsageError, match=told):

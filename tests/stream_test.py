@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import functools
 import os
+import shutil
 import tracemalloc
 
 import jax
@@ -78,12 +79,14 @@ def test_a_stream_has_the_bits_of_mixing_in_memory(models, tmp_path, mix):
   assert not (tmp_path / 'work').exists()
 
 
-def test_what_is_copied_is_not_moved_in_memory(models, tmp_path, monkeypatch):
-  """From a folder to a folder, transposing there and back cancels."""
+def test_experts_are_copied_from_file_to_file_and_means_not_moved_in_memory(
+    models, tmp_path, monkeypatch):
+  """Of what is averaged, transposing there and back cancels."""
   contiguous = []
   write_slice = safetensors.Writer.write
 
   def told(writer, name, values, *where):
+    assert 'experts' not in name
     contiguous.append(values.flags.c_contiguous)
     write_slice(writer, name, values, *where)
 
@@ -92,6 +95,50 @@ def test_what_is_copied_is_not_moved_in_memory(models, tmp_path, monkeypatch):
   write(tmp_path / 'out', found.runs['btx'].model, sources.final(found, 'btx'))
   moved = len(contiguous) - sum(contiguous)
   assert moved <= MODEL.num_layers  # the routers
+
+
+def _cannot(*_):
+  raise OSError(errno.EXDEV, 'Invalid cross-device link')
+
+
+def _some(source, into, count, start, at, call=os.copy_file_range):
+  return call(source, into, min(count, 100), start, at)
+
+
+@pytest.mark.parametrize('system', [_cannot, _some, lambda *_: 0, None])
+def test_a_system_that_cannot_copy_between_files(models, tmp_path, monkeypatch, system):
+  found = study(models[0], tmp_path)
+  model, source = found.runs['btx'].model, sources.final(found, 'btx')
+  write(tmp_path / 'straight', model, source)
+  if system:
+    monkeypatch.setattr(os, 'copy_file_range', system)
+  else:
+    monkeypatch.delattr(os, 'copy_file_range')
+  write(tmp_path / 'by_hand', model, source)
+  assert content(tmp_path / 'by_hand') == content(tmp_path / 'straight')
+
+
+def test_only_what_mixing_leaves_as_it_is_is_copied():
+  made = recipe.make(base.mix(*NAMES, arrangement='split', chunks=2), NAMES, MODEL.ffn_dim,
+                     shared_paths(MODEL), [0] * 3, 0.02)
+  D, half = MODEL.dim, MODEL.ffn_dim // 2
+  layer, width, hidden = slice(0, 1), slice(0, D), slice(0, half)
+  fourth, second_half = slice(3, 4), slice(half, 2 * half)
+  assert btx.only(made, 'layers/ffn/experts/up', (layer, fourth, width, hidden)) == (
+      1, 'layers/ffn/up', (layer, width, second_half))
+  assert not btx.only(made, 'layers/ffn/experts/down', (layer, fourth, hidden, width))  # doubled
+  assert not btx.only(made, 'layers/ffn/experts/up', (layer, slice(0, 2), width, hidden))
+  assert not btx.only(made, 'layers/attn/q', (layer,))
+
+
+def test_a_source_that_shrinks_under_an_export(models, tmp_path):
+  shutil.copytree(models[0] / 'code', tmp_path / 'code')
+  file = tmp_path / 'code' / 'model.safetensors'
+  source = hugging_face.Folder(str(tmp_path / 'code'))
+  os.truncate(file, file.stat().st_size - 20)
+  with pytest.raises(errors.RunError, match=r'code/model.safetensors has become shorter'):
+    write(tmp_path / 'out', MODEL, source)
+  assert not (tmp_path / 'out').exists()
 
 
 def test_layers_of_another_type_are_not_rounded_twice(models, tmp_path):
@@ -116,7 +163,8 @@ class Stops:
   """A source that fails at its `n`-th read, or never."""
 
   def __init__(self, source, n=10**9):
-    self.room, self._source, self._left, self.reads = source.room, source, n, 0
+    self.room, self.stretch = source.room, source.stretch
+    self._source, self._left, self.reads = source, n, 0
 
   def read(self, path, index):
     self.reads += 1
@@ -129,7 +177,7 @@ def test_an_export_goes_on_where_it_was_cut_off(models, tmp_path):
   found, out = study(models[0], tmp_path), tmp_path / 'out'
   source, model = sources.final(found, 'btx'), found.runs['btx'].model
   put = functools.partial(write, model=model, max_shard=3_000)
-  whole, cut, rest = Stops(source), Stops(source, 15), Stops(source)
+  whole, cut, rest = Stops(source), Stops(source, 9), Stops(source)
   total = put(tmp_path / 'straight', source=whole, identity='a')
   with pytest.raises(KeyboardInterrupt):
     put(out, source=cut, identity='a')
@@ -152,7 +200,7 @@ def test_an_export_of_something_else_starts_anew(models, tmp_path, change):
   source, model = sources.final(found, 'btx'), found.runs['btx'].model
   first = {'model': model, 'max_shard': 3_000, 'identity': change.get('identity') and 'a'}
   with pytest.raises(KeyboardInterrupt):
-    write(tmp_path / 'out', source=Stops(source, 15), **first)
+    write(tmp_path / 'out', source=Stops(source, 6), **first)
   again = Stops(source)
   write(tmp_path / 'out', source=again, **first | change)
   whole = Stops(source)
@@ -170,30 +218,21 @@ def test_identities_tell_apart_what_is_mixed_and_how(models, tmp_path):
   assert publish._identity(again, again.runs['btx']) == found[0]
 
 
-def test_a_full_disk(models, tmp_path, monkeypatch):
+@pytest.mark.parametrize('name,left', [('pwrite', 20_000), ('copy_file_range', 1_000)])
+def test_a_full_disk(models, tmp_path, monkeypatch, name, left):
   found, out = study(models[0], tmp_path), tmp_path / 'out'
   source, model = sources.final(found, 'btx'), found.runs['btx'].model
   put = functools.partial(write, out, model, source, max_shard=3_000, identity='a')
-  left = [20_000]
+  call = getattr(os, name)
 
-  class Full:
-    """A file on a disk with so little left."""
+  def full(*given):
+    nonlocal left
+    left -= len(given[1]) if name == 'pwrite' else given[2]
+    if left < 0:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    return call(*given)
 
-    def __init__(self, file):
-      self._file = file
-
-    def __getattr__(self, name):
-      return getattr(self._file, name)
-
-    def write(self, raw):
-      left[0] -= len(raw)
-      if left[0] < 0:
-        raise OSError(errno.ENOSPC, 'No space left on device')
-      return self._file.write(raw)
-
-  real = open
-  monkeypatch.setattr(safetensors, 'open', lambda path, mode, **how: (
-      Full(real(path, mode, **how)) if mode == 'wb' else real(path, mode, **how)), raising=False)
+  monkeypatch.setattr(os, name, full)
   with pytest.raises(OSError) as caught:
     put()
   assert errors._explain(caught.value)[0].startswith(f'No space is left for {out}.partial/model-0')
@@ -223,6 +262,9 @@ def test_memory_is_what_the_budget_says(tmp_path):
     def read(self, path, index):
       del path
       return np.ones([cut.stop - cut.start for cut in index], np.float32)
+
+    def stretch(self, path, index):
+      del path, index
 
     def room(self, path):
       del path

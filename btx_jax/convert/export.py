@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping
 import json
 import math
 import os
-import shutil
 from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 
+from btx_jax import manifest
 from btx_jax.convert import model_config, names, shards
-from btx_jax.convert.safetensors import Index
+from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import replacing
 from btx_jax.model.config import Config
@@ -31,6 +31,12 @@ class Source(Protocol):
 
   def read(self, path: str, index: Index) -> np.ndarray:
     """A slice, with a start and an end in each dimension, of the parameter at this path."""
+
+  def stretch(self, path: str, index: Index) -> Stretch | None:
+    """Where a slice of one layer and expert lies, in the order of Hugging Face's dimensions.
+
+    None if it lies nowhere as it is, or not in one piece.
+    """
 
   def room(self, path: str) -> int:
     """Bytes that `read` takes besides what it returns, for a slice of one layer and expert."""
@@ -61,7 +67,8 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
     The bytes of weights that were written now.
 
   Raises:
-    UsageError: the model cannot be expressed there, the folder is taken, or `ram` is too little.
+    UsageError: the model cannot be expressed there, the folder is taken, another process writes
+      it, or `ram` is too little.
   """
   check(folder, model, dtype)
   config = model_config.to_json(model, dtype, max_length, balance, bos_id, eos_id)
@@ -70,20 +77,24 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
              for name, place in names.named(row, size)}
   order = sorted(tensors, key=lambda name: _by_layer(name, *tensors[name]))
   rows = {row.path: _rows_at_once(row, size, source, ram) for row in names.rows(model)}
-  partial = f'{os.path.normpath(folder)}.partial'
-  _go_on(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
-  written = shards.write(
-      partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
-      DTYPES[dtype], lambda name: _pieces(source, *tensors[name], size, DTYPES[dtype],
-                                          rows[tensors[name][0].path]), max_shard)
   generation = {'_from_model_config': True, 'bos_token_id': bos_id, 'eos_token_id': eos_id}
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
            'generation_config.json': json.dumps(generation, indent=2) + '\n', 'README.md': card}
-  for name, content in (tokenizer_files | {k: v.encode() for k, v in texts.items()}).items():
-    with open(os.path.join(partial, name), 'wb') as file:
-      file.write(content)
-  os.remove(os.path.join(partial, _WHAT))
-  os.rename(partial, folder)
+  partial = f'{os.path.normpath(folder)}.partial'
+  with manifest.lock(partial):
+    check(folder, model, dtype)  # who held it may have finished just now
+    _go_on(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
+    written = shards.write(
+        partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
+        DTYPES[dtype], lambda name: _pieces(source, *tensors[name], size, DTYPES[dtype],
+                                            rows[tensors[name][0].path]),
+        max_shard, lambda name: _stretch(source, *tensors[name], size, DTYPES[dtype]))
+    for name, content in (tokenizer_files | {k: v.encode() for k, v in texts.items()}).items():
+      with open(os.path.join(partial, name), 'wb') as file:
+        file.write(content)
+    os.remove(os.path.join(partial, _WHAT))
+    os.rename(partial, folder)
+    os.remove(os.path.join(folder, manifest.LOCK))
   return written
 
 
@@ -94,21 +105,18 @@ def _go_on(partial: str, what: dict) -> None:
       same = bool(what['identity']) and json.load(file) == what
   except (OSError, ValueError):
     same = False
-  if not same:
-    shutil.rmtree(partial, ignore_errors=True)
-    with replacing(os.path.join(partial, _WHAT)) as file:
-      json.dump(what, file)
   for name in os.listdir(partial):
-    if name != _WHAT and not name.endswith('.safetensors'):
+    if name != manifest.LOCK and not (same and name.endswith('.safetensors')):
       os.remove(os.path.join(partial, name))
+  with replacing(os.path.join(partial, _WHAT)) as file:
+    json.dump(what, file)
 
 
 def check(folder: str, model: Config, dtype: str) -> None:
   """Raises UsageError if an export is not possible; it takes no time."""
   if dtype not in DTYPES:
     raise UsageError(f'--dtype={dtype}: {nearest(dtype, DTYPES)}')
-  if model.num_experts:
-    model_config.mixtral_top_k(model)
+  model_config.check(model)
   if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
     raise UsageError(f'--to={folder} is there already; name another folder, or delete it.')
 
@@ -127,6 +135,14 @@ def _rows_at_once(row: names.Row, size, source: Source, ram: int) -> int:
                      f'{(room + each) / 1e9:.3g} at least.')
   # A source that decodes much at once is asked for much at once.
   return max(1, min(ram - room, max(_PIECE, room * _BYTES_EACH // 4)) // each)
+
+
+def _stretch(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype
+             ) -> Stretch | None:
+  """Where the bytes of a whole tensor lie, if they are to be copied as they are."""
+  whole = (slice(0, n) for n in names.shape(names.inner(row), size))
+  found = source.stretch(row.path, (*(slice(i, i + 1) for i in place), *whole))
+  return found if found and found.dtype == dtype else None
 
 
 def _pieces(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype,

@@ -13,7 +13,8 @@ import re
 import numpy as np
 
 from btx_jax.convert import model_config, names, safetensors
-from btx_jax.convert.safetensors import DTYPES, Index
+from btx_jax.convert.header import DTYPES
+from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.convert.shards import Shards
 from btx_jax.errors import UsageError
 
@@ -85,6 +86,14 @@ class Folder:
     for place in np.ndindex(*lead):
       out[place] = one(place)
     return out
+
+  def stretch(self, path: str, index: Index) -> Stretch | None:
+    """See export.Source."""
+    row, shape = self._rows[path], self.shapes[path]
+    lead = len(names.stacked(row))
+    at = dict(zip(names.stacked(row), (range(n)[cut][0] for n, cut in zip(shape, index))))
+    return self._shards.stretch(row.name.format(**at), names.their_index(row, index[lead:]),
+                                names.shape(row.theirs, self._sizes))
 
   def room(self, path: str) -> int:
     """Bytes that `read` takes besides what it returns, for a slice of one layer."""

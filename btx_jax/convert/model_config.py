@@ -123,7 +123,7 @@ def to_json(model: Config, dtype: str, max_length: int, balance: float, bos_id: 
   """The config.json of a model, in the words of transformers 4 and 5 alike.
 
   Args:
-    model: dense, or a mixture that Mixtral can express, see `mixtral_top_k`.
+    model: one that transformers has, see `check`.
     dtype: of the weights.
     max_length: the longest text that it is for, in tokens.
     balance: weight of the balancing loss, for those who train it on.
@@ -151,6 +151,16 @@ def to_json(model: Config, dtype: str, max_length: int, balance: float, bos_id: 
       'num_local_experts': model.num_experts, 'num_experts_per_tok': mixtral_top_k(model),
       'output_router_logits': True, 'router_aux_loss_coef': balance,
       'router_jitter_noise': 0.0, 'sliding_window': None}
+
+
+def check(model: Config) -> None:
+  """Raises UsageError unless transformers has a model that computes what this one does."""
+  if model.num_experts:
+    mixtral_top_k(model)
+  elif model.dim % model.num_heads:  # of a mixture it does not ask that
+    raise UsageError(f'model.dim = {model.dim} is not a multiple of model.num_heads = '
+                     f'{model.num_heads}, and transformers refuses such a Llama. It can be mixed: '
+                     'a mixture like that is loaded.')
 
 
 def mixtral_top_k(model: Config) -> int:

@@ -7,7 +7,7 @@ import time
 
 import sentencepiece as spm
 
-from btx_jax import manifest, sources
+from btx_jax import manifest, mixable, sources
 from btx_jax import run as run_lib
 from btx_jax.convert import export, hugging_face
 from btx_jax.data import text as text_lib
@@ -42,6 +42,8 @@ def publish(study: Study, name: str, folder: str, dtype: str) -> None:
     if study.state(needed) != manifest.COMPLETE:
       raise UsageError(f'export writes complete runs, and {needed!r} is {study.state(needed)}; do '
                        f'--run={needed} first.')
+  for line in mixable.remarks(run, study.runs) if run.init == run_lib.MIX and not run.steps else ():
+    say(line)
   tokenizer = text_lib.tokenizer(study.config, study.data_folder)
   lengths = [hugging_face.Folder(each.folder).context_length
              for each in run_lib.lineage(run, study.runs) if each.folder]

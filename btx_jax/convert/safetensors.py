@@ -3,13 +3,12 @@
 The `safetensors` package maps files into memory, and the pages that were looked at count as
 resident: reading a file through it takes as much memory as the file is long. Here a slice is
 read with plain reads of its own bytes (or of the rows around it, piece by piece), so that
-memory holds what was asked for and little more. Nothing is unpickled or executed.
-
-A file is 8 bytes that tell the length of the header (little endian), the header (JSON: name ->
-dtype, shape, first and last byte), and the tensors' bytes, one after another without gaps.
+memory holds what was asked for and little more, and what is only to be copied goes from file to
+file in the system. Nothing is unpickled or executed.
 """
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import itertools
 import json
 import math
@@ -17,29 +16,25 @@ import os
 from typing import NamedTuple
 import uuid
 
-import ml_dtypes
 import numpy as np
 
+from btx_jax import files
+from btx_jax.convert import header
+from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
 
 Index = tuple[slice, ...]
 
-DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16),
-          'BF16': np.dtype(ml_dtypes.bfloat16)}
-# Others may stand in a file, but are not read.
-_OTHER_SIZES = {'F64': 8, 'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2,
-                'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1, 'F8_E8M0': 1}
-_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
-_MAX_HEADER = 100_000_000  # bytes, as the format has it
 _SMALL_RUN = 1 << 16  # bytes: a read of less costs as much as reading what lies between
 PIECE = 1 << 22  # bytes that are read at a time around small runs
 
 
-class Tensor(NamedTuple):
-  """Where a tensor lies: `start` counts bytes from the beginning of the file."""
-  dtype: str
-  shape: tuple[int, ...]
+class Stretch(NamedTuple):
+  """Numbers that lie together in a file: `count` bytes from the place `start`."""
+  path: str
   start: int
+  count: int
+  dtype: np.dtype
 
 
 class File:
@@ -58,8 +53,8 @@ class File:
     self.path = path
     try:
       with open(path, 'rb') as file:
-        self.header, start, size = _read_header(file)
-      self.tensors = _tensors(self.header, start, size)
+        self.header, start, size = header.read(file)
+      self.tensors = header.tensors(self.header, start, size)
     except (OSError, ValueError) as error:
       raise UsageError(f'{path} is not a sound safetensors file: {error}. Copy or download it '
                        'again.') from error
@@ -92,6 +87,18 @@ class File:
         self._fill(file, tensor.start, shape, ranges, out)
     return out
 
+  def stretch(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
+              ) -> Stretch | None:
+    """Where a slice lies, `index` and `view` as in `read`; None if not in one piece."""
+    tensor = self.tensors[name]
+    shape = tensor.shape if view is None else view
+    dtype = DTYPES[tensor.dtype]
+    runs = list(itertools.islice(_runs(shape, _ranges(shape, index), dtype.itemsize), 2))
+    if len(runs) != 1:
+      return None
+    at, count = runs[0]
+    return Stretch(self.path, tensor.start + at, count, dtype)
+
   def _fill(self, file, start: int, shape, ranges, out):
     size, raw = out.itemsize, out.reshape(-1).view(np.uint8)
     axis = _cut_axis(shape, ranges)
@@ -121,71 +128,12 @@ class File:
     while view:
       count = file.readinto(view)
       if not count:
-        raise RunError(f'{self.path} has become shorter since it was opened. Copy or download it '
-                       'again.')
+        raise _shorter(self.path)
       view = view[count:]
 
 
-def _read_header(file) -> tuple[bytes, int, int]:
-  """The header, the place of the first tensor, and the length of the file."""
-  size = os.fstat(file.fileno()).st_size
-  length = int.from_bytes(file.read(8), 'little')
-  if size < 8:
-    raise ValueError(f'it has {size} bytes, fewer than the length of a header takes')
-  if length > min(size - 8, _MAX_HEADER):
-    raise ValueError(f'its header is said to have {length:,} bytes, and the file has {size:,}')
-  return file.read(length), 8 + length, size
-
-
-def _tensors(header: bytes, start: int, size: int) -> dict[str, Tensor]:
-  """The table of a header. Raises ValueError, naming the tensor, unless it is consistent."""
-  try:
-    entries = json.loads(header.decode('utf-8'), object_pairs_hook=_no_twice)
-  except UnicodeDecodeError as error:
-    raise ValueError('its header is not UTF-8') from error
-  except json.JSONDecodeError as error:
-    raise ValueError(f'its header is not JSON ({error})') from error
-  if not isinstance(entries, dict):
-    raise ValueError('its header is not a JSON object')
-  spans = [(*_span(name, entry), name) for name, entry in entries.items()
-           if name != '__metadata__']
-  tensors, end = {}, 0
-  for first, last, dtype, shape, name in sorted(spans):
-    if first != end:
-      problem = 'overlaps the tensor before it' if first < end else 'has a gap before it'
-      raise ValueError(f'{name} {problem}: it starts at {first:,}, which should be {end:,}')
-    tensors[name] = Tensor(dtype, shape, start + first)
-    end = last
-    if start + end > size:
-      raise ValueError(f'{name} ends at byte {start + end:,}, and the file has {size:,}: it was '
-                       'cut short')
-  if start + end != size:
-    raise ValueError(f'its tensors end at byte {start + end:,}, and the file has {size:,}')
-  return tensors
-
-
-def _no_twice(pairs) -> dict:
-  result = dict(pairs)
-  if len(result) < len(pairs):
-    keys = [key for key, _ in pairs]
-    raise ValueError(f'{next(key for key in keys if keys.count(key) > 1)} is there twice')
-  return result
-
-
-def _span(name: str, entry) -> tuple[int, int, str, tuple[int, ...]]:
-  """First byte and end, dtype and shape of an entry of a header."""
-  try:
-    dtype, shape, (first, last) = entry['dtype'], entry['shape'], entry['data_offsets']
-    fits = all(type(n) is int and n >= 0 for n in (first, last, *shape))
-  except (TypeError, KeyError, ValueError):
-    fits = False
-  if not fits:
-    raise ValueError(f'{name} does not have dtype, shape and data_offsets')
-  if not isinstance(dtype, str) or dtype not in _SIZES:
-    raise ValueError(f'{name} is of the unknown type {dtype!r}')
-  if last - first != math.prod(shape) * _SIZES[dtype]:
-    raise ValueError(f'{name} has {last - first:,} bytes, which is not {dtype} x {shape}')
-  return first, last, dtype, tuple(shape)
+def _shorter(path: str) -> RunError:
+  return RunError(f'{path} has become shorter since it was opened. Copy or download it again.')
 
 
 def _ranges(shape, index: Index) -> list[tuple[int, int]]:
@@ -236,16 +184,16 @@ class Writer:
     self._path = path
     self._partial = f'{path}.{uuid.uuid4().hex[:8]}.partial'
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {'__metadata__': dict(metadata or {'format': 'pt'})}, 0
+    entries, end = {'__metadata__': dict(metadata or {'format': 'pt'})}, 0
     self._tensors, self._left = {}, {}
     for name, (shape, dtype) in tensors.items():
       size = math.prod(shape) * np.dtype(dtype).itemsize
-      header[name] = {'dtype': names[np.dtype(dtype)], 'shape': list(shape),
+      entries[name] = {'dtype': names[np.dtype(dtype)], 'shape': list(shape),
                       'data_offsets': [end, end + size]}
       self._tensors[name] = np.dtype(dtype), tuple(shape), end
       self._left[name] = math.prod(shape)
       end += size
-    raw = json.dumps(header, separators=(',', ':')).encode()
+    raw = json.dumps(entries, separators=(',', ':')).encode()
     raw += b' ' * (-len(raw) % 8)  # so that tensors are aligned
     self._start, self._size = 8 + len(raw), 8 + len(raw) + end
     self._head = len(raw).to_bytes(8, 'little') + raw
@@ -274,12 +222,29 @@ class Writer:
       done += count
     self._left[name] -= values.size
 
+  def copy(self, name: str, stretch: Stretch):
+    """Writes a whole tensor from where its bytes lie; from any thread."""
+    dtype, shape, start = self._tensors[name]
+    if stretch.dtype != dtype or stretch.count != math.prod(shape) * dtype.itemsize:
+      raise ValueError(f'{name}: {stretch} is not {dtype} {shape}.')
+    with open(stretch.path, 'rb', buffering=0) as source, self._naming_the_file():
+      copied = files.copy(source.fileno(), stretch.start, stretch.count, self._file.fileno(),
+                          self._start + start)
+    if copied < stretch.count:
+      raise _shorter(stretch.path)
+    self._left[name] -= math.prod(shape)
+
   def _write(self, start: int, raw):
-    self._file.seek(start)
     view = memoryview(raw)
-    try:
+    with self._naming_the_file():
       while view:
-        view = view[self._file.write(view):]
+        count = os.pwrite(self._file.fileno(), view, start)
+        view, start = view[count:], start + count
+
+  @contextlib.contextmanager
+  def _naming_the_file(self):
+    try:
+      yield
     except OSError as error:
       raise OSError(error.errno, error.strerror, self._path) from error  # it names no file
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
+import contextlib
 import hashlib
 import json
 import math
@@ -9,7 +10,8 @@ import os
 
 import numpy as np
 
-from btx_jax.convert.safetensors import DTYPES, File, Index, Tensor, Writer
+from btx_jax.convert.header import DTYPES, Tensor
+from btx_jax.convert.safetensors import File, Index, Stretch, Writer
 from btx_jax.errors import UsageError
 
 _SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -49,6 +51,11 @@ class Shards:
   def read(self, name: str, index: Index = (), view: tuple[int, ...] | None = None) -> np.ndarray:
     """As File.read."""
     return self._files[self._where[name]].read(name, index, view)
+
+  def stretch(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
+              ) -> Stretch | None:
+    """As File.stretch."""
+    return self._files[self._where[name]].stretch(name, index, view)
 
   def fingerprint(self) -> str:
     """A hash of all names, types, shapes, and of some bytes of every tensor.
@@ -110,7 +117,8 @@ def _open(folder: str, where: Mapping[str, str]) -> dict[str, File]:
 
 
 def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
-          pieces: Callable[[str], Iterable], max_bytes: int) -> int:
+          pieces: Callable[[str], Iterable], max_bytes: int,
+          stretch: Callable[[str], Stretch | None] = lambda name: None) -> int:
   """Writes tensors into as many files as it takes for none to be longer than `max_bytes`.
 
   A file that is there already is left as it is: it is whole, for none is seen under its name
@@ -122,6 +130,7 @@ def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
     dtype: of all of them.
     pieces: name -> (values, index, view) of its slices, as Writer.write takes them.
     max_bytes: of the tensors of a file; one tensor that is longer has a file of its own.
+    stretch: name -> where its bytes lie, if it is only to be copied.
 
   Returns:
     The bytes of tensors that were written.
@@ -141,8 +150,11 @@ def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
     if os.path.exists(path):
       continue
     with Writer(path, {name: (tensors[name], dtype) for name in group}) as writer:
-      for slice_ in _ahead((name, *piece) for name in group for piece in pieces(name)):
-        writer.write(*slice_)
+      lying = {name: found for name in group if (found := stretch(name))}
+      with _alongside(writer.copy, lying.items()):
+        for slice_ in _ahead((name, *piece) for name in group if name not in lying
+                             for piece in pieces(name)):
+          writer.write(*slice_)
     written += sum(size[name] for name in group)
   if len(groups) > 1:
     index = {'metadata': {'total_size': sum(size.values())},
@@ -150,6 +162,19 @@ def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
     with open(os.path.join(folder, _INDEX), 'w', encoding='utf-8') as file:
       json.dump(index, file, indent=2)
   return written
+
+
+@contextlib.contextmanager
+def _alongside(copy: Callable, items: Iterable):
+  """A thread copies while the block computes; all is done at its end. It takes no memory."""
+  thread = futures.ThreadPoolExecutor(1)
+  try:
+    copies = [thread.submit(copy, *item) for item in items]
+    yield
+    for each in copies:
+      each.result()
+  finally:
+    thread.shutdown(cancel_futures=True)
 
 
 def _ahead(items: Iterator) -> Iterator:

@@ -41,6 +41,7 @@ AVERAGED, FEED_FORWARD = 'averaged', 'feed-forward'
 # Weights of a parameter that are read of each model at a time, in whole layers: a checkpoint is
 # decoded in chunks that may hold all of them, so that small pieces would be read again and again.
 _READ = 1 << 27
+_SIDE_BY_SIDE = 3  # experts whose pairs have room beside each other in a terminal
 _BLOCK = 1 << 20  # weights of each model that are computed on at a time
 
 
@@ -197,9 +198,11 @@ def tell(study: Study, name: str) -> None:
   with replacing(path) as file:
     json.dump(found | {'judgement': judgement(found)}, file, indent=1)
   terminal.show(as_table(found))
+  if len(found['experts']) <= _SIDE_BY_SIDE:
+    terminal.show(by_layer(found))
   for line in judgement(found):
     terminal.say(line)
-  terminal.say(f'Of each layer: {path}')
+  terminal.say(f'All figures: {path}')
 
 
 def judgement(found: dict) -> list[str]:
@@ -247,6 +250,26 @@ def as_table(found: dict) -> Table:
     table.add_row(f'{experts[i]} and {experts[j]}', *(cell for of in every for cell in (
         '', _number(of['cosine'][i][j]), _number(of['norm_ratio'][i][j]),
         _number(of['conflicts'][i][j], '.1%'))))
+  return table
+
+
+def by_layer(found: dict) -> Table:
+  """A line each for what is averaged and the feed-forward layer of every layer."""
+  experts = found['experts']
+  pairs = list(itertools.combinations(range(len(experts)), 2))
+  table = Table(
+      title='Of each layer', title_justify='left', box=box.SIMPLE_HEAD, caption_justify='left',
+      caption='; '.join(f'{i + 1}: {expert}' for i, expert in enumerate(experts))
+      + '. Of each what it moved; of a pair cosine, norm ratio and conflicts.')
+  table.add_column('')
+  for column in (*(f'{i + 1}' for i in range(len(experts))),
+                 *(f'{i + 1} and {j + 1}' for i, j in pairs)):
+    table.add_column(column, justify='right', no_wrap=True)
+  for part in found['parts']:
+    where = '' if part['layer'] is None else f'{part["layer"]} '
+    table.add_row(where + part['part'], *(_number(moved, '.1%') for moved in part['moved']), *(
+        f'{_number(part["cosine"][i][j])} {_number(part["norm_ratio"][i][j])} '
+        f'{_number(part["conflicts"][i][j], ".1%")}' for i, j in pairs))
   return table
 
 

@@ -1,0 +1,90 @@
+"""The header of a safetensors file, believed in nothing.
+
+A file is 8 bytes that tell the length of the header (little endian), the header (JSON: name ->
+dtype, shape, first and last byte), and the tensors' bytes, one after another without gaps.
+"""
+
+import json
+import math
+import os
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16),
+          'BF16': np.dtype(ml_dtypes.bfloat16)}
+# Others may stand in a file, but are not read.
+_OTHER_SIZES = {'F64': 8, 'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2,
+                'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1, 'F8_E8M0': 1}
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
+_MAX_HEADER = 100_000_000  # bytes, as the format has it
+
+
+class Tensor(NamedTuple):
+  """Where a tensor lies: `start` counts bytes from the beginning of the file."""
+  dtype: str
+  shape: tuple[int, ...]
+  start: int
+
+
+def read(file) -> tuple[bytes, int, int]:
+  """The header, the place of the first tensor, and the length of the file."""
+  size = os.fstat(file.fileno()).st_size
+  length = int.from_bytes(file.read(8), 'little')
+  if size < 8:
+    raise ValueError(f'it has {size} bytes, fewer than the length of a header takes')
+  if length > min(size - 8, _MAX_HEADER):
+    raise ValueError(f'its header is said to have {length:,} bytes, and the file has {size:,}')
+  return file.read(length), 8 + length, size
+
+
+def tensors(header: bytes, start: int, size: int) -> dict[str, Tensor]:
+  """The table of a header. Raises ValueError, naming the tensor, unless it is consistent."""
+  try:
+    entries = json.loads(header.decode('utf-8'), object_pairs_hook=_no_twice)
+  except UnicodeDecodeError as error:
+    raise ValueError('its header is not UTF-8') from error
+  except json.JSONDecodeError as error:
+    raise ValueError(f'its header is not JSON ({error})') from error
+  if not isinstance(entries, dict):
+    raise ValueError('its header is not a JSON object')
+  spans = [(*_span(name, entry), name) for name, entry in entries.items()
+           if name != '__metadata__']
+  found, end = {}, 0
+  for first, last, dtype, shape, name in sorted(spans):
+    if first != end:
+      problem = 'overlaps the tensor before it' if first < end else 'has a gap before it'
+      raise ValueError(f'{name} {problem}: it starts at {first:,}, which should be {end:,}')
+    found[name] = Tensor(dtype, shape, start + first)
+    end = last
+    if start + end > size:
+      raise ValueError(f'{name} ends at byte {start + end:,}, and the file has {size:,}: it was '
+                       'cut short')
+  if start + end != size:
+    raise ValueError(f'its tensors end at byte {start + end:,}, and the file has {size:,}')
+  return found
+
+
+def _no_twice(pairs) -> dict:
+  result = dict(pairs)
+  if len(result) < len(pairs):
+    keys = [key for key, _ in pairs]
+    raise ValueError(f'{next(key for key in keys if keys.count(key) > 1)} is there twice')
+  return result
+
+
+def _span(name: str, entry) -> tuple[int, int, str, tuple[int, ...]]:
+  """First byte and end, dtype and shape of an entry of a header."""
+  try:
+    dtype, shape, (first, last) = entry['dtype'], entry['shape'], entry['data_offsets']
+    fits = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+  except (TypeError, KeyError, ValueError):
+    fits = False
+  if not fits:
+    raise ValueError(f'{name} does not have dtype, shape and data_offsets')
+  if not isinstance(dtype, str) or dtype not in _SIZES:
+    raise ValueError(f'{name} is of the unknown type {dtype!r}')
+  if last - first != math.prod(shape) * _SIZES[dtype]:
+    raise ValueError(f'{name} has {last - first:,} bytes, which is not {dtype} x {shape}')
+  return first, last, dtype, tuple(shape)
