@@ -18,8 +18,6 @@ FORMS = {
     'grouped': functools.partial(dispatch.in_rounds, swiglu=grouped.ragged),
     'gather': functools.partial(dispatch.gathered, swiglu=grouped.ragged),
 }
-# Of the platform that a program is compiled for; 'pieces' of all others.
-_OF_PLATFORM = {'tpu': 'grouped'}
 
 
 def dense_experts(x_BTD, experts, gates_BTE):
@@ -56,12 +54,13 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form='auto',
   mesh = jax.sharding.get_abstract_mesh()
   E, _, F = experts['up'].shape
   room = dispatch_factor * (load or ids_BTk.shape[-1]) / E
+  held = (not mesh.empty and 'expert' in batch_axes
+          and sharding.holds_experts(mesh.shape['expert'], E))
   if form == 'auto':
-    form = _OF_PLATFORM.get(sharding.platform(), 'pieces')
+    form = _of_platform(E // mesh.shape['expert'] if held else E)
   if mesh.empty:
     return _on_device(x_BTD, experts, gates_BTk, ids_BTk, FORMS[form],
                       room, 1, None)
-  held = 'expert' in batch_axes and sharding.holds_experts(mesh.shape['expert'], E)
   axis, width_axis = 'expert' if held else None, sharding.axis_that_cuts('tensor', F)
   body = functools.partial(_on_device, form=FORMS[form], room=room,
                            shards=mesh.shape['expert'] if held else 1, width_axis=width_axis)
@@ -69,6 +68,15 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form='auto',
   weights = {'gate': columns, 'up': columns, 'down': P(axis, width_axis, None)}
   return jax.shard_map(body, in_specs=(rows, weights, rows, rows), out_specs=rows)(
       x_BTD, experts, gates_BTk, ids_BTk)
+
+
+def _of_platform(experts: int) -> str:
+  """The form for the platform that this is compiled for, of so many experts a device.
+
+  Of one, the grouped matmul is a plain one, of all rows that there is room for.
+  """
+  platform = sharding.platform()
+  return 'grouped' if platform == 'tpu' or (platform == 'gpu' and experts == 1) else 'pieces'
 
 
 def _on_device(x_BTD, experts, gates_BTk, ids_BTk, form, room, shards, width_axis):
