@@ -19,7 +19,10 @@ def get_config(folder: str = '/models/SmolLM2-135M'):
   config.tokenizer.path = folder
   config.domains = {name: config.domains[name] for name in demo.SPECIALISTS}
   config.data.length = 256
-  config.model = base.get_config().model  # sizes are those of the folder
+  # As in the folder, which preflight does without.
+  config.model = base.get_config().model
+  config.model.update(vocab_size=49_152, dim=576, ffn_dim=1536, num_layers=30, num_heads=9,
+                      num_kv_heads=3, tied_head=True)
   config.train.batch_size = 4
   config.evaluation.update(tokens=4096, batch_size=8)
   config.checkpoints_kept = 1

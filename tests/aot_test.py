@@ -16,8 +16,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from btx_jax import sharding
+from btx_jax import chips, sharding
 from btx_jax.model import moe
+from btx_jax.preflight import cost, hlo, measure, topology
+from btx_jax.study import Study
+from configs import llama2_7b
 from tests.jobs import ROOT
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings('ignore')]
@@ -50,6 +53,12 @@ def compiled_layer(mesh, num_experts: int, form: str):
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile()
 
 
+def flops(compiled, mesh) -> float:
+  """Of matmuls, those of kernels by the rows of their operands."""
+  module = hlo.parse(compiled.as_text())
+  return cost.Model(module, chips.CHIPS['v5p'], mesh, lambda *_: 1.0).total().flops
+
+
 def kernel_rows(compiled) -> set[int]:
   """Of what the kernels of grouped matmuls read and write row by row."""
   kernels = re.findall(r'ragged-dot[\w.-]* = \w+\[(\d+),\d+\]', compiled.as_text())
@@ -58,9 +67,37 @@ def kernel_rows(compiled) -> set[int]:
 
 def test_more_experts_are_no_more_work(mesh):
   """Top-2 of 8 multiplies what top-2 of 4 does: a token still meets two experts."""
-  of_four, of_eight = (kernel_rows(compiled_layer(mesh, n, 'auto')) for n in (4, 8))
+  four, eight = (compiled_layer(mesh, n, 'auto') for n in (4, 8))
   # One kernel over the rows of all experts of a device, a quarter of room more than choices.
-  assert of_four == of_eight == {B * T * K * 5 // 4 // 4}
+  rows = B * T * K * 5 // 4 // 4
+  assert kernel_rows(four) == kernel_rows(eight) == {rows}
+  # Three matmuls forward, one of them again, and two for the gradient of each.
+  assert flops(four, mesh) == flops(eight, mesh) == pytest.approx(
+      (3 + 2 + 6) * 2 * rows * D * F, rel=0.1)
+
+
+@pytest.fixture(scope='module')
+def pod():
+  return topology.get('v5p:4x4x4')
+
+
+def test_the_papers_run_fits_a_v5p_128(pod):
+  """Every run of configs/llama2_7b.py, and its experts as one program."""
+  found = list(measure.programs(Study(llama2_7b.get_config(), '/none', at_hand=False), pod))
+  config = llama2_7b.get_config()
+  config.stacked = tuple(name for name in config.runs if name.startswith('expert/'))
+  config.runs = {name: run for name, run in config.runs.items() if name != 'btx'}
+  config.mesh.update(expert=4)
+  found += measure.programs(Study(config, '/none', at_hand=False), pod)
+  experts, mixture, branches = found
+  assert branches.stacked and len(experts.runs) == 3 and mixture.runs[0].name == 'btx'
+  for program in found:
+    assert program.fits, (program.runs, program.peak, program.error)
+    assert all(finding.holds for finding in program.findings), program.findings
+    assert program.mfu(pod.chip) > 0.55
+  assert len(mixture.findings) == len(branches.findings) == 1
+  along = {axis for (_, axes), sent in branches.cost.sent.items() if sent > 1e6 for axis in axes}
+  assert 'expert' not in along and 'fsdp' in along
 
 
 # Layers in a loop, whose parameters are cut up over two chips, and copies of it on two others.

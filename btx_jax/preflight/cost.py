@@ -76,7 +76,8 @@ class Model:
         self._communicate(clock, instruction, *moved)
       elif kind.endswith('-start'):
         where = 'host' if any(s.space == hlo.HOST for s in instruction.shapes) else 'memory'
-        size = max((s.bytes for s in instruction.shapes), default=0)
+        inner = self._module.computations.get((*instruction.called, '')[0])
+        size = _updated(inner) if inner else instruction.shapes[0].bytes
         seconds = size / (self._chip.host_link if where == 'host' else self._chip.bandwidth)
         cost.memory += seconds if where == 'memory' else 0
         clock.start(instruction.name, where, seconds)
