@@ -13,7 +13,7 @@ import pytest
 
 from tests import studies
 
-jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))  # or cuda, or tpu
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
