@@ -168,10 +168,13 @@ def test_equal_branches_need_one_program(tmp_path, here):
       ['seed', 'expert/code', 'expert/math'], ['btx']]
 
 
-def test_what_the_compiler_cannot_place_is_an_answer(tmp_path, here, monkeypatch, capsys):
+@pytest.mark.parametrize('why', [
+    'XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 104.21G of '
+    '95.74G hbm.', 'Ran out of memory on HBM, the total memory required for HLO temporaries '
+    '(104.21G) exceeds available HBM (95.74G).'])
+def test_what_the_compiler_cannot_place_is_an_answer(tmp_path, here, monkeypatch, capsys, why):
   def refuse(*_):
-    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out '
-                                     'of memory in memory space hbm. Used 104.21G of 95.74G hbm.')
+    raise jax.errors.JaxRuntimeError(f'RESOURCE_EXHAUSTED: {why}')
 
   monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
   assert not tell.tell(miniature(tmp_path), here, as_json=False)

@@ -28,7 +28,8 @@ from btx_jax.run import Run
 from btx_jax.study import Study
 
 _METRICS = 1024  # numbers; no array of a model is so small
-_USED = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm')
+_USED = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm|'
+                   r'temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)')
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -151,8 +152,9 @@ def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) ->
     result.compile_seconds = time.monotonic() - began
     result.error = 'the compiler found no way to fit it into the memory'
     if used := _USED.search(str(error)):
-      result.temporaries = float(used[1]) * _UNITS[used[2]]
-      result.memory = float(used[3]) * _UNITS[used[4]]
+      taken, unit, there, unit_there = filter(None, used.groups())
+      result.temporaries = float(taken) * _UNITS[unit]
+      result.memory = float(there) * _UNITS[unit_there]
     return result
   result.compile_seconds = time.monotonic() - began
   module = hlo.parse(compiled.as_text())

@@ -98,9 +98,9 @@ def advice(program: Measured) -> list[str]:
   if program.fits:
     return []
   run, axes = program.runs[0], program.mesh
-  over = program.peak - program.memory
-  lines = [f'{_names(program)} needs {_gb(over)} more than a device has. What would help, the '
-           'cheapest first:']
+  over = program.peak - program.memory if program.peak and program.memory else 0
+  much = f'needs {_gb(over)} more than a device has' if over else 'does not fit'
+  lines = [f'{_names(program)} {much}. What would help, the cheapest first:']
   spread = math.prod(n for axis, n in axes.items() if axis != 'tensor')
   rows = run.batch_size // run.accumulation
   if rows % 2 == 0 and rows // 2 % spread == 0:
