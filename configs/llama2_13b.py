@@ -1,6 +1,8 @@
 """Llama 2 13B branched for math, code and Wikipedia, otherwise as configs/llama2_7b.py.
 
   python -m btx_jax.main --config=configs/llama2_13b.py preflight --topology=v5p:4x4x4
+
+Compiled for v5p:4x4x4; docs/preflight.md has the figures.
 """
 
 from configs import llama2_7b

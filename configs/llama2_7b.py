@@ -9,7 +9,8 @@ Where that table's shares do not add up to 100 they are taken as they stand, as 
   python -m btx_jax.main --config=configs/llama2_7b.py preflight --topology=v5p:4x4x4
   python -m btx_jax.main --config=configs/llama2_7b.py:/models/Llama-2-7b-hf --run=expert/math
 
-Compiled for v5p:4x4x4 (v5p-128), v5e:16x16 and h100:8; docs/preflight.md has the figures.
+Compiled for v5p:4x4x4 (v5p-128); with --config.model.remat=full for v5e:16x16, and with
+--config.train.accumulation=128 besides for h100:8. docs/preflight.md has the figures.
 """
 
 from configs import base

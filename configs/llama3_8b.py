@@ -4,6 +4,8 @@ The text, tokens a step and optimizer are those of configs/llama2_7b.py; rows ar
 the seed was trained on.
 
   python -m btx_jax.main --config=configs/llama3_8b.py preflight --topology=v5p:4x4x4
+
+Compiled for v5p:4x4x4; docs/preflight.md has the figures.
 """
 
 from configs import llama2_7b

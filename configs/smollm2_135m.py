@@ -4,7 +4,7 @@ The seed is read from a Hugging Face folder; three experts are trained a short w
 and facts, mixed with the seed, and finetuned; `export` writes a Mixtral that transformers loads.
 So short that it shows the path and not the method: for good, give it text of yours, a thousand
 times the steps, and an accelerator. About 20 minutes and 16 GB on two CPU cores; docs/pretrained.md
-has what came out.
+has what came out. Compiled for v5e:2x2 too.
 
   python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M
   python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M --run=btx \
