@@ -17,7 +17,6 @@ from btx_jax import program as program_lib
 from btx_jax import run as run_lib
 from btx_jax.checkpoint import abstract
 from btx_jax.chips import UNKNOWN
-from btx_jax.errors import UsageError
 from btx_jax.model import config as model_config
 from btx_jax.model import llama
 from btx_jax.preflight import cost as cost_lib
@@ -111,8 +110,6 @@ def programs(study: Study, topology: Topology):
     for run in group:
       layout.check(run, mesh, stacked=len(group) > 1)
     wanted.setdefault(_key(group), []).append(group)
-  if not wanted:
-    raise UsageError('No run of this config is trained: there is nothing to compile.')
   for groups in wanted.values():
     with jax.set_mesh(mesh):
       yield _measure(groups, study, topology, mesh)

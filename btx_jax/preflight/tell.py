@@ -27,6 +27,9 @@ def tell(study: Study, topology: Topology, as_json: bool) -> bool:
   if as_json:
     print(json.dumps(as_data(found, topology), indent=1))
     return all(program.fits for program in found)
+  if not found:
+    say('No run of this config is trained: there is nothing to compile.')
+    return True
   say(f'{topology.name}: {found[0].devices} devices, compiled by {topology.compiler}. Times are '
       'those of the peaks in btx_jax/chips.py; nothing ran.')
   show(as_table(found, topology))
