@@ -58,7 +58,7 @@ class Model:
 
   def __init__(self, module: hlo.Module, chip: Chip, mesh,
                speed: Callable[[str, tuple[str, ...]], float], filled: float = 1.0):
-    """`speed`: (kind of collective, axes) -> bytes a second; `filled`: see kernel_flops."""
+    """`speed`: (kind of collective, axes) -> bytes a second; `filled`: see `_kernel_flops`."""
     self._module, self._chip, self._mesh = module, chip, mesh
     self._speed, self._filled = speed, filled
     self.of = functools.cache(self._of)

@@ -47,11 +47,7 @@ class Measured:
     stacked: they are branches of one program.
     mesh: sizes of the axes that are more than 1.
     devices: in all.
-    params: of the model.
-    active_params: that a token meets.
     state: bytes of parameters and optimizer, all devices together: of a checkpoint.
-    flops_per_token: of the model, forward and backward, without what is recomputed.
-    tokens: of a step, all branches together.
     compile_seconds: that the compiler took.
     error: why there is no program, or ''.
     arguments: bytes of a device that hold the state and a batch.
@@ -66,11 +62,7 @@ class Measured:
   stacked: bool
   mesh: dict[str, int]
   devices: int
-  params: int
-  active_params: int
   state: int
-  flops_per_token: int
-  tokens: int
   compile_seconds: float = 0.0
   error: str = ''
   arguments: float = 0.0
@@ -80,6 +72,27 @@ class Measured:
   host_memory: float | None = None
   cost: cost_lib.Cost | None = None
   findings: list[Finding] = dataclasses.field(default_factory=list)
+
+  @property
+  def params(self) -> int:
+    """Of the model."""
+    return model_config.num_params(self.runs[0].model)
+
+  @property
+  def active_params(self) -> int:
+    """Those that a token meets."""
+    return model_config.num_params(self.runs[0].model, active=True)
+
+  @property
+  def flops_per_token(self) -> int:
+    """Of the model, forward and backward, without what is recomputed."""
+    return model_config.train_flops_per_token(self.runs[0].model, self.runs[0].length)
+
+  @property
+  def tokens(self) -> int:
+    """Of a step, all branches together."""
+    run = self.runs[0]
+    return (len(self.runs) if self.stacked else 1) * run.batch_size * run.length
 
   @property
   def peak(self) -> float:
@@ -135,10 +148,7 @@ def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) ->
   result = Measured(
       runs=tuple(each for group in groups for each in group), stacked=stacked,
       mesh={axis: n for axis, n in mesh.shape.items() if n > 1}, devices=mesh.size,
-      params=model_config.num_params(run.model),
-      active_params=model_config.num_params(run.model, active=True), state=state,
-      flops_per_token=model_config.train_flops_per_token(run.model, run.length),
-      tokens=len(group) * run.batch_size * run.length, memory=chip and chip.memory,
+      state=state, memory=chip and chip.memory,
       host_memory=chip and chip.host_memory * len(topology.devices) / topology.hosts)
   began = time.monotonic()
   try:
