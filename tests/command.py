@@ -71,6 +71,8 @@ def _become(main, arguments: list[str], cwd: str, out: str, err: str):
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   sys.argv = ['btx_jax', *arguments]
   signal.alarm(300)  # rather than wait forever
+  # As in the foreground: a shell has those in the background ignore it, and their children too.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   code = 1
   try:
     main.main(sys.argv)
