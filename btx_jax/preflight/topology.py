@@ -87,7 +87,10 @@ def _tpu(name: str, kind: str, shape: str, slices: int) -> Topology:
     raise UsageError(f"--topology={name} needs the TPU's compiler: pip install 'btx_jax[tpu]', "
                      'which works on any x86-64 Linux machine.')
   from jax.experimental import topologies
-  options = {'num_slices': slices} if slices > 1 else {}
+  wraps = _wraps([int(n) for n in shape.split('x')])
+  options = {'wrap': tuple(wraps + [False] * (3 - len(wraps)))}  # the default is: nowhere
+  if slices > 1:
+    options['num_slices'] = slices
   if kind == 'v4':
     options['chip_config_name'] = 'megacore'  # both cores of a chip are one device
   try:
@@ -131,7 +134,8 @@ def speed(topology: Topology, mesh):
   slice or node, all goes through the network.
   """
   chip = topology.chip
-  closed = _closed(topology)
+  sizes = [len({d.coords[i] for d in topology.devices}) for i in range(chip.torus if chip else 0)]
+  wraps = _wraps(sizes)
 
   def of(kind: str, axes: tuple[str, ...]) -> float:
     if not chip:
@@ -146,8 +150,7 @@ def speed(topology: Topology, mesh):
     for i in range(chip.torus):
       along = len({d.coords[i] for d in group})
       if along > 1:
-        size = len({d.coords[i] for d in topology.devices})
-        links += 2 if along == size and closed[i] else 1
+        links += 2 if along == sizes[i] and wraps[i] else 1
         longest = max(longest, along)
     shared = longest / 4 if kind == 'all-to-all' and links else 1
     return max(links, 1) * chip.link / max(shared, 1)
@@ -161,10 +164,11 @@ def _group(mesh, axes: tuple[str, ...]):
   return mesh.devices[index].reshape(-1)
 
 
-def _closed(topology: Topology) -> list[bool]:
-  """Which dimensions of a torus go all the way around: whole cubes of 4x4x4, and pods of 16x16."""
-  dims = [len({d.coords[i] for d in topology.devices})
-          for i in range(topology.chip.torus if topology.chip else 0)]
-  if len(dims) == 3:
-    return [all(n % 4 == 0 for n in dims)] * 3
-  return [n == 16 for n in dims]
+def _wraps(sizes: Sequence[int]) -> list[bool]:
+  """Which dimensions of a torus go all the way around: whole cubes of 4x4x4, and pods of 16x16.
+
+  The compiler chooses its collectives by that: without, it makes all-reduces of all-gathers.
+  """
+  if len(sizes) == 3:
+    return [all(n % 4 == 0 for n in sizes)] * 3
+  return [n == 16 for n in sizes]
