@@ -65,7 +65,7 @@ def program(body: str) -> str:
 %dear (q: f32[10]) -> f32[10] {{
   %q = f32[10]{{0}} parameter(0)
   ROOT %d = f32[10]{{0}} all-reduce(%q), replica_groups={{{{0,1}}}}
-}}
+}}, execution_thread="sparsecore"
 
 ENTRY %main (a: f32[10]) -> f32[10] {{
   %a = f32[10]{{0}} parameter(0)
@@ -79,10 +79,14 @@ ENTRY %main (a: f32[10]) -> f32[10] {{
 GATHER = '%s = (f32[10], f32[20]) all-gather-start(%a), replica_groups={{0,1}}, dimensions={0}'
 DOT = '%x = bf16[2,2]{1,0} dot(%m, %n), lhs_contracting_dims={1}, rhs_contracting_dims={0}'
 DONE = 'ROOT %g = f32[20]{0} all-gather-done(%s)'
+# By another core of the chip.
+SUM = '%s = ((), (s32[3])) custom-call-start(), called_computations={%dear}, custom_call_target="s"'
+SUM_DONE = 'ROOT %g = f32[10]{0} custom-call-done(%s)'
 
 
 @pytest.mark.parametrize('lines, waiting', [
-    ((GATHER, DOT, DONE), 0), ((DOT, GATHER, DONE), 40)])
+    ((GATHER, DOT, DONE), 0), ((DOT, GATHER, DONE), 40),
+    ((SUM, DOT, SUM_DONE), 0), ((DOT, SUM, SUM_DONE), 40)])
 def test_only_what_lies_between_start_and_done_hides_a_collective(lines, waiting):
   """40 bytes leave a device, in 40 seconds; the matmul takes 40 FLOPs as well."""
   with use_mesh((2, 1, 1, 1)) as mesh:

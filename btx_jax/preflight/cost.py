@@ -21,6 +21,7 @@ from btx_jax.preflight import hlo
 _FREE = {'parameter', 'constant', 'get-tuple-element', 'bitcast', 'tuple', 'after-all',
          'add-dependency', 'partition-id', 'replica-id', 'opt-barrier', 'iota', 'domain'}
 _MATMUL_CALL = re.compile(r'\$(?:gemm|matmul)|cublas')
+_WRAPPERS = ('fusion', 'async-start', 'call-start', 'custom-call-start')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
@@ -121,19 +122,20 @@ class Model:
   def _collective(self, computation: hlo.Computation, instruction: hlo.Instruction):
     """(name, kind, axes, bytes that a device sends) of a collective; None of anything else."""
     kind = instruction.opcode.removesuffix('-start')
-    if instruction.opcode in ('async-start', 'fusion'):
-      # Wrapped in a computation. The TPU's compiler has collectives start, go on in the midst of
-      # other fusions, and be done, each by a fusion of its own on the same channel.
+    if instruction.opcode in _WRAPPERS and instruction.called:
+      # Wrapped in a computation, or in one within, which another core of the chip may run. The
+      # TPU's compiler has collectives start, go on in the midst of other fusions, and be done,
+      # each by a fusion of its own on the same channel.
       inner = self._module.computations[instruction.called[0]]
-      found = next((i for i in inner.values() if i.opcode in hlo.COLLECTIVES), None)
+      found = next(filter(None, (self._collective(inner, i) for i in inner.values())), None)
       if not found or _stage(instruction) == 'goes on':
         return None
-      name, kind, axes, size = self._collective(inner, found)
-      if kind == 'all-reduce' and instruction.shapes[0].bytes < found.shapes[0].bytes:
+      name, kind, axes, size = found
+      if instruction.opcode != 'fusion' or name not in inner:
+        return instruction.name, kind, axes, size
+      if kind == 'all-reduce' and instruction.shapes[0].bytes < inner[name].shapes[0].bytes:
         kind, size = 'reduce-scatter', size / 2  # a device keeps its part of the sum only
-      if instruction.opcode == 'fusion':
-        return found.attribute('channel_id') or name, kind, axes, size
-      return instruction.name, kind, axes, size
+      return inner[name].attribute('channel_id') or name, kind, axes, size
     if kind not in hlo.COLLECTIVES:
       return None
     axes = hlo.axes(instruction, self._mesh)

@@ -12,8 +12,10 @@ _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 
           'c64': 8}
 _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{\s*$')
+_END = re.compile(r'^\}(, execution_thread=.*)?\s*$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*)$')
-_CALLED = re.compile(r'(?:calls|to_apply|async_execution_computation)=%?([\w.-]+)')
+_CALLED = re.compile(
+    r'(?:calls|to_apply|async_execution_computation|called_computations)=\{?%?([\w.-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _LISTED = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{[^=]*\})?\}')
 _IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
@@ -115,7 +117,7 @@ def parse(text: str) -> Module:
       if match := _COMPUTATION.match(line):
         current = computations.setdefault(match[2], Computation())
         entry = match[2] if match[1] else entry
-    elif line.rstrip() == '}':
+    elif _END.match(line):
       current = None
     elif match := _INSTRUCTION.match(line):
       instruction = _instruction(match[2], match[3], bool(match[1]))
