@@ -1,8 +1,6 @@
 """What the TPU's compiler makes of our programs, without a TPU: pytest -m aot, where libtpu is."""
 
 import os
-import subprocess
-import sys
 
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # before libtpu is loaded: there is no TPU host
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -20,11 +18,10 @@ from btx_jax.model import moe
 from btx_jax.preflight import cost, hlo, measure, topology
 from btx_jax.study import Study
 from configs import llama2_7b
-from tests.jobs import ROOT
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings('ignore')]
 
-B, T, D, F, K = 16, 1024, 512, 1536, 2
+B, D, F, K = 16, 512, 1536, 2
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +32,7 @@ def mesh():
                            axis_types=(AxisType.Auto,) * 4)
 
 
-def compiled_layer(mesh, num_experts: int, form: str):
+def compiled_layer(mesh, num_experts: int, T: int):
   """The gradient of a layer of experts, of which each device holds some."""
   like = lambda dtype, spec, *shape: jax.ShapeDtypeStruct(
       shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -46,7 +43,7 @@ def compiled_layer(mesh, num_experts: int, form: str):
           like(jnp.int32, rows, B, T, K))
 
   def loss(x, experts, gates, ids):
-    return moe.sparse_experts(x, experts, gates, ids, form).astype(jnp.float32).sum()
+    return moe.sparse_experts(x, experts, gates, ids).astype(jnp.float32).sum()
 
   with jax.set_mesh(mesh):
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile()
@@ -60,12 +57,18 @@ def flops(compiled, mesh) -> float:
 
 def test_more_experts_are_no_more_work(mesh):
   """Top-2 of 8 multiplies what top-2 of 4 does: a token still meets two experts."""
-  four, eight = (compiled_layer(mesh, n, 'auto') for n in (4, 8))
-  assert 'ragged-dot' in four.as_text()
+  T = 1024
+  four, eight = (compiled_layer(mesh, n, T) for n in (4, 8))
   # A quarter of room more than there are choices. Two matmuls forward (the last is of no use to a
   # gradient), three for that of the rows, three for that of the weights.
   rows = B * T * K * 5 // 4 // 4
   assert flops(four, mesh) == flops(eight, mesh) == 8 * 2 * rows * D * F
+
+
+@pytest.mark.parametrize('length', [1024, 1000])
+def test_the_kernel_for_groups_is_used(mesh, length):
+  """Whatever the length: of rows that are not whole tiles, XLA makes matmuls of all rows."""
+  assert 'ragged-dot' in compiled_layer(mesh, 4, length).as_text()
 
 
 @pytest.fixture(scope='module')
@@ -91,36 +94,6 @@ def test_the_papers_run_fits_a_v5p_128(pod):
   assert len(mixture.findings) == len(branches.findings) == 1
   along = {axis for (_, axes), sent in branches.cost.sent.items() if sent > 1e6 for axis in axes}
   assert 'expert' not in along and 'fsdp' in along
-
-
-# Layers in a loop, whose parameters are cut up over two chips, and copies of it on two others.
-LAYERS = '''
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec as P
-devices = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1').devices
-mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 2), ('data', 'fsdp'))
-held = NamedSharding(mesh, P(None, 'fsdp', None))
-w = jax.ShapeDtypeStruct((6, 4096, 4096), jnp.bfloat16, sharding=held)
-x = jax.ShapeDtypeStruct((8192, 4096), jnp.bfloat16,
-                         sharding=NamedSharding(mesh, P(('data', 'fsdp'))))
-
-def loss(w, x):
-  layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
-  return jax.lax.scan(layer, x, w)[0].astype(jnp.float32).sum()
-
-step = lambda w, x: w - 0.1 * jax.grad(loss)(w, x)
-with jax.set_mesh(mesh):
-  print(jax.jit(step, out_shardings=held).lower(w, x).compile().as_text())
-'''
-
-
-def test_flags_of_launch_scripts_hide_all_gathers():
-  """libtpu knows the flags, or would end the process, and they do what env.sh says."""
-  fused = []
-  for prefix in ('', '. launch/env.sh && '):
-    done = subprocess.run(['bash', '-c', f'{prefix}"$0" -c "$1"', sys.executable, LAYERS],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    fused.append(done.stdout.count('async_collective_name'))
-  assert fused[0] == 0 < fused[1]
+  # What all chips share is gathered, not summed: the compiler knows that the slice is a torus.
+  both = ('fsdp', 'expert')
+  assert mixture.cost.sent['all-gather', both] > mixture.cost.sent['all-reduce', both]

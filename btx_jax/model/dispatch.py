@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from btx_jax.model import grouped
 
+_TILE = 128  # rows
+
 
 def in_rounds(x, experts, gates, ids, room, shards, swiglu):
   """Buffers of `capacity` rows for every expert.
@@ -42,7 +44,7 @@ def in_rounds(x, experts, gates, ids, room, shards, swiglu):
   E, pairs = experts['up'].shape[0] * shards, tokens * k
   if shards == 1 and room * E >= k and swiglu is not grouped.ragged:
     return gathered(x, experts, gates, ids, room, shards, swiglu)
-  C = min(tokens, math.ceil(room * tokens))
+  C = min(tokens, _tiled(math.ceil(room * tokens)))
   rounds = math.ceil(tokens / C)
 
   ids = jnp.where(ids < 0, E, ids).reshape(pairs)  # behind all others
@@ -78,6 +80,11 @@ def in_rounds(x, experts, gates, ids, room, shards, swiglu):
 
     y, _ = jax.lax.scan(overflow, y, jnp.arange(1, rounds))
   return y
+
+
+def _tiled(rows: int) -> int:
+  """A multiple of the tiles of TPUs, from one tile on: of other sizes XLA pads grouped matmuls."""
+  return rows if rows < _TILE else math.ceil(rows / _TILE) * _TILE
 
 
 def gathered(x, experts, gates, ids, room, shards, swiglu):
