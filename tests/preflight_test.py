@@ -1,9 +1,11 @@
 """Preflight: what is read from a compiled program, against what is known of it."""
 
 import dataclasses
+import importlib.metadata
 import types
 
 import jax
+from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -99,6 +101,14 @@ def test_a_conditional_costs_what_its_cheapest_branch_does():
   body = ('  ROOT %c = f32[10]{0} conditional(%i, %a, %a), branch_computations={%dear, %cheap}')
   with use_mesh((2, 1, 1, 1)) as mesh:
     assert cost_of(program(body), mesh).seconds == 0
+
+
+def test_what_waits_on_the_host_is_moved_slice_by_slice():
+  """As model.remat='offload' has it: layers' inputs in a stack, in the memory of the host."""
+  body = '''  %h = bf16[9,10]{1,0:S(5)} parameter(3)
+  %s = (bf16[9,10]{1,0:S(5)}, bf16[1,10]{1,0}, s32[], u32[]) dynamic-update-slice-start(%h, %m, %i)
+  ROOT %t = bf16[9,10]{1,0:S(5)} dynamic-update-slice-done(%s)'''
+  assert cost_of(program(body), chip=CHIP._replace(host_link=1.0)).seconds == 1 * 10 * 2
 
 
 def test_products_with_padding_are_none():
@@ -236,6 +246,18 @@ def test_the_share_of_the_peak_and_preflight_have_one_table(monkeypatch):
 def test_topologies_that_nobody_knows(name, message):
   with pytest.raises(UsageError, match=message.replace('?', r'\?')):
     topology.get(name)
+
+
+@pytest.mark.parametrize('version, told', [
+    ('0.0.42.1', 'libtpu 0.0.42.1'),
+    ('0.0.52', 'libtpu 0.0.52, not the libtpu==0.0.42.* that jax 0.10.2 asks for')])
+def test_a_compiler_that_jax_did_not_ask_for_is_told(monkeypatch, version, told):
+  versions = {'libtpu': version, 'jax': '0.10.2'}
+  monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)
+  monkeypatch.setattr(importlib.metadata, 'requires', lambda package: [
+      'numpy>=2.0', 'libtpu==0.0.42.*; extra == "tpu"'])
+  monkeypatch.setattr(topologies, 'get_topology_desc', lambda **_: types.SimpleNamespace(devices=[]))
+  assert topology.get('v5p:4x4x4').compiler == told
 
 
 def test_a_program_that_has_no_time_shows_none(tmp_path, here):

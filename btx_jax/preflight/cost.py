@@ -78,7 +78,7 @@ class Model:
       elif kind.endswith('-start'):
         where = 'host' if any(s.space == hlo.HOST for s in instruction.shapes) else 'memory'
         inner = self._module.computations.get((*instruction.called, '')[0])
-        size = _updated(inner) if inner else instruction.shapes[0].bytes
+        size = _updated(inner) if inner else _moved(instruction)
         seconds = size / (self._chip.host_link if where == 'host' else self._chip.bandwidth)
         cost.memory += seconds if where == 'memory' else 0
         clock.start(instruction.name, where, seconds)
@@ -238,6 +238,12 @@ def _updated(computation: hlo.Computation) -> float:
   root = computation.root
   names = root.operands if root.opcode == 'tuple' else (root.name,)
   return sum(_written(computation, name) for name in names)
+
+
+def _moved(start: hlo.Instruction) -> float:
+  """Bytes that a copy moves: of what is copied from or to a slice, the slice."""
+  return min((s.bytes for s in start.shapes if s.dims and s.dtype == start.shapes[0].dtype),
+             default=0.0)
 
 
 def _written(computation: hlo.Computation, name: str) -> float:

@@ -1,6 +1,7 @@
 """Devices that are not here: 'v5p:4x4x4', 'v5e:16x16*2', 'h100:8', 'cpu:8'."""
 
 from collections.abc import Sequence
+import fnmatch
 import importlib.metadata
 import math
 import os
@@ -83,7 +84,8 @@ def _tpu(name: str, kind: str, shape: str, slices: int) -> Topology:
   # There is no TPU to ask what it is.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1',
                     TPU_WORKER_HOSTNAMES='localhost', TPU_ACCELERATOR_TYPE=f'{kind}-8')
-  if not _version('libtpu'):
+  compiler = _libtpu()
+  if not compiler:
     raise UsageError(f"--topology={name} needs the TPU's compiler: pip install 'btx_jax[tpu]', "
                      'which works on any x86-64 Linux machine.')
   from jax.experimental import topologies
@@ -98,8 +100,18 @@ def _tpu(name: str, kind: str, shape: str, slices: int) -> Topology:
   except Exception as error:
     why = str(error).splitlines()[0]
     raise UsageError(
-        f'--topology={name}: {_version("libtpu")} knows no such slice ({why}).') from error
-  return Topology(name, CHIPS[kind], found.devices, _version('libtpu'))
+        f'--topology={name}: {compiler} knows no such slice ({why}).') from error
+  return Topology(name, CHIPS[kind], found.devices, compiler)
+
+
+def _libtpu() -> str:
+  """'libtpu 0.0.42.1', and whether this jax asks for another; '' if it is not installed."""
+  found = _version('libtpu')
+  wanted = next((each.split(';')[0].strip() for each in importlib.metadata.requires('jax') or ()
+                 if each.startswith('libtpu')), '*')
+  if not found or fnmatch.fnmatch(found.replace(' ', '=='), wanted):
+    return found
+  return f'{found}, not the {wanted} that {_version("jax")} asks for'
 
 
 def _gpu(name: str, devices: int) -> Topology:
