@@ -59,16 +59,16 @@ def test_more_experts_are_no_more_work(mesh):
   """Top-2 of 8 multiplies what top-2 of 4 does: a token still meets two experts."""
   T = 1024
   four, eight = (compiled_layer(mesh, n, T) for n in (4, 8))
+  assert 'ragged-dot' in four.as_text()
   # A quarter of room more than there are choices. Two matmuls forward (the last is of no use to a
   # gradient), three for that of the rows, three for that of the weights.
   rows = B * T * K * 5 // 4 // 4
   assert flops(four, mesh) == flops(eight, mesh) == 8 * 2 * rows * D * F
 
 
-@pytest.mark.parametrize('length', [1024, 1000])
-def test_the_kernel_for_groups_is_used(mesh, length):
-  """Whatever the length: of rows that are not whole tiles, XLA makes matmuls of all rows."""
-  assert 'ragged-dot' in compiled_layer(mesh, 4, length).as_text()
+def test_the_kernel_for_groups_is_used_whatever_the_length(mesh):
+  """Of rows that are not whole tiles, XLA makes matmuls of all rows."""
+  assert 'ragged-dot' in compiled_layer(mesh, 4, 1001).as_text()
 
 
 @pytest.fixture(scope='module')
