@@ -20,6 +20,9 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
     runs: of the config.
     devices: all of them.
     memory: bytes of a device; None if it is not known.
+
+  Raises:
+    UsageError: it cannot be laid on them, or they cannot share the rows of an evaluation.
   """
   sizes = dict(config.mesh)
   if 0 in sizes.values():
@@ -27,8 +30,11 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
     experts = max((model.num_experts for model in models), default=0)
     # Float32 parameters, gradients and the two moments of Adam.
     state = 16 * max((model_config.num_params(model) for model in models), default=0)
-    sizes = sharding.choose(sizes, len(devices), experts, state, memory)
-  return sharding.make_mesh(**sizes, devices=devices)
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    sizes = sharding.choose(sizes, len(devices), experts, state, memory, slices)
+  made = sharding.make_mesh(**sizes, devices=devices)
+  sharding.check_rows(made, config.evaluation.batch_size, 'evaluation.batch_size')
+  return made
 
 
 def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):

@@ -48,7 +48,6 @@ class Pipeline(Study):
     if set(config.evaluation.merge) - {ensemble.POSTERIOR}:
       ensemble.vectorizer()  # so that it is missed now and not after the training
     self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
-    sharding.check_rows(self.mesh, config.evaluation.batch_size, 'evaluation.batch_size')
 
   def train(self, only: str | None = None) -> bool:
     """Trains and measures every run that is not complete, or only the one named.

@@ -6,6 +6,7 @@ Runs are a graph by what they start from; nothing here, or after, knows a phase 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import os
+import re
 
 from btx_jax import errors, mixable
 from btx_jax import recipe as recipe_lib
@@ -122,6 +123,9 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
     if name.split('/')[0] in _RESERVED or name.startswith('/'):
       raise UsageError(f'{name!r} cannot be the name of a run: it is a directory below the '
                        f'working directory, where {" and ".join(_RESERVED)} are taken.')
+    if re.search(r'[\s\'"]', name):
+      raise UsageError(f'{name!r} cannot be the name of a run: scripts could not tell it from '
+                       'others. Write it without white space and quotes.')
     visit(name, ())
   return order
 

@@ -47,7 +47,7 @@ _WORTH_TELLING = 2**20  # bytes of an array that stays whole
 
 
 def choose(sizes: dict[str, int], devices: int, num_experts: int, state_bytes: int,
-           memory: int | None) -> dict[str, int]:
+           memory: int | None, slices: int = 1) -> dict[str, int]:
   """The sizes of a mesh, those that are 0 chosen.
 
   `expert` as large as divides the experts, since tokens are less to send than weights; then
@@ -60,9 +60,18 @@ def choose(sizes: dict[str, int], devices: int, num_experts: int, state_bytes: i
     num_experts: of the mixture to come; 0 if there is none.
     state_bytes: parameters, gradients and optimizer state of the largest model.
     memory: bytes of a device; None if it is not known or no limit.
+    slices: that TPUs are in, which only `data` may cross.
+
+  Raises:
+    UsageError: there are fewer devices than the sizes that are given multiply to.
   """
   sizes = dict(sizes)
-  left = devices // math.prod(size for size in sizes.values() if size > 0)
+  given = math.prod(max(size, 1) for axis, size in sizes.items() if axis != 'data')
+  given *= sizes['data'] if sizes['data'] > 0 else slices
+  left = devices // given
+  if not left:
+    named = ', '.join(f'mesh.{axis} = {size}' for axis, size in sizes.items() if size > 1)
+    raise UsageError(f'{named} cannot be laid on {devices} device(s): {given} are needed.')
   if sizes['expert'] == 0:
     sizes['expert'] = math.gcd(num_experts or 1, left)
     left //= sizes['expert']

@@ -9,8 +9,9 @@ Where that table's shares do not add up to 100 they are taken as they stand, as 
   python -m btx_jax.main --config=configs/llama2_7b.py preflight --topology=v5p:4x4x4
   python -m btx_jax.main --config=configs/llama2_7b.py:/models/Llama-2-7b-hf --run=expert/math
 
-Compiled for v5p:4x4x4 (v5p-128); with --config.model.remat=full for v5e:16x16, and with
---config.train.accumulation=128 besides for h100:8. docs/preflight.md has the figures.
+Compiled for v5p:4x4x4 (v5p-128), and with --config.model.remat=full for v5e:16x16 (there with
+--config.evaluation.batch_size=256 besides) and h100:8 (with --config.train.accumulation=128).
+docs/preflight.md has the figures.
 """
 
 from configs import base
@@ -49,6 +50,7 @@ def get_config(folder: str = '/models/Llama-2-7b-hf'):
   config.mesh.update(data=1, fsdp=-1)
   config.optimizer.update(peak_lr=1e-4, warmup=0.0, final_lr=0.1, weight_decay=0.1)
   config.train.update(batch_size=1024, accumulation=4)
+  config.evaluation.batch_size = 64  # one row a chip
   config.checkpoint_every = 500
   steps = {'math': 48_000, 'code': 50_000, 'wikipedia': 10_000}
   text = {'math': MATH, 'code': CODE, 'wikipedia': WIKIPEDIA}

@@ -62,8 +62,8 @@ NOTES = {
     '(--debug shows where it came from.)': 'A config file is code, and this line of it raised an '
                                            'error.',
     'and must be WANTED': 'Python tells 1000 from 1e3, and 1 from \'1\'.',
-    'One command at a time': 'Commands are `status`, `jobs`, `report`, `data`, `fit` and `export`; '
-                             'without one, it trains.',
+    'One command at a time': 'Commands are `status`, `jobs`, `report`, `data`, `fit`, `export` '
+                             'and `preflight`; without one, it trains.',
     'start from each other in a circle': 'Some run has to begin from `base.random()`.',
     'which is a mixture already': 'Mix dense runs. A mixture is trained on by '
                                   '`base.checkpoint(RUN)`.',

@@ -2,6 +2,7 @@
 # What the launchers have in common; sourced in the root of the repository, with their arguments:
 #
 #   --dry-run   prints what would be run, one command a line, and does nothing
+#   --help      prints what stands at the head of the script
 #   --one-job   all runs one after another as one job, those of config.stacked side by side
 #   all else    belongs to the command: --config=..., --workdir=..., --config.train.batch_size=...
 #
@@ -52,10 +53,19 @@ each() {
   [[ ! $failed ]] || fail 'not all were done; the same command again goes on'
 }
 
+# Fails unless runs have a place that outlives the machines they run on, and their config is one of
+# those that go there.
+to_be_sent() {
+  local words=" ${command[*]}"
+  [[ $words == *' --workdir'* ]] || fail 'needs --workdir, a directory that all machines share'
+  [[ $words =~ \ --?config[\ =]configs/ ]] || fail 'takes a --config in configs/, which goes along'
+}
+
 dry_run='' one_job='' command=(python -m btx_jax.main)
 for argument; do
   case $argument in
     --dry-run) dry_run=1 ;;
+    --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
     --one-job) one_job=1 ;;
     --run | --run=* | --distributed) fail "$argument is for this script to say" ;;
     *) command+=("$argument") ;;
@@ -64,7 +74,7 @@ done
 
 stages=()
 if [[ ! $one_job ]]; then
-  listed=$("${command[@]}" jobs)
+  listed=$("${command[@]:0:3}" jobs "${command[@]:3}")
   [[ ! $listed ]] || mapfile -t stages <<< "$listed"
   # The last one alone is the finetune.
   [[ ! $listed || ${stages[-1]} == *' '* ]] || unset 'stages[-1]'

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
+to_be_sent
 
 # What stands in launch/gke_jobset.yaml.
 export IMAGE=${IMAGE:?an image with this repository as its working directory}
@@ -32,8 +33,13 @@ job() {
     quoted "${ask[@]}"
     return
   fi
-  # One that has ended does not start again; one that still runs is left alone by `apply`.
-  [[ ! $("${ask[@]}") ]] || kubectl delete jobset "$name"
+  # One that has failed does not start again; one that still runs is left alone by `apply`.
+  ended=$("${ask[@]}")
+  if [[ $ended == Completed ]]; then
+    echo "$name: Completed before; to do it anew: kubectl delete jobset $name"
+    return
+  fi
+  [[ ! $ended ]] || kubectl delete jobset "$name"
   kubectl apply -f - <<< "$text"
   until ended=$("${ask[@]}") && [[ $ended ]]; do sleep 30; done
   echo "$name: $ended"

@@ -8,9 +8,17 @@ cd "$(dirname "$0")/.."
 . launch/common.sh
 
 experts=${EXPERTS:-in_turn}  # 'in_turn', each over all GPUs; 'apart', each on its share of them at
-                             # the same time; 'stacked', as one program (config.stacked)
-gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
-fake=''
+                             # the same time; 'stacked', expert/* as one program (config.stacked)
+# All that are listed in CUDA_VISIBLE_DEVICES, or that there are; the first of them, if GPUS says.
+visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}
+IFS=$' ,\n' read -rd '' -a visible <<< "$visible" || true
+gpus=${GPUS:-${#visible[@]}}
+[[ $gpus =~ ^(0|[1-9][0-9]*)$ ]] || fail "GPUS=$gpus is no number of GPUs"
+if ((gpus > ${#visible[@]})); then
+  [[ $dry_run || ${JAX_PLATFORMS:-} == cpu ]] || fail "GPUS=$gpus, and there are ${#visible[@]}"
+  visible=()
+fi
+fake='' stacked=''
 if [[ $gpus == 0 || ${JAX_PLATFORMS:-} == cpu ]]; then
   fake=1 gpus=${JAX_NUM_CPU_DEVICES:-8}
   # As many threads of XLA as devices or more: fewer can wait for each other forever.
@@ -20,8 +28,9 @@ run . launch/env.sh
 
 # FIRST COUNT COMMAND...: runs a command on so many devices.
 on() {
-  local devices
-  devices=CUDA_VISIBLE_DEVICES=$(seq -s, "$1" $(($1 + $2 - 1)))
+  local devices taken=("${visible[@]:$1:$2}")
+  [[ ${visible[*]} ]] || mapfile -t taken < <(seq "$1" $(($1 + $2 - 1)))
+  devices=CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${taken[*]}")
   [[ ! $fake ]] || devices=JAX_NUM_CPU_DEVICES=$2
   run env "$devices" "${@:3}"
 }
@@ -51,11 +60,12 @@ case $experts in
     done
     ;;
   stacked)
-    for stage in "${stages[@]}"; do
-      [[ $stage == *' '* ]] || continue
-      command+=("--config.stacked=('${stage// /"', '"}')")
-      break
+    read -ra names <<< "${stages[*]}"
+    for name in "${names[@]}"; do
+      [[ $name != expert/* ]] || stacked+="'$name', "
     done
+    [[ $stacked ]] || fail "EXPERTS=stacked takes the runs called expert/*; there are: ${names[*]}"
+    command+=("--config.stacked=(${stacked% })")
     ;;
   *) fail "EXPERTS=$experts; valid: in_turn, apart, stacked" ;;
 esac

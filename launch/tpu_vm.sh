@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
+to_be_sent
 
 zone=${ZONE:?the zone of the slices, as in us-east5-b}
 type=${TYPE:-v5litepod-16}             # accelerator type of a slice
@@ -47,6 +48,15 @@ create() {
     state=$("${tpus[@]}" tpu-vm list --zone="$zone" --filter="name~/$1\$" --format='value(state)')
     [[ $state != READY ]] || return 0
     [[ ! $state ]] || remove "$1"  # it was preempted
+    if [[ $queued && ! $state ]]; then
+      state=$("${tpus[@]}" queued-resources list --zone="$zone" --filter="name~/$1\$" \
+        --format='value(state.state)')
+      case $state in
+        '') ;;
+        FAILED | SUSPENDED) remove "$1" ;;
+        *) active "$1"; return ;;  # it was asked for before
+      esac
+    fi
   fi
   run "${tpus[@]}" "${what[@]}" --zone="$zone" --accelerator-type="$type" ${spot:+--spot}
   [[ ! $queued ]] || active "$1"

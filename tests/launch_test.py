@@ -147,6 +147,27 @@ def test_what_can_only_be_one_job_is_one(tmp_path):
   assert done.returncode == 2 and '--run=seed is for this script to say' in done.stderr
 
 
+@pytest.mark.parametrize('script, arguments, settings, why', [
+    ('gpu_node.sh', [*FLAGS, '--workdir'], {}, 'Missing value for flag --workdir'),
+    ('gpu_node.sh', FLAGS, {'GPUS': 'abc'}, 'GPUS=abc is no number of GPUs'),
+    ('gpu_node.sh', FLAGS, {'GPUS': '8', 'CUDA_VISIBLE_DEVICES': '4,5', 'JAX_PLATFORMS': ''},
+     'GPUS=8, and there are 2'),
+    ('tpu_vm.sh', FLAGS, {}, 'needs --workdir, a directory that all machines share'),
+    ('gke.sh', [f'--config={ROOT}/configs/demo.py', '--workdir=/mnt'], {},
+     'takes a --config in configs/')])
+def test_what_cannot_go_well_is_not_begun(tmp_path, script, arguments, settings, why):
+  done = launch(script, *arguments, env=environment(tmp_path, **SETTINGS, **settings))
+  assert done.returncode == 2 and why in done.stderr and not done.stdout
+
+
+def test_gpus_are_those_that_are_visible(tmp_path):
+  done = launch('gpu_node.sh', '--dry-run', '--config=configs/demo.py', env=environment(
+      tmp_path, EXPERTS='apart', CUDA_VISIBLE_DEVICES='4,GPU-5,6,7', JAX_PLATFORMS='', GPUS='3'))
+  assert re.findall(r'CUDA_VISIBLE_DEVICES=(\S+)', done.stdout) == [
+      '4,GPU-5,6', '4', 'GPU-5', '6', '4,GPU-5,6']
+  assert launch('gpu_node.sh', '--help').stdout.startswith('All runs of a config on the GPUs')
+
+
 def test_shellcheck_finds_nothing():
   program = shutil.which('shellcheck', path=environment('')['PATH'])
   assert program, "pip install -e '.[test]'"
@@ -225,6 +246,11 @@ def test_slices_are_made_stage_by_stage_and_none_after_a_failure(tmp_path, scrip
   assert (code, first, last) == (0, 'btx-seed', 'btx-all')
   assert sorted(experts) == ['btx-expert-code', 'btx-expert-knowledge', 'btx-expert-math']
   assert failed == 2 and made[0] == first and sorted(made[1:]) == sorted(experts)
+  if script == 'gke.sh':
+    done = launch(script, '--config=configs/demo.py', f'--workdir={tmp_path / "work"}',
+                  env=environment(tmp_path, **SETTINGS))
+    made = re.findall(r'(create|delete) (\S+)', (folder / 'log').read_text())[4:]
+    assert made == [('delete', broken), ('create', broken)]  # and none that was complete
   if script == 'tpu_vm.sh':  # DELETE=1
     assert sorted(re.findall(r'delete (\S+)', log)) == sorted([first, *experts, last])
 

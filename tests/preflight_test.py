@@ -97,6 +97,22 @@ def test_only_what_lies_between_start_and_done_hides_a_collective(lines, waiting
   assert found.seconds == 40 + waiting
 
 
+MEETING = ('_xla_host_transfer_rendezvous="r",'
+           '_xla_megascale_transfer_type="ALL_REDUCE"')
+BETWEEN = f'''  %p = (f32[10], u32[], token[]) recv(%t), frontend_attributes={{{MEETING}}}
+  %s = (f32[10], u32[], token[]) send(%a, %t), frontend_attributes={{{MEETING}}}
+  {DOT}
+  %e = token[] send-done(%s), is_host_transfer=true
+  %r = (f32[10], token[]) recv-done(%p), is_host_transfer=true'''
+
+
+def test_what_slices_send_each_other_goes_through_their_hosts():
+  with use_mesh((2, 1, 1, 1)) as mesh:
+    found = cost.Model(hlo.parse(program(BETWEEN)), FREE_MEMORY, mesh, lambda *_: 0.5).total()
+  assert found.sent == {('all-reduce', ('data',)): 40}
+  assert (found.network, found.waiting, found.seconds) == (80, 40, 80)
+
+
 def test_a_conditional_costs_what_its_cheapest_branch_does():
   body = ('  ROOT %c = f32[10]{0} conditional(%i, %a, %a), branch_computations={%dear, %cheap}')
   with use_mesh((2, 1, 1, 1)) as mesh:
@@ -174,6 +190,36 @@ def test_a_program_for_what_differs_and_one_for_branches_of_a_program(tmp_path, 
   data = tell.as_data(found, here)
   assert data['programs'][2]['memory']['checkpoint'] == mixture.state
   assert any(sent['axes'] == ('expert',) for sent in data['programs'][2]['sent'])
+
+
+def test_one_run_alone(tmp_path, here):
+  found = list(measure.programs(miniature(tmp_path), here, only='expert/math'))
+  assert [[run.name for run in p.runs] for p in found] == [['expert/math']]
+
+
+def test_what_training_would_refuse_is_refused(tmp_path, here):
+  config = studies.get_config(tmp_path)
+  config.evaluation.batch_size = 3
+  with pytest.raises(UsageError, match=r'evaluation\.batch_size: 3 rows cannot be shared evenly'):
+    next(measure.programs(Study(config, str(tmp_path / 'work'), at_hand=False), here))
+
+
+def test_experts_that_are_no_whole_sources_prove_nothing(tmp_path, here):
+  study = miniature(tmp_path)
+  mixed = study.runs['btx']
+  of = lambda experts: dataclasses.replace(
+      mixed, recipe=dataclasses.replace(mixed.recipe, experts=experts))
+  whole = tuple(((i, 0, mixed.model.ffn_dim),) for i in range(3))
+  assert measure._one_expert_each(of(whole))
+  assert not measure._one_expert_each(of(whole[::-1]))
+  assert not measure._one_expert_each(mixed)  # one of its three sources is two of its experts
+
+
+def test_a_host_that_is_too_small_is_too_small(tmp_path, here, capsys):
+  program = next(measure.programs(miniature(tmp_path), here))
+  small = dataclasses.replace(program, host=2e9, host_memory=1e9)
+  assert program.fits and small.fits_device and not small.fits
+  assert 'needs 1.00 GB more than a host has' in tell.advice(small)[0]
 
 
 def test_equal_branches_need_one_program(tmp_path, here):
@@ -256,7 +302,8 @@ def test_a_compiler_that_jax_did_not_ask_for_is_told(monkeypatch, version, told)
   monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)
   monkeypatch.setattr(importlib.metadata, 'requires', lambda package: [
       'numpy>=2.0', 'libtpu==0.0.42.*; extra == "tpu"'])
-  monkeypatch.setattr(topologies, 'get_topology_desc', lambda **_: types.SimpleNamespace(devices=[]))
+  none = types.SimpleNamespace(devices=[])
+  monkeypatch.setattr(topologies, 'get_topology_desc', lambda **_: none)
   assert topology.get('v5p:4x4x4').compiler == told
 
 

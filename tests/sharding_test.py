@@ -155,6 +155,11 @@ def test_a_mesh_chosen_for_the_experts_and_the_memory(devices, experts, memory, 
       devices // expected[1])  # nothing may be left over
 
 
+def test_a_mesh_chosen_for_slices_keeps_all_but_data_within_one():
+  sizes = sharding.choose(CHOSEN, 8, 16, 100, None, slices=2)
+  assert (sizes['data'], sizes['expert']) == (-1, 4)
+
+
 def test_a_mesh_over_all_devices():
   assert sharding.make_mesh(tensor=2).devices.shape == (4, 1, 1, 2)
   assert sharding.make_mesh(1, -1, 2, 2).axis_names == ('data', 'fsdp', 'expert', 'tensor')

@@ -21,6 +21,8 @@ from btx_jax.preflight import hlo
 _FREE = {'parameter', 'constant', 'get-tuple-element', 'bitcast', 'tuple', 'after-all',
          'add-dependency', 'partition-id', 'replica-id', 'opt-barrier', 'iota', 'domain'}
 _MATMUL_CALL = re.compile(r'\$(?:gemm|matmul)|cublas')
+_MEETING = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="([^"]*)"')
 _WRAPPERS = ('fusion', 'async-start', 'call-start', 'custom-call-start')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
@@ -75,6 +77,8 @@ class Model:
       kind = instruction.opcode
       if moved := self._collective(computation, instruction):
         self._communicate(clock, instruction, *moved)
+      elif kind in ('send', 'send-done', 'recv', 'recv-done'):
+        self._between_slices(clock, computation, instruction)
       elif kind.endswith('-start'):
         where = 'host' if any(s.space == hlo.HOST for s in instruction.shapes) else 'memory'
         inner = self._module.computations.get((*instruction.called, '')[0])
@@ -109,6 +113,23 @@ class Model:
     clock.start(collective, 'network', seconds)
     if stage == 'whole':
       clock.wait(collective)
+
+  def _between_slices(self, clock: '_Clock', computation: hlo.Computation,
+                      instruction: hlo.Instruction):
+    """What TPU slices send each other goes through their hosts, along `data`."""
+    begins = instruction
+    if instruction.opcode.endswith('-done'):
+      begins = computation[instruction.operands[0]]
+    meeting, does = (pattern.search(begins.attributes) for pattern in (_MEETING, _MEGASCALE))
+    if meeting and does and instruction.opcode == 'send':
+      kind, axes = does[1].lower().replace('_', '-'), ('data',)
+      size = instruction.shapes[0].bytes
+      seconds = size / self._speed(kind, axes)
+      clock.cost.network += seconds
+      clock.cost.sent[kind, axes] += size
+      clock.start(meeting[1], 'network', seconds)
+    elif meeting and instruction.opcode == 'recv-done':
+      clock.wait(meeting[1])
 
   def _work(self, cost: Cost, computation: hlo.Computation, instruction: hlo.Instruction):
     flops = self._flops(computation, instruction)

@@ -57,6 +57,7 @@ class Measured:
     host_memory: bytes that a host has.
     cost: of a step on one device, in no time where the chip is not known; None without a program.
     findings: what the program proves.
+    uneven: what the mesh does not divide, a line each.
   """
   runs: tuple[Run, ...]
   stacked: bool
@@ -72,6 +73,7 @@ class Measured:
   host_memory: float | None = None
   cost: cost_lib.Cost | None = None
   findings: list[Finding] = dataclasses.field(default_factory=list)
+  uneven: tuple[str, ...] = ()
 
   @property
   def params(self) -> int:
@@ -100,8 +102,16 @@ class Measured:
     return self.arguments + self.temporaries
 
   @property
-  def fits(self) -> bool:
+  def fits_device(self) -> bool:
     return not self.error and (self.memory is None or self.peak <= self.memory)
+
+  @property
+  def fits_host(self) -> bool:
+    return self.host_memory is None or self.host <= self.host_memory
+
+  @property
+  def fits(self) -> bool:
+    return self.fits_device and self.fits_host
 
   def mfu(self, chip) -> float:
     """The model's FLOPs of a step over what the devices could do in its time."""
@@ -109,17 +119,21 @@ class Measured:
         self.cost.seconds * self.devices * chip.flops)
 
 
-def programs(study: Study, topology: Topology):
+def programs(study: Study, topology: Topology, only: str | None = None):
   """Yields a Measured of every program that the study's runs need, compiled one after another.
+
+  `only` is the run to do it for, as a job of its own, where it is not for all.
 
   Raises:
     UsageError: a run cannot be laid on the topology.
   """
   chip = topology.chip
   mesh = layout.mesh(study.config, study.runs, topology.devices, chip and chip.memory)
-  trained = [run for run in study.runs.values() if run.steps]
+  asked = study.runs.values() if only is None else [study.run(only)]
+  trained = [run for run in asked if run.steps]
   wanted: dict[str, list[list[Run]]] = {}
-  for group in plan_lib.groups(trained, study.config.stacked):
+  stacked = () if only else study.config.stacked
+  for group in plan_lib.groups(trained, stacked):
     for run in group:
       layout.check(run, mesh, stacked=len(group) > 1)
     wanted.setdefault(_key(group), []).append(group)
@@ -148,7 +162,7 @@ def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) ->
   result = Measured(
       runs=tuple(each for group in groups for each in group), stacked=stacked,
       mesh={axis: n for axis, n in mesh.shape.items() if n > 1}, devices=mesh.size,
-      state=state, memory=chip and chip.memory,
+      state=state, memory=chip and chip.memory, uneven=tuple(layout.uneven(run, mesh)),
       host_memory=chip and chip.host_memory * len(topology.devices) / topology.hosts)
   began = time.monotonic()
   try:
@@ -160,33 +174,44 @@ def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) ->
     result.error = 'the compiler found no way to fit it into the memory'
     if used := _USED.search(str(error)):
       taken, unit, there, unit_there = filter(None, used.groups())
-      result.temporaries = float(taken) * _UNITS[unit]
+      result.arguments = 0 if stacked else _held(made.like)
+      result.host = result.arguments * mesh.size / topology.hosts
+      result.temporaries = max(float(taken) * _UNITS[unit] - result.arguments, 0)
       result.memory = float(there) * _UNITS[unit_there]
     return result
   result.compile_seconds = time.monotonic() - began
   module = hlo.parse(compiled.as_text())
-  _read_memory(result, compiled, mesh.size / topology.hosts)
+  _read_memory(result, compiled, mesh.size / topology.hosts, on_cpu=not chip)
   filled = 1 / run.model.dispatch_factor if run.model.num_experts else 1.0
   result.cost = cost_lib.Model(module, chip or UNKNOWN, mesh, topology_lib.speed(topology, mesh),
                                filled).total()
   if stacked:
     result.findings.append(_branches_are_apart(module, mesh))
   for mixed in result.runs:
-    if mixed.init == run_lib.MIX and mesh.shape['expert'] == len(mixed.recipe.experts):
+    if (mixed.init == run_lib.MIX and _one_expert_each(mixed)
+        and mesh.shape['expert'] == len(mixed.sources)):
       result.findings.append(_mixing_moves(mixed, study, mesh))
   return result
 
 
-def _read_memory(result: Measured, compiled, per_host: float):
+def _read_memory(result: Measured, compiled, per_host: float, on_cpu: bool):
   found = compiled.memory_analysis()
   result.arguments = found.argument_size_in_bytes
   # The state is updated in place; what is given besides are a few metrics. Temporaries that are
   # never there at once share memory: where the compiler tells its peak, that counts.
   besides = found.output_size_in_bytes - found.alias_size_in_bytes
   result.temporaries = found.temp_size_in_bytes + besides
-  if peak := getattr(found, 'peak_memory_in_bytes', 0):
+  # On a CPU that leaves temporaries out.
+  peak = getattr(found, 'peak_memory_in_bytes', 0)
+  if peak and not on_cpu:
     result.temporaries = min(result.temporaries, max(peak - result.arguments, 0))
   result.host = (result.arguments + found.host_temp_size_in_bytes) * per_host
+
+
+def _held(state) -> int:
+  """Bytes of it that one device holds."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+             for x in jax.tree.leaves(state))
 
 
 def _branches_are_apart(module: hlo.Module, mesh) -> Finding:
@@ -196,6 +221,12 @@ def _branches_are_apart(module: hlo.Module, mesh) -> Finding:
   return Finding(most <= _METRICS, (
       f'branches send each other at most {most} numbers at a time along mesh.expert, in '
       f'{len(crossing)} collectives: metrics, and no parameter, gradient or activation'))
+
+
+def _one_expert_each(run: Run) -> bool:
+  """Whether each source's feed-forward layer, whole, becomes the expert of its number."""
+  return run.recipe.experts == tuple(
+      ((i, 0, run.model.ffn_dim),) for i in range(len(run.sources)))
 
 
 def _mixing_moves(run: Run, study: Study, mesh) -> Finding:

@@ -16,10 +16,10 @@ from btx_jax.terminal import say, show
 GB = 1e9
 
 
-def tell(study: Study, topology: Topology, as_json: bool) -> bool:
-  """Compiles and shows everything; whether it all fits."""
+def tell(study: Study, topology: Topology, as_json: bool, only: str | None = None) -> bool:
+  """Compiles and shows everything, or one run; whether it all fits."""
   found = []
-  for program in measure.programs(study, topology):
+  for program in measure.programs(study, topology, only):
     found.append(program)
     if not as_json:
       say(f'{_names(program)}: compiled in {program.compile_seconds:.0f} s'
@@ -34,6 +34,8 @@ def tell(study: Study, topology: Topology, as_json: bool) -> bool:
       'those of the peaks in btx_jax/chips.py; nothing ran.')
   show(as_table(found, topology))
   for program in found:
+    for line in program.uneven:
+      say(line)
     for finding in program.findings:
       say(f'{"proven " if finding.holds else "REFUTED"}  {finding.text}')
     for line in advice(program):
@@ -67,9 +69,10 @@ def as_table(found: list[Measured], topology: Topology) -> Table:
   row('device: state and batch', lambda p: _gb(p.arguments))
   row('device: temporaries', lambda p: _gb(p.temporaries))
   row('device: peak of memory', lambda p: _gb(p.peak) + (
-      f' of {_gb(p.memory)}' if p.memory else '') + ('' if p.fits else ' DOES NOT FIT'))
+      f' of {_gb(p.memory)}' if p.memory else '') + ('' if p.fits_device else ' DOES NOT FIT'))
   row('host: while it saves', lambda p: _gb(p.host) + (
-      f' of {_gb(p.host_memory)}' if p.host_memory else ''))
+      f' of {_gb(p.host_memory)}' if p.host_memory else '')
+      + ('' if p.fits_host else ' DOES NOT FIT'))
   row('checkpoint', lambda p: _gb(p.state))
   keys = sorted({key for p in found if p.cost for key, sent in p.cost.sent.items() if sent > 1e3},
                 key=lambda key: (key[1], key[0]))
@@ -98,12 +101,19 @@ def _days(program: Measured) -> list[float]:
 
 def advice(program: Measured) -> list[str]:
   """What to change when a program does not fit, the cheapest first."""
-  if program.fits:
-    return []
+  lines = []
+  if not program.fits_host:
+    lines.append(
+        f'{_names(program)} needs {_gb(program.host - program.host_memory)} more than a host has. '
+        'What would help: more hosts, which hold less of the state each'
+        + (", or another model.remat than 'offload'"
+           if program.runs[0].model.remat == 'offload' else ''))
+  if program.fits_device:
+    return lines
   run, axes = program.runs[0], program.mesh
   over = program.peak - program.memory if program.peak and program.memory else 0
   much = f'needs {_gb(over)} more than a device has' if over else 'does not fit'
-  lines = [f'{_names(program)} {much}. What would help, the cheapest first:']
+  lines.append(f'{_names(program)} {much}. What would help, the cheapest first:')
   spread = math.prod(n for axis, n in axes.items() if axis != 'tensor')
   rows = run.batch_size // run.accumulation
   if rows % 2 == 0 and rows // 2 % spread == 0:
@@ -118,8 +128,9 @@ def advice(program: Measured) -> list[str]:
                  'are gathered from more devices')
   if rows > spread and run.accumulation == 1:
     lines.append(f'  train.batch_size = {run.batch_size // 2}: another run than was planned')
-  lines.append(f'  mesh.tensor = {2 * axes.get("tensor", 1)}: each layer is cut up; activations '
-               'cross the network in every one')
+  if program.devices >= 2 * axes.get('tensor', 1):
+    lines.append(f'  mesh.tensor = {2 * axes.get("tensor", 1)}: each layer is cut up; activations '
+                 'cross the network in every one')
   lines.append(f'  more devices: {2 * program.devices} have half the state each')
   return lines
 
@@ -139,8 +150,8 @@ def _as_data(program: Measured, topology: Topology) -> dict:
       'tokens_per_step': program.tokens, 'compile_seconds': program.compile_seconds,
       'memory': {'arguments': program.arguments, 'temporaries': program.temporaries,
                  'peak': program.peak, 'device': program.memory, 'host': program.host,
-                 'checkpoint': program.state},
-      'findings': [finding._asdict() for finding in program.findings]}
+                 'of_host': program.host_memory, 'checkpoint': program.state},
+      'uneven': program.uneven, 'findings': [finding._asdict() for finding in program.findings]}
   if cost := program.cost:
     result['sent'] = [{'kind': kind, 'axes': axes, 'bytes': sent}
                       for (kind, axes), sent in cost.sent.items()]

@@ -60,6 +60,8 @@ def get(name: str) -> Topology:
   if not match:
     raise UsageError(f'--topology={name} is not KIND:SIZE; examples are {_EXAMPLES}.')
   kind, shape, slices = match[1], match[2], int(match[3] or 1)
+  if not slices * math.prod(int(n) for n in shape.split('x')):
+    raise UsageError(f'--topology={name} has no device; examples are {_EXAMPLES}.')
   if kind == 'cpu' and shape.isdigit() and slices == 1:
     return _cpu(name, int(shape))
   if kind == 'h100' and shape.isdigit() and slices == 1:
