@@ -119,7 +119,7 @@ class Model:
     """What TPU slices send each other goes through their hosts, along `data`."""
     begins = instruction
     if instruction.opcode.endswith('-done'):
-      begins = computation[instruction.operands[0]]
+      begins = computation.get(instruction.operands[0], instruction)  # or before this loop
     meeting, does = (pattern.search(begins.attributes) for pattern in (_MEETING, _MEGASCALE))
     if meeting and does and instruction.opcode == 'send':
       kind, axes = does[1].lower().replace('_', '-'), ('data',)
