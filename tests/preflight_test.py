@@ -253,6 +253,8 @@ def test_the_papers_run_without_its_weights():
   assert count(study.runs['seed']) == 6.74
   assert (count(run), count(run, active=True)) == (19.72, 11.07)
   assert sum(run.weights.values()) == pytest.approx(1)
+  assert tell.absent(study) == [
+      "/not/here is not here: its sizes are taken to be those of the config's section model"]
   with pytest.raises(UsageError, match='/not/here'):
     Study(llama2_7b.get_config('/not/here'), '/not/there')
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 from rich import box
 from rich.table import Table
@@ -10,6 +11,7 @@ from btx_jax.model.config import REMATS
 from btx_jax.preflight import measure
 from btx_jax.preflight.measure import Measured
 from btx_jax.preflight.topology import Topology
+from btx_jax.run import HUGGING_FACE
 from btx_jax.study import Study
 from btx_jax.terminal import say, show
 
@@ -30,6 +32,8 @@ def tell(study: Study, topology: Topology, as_json: bool, only: str | None = Non
   if not found:
     say('No run of this config is trained: there is nothing to compile.')
     return True
+  for line in absent(study):
+    say(line)
   say(f'{topology.name}: {found[0].devices} devices, compiled by {topology.compiler}. Times are '
       'those of the peaks in btx_jax/chips.py; nothing ran.')
   show(as_table(found, topology))
@@ -41,6 +45,14 @@ def tell(study: Study, topology: Topology, as_json: bool, only: str | None = Non
     for line in advice(program):
       say(line)
   return all(program.fits for program in found)
+
+
+def absent(study: Study) -> list[str]:
+  """A line for each pretrained model that is not here."""
+  inits = [study.config.runs[name].init for name in study.runs]
+  folders = {init.folder for init in inits if init.kind == HUGGING_FACE}
+  return [f'{folder} is not here: its sizes are taken to be those of the config\'s section model'
+          for folder in sorted(folders) if not os.path.exists(folder)]
 
 
 def _names(program: Measured) -> str:
