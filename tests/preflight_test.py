@@ -39,6 +39,37 @@ def test_loops_are_multiplied_out_and_fusions_looked_into():
   assert cost_of(compiled.as_text()).flops == TURNS * 2 * 8 * 16 * 16
 
 
+@pytest.mark.parametrize('step, turns', [(1, 8), (2, 4), (3, 3)])
+def test_loops_count_as_far_as_they_do(step, turns):
+  """As of a matmul whose weights go around, of which XLA makes one turn of two."""
+  text = f'''HloModule m, is_scheduled=true
+
+%body (p: (s32[], bf16[2,5], bf16[5,2])) -> (s32[], bf16[2,5], bf16[5,2]) {{
+  %p = (s32[], bf16[2,5], bf16[5,2]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %m = bf16[2,5]{{1,0}} get-tuple-element(%p), index=1
+  %n = bf16[5,2]{{1,0}} get-tuple-element(%p), index=2
+  %c = s32[] constant({step})
+  %j = s32[] add(%i, %c)
+  {DOT}
+  ROOT %t = (s32[], bf16[2,5], bf16[5,2]) tuple(%j, %m, %n)
+}}
+
+%condition (q: (s32[], bf16[2,5], bf16[5,2])) -> pred[] {{
+  %q = (s32[], bf16[2,5], bf16[5,2]) parameter(0)
+  %k = s32[] get-tuple-element(%q), index=0
+  %b = s32[] constant(8)
+  ROOT %l = pred[] compare(%k, %b), direction=LT
+}}
+
+ENTRY %main (a: (s32[], bf16[2,5], bf16[5,2])) -> (s32[], bf16[2,5], bf16[5,2]) {{
+  %a = (s32[], bf16[2,5], bf16[5,2]) parameter(0)
+  ROOT %w = (s32[], bf16[2,5], bf16[5,2]) while(%a), condition=%condition, body=%body
+}}
+'''
+  assert cost_of(text).flops == turns * 40
+
+
 def test_bytes_by_collective_and_axis():
   """A sum over devices is two passes over the buffer, and (n - 1) / n of it leaves a device."""
   with use_mesh((2, 1, 1, 4)) as mesh:

@@ -97,7 +97,24 @@ class Module(NamedTuple):
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
       return int(known[1])
-    return max(self._constants(loop.attribute('condition')), default=1)
+    bound = max(self._constants(loop.attribute('condition')), default=1)
+    return math.ceil(bound / self._step(loop))
+
+  def _step(self, loop: Instruction) -> int:
+    """What a turn adds to the loop's counter: more than 1 where XLA made one turn of several."""
+    condition, body = (self.computations.get(loop.attribute(which), Computation())
+                       for which in ('condition', 'body'))
+    if not condition or not body:
+      return 1
+    for operand in condition.root.operands:
+      counter = condition.get(operand)
+      if counter and counter.opcode == 'get-tuple-element' and body.root.opcode == 'tuple':
+        counted = body.get(body.root.operands[int(counter.attribute('index'))])
+        if counted and counted.opcode == 'add':
+          added = [body[o].operands[0] for o in counted.operands
+                   if o in body and body[o].opcode == 'constant']
+          return int(added[0]) if added and added[0].isdigit() and int(added[0]) else 1
+    return 1
 
   def _constants(self, name: str) -> list[int]:
     found = []
