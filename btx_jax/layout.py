@@ -30,8 +30,8 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
     experts = max((model.num_experts for model in models), default=0)
     # Float32 parameters, gradients and the two moments of Adam.
     state = 16 * max((model_config.num_params(model) for model in models), default=0)
-    slices = len({getattr(device, 'slice_index', 0) for device in devices})
-    sizes = sharding.choose(sizes, len(devices), experts, state, memory, slices)
+    sizes = sharding.choose(sizes, len(devices), experts, state, memory,
+                            sharding.count_slices(devices))
   made = sharding.make_mesh(**sizes, devices=devices)
   sharding.check_rows(made, config.evaluation.batch_size, 'evaluation.batch_size')
   return made

@@ -110,6 +110,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1,
                            axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def count_slices(devices: Sequence) -> int:
+  """Of how many TPU slices the devices are; 1 if they are no TPUs."""
+  if devices[0].platform != 'tpu':
+    return 1
+  return len({getattr(device, 'slice_index', 0) for device in devices})
+
+
 def lay_devices(shape: tuple[int, ...], devices) -> np.ndarray:
   """Devices in an array of this shape, near ones along the last axes.
 
@@ -119,8 +126,8 @@ def lay_devices(shape: tuple[int, ...], devices) -> np.ndarray:
   Raises:
     UsageError: the first axis is not a multiple of the slices.
   """
-  slices = len({getattr(device, 'slice_index', 0) for device in devices})
-  if slices == 1 or devices[0].platform != 'tpu':
+  slices = count_slices(devices)
+  if slices == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   if shape[0] % slices:
     raise UsageError(

@@ -246,7 +246,7 @@ def test_experts_that_are_no_whole_sources_prove_nothing(tmp_path, here):
   assert not measure._one_expert_each(mixed)  # one of its three sources is two of its experts
 
 
-def test_a_host_that_is_too_small_is_too_small(tmp_path, here, capsys):
+def test_a_host_that_is_too_small_is_too_small(tmp_path, here):
   program = next(measure.programs(miniature(tmp_path), here))
   small = dataclasses.replace(program, host=2e9, host_memory=1e9)
   assert program.fits and small.fits_device and not small.fits

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,12 @@ def test_a_mesh_chosen_for_the_experts_and_the_memory(devices, experts, memory, 
 def test_a_mesh_chosen_for_slices_keeps_all_but_data_within_one():
   sizes = sharding.choose(CHOSEN, 8, 16, 100, None, slices=2)
   assert (sizes['data'], sizes['expert']) == (-1, 4)
+
+
+def test_nodes_of_gpus_are_no_slices():
+  node = lambda platform, i: types.SimpleNamespace(platform=platform, slice_index=i)
+  assert sharding.count_slices([node('gpu', 0), node('gpu', 1)]) == 1
+  assert sharding.count_slices([node('tpu', 0), node('tpu', 1)]) == 2
 
 
 def test_a_mesh_over_all_devices():

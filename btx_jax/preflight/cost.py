@@ -103,16 +103,20 @@ class Model:
   def _communicate(self, clock: '_Clock', instruction: hlo.Instruction, collective: str,
                    kind: str, axes: tuple[str, ...], size: float):
     """A collective, `collective` by name; `size` is what a device sends."""
-    cost, stage = clock.cost, _stage(instruction)
+    stage = _stage(instruction)
     if stage == 'done':
       clock.wait(collective)
       return
-    seconds = size / self._speed(kind, axes) if axes else 0.0
-    cost.network += seconds
-    cost.sent[kind, axes] += size
-    clock.start(collective, 'network', seconds)
+    self._send(clock, collective, kind, axes, size)
     if stage == 'whole':
       clock.wait(collective)
+
+  def _send(self, clock: '_Clock', name: str, kind: str, axes: tuple[str, ...], size: float):
+    """`size` bytes are on their way from now on, until somebody waits for `name`."""
+    seconds = size / self._speed(kind, axes) if axes else 0.0
+    clock.cost.network += seconds
+    clock.cost.sent[kind, axes] += size
+    clock.start(name, 'network', seconds)
 
   def _between_slices(self, clock: '_Clock', computation: hlo.Computation,
                       instruction: hlo.Instruction):
@@ -122,12 +126,8 @@ class Model:
       begins = computation.get(instruction.operands[0], instruction)  # or before this loop
     meeting, does = (pattern.search(begins.attributes) for pattern in (_MEETING, _MEGASCALE))
     if meeting and does and instruction.opcode == 'send':
-      kind, axes = does[1].lower().replace('_', '-'), ('data',)
-      size = instruction.shapes[0].bytes
-      seconds = size / self._speed(kind, axes)
-      clock.cost.network += seconds
-      clock.cost.sent[kind, axes] += size
-      clock.start(meeting[1], 'network', seconds)
+      self._send(clock, meeting[1], does[1].lower().replace('_', '-'), ('data',),
+                 instruction.shapes[0].bytes)
     elif meeting and instruction.opcode == 'recv-done':
       clock.wait(meeting[1])
 

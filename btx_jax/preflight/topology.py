@@ -8,6 +8,7 @@ import os
 import re
 from typing import NamedTuple
 
+from btx_jax import sharding
 from btx_jax.chips import CHIPS, Chip
 from btx_jax.errors import UsageError, nearest
 
@@ -155,7 +156,7 @@ def speed(topology: Topology, mesh):
     if not chip:
       return math.inf
     group = _group(mesh, axes)
-    if len({getattr(d, 'slice_index', 0) for d in group}) > 1 or (
+    if sharding.count_slices(group) > 1 or (
         not chip.torus and len({d.process_index for d in group}) > 1):
       return chip.network
     if not chip.torus:
