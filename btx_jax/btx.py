@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btx_jax import recipe as recipe_lib
-from btx_jax import sharding
+from btx_jax.devices import sharding
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.recipe import Recipe

@@ -3,7 +3,7 @@
 docs/errors.md lists every message.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import difflib
 import errno
@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+from typing import Any
 
 from absl import flags
 
@@ -97,7 +98,7 @@ def _of_config(error: Exception, argv: Sequence[str]) -> UsageError:
     return UsageError(f'{slashed}: write the name of a run with a slash as in '
                       "--config.runs['expert/code'].steps=100")
   if isinstance(error, flags.Error) and _QUOTED not in str(error):
-    return UsageError(f'{error}. See --help, and configs/base.py for the fields of the config.')
+    return UsageError(f'{error}. See --help, and btx_jax/base.py for the fields of the config.')
   cause = error
   while cause.args and isinstance(cause.args[0], BaseException):
     cause = cause.args[0]
@@ -110,7 +111,7 @@ def _of_config(error: Exception, argv: Sequence[str]) -> UsageError:
     if ', line ' not in place:  # the file went well, so it was a flag
       named = rf'--config\..*\b{re.escape(name)}\b'
       place = next((arg for arg in argv if re.match(named, arg)), place)
-    hint = f'did you mean {near[1]!r}?' if near else 'configs/base.py has them all.'
+    hint = f'did you mean {near[1]!r}?' if near else 'btx_jax/base.py has them all.'
     if re.match(r'--config\.runs.*\.(model|optimizer|train)\.', place):
       hint = 'what a run has otherwise than the config is set in the config file.'
     return UsageError(f'{place}: there is no field {name!r} there; {hint}')
@@ -134,3 +135,12 @@ def _place(error: Exception, argv: Sequence[str]) -> str:
   lines = [line for file, line in re.findall(r'File "([^"]*)", line (\d+)', told)
            if os.path.realpath(file) == os.path.realpath(path)]
   return f'{path}, line {lines[-1]}' if lines else path
+
+
+def compare(was: Any, now: Any, path: str = '') -> Iterator[tuple[str, Any, Any]]:
+  """(path, was, now) of every entry that two nested dicts do not have in common."""
+  if isinstance(was, dict) and isinstance(now, dict):
+    for key in sorted(was.keys() | now.keys()):
+      yield from compare(was.get(key), now.get(key), f'{path}.{key}'.lstrip('.'))
+  elif was != now:
+    yield path, was, now

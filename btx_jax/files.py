@@ -2,11 +2,15 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
+import socket
+import time
 
 from btx_jax.errors import UsageError
 
+LOCK = 'lock'
 _BLOCK = 1 << 18  # bytes: what a core has at hand
 # What systems say that cannot copy between these two files by themselves.
 _CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -61,3 +65,50 @@ def copy(source: int, start: int, count: int, into: int, at: int) -> int:
       written = os.pwrite(into, view, at + done)
       view, done = view[written:], done + written
   return done
+
+
+@contextlib.contextmanager
+def lock(folder: str):
+  """Holds a directory for this process, until the end of the block or of the process.
+
+  A file system that knows no locks lets everyone in.
+
+  Raises:
+    UsageError: another process holds it.
+  """
+  os.makedirs(folder, exist_ok=True)
+  with open(os.path.join(folder, LOCK), 'a+', encoding='utf-8') as file:
+    try:
+      _lock(file)
+    except OSError as error:
+      if error.errno in (errno.EACCES, errno.EAGAIN):
+        file.seek(0)
+        raise UsageError(f'{folder} is in use by another process: {file.read().strip()}. '
+                         'Wait for it, or stop it.') from error
+    file.truncate(0)
+    file.write(f'{socket.gethostname()}, process {os.getpid()}\n')
+    file.flush()
+    yield
+
+
+def _lock(file, tries: int = 20):
+  """Tries for a second: whoever asks whether a lock is held holds it for a moment."""
+  for left in reversed(range(tries)):
+    try:
+      return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      if not left:
+        raise
+      time.sleep(1 / tries)
+
+
+def held(folder: str) -> bool:
+  """Whether a process is at work in a run directory; True where that cannot be known."""
+  try:
+    with open(os.path.join(folder, LOCK), encoding='utf-8') as file:
+      fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except FileNotFoundError:
+    return False
+  except OSError:
+    return True
+  return False

@@ -8,7 +8,7 @@ command again continues where the last one stopped.
   report   writes the report anew, from what there is so far
   jobs     what is still to be done, for scripts: the runs of a line can be jobs at the same time
   data     what the text of each domain is like
-  fit      how the experts that --run mixes differ from their seed and from each other
+  compare  how the experts that --run mixes differ from their seed and from each other
   export   writes the model of --run into the folder --to, as Hugging Face has it
   preflight  compiles every run for --topology, which need not be here: memory, traffic, time
 
@@ -23,7 +23,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from btx_jax import distributed, errors, files, rollcall
+from btx_jax import errors, files
+from btx_jax.devices import distributed, rollcall
 from btx_jax.errors import UsageError, nearest
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -63,7 +64,7 @@ def train(name: str, workdir: str):
   # Imported here and below, so that usage errors and looking on take no time.
   import jax
 
-  from btx_jax.evaluate import report, table
+  from btx_jax.commands import report, table
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
@@ -93,24 +94,24 @@ def train(name: str, workdir: str):
 def status(name: str, workdir: str):
   """Shows how the runs are getting on."""
   del name
-  from btx_jax import status as status_lib
-  from btx_jax.study import Study
+  from btx_jax.commands import status as status_lib
+  from btx_jax.study.study import Study
   status_lib.tell(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
 
 
 def jobs(name: str, workdir: str):
   """Prints the runs to do, those of a line after those of the lines above."""
   del name
-  from btx_jax import status as status_lib
-  from btx_jax.study import Study
+  from btx_jax.commands import status as status_lib
+  from btx_jax.study.study import Study
   for names in status_lib.stages(Study(CONFIG.value, workdir)):
     print(*names)
 
 
 def report(name: str, workdir: str):
   """Writes the report."""
-  from btx_jax.evaluate import report as report_lib
-  from btx_jax.study import Study
+  from btx_jax.commands import report as report_lib
+  from btx_jax.study.study import Study
   from btx_jax.terminal import say
   say(f'Report: {report_lib.write(Study(CONFIG.value, workdir), name)}')
 
@@ -118,19 +119,19 @@ def report(name: str, workdir: str):
 def data(name: str, workdir: str):
   """Prepares the text where that is still to be done, and describes it."""
   del name
-  from btx_jax.data import describe
-  from btx_jax.study import Study
+  from btx_jax.commands import data as describe
+  from btx_jax.study.study import Study
   describe.show(Study(CONFIG.value, workdir))
 
 
-def fit(name: str, workdir: str):
+def compare(name: str, workdir: str):
   """Compares the models that a mixture is made from."""
   del name
   if not RUN.value:
-    raise UsageError('fit needs --run=NAME, the mixture whose experts are compared.')
-  from btx_jax.evaluate import fit as fit_lib
-  from btx_jax.study import Study
-  fit_lib.tell(Study(CONFIG.value, workdir), RUN.value)
+    raise UsageError('compare needs --run=NAME, the mixture whose experts are compared.')
+  from btx_jax.commands import compare as compare_lib
+  from btx_jax.study.study import Study
+  compare_lib.tell(Study(CONFIG.value, workdir), RUN.value)
 
 
 def export(name: str, workdir: str):
@@ -138,8 +139,8 @@ def export(name: str, workdir: str):
   del name
   if not RUN.value or not TO.value:
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
-  from btx_jax.convert import publish
-  from btx_jax.study import Study
+  from btx_jax.commands import export as publish
+  from btx_jax.study.study import Study
   publish.publish(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
 
 
@@ -151,14 +152,14 @@ def preflight(name: str, workdir: str):
   os.environ['JAX_PLATFORMS'] = 'cpu'  # whatever is here: it is not what this is about
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'  # nothing here can run what is for elsewhere
   from btx_jax.preflight import tell, topology
-  from btx_jax.study import Study
+  from btx_jax.study.study import Study
   study = Study(CONFIG.value, workdir, at_hand=False)
   if not tell.tell(study, topology.get(TOPOLOGY.value), JSON.value, RUN.value):
     sys.exit(1)
 
 
 COMMANDS = {'train': train, 'status': status, 'jobs': jobs, 'report': report, 'data': data,
-            'fit': fit, 'export': export, 'preflight': preflight}
+            'compare': compare, 'export': export, 'preflight': preflight}
 
 
 def run(argv: list[str]):
@@ -175,7 +176,7 @@ def run(argv: list[str]):
     raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
   if not isinstance(CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what base.get_config() of '
-                     f'configs/base.py makes, not {type(CONFIG.value).__name__}.')
+                     f'btx_jax/base.py makes, not {type(CONFIG.value).__name__}.')
   if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
     raise UsageError(f'{command} is for one process: leave --distributed, --coordinator, '
                      '--num_processes and --process_id away.')
@@ -212,5 +213,10 @@ def main(argv: list[str]):
   app.run(_run, argv=argv, flags_parser=_parse)
 
 
-if __name__ == '__main__':
+def cli():
+  """The command `btx`."""
   main(sys.argv)
+
+
+if __name__ == '__main__':
+  cli()

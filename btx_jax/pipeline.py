@@ -9,29 +9,23 @@ import time
 import jax
 import numpy as np
 
-from btx_jax import (
-  checkpoint,
-  distributed,
-  hardware,
-  layout,
-  loop,
-  manifest,
-  mixable,
-  sharding,
-  sources,
-)
-from btx_jax import plan as plan_lib
+from btx_jax import files
 from btx_jax import run as run_lib
 from btx_jax.convert import export
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
+from btx_jax.devices import distributed, hardware, sharding
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, scores
 from btx_jax.model import config as model_config
 from btx_jax.model import llama
 from btx_jax.run import Run
-from btx_jax.study import Study
+from btx_jax.study import compatibility as mixable
+from btx_jax.study import manifest, sources
+from btx_jax.study import plan as plan_lib
+from btx_jax.study.study import Study
 from btx_jax.terminal import say
+from btx_jax.training import checkpoint, layout, loop
 
 
 class Pipeline(Study):
@@ -82,7 +76,7 @@ class Pipeline(Study):
       for group, todo in zip(groups, todos):
         with contextlib.ExitStack() as stack:
           for run in todo:
-            lock = manifest.lock(self.folder(run.name))
+            lock = files.lock(self.folder(run.name))
             distributed.first(functools.partial(stack.enter_context, lock))
           self._train(todo, orders)
         for run in group:
@@ -228,7 +222,7 @@ class Pipeline(Study):
 
   def _like(self, model: model_config.Config):
     shapes = llama.shapes(model)
-    return checkpoint.abstract(shapes, sharding.shardings(shapes, self.mesh))
+    return sharding.abstract(shapes, sharding.shardings(shapes, self.mesh))
 
   def merge(self, run: Run, forms: list[str]) -> dict[str, dict[str, dict]]:
     """Bits per byte by form and domain of what a mixture was made from, unmixed: see

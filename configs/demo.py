@@ -13,7 +13,7 @@ mixture as good as each specialist on its domain, and nearly as good as the seed
   python -m btx_jax.main --config=configs/demo.py:full
 """
 
-from configs import base
+from btx_jax import base
 
 SPECIALISTS = ('code', 'math', 'knowledge')
 BLEND = {'code': 1, 'math': 1, 'knowledge': 1, 'prose': 1}

@@ -5,7 +5,7 @@
 Compiled for v5p:4x4x4; docs/preflight.md has the figures.
 """
 
-from configs import llama2_7b
+from btx_jax.configs import llama2_7b
 
 
 def get_config(folder: str = '/models/Llama-2-13b-hf'):

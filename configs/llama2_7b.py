@@ -14,7 +14,7 @@ Compiled for v5p:4x4x4 (v5p-128), and with --config.model.remat=full for v5e:16x
 docs/preflight.md has the figures.
 """
 
-from configs import base
+from btx_jax import base
 
 TEXT = '/data'  # with a directory for each domain
 STEP = 4096 * 1024  # tokens

@@ -11,7 +11,8 @@ has what came out. Compiled for v5e:2x2 too.
       export --to=/models/btx
 """
 
-from configs import base, demo
+from btx_jax import base
+from btx_jax.configs import demo
 
 
 def get_config(folder: str = '/models/SmolLM2-135M'):

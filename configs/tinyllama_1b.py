@@ -7,7 +7,7 @@ As configs/llama2_7b.py, with rows of 2048 tokens and a tenth of the paper's tok
 Compiled for v5e:4x4; docs/preflight.md has the figures.
 """
 
-from configs import llama2_7b
+from btx_jax.configs import llama2_7b
 
 
 def get_config(folder: str = '/models/TinyLlama_v1.1'):

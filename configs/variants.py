@@ -8,7 +8,8 @@ last of the rest. docs/variants.md has the table of one run. About an hour on tw
   python -m btx_jax.main --config=configs/variants.py
 """
 
-from configs import base, demo
+from btx_jax import base
+from btx_jax.configs import demo
 
 STEPS = 120
 

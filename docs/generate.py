@@ -40,19 +40,19 @@ class Message(NamedTuple):
 # Title, and which messages: those of modules, as a regex, that have a text. First match wins.
 GROUPS = {
     'The command line and the config file': (
-        ('main|fields', ''), ('errors', '--help|--debug|--config|PLACE|no flag')),
-    'Devices and mesh': (('sharding|layout', ''), ('preflight/.*', '')),
-    'Several processes': (('distributed|rollcall', ''),),
+        ('main|study/fields', ''), ('errors', '--help|--debug|--config|PLACE|no flag')),
+    'Devices and mesh': (('devices/(sharding|mesh)|training/layout', ''), ('preflight/.*', '')),
+    'Several processes': (('devices/(distributed|rollcall)', ''),),
     'Working directory': (
-        ('manifest|files', ''), ('data/(text|tokens)|pipeline', '--workdir'),
+        ('study/manifest|files', ''), ('data/(text|tokens)|pipeline', '--workdir'),
         ('errors', 'written or')),
     'Optimizer and training': (
-        ('plan|run|study|objective', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
-    'Tokenizer': (('data/.*|convert/tokenizer', '[Tt]okenizer|pieces?|sentencepiece'),),
-    'Text': (('data/.*', ''), ('study', r'\bdata\.')),
-    'Runs and models': (('plan|run|study|model/config|pipeline|recipe|mixable|vocabulary', ''),),
-    'While training': (('loop|checkpoint|metrics|errors', ''),),
-    'Looking on and measuring': (('evaluate/.*', ''),),
+        ('study/(plan|study)|run', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
+    'Tokenizer': (('data/.*', '[Tt]okenizer|pieces?|sentencepiece'),),
+    'Text': (('data/.*', ''), ('study/study', r'\bdata\.')),
+    'Runs and models': (('study/.*|run|model/config|pipeline|recipe', ''),),
+    'While training': (('training/.*|errors', ''),),
+    'Looking on and measuring': (('evaluate/.*|commands/.*', ''),),
     'Hugging Face folders': (('convert/.*', ''),),
 }
 _ORDER = (0, 7, 4, 10, 6, 5, 1, 2, 3, 8, 9)  # as a person comes upon them
@@ -62,7 +62,7 @@ NOTES = {
     '(--debug shows where it came from.)': 'A config file is code, and this line of it raised an '
                                            'error.',
     'and must be WANTED': 'Python tells 1000 from 1e3, and 1 from \'1\'.',
-    'One command at a time': 'Commands are `status`, `jobs`, `report`, `data`, `fit`, `export` '
+    'One command at a time': 'Commands are `status`, `jobs`, `report`, `data`, `compare`, `export` '
                              'and `preflight`; without one, it trains.',
     'start from each other in a circle': 'Some run has to begin from `base.random()`.',
     'which is a mixture already': 'Mix dense runs. A mixture is trained on by '
@@ -200,7 +200,7 @@ these mistakes on the command line.
 
 def config_page() -> str:
   """docs/config.md."""
-  source = _read(os.path.join(ROOT, 'configs', 'base.py'))
+  source = _read(os.path.join(ROOT, 'btx_jax', 'base.py'))
   functions = [node for node in ast.parse(source).body
                if isinstance(node, ast.FunctionDef) and not node.name.startswith('_')]
   single, sections = [], []
@@ -219,7 +219,7 @@ def config_page() -> str:
       case value:
         single.append((name, ast.get_source_segment(source, value), about))
   made = [_function(node) for node in functions[1:]]
-  return ('# Config\n\n<!-- Made by docs/generate.py from configs/base.py; change it there. -->\n'
+  return ('# Config\n\n<!-- Made by docs/generate.py from btx_jax/base.py; change it there. -->\n'
           '\nA config file has a function `get_config()` that takes `base.get_config()`, sets '
           'what is to be\notherwise, and adds `domains` and `runs`; `configs/demo.py` is one. '
           'Any field can be set on the\ncommand line too: `--config.optimizer.peak_lr=3e-4`, '
@@ -233,7 +233,7 @@ def _comment(source: str, node: ast.expr) -> str:
   while lines and lines[-1].lstrip().startswith('#'):
     found.insert(0, lines.pop().strip().lstrip('# '))
   if not found:
-    raise ValueError(f'configs/base.py, line {node.lineno}: a field without a comment above it.')
+    raise ValueError(f'btx_jax/base.py, line {node.lineno}: a field without a comment above it.')
   return ' '.join(found)
 
 
@@ -248,7 +248,7 @@ def _function(node: ast.FunctionDef) -> str:
   missing = [arg.arg for arg in (*node.args.args, node.args.vararg)
              if arg and arg.arg not in named]
   if missing:
-    raise ValueError(f'configs/base.py, {node.name}(): no text for {", ".join(missing)}.')
+    raise ValueError(f'btx_jax/base.py, {node.name}(): no text for {", ".join(missing)}.')
   return f'\n## base.{node.name}()\n\n{about}\n' + (
       '\n' + _fields(rows, 'argument') if rows else '')
 

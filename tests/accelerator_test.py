@@ -12,11 +12,13 @@ import numpy as np
 import optax
 import pytest
 
-from btx_jax import optim, sharding, train
-from btx_jax.model import attention, llama, moe, routing
+from btx_jax.devices.mesh import make_mesh
+from btx_jax.model import attention, llama, moe
+from btx_jax.model import balance as routing
 from btx_jax.model.config import Config
-from btx_jax.objective import Objective
-from btx_jax.run import Optimizer
+from btx_jax.run import Objective, Optimizer
+from btx_jax.training import optim
+from btx_jax.training import step as train
 from tests.helpers import assert_trees_close, normal, random_batch
 
 MODEL = Config(vocab_size=512, dim=256, ffn_dim=512, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -29,7 +31,7 @@ def mesh(request):
   """One device of the kind that a test is marked with."""
   if jax.default_backend() != request.param:
     pytest.skip(f'needs a {request.param.upper()}; this is a {jax.default_backend()}')
-  with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])) as made:
+  with jax.set_mesh(make_mesh(devices=jax.devices()[:1])) as made:
     yield made
 
 

@@ -13,11 +13,12 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from btx_jax import chips, sharding
+from btx_jax.configs import llama2_7b
+from btx_jax.devices.hardware import CHIPS
+from btx_jax.devices.mesh import AXES, BATCH_AXES
 from btx_jax.model import moe
 from btx_jax.preflight import cost, hlo, measure, topology
-from btx_jax.study import Study
-from configs import llama2_7b
+from btx_jax.study.study import Study
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings('ignore')]
 
@@ -28,7 +29,7 @@ B, D, F, K = 16, 512, 1536, 2
 def mesh():
   """Four chips, one of the axis `expert` each."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1').devices
-  return jax.sharding.Mesh(np.array(devices).reshape(1, 1, 4, 1), sharding.AXES,
+  return jax.sharding.Mesh(np.array(devices).reshape(1, 1, 4, 1), AXES,
                            axis_types=(AxisType.Auto,) * 4)
 
 
@@ -36,7 +37,7 @@ def compiled_layer(mesh, num_experts: int, T: int):
   """The gradient of a layer of experts, of which each device holds some."""
   like = lambda dtype, spec, *shape: jax.ShapeDtypeStruct(
       shape, dtype, sharding=NamedSharding(mesh, spec))
-  E, rows, held = num_experts, P(sharding.BATCH_AXES), P('expert')
+  E, rows, held = num_experts, P(BATCH_AXES), P('expert')
   experts = {'gate': like(jnp.bfloat16, held, E, D, F), 'up': like(jnp.bfloat16, held, E, D, F),
              'down': like(jnp.bfloat16, held, E, F, D)}
   args = (like(jnp.bfloat16, rows, B, T, D), experts, like(jnp.float32, rows, B, T, K),
@@ -52,7 +53,7 @@ def compiled_layer(mesh, num_experts: int, T: int):
 def flops(compiled, mesh) -> float:
   """Of matmuls, those of kernels by the rows of their operands."""
   module = hlo.parse(compiled.as_text())
-  return cost.Model(module, chips.CHIPS['v5p'], mesh, lambda *_: 1.0).total().flops
+  return cost.Model(module, CHIPS['v5p'], mesh, lambda *_: 1.0).total().flops
 
 
 def test_more_experts_are_no_more_work(mesh):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax import btx, sharding
+from btx_jax import btx
 from btx_jax import recipe as recipe_lib
+from btx_jax.devices import sharding
 from btx_jax.model import llama
 from btx_jax.preflight import hlo
 from tests.helpers import (

@@ -53,9 +53,8 @@ class Commands:
 
 def serve():
   """Forks for each line of stdin; answers with the exit code."""
-  from btx_jax import main, pipeline, status  # noqa: F401
-  from btx_jax.data import describe  # noqa: F401
-  from btx_jax.evaluate import fit, report  # noqa: F401
+  from btx_jax import main
+  from btx_jax.commands import data, report, status  # noqa: F401
   for line in sys.stdin:
     child = os.fork()
     if not child:

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from btx_jax.convert import config_json as model_config
 from btx_jax.convert import export as export_lib
-from btx_jax.convert import hugging_face, model_config, names, safetensors, shards
+from btx_jax.convert import hugging_face, names, safetensors, shards
 from btx_jax.errors import RunError, UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from btx_jax.data import describe, duplicates, tokens
+from btx_jax.commands import data as describe
+from btx_jax.data import duplicates, tokens
 from btx_jax.data.tokens import Tokens
 from tests import studies
 

@@ -15,14 +15,16 @@ import time
 
 import pytest
 
-from btx_jax import distributed, manifest, metrics, rollcall
+from btx_jax.devices import distributed, rollcall
 from btx_jax.errors import RunError, UsageError
+from btx_jax.study import manifest
+from btx_jax.training import metrics
 from tests import studies
 from tests.jobs import Job, free_port, training, until
 
 CONFIG = '''
 import pathlib
-from configs import base
+from btx_jax import base
 from tests import studies
 
 def get_config():

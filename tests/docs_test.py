@@ -14,7 +14,7 @@ def test_pages_are_what_the_source_says(name):
 
 
 def test_every_field_is_on_the_page():
-  from configs import base
+  from btx_jax import base
   page = generate.config_page()
   for name, value in base.get_config().items():
     fields = [f'{name}.{field}' for field in value] if hasattr(value, 'keys') else []

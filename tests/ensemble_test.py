@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from btx_jax import manifest, sharding
+from btx_jax import base
 from btx_jax.data.tokens import Tokens
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import make_mesh
 from btx_jax.evaluate import bits, ensemble, scores
-from btx_jax.study import Study
-from configs import base
+from btx_jax.study import manifest
+from btx_jax.study.study import Study
 from tests import studies
 from tests.helpers import TINY, random_params
 
@@ -47,7 +49,7 @@ def likeness_of(cosines):
 def scored():
   """Token by token what a model says of TOKENS, and its bits per byte."""
   params = random_params(TINY)
-  mesh = sharding.make_mesh(data=4, fsdp=2)
+  mesh = make_mesh(data=4, fsdp=2)
   with sharding.jax.set_mesh(mesh):
     nll = ensemble.token_nll(TINY, params, TOKENS, mesh, 15, 8)
     whole = bits.evaluate(TINY, params, {'x': TOKENS}, mesh, 15, 8, Letters())['x']

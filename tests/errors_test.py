@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from btx_jax import manifest
+from btx_jax import files
 from docs import generate
 from tests import command
 
@@ -14,11 +14,12 @@ MESSAGES = generate.messages()
 MET = set()  # of them, so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices.
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
+_OF_PROCESSES = ('devices/distributed', 'devices/rollcall')
 
 CONFIG = '''
 import pathlib, sys
 from ml_collections import ConfigDict
-from configs import base
+from btx_jax import base
 from tests import studies
 
 here = pathlib.Path(__file__).parent
@@ -93,8 +94,8 @@ DEMO = '--config=configs/demo.py'
     (['--config=pyproject.toml'], 'pyproject.toml, line 3: SyntaxError: cannot assign'),
     (['--config=configs/demo.py:ful'], "configs/demo.py, line 24: ValueError: configs/demo.py has "
      "no form 'ful'"),
-    (['--config=configs/base.py:full'], 'configs/base.py: TypeError: get_config() takes 0'),
-    (['--config=configs/base.py'], 'config.runs is empty: there is nothing to do.'),
+    (['--config=btx_jax/base.py:full'], 'btx_jax/base.py: TypeError: get_config() takes 0'),
+    (['--config=btx_jax/base.py'], 'config.runs is empty: there is nothing to do.'),
     ([DEMO, '--config.optimizer.peek_lr=1'], "--config.optimizer.peek_lr=1: there is no field "
      "'peek_lr' there; did you mean 'peak_lr'?"),
     ([DEMO, '--config.modle.dim=8'], "'modle' there; did you mean 'model'?"),
@@ -120,9 +121,9 @@ DEMO = '--config=configs/demo.py'
      "'expert/code'?"),
     (['--config=configs/demo.py:full', '--run=dens'], "did you mean 'dense'?"),
     ([DEMO, '--config.runs.expert/code.steps=3'], "as in --config.runs['expert/code'].steps"),
-    ([DEMO, 'fit'], 'fit needs --run=NAME, the mixture whose experts are compared.'),
-    ([DEMO, 'fit', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
-    ([DEMO, 'fit', '--run=btx'], "fit compares complete runs, and 'seed' is missing; do --run=se"),
+    ([DEMO, 'compare'], 'compare needs --run=NAME, the mixture whose experts are compared.'),
+    ([DEMO, 'compare', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
+    ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; do"),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
     ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; do --run"),
@@ -226,7 +227,7 @@ config.runs = {"new": config.runs.new,
     ("config.train.batch_sise = 3", "line 17: there is no field 'batch_sise' there; did you mean "
      "'batch_size'?"),
     ("config.modle = 3", "'modle' there; did you mean 'model'?"),
-    ("config.nonsense = 3", 'configs/base.py has them all.'),
+    ("config.nonsense = 3", 'btx_jax/base.py has them all.'),
     ("config.train.batch_size = '8'", "batch_size = 8 is of type str, and must be of type int."),
     ("config.train.batch_size = 1e3", "batch_size = 1000.0 is of type float, and must be of type"),
     ("config.runs.seed.steps = 'many'", 'steps = many is of type str, and must be of type int.'),
@@ -480,7 +481,7 @@ def test_the_directory_of_another_config(run, config, seed, argument, message):
 
 def test_directories_that_something_happened_to(run, config, work):
   arguments = config(), f'--workdir={work}', '--run=new'
-  with manifest.lock(str(work / 'new')):
+  with files.lock(str(work / 'new')):
     check(run(*arguments), f'new is in use by another process: {os.uname().nodename}')
   os.rename(work / 'seed' / 'checkpoints', work / 'away')
   check(run(*arguments), f'To train its run again, delete {work / "seed"}.', code=1)
@@ -522,7 +523,7 @@ def test_two_exports_into_one_folder(run, config, tmp_path):
   out, partial = tmp_path / 'out', tmp_path / 'out.partial'
   arguments = (config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
                f'--to={out}')
-  with manifest.lock(str(partial)):
+  with files.lock(str(partial)):
     (partial / 'model-00001-of-00002.safetensors').write_text('of the first')
     check(run(*arguments), f'out.partial is in use by another process: {os.uname().nodename}')
     assert len(os.listdir(partial)) == 2
@@ -582,7 +583,7 @@ def test_extras_that_are_missing(run, config, work):
             f'--workdir={work}', '--run=new'), "pip install 'btx_jax[tensorboard]'")
 
 
-TRAINING = 'from btx_jax import loop\ndef train(*_):\n  {}\nloop.train = train'
+TRAINING = 'from btx_jax.training import loop\ndef train(*_):\n  {}\nloop.train = train'
 
 
 @pytest.mark.parametrize('what, message, code', [
@@ -619,6 +620,6 @@ def test_every_message_of_the_table_was_met(request):
     pytest.skip('only some of the mistakes were made')
   # Those of several processes are met in distributed_test.py, that of TPU slices needs some.
   missing = [str(message) for message in MESSAGES
-             if message not in MET and message.module not in ('distributed', 'rollcall')
+             if message not in MET and message.module not in _OF_PROCESSES
              and not any(text in str(message) for text in _OF_OTHER_MACHINES)]
   assert not missing, 'no mistake in this file leads to:\n' + '\n'.join(missing)

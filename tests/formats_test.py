@@ -16,7 +16,7 @@ import pytest
 from btx_jax.data import corpora, formats, text, tokenizer, tokens
 from btx_jax.data.formats import Document
 from btx_jax.errors import UsageError
-from btx_jax.study import Study
+from btx_jax.study.study import Study
 from tests import studies
 
 TEXTS = ['the first\nof them', '日本語 \U0001F389', '  \t spaces\r\n', 'x' * 3000, 'the last']

@@ -10,7 +10,8 @@ import jax
 from jax.sharding import AxisType
 import numpy as np
 
-from btx_jax import sharding
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import AXES
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 
@@ -30,7 +31,7 @@ def use_mesh(shape):
     yield None
     return
   devices = np.array(jax.devices()[:math.prod(shape)]).reshape(shape)
-  mesh = jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+  mesh = jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
   with jax.set_mesh(mesh):
     yield mesh
 

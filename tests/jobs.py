@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from btx_jax import metrics
+from btx_jax.training import metrics
 
 # What Gloo's threads print from C++ piece by piece, so that lines of it may be mixed.
 _GLOO = re.compile(r'\[Gloo\] Rank | is connected to | peer ranks\. |'

@@ -14,14 +14,15 @@ import sys
 import pytest
 import yaml
 
-from btx_jax import manifest, status
-from btx_jax.study import Study
+from btx_jax.commands import status
+from btx_jax.study import manifest
+from btx_jax.study.study import Study
 from tests import command, studies
 from tests.jobs import ROOT, free_port, training, until
 
 CONFIG = '''
 import pathlib
-from configs import base
+from btx_jax import base
 from tests import studies
 
 def get_config():

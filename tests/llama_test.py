@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax import sharding
+from btx_jax.devices.mesh import AXES
 from btx_jax.errors import UsageError
 from btx_jax.model import attention, llama
 from btx_jax.model.config import REMATS, Config, num_params, train_flops_per_token
@@ -113,7 +113,7 @@ def test_the_kernel_of_tpus_is_plain_attention(sizes):
     return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)
 
   devices = np.array(jax.devices()[:math.prod(sizes)]).reshape(sizes)
-  with jax.set_mesh(jax.sharding.Mesh(devices, sharding.AXES)):
+  with jax.set_mesh(jax.sharding.Mesh(devices, AXES)):
     (value, grad), (expected, expected_grad) = map(value_and_grad, ('splash', 'xla'))
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   assert_trees_close(grad, expected_grad, rtol=1e-4)

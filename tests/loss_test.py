@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from btx_jax import loss
+from btx_jax.training import loss
 from tests.helpers import assert_trees_close, normal, use_mesh
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from btx_jax.errors import UsageError
-from btx_jax.model import moe, routers, routing
+from btx_jax.model import balance as routing
+from btx_jax.model import moe, routers
 from tests.helpers import MESHES, TINY_MIXTURE, assert_trees_close, use_mesh
 
 B, T, D, F = 8, 6, 12, 20

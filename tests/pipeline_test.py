@@ -14,13 +14,17 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import manifest, metrics, program, sharding, sources
+from btx_jax import base
+from btx_jax.commands import compare as fit
+from btx_jax.commands import report, table
+from btx_jax.devices import sharding
 from btx_jax.errors import RunError, UsageError
-from btx_jax.evaluate import fit, report, scores, table
+from btx_jax.evaluate import scores
 from btx_jax.model import llama
 from btx_jax.pipeline import Pipeline
-from btx_jax.study import Study
-from configs import base
+from btx_jax.study import manifest, sources
+from btx_jax.study.study import Study
+from btx_jax.training import metrics, program
 from tests import studies
 from tests.helpers import assert_trees_equal
 
@@ -317,8 +321,8 @@ def test_checkpoints_without_a_manifest_are_not_adopted(study, copy):
 def test_a_run_that_another_process_trains_is_left_to_it(study, copy):
   shutil.rmtree(os.path.join(copy, 'btx'))
   holder = subprocess.Popen(
-      [sys.executable, '-c', 'import sys; from btx_jax import manifest\n'
-       f'with manifest.lock({os.path.join(copy, "btx")!r}): print(flush=True); sys.stdin.read()'],
+      [sys.executable, '-c', 'import sys; from btx_jax import files\n'
+       f'with files.lock({os.path.join(copy, "btx")!r}): print(flush=True); sys.stdin.read()'],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   with holder:
     holder.stdout.readline()

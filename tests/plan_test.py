@@ -5,12 +5,13 @@ import dataclasses
 import ml_collections
 import pytest
 
-from btx_jax import plan
+from btx_jax import base
 from btx_jax import run as run_lib
+from btx_jax.configs import demo
 from btx_jax.errors import UsageError
 from btx_jax.model.config import param_paths
-from btx_jax.objective import frozen
-from configs import base, demo
+from btx_jax.run import frozen
+from btx_jax.study import plan
 from tests import studies
 from tests.helpers import TINY_MIXTURE
 

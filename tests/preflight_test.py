@@ -11,18 +11,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from btx_jax import chips, hardware, sharding
+from btx_jax.configs import llama2_7b
+from btx_jax.devices import hardware, sharding
+from btx_jax.devices.hardware import CHIPS, Chip
+from btx_jax.devices.mesh import AXES
 from btx_jax.errors import UsageError
 from btx_jax.model import config as model_config
 from btx_jax.preflight import cost, hlo, measure, tell, topology
 from btx_jax.preflight.topology import Topology
-from btx_jax.study import Study
-from configs import llama2_7b
+from btx_jax.study.study import Study
 from tests import studies
 from tests.helpers import use_mesh
 
 # 1 FLOP, 1 byte and 1 byte over the network take a second each.
-CHIP = chips.Chip((), 1.0, 1e9, 1.0, 1.0, 0, 1.0, 1e9, 1.0)
+CHIP = Chip((), 1.0, 1e9, 1.0, 1.0, 0, 1.0, 1e9, 1.0)
 FREE_MEMORY = CHIP._replace(bandwidth=float('inf'))
 TURNS = 7
 
@@ -298,15 +300,15 @@ def test_time_over_links():
 
   def speeds(slices, shape):
     array = sharding.np.array(devices(slices), object).reshape(shape)
-    mesh = types.SimpleNamespace(devices=array, axis_names=sharding.AXES)
-    return topology.speed(Topology('', chips.CHIPS['v5p'], array.ravel(), ''), mesh)
+    mesh = types.SimpleNamespace(devices=array, axis_names=AXES)
+    return topology.speed(Topology('', CHIPS['v5p'], array.ravel(), ''), mesh)
 
   one = speeds(1, (1, 16, 4, 1))
-  link = chips.CHIPS['v5p'].link
+  link = CHIPS['v5p'].link
   assert one('all-gather', ('expert',)) == 2 * link  # around one dimension, both ways
   assert one('all-gather', ('fsdp',)) == 4 * link
   assert one('all-gather', ('fsdp', 'expert')) == 6 * link
-  assert speeds(2, (2, 16, 4, 1))('all-reduce', ('data',)) == chips.CHIPS['v5p'].network
+  assert speeds(2, (2, 16, 4, 1))('all-reduce', ('data',)) == CHIPS['v5p'].network
   assert speeds(1, (1, 16, 2, 2))('all-gather', ('expert',)) == link  # ends before it is around
 
 
@@ -315,7 +317,7 @@ def test_the_share_of_the_peak_and_preflight_have_one_table(monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: [device])
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   hardware.peak_flops.cache_clear()
-  assert hardware.peak_flops('bfloat16') == chips.CHIPS['v5p'].flops
+  assert hardware.peak_flops('bfloat16') == CHIPS['v5p'].flops
   hardware.peak_flops.cache_clear()
 
 

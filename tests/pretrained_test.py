@@ -11,14 +11,19 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import manifest, mixable, plan, sharding
-from btx_jax.convert import export, hugging_face, publish
+from btx_jax import base
+from btx_jax.commands import compare as fit
+from btx_jax.commands import export as publish
+from btx_jax.convert import export, hugging_face
 from btx_jax.data import text as text_lib
 from btx_jax.data import tokenizer
+from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import fit, scores
+from btx_jax.evaluate import scores
+from btx_jax.model.config import ROPE, SIZES
 from btx_jax.pipeline import Pipeline
-from configs import base
+from btx_jax.study import compatibility as mixable
+from btx_jax.study import manifest, plan
 from tests import studies
 from tests.data_test import TRICKY
 from tests.helpers import TINY, Arrays, assert_trees_equal, random_params
@@ -264,7 +269,7 @@ def test_folders_of_several_seeds_are_told_by_their_weights(text, tmp_path):
       'far': base.run(base.mix('0', 'trained', allow='seed'), {'code': 1}, steps=1)}
   assert set(plan.make_plan(config, 270)) == set(config.runs)
   sizes = {field: getattr(MODEL, field)
-           for field in (*mixable.SIZES, *mixable.ROPE, 'norm_eps', 'vocab_size')}
+           for field in (*SIZES, *ROPE, 'norm_eps', 'vocab_size')}
   config.runs.own = base.run(base.random(), {'code': 1}, steps=1, model=sizes)
   config.runs.beside = base.run(base.mix('own', '0'), {'code': 1}, steps=1)
   runs = plan.make_plan(config, 270)

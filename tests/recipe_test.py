@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import btx, sharding
+from btx_jax import base, btx
 from btx_jax import recipe as recipe_lib
+from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import shared_paths
-from configs import base
 from tests.helpers import TINY, hidden_and_sums, random_batch, random_params
 
 NAMES = ('seed', 'code', 'math', 'law')

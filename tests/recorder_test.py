@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from btx_jax import metrics
-from btx_jax.evaluate import routing
+from btx_jax.training import metrics
+from btx_jax.training import routing_figures as routing
 
 DOMAINS = ['code', 'empty', 'prose']
 L, G, E = 2, 3, 4

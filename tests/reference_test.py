@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import sharding
-from btx_jax.convert import export, hugging_face, publish
+from btx_jax.commands import export as publish
+from btx_jax.convert import export, hugging_face
 from btx_jax.data import tokenizer
+from btx_jax.devices import sharding
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from tests import studies

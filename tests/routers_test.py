@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax import btx, sharding
+from btx_jax import btx
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BATCH_AXES
+from btx_jax.model import balance as routing
 from btx_jax.model import config as model_config
-from btx_jax.model import dispatch, llama, moe, routers, routing
+from btx_jax.model import dispatch, llama, moe, routers
 from btx_jax.model.routers import Context, Training
 from tests.helpers import TINY_MIXTURE, assert_trees_close, normal, use_mesh
 
@@ -96,7 +99,7 @@ def scalar(y):
 @functools.cache
 def layer_and_gradient(cfg):
   def layer_of(params, x, context):
-    return scalar(llama.Mixture(cfg, sharding.BATCH_AXES).apply({'params': params}, x, context)[0])
+    return scalar(llama.Mixture(cfg, BATCH_AXES).apply({'params': params}, x, context)[0])
 
   return jax.jit(jax.value_and_grad(layer_of, (0, 1), has_aux=True))
 
@@ -175,7 +178,7 @@ def test_sample_top_1_computes_one_expert_a_token_and_all_in_the_first_layer(mon
   monkeypatch.setitem(moe.FORMS, 'pieces', functools.partial(dispatch.in_rounds, swiglu=swiglu))
   params = {'router': np.zeros((D, E)), 'experts': {
       'gate': np.zeros((E, D, 20)), 'up': np.zeros((E, D, 20)), 'down': np.zeros((E, 20, D))}}
-  jax.eval_shape(lambda: llama.Mixture(cfg, sharding.BATCH_AXES).apply(
+  jax.eval_shape(lambda: llama.Mixture(cfg, BATCH_AXES).apply(
       {'params': params}, jnp.zeros((B, T, D)), Context(*inputs()[1:], 1, training=TRAINING)))
   assert set(shapes) == {(E * math.ceil(cfg.dispatch_factor * B * T / E), D)}
   for layer, experts in ((0, E), (1, 1)):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.model import routers, routing
+from btx_jax.model import balance as routing
+from btx_jax.model import routers
 from tests.helpers import TINY_MIXTURE, normal, use_mesh
 
 E = 4

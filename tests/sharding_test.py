@@ -10,11 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax import optim, sharding, train
 from btx_jax import run as run_lib
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import (
+  BRANCH_BATCH_AXES,
+  check_rows,
+  choose,
+  count_slices,
+  lay_devices,
+  make_mesh,
+)
 from btx_jax.errors import UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
+from btx_jax.training import optim
+from btx_jax.training import step as train
 from tests.helpers import MESHES, TINY, TINY_MIXTURE, random_params, use_mesh
 
 LLAMA_7B = Config(vocab_size=32_000, dim=4096, ffn_dim=11_008, num_layers=32, num_heads=32,
@@ -101,10 +111,10 @@ def test_what_an_axis_does_not_divide_is_told_if_it_is_large():
 
 def test_rows_are_shared_among_all_axes_but_tensor():
   with use_mesh((1, 2, 2, 2)) as mesh:
-    sharding.check_rows(mesh, 4, 'rows')
+    check_rows(mesh, 4, 'rows')
     with pytest.raises(UsageError, match=r'6 rows cannot be shared evenly by 4 .* 4 or 8'):
-      sharding.check_rows(mesh, 6, 'rows')
-    sharding.check_rows(mesh, 6, 'rows', sharding.BRANCH_BATCH_AXES)
+      check_rows(mesh, 6, 'rows')
+    check_rows(mesh, 6, 'rows', BRANCH_BATCH_AXES)
     rows = np.arange(8)
     placed = sharding.to_global({'x': rows[sharding.local_rows(mesh, 8)]}, mesh, 8)['x']
   np.testing.assert_array_equal(placed, rows)
@@ -128,7 +138,7 @@ class FakeTpu:
 def test_slices_differ_along_data_only(slices, shape):
   devices = [FakeTpu(8 * s + i, s, (i % 2, i // 2 % 2, i // 4))
              for s in range(slices) for i in range(8)]
-  laid = sharding.lay_devices(shape, devices)
+  laid = lay_devices(shape, devices)
   assert laid.shape == shape
   assert {device.id for device in laid.flat} == set(range(8 * slices))
   for i, part in enumerate(laid):
@@ -138,7 +148,7 @@ def test_slices_differ_along_data_only(slices, shape):
 def test_an_axis_that_would_cross_slices_is_refused():
   devices = [FakeTpu(i, i // 4, (i % 2, i % 4 // 2, 0)) for i in range(8)]
   with pytest.raises(UsageError, match=r'mesh.data = 1 must be a multiple of 2, .* The 4 dev'):
-    sharding.lay_devices((1, 4, 2, 1), devices)
+    lay_devices((1, 4, 2, 1), devices)
 
 
 CHOSEN = {'data': -1, 'fsdp': 0, 'expert': 0, 'tensor': 1}
@@ -150,28 +160,28 @@ CHOSEN = {'data': -1, 'fsdp': 0, 'expert': 0, 'tensor': 1}
     (8, 3, 60, (4, 1)), (8, 3, 1, (8, 1)),  # does not fit at all: as little as there can be
 ])
 def test_a_mesh_chosen_for_the_experts_and_the_memory(devices, experts, memory, expected):
-  sizes = sharding.choose(CHOSEN, devices, experts, 100, memory)
+  sizes = choose(CHOSEN, devices, experts, 100, memory)
   assert (sizes['fsdp'], sizes['expert']) == expected
-  assert sharding.choose(dict(CHOSEN, data=1), devices, experts, 100, memory)['fsdp'] == (
+  assert choose(dict(CHOSEN, data=1), devices, experts, 100, memory)['fsdp'] == (
       devices // expected[1])  # nothing may be left over
 
 
 def test_a_mesh_chosen_for_slices_keeps_all_but_data_within_one():
-  sizes = sharding.choose(CHOSEN, 8, 16, 100, None, slices=2)
+  sizes = choose(CHOSEN, 8, 16, 100, None, slices=2)
   assert (sizes['data'], sizes['expert']) == (-1, 4)
 
 
 def test_nodes_of_gpus_are_no_slices():
   node = lambda platform, i: types.SimpleNamespace(platform=platform, slice_index=i)
-  assert sharding.count_slices([node('gpu', 0), node('gpu', 1)]) == 1
-  assert sharding.count_slices([node('tpu', 0), node('tpu', 1)]) == 2
+  assert count_slices([node('gpu', 0), node('gpu', 1)]) == 1
+  assert count_slices([node('tpu', 0), node('tpu', 1)]) == 2
 
 
 def test_a_mesh_over_all_devices():
-  assert sharding.make_mesh(tensor=2).devices.shape == (4, 1, 1, 2)
-  assert sharding.make_mesh(1, -1, 2, 2).axis_names == ('data', 'fsdp', 'expert', 'tensor')
+  assert make_mesh(tensor=2).devices.shape == (4, 1, 1, 2)
+  assert make_mesh(1, -1, 2, 2).axis_names == ('data', 'fsdp', 'expert', 'tensor')
   with pytest.raises(UsageError, match=r'mesh.tensor = 3 cannot be laid on 8'):
-    sharding.make_mesh(tensor=3)
+    make_mesh(tensor=3)
 
 
 def test_values_vary_over_what_others_vary_over():

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import loop, manifest, metrics, plan, program
+from btx_jax import base
 from btx_jax import run as run_lib
 from btx_jax.errors import UsageError
-from btx_jax.objective import Objective
 from btx_jax.pipeline import Pipeline
 from btx_jax.preflight import hlo
-from configs import base
+from btx_jax.run import Objective
+from btx_jax.study import manifest, plan
+from btx_jax.training import loop, metrics, program
 from tests import studies
 from tests.helpers import (
   TINY,

@@ -10,10 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from btx_jax import manifest, metrics, status
-from btx_jax.evaluate import report
-from btx_jax.study import Study
-from configs import base
+from btx_jax import base, files
+from btx_jax.commands import report, status
+from btx_jax.study import manifest
+from btx_jax.study.study import Study
+from btx_jax.training import metrics
 from tests import studies
 
 SPEC_STEPS = 6
@@ -59,10 +60,10 @@ def test_a_foreign_directory_is_said(study):
 def test_a_run_goes_through_its_states(study):
   start(study, 'seed')
   assert of(study, 'seed')['state'] == 'stopped'  # nobody holds its lock
-  with manifest.lock(study.folder('seed')):
+  with files.lock(study.folder('seed')):
     held = subprocess.run([sys.executable, '-c', f'''if True:
-      from btx_jax import manifest
-      print(manifest.held({study.folder('seed')!r}))'''], capture_output=True, text=True)
+      from btx_jax import files
+      print(files.held({study.folder('seed')!r}))'''], capture_output=True, text=True)
   assert held.stdout.strip() == 'True'
   for state in (manifest.STOPPED, manifest.FAILED, manifest.COMPLETE):
     start(study, 'seed', state)
@@ -72,7 +73,7 @@ def test_a_run_goes_through_its_states(study):
 @pytest.fixture
 def at_work(monkeypatch):
   """As if another process held every run directory."""
-  monkeypatch.setattr(manifest, 'held', lambda folder: True)
+  monkeypatch.setattr(files, 'held', lambda folder: True)
 
 
 def test_a_run_that_still_compiles_is_starting(study, at_work):
@@ -149,9 +150,9 @@ def test_a_directory_that_cannot_hold_locks_counts_as_at_work(study, monkeypatch
     raise OSError(37, 'No locks available')
 
   start(study, 'seed', lines=[line(1)])
-  with manifest.lock(study.folder('seed')):
+  with files.lock(study.folder('seed')):
     pass
-  monkeypatch.setattr(manifest.fcntl, 'lockf', no_locks)
+  monkeypatch.setattr(files.fcntl, 'lockf', no_locks)
   assert of(study, 'seed')['state'] == 'running'
 
 
@@ -196,7 +197,8 @@ def test_the_names_of_runs_are_escaped(text, tmp_path):
 
 
 def test_what_status_needs_is_imported_in_no_time():
-  code = ('import sys, time; began = time.perf_counter(); import btx_jax.main, btx_jax.status; '
+  code = ('import sys, time; began = time.perf_counter(); '
+          'import btx_jax.main, btx_jax.commands.status; '
           'print(time.perf_counter() - began, "jax" in sys.modules, "grain" in sys.modules, '
           '"matplotlib" in sys.modules)')
   best = float('inf')

@@ -11,15 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import btx, errors, recipe, sharding, sources
+from btx_jax import base, btx, errors, recipe
 from btx_jax import run as run_lib
-from btx_jax.convert import export, hugging_face, publish, safetensors
+from btx_jax.commands import export as publish
+from btx_jax.commands import table
+from btx_jax.convert import export, hugging_face, safetensors
+from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import table
 from btx_jax.model.config import shared_paths
 from btx_jax.pipeline import Pipeline
-from btx_jax.study import Study
-from configs import base
+from btx_jax.study import sources
+from btx_jax.study.study import Study
 from tests import studies
 from tests.helpers import Arrays, assert_trees_equal, random_params
 from tests.pretrained_test import MODEL, TOKENIZER

@@ -3,7 +3,7 @@
 import json
 import random
 
-from configs import base
+from btx_jax import base
 
 WORDS = {
     'code': ['def f(x):', '    return x', 'for i in y:', '\tprint(i)', 'import z', 'x = [1, 2]'],

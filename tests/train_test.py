@@ -10,11 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from btx_jax import optim, sharding, train
 from btx_jax import run as run_lib
-from btx_jax.model import llama, routers, routing
-from btx_jax.objective import Objective
+from btx_jax.devices import sharding
+from btx_jax.model import balance as routing
+from btx_jax.model import llama, routers
 from btx_jax.preflight import hlo
+from btx_jax.run import Objective
+from btx_jax.training import optim
+from btx_jax.training import step as train
 from tests.helpers import (
   MESHES,
   TINY,
@@ -36,7 +39,7 @@ def microbatches(batch, n):
 
 
 def put_step(cfg, params, batch, mesh, tx=SGD, **settings):
-  """The jitted step as btx_jax/program.py makes it, its state and its batch, placed on a mesh."""
+  """The jitted step as training/program.py makes it, its state and its batch, placed on a mesh."""
   state = train.create_state(params, tx)
   layout = sharding.shardings(state, mesh)
   state = jax.device_put(state, layout)

@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from btx_jax import vocabulary
 from btx_jax.data import tokenizer
+from btx_jax.study import compatibility, sources
 from tests.helpers import Arrays, normal
 
 TOKENIZER = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizer'
@@ -29,9 +29,9 @@ def models():
 
 def test_any_slice_is_that_of_the_whole():
   ours, theirs, expected = models()
-  rows = vocabulary.rows(OURS, SIZE, THEIRS, THEIR_SIZE)
+  rows = sources.rows(OURS, SIZE, THEIRS, THEIR_SIZE)
   assert rows.tolist() == [0, 6, 3, 5, 1, 2, -1, -1, -1]
-  source = vocabulary.Aligned(Arrays(theirs), Arrays(ours), rows)
+  source = sources.Aligned(Arrays(theirs), Arrays(ours), rows)
   np.testing.assert_array_equal(source.read('embed'), expected['embed'])
   np.testing.assert_array_equal(source.read('head'), expected['head'])
   np.testing.assert_array_equal(source.read('norm/scale'), theirs['norm']['scale'])
@@ -44,7 +44,7 @@ def test_any_slice_is_that_of_the_whole():
 
 
 def test_a_vocabulary_that_only_has_more_tokens_does_not_contradict():
-  say = lambda theirs, size=9: vocabulary.contradiction(OURS, theirs, size)
+  say = lambda theirs, size=9: compatibility.contradiction(OURS, theirs, size)
   assert not say(OURS) and not say({**OURS, 'more': 8})
   assert not say({token: i for token, i in OURS.items() if token != 'went'})
   assert say({**OURS, 'the': 2, 'king': 1}) == "1 is 'the' and 'king'"

@@ -9,8 +9,9 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from btx_jax import manifest
-from btx_jax.convert import model_config, names, shards
+from btx_jax import files
+from btx_jax.convert import config_json as model_config
+from btx_jax.convert import names, shards
 from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import replacing
@@ -81,7 +82,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
            'generation_config.json': json.dumps(generation, indent=2) + '\n', 'README.md': card}
   partial = f'{os.path.normpath(folder)}.partial'
-  with manifest.lock(partial):
+  with files.lock(partial):
     check(folder, model, dtype)  # who held it may have finished just now
     _go_on(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
     written = shards.write(
@@ -94,7 +95,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
         file.write(content)
     os.remove(os.path.join(partial, _WHAT))
     os.rename(partial, folder)
-    os.remove(os.path.join(folder, manifest.LOCK))
+    os.remove(os.path.join(folder, files.LOCK))
   return written
 
 
@@ -106,7 +107,7 @@ def _go_on(partial: str, what: dict) -> None:
   except (OSError, ValueError):
     same = False
   for name in os.listdir(partial):
-    if name != manifest.LOCK and not (same and name.endswith('.safetensors')):
+    if name != files.LOCK and not (same and name.endswith('.safetensors')):
       os.remove(os.path.join(partial, name))
   with replacing(os.path.join(partial, _WHAT)) as file:
     json.dump(what, file)

@@ -12,7 +12,8 @@ import re
 
 import numpy as np
 
-from btx_jax.convert import model_config, names, safetensors
+from btx_jax.convert import config_json as model_config
+from btx_jax.convert import names, safetensors
 from btx_jax.convert.header import DTYPES
 from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.convert.shards import Shards

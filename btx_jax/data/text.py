@@ -3,11 +3,11 @@
 import dataclasses
 import os
 
-from btx_jax import distributed
 from btx_jax.data import corpora
 from btx_jax.data import tokenizer as tokenizer_lib
 from btx_jax.data import tokens as tokens_lib
 from btx_jax.data.tokenizer import Tokenizer
+from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.terminal import say
@@ -25,7 +25,7 @@ def prepare(config, folder: str) -> Text:
   """Reads and tokenizes what is not in `folder` already.
 
   Args:
-    config: as configs/base.py makes it.
+    config: as btx_jax/base.py makes it.
     folder: WORKDIR/data.
 
   Returns:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import sentencepiece as spm
 
-from btx_jax.convert import tokenizer as fast
+from btx_jax.data import fast_tokenizer as fast
 from btx_jax.errors import UsageError
 
 FILE = 'tokenizer.model'

@@ -9,12 +9,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from btx_jax import sharding, train
 from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
-from btx_jax.model import routing
+from btx_jax.devices import sharding
+from btx_jax.model import balance as routing
 from btx_jax.model.config import Config
+from btx_jax.training import step as train
 
 _SHOWN = 256  # tokens of each domain whose experts are told one by one
 

@@ -16,15 +16,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from btx_jax import sharding
 from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
+from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
-from btx_jax.loss import next_token_loss
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from btx_jax.study import MERGES
+from btx_jax.study.study import MERGES
+from btx_jax.training.loss import next_token_loss
 
 POSTERIOR = 'posterior'
 BLOCK = 64  # tokens after which the text so far is compared anew

@@ -9,14 +9,15 @@ import json
 import os
 from typing import NamedTuple
 
-from btx_jax import distributed, manifest
 from btx_jax import run as run_lib
 from btx_jax.data import tokens
+from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model import config as model_config
 from btx_jax.run import Run
-from btx_jax.study import MERGES, Study
+from btx_jax.study import manifest
+from btx_jax.study.study import MERGES, Study
 from btx_jax.terminal import say
 
 FINAL, START, AVERAGE, MERGE = 'final', 'start', 'average', 'merge_'

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from btx_jax import sharding
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.model.config import Config
 
 QUERY_BLOCKS = 4
@@ -46,7 +47,7 @@ def rotate(x_BNTH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, implementation='auto',
-              batch_axes=sharding.BATCH_AXES) -> jax.Array:
+              batch_axes=BATCH_AXES) -> jax.Array:
   """Causal attention in which a position sees only its own document.
 
   Args:

@@ -7,6 +7,12 @@ import dataclasses
 
 from btx_jax.errors import UsageError, nearest
 
+SIZES = ('dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'tied_head')
+ROPE = ('rope_theta', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor',
+        'rope_original_length')
+# Of which a mixture has what the source `recipe.reference` has.
+OF_REFERENCE = (*ROPE, 'norm_eps', 'vocab_size')
+
 ATTENTIONS = ('auto', 'xla', 'splash', 'cudnn')
 # From most memory and least work to the reverse: all; results of matmuls; those but of the
 # feed-forward layers' insides; of attention, and tokens sent to experts, so that none is sent

@@ -13,7 +13,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from btx_jax import sharding
+from btx_jax.devices import sharding
 from btx_jax.model import linear
 
 # Lengths of pieces in units of a balanced load, and the rows below which a matmul is not worth its

@@ -16,9 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from btx_jax import sharding
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.model import attention as attention_lib
-from btx_jax.model import moe, routers, routing
+from btx_jax.model import balance as routing
+from btx_jax.model import moe, routers
 from btx_jax.model.config import Config
 from btx_jax.model.linear import matmul, swiglu
 
@@ -100,7 +102,7 @@ class Mixture(nn.Module):
 class Block(nn.Module):
   """Attention, then a feed-forward layer or a mixture of them; both on the residual stream."""
   cfg: Config
-  batch_axes: tuple[str, ...] = sharding.BATCH_AXES
+  batch_axes: tuple[str, ...] = BATCH_AXES
 
   @nn.compact
   def __call__(self, x_BTD, layer, rope, segment_ids_BT, tokens_BT, training):
@@ -126,7 +128,7 @@ class Llama(nn.Module):
   sharded over `batch_axes`, if there is a mesh.
   """
   cfg: Config
-  batch_axes: tuple[str, ...] = sharding.BATCH_AXES
+  batch_axes: tuple[str, ...] = BATCH_AXES
 
   @nn.compact
   def __call__(self, tokens_BT, segment_ids_BT, positions_BT, training=None):

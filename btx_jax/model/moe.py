@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from btx_jax import sharding
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.model import dispatch, grouped
 from btx_jax.model.linear import swiglu
 
@@ -30,7 +31,7 @@ def dense_experts(x_BTD, experts, gates_BTE):
 
 
 def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form='auto',
-                   dispatch_factor=1.25, batch_axes=sharding.BATCH_AXES, load=None):
+                   dispatch_factor=1.25, batch_axes=BATCH_AXES, load=None):
   """The chosen experts only, each on the device that holds it; no token is dropped.
 
   Under a mesh (`jax.set_mesh`) whose `expert` axis divides the number of experts, device j

@@ -15,7 +15,7 @@ import functools
 import math
 import re
 
-from btx_jax.chips import Chip
+from btx_jax.devices.hardware import Chip
 from btx_jax.preflight import hlo
 
 _FREE = {'parameter', 'constant', 'get-tuple-element', 'bitcast', 'tuple', 'after-all',

@@ -11,12 +11,11 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from btx_jax import btx, layout, sharding
-from btx_jax import plan as plan_lib
-from btx_jax import program as program_lib
+from btx_jax import btx
 from btx_jax import run as run_lib
-from btx_jax.checkpoint import abstract
-from btx_jax.chips import UNKNOWN
+from btx_jax.devices import sharding
+from btx_jax.devices.hardware import UNKNOWN
+from btx_jax.devices.sharding import abstract
 from btx_jax.model import config as model_config
 from btx_jax.model import llama
 from btx_jax.preflight import cost as cost_lib
@@ -24,7 +23,10 @@ from btx_jax.preflight import hlo
 from btx_jax.preflight import topology as topology_lib
 from btx_jax.preflight.topology import Topology
 from btx_jax.run import Run
-from btx_jax.study import Study
+from btx_jax.study import plan as plan_lib
+from btx_jax.study.study import Study
+from btx_jax.training import layout
+from btx_jax.training import program as program_lib
 
 _METRICS = 1024  # numbers; no array of a model is so small
 _USED = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm|'

@@ -12,7 +12,7 @@ from btx_jax.preflight import measure
 from btx_jax.preflight.measure import Measured
 from btx_jax.preflight.topology import Topology
 from btx_jax.run import HUGGING_FACE
-from btx_jax.study import Study
+from btx_jax.study.study import Study
 from btx_jax.terminal import say, show
 
 GB = 1e9
@@ -35,7 +35,7 @@ def tell(study: Study, topology: Topology, as_json: bool, only: str | None = Non
   for line in absent(study):
     say(line)
   say(f'{topology.name}: {found[0].devices} devices, compiled by {topology.compiler}. Times are '
-      'those of the peaks in btx_jax/chips.py; nothing ran.')
+      'those of the peaks in btx_jax/devices/hardware.py; nothing ran.')
   show(as_table(found, topology))
   for program in found:
     for line in program.uneven:

@@ -8,8 +8,8 @@ import os
 import re
 from typing import NamedTuple
 
-from btx_jax import sharding
-from btx_jax.chips import CHIPS, Chip
+from btx_jax.devices.hardware import CHIPS, Chip
+from btx_jax.devices.mesh import count_slices
 from btx_jax.errors import UsageError, nearest
 
 _PER_NODE = 8  # GPUs of a node
@@ -156,7 +156,7 @@ def speed(topology: Topology, mesh):
     if not chip:
       return math.inf
     group = _group(mesh, axes)
-    if sharding.count_slices(group) > 1 or (
+    if count_slices(group) > 1 or (
         not chip.torus and len({d.process_index for d in group}) > 1):
       return chip.network
     if not chip.torus:

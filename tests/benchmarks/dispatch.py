@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btx_jax import sharding
+from btx_jax.devices.mesh import make_mesh
 from btx_jax.model import moe
 from btx_jax.model.config import Config
 from btx_jax.model.linear import swiglu
@@ -57,7 +57,7 @@ def dense_layer():
 def main():
   turns = int(sys.argv[1]) if len(sys.argv) > 1 else 20
   batch = turns_lib.batch(MIXTURE.vocab_size, B, T)
-  with jax.set_mesh(sharding.make_mesh()):
+  with jax.set_mesh(make_mesh()):
     steps = {name: turns_lib.train_step(cfg, batch) for name, cfg in MODELS.items()}
     times = turns_lib.take(steps, turns)
     for name, of in (('top-2 of 4', 'dense'), ('top-2 of 8', 'top-2 of 4')):

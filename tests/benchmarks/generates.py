@@ -20,10 +20,13 @@ import numpy as np
 import torch
 import transformers
 
-from btx_jax import checkpoint, manifest, sharding
 from btx_jax.convert import hugging_face
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import make_mesh
 from btx_jax.model import llama
 from btx_jax.model.config import Config
+from btx_jax.study import manifest
+from btx_jax.training import checkpoint
 
 PROMPTS = (
     'def read_lines(path):\n    """Returns the lines of a file',
@@ -76,7 +79,7 @@ def ours(model: Config, params, tokens: np.ndarray) -> np.ndarray:
         {'params': params}, tokens, jax.numpy.ones_like(tokens), positions)
     return hidden[:, GIVEN - 1:-1] @ llama.output_head(params)
 
-  with jax.set_mesh(sharding.make_mesh()):
+  with jax.set_mesh(make_mesh()):
     return np.asarray(logits(params, tokens.astype(np.int32), positions))
 
 

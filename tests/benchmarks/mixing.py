@@ -21,7 +21,8 @@ import time
 import ml_dtypes
 import numpy as np
 
-from btx_jax.convert import export, hugging_face, model_config, names, safetensors, shards
+from btx_jax.convert import config_json as model_config
+from btx_jax.convert import export, hugging_face, names, safetensors, shards
 from btx_jax.model.config import Config
 
 FORMS = {
@@ -30,7 +31,7 @@ FORMS = {
 }
 TOKENIZER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'tokenizer'
 CONFIG = '''
-from configs import base
+from btx_jax import base
 
 def get_config():
   config = base.get_config()

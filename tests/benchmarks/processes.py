@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 
-from btx_jax import manifest
+from btx_jax.study import manifest
 from tests import studies
 from tests.jobs import Job, training
 
@@ -26,7 +26,7 @@ DEVICES = 8
 RUNS = 'dense', 'code', 'math', 'mixture', 'top_2'
 CONFIG = '''
 import pathlib
-from configs import base
+from btx_jax import base
 from tests import studies
 
 def get_config():

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btx_jax import optim, sharding
-from btx_jax.model import routing
+from btx_jax.devices.mesh import make_mesh
+from btx_jax.model import balance as routing
 from btx_jax.model.config import Config
+from btx_jax.training import optim
 from tests.benchmarks import turns
 
 CFG = Config(vocab_size=4096, dim=128, ffn_dim=352, num_layers=4, num_heads=4, num_kv_heads=4,
@@ -33,7 +34,7 @@ def bare_sums(choice, logits_BTE, counted_BT, num_experts):
 def main():
   steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
   batch = turns.batch(CFG.vocab_size, B, T, DOMAINS)
-  with jax.set_mesh(sharding.make_mesh()):
+  with jax.set_mesh(make_mesh()):
     forms = {'with': turns.train_step(CFG, batch, DOMAINS)}
     routing.routing_sums = bare_sums
     routing.by_domain = lambda sums, *_: sums.gates.sum()

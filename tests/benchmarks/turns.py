@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import optax
 
-from btx_jax import optim, train
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from btx_jax.objective import Objective
-from btx_jax.run import Optimizer
+from btx_jax.run import Objective, Optimizer
+from btx_jax.training import optim
+from btx_jax.training import step as train
 
 
 def batch(vocab_size: int, rows: int, length: int, num_domains: int = 1) -> dict[str, np.ndarray]:

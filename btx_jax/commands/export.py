@@ -1,0 +1,116 @@
+"""The model of a complete run as a Hugging Face folder, with tokenizer and model card."""
+
+from collections.abc import Iterator
+import json
+import resource
+import time
+
+import sentencepiece as spm
+
+from btx_jax import run as run_lib
+from btx_jax.convert import export, hugging_face
+from btx_jax.data import text as text_lib
+from btx_jax.data import tokenizer as tokenizer_lib
+from btx_jax.errors import UsageError
+from btx_jax.evaluate import scores
+from btx_jax.run import Run
+from btx_jax.study import compatibility as mixable
+from btx_jax.study import manifest, sources
+from btx_jax.study.study import Study
+from btx_jax.terminal import say
+
+
+def publish(study: Study, name: str, folder: str, dtype: str) -> None:
+  """Writes the model that a run ended with, never holding more of it than a piece.
+
+  A run of zero steps is computed while it is written; only what it is made of is to be there.
+
+  Args:
+    study: whose run it is.
+    name: of the run.
+    folder: where to; not there yet, or empty.
+    dtype: 'float32' or 'bfloat16', of the weights.
+
+  Raises:
+    UsageError: the run is not complete, or see export.export.
+  """
+  run = study.run(name)
+  export.check(folder, run.model, dtype)
+  if run.vocabulary:
+    raise UsageError(f'{name!r} has another vocabulary than the tokenizer of this config, which '
+                     f'would be written beside it. It is in {run.folder} as it is.')
+  for needed in sources.trained(study, run):
+    if study.state(needed) != manifest.COMPLETE:
+      raise UsageError(f'export writes complete runs, and {needed!r} is {study.state(needed)}; do '
+                       f'--run={needed} first.')
+  for line in mixable.remarks(run, study.runs) if run.init == run_lib.MIX and not run.steps else ():
+    say(line)
+  tokenizer = text_lib.tokenizer(study.config, study.data_folder)
+  lengths = [hugging_face.Folder(each.folder).context_length
+             for each in run_lib.lineage(run, study.runs) if each.folder]
+  began = time.monotonic()
+  written = export.export(
+      folder, run.model, sources.final(study, name), dtype,
+      max_length=max([*lengths, run.length]), balance=run.objective.balance,
+      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=_tokenizer_files(tokenizer),
+      card=''.join(_card(study, run)), ram=int(study.config.mix.ram_gb * 1e9),
+      identity=_identity(study, run))
+  seconds = time.monotonic() - began
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  say(f'{name} is in {folder}: {written:,} bytes of weights written in {seconds:.1f} s, '
+      f'{written / seconds / 1e6:,.0f} MB/s; peak memory {peak / 1e9:.2f} GB')
+
+
+def _identity(study: Study, run: Run) -> str:
+  """Of the parameters: of all that the run comes from, down to what was trained or read."""
+  trained = {}
+  for name in sources.trained(study, run):
+    found = manifest.read(study.folder(name))
+    trained[name] = [found['identity'], found['started'], found['seconds']]
+  lineage = [each.spec() for each in run_lib.lineage(run, study.runs)]
+  tokenizer = text_lib.tokenizer(study.config, study.data_folder)  # vocabularies are aligned by it
+  return manifest.identity({
+      'lineage': lineage, 'trained': trained, 'tokenizer': tokenizer.hash})
+
+
+def _tokenizer_files(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, bytes]:
+  """Its files; beside a bare sentencepiece model, what transformers must know of it."""
+  files = tokenizer.files
+  if tokenizer_lib.FILE not in files or 'tokenizer_config.json' in files:
+    return files
+  model = spm.SentencePieceProcessor(model_proto=files[tokenizer_lib.FILE])
+  config = {
+      'tokenizer_class': 'LlamaTokenizer', 'legacy': False, 'add_bos_token': True,
+      'add_eos_token': False, 'clean_up_tokenization_spaces': False,
+      'add_prefix_space': model.encode('a', out_type=str)[0].startswith('\u2581'),
+      'bos_token': model.id_to_piece(tokenizer.bos_id),
+      'eos_token': model.id_to_piece(tokenizer.eos_id),
+      'unk_token': model.id_to_piece(tokenizer.unk_id)}
+  return files | {'tokenizer_config.json': (json.dumps(config, indent=2) + '\n').encode()}
+
+
+def _card(study: Study, run: Run) -> Iterator[str]:
+  """README.md: what the model is, how it was made, and what it was measured at."""
+  kind = (f'mixture of {run.model.num_experts} experts (MixtralForCausalLM)'
+          if run.model.num_experts else 'dense model (LlamaForCausalLM)')
+  yield ('---\nlibrary_name: transformers\npipeline_tag: text-generation\n'
+         'tags: [branch-train-mix]\n---\n\n'
+         f'# {run.name}\n\nA {kind}, made with btx_jax, which is Branch-Train-MiX '
+         '([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)) in JAX.\n\n'
+         '## Where it came from\n\n'
+         '| run | starts from | trained on | steps | tokens M | identity |\n'
+         '|---|---|---|--:|--:|---|\n')
+  lineage = {each.name for each in run_lib.lineage(run, study.runs)}
+  for each in (each for each in study.runs.values() if each.name in lineage):
+    start = {run_lib.MIX: 'a mixture of ', run_lib.RANDOM: 'random parameters',
+             run_lib.HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
+    start += ', '.join(each.sources)
+    domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in each.weights.items())
+    found = manifest.read(study.folder(each.name)) or {}
+    yield (f'| {each.name} | {start} | {domains} | {each.steps:,} | {each.tokens / 1e6:,.2f} | '
+           f'{found.get("identity", "")} |\n')
+  measured = scores.read(study, run, scores.FINAL)
+  if measured:
+    yield '\n## Bits per byte on held-out text\n\n| domain | bits per byte |\n|---|--:|\n'
+    for domain, score in measured.items():
+      yield f'| {domain} | {score["bits_per_byte"]:.3f} |\n'

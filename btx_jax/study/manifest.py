@@ -1,0 +1,83 @@
+"""What a run directory says about itself: manifest.json, replaced whole at every change."""
+
+import datetime
+import hashlib
+import json
+import os
+
+from btx_jax.devices.distributed import versions
+from btx_jax.errors import UsageError, compare
+from btx_jax.files import replacing
+
+RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
+_NAME = 'manifest.json'
+
+
+def identity(spec: dict) -> str:
+  """A hash of everything that decides a run's result, sources included."""
+  return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(folder: str) -> dict | None:
+  """The manifest of a run directory; None if there is no run there.
+
+  Raises:
+    UsageError: the file is there but not a manifest.
+  """
+  path = os.path.join(folder, _NAME)
+  try:
+    with open(path, encoding='utf-8') as file:
+      manifest = json.load(file)
+    manifest['state'], manifest['spec']  # what everything else relies on
+  except FileNotFoundError:
+    return None
+  except NotADirectoryError:
+    raise  # of the path, not of the file
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise UsageError(f'{path} is not a manifest of ours ({error!r}); use another --workdir, or '
+                     'delete that folder to train anew.') from error
+  return manifest
+
+
+def write(folder: str, manifest: dict):
+  """Replaces the manifest in one step, so that a reader never sees half of it."""
+  with replacing(os.path.join(folder, _NAME)) as file:
+    json.dump(manifest | {'updated': now()}, file, indent=1)
+
+
+def begin(name: str, spec: dict) -> dict:
+  """The manifest of a run that starts now."""
+  return {
+      'name': name, 'state': RUNNING, 'identity': identity(spec), 'spec': spec,
+      'started': now(), 'steps_done': 0, 'seconds': 0.0, 'tokens_by_domain': {},
+      'versions': versions(),
+  }
+
+
+def go_on(manifest: dict) -> dict:
+  """The manifest of a run that starts again; other versions than before are noted."""
+  manifest = {key: value for key, value in manifest.items() if key != 'error'}
+  if manifest['versions'] != versions():
+    manifest['earlier_versions'] = [
+        *manifest.get('earlier_versions', []), manifest['versions']]
+  return manifest | {'state': RUNNING, 'versions': versions()}
+
+
+def check(folder: str, manifest: dict, spec: dict):
+  """Raises UsageError if the run in `folder` is not the one that `spec` describes."""
+  lines = differences(manifest, dict.fromkeys(manifest['spec']) | spec)
+  if lines:
+    raise UsageError(
+        f'{folder} belongs to another config:\n' + '\n'.join(f'  {line}' for line in lines) +
+        '\nNothing was touched. Use another --workdir, or delete that folder to train anew.')
+
+
+def differences(manifest: dict, spec: dict) -> list[str]:
+  """What `spec`, or a part of one, says otherwise than a manifest: 'steps: 6 there, 8 now'."""
+  known = {key: manifest['spec'].get(key) for key in spec}
+  return [f'{path}: {was!r} there, {now!r} now' for path, was, now in compare(known, spec)]
+
+
+def now() -> str:
+  """The time as manifests write it."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

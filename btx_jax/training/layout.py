@@ -1,0 +1,69 @@
+"""How the runs of a config lie on devices, which need not be there yet."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import (
+  BATCH_AXES,
+  BRANCH_BATCH_AXES,
+  check_rows,
+  choose,
+  count_slices,
+  make_mesh,
+)
+from btx_jax.errors import UsageError
+from btx_jax.model import config as model_config
+from btx_jax.model import llama
+from btx_jax.run import Run
+
+
+def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | None
+         ) -> jax.sharding.Mesh:
+  """The mesh of a config, what it leaves open chosen for its runs.
+
+  Args:
+    config: as btx_jax/base.py makes it.
+    runs: of the config.
+    devices: all of them.
+    memory: bytes of a device; None if it is not known.
+
+  Raises:
+    UsageError: it cannot be laid on them, or they cannot share the rows of an evaluation.
+  """
+  sizes = dict(config.mesh)
+  if 0 in sizes.values():
+    models = [run.model for run in runs.values()]
+    experts = max((model.num_experts for model in models), default=0)
+    # Float32 parameters, gradients and the two moments of Adam.
+    state = 16 * max((model_config.num_params(model) for model in models), default=0)
+    sizes = choose(sizes, len(devices), experts, state, memory,
+                            count_slices(devices))
+  made = make_mesh(**sizes, devices=devices)
+  check_rows(made, config.evaluation.batch_size, 'evaluation.batch_size')
+  return made
+
+
+def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):
+  """Raises UsageError if the run cannot be laid on the mesh; `stacked`, as one of several."""
+  check_rows(
+      mesh, run.batch_size // run.accumulation,
+      f'runs.{run.name}: train.batch_size / train.accumulation',
+      BRANCH_BATCH_AXES if stacked else BATCH_AXES)
+  if run.model.num_experts:
+    sharding.holds_experts(mesh.shape['expert'], run.model.num_experts)
+  platform = mesh.devices.flat[0].platform
+  if run.model.attention == 'cudnn' and platform not in ('gpu', 'cuda'):
+    raise UsageError(f"runs.{run.name}: model.attention = 'cudnn' needs an NVIDIA GPU, and "
+                     f"this is a {platform}; use 'auto'.")
+
+
+def uneven(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
+  """What of a run's model the mesh does not divide, so that it costs memory or traffic."""
+  lines = sharding.left_whole(llama.shapes(run.model), mesh)
+  experts, devices = run.model.num_experts, mesh.shape['expert']
+  if experts and not sharding.holds_experts(devices, experts):
+    lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '
+                 'devices: their weights are gathered where they are used, as by mesh.fsdp')
+  return lines

@@ -1,0 +1,141 @@
+"""Next-token cross-entropy straight from hidden states.
+
+Key idea: logits [B, T, V] are the largest array of a language model, so they are made,
+used and forgotten a few hundred tokens at a time. The gradient is computed along with the
+value, while a chunk's logits are still in cache; the backward pass only scales it.
+
+Where the vocabulary is cut over the `tensor` axis each device has the logits of its own part:
+only the softmax's maximum and sum, the target's logit and the gradient of the hidden states
+are combined.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BATCH_AXES
+
+TOKENS_PER_CHUNK = 512
+
+
+def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
+                    batch_axes=BATCH_AXES):
+  """Negative log likelihood in nats over the positions that `mask_BT` marks.
+
+  Args:
+    hidden_BTD: final hidden states, rows sharded over `batch_axes`.
+    head_DV: the output head, in the dtype of the hidden states; V is cut over `tensor` if
+      that divides it.
+    targets_BT: the token that follows each position.
+    mask_BT: True where the target counts.
+    batch_axes: the mesh axes over which rows are sharded.
+
+  Returns:
+    its sum, a float32 scalar that is differentiable in the hidden states and the head, and
+    the sums of the rows [B], for reports, which are not.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return _by_row(*_summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT, None))
+  vocab_axis = sharding.axis_that_cuts('tensor', head_DV.shape[1])
+
+  def local(hidden, head, targets, mask):
+    head = sharding.varying_like(head, hidden)
+    total, nll_BT = _summed_nll(hidden, head, targets, mask, vocab_axis)
+    return _by_row(jax.lax.psum(total, batch_axes), nll_BT)
+
+  rows = P(batch_axes)
+  return jax.shard_map(
+      local, in_specs=(rows, P(None, vocab_axis), rows, rows), out_specs=(P(), rows))(
+          hidden_BTD, head_DV, targets_BT, mask_BT)
+
+
+def _by_row(total, nll_BT):
+  return total, jax.lax.stop_gradient(nll_BT).sum(1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
+  """The sum, and the loss of each position [B, T], through which no gradient flows.
+
+  `vocab_axis` is the mesh axis over which V is cut, None where it is whole.
+  """
+  def one_chunk(total, chunk):
+    nll, _ = _chunk_nll(*chunk, head_DV, vocab_axis)
+    return total + nll.sum(), nll
+
+  zero = sharding.varying_like(jnp.zeros(()), hidden_BTD)
+  total, nll = jax.lax.scan(one_chunk, zero, _chunks(hidden_BTD, targets_BT, mask_BT))
+  return total, _joined(nll, hidden_BTD)
+
+
+def _summed_nll_fwd(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
+  def one_chunk(carry, chunk):
+    total, dhead_DV = carry
+    hidden, _, mask = chunk
+    nll, dlogits = _chunk_nll(*chunk, head_DV, vocab_axis)
+    dlogits = jnp.where(mask[:, None], dlogits, 0).astype(hidden.dtype)
+    dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
+    return (total + nll.sum(), dhead_DV), (dlogits @ head_DV.T, nll)
+
+  zeros = (sharding.varying_like(jnp.zeros(()), hidden_BTD),
+           sharding.varying_like(jnp.zeros(head_DV.shape), head_DV))
+  (total, dhead_DV), (dhidden, nll) = jax.lax.scan(
+      one_chunk, zeros, _chunks(hidden_BTD, targets_BT, mask_BT))
+  if vocab_axis:  # each device knows what its own part of the vocabulary contributes
+    dhidden = jax.lax.psum(dhidden, vocab_axis)
+  residuals = _joined(dhidden, hidden_BTD), dhead_DV.astype(head_DV.dtype)
+  return (total, _joined(nll, hidden_BTD)), residuals
+
+
+def _summed_nll_bwd(vocab_axis, residuals, cotangents):
+  del vocab_axis
+  dhidden_BTD, dhead_DV = residuals
+  g, _ = cotangents
+  return dhidden_BTD * g.astype(dhidden_BTD.dtype), dhead_DV * g.astype(dhead_DV.dtype), None, None
+
+
+_summed_nll.defvjp(_summed_nll_fwd, _summed_nll_bwd)
+
+
+def _chunks(*arrays):
+  """[B, T, ...] -> [chunks, tokens, ...]; the last chunk is filled up with zeros."""
+  tokens = arrays[0].shape[0] * arrays[0].shape[1]
+  size = min(tokens, TOKENS_PER_CHUNK)
+  fill = -tokens % size
+
+  def cut(x):
+    x = x.reshape(tokens, *x.shape[2:])
+    x = jnp.pad(x, ((0, fill),) + ((0, 0),) * (x.ndim - 1))
+    return x.reshape(-1, size, *x.shape[1:])
+
+  return tuple(map(cut, arrays))
+
+
+def _joined(chunks, like_BTD):
+  """The reverse of `_chunks`: [chunks, tokens, ...] -> [B, T, ...]."""
+  B, T, _ = like_BTD.shape
+  flat = chunks.reshape(-1, *chunks.shape[2:])
+  return flat[:B * T].reshape(B, T, *flat.shape[1:])
+
+
+def _chunk_nll(hidden, targets, mask, head_DV, vocab_axis):
+  """Loss [tokens] of one chunk and its gradient in the logits [tokens, V], in float32."""
+  logits = jnp.dot(hidden, head_DV, preferred_element_type=jnp.float32)
+  V = logits.shape[1]
+  top = logits.max(1)
+  if vocab_axis:
+    top = jax.lax.pmax(top, vocab_axis)
+    targets = targets - V * jax.lax.axis_index(vocab_axis)
+  logits -= top[:, None]
+  here = (targets >= 0) & (targets < V)
+  target = jnp.take_along_axis(logits, jnp.clip(targets, 0, V - 1)[:, None], axis=1)[:, 0]
+  total, target = jnp.exp(logits).sum(1), jnp.where(here, target, 0)
+  if vocab_axis:
+    total, target = jax.lax.psum((total, target), vocab_axis)
+  log_total = jnp.log(total)
+  dlogits = jnp.exp(logits - log_total[:, None]) - jax.nn.one_hot(targets, V)
+  return jnp.where(mask, log_total - target, 0), dlogits

@@ -1,0 +1,126 @@
+"""metrics.jsonl: what a run measures while it goes on, a JSON object a line.
+
+Every line has `step` and `time` (seconds since 1970). A line of training has
+
+  loss                nats per token, over the steps since the line before
+  loss_by_domain      likewise, of each domain that there were tokens of
+  lr                  of this step
+  grad_norm           of this step's whole gradient, before clipping
+  grad_norms          by part of the model that trains; param_norms of all, before the step
+  tokens_by_domain    targets since the start of the run
+  tokens_per_second   positions, the compiling of the first step left out
+  mfu                 model FLOPs as a share of what the devices could do
+  input_wait          share of the time that the devices had no batch to work on
+  memory              largest number of bytes so far: host, device
+  balance             load-balancing loss of this step, summed over layers
+  router_z            router z-loss of this step, summed over layers
+  routing             see routing_figures.describe
+  warnings            sentences, each only once in a run; `troubles` is what they are about
+
+and a line of evaluation has `bits_per_byte` by domain.
+"""
+
+from collections.abc import Iterator
+import json
+import os
+import time
+from typing import Any
+
+from btx_jax.errors import UsageError
+from btx_jax.files import replacing
+
+NAME = 'metrics.jsonl'
+_TAIL = 1 << 20  # bytes of the end of a file that `tail` looks at
+
+
+class MetricsFile:
+  """Appends lines. Resuming at a step drops those that come after it.
+
+  Attributes:
+    kept: the lines of before, as dicts.
+  """
+
+  def __init__(self, folder: str, resume_step: int = 0, tensorboard: bool = False):
+    path = os.path.join(folder, NAME)
+    lines = read(folder) if resume_step else []
+    self.kept = [line for line in lines if line['step'] <= resume_step]
+    with replacing(path) as file:
+      file.writelines(json.dumps(line) + '\n' for line in self.kept)
+    self._file = open(path, 'a', encoding='utf-8')
+    self._board = _tensorboard(folder, resume_step) if tensorboard else None
+
+  def write(self, step: int, **values):
+    self._file.write(json.dumps({'step': step, 'time': round(time.time(), 1), **values}) + '\n')
+    self._file.flush()
+    if self._board:
+      for name, value in _scalars(values):
+        self._board.add_scalar(name, value, step)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._file.close()
+    if self._board:
+      self._board.close()
+
+
+def read(folder: str) -> list[dict[str, Any]]:
+  """All lines of a run directory, in order; none if there is no file.
+
+  A line that is not whole, as a kill leaves one behind, is left out.
+  """
+  return list(_lines(folder, 0))
+
+
+def tail(folder: str) -> list[dict[str, Any]]:
+  """The last lines, without reading a long file whole."""
+  return list(_lines(folder, _TAIL))
+
+
+def _lines(folder: str, last_bytes: int) -> Iterator[dict[str, Any]]:
+  try:
+    with open(os.path.join(folder, NAME), 'rb') as file:
+      size = file.seek(0, os.SEEK_END)
+      cut = last_bytes and size > last_bytes
+      file.seek(size - last_bytes if cut else 0)
+      if cut:
+        file.readline()  # begins in the middle
+      for line in file:
+        try:
+          values = json.loads(line)
+        except ValueError:
+          continue
+        if isinstance(values, dict) and isinstance(values.get('step'), int):
+          yield values
+  except OSError:
+    return
+
+
+def _tensorboard(folder: str, resume_step: int):
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError as error:
+    raise UsageError("config.tensorboard needs the package tensorboardX: pip install "
+                     "'btx_jax[tensorboard]'") from error
+  return SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=resume_step + 1)
+
+
+def _scalars(values: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, float]]:
+  """Numbers with the path to them; what is listed by layer becomes its mean over layers."""
+  for key, value in values.items():
+    name = f'{prefix}{key}'
+    if key in ('warnings', 'troubles'):
+      continue  # words
+    if isinstance(value, list) and value and isinstance(value[0], list):
+      value = dict(enumerate(map(_mean, zip(*value))))  # [L][E]: by expert
+    elif isinstance(value, list) and value:
+      value = _mean(value)
+    if isinstance(value, dict):
+      yield from _scalars(value, f'{name}/')
+    elif isinstance(value, int | float):
+      yield name, value
+
+
+def _mean(values) -> float:
+  return sum(values) / len(values)

@@ -1,0 +1,81 @@
+"""What may import what: rooms lie on floors, and no import goes up. `python -m tests.floors_test`
+prints the floors."""
+
+import ast
+from collections.abc import Iterator
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+# From the bottom up. A room is a file or folder directly under btx_jax/; rooms of one floor do not
+# import each other. The entry points import late, at the call; they may reach any floor.
+FLOORS = (
+    ('errors', 'terminal'),
+    ('devices', 'recipe', 'files'),
+    ('model',),
+    ('convert', 'run', 'btx'),
+    ('base',),
+    ('data',),
+    ('training',),
+    ('study',),
+    ('evaluate', 'preflight'),
+    ('pipeline', 'commands'),
+    ('main',),
+    ('__init__', '__main__'),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports(root: pathlib.Path = ROOT) -> Iterator[tuple[pathlib.Path, int, str, str]]:
+  """(file, line, its room, the room it imports) of every import between rooms, late ones too."""
+  package = root / 'btx_jax'
+  for path in sorted(package.rglob('*.py')):
+    room = path.relative_to(package).parts[0].removesuffix('.py')
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+      for name in _imported(node):
+        parts = name.split('.')
+        if parts[0] == 'btx_jax' and len(parts) > 1 and parts[1] != room:
+          yield path.relative_to(root), node.lineno, room, parts[1]
+
+
+def _imported(node: ast.AST) -> list[str]:
+  match node:
+    case ast.Import(names=names):
+      return [alias.name for alias in names]
+    case ast.ImportFrom(module='btx_jax', names=names):
+      return [f'btx_jax.{alias.name}' for alias in names]
+    case ast.ImportFrom(module=str(module)):
+      return [module]
+  return []
+
+
+def upward(found: Iterator[tuple[pathlib.Path, int, str, str]]) -> list[str]:
+  """A line for each import that does not go to a lower floor."""
+  return [f'{path}:{line}: {room} (floor {FLOOR[room]}) imports {other} (floor {FLOOR[other]})'
+          for path, line, room, other in found if FLOOR[other] >= FLOOR[room]]
+
+
+def test_no_import_goes_up():
+  assert upward(imports()) == []
+
+
+def test_every_room_has_a_floor():
+  rooms = {path.name.removesuffix('.py') for path in (ROOT / 'btx_jax').iterdir()
+           if path.suffix == '.py' or (path / '__init__.py').exists()}
+  assert rooms == set(FLOOR)
+
+
+def test_an_import_that_goes_up_is_named(tmp_path):
+  (tmp_path / 'btx_jax' / 'model').mkdir(parents=True)
+  (tmp_path / 'btx_jax' / 'model' / 'llama.py').write_text(
+      'def late():\n  from btx_jax.training import step\n  return step\n')
+  assert upward(imports(tmp_path)) == [
+      'btx_jax/model/llama.py:2: model (floor 2) imports training (floor 6)']
+
+
+if __name__ == '__main__':
+  found = list(imports())
+  pairs = {(room, other) for _, _, room, other in found}
+  print(f'{len(FLOOR)} rooms on {len(FLOORS)} floors, {len(pairs)} imports between rooms, '
+        f'{len(upward(found))} of them up')
+  for floor, rooms in reversed(list(enumerate(FLOORS))):
+    print(f'{floor:3}  {"  ".join(rooms)}')
