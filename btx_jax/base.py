@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
   # How tokens become rows to train on, and what is held out.
   config.data = ConfigDict({
       # Tokens of a row.
-      'length': 1024,
+      'seq_len': 1024,
       # Share of the documents that are kept from training.
       'held_out': 0.02,
       # Share of a domain's records (lines, rows, files) that may be unusable: they are skipped
@@ -123,10 +123,10 @@ def get_config() -> ConfigDict:
       # Rows of a step, over all devices and microbatches.
       'batch_size': 32,
       # Microbatches of a step.
-      'accumulation': 1,
+      'microbatches': 1,
       # Weight of the load-balancing loss of a mixture (paper 3.3).
-      'balance': 0.01,
-      # 'microbatch', or 'batch': exact under accumulation, for one more forward pass.
+      'balance_loss': 0.01,
+      # 'microbatch', or 'batch': exact across microbatches, for one more forward pass.
       'balance_scope': 'microbatch',
       # Weight of the router z-loss, which keeps the logits of a mixture's routers small; 0 is none.
       'router_z': 0.0,

@@ -68,7 +68,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     return ('Another process of this job is gone; what it printed says why. The same command '
             f'on all again continues from the last checkpoint. ({str(error).splitlines()[0]})', 1)
   if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
-    return ('Out of memory. Lower train.batch_size, raise train.accumulation or mesh.fsdp, or '
+    return ('Out of memory. Lower train.batch_size, raise train.microbatches or mesh.fsdp, or '
             f"set model.remat = 'full'. ({str(error).strip().splitlines()[:1]})", 1)
   return None, 1
 

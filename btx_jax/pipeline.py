@@ -101,7 +101,7 @@ class Pipeline(Study):
 
   def _order(self, run: Run):
     return mixture.training_order(
-        self.text.train, run.weights, run.length, run_lib.seed_of(run.name, run.seed))
+        self.text.train, run.weights, run.seq_len, run_lib.seed_of(run.name, run.seed))
 
   @functools.cached_property
   def text(self) -> text_lib.Text:
@@ -241,7 +241,7 @@ class Pipeline(Study):
       params = self.final_params(source.name)
       for domain, tokens in self.text.held_out.items():
         nll[domain].append(ensemble.token_nll(
-            source.model, params, tokens, self.mesh, self.config.data.length,
+            source.model, params, tokens, self.mesh, self.config.data.seq_len,
             self.config.evaluation.batch_size))
       del params  # one at a time
     return ensemble.evaluate(forms, {domain: np.stack(of_one, 1) for domain, of_one in nll.items()},
@@ -256,5 +256,5 @@ class Pipeline(Study):
   def evaluate(self, model: model_config.Config, params) -> dict[str, dict]:
     """Bits per byte of every domain's held-out text, see evaluate.bits."""
     return bits.evaluate(
-        model, params, self.text.held_out, self.mesh, self.config.data.length,
+        model, params, self.text.held_out, self.mesh, self.config.data.seq_len,
         self.config.evaluation.batch_size, self.text.tokenizer)

@@ -58,13 +58,13 @@ class Objective:
   """Next-token loss, and what a mixture's routers add to it.
 
   Attributes:
-    balance: alpha, weight of the balancing loss (paper 3.3); there is none by hash.
+    balance_loss: alpha, weight of the balancing loss (paper 3.3); there is none by hash.
     balance_scope: 'microbatch' or 'batch', see train.make_train_step.
     router_z: weight of the mean of logsumexp(router logits)^2, added up over layers.
     balance_bias: change a step of the biases that balance the load without a loss; 0 is off.
     freeze: regexes; a parameter whose path one is found in stays as it is.
   """
-  balance: float = 0.01
+  balance_loss: float = 0.01
   balance_scope: str = 'microbatch'
   router_z: float = 0.0
   balance_bias: float = 0.0
@@ -72,7 +72,7 @@ class Objective:
 
   def __post_init__(self):
     object.__setattr__(self, 'freeze', tuple(self.freeze))
-    for field in ('balance', 'router_z', 'balance_bias'):
+    for field in ('balance_loss', 'router_z', 'balance_bias'):
       if getattr(self, field) < 0:
         raise UsageError(f'train.{field} = {getattr(self, field)} cannot be negative.')
     if self.balance_scope not in ('microbatch', 'batch'):
@@ -120,9 +120,9 @@ class Run:
     model: sizes.
     optimizer: settings.
     steps: of the optimizer; a run of 0 steps is its start.
-    length: T.
+    seq_len: T.
     batch_size: B, rows of a step.
-    accumulation: microbatches of a step.
+    microbatches: of a step.
     objective: the losses, and what is frozen.
     seed: of the config; each run makes its own from it and its name.
     folder: of a pretrained model.
@@ -139,9 +139,9 @@ class Run:
   model: model_config.Config
   optimizer: Optimizer
   steps: int
-  length: int
+  seq_len: int
   batch_size: int
-  accumulation: int
+  microbatches: int
   objective: Objective
   seed: int
   folder: str = ''
@@ -163,12 +163,12 @@ class Run:
   @property
   def tokens(self) -> int:
     """Positions that the run computes on."""
-    return self.steps * self.batch_size * self.length
+    return self.steps * self.batch_size * self.seq_len
 
   @property
   def flops(self) -> int:
     """Model FLOPs of the whole run."""
-    return self.tokens * model_config.train_flops_per_token(self.model, self.length)
+    return self.tokens * model_config.train_flops_per_token(self.model, self.seq_len)
 
 
 def seed_of(name: str, seed: int) -> int:

@@ -31,7 +31,7 @@ def get_config(form: str = ''):
   }
   config.tokenizer.vocab_size = 4096
   config.tokenizer.sample_chars = 500_000
-  config.data.length = 256
+  config.data.seq_len = 256
   config.model.update(dim=128, ffn_dim=352, num_layers=4, num_heads=4, num_kv_heads=4,
                       tied_head=True, remat='full')
   config.train.batch_size = 8

@@ -11,5 +11,5 @@ from btx_jax.configs import llama2_7b
 def get_config(folder: str = '/models/Llama-2-13b-hf'):
   config = llama2_7b.get_config(folder)
   config.model.update(dim=5120, ffn_dim=13_824, num_layers=40, num_heads=40, num_kv_heads=40)
-  config.train.accumulation = 8
+  config.train.microbatches = 8
   return config

@@ -10,7 +10,7 @@ Where that table's shares do not add up to 100 they are taken as they stand, as 
   python -m btx_jax.main --config=configs/llama2_7b.py:/models/Llama-2-7b-hf --run=expert/math
 
 Compiled for v5p:4x4x4 (v5p-128), and with --config.model.remat=full for v5e:16x16 (there with
---config.evaluation.batch_size=256 besides) and h100:8 (with --config.train.accumulation=128).
+--config.evaluation.batch_size=256 besides) and h100:8 (with --config.train.microbatches=128).
 docs/preflight.md has the figures.
 """
 
@@ -38,7 +38,7 @@ def blend(*shares: dict[str, float]) -> dict[str, float]:
 def get_config(folder: str = '/models/Llama-2-7b-hf'):
   config = base.get_config()
   config.tokenizer.path = folder
-  config.data.length = 4096
+  config.data.seq_len = 4096
   config.domains = {name: base.domain(f'{TEXT}/{name}')
                     for name in (MATH | CODE | WIKIPEDIA)}
   # As in the folder, which preflight does without.
@@ -49,7 +49,7 @@ def get_config(folder: str = '/models/Llama-2-7b-hf'):
   config.model.update(dtype='bfloat16', remat='projections')
   config.mesh.update(data=1, fsdp=-1)
   config.optimizer.update(peak_lr=1e-4, warmup=0.0, final_lr=0.1, weight_decay=0.1)
-  config.train.update(batch_size=1024, accumulation=4)
+  config.train.update(batch_size=1024, microbatches=4)
   config.evaluation.batch_size = 64  # one row a chip
   config.checkpoint_every = 500
   steps = {'math': 48_000, 'code': 50_000, 'wikipedia': 10_000}

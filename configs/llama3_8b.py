@@ -13,7 +13,7 @@ from btx_jax.configs import llama2_7b
 
 def get_config(folder: str = '/models/Meta-Llama-3-8B'):
   config = llama2_7b.get_config(folder)
-  config.data.length = 8192
+  config.data.seq_len = 8192
   config.model.update(vocab_size=128_256, ffn_dim=14_336, num_kv_heads=8, rope_theta=500_000.0)
   config.train.update(batch_size=512)
   return config

@@ -19,7 +19,7 @@ def get_config(folder: str = '/models/SmolLM2-135M'):
   config = demo.get_config()
   config.tokenizer.path = folder
   config.domains = {name: config.domains[name] for name in demo.SPECIALISTS}
-  config.data.length = 256
+  config.data.seq_len = 256
   # As in the folder, which preflight does without.
   config.model = base.get_config().model
   config.model.update(vocab_size=49_152, dim=576, ffn_dim=1536, num_layers=30, num_heads=9,

@@ -12,9 +12,9 @@ from btx_jax.configs import llama2_7b
 
 def get_config(folder: str = '/models/TinyLlama_v1.1'):
   config = llama2_7b.get_config(folder)
-  config.data.length = 2048
+  config.data.seq_len = 2048
   config.model.update(dim=2048, ffn_dim=5632, num_layers=22, num_kv_heads=4)
-  config.train.update(batch_size=512, accumulation=8)
+  config.train.update(batch_size=512, microbatches=8)
   for run in config.runs.values():
     if run.steps:
       run.steps = round(run.steps * llama2_7b.STEP / (512 * 2048) / 10)

@@ -35,12 +35,12 @@ def get_config():
       'top_3': variant(model={'top_k': 3}),
       'switch': variant(model={'router': 'switch'}),
       'soft': variant(model={'router': 'soft'}),
-      'sample_top_1': variant(model={'router': 'sample_top_1'}, train={'balance': 0.0}),
+      'sample_top_1': variant(model={'router': 'sample_top_1'}, train={'balance_loss': 0.0}),
       'hash': variant(model={'router': 'hash'}),
       # Balance
-      'unbalanced': variant(train={'balance': 0.0}),
+      'unbalanced': variant(train={'balance_loss': 0.0}),
       'z_loss': variant(train={'router_z': 1e-3}),
-      'biased': variant(train={'balance': 0.0, 'balance_bias': 1e-3}),
+      'biased': variant(train={'balance_loss': 0.0, 'balance_bias': 1e-3}),
       # Freezing
       'experts_frozen': variant(train={'freeze': base.FREEZE_EXPERTS}),
       'router_only': variant(train={'freeze': base.FREEZE_ALL_BUT_ROUTER}),

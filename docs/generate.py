@@ -75,7 +75,7 @@ NOTES = {
                               'other sizes to the run with `base.random()`.',
     'at least one weight must be positive': 'Weights are shares of the rows; they need not add '
                                             'up to 1.',
-    'training tokens, fewer than': 'Add text, or shorten `data.length`.',
+    'training tokens, fewer than': 'Add text, or shorten `data.seq_len`.',
     'there is no text in': 'Files are there, but no record of them is a document.',
     'cannot be spread over mesh.expert': 'Each device of the axis holds the same number of '
                                          'experts.',

@@ -84,7 +84,7 @@ def test_the_papers_run_fits_a_v5p_128(pod):
   config.stacked = tuple(name for name in config.runs if name.startswith('expert/'))
   config.runs = {name: run for name, run in config.runs.items() if name != 'btx'}
   config.mesh.update(expert=4)
-  config.train.accumulation = 16  # a branch has a quarter of the chips
+  config.train.microbatches = 16  # a branch has a quarter of the chips
   found += measure.programs(Study(config, '/none', at_hand=False), pod)
   experts, mixture, branches = found
   assert branches.stacked and len(experts.runs) == 3 and mixture.runs[0].name == 'btx'
@@ -100,4 +100,4 @@ def test_the_papers_run_fits_a_v5p_128(pod):
   run = mixture.runs[0]
   attention = run.model.num_layers * 4 * run.model.dim**2 * 2
   gathered = mixture.cost.sent['all-gather', ('fsdp', 'expert')]
-  assert gathered > 2 * run.accumulation * attention * 63 / 64
+  assert gathered > 2 * run.microbatches * attention * 63 / 64

@@ -157,12 +157,12 @@ def test_every_document_is_on_one_side_and_copies_on_the_same(tmp_path, model):
 def test_the_side_of_a_document_does_not_depend_on_the_others(tmp_path, model):
   few, _ = prepared(tmp_path, model, [f'tree {i}' for i in range(40)])
   many, _ = prepared(tmp_path, model, [f'tree {i}' for i in range(80)], name='more')
-  assert set(documents_of(few['heldout'], model)) <= set(documents_of(many['heldout'], model))
+  assert set(documents_of(few['held_out'], model)) <= set(documents_of(many['held_out'], model))
 
 
 def test_something_is_always_held_out(tmp_path, model):
   parts, _ = prepared(tmp_path, model, ['the red house', 'the green tree'], held_out=1e-9)
-  assert parts['train'].num_documents == parts['heldout'].num_documents == 1
+  assert parts['train'].num_documents == parts['held_out'].num_documents == 1
 
 
 @pytest.mark.parametrize('texts, message', [
@@ -243,18 +243,18 @@ def test_the_global_batches_are_the_same_on_any_number_of_processes(processes):
         np.testing.assert_array_equal(values, expected[name][:, p::processes])
 
 
-@pytest.mark.parametrize('accumulation', [1, 2, 4])
-def test_a_global_batch_is_the_next_rows_of_the_order(accumulation):
+@pytest.mark.parametrize('microbatches', [1, 2, 4])
+def test_a_global_batch_is_the_next_rows_of_the_order(microbatches):
   rows = order()
-  batch = mixture.global_batches(rows, 8, accumulation)[3]['tokens']
-  assert batch.shape == (accumulation, 8 // accumulation, 8)
+  batch = mixture.global_batches(rows, 8, microbatches)[3]['tokens']
+  assert batch.shape == (microbatches, 8 // microbatches, 8)
   np.testing.assert_array_equal(
       batch.reshape(8, 8), [rows[i]['tokens'] for i in range(24, 32)])
 
 
-@pytest.mark.parametrize('accumulation', [1, 2])
-def test_every_domain_has_its_share_in_each_batch(accumulation):
-  batches = mixture.global_batches(order(), 8, accumulation)
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_every_domain_has_its_share_in_each_batch(microbatches):
+  batches = mixture.global_batches(order(), 8, microbatches)
   for step in range(30):
     assert np.bincount(batches[step]['domain'].ravel(), minlength=3).tolist() == [2, 6, 0]
 

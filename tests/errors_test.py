@@ -29,7 +29,7 @@ def get_config():
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.model.num_layers = 1
   config.evaluation.every = 0
-  config.train.accumulation = 1
+  config.train.microbatches = 1
   config.runs.seed.steps = 1
   config.runs.new = base.run(base.checkpoint('seed'), {{'code': 1}}, steps=5)
 {lines}
@@ -101,7 +101,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.modle.dim=8'], "'modle' there; did you mean 'model'?"),
     ([DEMO, '--config.runs.sed.steps=8'], "'sed' there; did you mean 'seed'?"),
     ([DEMO, '--config.runs.seed.optimizer.eps=1'], 'is set in the config file'),
-    ([DEMO, '--config.data.length.x=5'], 'data.length.x'),
+    ([DEMO, '--config.data.seq_len.x=5'], 'data.seq_len.x'),
     ([DEMO, '--config.train.batch_size=many'], "--config.train.batch_size=many: invalid literal"),
     ([DEMO, '--config.train.batch_size=1e3'], "--config.train.batch_size=1e3: invalid literal"),
     ([DEMO, '--config.tensorboard=maybe'], '--config.tensorboard=maybe'),
@@ -236,7 +236,7 @@ config.runs = {"new": config.runs.new,
     ("config.runs.seed.steps = None", 'runs.seed.steps = None is of type NoneType, and must be a '
      'whole number.'),
     ("config.train.batch_size = None", 'train.batch_size = None is of type NoneType'),
-    ("config.train = {'batch_size': 8}", 'train.accumulation is missing. Start from'),
+    ("config.train = {'batch_size': 8}", 'train.microbatches is missing. Start from'),
     ("config.domains = {'code': '/x/*.txt'}", "domains.code = '/x/*.txt' is of type str"),
     ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.id_field is missing'),
     ("config.domains.code.paths = 5", 'paths = 5 is of type int, and must be of type tuple'),
@@ -328,7 +328,7 @@ config.runs = {"new": config.runs.new,
     ('config.optimizer.warmup = 1.0', 'optimizer.warmup = 1.0 must be a share'),
     ('config.optimizer.final_lr = 2.0', 'optimizer.final_lr = 2.0 must be a share'),
     ('config.optimizer.clip_norm = 0.0', 'optimizer.clip_norm = 0.0 must be positive.'),
-    ('config.train.balance = -1.0', 'train.balance = -1.0 cannot be negative.'),
+    ('config.train.balance_loss = -1.0', 'train.balance_loss = -1.0 cannot be negative.'),
     ('config.model.router = "soft"\nconfig.train.balance_bias = 0.1', "runs.btx: "
      "train.balance_bias = 0.1: the router 'soft' does not choose the best by score"),
     ('config.model.router = "hash"\nconfig.train.router_z = 0.1', "'hash' has no logits to keep"),
@@ -342,7 +342,7 @@ config.runs = {"new": config.runs.new,
     (new(train='{"freeze": ("embed", ".*")}'), "train.freeze = ('embed', '.*') leaves nothing to "
      "train of embed, layers/attn/q, layers"),
     ('config.train.batch_size = 0', 'train.batch_size = 0 must be at least 1.'),
-    ('config.train.accumulation = 3', 'is not a multiple of train.accumulation = 3.'),
+    ('config.train.microbatches = 3', 'is not a multiple of train.microbatches = 3.'),
     ('config.train.balance_scope = "bach"', "'bach'; did you mean 'batch'?"),
     ('config.log_every = 0', 'log_every = 0 must be at least 1.'),
     ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
@@ -450,7 +450,7 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
 @pytest.mark.parametrize('lines, message', [
     ('(here / "x.txt").write_text("one document")\n'
      'config.domains.code.paths = (str(here / "x.txt"),)', 'domains.code has 1 document(s)'),
-    ('config.data.length = 100_000', ' fewer than one row of data.length = 100000.'),
+    ('config.data.seq_len = 100_000', ' fewer than one row of data.seq_len = 100000.'),
     ('import sentencepiece as spm\n'
      'spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab_size=16, '
      'model_prefix=str(here / "x"), hard_vocab_limit=False, minloglevel=9)\n'

@@ -390,7 +390,7 @@ def test_a_folder_from_before_these_fields_stays_valid(tmp_path, model):
                      'separator': ''},
           'tokenizer': model.hash, 'held_out': 0.2,
           'text': f'1 files, {os.path.getsize(path)} bytes'},
-      **{key: meta[key] for key in ('dtype', 'hash', 'train', 'heldout')}}
+      **{key: meta[key] for key in ('dtype', 'hash', 'train', 'held_out')}}
   assert meta['made_from'] == old['made_from']
   (folder / 'meta.json').write_text(json.dumps(old))
   assert tokens.prepare(str(folder), files(path), model, 0.2) == old

@@ -29,7 +29,7 @@ def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
   config.mesh.update(fsdp=0, expert=0, tensor=1)
   config.model.num_layers = 1
-  config.train.accumulation = 1
+  config.train.microbatches = 1
   config.evaluation.every = 0
   config.checkpoint_every = 10_000
   data = {{'prose': 1}}

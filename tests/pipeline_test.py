@@ -179,7 +179,7 @@ def test_bits_per_byte_divide_the_text_s_own_information_by_its_raw_bytes(study)
   run = study.runs['seed']
   params = jax.tree.map(jax.numpy.asarray, jax.device_get(study.final_params('seed')))
   held_out = study.text.held_out['code']
-  length, bits, size = run.length, 0.0, 0
+  length, bits, size = run.seq_len, 0.0, 0
   with jax.set_mesh(study.mesh):
     ours = study.evaluate(run.model, study.final_params('seed'))['code']
   score = jax.jit(lambda tokens, positions: jax.nn.log_softmax(llama.Llama(run.model).apply(

@@ -281,7 +281,7 @@ def test_the_papers_run_without_its_weights():
   """Sizes of the paper: 6.74 B parameters, 19.7 B mixed, of which a token meets 11.1 B (2.4)."""
   study = Study(llama2_7b.get_config('/not/here'), '/not/there', at_hand=False)
   run = study.runs['btx']
-  assert run.batch_size * run.length == 2**22 and run.steps == 19_073
+  assert run.batch_size * run.seq_len == 2**22 and run.steps == 19_073
   count = lambda run, active=False: round(model_config.num_params(run.model, active) / 1e9, 2)
   assert count(study.runs['seed']) == 6.74
   assert (count(run), count(run, active=True)) == (19.72, 11.07)

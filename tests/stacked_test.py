@@ -33,8 +33,8 @@ def branches():
   """Three runs, for four slots: of other lengths and learning rates."""
   one = run_lib.Run(
       name='a', init='random', sources=(), weights={'code': 1.0}, model=TINY,
-      optimizer=run_lib.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, length=15, batch_size=16,
-      accumulation=2, objective=Objective(freeze=('attn/o$',)), recipe=None, experts=(), seed=0)
+      optimizer=run_lib.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, seq_len=15, batch_size=16,
+      microbatches=2, objective=Objective(freeze=('attn/o$',)), recipe=None, experts=(), seed=0)
   other = lambda name, steps, rate: dataclasses.replace(
       one, name=name, steps=steps, optimizer=dataclasses.replace(one.optimizer, peak_lr=rate))
   return [one, other('b', 2, 0.1), other('c', 3, 0.003)]

@@ -89,7 +89,7 @@ def test_progress_speed_and_time_left(study, at_work):
       line(3, 1.5, tokens_per_second=10.0, mfu=0.25)], steps_done=2, saved=manifest.now())
   found = of(study, 'seed')
   assert (found['state'], found['step'], found['loss']) == ('running', 3, 1.5)
-  assert found['seconds_left'] == 3 * run.batch_size * run.length / 10
+  assert found['seconds_left'] == 3 * run.batch_size * run.seq_len / 10
   assert found['mfu'] == 0.25
   assert found['bits_per_byte'] == {'code': 3.0, 'math': 1.0}
   assert found['checkpoint'] == 2 and 0 <= found['checkpoint_age'] < 60

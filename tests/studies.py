@@ -27,12 +27,12 @@ def get_config(folder):
   config = base.get_config()
   config.domains = {name: base.domain(str(folder / f'{name}.jsonl')) for name in WORDS}
   config.tokenizer.vocab_size = 330
-  config.data.update(length=15, held_out=0.1)
+  config.data.update(seq_len=15, held_out=0.1)
   config.model.update(dim=16, ffn_dim=24, num_layers=2, num_heads=2, num_kv_heads=2,
                       dispatch_factor=2.0)
   config.optimizer.peak_lr = 1e-2
   config.train.batch_size = 16
-  config.train.accumulation = 2
+  config.train.microbatches = 2
   config.mesh.update(fsdp=2, expert=2, tensor=2)
   config.evaluation.update(tokens=200, batch_size=8, every=4)
   config.log_every = 1

@@ -156,11 +156,11 @@ def test_each_scope_of_the_balancing_loss_is_its_definition():
   split = microbatches(batch, 2)
   parts = [jax.tree.map(lambda x, i=i: x[i], split) for i in range(2)]
   weight = 50.0
-  without, _ = step(TINY_MIXTURE, params, split, mesh_shape, balance=0.0)
+  without, _ = step(TINY_MIXTURE, params, split, mesh_shape, balance_loss=0.0)
   for scope, batches in (('microbatch', parts), ('batch', [batch])):
     value, expected = balance_gradient(params, batches)
     with_loss, metrics = step(
-        TINY_MIXTURE, params, split, mesh_shape, balance=weight, balance_scope=scope)
+        TINY_MIXTURE, params, split, mesh_shape, balance_loss=weight, balance_scope=scope)
     np.testing.assert_allclose(metrics['balance'], value, rtol=1e-5)
     ours = jax.tree.map(lambda a, b: (b - a) / weight, with_loss, without)
     assert_trees_close(ours, expected, rtol=1e-3, atol=1e-5)
@@ -178,7 +178,7 @@ def test_the_z_loss_is_a_mean_over_all_that_routers_see():
     z = scores.routed.sums.z.sum() / (batch['segment_ids'] > 0).sum()
     return scores.nll / scores.tokens + 50 * z
 
-  new, metrics = step(TINY_MIXTURE, params, microbatches(batch, 2), balance=0.0, router_z=50.0)
+  new, metrics = step(TINY_MIXTURE, params, microbatches(batch, 2), balance_loss=0.0, router_z=50.0)
   value, grads = expected(params)
   np.testing.assert_allclose(metrics['loss'] + 50 * metrics['router_z'], value, rtol=1e-5)
   assert_trees_close(gradient(params, new), grads, rtol=1e-4)
@@ -234,7 +234,7 @@ def test_the_gradient_of_the_whole_loss_against_finite_differences():
     scores = train.forward(cfg, params, batch)
     return scores.nll / scores.tokens + 0.5 * routing.balance_loss(scores.routed.sums)
 
-  new, _ = step(cfg, params, microbatches(batch, 1), balance=0.5)
+  new, _ = step(cfg, params, microbatches(batch, 1), balance_loss=0.5)
   grads = gradient(params, new)
   norm = optax.tree.norm(grads)
   size = 3e-3

@@ -66,7 +66,7 @@ def describe(config, folder: str) -> list[Description]:
   tokenizer, train = prepared.tokenizer, prepared.train
   terminal.say('Looking for held-out text in training text')
   # Whole: what text.prepare gives is a sample.
-  held_out = {name: tokens_lib.load(os.path.join(folder, name), 'heldout') for name in train}
+  held_out = {name: tokens_lib.load(os.path.join(folder, name), 'held_out') for name in train}
   overlaps = duplicates.overlaps(held_out, train)
   result = []
   for name, tokens in held_out.items():
@@ -74,9 +74,9 @@ def describe(config, folder: str) -> list[Description]:
     meta = tokens_lib.read_meta(path)
     first = tokens.ids[1:min(tokens.starts[1] - 1, 4 * _SAMPLE)]
     result.append(Description(
-        name, meta['train'], meta['heldout'], meta.get('skipped', {}).get('count'),
+        name, meta['train'], meta['held_out'], meta.get('skipped', {}).get('count'),
         duplicates.copies(train[name]), overlaps[name], _beginning(tokenizer, first),
-        tokens_lib.document_id(path, 'heldout', 0),
+        tokens_lib.document_id(path, 'held_out', 0),
         _in_words(overlaps[name].example, name, folder, tokenizer)))
   return result
 
@@ -115,7 +115,7 @@ def _in_words(example: duplicates.Example | None, name: str, folder: str, tokeni
   if not example:
     return ''
   ours = _document(example.document, tokens_lib.document_id(
-      os.path.join(folder, name), 'heldout', example.document))
+      os.path.join(folder, name), 'held_out', example.document))
   theirs = _document(example.source, tokens_lib.document_id(
       os.path.join(folder, example.domain), 'train', example.source))
   return (f'{name}, held-out {ours}, shares {len(example.ids):,} tokens with {example.domain}, '

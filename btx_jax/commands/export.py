@@ -51,7 +51,7 @@ def publish(study: Study, name: str, folder: str, dtype: str) -> None:
   began = time.monotonic()
   written = export.export(
       folder, run.model, sources.final(study, name), dtype,
-      max_length=max([*lengths, run.length]), balance=run.objective.balance,
+      max_length=max([*lengths, run.seq_len]), balance=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=_tokenizer_files(tokenizer),
       card=''.join(_card(study, run)), ram=int(study.config.mix.ram_gb * 1e9),
       identity=_identity(study, run))

@@ -254,7 +254,7 @@ def _text_table(study: Study) -> str:
       meta = tokens.read_meta(os.path.join(study.data_folder, domain))
     except UsageError:
       continue  # not tokenized yet
-    train, held_out = meta['train'], meta['heldout']
+    train, held_out = meta['train'], meta['held_out']
     body.append([
         (domain, 'name'), f'{train["documents"]:,}', f'{train["bytes"] / 1e6:,.2f}',
         f'{train["tokens"] / 1e6:,.2f}', f'{train["bytes"] / train["tokens"]:.2f}',

@@ -99,7 +99,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   rate = last.get('tokens_per_second')
   left = None
   if state == manifest.RUNNING and rate:
-    left = max(run.steps - step, 0) * run.batch_size * run.length / rate
+    left = max(run.steps - step, 0) * run.batch_size * run.seq_len / rate
   return result | {
       'state': state, 'step': step, 'loss': last.get('loss'), 'tokens_per_second': rate,
       'mfu': last.get('mfu'), 'seconds_left': left, 'bits_per_byte': _bits(study, run, lines),

@@ -75,7 +75,7 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
       windows = Windows(tokens, length, index)
       if not len(windows):
         raise UsageError(f'domains.{name} has {len(tokens.ids)} training tokens, fewer than '
-                         f'one row of data.length = {length}.')
+                         f'one row of data.seq_len = {length}.')
       # By name, so that a further domain in the config changes nothing for this one.
       source = grain.MapDataset.source(windows).seed(run_lib.seed_of(name, seed))
       sources.append(source.shuffle().repeat())
@@ -83,24 +83,24 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
   return grain.MapDataset.mix(sources, weights=shares)
 
 
-def global_batches(order: grain.MapDataset, batch_size: int, accumulation: int,
+def global_batches(order: grain.MapDataset, batch_size: int, microbatches: int,
                    rows: Sequence[int] | None = None) -> grain.MapDataset:
-  """Element s is step s: arrays [accumulation, rows, ...] of global batch s.
+  """Element s is step s: arrays [microbatches, rows, ...] of global batch s.
 
   Args:
     order: from `training_order`.
     batch_size: B, rows of a global batch, all microbatches together.
-    accumulation: microbatches, each of B / accumulation consecutive rows of the order.
+    microbatches: how many, each of B / microbatches consecutive rows of the order.
     rows: which rows of every microbatch this process reads; all by default.
   """
-  return grain.MapDataset.source(_Batches(order, batch_size, accumulation, rows))
+  return grain.MapDataset.source(_Batches(order, batch_size, microbatches, rows))
 
 
 class _Batches:
 
-  def __init__(self, order, batch_size, accumulation, rows):
-    self._order, self._batch_size, self._accumulation = order, batch_size, accumulation
-    self._microbatch = batch_size // accumulation
+  def __init__(self, order, batch_size, microbatches, rows):
+    self._order, self._batch_size, self._microbatches = order, batch_size, microbatches
+    self._microbatch = batch_size // microbatches
     self._rows = range(self._microbatch) if rows is None else rows
 
   def __len__(self) -> int:
@@ -110,11 +110,11 @@ class _Batches:
     first = step * self._batch_size
     return stack([
         stack([self._order[first + m * self._microbatch + row] for row in self._rows])
-        for m in range(self._accumulation)])
+        for m in range(self._microbatches)])
 
 
 def stacked_batches(branches: Sequence[grain.MapDataset]) -> grain.MapDataset:
-  """Element s is step s of all branches, arrays [branches, accumulation, rows, ...]."""
+  """Element s is step s of all branches, arrays [branches, microbatches, rows, ...]."""
   return grain.MapDataset.source(_Stacked(branches))
 
 

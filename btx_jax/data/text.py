@@ -44,10 +44,10 @@ def prepare(config, folder: str) -> Text:
     meta = tokens_lib.prepare(
         path, domain, tokenizer, config.data.held_out, config.data.max_skipped)
     train[domain.name] = tokens_lib.load(path, 'train')
-    held_out[domain.name] = tokens_lib.load(path, 'heldout').sample(config.evaluation.tokens)
+    held_out[domain.name] = tokens_lib.load(path, 'held_out').sample(config.evaluation.tokens)
     say(f'{domain.name}: {meta["train"]["documents"]:,} documents, '
         f'{meta["train"]["bytes"] / 1e6:.1f} MB, {meta["train"]["tokens"] / 1e6:.2f} M tokens '
-        f'to train on; {meta["heldout"]["documents"]:,} documents held out')
+        f'to train on; {meta["held_out"]["documents"]:,} documents held out')
     skipped = meta.get('skipped')
     if skipped and skipped['count']:
       more = skipped['count'] - len(skipped['first'])

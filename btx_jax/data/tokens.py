@@ -5,11 +5,11 @@ so exact copies never stand on both sides, and the choice does not depend on wha
 documents there are. (Unless a small domain has no document below the threshold: then it holds
 out the one that comes next.)
 
-  DIR/train.bin, heldout.bin              token ids, uint16 or uint32; each document is
+  DIR/train.bin, held_out.bin              token ids, uint16 or uint32; each document is
                                           begin mark, text, end mark
-  DIR/train.documents.npy, heldout...     [documents + 1, 2] int64: first token, first byte of
+  DIR/train.documents.npy, held_out...     [documents + 1, 2] int64: first token, first byte of
                                           the raw text; the last row holds the totals
-  DIR/train.ids.jsonl, heldout.ids.jsonl  only where the domain has an id_field: the id of each
+  DIR/train.ids.jsonl, held_out.ids.jsonl  only where the domain has an id_field: the id of each
                                           document, a JSON string a line ("" if it has none)
   DIR/meta.json                           what they were made from, and what was skipped;
                                           written last
@@ -33,7 +33,7 @@ from btx_jax.data import corpora
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 
-SPLITS = ('train', 'heldout')
+SPLITS = ('train', 'held_out')
 _BATCH = 256  # documents tokenized at a time
 _BATCH_CHARS = 16_000_000  # at most, in several documents: as ids they take many times the room
 _CHECKED = 256  # documents of a domain whose round trip is checked, besides unknown pieces
@@ -177,7 +177,7 @@ def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
           _check_round_trip(text, tokenizer.decode(ids), domain)
         raw = text.encode('utf-8')
         place = share(text)
-        split = 'heldout' if place < threshold else 'train'
+        split = 'held_out' if place < threshold else 'train'
         if id_files:
           id_files[split].write(json.dumps(name) + '\n')
         files[split].write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
@@ -187,13 +187,13 @@ def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
   for split in SPLITS:
     np.save(os.path.join(folder, f'{split}.documents.npy'),
             np.array(boundaries[split], np.int64))
-  train_count, heldout_count = (len(boundaries[split]) - 1 for split in SPLITS)
+  train_count, held_out_count = (len(boundaries[split]) - 1 for split in SPLITS)
   if count == 1 or not train_count:
     raise UsageError(
         f'domains.{domain.name} has {count} document(s), and held-out text shares no document '
         f'with training: there must be at least two. Set domains.{domain.name}.separator '
         '(for example a blank line) to cut text files into documents, or lower data.held_out.')
-  return None if heldout_count else smallest
+  return None if held_out_count else smallest
 
 
 def _batches(documents: Iterator[corpora.Document]) -> Iterator[list[corpora.Document]]:

@@ -120,6 +120,6 @@ def _path(study: Study, run: Run, stage: str) -> str:
 def _measured_on(study: Study, run: Run) -> dict:
   return {
       'run': manifest.read(study.folder(run.name))['identity'],
-      'length': study.config.data.length, 'tokens': study.config.evaluation.tokens,
-      'text': {domain: tokens.read_meta(os.path.join(study.data_folder, domain))['hash']['heldout']
+      'length': study.config.data.seq_len, 'tokens': study.config.evaluation.tokens,
+      'text': {domain: tokens.read_meta(os.path.join(study.data_folder, domain))['hash']['held_out']
                for domain in sorted(study.config.domains)}}

@@ -90,13 +90,13 @@ class Measured:
   @property
   def flops_per_token(self) -> int:
     """Of the model, forward and backward, without what is recomputed."""
-    return model_config.train_flops_per_token(self.runs[0].model, self.runs[0].length)
+    return model_config.train_flops_per_token(self.runs[0].model, self.runs[0].seq_len)
 
   @property
   def tokens(self) -> int:
     """Of a step, all branches together."""
     run = self.runs[0]
-    return (len(self.runs) if self.stacked else 1) * run.batch_size * run.length
+    return (len(self.runs) if self.stacked else 1) * run.batch_size * run.seq_len
 
   @property
   def peak(self) -> float:
@@ -146,7 +146,7 @@ def programs(study: Study, topology: Topology, only: str | None = None):
 
 def _key(group: Sequence[Run]) -> str:
   """Equal for groups of runs that the same program trains, but for its learning rates."""
-  fields = [(run.model, run.length, run.batch_size, run.accumulation, run.objective,
+  fields = [(run.model, run.seq_len, run.batch_size, run.microbatches, run.objective,
              dataclasses.replace(run.optimizer, peak_lr=1.0, warmup=0.0, final_lr=0.0))
             for run in group]
   return repr((fields, len(group)))

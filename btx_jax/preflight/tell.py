@@ -74,8 +74,8 @@ def as_table(found: list[Measured], topology: Topology) -> Table:
     return lambda p: value(p) if p.cost and chip else '-'
 
   row('mesh', lambda p: ' '.join(f'{axis} {n}' for axis, n in p.mesh.items()) or 'one device')
-  row('remat, accumulation, rows a step', lambda p: ', '.join(map(str, (
-      p.runs[0].model.remat, p.runs[0].accumulation, p.runs[0].batch_size))))
+  row('remat, microbatches, rows a step', lambda p: ', '.join(map(str, (
+      p.runs[0].model.remat, p.runs[0].microbatches, p.runs[0].batch_size))))
   row('parameters (a token meets)', lambda p: f'{_count(p.params)} ({_count(p.active_params)})')
   row('model FLOPs a token, forward and backward', lambda p: f'{p.flops_per_token / 1e9:.3g} G')
   row('device: state and batch', lambda p: _gb(p.arguments))
@@ -127,9 +127,9 @@ def advice(program: Measured) -> list[str]:
   much = f'needs {_gb(over)} more than a device has' if over else 'does not fit'
   lines.append(f'{_names(program)} {much}. What would help, the cheapest first:')
   spread = math.prod(n for axis, n in axes.items() if axis != 'tensor')
-  rows = run.batch_size // run.accumulation
+  rows = run.batch_size // run.microbatches
   if rows % 2 == 0 and rows // 2 % spread == 0:
-    lines.append(f'  train.accumulation = {2 * run.accumulation}: half the activations; weights '
+    lines.append(f'  train.microbatches = {2 * run.microbatches}: half the activations; weights '
                  'are gathered, and gradients summed, twice as often')
   if run.model.remat != REMATS[-1]:
     further = REMATS[REMATS.index(run.model.remat) + 1:]
@@ -138,7 +138,7 @@ def advice(program: Measured) -> list[str]:
   if axes.get('data', 1) > 1:
     lines.append(f'  mesh.fsdp = {2 * axes.get("fsdp", 1)}: the state is cut up further; weights '
                  'are gathered from more devices')
-  if rows > spread and run.accumulation == 1:
+  if rows > spread and run.microbatches == 1:
     lines.append(f'  train.batch_size = {run.batch_size // 2}: another run than was planned')
   if program.devices >= 2 * axes.get('tensor', 1):
     lines.append(f'  mesh.tensor = {2 * axes.get("tensor", 1)}: each layer is cut up; activations '

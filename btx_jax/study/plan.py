@@ -74,7 +74,7 @@ def _check_stacked(runs: list[Run]):
     if run.model.num_experts:
       raise UsageError(f'stacked names {run.name!r}, which is a mixture; only dense runs can be '
                        'trained as one program.')
-    shared = {field: getattr(run, field) for field in ('length', 'batch_size', 'accumulation')}
+    shared = {field: getattr(run, field) for field in ('seq_len', 'batch_size', 'microbatches')}
     shared |= {f'model.{key}': value for key, value in dataclasses.asdict(run.model).items()}
     shared |= {'train.freeze': run.objective.freeze}
     shared |= {f'optimizer.{key}': value for key, value in dataclasses.asdict(run.optimizer).items()
@@ -127,15 +127,15 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
               tokenizer: Tokenizer | None, at_hand: bool) -> Run:
   entry = config.runs[name]
   train = {**config.train, **entry.train}
-  length, batch_size, accumulation = (
-      config.data.length, train['batch_size'], train['accumulation'])
-  for field, value in (('data.length', length), ('train.batch_size', batch_size),
-                       ('train.accumulation', accumulation)):
+  length, batch_size, microbatches = (
+      config.data.seq_len, train['batch_size'], train['microbatches'])
+  for field, value in (('data.seq_len', length), ('train.batch_size', batch_size),
+                       ('train.microbatches', microbatches)):
     if value < 1:
       raise UsageError(f'runs.{name}: {field} = {value} must be at least 1.')
-  if batch_size % accumulation:
+  if batch_size % microbatches:
     raise UsageError(f'runs.{name}: train.batch_size = {batch_size} is not a multiple of '
-                     f'train.accumulation = {accumulation}.')
+                     f'train.microbatches = {microbatches}.')
   sources, recipe, experts = _start(name, config, runs)
   pretrained = _pretrained(name, config, at_hand)
   untrained = entry.init.kind != RANDOM and not (
@@ -165,8 +165,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
   return Run(
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, experts=experts,
       weights={} if untrained else _weights(name, entry.domains, config.domains), model=model,
-      optimizer=optimizer, steps=steps, length=length, batch_size=batch_size,
-      accumulation=accumulation, objective=objective, seed=config.seed,
+      optimizer=optimizer, steps=steps, seq_len=length, batch_size=batch_size,
+      microbatches=microbatches, objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
       vocabulary=vocabulary)
 

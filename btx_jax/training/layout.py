@@ -48,8 +48,8 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
 def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):
   """Raises UsageError if the run cannot be laid on the mesh; `stacked`, as one of several."""
   check_rows(
-      mesh, run.batch_size // run.accumulation,
-      f'runs.{run.name}: train.batch_size / train.accumulation',
+      mesh, run.batch_size // run.microbatches,
+      f'runs.{run.name}: train.batch_size / train.microbatches',
       BRANCH_BATCH_AXES if stacked else BATCH_AXES)
   if run.model.num_experts:
     sharding.holds_experts(mesh.shape['expert'], run.model.num_experts)

@@ -65,11 +65,11 @@ def single(run: Run, mesh, num_domains: int) -> Program:
       donate_argnums=0,
       # The metrics whole on every device, so that each process can read them.
       out_shardings=(_shardings(like), NamedSharding(mesh, P())))
-  rows_each = run.batch_size // run.accumulation
+  rows_each = run.batch_size // run.microbatches
   rows = sharding.local_rows(mesh, rows_each)
 
   def batches(orders, first, last):
-    return _ahead(mixture.global_batches(orders[0], run.batch_size, run.accumulation, rows),
+    return _ahead(mixture.global_batches(orders[0], run.batch_size, run.microbatches, rows),
                   first, last)
 
   return Program(
@@ -135,11 +135,11 @@ def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
 
   part = jax.jit(lambda state, i: jax.tree.map(lambda x: x[i], state), static_argnums=1,
                  out_shardings=_shardings(like))
-  rows_each = first.batch_size // first.accumulation
+  rows_each = first.batch_size // first.microbatches
   here, rows = sharding.local_branches(mesh, slots, rows_each)
 
   def batches(orders, first_step, last_step):
-    each = [mixture.global_batches(order, first.batch_size, first.accumulation, rows)
+    each = [mixture.global_batches(order, first.batch_size, first.microbatches, rows)
             for order in orders]
     return _ahead(mixture.stacked_batches([fill(each)[slot] for slot in here]),
                   first_step, last_step)
@@ -161,12 +161,12 @@ def _state_of(run: Run, tx, mesh):
 
 def _batch_like(run: Run, mesh, slots: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
   """A global batch as shapes over the mesh; `slots` are those of stacked branches."""
-  rows = ((slots,) if slots else ()) + (run.accumulation, run.batch_size // run.accumulation)
+  rows = ((slots,) if slots else ()) + (run.microbatches, run.batch_size // run.microbatches)
   like = lambda shape, dtype: jax.ShapeDtypeStruct(
       shape, dtype, sharding=sharding.batch_sharding(mesh, leading=1, stacked=bool(slots)))
   ids = ('tokens', 'targets', 'segment_ids', 'positions')
-  return {**{name: like((*rows, run.length), np.int32) for name in ids},
-          'loss_mask': like((*rows, run.length), bool), 'domain': like(rows, np.int32)}
+  return {**{name: like((*rows, run.seq_len), np.int32) for name in ids},
+          'loss_mask': like((*rows, run.seq_len), bool), 'domain': like(rows, np.int32)}
 
 
 @functools.cache

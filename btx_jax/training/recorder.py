@@ -100,8 +100,8 @@ class Recorder(contextlib.ExitStack):
     rate = None
     if self._steps:
       seconds = now - self._since
-      rate = self._steps * run.batch_size * run.length / seconds
-      flops = model_config.train_flops_per_token(run.model, run.length)
+      rate = self._steps * run.batch_size * run.seq_len / seconds
+      flops = model_config.train_flops_per_token(run.model, run.seq_len)
       values |= {'tokens_per_second': rate, 'mfu': rate * flops / self._peak,
                  'input_wait': self._waited / seconds}
     values['memory'] = hardware.memory()

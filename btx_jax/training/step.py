@@ -90,7 +90,7 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     cfg: of the model.
     tx: the optimizer.
     objective: the losses, and what is frozen; a dense model has no routers to lose on.
-    num_domains: domains that the batch's `domain` [accumulation, B] counts.
+    num_domains: domains that the batch's `domain` [microbatches, B] counts.
     batch_axes: the mesh axes over which rows are sharded. sharding.BRANCH_BATCH_AXES for a
       step that is mapped over stacked branches, jax.vmap(step, spmd_axis_name='expert').
     seed: of the routers' noise.
@@ -101,7 +101,7 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     model, and for a mixture balance and router_z (the unweighted losses, summed over layers) and
     routing, the RoutingSums [L, num_domains, ...].
   """
-  weight = objective.balance if cfg.has_router else 0.0
+  weight = objective.balance_loss if cfg.has_router else 0.0
 
   def by_domain(batch, scores: Scores):
     member_BG = jax.nn.one_hot(batch['domain'], num_domains, dtype=jnp.int32)
