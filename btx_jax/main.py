@@ -28,7 +28,7 @@ from btx_jax.devices import distributed, rollcall
 from btx_jax.errors import UsageError, nearest
 
 CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'The config: a file, like configs/demo.py or configs/demo.py:full.',
+    'config', None, 'The config: a file, like mine.py, or a recipe, like demo or demo:full.',
     lock_config=True)
 WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Where checkpoints, tokens and the report go; runs/CONFIG_NAME if not set.')
@@ -170,10 +170,17 @@ def run(argv: list[str]):
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
   if not flags.FLAGS['config'].present:
-    raise UsageError('--config is missing; try --config=configs/demo.py')
+    raise UsageError('--config is missing; try --config=demo')
   config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
   if not os.path.isfile(config_file):
-    raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
+    folder = _recipe_folder()
+    if os.path.dirname(config_file) != folder:
+      raise UsageError(f'--config={config_file}: there is no such file (looked from '
+                       f'{os.getcwd()}).')
+    names = [name[:-3] for name in os.listdir(folder) if name.endswith('.py') and name[0] != '_']
+    name = os.path.basename(config_file)[:-3]
+    raise UsageError(f'--config={name} is not a recipe; {nearest(name, names)} A config of your '
+                     'own is named by its file, like mine.py.')
   if not isinstance(CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what base.get_config() of '
                      f'btx_jax/base.py makes, not {type(CONFIG.value).__name__}.')
@@ -187,8 +194,35 @@ def run(argv: list[str]):
   COMMANDS[command](name, workdir)
 
 
+def recipe_path(config: str) -> str:
+  """The file of a recipe that --config names without a path, demo:full; else what it is given."""
+  name, colon, argument = config.partition(':')
+  if os.path.sep in name or name.endswith('.py') or not name or os.path.exists(name):
+    return config
+  return os.path.join(_recipe_folder(), f'{name}.py') + colon + argument
+
+
+def _recipe_folder() -> str:
+  from btx_jax import configs
+  return os.path.dirname(configs.__file__)
+
+
+def _with_recipe_path(argv: list[str]) -> list[str]:
+  """The arguments with a recipe's name in --config=NAME, or --config NAME, made a path."""
+  result = list(argv)
+  for i, argument in enumerate(argv):
+    flag, equals, value = argument.partition('=')
+    if flag in ('--config', '-config'):
+      if equals:
+        result[i] = f'{flag}={recipe_path(value)}'
+      elif i + 1 < len(argv):
+        result[i + 1] = recipe_path(argv[i + 1])
+  return result
+
+
 def _parse(argv: list[str]) -> list[str]:
-  flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the command
+  flags.FLAGS.set_gnu_getopt(True)  # flags may come after the command
+  argv = _with_recipe_path(argv)
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:

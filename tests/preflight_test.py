@@ -9,6 +9,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
 from btx_jax.configs import llama2_7b
@@ -237,15 +238,18 @@ def test_what_training_would_refuse_is_refused(tmp_path, here):
     next(measure.programs(Study(config, str(tmp_path / 'work'), at_hand=False), here))
 
 
-def test_experts_that_are_no_whole_sources_prove_nothing(tmp_path, here):
+def test_only_branches_in_the_place_of_their_experts_prove_that_no_weight_moves(tmp_path, here):
   study = miniature(tmp_path)
-  mixed = study.runs['btx']
-  of = lambda experts: dataclasses.replace(
-      mixed, recipe=dataclasses.replace(mixed.recipe, experts=experts))
-  whole = tuple(((i, 0, mixed.model.ffn_dim),) for i in range(3))
-  assert measure._one_expert_each(of(whole))
-  assert not measure._one_expert_each(of(whole[::-1]))
-  assert not measure._one_expert_each(mixed)  # one of its three sources is two of its experts
+  mixed, (seed, code, math) = study.runs['btx'], study.runs['btx'].sources
+  whole = tuple(((i, 0, mixed.model.ffn_dim),) for i in range(2))
+  of = lambda pieces, sources: dataclasses.replace(
+      mixed, sources=sources, recipe=dataclasses.replace(mixed.recipe, pieces=pieces))
+  with_two = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1), AXES)
+  assert measure._in_place(of(whole, (code, math)), [code, math], with_two)
+  assert not measure._in_place(of(whole[::-1], (code, math)), [code, math], with_two)
+  assert not measure._in_place(of(whole, (math, code)), [code, math], with_two)
+  assert not measure._in_place(mixed, [code, math], with_two)  # the seed is not one of them
+  del seed
 
 
 def test_a_host_that_is_too_small_is_too_small(tmp_path, here):

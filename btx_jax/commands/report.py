@@ -121,7 +121,8 @@ def _page(study: Study, config_name: str, folder: str, status, rows, checks) -> 
             f'{_manifest(study, run).get("seconds", 0) / 60:,.0f} min'
       for (name, run), found in zip(study.runs.items(), status['runs'])}
   yield picture('graph', pictures.graph(
-      {name: run.sources for name, run in study.runs.items()}, notes), 'The graph of the runs')
+      {name: [source.name for source in run.sources] for name, run in study.runs.items()},
+      notes), 'The graph of the runs')
   yield _cost(study, status, lines)
   yield _text_table(study)
   yield '</body></html>\n'
@@ -156,7 +157,7 @@ def _comparison(rows) -> str:
 
 def _curve(study: Study, run: Run, lines) -> dict[str, list]:
   """A run's losses, by what it and all that it came from have cost until then."""
-  before = run_lib.lineage(run, study.runs)[1:]
+  before = run_lib.lineage(run)[1:]
   tokens_before, flops_before = (sum(getattr(r, cost) for r in before)
                                  for cost in ('tokens', 'flops'))
   done = [line['step'] / run.steps for line in lines]
@@ -180,7 +181,7 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
   if stages:
     yield (f'<p>Mean gate of every expert in every layer on held-out text, {" and ".join(stages)} '
            'finetuning: who serves which domain.</p>')
-    yield picture(f'experts_{file_name}', pictures.experts(stages, run.experts),
+    yield picture(f'experts_{file_name}', pictures.experts(stages, run.expert_names),
                   f'Experts by domain and layer of {run.name}')
   if routed:
     yield ('<p>Over the steps of finetuning, mean over layers and their range. Load: the share of '
@@ -191,7 +192,7 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
     yield picture(
         f'load_{file_name}', pictures.load(
             [line['step'] for line in routed], column('load'), column('mutual_information'),
-            column('entropy'), run.experts), f'Load of the experts of {run.name}')
+            column('entropy'), run.expert_names), f'Load of the experts of {run.name}')
     if 'dropped' in routed[-1]['routing']:
       first, last = (np.asarray(routed[at]['routing']['dropped']) for at in (0, -1))
       yield (f'<p>Of all choices full experts dropped {first.mean():.1%} at step '
@@ -200,7 +201,7 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
   if final:
     yield '<p>Held-out text; a token has the colour of the expert with its largest gate, '
     yield 'mean over layers.</p><p>'
-    for i, name in enumerate(run.experts):
+    for i, name in enumerate(run.expert_names):
       yield f'<span class="key" style="background:{_tint(i, 0.6)}">{i} {_text(name)}</span>'
     yield '</p>'
     for domain, score in final.items():
@@ -208,7 +209,7 @@ def _mixture(study: Study, run: Run, lines, picture) -> Iterator[str]:
       for piece, gates in zip(score['sample']['pieces'], score['sample']['gates']):
         top = int(np.argmax(gates))
         yield (f'<span style="background:{_tint(top, gates[top])}" '
-               f'title="{_text(run.experts[top])} {gates[top]:.2f}">{_text(piece)}</span>')
+               f'title="{_text(run.expert_names[top])} {gates[top]:.2f}">{_text(piece)}</span>')
       yield '</div>'
 
 
@@ -226,7 +227,7 @@ def _cost(study: Study, status, lines) -> str:
               for line in lines[run.name] if 'tokens_per_second' in line]
     speed, mfu = np.median(speeds, axis=0) if speeds else (None, None)
     done = found['step'] / max(run.steps, 1)
-    sources = ', '.join(dict.fromkeys(run.sources)) or '-'
+    sources = ', '.join(source.name for source in run.sources) or '-'
     start = {run_lib.MIX: f'mix of {sources}', run_lib.CHECKPOINT: sources,
              run_lib.HUGGING_FACE: run.folder}.get(run.init, run.init)
     domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in run.weights.items())

@@ -48,7 +48,7 @@ def stages(study: Study) -> list[list[str]]:
   depth: dict[str, int] = {}
   found: dict[int, list[str]] = {}
   for run in study.runs.values():
-    depth[run.name] = 1 + max((depth[source] for source in run.sources), default=0)
+    depth[run.name] = 1 + max((depth[source.name] for source in run.sources), default=0)
     if study.state(run.name) != manifest.COMPLETE:
       found.setdefault(depth[run.name], []).append(run.name)
   return [found[level] for level in sorted(found)]

@@ -6,10 +6,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from btx_jax import run as run_lib
 from btx_jax.evaluate import scores
 from btx_jax.model import config as model_config
-from btx_jax.run import Run
+from btx_jax.run import CHECKPOINT, MIX, Run
 from btx_jax.study.study import Study
 
 Row = dict[str, Any]
@@ -35,7 +34,7 @@ def rows(study: Study) -> list[Row]:
         'bits_per_byte': bits,
         'mean': sum(bits.values()) / len(bits),
         'active_params': model.used * model_config.num_params(model.sizes, active=True),
-        'total_params': model.held * model_config.num_params(model.sizes),
+        'total_params': model.count * model_config.num_params(model.sizes),
         'tokens': sum(run.tokens for run in model.trained),
         'train_flops': sum(run.flops for run in model.trained),
         'gates': {domain: score['gates'] for domain, score in found.items() if 'gates' in score},
@@ -57,14 +56,15 @@ def checks(study: Study, table: list[Row]) -> list[dict]:
     result.append({'name': name, 'met': bool(met)})
 
   for run in study.runs.values():
-    experts = _branches(run, study.runs)
+    experts = _branches(run)
     if not experts:
       continue
-    unmixed = [*run.sources, f'average of {scores.first_alike(study, run).name}']
+    unmixed = [*(source.name for source in run.sources),
+               f'average of {scores.first_alike(study, run).name}']
     compared = [*unmixed, f'{run.name} unfinetuned', run.name]
     if any(name not in by_name for name in compared):
       continue
-    seed = study.runs[experts[0]].sources[0]
+    seed = study.runs[experts[0]].sources[0].name
     score = lambda name, domain: by_name[name]['bits_per_byte'][domain]
     own = {name: max(study.runs[name].weights, key=study.runs[name].weights.get)
            for name in experts}
@@ -88,20 +88,20 @@ def checks(study: Study, table: list[Row]) -> list[dict]:
       check(f'{run.name} is within {settings.specialist_gap} of {name} on {domain} '
             f'({gap:+.3f})', gap <= settings.specialist_gap)
       gates = _mean_gates(by_name[run.name]['gates'][domain])
-      largest = run.experts[gates.index(max(gates))]
+      largest = run.expert_names[gates.index(max(gates))]
       check(f'on {domain}, {name} has the largest mean gate of {run.name} (largest: {largest}, '
             f'{max(gates):.2f})', largest == name)
   return result
 
 
-def _branches(run: Run, runs) -> list[str]:
-  """Of a mixture of one seed and its branches, each an expert: the branches. Else none."""
-  if run.init != run_lib.MIX or not set(run.sources) <= set(run.experts):
+def _branches(run: Run) -> list[str]:
+  """The branches of a mixture of one seed and its branches, each an expert. Else none."""
+  if run.init != MIX or not {source.name for source in run.sources} <= set(run.expert_names):
     return []
-  branches = [name for name in run.sources if runs[name].init == run_lib.CHECKPOINT]
-  seeds = {runs[name].sources[0] for name in branches}
-  rest = set(run.sources) - set(branches)
-  return branches if len(seeds) == 1 and rest <= seeds else []
+  branches = [source for source in run.sources if source.init == CHECKPOINT]
+  seeds = {branch.sources[0].name for branch in branches}
+  rest = {source.name for source in run.sources} - {branch.name for branch in branches}
+  return [branch.name for branch in branches] if len(seeds) == 1 and rest <= seeds else []
 
 
 def _mean_gates(gates_LE) -> list[float]:
