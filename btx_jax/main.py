@@ -151,10 +151,11 @@ def preflight(name: str, workdir: str):
     raise UsageError('preflight needs --topology=KIND:SIZE, like v5p:4x4x4, h100:8 or cpu:8.')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # whatever is here: it is not what this is about
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'  # nothing here can run what is for elsewhere
-  from btx_jax.preflight import tell, topology
+  from btx_jax.preflight import topology
+  from btx_jax.preflight.report import print_report
   from btx_jax.study.study import Study
   study = Study(CONFIG.value, workdir, at_hand=False)
-  if not tell.tell(study, topology.get(TOPOLOGY.value), JSON.value, RUN.value):
+  if not print_report(study, topology.get(TOPOLOGY.value), JSON.value, RUN.value):
     sys.exit(1)
 
 

@@ -69,14 +69,14 @@ def say(text: str):
 
 
 def show(renderable: RenderableType):
-  """Prints a table. On a narrower terminal its lines wrap, but no figure is cut."""
+  """Prints a table, at least 160 columns wide: on a narrower terminal its lines wrap."""
   wide = _VerbatimConsole(width=max(console.width, _LEAST_WIDTH), quiet=console.quiet)
   wide.print(renderable)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[RenderableType]], names: int = 1,
           title: str | None = None, caption: str | None = None) -> Table:
-  """A table in the style that all commands share.
+  """A table in the style that all commands share; where it is too wide, its cells wrap.
 
   Args:
     headings: one for each column.
@@ -88,7 +88,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[RenderableType]], nam
   result = Table(title=title, title_justify='left', caption=caption, caption_justify='left',
                  box=box.SIMPLE_HEAD)
   for i, heading in enumerate(headings):
-    result.add_column(heading, justify='left' if i < names else 'right')
+    result.add_column(heading, justify='left' if i < names else 'right', overflow='fold')
   for row in rows:
     result.add_row(*row)
   return result

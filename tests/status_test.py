@@ -176,7 +176,8 @@ def test_a_report_of_unfinished_runs_has_what_there_is(study):
   path = report.write_report(study, 'half <b>way</b>')
   page = words_of(path)
   assert '1 of 4 runs complete' in page
-  assert 'dropped 20.0% at step 1 and 3.0% at step 3, 6.0% in the layer' in page
+  assert ('dropped 20.0% of all choices at step 1 and 3.0% at step 3, where the layer that dropped '
+          'most dropped 6.0%.') in page
   assert 'half &lt;b&gt;way&lt;/b&gt;' in page and '<b>way' not in page
   assert page.count('data:image/png;base64,') == 4
   assert not [word for word in ('src="http', 'href="http', '<script', '@import') if word in page]
