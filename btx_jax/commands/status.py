@@ -55,19 +55,21 @@ def stages(study: Study) -> list[list[str]]:
   return [found[level] for level in sorted(found)]
 
 
-def _notes(study: Study, runs) -> list[str]:
+def _notes(study: Study, runs: list[dict[str, Any]]) -> list[str]:
+  """Sentences about a working directory that has no run of this config."""
   if any(run['state'] != MISSING for run in runs):
     return []
   if not os.path.isdir(study.workdir):
-    return [f'{study.workdir} does not exist yet: no run was started there.']
+    return [f'{study.workdir} does not exist yet: no run has been started there.']
   found = sorted(os.listdir(study.workdir))
   if not found:
-    return [f'{study.workdir} is empty: no run was started there.']
+    return [f'{study.workdir} is empty: no run has been started there.']
   named = ', '.join(found[:5]) + (', ...' if len(found) > 5 else '')
   return [f'{study.workdir} holds no run of this config (it holds {named}); is --workdir right?']
 
 
 def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
+  """The status of one run at the time `now`, see `collect`."""
   result = dict.fromkeys((
       'loss', 'bits_per_byte', 'tokens_per_second', 'mfu', 'seconds_left', 'checkpoint',
       'checkpoint_age', 'error'))
@@ -108,7 +110,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
       'error': found.get('error') if state != manifest.COMPLETE else None, 'warnings': warnings}
 
 
-def _bits(study: Study, run: Run, lines) -> dict[str, float] | None:
+def _bits(study: Study, run: Run, lines: list[dict[str, Any]]) -> dict[str, float] | None:
   """Held-out bits per byte by domain: of the final model, or the latest measured in training."""
   final = scores.read(study, run, scores.FINAL)
   if final:

@@ -71,7 +71,7 @@ def checks(study: Study, rows: list[Row]) -> list[dict[str, Any]]:
     own = {name: _main_domain(study.runs[name]) for name in experts}
     for name, domain in own.items():
       gain = score(seed, domain) - score(name, domain)
-      check(f'{name} beats {seed} on {domain} by {settings.expert_gain} ({gain:.3f})',
+      check(f'{name} beats {seed} on {domain} by at least {settings.expert_gain} ({gain:.3f})',
             gain >= settings.expert_gain)
       check(f'{name} is best on {domain} among {", ".join(unmixed)}',
             all(score(name, domain) <= score(other, domain) for other in unmixed))
@@ -101,8 +101,7 @@ def _main_domain(run: Run) -> str:
 
 
 def _branches(run: Run, runs) -> list[str]:
-  """The branches that a mixture is made of, if all started from one seed and each became an
-  expert; else none."""
+  """The branches in a mixture of one seed and its branches, all of them experts; else none."""
   if run.init != MIX or not set(run.sources) <= set(run.experts):
     return []
   branches = [name for name in run.sources if runs[name].init == CHECKPOINT]
