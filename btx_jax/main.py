@@ -80,48 +80,48 @@ def train(name: str, workdir: str):
   if not trained:
     say('Every run is complete already.')
 
-  def tell():
+  def print_results():
     rows = table.rows(pipeline)
-    show(table.as_text(rows))
+    show(table.as_table(rows))
     for check in table.checks(pipeline, rows):
       say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
-    say(f'Report: {report.write(pipeline, name)}. Your own text: copy configs/demo.py to '
+    say(f'Report: {report.write_report(pipeline, name)}. Your own text: copy configs/demo.py to '
         'configs/mine.py, point domains at your files, and run --config=configs/mine.py')
 
-  distributed.first(tell)
+  distributed.first(print_results)
 
 
 def status(name: str, workdir: str):
   """Shows how the runs are getting on."""
   del name
-  from btx_jax.commands import status as status_lib
+  from btx_jax.commands.status import print_status
   from btx_jax.study.study import Study
-  status_lib.tell(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
+  print_status(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
 
 
 def jobs(name: str, workdir: str):
   """Prints the runs to do, those of a line after those of the lines above."""
   del name
-  from btx_jax.commands import status as status_lib
+  from btx_jax.commands.status import stages
   from btx_jax.study.study import Study
-  for names in status_lib.stages(Study(CONFIG.value, workdir)):
+  for names in stages(Study(CONFIG.value, workdir)):
     print(*names)
 
 
 def report(name: str, workdir: str):
   """Writes the report."""
-  from btx_jax.commands import report as report_lib
+  from btx_jax.commands.report import write_report
   from btx_jax.study.study import Study
   from btx_jax.terminal import say
-  say(f'Report: {report_lib.write(Study(CONFIG.value, workdir), name)}')
+  say(f'Report: {write_report(Study(CONFIG.value, workdir), name)}')
 
 
 def data(name: str, workdir: str):
   """Prepares the text where that is still to be done, and describes it."""
   del name
-  from btx_jax.commands import data as describe
+  from btx_jax.commands.data import print_description
   from btx_jax.study.study import Study
-  describe.show(Study(CONFIG.value, workdir))
+  print_description(Study(CONFIG.value, workdir))
 
 
 def compare(name: str, workdir: str):
@@ -151,10 +151,11 @@ def preflight(name: str, workdir: str):
     raise UsageError('preflight needs --topology=KIND:SIZE, like v5p:4x4x4, h100:8 or cpu:8.')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # whatever is here: it is not what this is about
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'  # nothing here can run what is for elsewhere
-  from btx_jax.preflight import tell, topology
+  from btx_jax.preflight import topology
+  from btx_jax.preflight.report import print_report
   from btx_jax.study.study import Study
   study = Study(CONFIG.value, workdir, at_hand=False)
-  if not tell.tell(study, topology.get(TOPOLOGY.value), JSON.value, RUN.value):
+  if not print_report(study, topology.get(TOPOLOGY.value), JSON.value, RUN.value):
     sys.exit(1)
 
 

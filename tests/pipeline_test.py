@@ -167,7 +167,7 @@ def test_the_table_has_every_model_and_its_figures_are_right(study, copy):
   assert {check['met'] for check in checks} <= {True, False}
   assert any('expert/math has the largest mean gate' in check['name'] for check in checks)
 
-  report.write(Study(study.config, str(copy)), 'tiny')
+  report.write_report(Study(study.config, str(copy)), 'tiny')
   with open(os.path.join(copy, 'report', 'report.json'), encoding='utf-8') as file:
     assert json.load(file)['rows'] == rows
   with open(os.path.join(copy, 'report', 'bits_per_byte.png'), 'rb') as file:
@@ -237,7 +237,7 @@ def test_a_trace_and_events_for_tensorboard_are_written_when_asked_for(text, tmp
 
 
 def test_the_report_of_a_finished_study(study, copy):
-  path = report.write(Study(study.config, str(copy)), 'tiny')
+  path = report.write_report(Study(study.config, str(copy)), 'tiny')
   with open(path, encoding='utf-8') as file:
     page = file.read()
   assert '4 of 4 runs complete' in page

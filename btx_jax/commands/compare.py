@@ -35,6 +35,7 @@ from btx_jax.model.source import Source
 from btx_jax.run import MIX, Run, lineage
 from btx_jax.study import compatibility, manifest, sources
 from btx_jax.study.study import Study
+from btx_jax.terminal import format_number
 
 TINY = 1e-6  # a weight that differs less from the seed's has not changed
 AVERAGED, FEED_FORWARD = 'averaged', 'feed-forward'
@@ -212,7 +213,7 @@ def judgement(found: dict) -> list[str]:
     cosine = found['all'][FEED_FORWARD]['weight_cosine'][i]
     if cosine is None or abs(cosine) < compatibility.ALIKE:
       lines.append(f"{expert}: the cosine of its weights and those of {found['seed']} is "
-                   f'{_number(cosine)}, as of models that were not trained from one seed.')
+                   f'{format_number(cosine)}, as of models that were not trained from one seed.')
   worst = max((part for part in found['parts'] if part['kind'] == AVERAGED),
               key=lambda part: max(share for _, _, share in _pairs(found, part['conflicts'])),
               default=None) if len(found['experts']) > 1 else None
@@ -245,11 +246,11 @@ def as_table(found: dict) -> Table:
   every, experts = [found['all'][kind] for kind in (AVERAGED, FEED_FORWARD)], found['experts']
   for i, expert in enumerate(experts):
     table.add_row(expert, *(cell for of in every for cell in (
-        _number(of['moved'][i], '.1%'), '', '', '')))
+        format_number(of['moved'][i], '.1%'), '', '', '')))
   for i, j in itertools.combinations(range(len(experts)), 2):
     table.add_row(f'{experts[i]} and {experts[j]}', *(cell for of in every for cell in (
-        '', _number(of['cosine'][i][j]), _number(of['norm_ratio'][i][j]),
-        _number(of['conflicts'][i][j], '.1%'))))
+        '', format_number(of['cosine'][i][j]), format_number(of['norm_ratio'][i][j]),
+        format_number(of['conflicts'][i][j], '.1%'))))
   return table
 
 
@@ -267,11 +268,8 @@ def by_layer(found: dict) -> Table:
     table.add_column(column, justify='right', no_wrap=True)
   for part in found['parts']:
     where = '' if part['layer'] is None else f'{part["layer"]} '
-    table.add_row(where + part['part'], *(_number(moved, '.1%') for moved in part['moved']), *(
-        f'{_number(part["cosine"][i][j])} {_number(part["norm_ratio"][i][j])} '
-        f'{_number(part["conflicts"][i][j], ".1%")}' for i, j in pairs))
+    moved = [format_number(value, '.1%') for value in part['moved']]
+    table.add_row(where + part['part'], *moved, *(
+        f'{format_number(part["cosine"][i][j])} {format_number(part["norm_ratio"][i][j])} '
+        f'{format_number(part["conflicts"][i][j], ".1%")}' for i, j in pairs))
   return table
-
-
-def _number(value: float | None, form: str = '.2f') -> str:
-  return '-' if value is None else format(value, form)
