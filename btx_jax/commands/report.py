@@ -171,7 +171,8 @@ def _mixture(study: Study, run: Run, lines: list[dict[str, Any]],
         for key in ('load', 'mutual_information', 'entropy'))
     result['load'] = save(
         f'load_{file_name}',
-        pictures.load([line['step'] for line in routed], load, information, entropy, run.expert_names),
+        pictures.load([line['step'] for line in routed], load, information, entropy,
+                      run.expert_names),
         f'Load of the experts of {run.name}')
     if 'dropped' in routed[-1]['routing']:
       first, last = (np.asarray(routed[at]['routing']['dropped']) for at in (0, -1))
