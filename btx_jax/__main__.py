@@ -1,4 +1,4 @@
-"""`python -m btx_jax` is the command `btx`."""
+"""`python -m btx_jax` is the same as the command `btx`."""
 
 from btx_jax.main import cli
 

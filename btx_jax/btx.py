@@ -244,14 +244,20 @@ class _Mixture:
 
   @functools.cached_property
   def _routers(self) -> dict[str, np.ndarray]:
-    """Parameters that no source has, by path: created whole on the CPU, the same everywhere."""
+    """Parameters that no source has, by path: created whole, on the CPU if jax may use it.
+
+    The CPU gives the same bits whatever the devices are; JAX_PLATFORMS can exclude it.
+    """
     shapes = {path: leaf.shape for path, leaf in _flat(llama.shapes(self._model), 'model').items()
               if is_router(path)}
-    cpu = jax.sharding.Mesh(jax.local_devices(backend='cpu')[:1], ('one',))
-    key = jax.random.key_data(self._rng)
-    with jax.set_mesh(cpu):
+    try:
+      devices = jax.local_devices(backend='cpu')
+    except RuntimeError:
+      devices = jax.local_devices()
+    key = np.asarray(jax.random.key_data(self._rng))
+    with jax.set_mesh(jax.sharding.Mesh(devices[:1], ('one',))):
       make = jax.jit(lambda: {
-          path: new_router(path, shape, self._recipe, jax.random.wrap_key_data(np.asarray(key)))
+          path: new_router(path, shape, self._recipe, jax.random.wrap_key_data(key))
           for path, shape in shapes.items()})
       return jax.tree.map(np.asarray, make())
 

@@ -1,4 +1,4 @@
-"""Files replaced whole, so that a reader never sees half of one; parts copied; what is no path."""
+"""Files: replaced as a whole, so that no reader sees half of one; ranges copied; folders locked."""
 
 import contextlib
 import errno
@@ -11,23 +11,23 @@ import time
 from btx_jax.errors import UsageError
 
 LOCK = 'lock'
-_BLOCK = 1 << 18  # bytes: what a core has at hand
-# What systems say that cannot copy between these two files by themselves.
-_CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+_BLOCK = 1 << 18  # bytes; fits a core's cache
+# What copy_file_range raises if the system cannot copy between two files.
+_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def check_path(name: str, path: str):
-  """Raises UsageError for an address like gs://bucket: os.path takes it for a relative path."""
+  """Raises UsageError for a URL like gs://bucket, which os.path would take for a relative path."""
   if re.match(r'[a-z][a-z0-9]*://', path):
-    raise UsageError(f'{name} = {path} is an address, not a path. What is in a bucket has to be '
-                     'mounted or copied first; see docs/tpu_vm.md.')
+    raise UsageError(f'{name} = {path} is a URL, not a path. Mount the bucket, or copy it to disk '
+                     'first; see docs/tpu_vm.md.')
 
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str = 'w'):
-  """Opens a file beside `path` that takes its place at the end of the block, if all went well."""
+  """Opens a temporary file that replaces `path` at the end of the block, unless that raises."""
   os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-  partial = f'{path}.{os.getpid()}.partial'  # several jobs may write the same file
+  partial = f'{path}.{os.getpid()}.partial'  # several jobs may write the same file at once
   encoding = None if 'b' in mode else 'utf-8'
   try:
     with open(partial, mode, encoding=encoding) as file:
@@ -40,25 +40,26 @@ def replacing(path: str, mode: str = 'w'):
 
 
 def copy(source: int, start: int, count: int, into: int, at: int) -> int:
-  """Copies a part of a file, where the system can without the bytes passing through here.
+  """Copies a range of bytes between files, inside the kernel if the system can.
 
   Args:
     source: descriptor of the file that is read.
-    start, count: bytes of it.
-    into: descriptor of another file, written from the place `at`.
+    start, count: the range, in bytes.
+    into: descriptor of another file.
+    at: offset in `into`.
 
   Returns:
-    The bytes copied, fewer than `count` where `source` ends before.
+    The number of bytes copied; fewer than `count` if `source` ends early.
   """
   done = 0
-  with contextlib.suppress(AttributeError):  # macOS has none
+  with contextlib.suppress(AttributeError):  # macOS has no copy_file_range
     try:
       while found := os.copy_file_range(source, into, count - done, start + done, at + done):
         done += found
     except OSError as error:
-      if error.errno not in _CANNOT:
+      if error.errno not in _UNSUPPORTED:
         raise
-  # From here on by hand, also where the system said 0, which some do of a file that has more.
+  # The rest is copied here; some systems also return 0 before the end of a file.
   while block := os.pread(source, min(_BLOCK, count - done), start + done):
     view = memoryview(block)
     while view:
@@ -68,18 +69,18 @@ def copy(source: int, start: int, count: int, into: int, at: int) -> int:
 
 
 @contextlib.contextmanager
-def lock(folder: str):
-  """Holds a directory for this process, until the end of the block or of the process.
+def lock_folder(folder: str):
+  """Locks a directory for this process, until the end of the block or of the process.
 
-  A file system that knows no locks lets everyone in.
+  On a file system without locks, every process gets in.
 
   Raises:
-    UsageError: another process holds it.
+    UsageError: another process holds the lock.
   """
   os.makedirs(folder, exist_ok=True)
   with open(os.path.join(folder, LOCK), 'a+', encoding='utf-8') as file:
     try:
-      _lock(file)
+      _lock_file(file)
     except OSError as error:
       if error.errno in (errno.EACCES, errno.EAGAIN):
         file.seek(0)
@@ -91,8 +92,8 @@ def lock(folder: str):
     yield
 
 
-def _lock(file, tries: int = 20):
-  """Tries for a second: whoever asks whether a lock is held holds it for a moment."""
+def _lock_file(file, tries: int = 20):
+  """Locks an open file; retries for a second, because `is_locked` holds the lock for a moment."""
   for left in reversed(range(tries)):
     try:
       return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,8 +103,8 @@ def _lock(file, tries: int = 20):
       time.sleep(1 / tries)
 
 
-def held(folder: str) -> bool:
-  """Whether a process is at work in a run directory; True where that cannot be known."""
+def is_locked(folder: str) -> bool:
+  """Whether another process holds the lock of a directory; True if that cannot be known."""
   try:
     with open(os.path.join(folder, LOCK), encoding='utf-8') as file:
       fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,19 +1,24 @@
-"""The command: python -m btx_jax.main --config=configs/demo.py [COMMAND] [--workdir=DIR].
+"""The command line: `btx ...`, which is the same as `python -m btx_jax ...`.
 
-Without a command: does every run of the config that is missing, in order (or the one that
---run names, as a job of its own), then prints the comparison and writes the report. The same
-command again continues where the last one stopped.
+  btx --config=configs/demo.py [COMMAND] [--workdir=DIR]
 
-  status   how all runs are getting on (--watch: again and again; --json: for machines)
-  report   writes the report anew, from what there is so far
-  jobs     what is still to be done, for scripts: the runs of a line can be jobs at the same time
-  data     what the text of each domain is like
-  compare  how the experts that --run mixes differ from their seed and from each other
-  export   writes the model of --run into the folder --to, as Hugging Face has it
-  preflight  compiles every run for --topology, which need not be here: memory, traffic, time
+Without a command, or with `train`, it trains and measures every run of the config that is not
+complete, in order, then prints the comparison and writes the report. With --run=NAME it trains only
+that run, as a job of its own. The same command again continues where the last one stopped. The
+other commands:
 
-Fields of the config are set by --config.optimizer.peak_lr=1e-3 and the like. As one of several
-processes, on as many hosts: --distributed, or --coordinator with its companions
+  status     shows the progress of every run (--watch: every two seconds; --json: as JSON)
+  jobs       lists the runs that are not complete, for scripts: those on one line can be trained
+             at the same time, once those on the lines above are complete
+  report     writes the report with the results so far
+  data       describes the text of each domain
+  compare    compares the experts that --run mixes with their seed and with each other
+  export     writes the model of --run to the folder --to, in the format of Hugging Face
+  preflight  compiles every run for the devices --topology, which need not exist here: does it
+             fit, how long will it take, how much is sent
+
+--config.optimizer.peak_lr=1e-3 and the like set fields of the config. To run one job as several
+processes, start each with --distributed, or with --coordinator, --num_processes and --process_id
 (docs/processes.md).
 """
 
@@ -27,41 +32,45 @@ from btx_jax import errors, files
 from btx_jax.devices import distributed, rollcall
 from btx_jax.errors import UsageError, nearest
 
+# jax and the modules that need it are imported inside functions, so that mistakes on the command
+# line, `status` and `jobs` answer at once.
+
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The config: a file, like mine.py, or a recipe, like demo or demo:full.',
     lock_config=True)
 WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Where checkpoints, tokens and the report go; runs/CONFIG_NAME if not set.')
-RUN = flags.DEFINE_string('run', None, 'Only this run, as a job of its own.')
+    'workdir', None, 'Directory of checkpoints, tokens and the report; default runs/CONFIG_NAME.')
+RUN = flags.DEFINE_string('run', None, 'The name of a run: train only this one, as its own job.')
 PROFILE = flags.DEFINE_integer(
-    'profile', 0, 'Trace so many steps of each run, for xprof and Perfetto.', lower_bound=0)
-WATCH = flags.DEFINE_bool('watch', False, 'status: look again every two seconds, until Ctrl-C.')
-JSON = flags.DEFINE_bool('json', False, 'status, preflight: as JSON.')
+    'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
+WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
+JSON = flags.DEFINE_bool('json', False, 'status, preflight: print JSON.')
 TOPOLOGY = flags.DEFINE_string(
-    'topology', None, 'preflight: what to compile for, v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
+    'topology', None,
+    'preflight: the devices to compile for, as in v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
 TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
-DTYPE = flags.DEFINE_string('dtype', 'bfloat16', 'export: bfloat16 or float32, of the weights.')
+DTYPE = flags.DEFINE_string(
+    'dtype', 'bfloat16', 'export: the type of the weights, bfloat16 or float32.')
 DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'One of several processes, which jax finds itself: on TPU VMs, GKE, '
-    'Slurm. See docs/processes.md.')
+    'distributed', False, 'This is one of several processes, and jax finds the others itself: on '
+    'TPU VMs, GKE and Slurm. See docs/processes.md.')
 COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'Of several processes started by hand: HOST:PORT of process 0.')
-NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
-PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+    'coordinator', None, 'HOST:PORT of process 0, for several processes started by hand.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'The number of these processes.')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'The number of this process, from 0.')
 COORDINATOR_TIMEOUT = flags.DEFINE_float(
     'coordinator_timeout', distributed.TIMEOUT,
-    'Seconds to wait at the start until all processes are there.', lower_bound=1)
+    'Seconds to wait at the start until all processes are connected.', lower_bound=1)
 DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
-def train(name: str, workdir: str):
-  """Does what is missing, then tells what came out."""
+def train_runs(name: str, workdir: str):
+  """Trains and measures the runs that are not complete; then prints and reports the results."""
   distributed.initialize(
-      rollcall.place(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+      rollcall.place_from_flags(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
       DISTRIBUTED.value,
       {'config': CONFIG.value.to_dict(), '--run': RUN.value, '--profile': PROFILE.value,
        '--workdir': os.path.realpath(workdir)}, COORDINATOR_TIMEOUT.value)
-  # Imported here and below, so that usage errors and looking on take no time.
   import jax
 
   from btx_jax.commands import report, table
@@ -85,22 +94,23 @@ def train(name: str, workdir: str):
     show(table.as_table(rows))
     for check in table.checks(pipeline, rows):
       say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
-    say(f'Report: {report.write_report(pipeline, name)}. Your own text: copy configs/demo.py to '
-        'configs/mine.py, point domains at your files, and run --config=configs/mine.py')
+    say(f'Report: {report.write_report(pipeline, name)}. To use your own text, copy '
+        'configs/demo.py to configs/mine.py, set its domains to your files, and run '
+        '--config=configs/mine.py')
 
-  distributed.first(print_results)
+  distributed.on_process_0(print_results)
 
 
-def status(name: str, workdir: str):
-  """Shows how the runs are getting on."""
+def show_status(name: str, workdir: str):
+  """Shows the progress of every run."""
   del name
   from btx_jax.commands.status import print_status
   from btx_jax.study.study import Study
   print_status(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
 
 
-def jobs(name: str, workdir: str):
-  """Prints the runs to do, those of a line after those of the lines above."""
+def list_jobs(name: str, workdir: str):
+  """Prints the runs that are not complete, a line for each stage."""
   del name
   from btx_jax.commands.status import stages
   from btx_jax.study.study import Study
@@ -108,49 +118,49 @@ def jobs(name: str, workdir: str):
     print(*names)
 
 
-def report(name: str, workdir: str):
-  """Writes the report."""
-  from btx_jax.commands.report import write_report
+def write_report(name: str, workdir: str):
+  """Writes the report with the results so far."""
+  from btx_jax.commands import report
   from btx_jax.study.study import Study
   from btx_jax.terminal import say
-  say(f'Report: {write_report(Study(CONFIG.value, workdir), name)}')
+  say(f'Report: {report.write_report(Study(CONFIG.value, workdir), name)}')
 
 
-def data(name: str, workdir: str):
-  """Prepares the text where that is still to be done, and describes it."""
+def describe_data(name: str, workdir: str):
+  """Describes the text of each domain; tokenizes it first if that has not been done."""
   del name
   from btx_jax.commands.data import print_description
   from btx_jax.study.study import Study
   print_description(Study(CONFIG.value, workdir))
 
 
-def compare(name: str, workdir: str):
-  """Compares the models that a mixture is made from."""
+def compare_experts(name: str, workdir: str):
+  """Compares the experts that a mixture is made from."""
   del name
   if not RUN.value:
     raise UsageError('compare needs --run=NAME, the mixture whose experts are compared.')
-  from btx_jax.commands import compare as compare_lib
+  from btx_jax.commands import compare
   from btx_jax.study.study import Study
-  compare_lib.tell(Study(CONFIG.value, workdir), RUN.value)
+  compare.tell(Study(CONFIG.value, workdir), RUN.value)
 
 
-def export(name: str, workdir: str):
+def export_model(name: str, workdir: str):
   """Writes the model of a run as a Hugging Face folder."""
   del name
   if not RUN.value or not TO.value:
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
-  from btx_jax.commands import export as publish
+  from btx_jax.commands import export
   from btx_jax.study.study import Study
-  publish.publish(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
+  export.publish(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
 
 
-def preflight(name: str, workdir: str):
-  """Compiles what would run, for devices that are not here; fails where it does not fit."""
+def compile_for_topology(name: str, workdir: str):
+  """Compiles the runs for other devices; exits with code 1 if one does not fit them."""
   del name
   if not TOPOLOGY.value:
     raise UsageError('preflight needs --topology=KIND:SIZE, like v5p:4x4x4, h100:8 or cpu:8.')
-  os.environ['JAX_PLATFORMS'] = 'cpu'  # whatever is here: it is not what this is about
-  os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'  # nothing here can run what is for elsewhere
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # the devices of this machine do not matter
+  os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'  # these programs cannot run on this machine
   from btx_jax.preflight import topology
   from btx_jax.preflight.report import print_report
   from btx_jax.study.study import Study
@@ -159,12 +169,18 @@ def preflight(name: str, workdir: str):
     sys.exit(1)
 
 
-COMMANDS = {'train': train, 'status': status, 'jobs': jobs, 'report': report, 'data': data,
-            'compare': compare, 'export': export, 'preflight': preflight}
+COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
+            'data': describe_data, 'compare': compare_experts, 'export': export_model,
+            'preflight': compile_for_topology}
 
 
-def run(argv: list[str]):
-  """Does what the flags ask for; raises UsageError or RunError."""
+def run_command(argv: list[str]):
+  """Runs the command that the arguments name; the flags are parsed already.
+
+  Raises:
+    UsageError: the arguments, the config or the files are invalid.
+    RunError: a run failed.
+  """
   if len(argv) > 2:
     raise UsageError(f'One command at a time, not {" ".join(argv[1:])!r}.')
   command = argv[1] if len(argv) > 1 else 'train'
@@ -180,14 +196,14 @@ def run(argv: list[str]):
                        f'{os.getcwd()}).')
     names = [name[:-3] for name in os.listdir(folder) if name.endswith('.py') and name[0] != '_']
     name = os.path.basename(config_file)[:-3]
-    raise UsageError(f'--config={name} is not a recipe; {nearest(name, names)} A config of your '
-                     'own is named by its file, like mine.py.')
+    raise UsageError(f'--config={name} is not a recipe; {nearest(name, names)} For a config of '
+                     'your own, give its file, like mine.py.')
   if not isinstance(CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what base.get_config() of '
                      f'btx_jax/base.py makes, not {type(CONFIG.value).__name__}.')
   if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
-    raise UsageError(f'{command} is for one process: leave --distributed, --coordinator, '
-                     '--num_processes and --process_id away.')
+    raise UsageError(f'{command} runs in a single process: omit --distributed, --coordinator, '
+                     '--num_processes and --process_id.')
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = WORKDIR.value or os.path.join('runs', name)
   for flag, path in (('--workdir', workdir), ('--to', TO.value or '')):
@@ -196,7 +212,7 @@ def run(argv: list[str]):
 
 
 def recipe_path(config: str) -> str:
-  """The file of a recipe that --config names without a path, demo:full; else what it is given."""
+  """The file of a recipe given by name, like demo:full; anything else is returned unchanged."""
   name, colon, argument = config.partition(':')
   if os.path.sep in name or name.endswith('.py') or not name or os.path.exists(name):
     return config
@@ -209,7 +225,7 @@ def _recipe_folder() -> str:
 
 
 def _with_recipe_path(argv: list[str]) -> list[str]:
-  """The arguments with a recipe's name in --config=NAME, or --config NAME, made a path."""
+  """The arguments, with the name of a recipe in --config=NAME or --config NAME made a path."""
   result = list(argv)
   for i, argument in enumerate(argv):
     flag, equals, value = argument.partition('=')
@@ -221,35 +237,55 @@ def _with_recipe_path(argv: list[str]) -> list[str]:
   return result
 
 
-def _parse(argv: list[str]) -> list[str]:
+def platforms_with_cpu(platforms: str) -> str:
+  """A value of JAX_PLATFORMS with the CPU added if it is missing: 'cuda' -> 'cuda,cpu'.
+
+  New routers are made on the CPU. The first platform remains the default, and must still exist.
+  """
+  return platforms if 'cpu' in platforms.split(',') else f'{platforms},cpu'
+
+
+def _flag_names() -> list[str]:
+  """The flags defined here."""
+  return [flag.name for flag in globals().values() if isinstance(flag, flags.FlagHolder)]
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags, and reads the config file; returns the other arguments."""
   flags.FLAGS.set_gnu_getopt(True)  # flags may come after the command
   argv = _with_recipe_path(argv)
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    ours = [flag.name for flag in (CONFIG, WORKDIR, RUN, PROFILE, WATCH, JSON, TOPOLOGY, TO, DTYPE,
-                                       DEBUG)]
     sys.exit(errors.tell(UsageError(
-        f'There is no flag --{error.flagname}; {nearest(error.flagname, ours)}')))
+        f'There is no flag --{error.flagname}; {nearest(error.flagname, _flag_names())}')))
   except Exception as error:  # a config file is code: it may raise anything
     sys.exit(errors.tell(errors.of_config(error, argv), debug='--debug' in argv))
 
 
-def _run(argv: list[str]):
-  logging.set_verbosity(logging.ERROR)  # orbax and jax tell much that is not for here
+def _run_and_report_errors(argv: list[str]):
+  """Runs the command; an error ends the process with a message and an exit code."""
+  logging.set_verbosity(logging.ERROR)  # orbax and jax log much that users do not need
   try:
-    run(argv)
+    run_command(argv)
   except (Exception, KeyboardInterrupt) as error:
-    sys.exit(distributed.leave(errors.tell(error, DEBUG.value)))
+    sys.exit(distributed.leave_job(errors.tell(error, DEBUG.value)))
 
 
 def main(argv: list[str]):
-  """The whole command, as the shell calls it; ends the process."""
-  app.run(_run, argv=argv, flags_parser=_parse)
+  """Runs the command line `argv`, as the shell would; ends the process."""
+  # Before anything imports jax, which a config file may.
+  if platforms := os.environ.get('JAX_PLATFORMS'):
+    os.environ['JAX_PLATFORMS'] = platforms_with_cpu(platforms)
+  # --help shows the docstring and the flags of the module __main__, which need not be this one.
+  sys.modules['__main__'].__doc__ = __doc__
+  for name in _flag_names():
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+  app.run(_run_and_report_errors, argv=argv, flags_parser=_parse_flags)
 
 
 def cli():
-  """The command `btx`."""
+  """Runs the command line of this process; the entry point of `btx`."""
   main(sys.argv)
 
 

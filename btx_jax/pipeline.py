@@ -50,7 +50,7 @@ class Pipeline(Study):
         the mesh, or a run's directory belongs to another config. No run has been touched then.
     """
     asked = list(self.runs.values()) if only is None else [self.run(only)]
-    incomplete = distributed.decided(lambda: self._incomplete(asked, only))
+    incomplete = distributed.broadcast(lambda: self._incomplete(asked, only))
     wanted = [run for run in asked if run.name in incomplete]
     groups = [asked] if only else plan.groups(asked, self.config.stacked)
     to_train = [[run for run in group if run.name in incomplete] for group in groups]
@@ -58,7 +58,7 @@ class Pipeline(Study):
       for run in group:
         layout.check(run, self.mesh, stacked=len(group) > 1)
     self._check_processes_agree()
-    distributed.first(self._check_manifests)
+    distributed.on_process_0(self._check_manifests)
     self._say_remarks(wanted)
     orders = {run.name: self._order(run) for run in wanted if run.steps}
     branches = None
@@ -66,8 +66,8 @@ class Pipeline(Study):
       for i, (group, left) in enumerate(zip(groups, to_train)):
         with contextlib.ExitStack() as stack:
           for run in left:
-            lock = files.lock(self.folder(run.name))
-            distributed.first(functools.partial(stack.enter_context, lock))
+            lock = files.lock_folder(self.folder(run.name))
+            distributed.on_process_0(functools.partial(stack.enter_context, lock))
           trained = self._train(left, orders, branches)
         # Branches stay in memory for the run that mixes them, if it comes next.
         follows = to_train[i + 1] if i + 1 < len(groups) else []
@@ -80,7 +80,7 @@ class Pipeline(Study):
   def prepare_text(self) -> text_lib.Text:
     """The tokenized text. The first call tokenizes it on process 0 while the others wait."""
     if self._text is None:
-      made = distributed.first(lambda: text_lib.prepare(self.config, self.data_folder))
+      made = distributed.on_process_0(lambda: text_lib.prepare(self.config, self.data_folder))
       self._text = made or text_lib.open_prepared(self.config, self.data_folder)
     return self._text
 
@@ -112,9 +112,10 @@ class Pipeline(Study):
   def _check_processes_agree(self):
     distributed.check_shared(self.workdir)
     text = self.prepare_text()
-    distributed.agree({'tokens': {name: tokens.hash for name, tokens in text.train.items()},
-                       'tokenizer': text.tokenizer.hash,
-                       'pretrained': {run.folder: run.content for run in self.runs.values()}})
+    distributed.check_equal({
+        'tokens': {name: tokens.hash for name, tokens in text.train.items()},
+        'tokenizer': text.tokenizer.hash,
+        'pretrained': {run.folder: run.content for run in self.runs.values()}})
 
   def _check_manifests(self):
     for run in self.runs.values():
@@ -144,7 +145,7 @@ class Pipeline(Study):
     began = time.monotonic()
     manifests, jobs = {}, []
     for run in runs:
-      found = distributed.decided(functools.partial(self._begin, run))
+      found = distributed.broadcast(functools.partial(self._begin, run))
       if found:
         manifests[run.name] = found
         if run.steps:
@@ -159,7 +160,7 @@ class Pipeline(Study):
         # Runs that train together share the time.
         seconds = before[name] + (time.monotonic() - began) / len(manifests)
         manifests[name].update(seconds=seconds, **changes)
-        if distributed.is_first():
+        if distributed.is_process_0():
           manifest.write(self.folder(name), manifests[name])
 
     def on_checkpoint(name: str, step: int, tokens_by_domain: dict[str, int]):
@@ -187,7 +188,7 @@ class Pipeline(Study):
     found = manifest.read(folder)
     if found and found['state'] == manifest.COMPLETE:
       return None
-    found = manifest.go_on(found) if found else manifest.begin(run.name, self.spec(run))
+    found = manifest.resume(found) if found else manifest.begin(run.name, self.spec(run))
     found['devices'] = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     found['processes'] = jax.process_count()
     manifest.write(folder, found)
@@ -203,15 +204,16 @@ class Pipeline(Study):
 
     make = {scores.FINAL: params.final, scores.START: params.initial,
             scores.AVERAGE: params.average}
-    wanted = distributed.decided(missing)
+    wanted = distributed.broadcast(missing)
     for name, stage in wanted:
       if stage in make:
         say(f'{name}: measuring')
         found = self.evaluate(scores.sizes(run, stage), make[stage](self, run, self.mesh))
-        distributed.first(functools.partial(scores.write, self, run, stage, found))
+        distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
     forms = [stage.removeprefix(scores.MERGE) for _, stage in wanted if stage not in make]
     for form, found in self._merge(run, forms).items() if forms else ():
-      distributed.first(functools.partial(scores.write, self, run, scores.MERGE + form, found))
+      distributed.on_process_0(
+          functools.partial(scores.write, self, run, scores.MERGE + form, found))
 
   def _merge(self, run: Run, forms: list[str]) -> dict[str, dict[str, dict]]:
     """Bits per byte, by form and domain, of a mixture's sources as Branch-Train-Merge uses them.

@@ -1,24 +1,24 @@
 # shellcheck shell=bash
-# What the launchers have in common; sourced in the root of the repository, with their arguments:
+# Shared by the launchers, which source it in the root of the repository with their arguments:
 #
-#   --dry-run   prints what would be run, one command a line, and does nothing
-#   --help      prints what stands at the head of the script
-#   --one-job   all runs one after another as one job, those of config.stacked side by side
-#   all else    belongs to the command: --config=..., --workdir=..., --config.train.batch_size=...
+#   --dry-run   prints the commands that would be run, one per line, and runs nothing
+#   --help      prints the comment at the top of the script
+#   --one-job   trains all runs in one job, in order, and those in config.stacked together
+#   the rest    goes to the command: --config=..., --workdir=..., --config.train.batch_size=...
 #
-# Gives them
+# Sets
 #
-#   command     python -m btx_jax.main with its flags; the same again goes on where it stopped
-#   stages      names of runs: those of an entry can be jobs at the same time, after those of the
-#               entries before. What is not among them (at most one run, the finetune) is left to
-#               the command without --run, which also compares.
+#   command     python -m btx_jax.main with its flags; run again, it continues where it stopped
+#   stages      names of runs: those in one entry can be jobs at the same time, once those in
+#               earlier entries are complete. A run that is not in it (at most one, the finetune) is
+#               left to the command without --run, which also compares all models.
 
 fail() {
   echo "${0##*/}: $*" >&2
   exit 2
 }
 
-# Words as a shell reads them back, in quotes where they need it.
+# Prints words so that a shell reads them back, in quotes if they need them.
 quoted() {
   local word line=''
   for word; do
@@ -28,12 +28,12 @@ quoted() {
   printf '%s\n' "${line% }"
 }
 
-# Does a command, or only prints it.
+# Runs a command, or with --dry-run only prints it.
 run() {
   if [[ $dry_run ]]; then quoted "$@"; else "$@"; fi
 }
 
-# FUNCTION NAME...: does a function for each name, all at once; fails if one of them does.
+# FUNCTION NAME...: calls a function for each name, all at the same time; fails if one of them does.
 each() {
   local name id failed='' ids=()
   for name in "${@:2}"; do
@@ -41,24 +41,24 @@ each() {
       "$1" "$name"
       continue
     fi
-    set -m  # a process group of its own, to be ended as a whole
-    (trap : TERM && "$1" "$name") &  # this shell outlives what it does
+    set -m  # a process group of its own, so that it can be ended as a whole
+    (trap : TERM && "$1" "$name") &  # this shell outlives the command that it runs
     set +m
     ids+=($!)
   done
-  # Ctrl-C, too, reaches them as SIGTERM, on which the command saves.
+  # Ctrl-C also reaches them as SIGTERM, on which the command saves.
   trap 'kill -- "${ids[@]/#/-}" 2>/dev/null; wait; exit 130' INT TERM
   for id in "${ids[@]}"; do wait "$id" || failed=1; done
   trap - INT TERM
-  [[ ! $failed ]] || fail 'not all were done; the same command again goes on'
+  [[ ! $failed ]] || fail 'some runs failed; the same command again continues'
 }
 
-# Fails unless runs have a place that outlives the machines they run on, and their config is one of
-# those that go there.
-to_be_sent() {
+# Fails unless the working directory outlives the machines that runs are trained on, and the config
+# is sent to them with the package.
+check_remote_flags() {
   local words=" ${command[*]}"
   [[ $words == *' --workdir'* ]] || fail 'needs --workdir, a directory that all machines share'
-  [[ $words =~ \ --?config[\ =]configs/ ]] || fail 'takes a --config in configs/, which goes along'
+  [[ $words =~ \ --?config[\ =]configs/ ]] || fail 'needs a --config in configs/, which it sends'
 }
 
 dry_run='' one_job='' command=(python -m btx_jax.main)
@@ -67,7 +67,7 @@ for argument; do
     --dry-run) dry_run=1 ;;
     --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
     --one-job) one_job=1 ;;
-    --run | --run=* | --distributed) fail "$argument is for this script to say" ;;
+    --run | --run=* | --distributed) fail "$argument is set by this script; omit it" ;;
     *) command+=("$argument") ;;
   esac
 done
@@ -76,6 +76,6 @@ stages=()
 if [[ ! $one_job ]]; then
   listed=$("${command[@]:0:3}" jobs "${command[@]:3}")
   [[ ! $listed ]] || mapfile -t stages <<< "$listed"
-  # The last one alone is the finetune.
+  # A last stage with a single run is the finetune.
   [[ ! $listed || ${stages[-1]} == *' '* ]] || unset 'stages[-1]'
 fi

@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# All runs of a config on the GPUs of one node, or on fake devices where there are none.
-# From nothing to result: docs/gpu_node.md. Flags: launch/common.sh.
+# All runs of a config on the GPUs of one node, or on fake devices if it has none.
+# Step by step: docs/gpu_node.md. Flags: launch/common.sh.
 #
 #   EXPERTS=apart launch/gpu_node.sh [--dry-run] --config=configs/mine.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
 
-experts=${EXPERTS:-in_turn}  # 'in_turn', each over all GPUs; 'apart', each on its share of them at
-                             # the same time; 'stacked', expert/* as one program (config.stacked)
-# All that are listed in CUDA_VISIBLE_DEVICES, or that there are; the first of them, if GPUS says.
+experts=${EXPERTS:-in_turn}  # 'in_turn': each on all GPUs; 'apart': at the same time, each on its
+                             # share of them; 'stacked': expert/* in one program (config.stacked)
+# The GPUs in CUDA_VISIBLE_DEVICES, or else all GPUs; only the first $GPUS of them if that is set.
 visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}
 IFS=$' ,\n' read -rd '' -a visible <<< "$visible" || true
 gpus=${GPUS:-${#visible[@]}}
-[[ $gpus =~ ^(0|[1-9][0-9]*)$ ]] || fail "GPUS=$gpus is no number of GPUs"
+[[ $gpus =~ ^(0|[1-9][0-9]*)$ ]] || fail "GPUS=$gpus is not a number of GPUs"
 if ((gpus > ${#visible[@]})); then
-  [[ $dry_run || ${JAX_PLATFORMS:-} == cpu ]] || fail "GPUS=$gpus, and there are ${#visible[@]}"
+  [[ $dry_run || ${JAX_PLATFORMS:-} == cpu ]] || fail "GPUS=$gpus, but there are ${#visible[@]}"
   visible=()
 fi
 fake='' stacked=''
 if [[ $gpus == 0 || ${JAX_PLATFORMS:-} == cpu ]]; then
   fake=1 gpus=${JAX_NUM_CPU_DEVICES:-8}
-  # As many threads of XLA as devices or more: fewer can wait for each other forever.
+  # XLA needs at least as many threads as devices, or they can wait for each other forever.
   run export JAX_PLATFORMS=cpu NPROC="${NPROC:-32}"
 fi
 run . launch/env.sh
 
-# FIRST COUNT COMMAND...: runs a command on so many devices.
+# FIRST COUNT COMMAND...: runs a command on COUNT devices, from number FIRST on.
 on() {
   local devices taken=("${visible[@]:$1:$2}")
   [[ ${visible[*]} ]] || mapfile -t taken < <(seq "$1" $(($1 + $2 - 1)))
@@ -35,7 +35,7 @@ on() {
   run env "$devices" "${@:3}"
 }
 
-# RUN: does it on its share, by its place among `now`; all that is left, where there is no name.
+# RUN: trains it on its share, by its position in `now`; without a name, all runs that are left.
 job() {
   local i=0
   if [[ ! $1 ]]; then
@@ -64,7 +64,7 @@ case $experts in
     for name in "${names[@]}"; do
       [[ $name != expert/* ]] || stacked+="'$name', "
     done
-    [[ $stacked ]] || fail "EXPERTS=stacked takes the runs called expert/*; there are: ${names[*]}"
+    [[ $stacked ]] || fail "EXPERTS=stacked needs runs called expert/*; there are only: ${names[*]}"
     command+=("--config.stacked=(${stacked% })")
     ;;
   *) fail "EXPERTS=$experts; valid: in_turn, apart, stacked" ;;

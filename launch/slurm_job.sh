@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One job of launch/slurm.sh: slurm_job.sh 'RUNS' COMMAND...
-# Does the run that the number of this task in its array says, of none all that is left.
+# Trains the run at the position of this task in its array; if RUNS is empty, all that are left.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"  # Slurm runs a copy of this file
 . launch/env.sh
@@ -13,11 +13,11 @@ if [[ ${DRY_RUN:-} ]]; then
   exit
 fi
 
-# To this script itself Slurm sends SIGTERM only when it ends the job, for good or to requeue it.
+# Slurm sends SIGTERM to this script itself only to end the job, for good or to requeue it.
 ended='' code=0
 trap 'ended=1' TERM
 "${job[@]}" || code=$?
-# Warned by --signal, the processes saved and ended: with 130, or 143 if they had not begun to train.
+# After the warning of --signal the processes saved and exited: with 130, or 143 before training.
 if [[ ! $ended ]] && ((code == 130 || code == 143)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# All runs of a config on Cloud TPU VMs: a slice for each run, those that can run at the same time
-# at once, then the finetune with the comparison on one more.
-# From nothing to result: docs/tpu_vm.md. Flags: launch/common.sh.
+# All runs of a config on Cloud TPU VMs, a slice for each: stage by stage, the runs of a stage at
+# the same time, then the finetune with the comparison on one more slice.
+# Step by step: docs/tpu_vm.md. Flags: launch/common.sh.
 #
 #   ZONE=us-east5-b SHARE=10.0.0.2:/btx DELETE=1 \
 #       launch/tpu_vm.sh [--dry-run] --config=configs/mine.py --workdir=/mnt/btx/mine
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
-to_be_sent
+check_remote_flags
 
-zone=${ZONE:?the zone of the slices, as in us-east5-b}
+zone=${ZONE:?the zone of the slices, like us-east5-b}
 type=${TYPE:-v5litepod-16}             # accelerator type of a slice
-version=${VERSION:-v2-alpha-tpuv5-lite}  # runtime that goes with it
+version=${VERSION:-v2-alpha-tpuv5-lite}  # its runtime version
 prefix=${PREFIX:-btx}                  # slices are called PREFIX-RUN
-extras=${EXTRAS:-tpu}                  # of the package, as in tpu,demo,hf
-queued=${QUEUED:-}                     # 1: by queued resources, each as soon as there is room
-spot=${SPOT:-}                         # 1: at the price, and with the preemptions, of spot
-delete=${DELETE:-}                     # 1: a slice is deleted when its run is complete
-share=${SHARE:-}                       # HOST:/EXPORT of NFS, or gs://BUCKET, to be at /mnt/btx on
-                                       # every host; empty: it is there, or nothing is shared
+extras=${EXTRAS:-tpu}                  # of the package, like tpu,demo,hf
+queued=${QUEUED:-}                     # 1: queued resources; slices start as there is capacity
+spot=${SPOT:-}                         # 1: spot slices, which are cheaper and can be preempted
+delete=${DELETE:-}                     # 1: delete a slice when its run is complete
+share=${SHARE:-}                       # HOST:/EXPORT of NFS, or gs://BUCKET, to mount at /mnt/btx
+                                       # on all hosts; empty: mounted already, or nothing shared
 
 tpus=(gcloud compute tpus)
 setup='mkdir -p btx_jax && tar -xzf btx_jax.tgz -C btx_jax && cd btx_jax'
-# What is in quotes is for the shell of the host.
+# The text in quotes is expanded by the shell of the host.
 # shellcheck disable=SC2016
 setup+=' && curl -LsSf https://astral.sh/uv/install.sh | sh && PATH=$HOME/.local/bin:$PATH'
 setup+=" && uv venv --allow-existing --python=3.12 && uv pip install -e '.[$extras]'"
@@ -40,7 +40,7 @@ fi
 environment='cd btx_jax && . .venv/bin/activate && . launch/env.sh'
 [[ ! $share ]] || environment="export JAX_COMPILATION_CACHE_DIR=/mnt/btx/cache && $environment"
 
-# SLICE: creates it, unless it is there from before.
+# SLICE: creates it, unless it exists already.
 create() {
   local what=(tpu-vm create "$1" --version="$version") state=''
   [[ ! $queued ]] || what=(queued-resources create "$1" --node-id="$1" --runtime-version="$version")
@@ -54,16 +54,16 @@ create() {
       case $state in
         '') ;;
         FAILED | SUSPENDED) remove "$1" ;;
-        *) active "$1"; return ;;  # it was asked for before
+        *) wait_until_active "$1"; return ;;  # it was requested earlier
       esac
     fi
   fi
   run "${tpus[@]}" "${what[@]}" --zone="$zone" --accelerator-type="$type" ${spot:+--spot}
-  [[ ! $queued ]] || active "$1"
+  [[ ! $queued ]] || wait_until_active "$1"
 }
 
-# SLICE: waits until the queue has come to it.
-active() {
+# SLICE: waits until its turn in the queue has come.
+wait_until_active() {
   local state='' ask=("${tpus[@]}" queued-resources describe "$1" --zone="$zone")
   ask+=(--format='value(state.state)')
   [[ ! $dry_run ]] || run "${ask[@]}"
@@ -83,7 +83,7 @@ remove() {
   fi
 }
 
-# RUN: does it on a slice of its own; all that is left, where there is no name.
+# RUN: trains it on a slice of its own; without a name, all runs that are left.
 job() {
   local name=$prefix-${1:-all} words=("${command[@]}" --distributed ${1:+--run="$1"})
   name=${name,,} name=${name//[^a-z0-9-]/-}

@@ -53,7 +53,7 @@ def compiled_layer(mesh, num_experts: int, T: int):
 def flops(compiled, mesh) -> float:
   """Of matmuls, those of kernels by the rows of their operands."""
   module = hlo.parse(compiled.as_text())
-  return cost.Model(module, CHIPS['v5p'], mesh, lambda *_: 1.0).total().flops
+  return cost.CostModel(module, CHIPS['v5p'], mesh, lambda *_: 1.0).total().flops
 
 
 def test_more_experts_are_no_more_work(mesh):

@@ -127,6 +127,21 @@ def test_sources_and_stacked_trees_become_the_same_mixture():
     assert_trees_close(found, mean, rtol=1e-6)
 
 
+def test_routers_are_made_without_a_cpu_backend(monkeypatch):
+  """As under JAX_PLATFORMS=cuda; the first local device takes the place of the CPU."""
+  sources = [Arrays(tree) for tree in different_experts()]
+  routers = btx.mix(sources, TINY_MIXTURE, jax.random.key(1))._routers
+  local_devices = jax.local_devices
+
+  def without_cpu(**backend):
+    if backend:
+      raise RuntimeError('Unknown backend cpu')
+    return local_devices()
+
+  monkeypatch.setattr(jax, 'local_devices', without_cpu)
+  assert_trees_equal(btx.mix(sources, TINY_MIXTURE, jax.random.key(1))._routers, routers)
+
+
 def test_an_average_can_be_weighted():
   experts = different_experts()
   for form in (stack(experts), [Arrays(tree) for tree in experts]):

@@ -150,14 +150,14 @@ def test_stopped_by_a_signal_all_save_and_a_process_that_dies_is_noticed(study, 
 # What is refused before the first step
 
 
-def attend(*processes, timeout: float = 20) -> list[str | None]:
-  """Lets (process_id, num_processes, facts) meet in threads; what each is told."""
+def meet(*processes, timeout: float = 20) -> list[str | None]:
+  """Lets processes (process_id, num_processes, facts) meet in threads; the verdict of each."""
   port = free_port()
 
   def one(process):
     index, count, facts = process
     try:
-      rollcall.attend(rollcall.Place(f'localhost:{port}', count, index), facts, timeout)
+      rollcall.meet_processes(rollcall.Place(f'localhost:{port}', count, index), facts, timeout)
       return None
     except UsageError as error:
       return str(error)
@@ -167,44 +167,46 @@ def attend(*processes, timeout: float = 20) -> list[str | None]:
 
 
 def test_processes_that_agree_are_let_through():
-  assert attend(*((index, 4, {'a': {'b': [1, 2.5, None]}}) for index in range(4))) == [None] * 4
+  assert meet(*((index, 4, {'a': {'b': [1, 2.5, None]}}) for index in range(4))) == [None] * 4
 
 
 def test_all_hear_what_they_do_not_agree_on():
-  told = attend((0, 3, {'config': {'optimizer': {'peak_lr': 0.001}, 'x.y': 1}}),
-                (1, 3, {'config': {'optimizer': {'peak_lr': 0.001}, 'x.y': 1}}),
-                (2, 3, {'config': {'optimizer': {'peak_lr': 0.002}}}))
-  assert len(set(told)) == 1
-  assert 'config.optimizer.peak_lr: process 0 has 0.001, process 2 has 0.002' in told[0]
-  assert 'config.x.y: process 0 has 1, process 2 has null' in told[0]
+  verdicts = meet((0, 3, {'config': {'optimizer': {'peak_lr': 0.001}, 'x.y': 1}}),
+                  (1, 3, {'config': {'optimizer': {'peak_lr': 0.001}, 'x.y': 1}}),
+                  (2, 3, {'config': {'optimizer': {'peak_lr': 0.002}}}))
+  assert len(set(verdicts)) == 1
+  assert 'config.optimizer.peak_lr: process 0 has 0.001, process 2 has 0.002' in verdicts[0]
+  assert 'config.x.y: process 0 has 1, process 2 has null' in verdicts[0]
 
 
 def test_an_id_given_twice_names_both(monkeypatch):
   monkeypatch.setattr(rollcall, '_LATE', 1.0)
   for twice in (0, 1):
-    told = attend((0, 3, {}), (1, 3, {}), (twice, 3, {}))
-    assert len(set(told)) == 1
-    assert f'--process_id={twice} was given twice' in told[0]
-    assert told[0].count(f'pid {os.getpid()}') == 2
+    verdicts = meet((0, 3, {}), (1, 3, {}), (twice, 3, {}))
+    assert len(set(verdicts)) == 1
+    assert f'--process_id={twice} was given twice' in verdicts[0]
+    assert verdicts[0].count(f'pid {os.getpid()}') == 2
 
 
-def test_different_numbers_of_processes_are_told(monkeypatch):
+def test_different_numbers_of_processes_are_named(monkeypatch):
   monkeypatch.setattr(rollcall, '_LATE', 1.0)
-  told = attend((0, 2, {}), (1, 4, {}))
-  assert all('--num_processes=2 of process 0' in t and '=4 of process 1' in t for t in told)
+  verdicts = meet((0, 2, {}), (1, 4, {}))
+  assert all('--num_processes=2 on process 0' in verdict and '=4 on process 1' in verdict
+             for verdict in verdicts)
 
 
 def test_a_missing_process_is_named_in_time():
   began = time.monotonic()
-  told = attend((0, 4, {}), (2, 4, {}), timeout=1)
+  verdicts = meet((0, 4, {}), (2, 4, {}), timeout=1)
   assert time.monotonic() - began < 10
-  assert all(t.startswith('Processes 1, 3 of 4 did not come within 1 s') for t in told)
+  assert all(verdict.startswith('Processes 1, 3 of 4 did not connect within 1 s')
+             for verdict in verdicts)
 
 
 def test_a_coordinator_that_does_not_answer_is_an_error_in_time():
   began = time.monotonic()
-  [told] = attend((1, 2, {}), timeout=1)
-  assert 'did not answer process 1' in told and 'within 1 s' in told
+  [verdict] = meet((1, 2, {}), timeout=1)
+  assert 'did not answer process 1' in verdict and 'within 1 s' in verdict
   with socket.create_server(('', 0)) as other:  # something else listens there
 
     def answer():
@@ -216,8 +218,8 @@ def test_a_coordinator_that_does_not_answer_is_an_error_in_time():
 
     threading.Thread(target=answer, daemon=True).start()
     at = rollcall.Place(f'localhost:{other.getsockname()[1]}', 2, 1)
-    with pytest.raises(UsageError, match=r'what answers there is not a btx_jax|reset by peer'):
-      rollcall.attend(at, {}, 1)
+    with pytest.raises(UsageError, match=r'is not btx_jax starting a job|reset by peer'):
+      rollcall.meet_processes(at, {}, 1)
   assert time.monotonic() - began < 30
 
 
@@ -225,13 +227,13 @@ def test_who_hangs_up_may_come_again_and_strangers_are_ignored():
   port = free_port()
   at = lambda index: rollcall.Place(f'localhost:{port}', 3, index)
   with ThreadPoolExecutor(2) as pool:
-    first = pool.submit(rollcall.attend, at(0), {}, 20)
+    first = pool.submit(rollcall.meet_processes, at(0), {}, 20)
     hello = {'greeting': 'btx_jax 1', 'process_id': 1, 'num_processes': 3, 'who': 'x', 'facts': {}}
     for line in (json.dumps(hello).encode() + b'\n', b'GET / HTTP/1.1\r\n\r\n', b'{"greet'):
       until(lambda: _sent(port, line), 10)  # noqa: B023
     time.sleep(0.2)
-    second = pool.submit(rollcall.attend, at(1), {}, 20)
-    rollcall.attend(at(2), {}, 20)
+    second = pool.submit(rollcall.meet_processes, at(1), {}, 20)
+    rollcall.meet_processes(at(2), {}, 20)
     assert first.result() is second.result() is None
 
 
@@ -255,7 +257,7 @@ def _sent(port: int, line: bytes) -> bool:
 ])
 def test_flags_that_cannot_be(place, message):
   with pytest.raises(UsageError, match=message):
-    rollcall.place(*place)
+    rollcall.place_from_flags(*place)
 
 
 @pytest.mark.parametrize('slurm', [False, True])
@@ -270,7 +272,7 @@ def test_different_configs_are_refused_on_the_command_line(study, tmp_path, slur
   assert not os.path.exists(tmp_path / 'work')
 
 
-def test_what_process_0_meets_while_the_others_wait_is_told_by_all(study, tmp_path):
+def test_an_error_on_process_0_while_the_others_wait_is_printed_by_all(study, tmp_path):
   _, config, _ = study
   job = Job(2, 2, config, f'--workdir={tmp_path / "work"}', '--config.tokenizer.vocab_size=3000',
             slurm=True)
@@ -282,8 +284,8 @@ def test_what_process_0_meets_while_the_others_wait_is_told_by_all(study, tmp_pa
 
 def test_one_process_alone_needs_nobody():
   assert distributed.gather({'a': 1}) == [{'a': 1}]
-  assert distributed.decided(lambda: 3) == distributed.first(lambda: 3) == 3
+  assert distributed.broadcast(lambda: 3) == distributed.on_process_0(lambda: 3) == 3
   with pytest.raises(RunError, match='as it is'):
-    distributed.first(lambda: (_ for _ in ()).throw(RunError('as it is')))
+    distributed.on_process_0(lambda: (_ for _ in ()).throw(RunError('as it is')))
   distributed.initialize(None, False, {})
-  assert distributed.is_first() and distributed.leave(7) == 7
+  assert distributed.is_process_0() and distributed.leave_job(7) == 7

@@ -115,7 +115,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'reprot'], "did you mean 'report'?"),
     ([DEMO, 'date'], "did you mean 'data'?"),
     ([DEMO, 'status', 'report'], "One command at a time, not 'status report'."),
-    ([DEMO, 'status', '--distributed'], 'status is for one process: leave --distributed,'),
+    ([DEMO, 'status', '--distributed'], 'status runs in a single process: omit --distributed,'),
     ([DEMO, 'report'], 'There is nothing to report'),
     ([DEMO, '--run=experts/code'], "--run=experts/code is not a run of this config; did you mean "
      "'expert/code'?"),
@@ -133,16 +133,16 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'preflight', '--topology=v5p'], '--topology=v5p is not KIND:SIZE; examples are v5p:4x'),
     ([DEMO, 'preflight', '--topology=v9p:4x4x4'], "did you mean 'v5p'? Examples are v5p:4x4x4"),
     ([DEMO, 'preflight', '--topology=v5p:4x4'], 'form a torus of 3 dimensions, like v5p:4x4x4.'),
-    ([DEMO, 'preflight', '--topology=cpu:0'], '--topology=cpu:0 has no device; examples are v5p'),
-    ([DEMO, 'preflight', '--topology=v5e:2x2*0'], '--topology=v5e:2x2*0 has no device; examples'),
-    ([DEMO, 'preflight', '--topology=h100:12'], 'nodes have 8 GPUs; 12 is no multiple.'),
+    ([DEMO, 'preflight', '--topology=cpu:0'], '--topology=cpu:0 has no devices; examples are v5p'),
+    ([DEMO, 'preflight', '--topology=v5e:2x2*0'], '--topology=v5e:2x2*0 has no devices; examples'),
+    ([DEMO, 'preflight', '--topology=h100:12'], 'nodes have 8 GPUs, and 12 is not a multiple.'),
     ([DEMO, 'preflight', '--topology=cpu:3'], 'evaluation.batch_size: 16 rows cannot'),
     ([DEMO, "--config.runs['expert/code'].steps=-1"], 'steps = -1 must be at least 1.'),
     ([DEMO, '--config.domains.code.source=stdlb'], "did you mean 'stdlib'?"),
     ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
-    ([DEMO, '--config.tokenizer.path=gs://b/t'], 'tokenizer.path = gs://b/t is an address, not'),
+    ([DEMO, '--config.tokenizer.path=gs://b/t'], 'tokenizer.path = gs://b/t is a URL, not'),
     ([DEMO, "--config.domains.code.paths=('gs://b/*.txt',)"], 'domains.code.paths = gs://b/*.txt'),
-    ([DEMO, 'export', '--run=seed', '--to=gs://b/m'], '--to = gs://b/m is an address, not a path'),
+    ([DEMO, 'export', '--run=seed', '--to=gs://b/m'], '--to = gs://b/m is a URL, not a path'),
 ])
 def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
   done = run(*arguments, f'--workdir={tmp_path / "work"}')
@@ -153,11 +153,11 @@ def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
 
 def test_a_bucket_is_no_path(run, config, tmp_path):
   done = run(DEMO, '--workdir=gs://bucket/demo', cwd=command.ROOT)
-  check(done, '--workdir = gs://bucket/demo is an address, not a path. What is in a bucket has to')
+  check(done, '--workdir = gs://bucket/demo is a URL, not a path. Mount the bucket, or copy it')
   assert not os.path.exists(os.path.join(command.ROOT, 'gs:'))
   done = run(config("config.runs.new.init = base.hugging_face('gs://bucket/model')"),
              f'--workdir={tmp_path / "work"}')
-  check(done, 'runs.new.init.folder = gs://bucket/model is an address')
+  check(done, 'runs.new.init.folder = gs://bucket/model is a URL')
 
 
 def test_a_flag_without_its_value(run, tmp_path):
@@ -481,7 +481,7 @@ def test_the_directory_of_another_config(run, config, seed, argument, message):
 
 def test_directories_that_something_happened_to(run, config, work):
   arguments = config(), f'--workdir={work}', '--run=new'
-  with files.lock(str(work / 'new')):
+  with files.lock_folder(str(work / 'new')):
     check(run(*arguments), f'new is in use by another process: {os.uname().nodename}')
   os.rename(work / 'seed' / 'checkpoints', work / 'away')
   check(run(*arguments), f'To train its run again, delete {work / "seed"}.', code=1)
@@ -523,7 +523,7 @@ def test_two_exports_into_one_folder(run, config, tmp_path):
   out, partial = tmp_path / 'out', tmp_path / 'out.partial'
   arguments = (config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
                f'--to={out}')
-  with files.lock(str(partial)):
+  with files.lock_folder(str(partial)):
     (partial / 'model-00001-of-00002.safetensors').write_text('of the first')
     check(run(*arguments), f'out.partial is in use by another process: {os.uname().nodename}')
     assert len(os.listdir(partial)) == 2

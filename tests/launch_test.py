@@ -103,7 +103,7 @@ def test_a_dry_run_prints_what_the_command_understands_and_does_nothing(
     assert words[:4] == [*FLAGS, workdir]
     parsed = run(*words, 'jobs')
     if '--distributed' in words:
-      assert 'jobs is for one process: leave --distributed' in parsed.stderr
+      assert 'jobs runs in a single process: omit --distributed' in parsed.stderr
     else:
       assert parsed.code == 0, parsed.stderr
   names = [[word.removeprefix('--run=') for word in words if word.startswith('--run=')]
@@ -145,17 +145,17 @@ def test_what_can_only_be_one_job_is_one(tmp_path):
   [[_, stacked]] = commands_in(done.stdout)
   assert sorted(re.findall("'(.+?)'", stacked)) == RUNS[1][1:-1]
   done = launch('gpu_node.sh', '--run=seed', *FLAGS, env=environment(tmp_path))
-  assert done.returncode == 2 and '--run=seed is for this script to say' in done.stderr
+  assert done.returncode == 2 and '--run=seed is set by this script; omit it' in done.stderr
 
 
 @pytest.mark.parametrize('script, arguments, settings, why', [
     ('gpu_node.sh', [*FLAGS, '--workdir'], {}, 'Missing value for flag --workdir'),
-    ('gpu_node.sh', FLAGS, {'GPUS': 'abc'}, 'GPUS=abc is no number of GPUs'),
+    ('gpu_node.sh', FLAGS, {'GPUS': 'abc'}, 'GPUS=abc is not a number of GPUs'),
     ('gpu_node.sh', FLAGS, {'GPUS': '8', 'CUDA_VISIBLE_DEVICES': '4,5', 'JAX_PLATFORMS': ''},
-     'GPUS=8, and there are 2'),
+     'GPUS=8, but there are 2'),
     ('tpu_vm.sh', FLAGS, {}, 'needs --workdir, a directory that all machines share'),
     ('gke.sh', [f'--config={ROOT}/configs/demo.py', '--workdir=/mnt'], {},
-     'takes a --config in configs/')])
+     'needs a --config in configs/')])
 def test_what_cannot_go_well_is_not_begun(tmp_path, script, arguments, settings, why):
   done = launch(script, *arguments, env=environment(tmp_path, **SETTINGS, **settings))
   assert done.returncode == 2 and why in done.stderr and not done.stdout
@@ -293,7 +293,7 @@ def test_slurm_runs_an_array_of_experts_then_the_finetune_of_two_processes_each(
                                 JAX_COORDINATOR_PORT=str(free_port())))
   out = (tmp_path / 'out').read_text()
   assert done.returncode == 0, done.stderr + out
-  assert done.stdout == '1 array(s) submitted, and at last job 2\n'
+  assert done.stdout == '1 array(s) submitted, then job 2\n'
   first, last = (tmp_path / 'log').read_text().splitlines()
   assert '--array=0-1' in first and '--requeue' in first and '--dependency' not in first
   assert '--dependency=afterok:1 ' in last and '--array' not in last

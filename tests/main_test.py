@@ -1,14 +1,16 @@
-"""The whole of a small study from the command line, in processes of its own.
+"""The command line: a whole small study in processes of its own, help, and the environment.
 
 Mistakes on the command line: errors_test.py.
 """
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from btx_jax import main
 from tests import studies
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -58,3 +60,20 @@ def test_a_study_from_the_command_line_and_the_same_command_again(config, tmp_pa
   other = command(*arguments, '--config.optimizer.peak_lr=0.5')
   assert other.returncode == 2
   assert 'belongs to another config' in other.stderr
+
+
+@pytest.mark.parametrize('module', ['btx_jax', 'btx_jax.main'])
+def test_help_describes_every_command_and_flag(module):
+  done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, capture_output=True,
+                        text=True, timeout=60)
+  described = re.findall(r'^  (\w+)  +[a-z]', done.stdout, re.MULTILINE)
+  assert described == [name for name in main.COMMANDS if name != 'train']
+  assert all(f'--{name}:' in done.stdout or f'--[no]{name}:' in done.stdout
+             for name in main._flag_names())
+
+
+@pytest.mark.parametrize('platforms, expected', [
+    ('cuda', 'cuda,cpu'), ('tpu', 'tpu,cpu'), ('cuda,tpu', 'cuda,tpu,cpu'), ('cpu', 'cpu'),
+    ('cpu,cuda', 'cpu,cuda')])
+def test_the_cpu_is_added_to_the_platforms_as_the_last(platforms, expected):
+  assert main.platforms_with_cpu(platforms) == expected

@@ -323,7 +323,8 @@ def test_a_run_that_another_process_trains_is_left_to_it(study, copy):
   shutil.rmtree(os.path.join(copy, 'btx'))
   holder = subprocess.Popen(
       [sys.executable, '-c', 'import sys; from btx_jax import files\n'
-       f'with files.lock({os.path.join(copy, "btx")!r}): print(flush=True); sys.stdin.read()'],
+       f'with files.lock_folder({os.path.join(copy, "btx")!r}):\n'
+       '  print(flush=True)\n  sys.stdin.read()'],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   with holder:
     holder.stdout.readline()
@@ -402,7 +403,7 @@ def test_what_the_mesh_does_not_divide_is_told_before_a_run_starts(
   monkeypatch.setattr(Pipeline, '_train', lambda *_: None)
   assert Pipeline(config, str(tmp_path / 'work')).train()
   said = capsys.readouterr().out
-  whole = 'is whole on every device of mesh.tensor: 1 does not divide by 2'
+  whole = 'is whole on every device of mesh.tensor: 1 is not divisible by 2'
   assert said.count(f'layers/attn/q [2, 16, 1, 16] {whole}\n') == 1  # though of several runs
   assert said.count('runs.btx: 3 experts are fewer than mesh.expert = 4 devices') == 1
   assert 'norm' not in said

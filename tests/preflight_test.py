@@ -31,7 +31,7 @@ TURNS = 7
 
 
 def cost_of(text: str, mesh=None, chip=FREE_MEMORY, filled: float = 1.0) -> cost.Cost:
-  return cost.Model(hlo.parse(text), chip, mesh, lambda kind, axes: 1.0, filled).total()
+  return cost.CostModel(hlo.parse(text), chip, mesh, lambda kind, axes: 1.0, filled).total()
 
 
 def test_loops_are_multiplied_out_and_fusions_looked_into():
@@ -142,7 +142,7 @@ BETWEEN = f'''  %p = (f32[10], u32[], token[]) recv(%t), frontend_attributes={{{
 
 def test_what_slices_send_each_other_goes_through_their_hosts():
   with use_mesh((2, 1, 1, 1)) as mesh:
-    found = cost.Model(hlo.parse(program(BETWEEN)), FREE_MEMORY, mesh, lambda *_: 0.5).total()
+    found = cost.CostModel(hlo.parse(program(BETWEEN)), FREE_MEMORY, mesh, lambda *_: 0.5).total()
   assert found.sent == {('all-reduce', ('data',)): 40}
   assert (found.network, found.waiting, found.seconds) == (80, 40, 80)
 
@@ -245,10 +245,10 @@ def test_only_branches_in_the_place_of_their_experts_prove_that_no_weight_moves(
   of = lambda pieces, sources: dataclasses.replace(
       mixed, sources=sources, recipe=dataclasses.replace(mixed.recipe, pieces=pieces))
   with_two = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1), AXES)
-  assert measure._in_place(of(whole, (code, math)), [code, math], with_two)
-  assert not measure._in_place(of(whole[::-1], (code, math)), [code, math], with_two)
-  assert not measure._in_place(of(whole, (math, code)), [code, math], with_two)
-  assert not measure._in_place(mixed, [code, math], with_two)  # the seed is not one of them
+  assert measure._mixes_in_place(of(whole, (code, math)), [code, math], with_two)
+  assert not measure._mixes_in_place(of(whole[::-1], (code, math)), [code, math], with_two)
+  assert not measure._mixes_in_place(of(whole, (math, code)), [code, math], with_two)
+  assert not measure._mixes_in_place(mixed, [code, math], with_two)  # the seed is not one of them
   del seed
 
 
@@ -306,7 +306,7 @@ def test_time_over_links():
   def speeds(slices, shape):
     array = sharding.np.array(devices(slices), object).reshape(shape)
     mesh = types.SimpleNamespace(devices=array, axis_names=AXES)
-    return topology.speed(Topology('', CHIPS['v5p'], array.ravel(), ''), mesh)
+    return topology.link_speed(Topology('', CHIPS['v5p'], array.ravel(), ''), mesh)
 
   one = speeds(1, (1, 16, 4, 1))
   link = CHIPS['v5p'].link
@@ -328,7 +328,7 @@ def test_the_share_of_the_peak_and_preflight_have_one_table(monkeypatch):
 
 @pytest.mark.parametrize('name, message', [
     ('v5q:4x4', "did you mean 'v5p'?"), ('v5p', 'is not KIND:SIZE'), ('v5p:4x4', '3 dimensions'),
-    ('h100:12', 'nodes have 8 GPUs; 12 is no multiple'), ('cpu:2x2', "did you mean 'cpu'?")])
+    ('h100:12', 'nodes have 8 GPUs, and 12 is not a multiple'), ('cpu:2x2', "did you mean 'cpu'?")])
 def test_topologies_that_nobody_knows(name, message):
   with pytest.raises(UsageError, match=message.replace('?', r'\?')):
     topology.get(name)
@@ -336,7 +336,7 @@ def test_topologies_that_nobody_knows(name, message):
 
 @pytest.mark.parametrize('version, told', [
     ('0.0.42.1', 'libtpu 0.0.42.1'),
-    ('0.0.52', 'libtpu 0.0.52, not the libtpu==0.0.42.* that jax 0.10.2 asks for')])
+    ('0.0.52', 'libtpu 0.0.52, not the libtpu==0.0.42.* that jax 0.10.2 requires')])
 def test_a_compiler_that_jax_did_not_ask_for_is_told(monkeypatch, version, told):
   versions = {'libtpu': version, 'jax': '0.10.2'}
   monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)

@@ -15,7 +15,7 @@ from btx_jax.devices import sharding
 from btx_jax.devices.mesh import (
   BRANCH_BATCH_AXES,
   check_rows,
-  choose,
+  choose_sizes,
   count_slices,
   lay_devices,
   make_mesh,
@@ -64,7 +64,7 @@ def test_no_large_parameter_is_whole_anywhere(mesh_shape, num_experts):
   tree = shapes_of(dataclasses.replace(LLAMA_7B, num_experts=num_experts))
   with use_mesh(mesh_shape) as mesh:
     layout = sharding.shardings(tree, mesh)
-    assert not sharding.left_whole(tree, mesh)
+    assert not sharding.undivided_arrays(tree, mesh)
   for leaf, at in zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True):
     if 4 * leaf.size > 2**21:  # norm scales and routers are smaller
       assert leaf.size == math.prod(at.shard_shape(leaf.shape)) * mesh.size // mesh_shape[0]
@@ -100,13 +100,13 @@ def test_what_an_axis_does_not_divide_is_told_if_it_is_large():
       'ffn': {'experts': {'down': like(2, 3, 11_008, 4098), 'up': like(2, 3, 4096, 11_008)}}}}
   with use_mesh((1, 2, 2, 2)) as mesh:
     assert [line.split(' is whole on every device of ') for line in
-            sharding.left_whole(tree, mesh)] == [
-        ['embed [32001, 4096]', 'mesh.tensor: 32001 does not divide by 2'],
-        ['layers/attn/k [2, 4096, 1, 128]', 'mesh.tensor: 1 does not divide by 2'],
-        ['layers/attn/q [2, 4098, 2, 128]', 'mesh.expert: 4098 does not divide by 2 x 2'],
+            sharding.undivided_arrays(tree, mesh)] == [
+        ['embed [32001, 4096]', 'mesh.tensor: 32001 is not divisible by 2'],
+        ['layers/attn/k [2, 4096, 1, 128]', 'mesh.tensor: 1 is not divisible by 2'],
+        ['layers/attn/q [2, 4098, 2, 128]', 'mesh.expert: 4098 is not divisible by 2 x 2'],
         ['layers/ffn/experts/down [2, 3, 11008, 4098]',
-         'mesh.expert: 3 does not divide by 2 and 4098 does not divide by 2 x 2']]
-    assert not sharding.left_whole({'head': like(4096, 63)}, mesh)  # below 1 MiB
+         'mesh.expert: 3 is not divisible by 2 and 4098 does not divide by 2 x 2']]
+    assert not sharding.undivided_arrays({'head': like(4096, 63)}, mesh)  # below 1 MiB
 
 
 def test_rows_are_shared_among_all_axes_but_tensor():
@@ -160,14 +160,14 @@ CHOSEN = {'data': -1, 'fsdp': 0, 'expert': 0, 'tensor': 1}
     (8, 3, 60, (4, 1)), (8, 3, 1, (8, 1)),  # does not fit at all: as little as there can be
 ])
 def test_a_mesh_chosen_for_the_experts_and_the_memory(devices, experts, memory, expected):
-  sizes = choose(CHOSEN, devices, experts, 100, memory)
+  sizes = choose_sizes(CHOSEN, devices, experts, 100, memory)
   assert (sizes['fsdp'], sizes['expert']) == expected
-  assert choose(dict(CHOSEN, data=1), devices, experts, 100, memory)['fsdp'] == (
+  assert choose_sizes(dict(CHOSEN, data=1), devices, experts, 100, memory)['fsdp'] == (
       devices // expected[1])  # nothing may be left over
 
 
 def test_a_mesh_chosen_for_slices_keeps_all_but_data_within_one():
-  sizes = choose(CHOSEN, 8, 16, 100, None, slices=2)
+  sizes = choose_sizes(CHOSEN, 8, 16, 100, None, slices=2)
   assert (sizes['data'], sizes['expert']) == (-1, 4)
 
 

@@ -66,10 +66,10 @@ def test_a_directory_without_runs_of_this_config_gets_a_note(study):
 def test_a_run_goes_through_its_states(study):
   start(study, 'seed')
   assert status_of(study, 'seed')['state'] == 'stopped'  # its lock is free
-  with files.lock(study.folder('seed')):
+  with files.lock_folder(study.folder('seed')):
     held = subprocess.run([sys.executable, '-c', f'''if True:
       from btx_jax import files
-      print(files.held({study.folder('seed')!r}))'''], capture_output=True, text=True)
+      print(files.is_locked({study.folder('seed')!r}))'''], capture_output=True, text=True)
   assert held.stdout.strip() == 'True'
   for state in (manifest.STOPPED, manifest.FAILED, manifest.COMPLETE):
     start(study, 'seed', state)
@@ -154,7 +154,7 @@ def test_a_run_is_taken_as_running_where_locks_are_not_supported(study, monkeypa
     raise OSError(37, 'No locks available')
 
   start(study, 'seed', lines=[line(1)])
-  with files.lock(study.folder('seed')):
+  with files.lock_folder(study.folder('seed')):
     pass
   monkeypatch.setattr(files.fcntl, 'lockf', no_locks)
   assert status_of(study, 'seed')['state'] == 'running'

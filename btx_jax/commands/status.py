@@ -87,7 +87,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   last = measured[-1] if measured else {}
   state, warnings = found['state'], [w for line in lines for w in line.get('warnings', [])]
   if state == manifest.RUNNING:
-    if not files.held(folder):
+    if not files.is_locked(folder):
       state = manifest.STOPPED
     elif not measured:
       state = STARTING

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints in and out. Nothing else knows their names, files or formats."""
+"""Reads and writes Hugging Face models; only this package knows their names, files and formats."""

@@ -66,7 +66,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
            'generation_config.json': json.dumps(generation, indent=2) + '\n', 'README.md': card}
   partial = f'{os.path.normpath(folder)}.partial'
-  with files.lock(partial):
+  with files.lock_folder(partial):
     check(folder, model, dtype)  # who held it may have finished just now
     _go_on(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
     written = shards.write(

@@ -1,1 +1,1 @@
-"""The devices: the mesh, where arrays live on it, what the hardware can do, several processes."""
+"""Devices: the mesh, how arrays are sharded over it, the hardware, and several processes."""

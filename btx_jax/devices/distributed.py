@@ -1,9 +1,9 @@
-"""Several processes that compute as one: who they are, what they agree on, who writes.
+"""Several processes that compute as one: how they start, agree, write and stop.
 
-All processes run the same program on the same config, and every jax computation is one of all
-of them. What depends on files or clocks (which runs are complete, where to go on from) process
-0 decides and tells the others, because shared storage may show each something else; and it
-alone writes reports, manifests and metrics. With one process everything here does nothing.
+All processes run the same program on the same config, and take part in every jax computation.
+Process 0 decides whatever depends on files or clocks (which runs are complete, which step to
+resume from) and broadcasts it, because shared storage may show each process something else. It
+alone writes reports, manifests and metrics. With a single process everything here does nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,67 +29,67 @@ from btx_jax.errors import RunError, UsageError
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
              'sentencepiece')
 
-# jax is imported where it is used: whoever looks at runs imports this too, and has no time.
+# jax is imported inside functions: `status` imports this module too, and must start fast.
 
 T = TypeVar('T')
 TIMEOUT = 300  # seconds that processes wait for each other at the start
-_TICK = 5.0  # seconds after which those who wait for process 0 hear that it is at work
-_GRACE = 5.0  # seconds for the others to come to the same error
-_LAG = 120.0  # seconds after which shared storage must show what was written
-_told = threading.Event()  # by SIGTERM, where there is one process
-_beats = itertools.count(1)  # one for each step of any run: preemption is agreed on by number
+_TICK = 5.0  # seconds between signs of life from process 0 while the others wait for it
+_GRACE = 5.0  # seconds for the other processes to reach the same error
+_STORAGE_LAG = 120.0  # seconds within which shared storage must show a file that was written
+_terminated = threading.Event()  # set by SIGTERM; used with a single process only
+_step_numbers = itertools.count(1)  # of all runs: processes agree on preemption by step number
 
 
 def initialize(place: rollcall.Place | None, cluster: bool, facts: Mapping[str, Any],
                timeout: float = TIMEOUT):
-  """Joins the processes of a job. To be called before jax is asked for devices.
+  """Joins the processes of a job. Call it before anything asks jax for devices.
 
   Args:
-    place: of this process, from rollcall.place; or None.
-    cluster: jax finds the others itself: TPU VMs, GKE, Slurm, Open MPI.
-    facts: nested dicts of plain data that must be the same on all processes.
-    timeout: seconds to wait for the others, and to look for the coordinator.
+    place: of this process, from rollcall.place_from_flags; or None.
+    cluster: whether jax finds the other processes itself: TPU VMs, GKE, Slurm, Open MPI.
+    facts: nested dicts of plain data that must be equal on all processes.
+    timeout: seconds to wait for the other processes, and to look for the coordinator.
 
   Raises:
-    UsageError: processes are missing, come twice or do not agree, on all of them.
+    UsageError: on all processes, if some are missing, two have the same id, or facts differ.
   """
   if place and cluster:
-    raise UsageError('--distributed finds coordinator and processes itself; leave it away, or '
-                     'leave away --coordinator, --num_processes and --process_id.')
+    raise UsageError('--distributed finds the coordinator and all processes itself: omit it, or '
+                     'omit --coordinator, --num_processes and --process_id.')
   if not place and not cluster:
     return
   facts = {**facts, 'versions': versions(), 'btx_jax': code_hash()}
-  facts = json.loads(json.dumps(facts))  # tuples are lists, as they are for the others
+  facts = json.loads(json.dumps(facts))  # tuples become lists, as on the other processes
   if place:
-    rollcall.attend(place, facts, timeout)
+    rollcall.meet_processes(place, facts, timeout)
   import jax
   if place:
     jax.distributed.initialize(
         place.coordinator, place.count, place.index, initialization_timeout=round(timeout),
         cluster_detection_method='deactivate')
   else:
-    print(f'btx_jax: waiting for the other processes, at most {timeout:.0f} s. If jax ends this '
-          'one with "Terminating process", not all of them came: see docs/processes.md',
+    print(f'btx_jax: waiting up to {timeout:.0f} s for the other processes. If jax ends this one '
+          'with "Terminating process", not all of them connected: see docs/processes.md',
           file=sys.stderr, flush=True)
     try:
       jax.distributed.initialize(initialization_timeout=round(timeout))
     except (ValueError, RuntimeError) as error:
       raise UsageError(
-          f'--distributed: jax finds no cluster here ({error}). It knows TPU VMs, GKE, Slurm '
-          '(srun) and Open MPI; elsewhere give --coordinator, --num_processes and --process_id. '
+          f'--distributed: jax finds no cluster here ({error}). It supports TPU VMs, GKE, Slurm '
+          '(srun) and Open MPI; elsewhere set --coordinator, --num_processes and --process_id. '
           'See docs/processes.md.') from error
-  terminal.console.quiet = not is_first()
-  # Devices can be told before anything is computed on them, and must be: what follows is.
+  terminal.console.quiet = not is_process_0()
+  # Compare the devices first: `check_equal` already computes on them.
   found: dict[int, dict[str, Any]] = {}
   for device in jax.devices():
     kinds = found.setdefault(device.process_index, {'devices': {}})['devices']
     kinds[device.device_kind] = kinds.get(device.device_kind, 0) + 1
-  _refuse(rollcall.disagreement(found))
-  agree(facts)
+  _check_agreement(found)
+  check_equal(facts)
 
 
 def code_hash() -> str:
-  """Of the source of this package, so that another checkout is noticed."""
+  """A hash of this package's source, so that a process with another checkout is noticed."""
   digest = hashlib.sha256()
   folder = pathlib.Path(__file__).parents[1]
   for path in sorted(folder.rglob('*.py')):
@@ -98,116 +98,118 @@ def code_hash() -> str:
   return digest.hexdigest()[:16]
 
 
-def _several() -> bool:
+def _several_processes() -> bool:
   import jax
   return jax.process_count() > 1
 
 
-def is_first() -> bool:
-  """Whether this is process 0, which writes; where there is one process, it is."""
+def is_process_0() -> bool:
+  """Whether this is process 0, the only one that writes and prints; true for a single process."""
   import jax
   return jax.process_index() == 0
 
 
 def gather(value) -> list:
-  """Plain data of all processes, by index. All of them must call it."""
-  if not _several():
+  """The values of all processes, by index; plain data. All processes must call it."""
+  if not _several_processes():
     return [value]
   from jax.experimental import multihost_utils
   import numpy as np
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32))[:, 0]
-  room = 1 << int(sizes.max() - 1).bit_length()  # few sizes: each is compiled
-  rows = multihost_utils.process_allgather(np.pad(data, (0, room - len(data))))
+  padded = 1 << int(sizes.max() - 1).bit_length()  # a power of 2: each size is compiled
+  rows = multihost_utils.process_allgather(np.pad(data, (0, padded - len(data))))
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
-def agree(facts: Mapping[str, Any]):
-  """Raises UsageError on all processes, with both sides, unless all have the same facts."""
-  _refuse(rollcall.disagreement(dict(enumerate(gather(facts)))))
+def check_equal(facts: Mapping[str, Any]):
+  """Raises UsageError on all processes, with the values that differ, unless all are equal."""
+  _check_agreement(dict(enumerate(gather(facts))))
 
 
-def _refuse(disagreement: str | None):
-  if disagreement:
-    raise UsageError(disagreement)
+def _check_agreement(facts_of: Mapping[int, Mapping[str, Any]]):
+  """The same for facts that are known already, by process index."""
+  found = rollcall.disagreement(facts_of)
+  if found:
+    raise UsageError(found)
 
 
-def first(f: Callable[[], T]) -> T | None:
-  """Process 0 does something while the others wait, however long it takes.
+def on_process_0(f: Callable[[], T]) -> T | None:
+  """Calls `f` on process 0 while the others wait, however long it takes.
 
-  What it raises is raised on all. `f` must not call anything that all processes have to.
+  If `f` raises, all processes raise. `f` must not call anything that all processes must call.
 
   Returns:
-    what `f` gave, on process 0; None on the others.
+    the result of `f` on process 0; None on the others.
   """
-  if not _several():
+  if not _several_processes():
     return f()
-  if is_first():
-    # In a thread, so that the others hear every few seconds that it is still at work: no
-    # barrier of jax waits for as long as text takes to be tokenized.
+  if is_process_0():
+    # In a thread, so that the others get a sign of life every few seconds: no barrier of jax
+    # waits as long as tokenizing a corpus takes.
     pool = concurrent.futures.ThreadPoolExecutor(1)
     work = pool.submit(f)
     pool.shutdown(wait=False)
     while not concurrent.futures.wait([work], _TICK).done:
       gather(None)
     error = work.exception()
-    told = {'error': error and str(error), 'usage': isinstance(error, UsageError)}
-    gather(told)
+    gather({'error': error and str(error), 'usage': isinstance(error, UsageError)})
     if error:
       raise error
     return work.result()
-  while (told := gather(None)[0]) is None:
+  while (outcome := gather(None)[0]) is None:
     pass
-  if told['error'] is not None:
-    raise (UsageError if told['usage'] else RunError)(f'process 0: {told["error"]}')
+  if outcome['error'] is not None:
+    raise (UsageError if outcome['usage'] else RunError)(f'process 0: {outcome["error"]}')
   return None
 
 
-def decided(f: Callable[[], T]) -> T:
-  """What `f` gives on process 0, plain data, told to all. What it raises is raised on all."""
-  value = first(f)
-  return gather(value)[0] if _several() else value
+def broadcast(f: Callable[[], T]) -> T:
+  """Calls `f` on process 0 and returns its result, plain data, on all; if it raises, all raise."""
+  return gather(on_process_0(f))[0]
 
 
 def check_shared(folder: str):
-  """Raises UsageError, on all processes, unless all see the same folder."""
-  if not _several():
+  """Raises UsageError, on all processes, unless all of them see the same folder."""
+  if not _several_processes():
     return
   path = os.path.join(folder, 'processes.partial')
 
-  def put() -> str:
+  def write_mark() -> str:
     os.makedirs(folder, exist_ok=True)
     mark = f'{os.getpid()} {time.time_ns()}'
     with open(path, 'w', encoding='utf-8') as file:
       file.write(mark)
     return mark
 
-  mark = decided(put)
+  mark = broadcast(write_mark)
 
-  def seen() -> bool:
+  def sees_mark() -> bool:
     try:
       with open(path, encoding='utf-8') as file:
         return file.read() == mark
     except OSError:
       return False
 
-  blind = [i for i, sees in enumerate(gather(_in_time(seen))) if not sees]
-  first(lambda: os.remove(path))
+  blind = [i for i, sees in enumerate(gather(_becomes_true(sees_mark))) if not sees]
+  on_process_0(lambda: os.remove(path))
   if blind:
     raise UsageError(
-        f'--workdir={folder}: what process 0 writes there is not seen by process(es) '
-        f'{", ".join(map(str, blind))}. The working directory must be on storage that all '
-        'share. See docs/processes.md.')
+        f'--workdir={folder}: process(es) {", ".join(map(str, blind))} cannot see what process 0 '
+        'writes there. The working directory must be on storage that all processes share. See '
+        'docs/processes.md.')
 
 
 def wait_for(path: str):
   """Waits until shared storage shows a file that process 0 has written."""
-  if not _in_time(lambda: os.path.exists(path)):
-    raise RunError(f'{path}, which process 0 has written, did not appear within {_LAG:.0f} s.')
+  if not _becomes_true(lambda: os.path.exists(path)):
+    raise RunError(f'{path}, which process 0 has written, did not appear within '
+                   f'{_STORAGE_LAG:.0f} s.')
 
 
-def _in_time(holds: Callable[[], bool]) -> bool:
-  until = time.monotonic() + _LAG
+def _becomes_true(holds: Callable[[], bool]) -> bool:
+  """Waits for a condition on shared storage; returns whether it came true in time."""
+  until = time.monotonic() + _STORAGE_LAG
   while not holds():
     if time.monotonic() > until:
       return False
@@ -216,33 +218,33 @@ def _in_time(holds: Callable[[], bool]) -> bool:
 
 
 @contextlib.contextmanager
-def until_preempted():
-  """In the block, SIGTERM does not end this process, but makes `preempted` say so."""
-  if _several():  # jax's preemption service takes it, of whatever process
+def deferring_sigterm():
+  """In the block, SIGTERM does not end this process; instead `preempted` becomes true."""
+  if _several_processes():  # jax's preemption service handles it, whichever process receives it
     yield
     return
-  _told.clear()
-  before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+  _terminated.clear()
+  before = signal.signal(signal.SIGTERM, lambda *_: _terminated.set())
   try:
     yield
   finally:
-    # None, where C++ had put a handler, cannot be put back.
+    # `before` is None if C++ had installed the handler; that one cannot be restored.
     signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def preempted() -> bool:
-  """To be asked at every step: whether to save and stop, by the same step on all processes."""
-  if not _several():
-    return _told.is_set()
+  """Whether to save and stop now; call it once per step. All processes get the same answer."""
+  if not _several_processes():
+    return _terminated.is_set()
   from jax.experimental import multihost_utils
-  return multihost_utils.reached_preemption_sync_point(next(_beats))
+  return multihost_utils.reached_preemption_sync_point(next(_step_numbers))
 
 
-def leave(code: int) -> int:
-  """Ends this process after an error; returns the exit code where it was alone.
+def leave_job(code: int) -> int:
+  """Ends this process after an error; if it is the only one, returns the exit code instead.
 
-  jax would wait minutes for processes that wait for this one. Those that came to the same
-  error are let go in order; any other learns that this one is gone.
+  jax would wait minutes for processes that wait for this one. Those that reach the same error
+  shut down in order; any other notices that this one is gone.
   """
   jax = sys.modules.get('jax')
   if jax is None or not jax.distributed.is_initialized():
@@ -252,12 +254,12 @@ def leave(code: int) -> int:
   timer = threading.Timer(_GRACE, os._exit, [code])
   timer.daemon = True
   timer.start()
-  with contextlib.suppress(RuntimeError):  # another was faster
+  with contextlib.suppress(RuntimeError):  # another process was faster
     jax.distributed.shutdown()
   os._exit(code)
 
 
 def versions() -> dict[str, str]:
-  """Of Python and the packages that a result may depend on."""
+  """The versions of Python and of the packages that a result may depend on."""
   return {'python': platform.python_version(),
           **{name: importlib.metadata.version(name) for name in _PACKAGES}}

@@ -1,5 +1,4 @@
-"""What the devices could do and hold: peak FLOP/s, for the share that a run makes use of (MFU),
-and memory."""
+"""The peak FLOP/s and the memory of devices: for model FLOPs utilisation (MFU) and preflight."""
 
 import functools
 import resource
@@ -13,17 +12,17 @@ GIB, GB = 2**30, 1e9
 
 
 class Chip(NamedTuple):
-  """A kind of device.
+  """A kind of device. Rates are bytes per second.
 
   Attributes:
-    kinds: what jax calls it (`device_kind`).
+    kinds: jax's names for it (`device_kind`).
     flops: dense bfloat16 FLOP/s.
     memory: bytes that programs can use.
     bandwidth: of its memory.
-    link: one way, over one link of a torus; of a switch, of all links together.
-    torus: dimensions of the torus that links form; 0 is a switch, all to all.
-    network: to other slices or nodes, its share of the host's.
-    host_memory: its share of the host's.
+    link: one way, over one link of a torus; to a switch, over all links together.
+    torus: dimensions of the torus that the links form; 0 is a switch, all to all.
+    network: to other slices or nodes; its share of the host's.
+    host_memory: bytes; its share of the host's.
     host_link: between it and the host's memory, one way.
   """
   kinds: tuple[str, ...]
@@ -36,41 +35,63 @@ class Chip(NamedTuple):
   host_memory: float
   host_link: float
 
+
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, per chip: peak compute, HBM, bidirectional
-# interconnect (both ways of 6 or 4 links), data centre network, host memory; of HBM what the
-# compiler gives to programs. Host links: "How to Scale Your Model" (its chapter on TPUs,
-# jax-ml.github.io/scaling-book). NVIDIA: data sheets of A100, H100, H200 and B200 (SXM; dense
+# interconnect (both ways of 6 or 4 links), data centre network, host memory; memory is the part of
+# HBM that the compiler gives to programs. Host links: "How to Scale Your Model" (its chapter on
+# TPUs, jax-ml.github.io/scaling-book). NVIDIA: data sheets of A100, H100, H200 and B200 (SXM; dense
 # FLOPs; NVLink both ways, halved), DGX manuals for network adapters and host memory.
 CHIPS = {
-    'v4': Chip(('TPU v4',), 275e12, 30.75 * GIB, 1228 * GB, 50 * GB, 3, 6.25 * GB, 100 * GB,
-               16 * GB),
-    'v5e': Chip(('TPU v5 lite', 'TPU v5e'), 197e12, 15.75 * GIB, 819 * GB, 50 * GB, 2, 3.1 * GB,
-                64 * GIB, 16 * GB),
-    'v5p': Chip(('TPU v5', 'TPU v5p'), 459e12, 95.74 * GIB, 2765 * GB, 100 * GB, 3, 6.25 * GB,
-                112 * GB, 16 * GB),
-    'v6e': Chip(('TPU v6 lite', 'TPU v6e'), 918e12, 31.25 * GIB, 1638 * GB, 100 * GB, 2,
-                12.5 * GB, 180 * GB, 32 * GB),
-    'a100': Chip(('NVIDIA A100-SXM4-80GB', 'NVIDIA A100-SXM4-40GB'), 312e12, 79 * GIB,
-                 2039 * GB, 300 * GB, 0, 25 * GB, 256 * GB, 32 * GB),
-    'h100': Chip(('NVIDIA H100 80GB HBM3',), 989e12, 79.1 * GIB, 3352 * GB, 450 * GB, 0, 50 * GB,
-                 256 * GB, 64 * GB),
-    'h200': Chip(('NVIDIA H200',), 989e12, 139 * GIB, 4800 * GB, 450 * GB, 0, 50 * GB, 256 * GB,
-                 64 * GB),
-    'b200': Chip(('NVIDIA B200',), 2250e12, 178 * GIB, 7700 * GB, 900 * GB, 0, 50 * GB, 500 * GB,
-                 64 * GB),
+    'v4': Chip(
+        kinds=('TPU v4',),
+        flops=275e12, memory=30.75 * GIB, bandwidth=1228 * GB, link=50 * GB, torus=3,
+        network=6.25 * GB, host_memory=100 * GB, host_link=16 * GB),
+    'v5e': Chip(
+        kinds=('TPU v5 lite', 'TPU v5e'),
+        flops=197e12, memory=15.75 * GIB, bandwidth=819 * GB, link=50 * GB, torus=2,
+        network=3.1 * GB, host_memory=64 * GIB, host_link=16 * GB),
+    'v5p': Chip(
+        kinds=('TPU v5', 'TPU v5p'),
+        flops=459e12, memory=95.74 * GIB, bandwidth=2765 * GB, link=100 * GB, torus=3,
+        network=6.25 * GB, host_memory=112 * GB, host_link=16 * GB),
+    'v6e': Chip(
+        kinds=('TPU v6 lite', 'TPU v6e'),
+        flops=918e12, memory=31.25 * GIB, bandwidth=1638 * GB, link=100 * GB, torus=2,
+        network=12.5 * GB, host_memory=180 * GB, host_link=32 * GB),
+    'a100': Chip(
+        kinds=('NVIDIA A100-SXM4-80GB', 'NVIDIA A100-SXM4-40GB'),
+        flops=312e12, memory=79 * GIB, bandwidth=2039 * GB, link=300 * GB, torus=0,
+        network=25 * GB, host_memory=256 * GB, host_link=32 * GB),
+    'h100': Chip(
+        kinds=('NVIDIA H100 80GB HBM3',),
+        flops=989e12, memory=79.1 * GIB, bandwidth=3352 * GB, link=450 * GB, torus=0,
+        network=50 * GB, host_memory=256 * GB, host_link=64 * GB),
+    'h200': Chip(
+        kinds=('NVIDIA H200',),
+        flops=989e12, memory=139 * GIB, bandwidth=4800 * GB, link=450 * GB, torus=0,
+        network=50 * GB, host_memory=256 * GB, host_link=64 * GB),
+    'b200': Chip(
+        kinds=('NVIDIA B200',),
+        flops=2250e12, memory=178 * GIB, bandwidth=7700 * GB, link=900 * GB, torus=0,
+        network=50 * GB, host_memory=500 * GB, host_link=64 * GB),
 }
 _INF = float('inf')
 UNKNOWN = Chip((), _INF, _INF, _INF, _INF, 0, _INF, _INF, _INF)
 
 
+def chip_of_kind(kind: str) -> Chip | None:
+  """The chip that jax calls `kind`; None if it is not in the table."""
+  return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
+
+
 @functools.cache
 def peak_flops(dtype: str) -> float:
-  """FLOP/s that all devices could do at most.
+  """The peak FLOP/s of all devices together.
 
-  Of a device that is not in the table, a CPU above all, it is what one large matmul in `dtype`
-  achieves; the fake devices of one CPU share it.
+  For a device that is not in the table, such as a CPU, it is what one large matmul in `dtype`
+  achieves; the fake devices of one CPU share that.
   """
-  chip = of_kind(jax.devices()[0].device_kind)
+  chip = chip_of_kind(jax.devices()[0].device_kind)
   if chip:
     return chip.flops * jax.device_count()
   shared = jax.default_backend() == 'cpu'
@@ -78,7 +99,7 @@ def peak_flops(dtype: str) -> float:
 
 
 def _measured_flops(dtype: str, size: int = 1536) -> float:
-  """The best of several matmuls, after one that is not counted."""
+  """FLOP/s of the fastest of several matmuls [size, size]; the first of them compiles."""
   best = float('inf')
   with jax.set_mesh(jax.make_mesh((1,), ('one',), devices=jax.local_devices()[:1])):
     x = jnp.ones((size, size), dtype)
@@ -91,21 +112,17 @@ def _measured_flops(dtype: str, size: int = 1536) -> float:
 
 
 def device_memory() -> int | None:
-  """Bytes that the smallest device of this process can hold; None if it does not say."""
+  """The memory of this process's smallest device, in bytes; None if a device does not report it."""
   limits = [(device.memory_stats() or {}).get('bytes_limit') for device in jax.local_devices()]
-  return min(limits) if all(limits) else None
+  known = [limit for limit in limits if limit]
+  return min(known) if len(known) == len(limits) else None
 
 
-def memory() -> dict[str, int]:
-  """Most bytes that were in use at once: of this process, and of its fullest device."""
+def peak_memory() -> dict[str, int]:
+  """The most bytes in use at once: 'host' for this process, 'device' for its fullest device."""
   result = {'host': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   used = [s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s]
   if used:
     result['device'] = max(used)
   return result
-
-
-def of_kind(kind: str) -> Chip | None:
-  """The chip that jax calls so."""
-  return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)

@@ -1,6 +1,6 @@
-"""The mesh of devices: its axes, their sizes, and how devices are laid out along them."""
+"""The mesh of devices: its axes, their sizes, and which devices are neighbours along them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 
 import jax
@@ -11,29 +11,28 @@ import numpy as np
 from btx_jax.errors import UsageError
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
-BATCH_AXES = AXES[:3]  # that carry rows
-BRANCH_BATCH_AXES = AXES[:2]  # that carry the rows of each of several stacked branches
+BATCH_AXES = AXES[:3]  # the axes that rows are sharded over
+BRANCH_BATCH_AXES = AXES[:2]  # the same while several branches are stacked along `expert`
 
 
+def choose_sizes(sizes: Mapping[str, int], devices: int, num_experts: int, state_bytes: int,
+                 memory: float | None, slices: int = 1) -> dict[str, int]:
+  """The sizes of a mesh, with those that are 0 chosen.
 
-def choose(sizes: dict[str, int], devices: int, num_experts: int, state_bytes: int,
-           memory: int | None, slices: int = 1) -> dict[str, int]:
-  """The sizes of a mesh, those that are 0 chosen.
-
-  `expert` as large as divides the experts, since tokens are less to send than weights; then
-  `fsdp` as large as it takes for the state to fill no more than half of the memory, since
-  copies need the least traffic.
+  First `expert`: as large as the number of experts allows, because sending tokens costs less
+  than sending weights. Then `fsdp`: just large enough for the state to fill at most half of the
+  memory, because `data` needs the least traffic.
 
   Args:
-    sizes: of the axes; -1 is all that is left, 0 is to be chosen.
-    devices: that there are.
-    num_experts: of the mixture to come; 0 if there is none.
+    sizes: of the axes; -1 takes all remaining devices, 0 is to be chosen.
+    devices: number of devices.
+    num_experts: of the largest mixture; 0 if there is none.
     state_bytes: parameters, gradients and optimizer state of the largest model.
-    memory: bytes of a device; None if it is not known or no limit.
-    slices: that TPUs are in, which only `data` may cross.
+    memory: bytes per device; None if unknown or unlimited.
+    slices: number of TPU slices; only `data` may cross them.
 
   Raises:
-    UsageError: there are fewer devices than the sizes that are given multiply to.
+    UsageError: there are fewer devices than the given sizes multiply to.
   """
   sizes = dict(sizes)
   given = math.prod(max(size, 1) for axis, size in sizes.items() if axis != 'data')
@@ -46,33 +45,34 @@ def choose(sizes: dict[str, int], devices: int, num_experts: int, state_bytes: i
     sizes['expert'] = math.gcd(num_experts or 1, left)
     left //= sizes['expert']
   if sizes['fsdp'] == 0:
-    held = state_bytes / (max(sizes['expert'], 1) * max(sizes['tensor'], 1))
+    share = state_bytes / (max(sizes['expert'], 1) * max(sizes['tensor'], 1))
     enough = [n for n in range(1, left + 1)
-              if left % n == 0 and (not memory or held / n <= memory / 2)]
+              if left % n == 0 and (not memory or share / n <= memory / 2)]
     sizes['fsdp'] = min(enough, default=left) if -1 in sizes.values() else left
   return sizes
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1,
               devices: Sequence | None = None) -> jax.sharding.Mesh:
-  """A mesh over all devices, or those given; one axis may be -1, "all devices that are left".
+  """A mesh over all devices, or those given; one axis may be -1, "all remaining devices".
 
   Raises:
     UsageError: the sizes do not multiply to the number of devices, or `data` is not a
-      multiple of the slices that TPUs are in.
+      multiple of the number of TPU slices.
   """
-  sizes = dict(zip(AXES, (data, fsdp, expert, tensor)))
+  sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, expert, tensor)))
   devices = jax.devices() if devices is None else devices
   count = len(devices)
   named = ', '.join(f'mesh.{axis} = {size}' for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise UsageError(f'{named}: each axis must be positive, and at most one -1 (the rest).')
+    raise UsageError(f'{named}: each size must be positive, except that one may be -1 (all '
+                     'remaining devices).')
   if count % fixed or (not free and fixed != count):
     raise UsageError(
         f'{named} cannot be laid on {count} device(s): the sizes must multiply to '
-        f'{count}. Set one of them to -1 to take all that is left; the others must '
+        f'{count}. Set one of them to -1 to take all remaining devices; the others must '
         f'divide {count}.')
   if free:
     sizes[free[0]] = count // fixed
@@ -81,20 +81,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, tensor: int = 1,
 
 
 def count_slices(devices: Sequence) -> int:
-  """Of how many TPU slices the devices are; 1 if they are no TPUs."""
+  """The number of TPU slices that the devices belong to; 1 if they are not TPUs."""
   if devices[0].platform != 'tpu':
     return 1
   return len({getattr(device, 'slice_index', 0) for device in devices})
 
 
 def lay_devices(shape: tuple[int, ...], devices) -> np.ndarray:
-  """Devices in an array of this shape, near ones along the last axes.
+  """The devices as an array of this shape, neighbours along the last axes.
 
-  TPUs of several slices, which share a slow network only, differ along the first axis,
-  `data`: all that crosses it is one sum of the gradients a step.
+  Slices of TPUs are connected by a slow network only. They lie along the first axis, `data`,
+  which is crossed by one sum of the gradients per step.
 
   Raises:
-    UsageError: the first axis is not a multiple of the slices.
+    UsageError: the first axis is not a multiple of the number of slices.
   """
   slices = count_slices(devices)
   if slices == 1:
@@ -102,15 +102,15 @@ def lay_devices(shape: tuple[int, ...], devices) -> np.ndarray:
   if shape[0] % slices:
     raise UsageError(
         f'mesh.data = {shape[0]} must be a multiple of {slices}, the number of TPU slices: no '
-        f'other axis may cross the network between them. The {len(devices) // slices} devices '
-        'of one slice must suffice for mesh.fsdp x mesh.expert x mesh.tensor.')
+        'other axis may cross the network between them. mesh.fsdp x mesh.expert x mesh.tensor '
+        f'must fit into the {len(devices) // slices} devices of one slice.')
   return mesh_utils.create_hybrid_device_mesh(
       (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1)), devices,
       allow_split_physical_axes=True)
 
 
 def check_rows(mesh, rows: int, name: str, batch_axes=BATCH_AXES):
-  """Raises UsageError if so many rows cannot be shared out evenly along `batch_axes`."""
+  """Raises UsageError, about `name`, unless `batch_axes` can share the rows evenly."""
   ways = math.prod(mesh.shape[axis] for axis in batch_axes)
   if rows < 1:
     raise UsageError(f'{name} = {rows} must be at least 1.')

@@ -1,11 +1,11 @@
-"""Where arrays live: the mesh, and one table of rules from a parameter's path to its axes.
+"""Where arrays live on the mesh: one table of rules from a parameter's path to its axes.
 
-The mesh axes are `data` (copies of everything), `fsdp` (parameters cut up, gathered when
-used), `expert` ("which expert" throughout) and `tensor` (attention heads, feed-forward width
-and vocabulary cut up, and computed on where they lie). Rows are spread over all but `tensor`:
-outside the feed-forward layers `expert` is one more axis for rows and parameters.
+The mesh axes are `data` (everything is replicated), `fsdp` (parameters are sharded, and gathered
+when used), `expert` (experts are sharded) and `tensor` (attention heads, feed-forward width and
+vocabulary are sharded, and computed on where they are). Rows are sharded over all axes but
+`tensor`: outside the feed-forward layers, `expert` is one more axis for rows and parameters.
 
-While branches train in one program, stacked, `expert` indexes the branches instead: with
+While branches train stacked in one program, `expert` shards the branches instead: with
 `stacked=True` it goes to the leading dimension of every array, and so to no other.
 """
 
@@ -23,11 +23,11 @@ from btx_jax.errors import UsageError
 
 _CUT = ('fsdp', 'expert')
 
-# First match wins. A rule names the trailing dimensions of a parameter; leading ones (layers
-# stacked by scan) are not sharded. The paths of optimizer moments end in those of their
-# parameters, so one table serves both, and the dense model as well as the mixture. An axis
-# goes to the first dimension that names it and that it divides: experts that do not divide
-# among the devices of `expert` are cut along D there.
+# First match wins. A rule names the axes of a parameter's trailing dimensions; leading ones (layers
+# stacked by scan) are not sharded. The path of an optimizer moment ends in that of its parameter,
+# so one table serves both, and dense models as well as mixtures. An axis goes to the first
+# dimension that names it and that it divides: if the number of experts is not divisible by the
+# size of `expert`, they are sharded along D instead.
 RULES = (
     (r'(^|/)embed$', P('tensor', _CUT)),
     (r'(^|/)head$', P(_CUT, 'tensor')),
@@ -40,14 +40,14 @@ RULES = (
     (r'(^|/)(scale|router|router_bias|step|count)$', P()),
 )
 
-_WORTH_TELLING = 2**20  # bytes of an array that stays whole
+_LARGE = 2**20  # bytes of an array that is worth a remark if it cannot be sharded
 
 
 def holds_experts(axis_size: int, num_experts: int) -> bool:
-  """Whether an `expert` axis holds slices of so many experts (else they are whole on each).
+  """Whether an `expert` axis of this size shards the experts; if not, each device has all.
 
   Raises:
-    UsageError: more experts than devices on the axis, yet not a multiple.
+    UsageError: there are more experts than devices on the axis, but not a multiple.
   """
   if num_experts % axis_size == 0:
     return True
@@ -60,51 +60,51 @@ def holds_experts(axis_size: int, num_experts: int) -> bool:
 
 
 def path_of(key_path) -> str:
-  """'layers/ffn/up' from a key path of jax.tree.map_with_path."""
+  """A key path of jax.tree.map_with_path as a string, like 'layers/ffn/up'."""
   return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
 def partition_specs(tree, mesh, stacked: bool = False):
   """The PartitionSpec of every leaf, by `RULES`.
 
-  An axis that does not divide its dimension is left out of the spec, so that the array is
-  whole along it; `left_whole` tells of which arrays.
+  An axis that does not divide its dimension is left out of the spec, so the array is whole on
+  every device of that axis; `undivided_arrays` lists these arrays.
 
   Args:
     tree: parameters, optimizer state or both.
     mesh: where they will live.
-    stacked: the leaves are those of several branches, [E, ...], and `expert` goes to E. It
-      is in the rest of a spec only where it does not divide E.
+    stacked: whether the leaves are those of several branches, [E, ...], so that `expert` goes
+      to E. It appears in the rest of a spec only if it does not divide E.
 
   Raises:
     ValueError: no rule matches a leaf. There is no catch-all: a new parameter needs a rule.
   """
   return jax.tree.map_with_path(
-      lambda path, leaf: _spec(path_of(path), leaf.shape, mesh, stacked)[0], tree)
+      lambda path, leaf: _spec_and_omitted(path_of(path), leaf.shape, mesh, stacked)[0], tree)
 
 
-def left_whole(tree, mesh, stacked: bool = False) -> list[str]:
-  """A line for each array above 1 MiB that an axis of its rule does not divide."""
+def undivided_arrays(tree, mesh, stacked: bool = False) -> list[str]:
+  """A line for each array above 1 MiB and each axis of its rule that does not divide it."""
   lines = []
   for path, leaf in jax.tree.leaves_with_path(tree):
     path, size = path_of(path), math.prod(leaf.shape) * leaf.dtype.itemsize
-    for axis, why in _spec(path, leaf.shape, mesh, stacked)[1].items():
-      if size > _WORTH_TELLING:
+    for axis, why in _spec_and_omitted(path, leaf.shape, mesh, stacked)[1].items():
+      if size > _LARGE:
         lines.append(f'{path} {list(leaf.shape)} is whole on every device of mesh.{axis}: '
                      f'{" and ".join(why)}')
   return lines
 
 
-def _spec(path: str, shape, mesh, stacked: bool):
-  """The spec of an array, and of each axis that its rule names in vain: why."""
+def _spec_and_omitted(path: str, shape, mesh, stacked: bool) -> tuple[P, dict[str, list[str]]]:
+  """The spec of an array, and why each axis that its rule names was left out."""
   rule = next((rule for pattern, rule in RULES if re.search(pattern, path)), None)
   if rule is None:
     raise ValueError(f'sharding.RULES has no rule for the parameter {path!r}.')
   named = [(axes,) if isinstance(axes, str) else axes or () for axes in rule]
-  lead = [()] * (len(shape) - len(rule))
+  lead: list[tuple[str, ...]] = [()] * (len(shape) - len(rule))
   if stacked:
     lead[0] = ('expert',)
-  spec, why = [], {}
+  spec, reasons = [], {}
   for size, axes in zip(shape, lead + named, strict=True):
     kept = ()
     for axis in axes:
@@ -115,23 +115,26 @@ def _spec(path: str, shape, mesh, stacked: bool):
         kept += (axis,)
       else:
         by = ' x '.join(str(n) for n in ways if n > 1)
-        why.setdefault(axis, []).append(f'{size} does not divide by {by}')
+        reasons.setdefault(axis, []).append(f'{size} is not divisible by {by}')
     spec.append(kept)
   placed = {axis for axes in spec for axis in axes}
   return (P(*(axes or None for axes in spec)),
-          {axis: reasons for axis, reasons in why.items() if axis not in placed})
+          {axis: why for axis, why in reasons.items() if axis not in placed})
 
 
 def shardings(tree, mesh, stacked: bool = False):
-  """NamedShardings of every leaf, by `RULES`."""
+  """The NamedSharding of every leaf, by `RULES`."""
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec),
                       partition_specs(tree, mesh, stacked), is_leaf=lambda x: isinstance(x, P))
 
 
 def batch_sharding(mesh, leading: int = 0, stacked: bool = False) -> NamedSharding:
-  """Rows over the axes that carry them, behind `leading` dimensions that are not sharded.
+  """The sharding of a batch: its rows, over all axes but `tensor`.
 
-  `stacked`: before all these, a dimension for the branches.
+  Args:
+    mesh: where the batch will live.
+    leading: dimensions before the rows, not sharded.
+    stacked: whether a dimension for the branches comes before all others.
   """
   if stacked:
     return NamedSharding(mesh, P('expert', *(None,) * leading, BRANCH_BATCH_AXES))
@@ -139,30 +142,32 @@ def batch_sharding(mesh, leading: int = 0, stacked: bool = False) -> NamedShardi
 
 
 def platform() -> str:
-  """Of the devices that a program is traced for: those of the mesh in use, 'cpu' without one.
+  """The platform that a program is traced for: that of the mesh in use, 'cpu' without one.
 
-  Not of those that are here: a program can be compiled for others (preflight).
+  This may differ from the devices of this machine, because preflight compiles for others.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return 'cpu' if mesh.empty else mesh.abstract_device.platform
 
 
 def constrain(x, spec):
-  """with_sharding_constraint where there is a mesh, x itself where there is none."""
+  """with_sharding_constraint if a mesh is in use; otherwise `x` itself."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec)
 
 
 def axis_that_cuts(axis: str, size: int) -> str | None:
-  """`axis` if the mesh in use has several devices along it that divide `size`, else None."""
+  """`axis` if it has several devices in the mesh in use and divides `size`; otherwise None."""
   ways = jax.sharding.get_abstract_mesh().shape[axis]
   return axis if ways > 1 and size % ways == 0 else None
 
 
 def varying_like(tree, x):
-  """`tree`, typed inside shard_map as differing over the mesh axes that `x` differs over."""
-  varying = lambda array: jax.typeof(array).manual_axis_type.varying
+  """`tree`, with the type inside shard_map that it varies over the mesh axes that `x` varies over.
+  """
+  def varying(array):
+    return jax.typeof(array).manual_axis_type.varying
 
   def cast(leaf):
     axes = tuple(varying(x) - varying(leaf))
@@ -172,43 +177,51 @@ def varying_like(tree, x):
 
 
 def from_slices(like, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-  """An array over the mesh of which each process reads no more than it holds, and that once.
+  """An array over the mesh, of which each process reads only the slices it holds, each once.
 
   Args:
     like: its shape, type and sharding.
     read: slices, each with a start and an end -> that part of the array.
   """
-  parts = {}
+  slices_read = {}
 
-  def part(index):
+  def read_once(index):
     index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, like.shape, strict=True))
     key = tuple((s.start, s.stop) for s in index)
-    if key not in parts:
-      parts[key] = np.asarray(read(index)).astype(like.dtype, copy=False)
-    return parts[key]
+    if key not in slices_read:
+      slices_read[key] = np.asarray(read(index)).astype(like.dtype, copy=False)
+    return slices_read[key]
 
-  return jax.make_array_from_callback(like.shape, like.sharding, part)
+  return jax.make_array_from_callback(like.shape, like.sharding, read_once)
 
 
 def local_rows(mesh, rows: int) -> list[int]:
-  """Which of a global batch's rows this process holds, in order."""
-  slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-  return sorted({row for (index,) in slices for row in range(rows)[index]})
+  """The rows of a global batch that this process holds, in order."""
+  return _local_indices(batch_sharding(mesh), (rows,))[0]
 
 
 def local_branches(mesh, slots: int, rows: int) -> tuple[list[int], list[int]]:
-  """Which of the stacked branches this process holds, and which rows of each, in order."""
-  where = batch_sharding(mesh, stacked=True).addressable_devices_indices_map((slots, rows))
-  both = zip(*where.values())
-  return tuple(sorted({i for index in indices for i in range(size)[index]})
-               for indices, size in zip(both, (slots, rows)))
+  """The stacked branches that this process holds, and its rows of each, in order."""
+  branches, rows_of_each = _local_indices(batch_sharding(mesh, stacked=True), (slots, rows))
+  return branches, rows_of_each
+
+
+def _local_indices(sharding: NamedSharding, shape: tuple[int, ...]) -> list[list[int]]:
+  """For each dimension of a global array, the indices that this process holds, in order."""
+  held = sharding.addressable_devices_indices_map(shape).values()
+  return [sorted({i for index in held if index for i in range(size)[index[dim]]})
+          for dim, size in enumerate(shape)]
 
 
 def to_global(batch, mesh, rows: int, leading: int = 0, slots: int = 0):
-  """This process's rows of a batch as global arrays of `rows` rows over the mesh.
+  """Global arrays over the mesh, from each process's rows of a batch.
 
-  `leading` counts the dimensions before the rows; `slots` are those of stacked branches, whose
-  dimension comes before all.
+  Args:
+    batch: a tree of this process's rows: those of `local_rows`, or of `local_branches`.
+    mesh: where the arrays will live.
+    rows: of the global batch.
+    leading: dimensions before the rows.
+    slots: stacked branches, in a dimension before all others; 0 if the batch is of one run.
   """
   def place(x):
     lead = x.shape[:leading] if not slots else (slots, *x.shape[1:leading + 1])
@@ -220,6 +233,6 @@ def to_global(batch, mesh, rows: int, leading: int = 0, slots: int = 0):
 
 
 def abstract(tree, shardings):
-  """Shapes and types of `tree` with shardings, as `restore` and `load_params` want them."""
+  """The shapes and types of `tree` with `shardings`, as jax.ShapeDtypeStructs."""
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

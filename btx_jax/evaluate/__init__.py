@@ -1,1 +1,1 @@
-"""What came out: bits per byte by domain (bits), and the comparison of all models (table)."""
+"""Evaluation: bits per byte by domain, ensembles of unmixed experts, and scores of all models."""

@@ -1,1 +1,1 @@
-"""What a run would cost on devices that are not here, read from its compiled program."""
+"""Preflight: what a run would cost on other devices, read from the program compiled for them."""

@@ -1,14 +1,14 @@
-"""What a step costs on one device: a compiled program's schedule gone through with a clock.
+"""The cost of a step on one device, from a walk through the compiled program's schedule.
 
-Each instruction takes as long as its FLOPs or its memory traffic do at the chip's peak, whichever
-is longer. A collective takes as long as its bytes do over the links of its axes. It hides behind
-other work only where the schedule has it start and end as a pair; all else waits for it. Loops
-count as often as they run; of a conditional, the branch that takes least (overflow rounds of
-experts do not happen at a balanced load). So it is what the program would take if every part of
-it ran at the peak, not what a device will measure.
+An instruction takes as long as its FLOPs or its memory traffic at the chip's peak, whichever is
+longer. A collective takes as long as its bytes need on the links of its axes. It overlaps with
+other work only if the schedule has separate instructions for its start and its end; otherwise
+everything waits for it. A loop counts as often as it runs, and a conditional as its cheapest branch
+(with a balanced load, experts need no overflow rounds). So this is the time in which the program
+would run if every part of it reached the peak, not a prediction of what a device will measure.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from btx_jax.preflight import hlo
 _FREE = {'parameter', 'constant', 'get-tuple-element', 'bitcast', 'tuple', 'after-all',
          'add-dependency', 'partition-id', 'replica-id', 'opt-barrier', 'iota', 'domain'}
 _MATMUL_CALL = re.compile(r'\$(?:gemm|matmul)|cublas')
-_MEETING = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="([^"]*)"')
 _WRAPPERS = ('fusion', 'async-start', 'call-start', 'custom-call-start')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
@@ -29,16 +29,16 @@ _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 @dataclasses.dataclass
 class Cost:
-  """Of one device, once through a computation.
+  """The cost of running a computation once, on one device.
 
   Attributes:
-    seconds: in all.
+    seconds: total time.
     compute: seconds that its FLOPs take at the peak.
     memory: seconds that its memory traffic takes at the peak.
     network: seconds that its collectives take.
-    waiting: those of `network` that nothing hides.
+    waiting: the part of `network` that is exposed: it overlaps with nothing.
     flops: of matmuls and kernels.
-    sent: bytes by (kind of collective, axes), (n - 1) / n of each buffer, an all-reduce twice.
+    sent: bytes by (kind of collective, axes): (n - 1) / n of each buffer, twice for an all-reduce.
   """
   seconds: float = 0.0
   compute: float = 0.0
@@ -46,43 +46,53 @@ class Cost:
   network: float = 0.0
   waiting: float = 0.0
   flops: float = 0.0
-  sent: Counter = dataclasses.field(default_factory=Counter)
+  sent: dict[tuple[str, tuple[str, ...]], float] = dataclasses.field(
+      default_factory=lambda: defaultdict(float))
 
   def add(self, other: 'Cost', times: int = 1):
-    """Adds `other`, so many times, behind this."""
+    """Adds `other`, which runs after this, `times` times."""
     for field in ('seconds', 'compute', 'memory', 'network', 'waiting', 'flops'):
       setattr(self, field, getattr(self, field) + times * getattr(other, field))
     for key, value in other.sent.items():
       self.sent[key] += times * value
 
 
-class Model:
-  """Costs of a module's computations on a chip."""
+class CostModel:
+  """The costs of a module's computations on a chip."""
 
   def __init__(self, module: hlo.Module, chip: Chip, mesh,
                speed: Callable[[str, tuple[str, ...]], float], filled: float = 1.0):
-    """`speed`: (kind of collective, axes) -> bytes a second; `filled`: see `_kernel_flops`."""
+    """Creates the model; computes nothing yet.
+
+    Args:
+      module: the compiled program.
+      chip: the kind of device.
+      mesh: the devices that the program is for.
+      speed: (kind of collective, axes) -> bytes per second.
+      filled: the share of its rows that a grouped matmul multiplies.
+    """
     self._module, self._chip, self._mesh = module, chip, mesh
     self._speed, self._filled = speed, filled
-    self.of = functools.cache(self._of)
+    self._cost_of = functools.cache(self._uncached_cost_of)
 
   def total(self) -> Cost:
-    """Of the program."""
-    return self.of(self._module.entry)
+    """The cost of the program."""
+    return self._cost_of(self._module.entry)
 
-  def _of(self, name: str) -> Cost:
+  def _uncached_cost_of(self, name: str) -> Cost:
+    """The cost of a computation, by name."""
     computation, cost = self._module.computations[name], Cost()
     clock = _Clock(cost)
     for instruction in computation.values():
       kind = instruction.opcode
       if moved := self._collective(computation, instruction):
-        self._communicate(clock, instruction, *moved)
+        self._run_collective(clock, instruction, *moved)
       elif kind in ('send', 'send-done', 'recv', 'recv-done'):
-        self._between_slices(clock, computation, instruction)
+        self._send_between_slices(clock, computation, instruction)
       elif kind.endswith('-start'):
         where = 'host' if any(s.space == hlo.HOST for s in instruction.shapes) else 'memory'
         inner = self._module.computations.get((*instruction.called, '')[0])
-        size = _updated(inner) if inner else _moved(instruction)
+        size = _bytes_written(inner) if inner else _bytes_copied(instruction)
         seconds = size / (self._chip.host_link if where == 'host' else self._chip.bandwidth)
         cost.memory += seconds if where == 'memory' else 0
         clock.start(instruction.name, where, seconds)
@@ -91,47 +101,51 @@ class Model:
         if kind.endswith('-done'):
           clock.wait(instruction.name)
       elif kind == 'while':
-        cost.add(self.of(instruction.attribute('body')), self._module.trips(instruction))
+        cost.add(self._cost_of(instruction.attribute('body')), self._module.trip_count(instruction))
       elif kind == 'conditional':
-        cost.add(min(map(self.of, self._module.branches(instruction)), key=lambda c: c.seconds))
+        branches = map(self._cost_of, self._module.branches(instruction))
+        cost.add(min(branches, key=lambda branch: branch.seconds))
       elif kind == 'call':
-        cost.add(self.of(instruction.called[0]))
+        cost.add(self._cost_of(instruction.called[0]))
       elif kind not in _FREE:
-        self._work(cost, computation, instruction)
+        self._add_work(cost, computation, instruction)
     return cost
 
-  def _communicate(self, clock: '_Clock', instruction: hlo.Instruction, collective: str,
-                   kind: str, axes: tuple[str, ...], size: float):
-    """A collective, `collective` by name; `size` is what a device sends."""
+  def _run_collective(self, clock: '_Clock', instruction: hlo.Instruction, name: str,
+                      kind: str, axes: tuple[str, ...], size: float):
+    """Starts the collective `name` or waits for it; `size` is the bytes that a device sends."""
     stage = _stage(instruction)
     if stage == 'done':
-      clock.wait(collective)
+      clock.wait(name)
       return
-    self._send(clock, collective, kind, axes, size)
+    self._send(clock, name, kind, axes, size)
     if stage == 'whole':
-      clock.wait(collective)
+      clock.wait(name)
 
   def _send(self, clock: '_Clock', name: str, kind: str, axes: tuple[str, ...], size: float):
-    """`size` bytes are on their way from now on, until somebody waits for `name`."""
+    """Starts to send `size` bytes, which may overlap with other work until `name` is waited for.
+    """
     seconds = size / self._speed(kind, axes) if axes else 0.0
     clock.cost.network += seconds
     clock.cost.sent[kind, axes] += size
     clock.start(name, 'network', seconds)
 
-  def _between_slices(self, clock: '_Clock', computation: hlo.Computation,
-                      instruction: hlo.Instruction):
-    """What TPU slices send each other goes through their hosts, along `data`."""
-    begins = instruction
+  def _send_between_slices(self, clock: '_Clock', computation: hlo.Computation,
+                           instruction: hlo.Instruction):
+    """One of the instructions by which TPU slices exchange data through their hosts (`data`)."""
+    start = instruction
     if instruction.opcode.endswith('-done'):
-      begins = computation.get(instruction.operands[0], instruction)  # or before this loop
-    meeting, does = (pattern.search(begins.attributes) for pattern in (_MEETING, _MEGASCALE))
-    if meeting and does and instruction.opcode == 'send':
-      self._send(clock, meeting[1], does[1].lower().replace('_', '-'), ('data',),
+      start = computation.get(instruction.operands[0], instruction)  # absent if before this loop
+    rendezvous = _RENDEZVOUS.search(start.attributes)
+    transfer = _MEGASCALE.search(start.attributes)
+    if rendezvous and transfer and instruction.opcode == 'send':
+      self._send(clock, rendezvous[1], transfer[1].lower().replace('_', '-'), ('data',),
                  instruction.shapes[0].bytes)
-    elif meeting and instruction.opcode == 'recv-done':
-      clock.wait(meeting[1])
+    elif rendezvous and instruction.opcode == 'recv-done':
+      clock.wait(rendezvous[1])
 
-  def _work(self, cost: Cost, computation: hlo.Computation, instruction: hlo.Instruction):
+  def _add_work(self, cost: Cost, computation: hlo.Computation, instruction: hlo.Instruction):
+    """Adds an instruction that nothing overlaps with."""
     flops = self._flops(computation, instruction)
     compute = flops / self._chip.flops
     memory = self._traffic(computation, instruction) / self._chip.bandwidth
@@ -141,21 +155,21 @@ class Model:
     cost.seconds += max(compute, memory)
 
   def _collective(self, computation: hlo.Computation, instruction: hlo.Instruction):
-    """(name, kind, axes, bytes that a device sends) of a collective; None of anything else."""
+    """(name, kind, axes, bytes that a device sends) of a collective; None for anything else."""
     kind = instruction.opcode.removesuffix('-start')
     if instruction.opcode in _WRAPPERS and instruction.called:
-      # Wrapped in a computation, or in one within, which another core of the chip may run. The
-      # TPU's compiler has collectives start, go on in the midst of other fusions, and be done,
-      # each by a fusion of its own on the same channel.
+      # Wrapped in a computation, perhaps a nested one, which another core of the chip may run. The
+      # TPU compiler splits a collective into fusions on the same channel: one that starts it, some
+      # that continue it amid other work, and one that ends it.
       inner = self._module.computations[instruction.called[0]]
       found = next(filter(None, (self._collective(inner, i) for i in inner.values())), None)
-      if not found or _stage(instruction) == 'goes on':
+      if not found or _stage(instruction) == 'continues':
         return None
       name, kind, axes, size = found
       if instruction.opcode != 'fusion' or name not in inner:
         return instruction.name, kind, axes, size
       if kind == 'all-reduce' and instruction.shapes[0].bytes < inner[name].shapes[0].bytes:
-        kind, size = 'reduce-scatter', size / 2  # a device keeps its part of the sum only
+        kind, size = 'reduce-scatter', size / 2  # a device keeps only its part of the sum
       return inner[name].attribute('channel_id') or name, kind, axes, size
     if kind not in hlo.COLLECTIVES:
       return None
@@ -166,7 +180,7 @@ class Model:
     return instruction.name, kind, axes, size * (n - 1) / n
 
   def _flops(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
-    """Of matmuls in it; elementwise work is not counted."""
+    """The FLOPs of the matmuls in an instruction; elementwise work is not counted."""
     if instruction.opcode == 'dot':
       return _dot_flops(computation, instruction)
     if instruction.opcode == 'convolution':
@@ -178,7 +192,7 @@ class Model:
     return sum(self._flops(c, i) for c in inner for i in c.values())
 
   def _traffic(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
-    """Bytes to and from the chip's memory: results and operands, or the parts of them in use."""
+    """Bytes to and from the chip's memory: results and operands, or the parts of them used."""
     if instruction.opcode == 'custom-call' and 'AllocateBuffer' in instruction.attributes:
       return 0.0
     read = [sum(s.bytes for s in _shapes(computation, o) if s.space == hlo.HBM)
@@ -193,38 +207,40 @@ class Model:
       parameters = [i for i in inner.values() if i.opcode == 'parameter']
       parameters.sort(key=lambda i: int(i.operands[0]))
       for i, parameter in enumerate(parameters[:len(read)]):
-        read[i] = min(read[i], _used(inner, parameter.name))
-      written = min(written, _updated(inner))
+        read[i] = min(read[i], _bytes_read(inner, parameter.name))
+      written = min(written, _bytes_written(inner))
     return sum(read) + written
 
 
 def _stage(instruction: hlo.Instruction) -> str:
-  """Of a collective: 'whole', or what part of its course this is."""
+  """The part of a collective that an instruction is: 'whole', 'start', 'continues' or 'done'."""
   if instruction.opcode != 'fusion':
     return 'start' if instruction.opcode.endswith('-start') else 'whole'
   if 'async' not in instruction.name:
-    return 'goes on' if 'async_collective' in instruction.attributes else 'whole'
-  return next((stage for stage in ('start', 'done') if stage in instruction.name), 'goes on')
+    return 'continues' if 'async_collective' in instruction.attributes else 'whole'
+  return next((stage for stage in ('start', 'done') if stage in instruction.name), 'continues')
 
 
 class _Clock:
-  """Time in a computation, and what is under way meanwhile."""
+  """The time in a computation, and the transfers in progress."""
 
   def __init__(self, cost: Cost):
     self.cost = cost
-    self._free: dict[str, float] = defaultdict(float)  # when network and memory are idle again
-    self._ends: dict[str, tuple[float, bool]] = {}  # when, and whether it is the network's
+    self._free: dict[str, float] = defaultdict(float)  # when each resource is idle again
+    self._ends: dict[str, tuple[float, bool]] = {}  # by name: when, and whether on the network
 
   def start(self, name: str, where: str, seconds: float):
+    """Starts a transfer on a resource ('network', 'memory' or 'host') once that is idle."""
     end = self._free[where] = max(self._free[where], self.cost.seconds) + seconds
     self._ends[name] = end, where == 'network'
 
   def follow(self, name: str, other: str):
-    """`name` is done when `other` is."""
+    """Lets `name` end when `other` does."""
     if other in self._ends:
       self._ends[name] = self._ends[other]
 
   def wait(self, name: str):
+    """Advances the time to the end of a transfer."""
     end, on_network = self._ends.get(name, (0.0, False))
     waits = max(end - self.cost.seconds, 0.0)
     self.cost.seconds += waits
@@ -236,8 +252,8 @@ def _shapes(computation: hlo.Computation, name: str):
   return found.shapes if found else ()
 
 
-def _used(computation: hlo.Computation, name: str) -> float:
-  """Bytes of an array that a computation reads: of slices, if it takes nothing else of it."""
+def _bytes_read(computation: hlo.Computation, name: str) -> float:
+  """Bytes of an array that a computation reads; infinite if it may read more than slices of it."""
   total = 0.0
   for user in computation.values():
     if name in user.operands:
@@ -246,60 +262,65 @@ def _used(computation: hlo.Computation, name: str) -> float:
       elif user.opcode == 'dynamic-update-slice' and user.operands[0] == name:
         continue  # written in place
       elif user.opcode in ('bitcast', 'copy', 'reshape', 'convert'):
-        total += _used(computation, user.name)
+        total += _bytes_read(computation, user.name)
       elif user.opcode == 'tuple' or user.opcode in hlo.COLLECTIVES:
-        continue  # handed on; or sent, which has a price of its own
+        continue  # passed through; or sent, which is counted separately
       else:
         return math.inf
   return total
 
 
-def _updated(computation: hlo.Computation) -> float:
-  """Bytes that a computation writes: of arrays that it updates in place, the slices."""
+def _bytes_written(computation: hlo.Computation) -> float:
+  """Bytes that a computation writes; for an array that it updates in place, only the slice."""
   root = computation.root
   names = root.operands if root.opcode == 'tuple' else (root.name,)
-  return sum(_written(computation, name) for name in names)
+  return sum(_bytes_of_result(computation, name) for name in names)
 
 
-def _moved(start: hlo.Instruction) -> float:
-  """Bytes that a copy moves: of what is copied from or to a slice, the slice."""
+def _bytes_of_result(computation: hlo.Computation, name: str) -> float:
+  """Bytes that are written for one result of a computation."""
+  source = computation[name]
+  while source.opcode in ('bitcast', 'copy', 'reshape') and source.operands[0] in computation:
+    source = computation[source.operands[0]]
+  if source.opcode == 'dynamic-update-slice':
+    return computation.shape(source.operands[1]).bytes
+  if source.opcode in ('parameter', 'custom-call') or source.opcode in hlo.COLLECTIVES:
+    return 0.0  # passed through
+  return sum(s.bytes for s in computation[name].shapes)
+
+
+def _bytes_copied(start: hlo.Instruction) -> float:
+  """Bytes that an asynchronous copy moves; only the slice if it copies from or to one."""
   return min((s.bytes for s in start.shapes if s.dims and s.dtype == start.shapes[0].dtype),
              default=0.0)
 
 
-def _written(computation: hlo.Computation, name: str) -> float:
-  made = computation[name]
-  while made.opcode in ('bitcast', 'copy', 'reshape') and made.operands[0] in computation:
-    made = computation[made.operands[0]]
-  if made.opcode == 'dynamic-update-slice':
-    return computation.shape(made.operands[1]).bytes
-  if made.opcode in ('parameter', 'custom-call') or made.opcode in hlo.COLLECTIVES:
-    return 0.0  # handed on
-  return sum(s.bytes for s in computation[name].shapes)
-
-
 def _dot_flops(computation: hlo.Computation, dot: hlo.Instruction) -> float:
   lhs = computation.shape(dot.operands[0])
-  contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', dot.attributes)[1]
+  contracted = _matched(r'lhs_contracting_dims=\{([\d,]*)\}', dot)[1]
   inner = math.prod(lhs.dims[int(i)] for i in contracted.split(',') if i)
   return 2.0 * math.prod(dot.shapes[0].dims) * inner
 
 
 def _convolution_flops(computation: hlo.Computation, convolution: hlo.Instruction) -> float:
-  """The TPU's compiler writes matmuls as convolutions; products with padding are none."""
-  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', convolution.attributes).groups()
+  """The FLOPs of a convolution, which is how the TPU compiler writes matmuls.
+
+  Products with padding are not counted.
+  """
+  labels = _matched(r'dim_labels=(\w+)_(\w+)->(\w+)', convolution).groups()
   lhs, rhs, out = (dict(zip(label, shape.dims)) for label, shape in zip(
       labels, (*(computation.shape(o) for o in convolution.operands), convolution.shapes[0])))
-  window = dict(part.split('=') for part in re.search(
-      r'window=\{([^}]*)\}', convolution.attributes)[1].split()) if (
-          'window={' in convolution.attributes) else {}
+  window = {}
+  if 'window={' in convolution.attributes:
+    window = dict(part.split('=')
+                  for part in _matched(r'window=\{([^}]*)\}', convolution)[1].split())
   groups = int(convolution.attribute('feature_group_count') or 1)
   flops = 2.0 * lhs['f'] / groups * out['f'] * out['b'] / int(
       convolution.attribute('batch_group_count') or 1)
   for i in range(len(labels[0]) - 2):
-    part = lambda name, default, i=i: window[name].split('x')[i] if name in window else default
-    low = int(part('pad', '0_0').split('_')[0])
-    stride, spread, holes = (int(part(name, 1)) for name in ('stride', 'rhs_dilate', 'lhs_dilate'))
+    field = lambda name, default, i=i: window[name].split('x')[i] if name in window else default
+    low = int(field('pad', '0_0').split('_')[0])
+    stride, spread, holes = (int(field(name, 1)) for name in ('stride', 'rhs_dilate', 'lhs_dilate'))
     last = (lhs[str(i)] - 1) * holes
     flops *= sum(0 <= at <= last and at % holes == 0
                  for o in range(out[str(i)]) for w in range(rhs[str(i)])
@@ -307,19 +328,27 @@ def _convolution_flops(computation: hlo.Computation, convolution: hlo.Instructio
   return flops
 
 
+def _matched(pattern: str, instruction: hlo.Instruction) -> re.Match[str]:
+  """The match of an attribute that every such instruction has."""
+  found = re.search(pattern, instruction.attributes)
+  if not found:
+    raise ValueError(f'{instruction.opcode} {instruction.name} has no {pattern}.')
+  return found
+
+
 def _kernel_flops(computation: hlo.Computation, call: hlo.Instruction, filled: float) -> float:
-  """Of matmuls and attention by kernels; 0 of others.
+  """The FLOPs of a kernel for matmuls or attention; 0 for others.
 
   `filled`: the share of its rows that a grouped matmul multiplies.
   """
   shapes = [s for o in call.operands for s in _shapes(computation, o)]
   big = [s for s in shapes if len(s.dims) >= 2 and s.dtype in ('bf16', 'f16', 'f32')]
   if 'ragged-dot' in call.name and len(big) >= 2:
-    (rows, inner), other = big[0].dims, big[1].dims  # [M, K] with [G, K, N] or, of weights, [M, N]
+    (rows, inner), other = big[0].dims, big[1].dims  # [M, K] with [G, K, N], or [M, N] for weights
     outer = next((d for d in (other[-1], other[-2]) if d != inner), other[-1])
     return 2.0 * rows * inner * outer * filled
-  # Causal attention: half of all pairs; products of [T, H] by [T, T] forward and in each kernel of
-  # the backward pass.
+  # Causal attention computes half of all pairs. Each kernel, forward or backward, has this many
+  # products of [T, H] and [T, T].
   for kernel, products in (('splash_mha_fwd', 2), ('splash_mha_dkv', 4), ('splash_mha_dq', 3)):
     if kernel in call.attributes and big:
       *lead, T, H = max(big, key=lambda s: len(s.dims)).dims

@@ -1,4 +1,4 @@
-"""A compiled program as its text has it: computations, and instructions in their schedule."""
+"""Parses the text of a compiled program: its computations, with instructions as scheduled."""
 
 import functools
 import math
@@ -14,17 +14,18 @@ _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{\s*$')
 _END = re.compile(r'^\}(, execution_thread=.*)?\s*$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*)$')
-_CALLED = re.compile(
+_CALLED_NAMES = re.compile(
     r'(?:calls|to_apply|async_execution_computation|called_computations)=\{?%?([\w.-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-_LISTED = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{[^=]*\})?\}')
-_IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
-_NAMED = re.compile(
+# The notations for the groups of devices in a collective: {{0,1},{2,3}}, [2,2]<=[4], mesh[...].
+_LISTED_GROUPS = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{[^=]*\})?\}')
+_IOTA_GROUPS = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
+_MESH_GROUPS = re.compile(
     r'replica_groups=mesh\[([^\]]*)\]'
     r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}')
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute',
                'ragged-all-to-all')
-HBM, HOST = 0, 5  # memory spaces; others are on the chip
+HBM, HOST = 0, 5  # memory spaces; all others are on the chip
 
 
 class Shape(NamedTuple):
@@ -42,12 +43,12 @@ class Instruction(NamedTuple):
   """One line of a computation.
 
   Attributes:
-    name: what others call it by.
+    name: unique in its computation.
     opcode: 'fusion', 'all-gather-start' and so on.
     shapes: of its results.
-    operands: names.
+    operands: names of other instructions.
     attributes: the rest of the line.
-    is_root: it is what the computation gives.
+    is_root: whether it is the result of the computation.
   """
   name: str
   opcode: str
@@ -58,42 +59,41 @@ class Instruction(NamedTuple):
 
   @property
   def called(self) -> list[str]:
-    """Computations that it is made of, but for loops and conditionals."""
-    return _CALLED.findall(self.attributes)
+    """The computations it is made of, except those of loops and conditionals."""
+    return _CALLED_NAMES.findall(self.attributes)
 
-  def attribute(self, name: str) -> str | None:
-    """The value of `name=...` up to the next comma or space."""
+  def attribute(self, name: str) -> str:
+    """The value of `name=...` up to the next comma or space; '' if there is none."""
     found = re.search(rf'\b{name}=%?([^\s,]+)', self.attributes)
-    return found[1] if found else None
+    return found[1] if found else ''
 
 
-class Computation(dict):
+class Computation(dict[str, Instruction]):
   """Instructions by name, in the order of the schedule."""
 
   @property
   def root(self) -> Instruction:
     return next((i for i in self.values() if i.is_root), list(self.values())[-1])
 
-  def shape(self, name: str) -> Shape | None:
-    """Of the (first) result of an instruction."""
-    found = self.get(name)
-    return found.shapes[0] if found and found.shapes else None
+  def shape(self, name: str) -> Shape:
+    """The shape of the (first) result of an instruction."""
+    return self[name].shapes[0]
 
 
 class Module(NamedTuple):
-  """A program: its computations by name, and the one that is its entry."""
+  """A program: its computations by name, and the name of its entry."""
   computations: dict[str, Computation]
   entry: str
 
   def branches(self, conditional: Instruction) -> list[str]:
-    """Computations that a conditional chooses from."""
+    """The computations that a conditional chooses from."""
     listed = _BRANCHES.search(conditional.attributes)
     if listed:
       return [name.strip(' %') for name in listed[1].split(',')]
     return [conditional.attribute(f'{which}_computation') for which in ('false', 'true')]
 
-  def trips(self, loop: Instruction) -> int:
-    """How often a loop's body runs: as the compiler noted it, or the bound in its condition."""
+  def trip_count(self, loop: Instruction) -> int:
+    """How often a loop's body runs: the compiler's note, or else the bound in its condition."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
       return int(known[1])
@@ -101,7 +101,7 @@ class Module(NamedTuple):
     return math.ceil(bound / self._step(loop))
 
   def _step(self, loop: Instruction) -> int:
-    """What a turn adds to the loop's counter: more than 1 where XLA made one turn of several."""
+    """What an iteration adds to the loop's counter: more than 1 if XLA unrolled the loop."""
     condition, body = (self.computations.get(loop.attribute(which), Computation())
                        for which in ('condition', 'body'))
     if not condition or not body:
@@ -109,16 +109,17 @@ class Module(NamedTuple):
     for operand in condition.root.operands:
       counter = condition.get(operand)
       if counter and counter.opcode == 'get-tuple-element' and body.root.opcode == 'tuple':
-        counted = body.get(body.root.operands[int(counter.attribute('index'))])
-        if counted and counted.opcode == 'add':
-          added = [body[o].operands[0] for o in counted.operands
+        updated = body.get(body.root.operands[int(counter.attribute('index'))])
+        if updated and updated.opcode == 'add':
+          added = [body[o].operands[0] for o in updated.operands
                    if o in body and body[o].opcode == 'constant']
           return int(added[0]) if added and added[0].isdigit() and int(added[0]) else 1
     return 1
 
   def _constants(self, name: str) -> list[int]:
+    """The integer constants in a computation and in those it calls."""
     found = []
-    for instruction in self.computations.get(name, {}).values():
+    for instruction in self.computations.get(name, Computation()).values():
       if instruction.opcode == 'constant' and instruction.operands[0].lstrip('-').isdigit():
         found.append(int(instruction.operands[0]))
       for called in instruction.called:
@@ -127,7 +128,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-  """A module from `compiled.as_text()`."""
+  """The module in `compiled.as_text()`."""
   computations, current, entry = {}, None, ''
   for line in text.splitlines():
     if current is None:
@@ -139,25 +140,25 @@ def parse(text: str) -> Module:
     elif match := _INSTRUCTION.match(line):
       instruction = _instruction(match[2], match[3], bool(match[1]))
       current[instruction.name] = instruction
-    elif line.strip():  # notes of kernels have line breaks in them
+    elif line.strip():  # the attributes of kernels may contain line breaks
       last = current.popitem()[1]
       current[last.name] = last._replace(attributes=last.attributes + line)
   return Module(computations, entry or next(reversed(computations)))
 
 
 def _instruction(name: str, text: str, is_root: bool) -> Instruction:
-  """From `TYPE opcode(operands), attributes`."""
-  end = _closing(text, 0) if text.startswith('(') else text.index(' ')
+  """An instruction from `TYPE opcode(operands), attributes`."""
+  end = _closing_parenthesis(text, 0) if text.startswith('(') else text.index(' ')
   result, rest = text[:end], text[end:].lstrip(') ')
   opcode, _, rest = rest.partition('(')
-  end = _closing('(' + rest, 0) - 1
+  end = _closing_parenthesis('(' + rest, 0) - 1
   operands = re.sub(r'/\*.*?\*/', '', rest[:end])
-  operands = tuple(o.strip().split(' ')[-1].lstrip('%') for o in _split(operands))
+  operands = tuple(o.strip().split(' ')[-1].lstrip('%') for o in _split_at_commas(operands))
   return Instruction(name, opcode, _shapes(result), operands, rest[end + 1:], is_root)
 
 
-def _closing(text: str, start: int) -> int:
-  """Where the parenthesis that opens at `start` is closed."""
+def _closing_parenthesis(text: str, start: int) -> int:
+  """The position of the parenthesis that closes the one at `start`."""
   depth = 0
   for at in range(start, len(text)):
     depth += {'(': 1, ')': -1}.get(text[at], 0)
@@ -166,8 +167,8 @@ def _closing(text: str, start: int) -> int:
   return len(text)
 
 
-def _split(operands: str) -> list[str]:
-  """At commas outside of brackets."""
+def _split_at_commas(operands: str) -> list[str]:
+  """The parts between commas that are outside brackets."""
   parts, depth = [''], 0
   for c in operands:
     depth += {'[': 1, '{': 1, '(': 1, ']': -1, '}': -1, ')': -1}.get(c, 0)
@@ -201,7 +202,7 @@ class Collective(NamedTuple):
 
 
 def collectives(module: Module, mesh) -> list[Collective]:
-  """All collectives of a program that move data; those inside loops once."""
+  """All collectives of a program that move data; one inside a loop counts once."""
   found = []
   for computation in module.computations.values():
     for instruction in computation.values():
@@ -226,35 +227,39 @@ def _axes(attributes: str, mesh) -> tuple[str, ...]:
 
 
 def _group_text(attributes: str) -> str:
-  """That part of a collective's attributes that says who takes part."""
-  for pattern in (_LISTED, _IOTA, _NAMED):
+  """The part of a collective's attributes that lists the groups of devices."""
+  for pattern in (_LISTED_GROUPS, _IOTA_GROUPS, _MESH_GROUPS):
     if match := pattern.search(attributes):
       return match[0]
   return ''
 
 
 def _groups(text: str, devices: int) -> list[list[int]]:
-  """The devices that take part together, from any of the notations of HLO."""
-  numbers = lambda text: list(map(int, text.split(',')))
-  if match := _IOTA.search(text):  # [2,4]<=[4,2]T(1,0): numbers of a transposed array
-    return _iota(match[2], match[3]).reshape(numbers(match[1])).tolist()
+  """The groups of devices that exchange data, from any of HLO's notations."""
+  if match := _IOTA_GROUPS.search(text):  # [2,4]<=[4,2]T(1,0): numbers of a transposed array
+    return _iota(match[2], match[3]).reshape(_numbers(match[1])).tolist()
   # mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a','b':(1)2}: along axes, or parts of them
-  if match := _NAMED.search(text):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-    parts = {axis: [1, int(size), 1] for axis, size in sizes.items()}
-    for axis, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[4]):
-      before, size = int(before or 1), int(size or sizes[axis])
-      parts[axis] = [before, size, int(sizes[axis]) // before // size]
+  if match := _MESH_GROUPS.search(text):
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+    parts = {axis: [1, size, 1] for axis, size in sizes.items()}
+    for axis, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[4]):
+      before, part = int(before or 1), int(part or sizes[axis])
+      parts[axis] = [before, part, sizes[axis] // before // part]
     ids = _iota(match[2], match[3]) if match[2] else np.arange(devices)
     ids = ids.reshape([n for part in parts.values() for n in part])
     moved = [3 * list(sizes).index(axis) + 1 for axis in re.findall(r"'(\w+)'", match[4])]
     together = math.prod(ids.shape[i] for i in moved)
     return np.moveaxis(ids, moved, range(-len(moved), 0)).reshape(-1, together).tolist()
   groups = re.findall(r'[\d,]*\d', text.partition('=')[2])  # {{0,1},{2,3}}; {} is all devices
-  return [numbers(group) for group in groups] or [list(range(devices))]
+  return [_numbers(group) for group in groups] or [list(range(devices))]
 
 
-def _iota(dims: str, order: str) -> np.ndarray:
-  dims = list(map(int, dims.split(',')))
-  ids = np.arange(math.prod(dims)).reshape(dims)
-  return ids.transpose(list(map(int, order.split(','))) if order else None)
+def _iota(dims: str, order: str | None) -> np.ndarray:
+  """0, 1, 2, ... in an array of these dimensions, transposed if `order` is given."""
+  sizes = _numbers(dims)
+  ids = np.arange(math.prod(sizes)).reshape(sizes)
+  return ids.transpose(_numbers(order) if order else None)
+
+
+def _numbers(text: str) -> list[int]:
+  return list(map(int, text.split(',')))

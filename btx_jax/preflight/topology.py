@@ -1,19 +1,19 @@
-"""Devices that are not here: 'v5p:4x4x4', 'v5e:16x16*2', 'h100:8', 'cpu:8'."""
+"""Devices by name, which need not exist here: 'v5p:4x4x4', 'v5e:16x16*2', 'h100:8', 'cpu:8'."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import fnmatch
 import importlib.metadata
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from btx_jax.devices.hardware import CHIPS, Chip
 from btx_jax.devices.mesh import count_slices
 from btx_jax.errors import UsageError, nearest
 
-_PER_NODE = 8  # GPUs of a node
-# What the CUDA compiler asks of a device, from one of each kind (jaxlib's GpuTargetConfigProto).
+_PER_NODE = 8  # GPUs
+# The properties that the CUDA compiler needs, read from such a GPU (jaxlib's GpuTargetConfigProto).
 _H100 = '''
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -35,10 +35,10 @@ class Topology(NamedTuple):
   """Devices to compile for.
 
   Attributes:
-    name: as it was asked for.
-    chip: None for a CPU, of which nothing is known.
-    devices: as jax describes them.
-    compiler: that will be used, with its version.
+    name: as given to `get`.
+    chip: None for a CPU, whose speed and memory are not known.
+    devices: jax's descriptions of them.
+    compiler: the one that will be used, with its version.
   """
   name: str
   chip: Chip | None
@@ -47,22 +47,22 @@ class Topology(NamedTuple):
 
   @property
   def hosts(self) -> int:
-    """Machines that the devices are in."""
+    """Number of machines."""
     return max(1, len({getattr(d, 'process_index', 0) for d in self.devices}))
 
 
 def get(name: str) -> Topology:
-  """The devices of this name.
+  """The devices that `name` describes, KIND:SIZE.
 
   Raises:
-    UsageError: nobody knows such devices, or their compiler is not installed.
+    UsageError: there are no such devices, or their compiler is not installed.
   """
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?', name)
   if not match:
     raise UsageError(f'--topology={name} is not KIND:SIZE; examples are {_EXAMPLES}.')
   kind, shape, slices = match[1], match[2], int(match[3] or 1)
   if not slices * math.prod(int(n) for n in shape.split('x')):
-    raise UsageError(f'--topology={name} has no device; examples are {_EXAMPLES}.')
+    raise UsageError(f'--topology={name} has no devices; examples are {_EXAMPLES}.')
   if kind == 'cpu' and shape.isdigit() and slices == 1:
     return _cpu(name, int(shape))
   if kind == 'h100' and shape.isdigit() and slices == 1:
@@ -84,16 +84,16 @@ def _cpu(name: str, devices: int) -> Topology:
 
 
 def _tpu(name: str, kind: str, shape: str, slices: int) -> Topology:
-  # There is no TPU to ask what it is.
+  # The compiler must not look for a TPU in this machine.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1',
                     TPU_WORKER_HOSTNAMES='localhost', TPU_ACCELERATOR_TYPE=f'{kind}-8')
   compiler = _libtpu()
   if not compiler:
-    raise UsageError(f"--topology={name} needs the TPU's compiler: pip install 'btx_jax[tpu]', "
+    raise UsageError(f"--topology={name} needs the TPU compiler: pip install 'btx_jax[tpu]', "
                      'which works on any x86-64 Linux machine.')
   from jax.experimental import topologies
   wraps = _wraps([int(n) for n in shape.split('x')])
-  options = {'wrap': tuple(wraps + [False] * (3 - len(wraps)))}  # the default is: nowhere
+  options: dict[str, Any] = {'wrap': (*wraps, *[False] * (3 - len(wraps)))}  # default: none
   if slices > 1:
     options['num_slices'] = slices
   if kind == 'v4':
@@ -103,23 +103,24 @@ def _tpu(name: str, kind: str, shape: str, slices: int) -> Topology:
   except Exception as error:
     why = str(error).splitlines()[0]
     raise UsageError(
-        f'--topology={name}: {compiler} knows no such slice ({why}).') from error
+        f'--topology={name}: {compiler} has no such slice ({why}).') from error
   return Topology(name, CHIPS[kind], found.devices, compiler)
 
 
 def _libtpu() -> str:
-  """'libtpu 0.0.42.1', and whether this jax asks for another; '' if it is not installed."""
+  """'libtpu 0.0.42.1', with a remark if jax requires another; '' if it is not installed."""
   found = _version('libtpu')
   wanted = next((each.split(';')[0].strip() for each in importlib.metadata.requires('jax') or ()
                  if each.startswith('libtpu')), '*')
   if not found or fnmatch.fnmatch(found.replace(' ', '=='), wanted):
     return found
-  return f'{found}, not the {wanted} that {_version("jax")} asks for'
+  return f'{found}, not the {wanted} that {_version("jax")} requires'
 
 
 def _gpu(name: str, devices: int) -> Topology:
   if devices > _PER_NODE and devices % _PER_NODE:
-    raise UsageError(f'--topology={name}: nodes have {_PER_NODE} GPUs; {devices} is no multiple.')
+    raise UsageError(f'--topology={name}: nodes have {_PER_NODE} GPUs, and {devices} is not a '
+                     'multiple.')
   plugin = next(filter(None, map(_version, ('jax-cuda13-plugin', 'jax-cuda12-plugin'))), '')
   if not plugin:
     raise UsageError(f"--topology={name} needs NVIDIA's compiler: pip install 'jax[cuda13]' "
@@ -140,19 +141,19 @@ def _version(package: str) -> str:
     return ''
 
 
-def speed(topology: Topology, mesh):
-  """(kind of collective, axes of the mesh) -> bytes a second that a device sends and receives.
+def link_speed(topology: Topology, mesh) -> Callable[[str, tuple[str, ...]], float]:
+  """(kind of collective, axes of the mesh) -> bytes per second that a device sends and receives.
 
-  On a torus an axis of the mesh runs along one of its dimensions or several; each of these adds
-  its two links if the axis goes all the way around, and one if it ends before. All-to-all goes a
-  quarter of the way around on average, so that bytes share links. Along an axis that leaves the
-  slice or node, all goes through the network.
+  On a torus an axis of the mesh runs along one or more dimensions. Each of them adds two links if
+  the axis goes all the way around, and one if it ends before. All-to-all travels a quarter of the
+  way around on average, so its bytes share links. If an axis leaves the slice or node, all its
+  traffic is limited by the network.
   """
   chip = topology.chip
   sizes = [len({d.coords[i] for d in topology.devices}) for i in range(chip.torus if chip else 0)]
   wraps = _wraps(sizes)
 
-  def of(kind: str, axes: tuple[str, ...]) -> float:
+  def bytes_per_second(kind: str, axes: tuple[str, ...]) -> float:
     if not chip:
       return math.inf
     group = _group(mesh, axes)
@@ -167,22 +168,22 @@ def speed(topology: Topology, mesh):
       if along > 1:
         links += 2 if along == sizes[i] and wraps[i] else 1
         longest = max(longest, along)
-    shared = longest / 4 if kind == 'all-to-all' and links else 1
-    return max(links, 1) * chip.link / max(shared, 1)
+    sharing = longest / 4 if kind == 'all-to-all' and links else 1
+    return max(links, 1) * chip.link / max(sharing, 1)
 
-  return of
+  return bytes_per_second
 
 
 def _group(mesh, axes: tuple[str, ...]):
-  """The devices that differ from the first along these axes alone."""
+  """The first device, and those that differ from it along these axes only."""
   index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
   return mesh.devices[index].reshape(-1)
 
 
 def _wraps(sizes: Sequence[int]) -> list[bool]:
-  """Which dimensions of a torus go all the way around: whole cubes of 4x4x4, and pods of 16x16.
+  """Which dimensions of a torus go all the way around: in cubes of 4x4x4 chips, and pods of 16x16.
 
-  The compiler chooses its collectives by that: without, it makes all-reduces of all-gathers.
+  The compiler chooses its collectives accordingly: without, it builds all-reduces from all-gathers.
   """
   if len(sizes) == 3:
     return [all(n % 4 == 0 for n in sizes)] * 3

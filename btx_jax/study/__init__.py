@@ -1,1 +1,1 @@
-"""A config and its working directory: the runs, their plan, and what files say of them."""
+"""A config and its working directory: the plan of its runs, their parameters, their manifests."""

@@ -1,4 +1,4 @@
-"""What a run directory says about itself: manifest.json, replaced whole at every change."""
+"""manifest.json: what a run directory holds and its state; replaced as a whole at every change."""
 
 import datetime
 import hashlib
@@ -14,7 +14,7 @@ _NAME = 'manifest.json'
 
 
 def identity(spec: dict) -> str:
-  """A hash of everything that decides a run's result, sources included."""
+  """A hash of everything that determines a run's result, including its sources."""
   return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -22,25 +22,25 @@ def read(folder: str) -> dict | None:
   """The manifest of a run directory; None if there is no run there.
 
   Raises:
-    UsageError: the file is there but not a manifest.
+    UsageError: the file exists, but it is not a manifest.
   """
   path = os.path.join(folder, _NAME)
   try:
     with open(path, encoding='utf-8') as file:
       manifest = json.load(file)
-    manifest['state'], manifest['spec']  # what everything else relies on
+    _ = manifest['state'], manifest['spec']  # all callers rely on these
   except FileNotFoundError:
     return None
   except NotADirectoryError:
-    raise  # of the path, not of the file
+    raise  # --workdir is wrong, not the manifest
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise UsageError(f'{path} is not a manifest of ours ({error!r}); use another --workdir, or '
-                     'delete that folder to train anew.') from error
+                     'delete that folder to train the run again.') from error
   return manifest
 
 
 def write(folder: str, manifest: dict):
-  """Replaces the manifest in one step, so that a reader never sees half of it."""
+  """Replaces the manifest of a run directory in one step, so that no reader sees half of it."""
   with replacing(os.path.join(folder, _NAME)) as file:
     json.dump(manifest | {'updated': now()}, file, indent=1)
 
@@ -54,8 +54,8 @@ def begin(name: str, spec: dict) -> dict:
   }
 
 
-def go_on(manifest: dict) -> dict:
-  """The manifest of a run that starts again; other versions than before are noted."""
+def resume(manifest: dict) -> dict:
+  """The manifest of a run that resumes; if package versions changed, the earlier ones are kept."""
   manifest = {key: value for key, value in manifest.items() if key != 'error'}
   if manifest['versions'] != versions():
     manifest['earlier_versions'] = [
@@ -64,20 +64,21 @@ def go_on(manifest: dict) -> dict:
 
 
 def check(folder: str, manifest: dict, spec: dict):
-  """Raises UsageError if the run in `folder` is not the one that `spec` describes."""
+  """Raises UsageError unless the run in `folder` is the one that `spec` describes."""
   lines = differences(manifest, dict.fromkeys(manifest['spec']) | spec)
   if lines:
     raise UsageError(
         f'{folder} belongs to another config:\n' + '\n'.join(f'  {line}' for line in lines) +
-        '\nNothing was touched. Use another --workdir, or delete that folder to train anew.')
+        '\nNothing was changed. Use another --workdir, or delete that folder to train the run '
+        'again.')
 
 
 def differences(manifest: dict, spec: dict) -> list[str]:
-  """What `spec`, or a part of one, says otherwise than a manifest: 'steps: 6 there, 8 now'."""
+  """How `spec`, or a part of one, differs from a manifest's: lines like 'steps: 6 there, 8 now'."""
   known = {key: manifest['spec'].get(key) for key in spec}
   return [f'{path}: {was!r} there, {now!r} now' for path, was, now in compare(known, spec)]
 
 
 def now() -> str:
-  """The time as manifests write it."""
+  """The current time in the format of manifests: ISO 8601, UTC."""
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -121,7 +121,8 @@ def _timed(run: Run, make):
   began = time.monotonic()
   params = jax.block_until_ready(make())
   say(f'{", ".join(source.name for source in run.sources)}: read and combined in '
-      f'{time.monotonic() - began:.1f} s, peak memory {hardware.memory()["host"] / 1e9:.1f} GB')
+      f'{time.monotonic() - began:.1f} s, peak memory '
+      f'{hardware.peak_memory()["host"] / 1e9:.1f} GB')
   return params
 
 

@@ -1,32 +1,31 @@
-"""A config and its working directory as files tell of them: nothing here computes or needs jax.
+"""A config and its working directory, read from files alone: nothing here computes or needs jax.
 
-So it can be looked at from any machine that sees the directory, while runs are going.
+So any machine that sees the directory can inspect it, also while runs are in progress.
 """
 
 import os
 
-from btx_jax import run as run_lib
 from btx_jax.data import corpora, text
 from btx_jax.errors import UsageError, nearest
-from btx_jax.study import fields, manifest
-from btx_jax.study import plan as plan_lib
+from btx_jax.run import MIX, Run
+from btx_jax.study import fields, manifest, plan
 
 MISSING = 'missing'
-# Forms of Branch-Train-Merge, and of how many experts a token meets the mean; 0 is all.
+# Forms of Branch-Train-Merge -> how many experts' probabilities are averaged per token; 0 is all.
 MERGES = {'top_1': 1, 'top_2': 2, 'all': 0, 'posterior': 0}
 
 
 class Study:
-  """The runs of a config in a working directory. Making one checks the config.
+  """The runs of a config in a working directory. Creating one checks the config.
 
   Attributes:
     config: as btx_jax/base.py makes it.
-    workdir: where everything goes.
-    runs: by name, in the order in which they can be done.
+    workdir: the directory of all checkpoints, tokens and reports.
+    runs: by name; each comes after the runs it starts from.
   """
 
   def __init__(self, config, workdir: str, at_hand: bool = True):
-    """`at_hand`: tokenizer and pretrained models have to be there, else only if they are."""
+    """`at_hand`: the tokenizer and pretrained models must exist; if false, they may be missing."""
     self.config, self.workdir = config, workdir
     fields.check(config)
     corpora.from_config(config.domains)
@@ -49,18 +48,18 @@ class Study:
     tokenizer = None
     if at_hand or os.path.exists(config.tokenizer.path):
       tokenizer = text.given(config, self.data_folder)
-    self.runs = plan_lib.make_plan(
+    self.runs = plan.make_plan(
         config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer,
         at_hand)
-    mixed = [source for run in self.runs.values() if run.init == run_lib.MIX
+    mixed = [source for run in self.runs.values() if run.init == MIX
              for source in run.sources] if config.evaluation.merge else []
     for source in mixed:
       if source.vocabulary:
         raise UsageError(f'evaluation.merge: {source.name!r} has another vocabulary than the '
-                         'tokenizer, so that its probabilities are of other tokens; use ().')
+                         'tokenizer, so its probabilities are for other tokens; use ().')
       if not source.steps and set(config.evaluation.merge) - {'posterior'}:
-        raise UsageError(f'evaluation.merge: {source.name!r} is not trained here, so there is no '
-                         "text of its own to compare with; use ('posterior',).")
+        raise UsageError(f'evaluation.merge: {source.name!r} is not trained here, so it has no '
+                         "training text to compare with; use ('posterior',).")
 
   @property
   def data_folder(self) -> str:
@@ -72,12 +71,12 @@ class Study:
     return os.path.join(self.workdir, name)
 
   def state(self, name: str) -> str:
-    """Of a run: 'missing', or what its manifest says."""
+    """The state of a run, from its manifest; 'missing' if it has none."""
     found = manifest.read(self.folder(name))
     return found['state'] if found else MISSING
 
-  def run(self, name: str) -> run_lib.Run:
-    """The run of this name. Raises UsageError if there is none."""
+  def run(self, name: str) -> Run:
+    """The run of this name. Raises UsageError if the config has none."""
     if name not in self.runs:
       raise UsageError(f'--run={name} is not a run of this config; {nearest(name, self.runs)}')
     return self.runs[name]

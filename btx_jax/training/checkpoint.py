@@ -82,7 +82,7 @@ def load_params(folder: str, step: int, like):
 
 def _step_folder(folder: str, step: int) -> str:
   path = os.path.join(os.path.abspath(folder), str(step))
-  if not distributed.decided(lambda: os.path.isdir(path)):
+  if not distributed.broadcast(lambda: os.path.isdir(path)):
     raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
                    f'delete {os.path.dirname(os.path.abspath(folder))}.')
   return path

@@ -9,7 +9,7 @@ from btx_jax.devices.mesh import (
   BATCH_AXES,
   BRANCH_BATCH_AXES,
   check_rows,
-  choose,
+  choose_sizes,
   count_slices,
   make_mesh,
 )
@@ -38,8 +38,7 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
     experts = max((model.num_experts for model in models), default=0)
     # Float32 parameters, gradients and the two moments of Adam.
     state = 16 * max((model_config.num_params(model) for model in models), default=0)
-    sizes = choose(sizes, len(devices), experts, state, memory,
-                            count_slices(devices))
+    sizes = choose_sizes(sizes, len(devices), experts, state, memory, count_slices(devices))
   made = make_mesh(**sizes, devices=devices)
   check_rows(made, config.evaluation.batch_size, 'evaluation.batch_size')
   return made
@@ -61,7 +60,7 @@ def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):
 
 def uneven(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
   """What of a run's model the mesh does not divide, so that it costs memory or traffic."""
-  lines = sharding.left_whole(llama.shapes(run.model), mesh)
+  lines = sharding.undivided_arrays(llama.shapes(run.model), mesh)
   experts, devices = run.model.num_experts, mesh.shape['expert']
   if experts and not sharding.holds_experts(devices, experts):
     lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '

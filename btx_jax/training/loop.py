@@ -85,10 +85,10 @@ def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
     program = program_lib.stacked(runs, mesh, len(domains))
 
   with contextlib.ExitStack() as stack:
-    stack.enter_context(distributed.until_preempted())
+    stack.enter_context(distributed.deferring_sigterm())
     checkpoints = [stack.enter_context(Checkpoints(
         os.path.join(job.folder, 'checkpoints'), settings.keep)) for job in jobs]
-    starts = distributed.decided(lambda: [saved.latest or 0 for saved in checkpoints])
+    starts = distributed.broadcast(lambda: [saved.latest or 0 for saved in checkpoints])
     states, seen = [], []
     for job, saved, start in zip(jobs, checkpoints, starts):
       if start:
@@ -130,7 +130,7 @@ def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
               f'optimizer.peak_lr, delete {jobs[i].folder} or use another '
               '--workdir.') from error
 
-    profile = settings.profile if distributed.is_first() else 0
+    profile = settings.profile if distributed.is_process_0() else 0
     traced = range(first + 1, min(first + 1 + profile, last + 1))
     trace_folder = os.path.join(jobs[0].folder, 'profile')
     batches = program.batches([job.order for job in jobs], first, last)

@@ -36,7 +36,7 @@ class Recorder(contextlib.ExitStack):
     self._schedule = optim.schedule(run.optimizer, run.steps)
     self._progress = progress
     self._file = None  # only process 0 has one, and only for a run that is not done
-    if not distributed.is_first() or start == run.steps:
+    if not distributed.is_process_0() or start == run.steps:
       return
     self._file = self.enter_context(MetricsFile(folder, start, tensorboard))
     self._warned = {tuple(trouble) for line in self._file.kept
@@ -104,7 +104,7 @@ class Recorder(contextlib.ExitStack):
       flops = model_config.train_flops_per_token(run.model, run.seq_len)
       values |= {'tokens_per_second': rate, 'mfu': rate * flops / self._peak,
                  'input_wait': self._waited / seconds}
-    values['memory'] = hardware.memory()
+    values['memory'] = hardware.peak_memory()
     if run.model.num_experts:
       values |= {'balance': float(metrics['balance']), 'router_z': float(metrics['router_z']),
                  'routing': routing.describe(sums, self._domains)}
