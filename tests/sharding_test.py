@@ -93,7 +93,7 @@ def test_of_stacked_leaves_the_first_dimension_is_cut_over_expert_and_no_other()
   assert specs['layers']['ffn']['up'] == jax.P(None, None, ('fsdp', 'expert'), 'tensor')
 
 
-def test_what_an_axis_does_not_divide_is_told_if_it_is_large():
+def test_a_large_array_that_an_axis_does_not_divide_is_listed():
   like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   tree = {'embed': like(32_001, 4096), 'head': like(4096, 64), 'layers': {
       'attn': {'k': like(2, 4096, 1, 128), 'q': like(2, 4098, 2, 128)},
@@ -105,7 +105,7 @@ def test_what_an_axis_does_not_divide_is_told_if_it_is_large():
         ['layers/attn/k [2, 4096, 1, 128]', 'mesh.tensor: 1 is not divisible by 2'],
         ['layers/attn/q [2, 4098, 2, 128]', 'mesh.expert: 4098 is not divisible by 2 x 2'],
         ['layers/ffn/experts/down [2, 3, 11008, 4098]',
-         'mesh.expert: 3 is not divisible by 2 and 4098 does not divide by 2 x 2']]
+         'mesh.expert: 3 is not divisible by 2 and 4098 is not divisible by 2 x 2']]
     assert not sharding.undivided_arrays({'head': like(4096, 63)}, mesh)  # below 1 MiB
 
 
@@ -147,7 +147,7 @@ def test_slices_differ_along_data_only(slices, shape):
 
 def test_an_axis_that_would_cross_slices_is_refused():
   devices = [FakeTpu(i, i // 4, (i % 2, i % 4 // 2, 0)) for i in range(8)]
-  with pytest.raises(UsageError, match=r'mesh.data = 1 must be a multiple of 2, .* The 4 dev'):
+  with pytest.raises(UsageError, match=r'mesh.data = 1 must be a multiple of 2, .* into the 4 dev'):
     lay_devices((1, 4, 2, 1), devices)
 
 
