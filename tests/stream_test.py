@@ -64,7 +64,7 @@ def content(folder):
 @pytest.mark.parametrize('mix', [
     {}, {'arrangement': 'split', 'chunks': 2},
     {'averaged': ('code', 'math'), 'rules': {'attn/[qk]$': 'seed'}}])
-def test_a_stream_has_the_bits_of_mixing_in_memory(models, tmp_path, mix):
+def test_a_stream_is_the_mixture_in_memory(models, tmp_path, mix):
   root, params = models
   found = study(root, tmp_path / 'work', **mix)
   publish.publish(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
@@ -77,7 +77,10 @@ def test_a_stream_has_the_bits_of_mixing_in_memory(models, tmp_path, mix):
       stacked, run.model, jax.random.key(run_lib.seed_of('btx', 0)), made)
   for key_path, leaf in jax.tree.leaves_with_path(expected):
     path = sharding.path_of(key_path)
-    np.testing.assert_array_equal(out.read(path), np.asarray(leaf.astype('bfloat16')), path)
+    # Experts are copied. A mean may be rounded to the next bfloat16: two programs add it up.
+    np.testing.assert_allclose(
+        np.float32(out.read(path)), np.float32(leaf.astype('bfloat16')),
+        rtol=0 if '/experts/' in path else 2**-7, err_msg=path)
   assert not (tmp_path / 'work').exists()
 
 
