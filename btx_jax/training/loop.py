@@ -27,7 +27,7 @@ from btx_jax.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is logged, evaluated and saved during a run; nothing here changes its result.
+  """How often a run logs, evaluates and saves; nothing here changes its result.
 
   Attributes:
     log_every: steps between lines of metrics.jsonl.
@@ -66,7 +66,7 @@ OnCheckpoint = Callable[[str, int, dict[str, int]], None]
 
 
 def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
-        evaluate: Evaluate, on_checkpoint: OnCheckpoint) -> None:
+        evaluate: Evaluate, on_checkpoint: OnCheckpoint) -> dict:
   """Trains a run, or several as one program, each from its newest checkpoint if it has one.
 
   Args:
@@ -78,9 +78,12 @@ def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settin
     on_checkpoint: called with the name of a run, the number of steps it has done, and the
       number of targets it was trained on, by domain.
 
+  Returns:
+    The parameters at the end; of several runs stacked, leaves [slots, ...].
+
   Raises:
     RunError: a loss or its gradient is not finite.
-    KeyboardInterrupt: the machine is about to be taken away; everything is saved.
+    KeyboardInterrupt: preempted, with everything saved.
   """
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.until_preempted())
@@ -89,11 +92,12 @@ def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settin
     begin_trace = min(first + 1, last + 1)
     end_trace = min(begin_trace + settings.profile, last + 1)
 
-    training.take(range(first, begin_trace))
+    training.take_steps(range(first, begin_trace))
     with profiling(os.path.join(jobs[0].folder, 'profile'), range(begin_trace, end_trace),
                    training.wait):
-      training.take(range(begin_trace, end_trace))
-    training.take(range(end_trace, last + 1))
+      training.take_steps(range(begin_trace, end_trace))
+    training.take_steps(range(end_trace, last + 1))
+    return training.state.params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,27 +162,28 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
 
 
 class Training:
-  """A program while it trains: its state, and what has not been recorded yet.
+  """A program while it trains.
 
   Attributes:
-    program: what is compiled.
+    program: the compiled steps of all branches.
     branches: its runs.
+    state: of the program; each step donates it.
     first_step, last_step: of the steps to take, counted from 1.
   """
 
   def __init__(self, program: Program, branches: Sequence[Branch], state: TrainState,
                orders: Sequence[grain.MapDataset], settings: Settings, evaluate: Evaluate,
                on_checkpoint: OnCheckpoint):
-    """Owns `state`, which the first step donates; `orders` are the training rows by branch."""
+    """`orders` are the training rows of each branch."""
     self.program, self.branches = program, branches
     self.first_step = min(branch.start for branch in branches) + 1
     self.last_step = max(branch.run.steps for branch in branches)
-    self._state = state
+    self.state = state
     self._batches = program.batches(orders, self.first_step, self.last_step)
     self._settings, self._evaluate, self._on_checkpoint = settings, evaluate, on_checkpoint
     self._unrecorded: tuple[int, dict[str, Any]] | None = None  # the newest step, its metrics
 
-  def take(self, steps: range):
+  def take_steps(self, steps: range):
     """Takes these steps, and after each saves and evaluates what is due.
 
     Raises:
@@ -198,13 +203,13 @@ class Training:
     """Starts a step on the devices, and meanwhile records the one before."""
     batch = self._next_batch()
     active = [branch.takes(step) for branch in self.branches]
-    self._state, metrics = self.program.step(
-        self._state, self.program.global_batch(batch), active)
+    self.state, metrics = self.program.step(
+        self.state, self.program.global_batch(batch), active)
     self._record()
     self._unrecorded = step, metrics
 
   def save_or_evaluate(self, step: int, i: int, branch: Branch, preempted: bool):
-    """Saves branch i at its last step, in time or before it stops; evaluates it in time."""
+    """Saves or evaluates branch i if it is time. Its last step, or a preempted one, is saved."""
     settings = self._settings
     ends = step == branch.run.steps
     saves = ends or preempted or step % settings.checkpoint_every == 0
@@ -213,7 +218,7 @@ class Training:
     if not saves and not evaluates:
       return
     self._record()
-    state = self.program.branch_state(self._state, i)
+    state = self.program.branch_state(self.state, i)
     if saves:
       tokens_by_domain = branch.recorder.tokens_by_domain
       branch.checkpoints.save(step, state, {'step': step, 'tokens_by_domain': tokens_by_domain})
@@ -226,8 +231,8 @@ class Training:
         each.recorder.exclude(time.monotonic() - began)
 
   def wait(self):
-    """Returns when the devices have done every step taken."""
-    jax.block_until_ready(self._state)
+    """Waits until the devices have finished every step taken."""
+    jax.block_until_ready(self.state)
 
   def _next_batch(self) -> Batch:
     began = time.monotonic()

@@ -16,7 +16,7 @@ Every line has `step` and `time` (seconds since 1970). A line on training has
   balance             load-balancing loss of this step, summed over layers
   router_z            router z-loss of this step, summed over layers
   routing             see routing_figures.describe
-  troubles            what is wrong with the routing, each only once in a run
+  troubles            of the routing, see routing_figures.troubles; each only once in a run
   warnings            the same in sentences
 
 and a line on evaluation has `bits_per_byte` by domain.

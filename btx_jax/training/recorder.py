@@ -125,7 +125,7 @@ class Recorder(contextlib.ExitStack):
             'input_wait': self._input_wait / seconds}
 
   def _new_warnings(self, step: int, sums: Mapping[str, np.ndarray]) -> dict[str, list]:
-    """What is wrong with the routing and was not reported before; also said aloud."""
+    """The troubles of the routing that were not reported before; they are printed, too."""
     new = routing_figures.troubles(sums) - self._warned
     if not new:
       return {}

@@ -79,7 +79,7 @@ def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
 
 
 class BatchTotals(NamedTuple):
-  """What the loss of one microbatch has to know about the whole batch.
+  """The figures of the whole batch that the loss of one microbatch depends on.
 
   Attributes:
     targets: number of targets.
