@@ -583,7 +583,7 @@ def test_extras_that_are_missing(run, config, work):
             f'--workdir={work}', '--run=new'), "pip install 'btx_jax[tensorboard]'")
 
 
-TRAINING = 'from btx_jax.training import loop\ndef train(*_):\n  {}\nloop.train = train'
+TRAINING = 'from btx_jax.training import loop\ndef train(*_):\n  {}\nloop.run = train'
 
 
 @pytest.mark.parametrize('what, message, code', [
