@@ -13,7 +13,7 @@ from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.model import balance as routing
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from btx_jax.model.routers import Training
+from btx_jax.model.routers import NoiseKey
 from btx_jax.run import Objective, frozen
 from btx_jax.training import optim
 from btx_jax.training.loss import next_token_loss
@@ -51,7 +51,7 @@ class Scores(NamedTuple):
 
 
 def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
-            training: Training | None = None) -> Scores:
+            noise: NoiseKey | None = None) -> Scores:
   """The loss of a batch, and what its routers did.
 
   Args:
@@ -59,11 +59,11 @@ def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
     params: its parameters.
     batch: arrays [B, T] as data.mixture makes them.
     batch_axes: the mesh axes over which rows are sharded.
-    training: what routers may depend on while a model trains; None in evaluation.
+    noise: seeds the routers' noise in training; None in evaluation.
   """
   hidden_BTD, routed = llama.Llama(cfg, batch_axes).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'],
-      training)
+      noise)
   nll, row_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
                                  batch['targets'], batch['loss_mask'], batch_axes)
   return Scores(nll, batch['loss_mask'].sum(), row_nll, batch['loss_mask'].sum(1),
@@ -114,7 +114,7 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
   def loss(trained, fixed, one, step, totals, per_token):
     batch, microbatch = one
     scores = forward(cfg, optim.join(trained, fixed), batch, batch_axes,
-                     Training(seed, step, microbatch))
+                     NoiseKey(seed, step, microbatch))
     nll, tokens, counts = scores.nll, scores.tokens, by_domain(batch, scores)
     if not cfg.num_experts:
       return nll, (nll, tokens, counts, {})
@@ -150,7 +150,7 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
       def statistics(one):
         batch, microbatch = one
         scores = forward(cfg, state.params, batch, batch_axes,
-                         Training(seed, state.step, microbatch))
+                         NoiseKey(seed, state.step, microbatch))
         return by_domain(batch, scores)['routing'], scores.tokens
 
       totals = over_microbatches(statistics, microbatches)
