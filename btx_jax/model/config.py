@@ -13,14 +13,14 @@ ROPE = ('rope_theta', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_fac
 # Fields that a mixture takes from the source `recipe.reference`.
 OF_REFERENCE = (*ROPE, 'norm_eps', 'vocab_size')
 
+DTYPES = ('float32', 'bfloat16')
 ATTENTIONS = ('auto', 'xla', 'splash', 'cudnn')
-# Most memory first; btx_jax/base.py describes each.
+# Most memory first.
 REMATS = ('none', 'matmuls', 'projections', 'dispatch', 'attention', 'full', 'offload')
 DISPATCHES = ('auto', 'pieces', 'grouped', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
 # Routers that choose by scores, so that a bias can change the choice.
 SCORING = ('top_k', 'softmax_top_k', 'switch')
-DTYPES = ('float32', 'bfloat16')
 _SWITCH_CAPACITY = 1.5  # where capacity_factor is 0
 
 

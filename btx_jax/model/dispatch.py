@@ -2,8 +2,8 @@
 
 There are two ways, both exact: no token is dropped, whatever the load. `dispatch_in_rounds` sends
 buffers of fixed size to the devices that hold the experts; `dispatch_all` brings the tokens of all
-devices to each of them. FORMS names what the config can ask for: a way, and how each device then
-multiplies what it has (grouped.py). All forms are functions of one signature,
+devices to each of them. A form, which a config names, is one of these ways and a function of
+grouped.py that multiplies the rows of a device. FORMS has all of them, with one signature,
 
   (x_nD, experts, gates_nk, ids_nk, capacity, shards) -> y_nD
 

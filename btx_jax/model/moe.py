@@ -1,6 +1,6 @@
 """The experts of a mixture layer, spread over the `expert` axis of the mesh.
 
-This file has what the layer computes and where; dispatch.py sends tokens to experts and back.
+Here the layer is divided among devices; dispatch.py sends tokens to experts and back.
 """
 
 import functools
