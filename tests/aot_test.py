@@ -61,8 +61,8 @@ def test_more_experts_are_no_more_work(mesh):
   T = 1024
   four, eight = (compiled_layer(mesh, n, T) for n in (4, 8))
   assert 'ragged-dot' in four.as_text()
-  # Buffers hold a quarter more rows than there are choices. Two matmuls forward (a gradient does not
-  # need the last one), three for the gradient of the rows, three for that of the weights.
+  # Buffers hold a quarter more rows than there are choices. Two matmuls forward (no gradient needs
+  # the last one), three for the gradient of the rows, three for that of the weights.
   rows = B * T * K * 5 // 4 // 4
   assert flops(four, mesh) == flops(eight, mesh) == 8 * 2 * rows * D * F
 

@@ -5,12 +5,15 @@ Two functions take rows sorted by expert, (x_rD, share_r1, size_e, experts) -> y
   swiglu_ragged      one kernel for all groups, where the compiler has a grouped matmul (TPU)
   swiglu_in_pieces   ordinary matmuls of a few fixed lengths, for all other hardware
 
-and two take buffers, (x_eRD, share_eR1, filled_eS, experts) -> y_eRD, of which the first multiplies
-by pieces, the second as TPUs do best: `buffers_in_pieces` and `buffers_ragged`. A buffer holds S
-blocks of R / S rows, one from each device, and `filled` counts the rows in use at a block's front.
+Two functions take a buffer for each expert, (x_eRD, share_eR1, filled_eS, experts) -> y_eRD:
 
-A row's share is the gate that chose its expert; its output is multiplied by that. Outputs are
-undefined for rows after the last group and for unused rows of buffers.
+  buffers_ragged     the fastest on a TPU
+  buffers_in_pieces  swiglu_in_pieces of the filled rows
+
+A buffer is S blocks of C = R / S rows, one block from each device, filled from its front.
+
+The output of a row is multiplied by its share, the gate that chose its expert. It is undefined for
+rows after the last group, and for rows of buffers that are not filled.
 """
 
 from collections.abc import Callable
@@ -63,15 +66,15 @@ def buffers_in_pieces(x_eRD, share_eR1, filled_eS, experts) -> jax.Array:
 def _packed(x_eRD, share_eR1, filled_eS, experts, swiglu: Callable) -> jax.Array:
   """Packs the filled rows of all buffers, applies `swiglu` to them, and puts the results back."""
   (e, R, D), S = x_eRD.shape, filled_eS.shape[1]
-  C, rows = R // S, jnp.arange(e * R)
-  # Block after block, those of an expert next to each other, without their empty ends.
+  C, index = R // S, jnp.arange(e * R)  # of a row in the buffers, and of a slot when packed
+  # b counts the blocks of all buffers. They lie in this order in the slots too, without empty ends.
   filled_b = filled_eS.reshape(e * S)
   end_b = jnp.cumsum(filled_b)
   start_b = end_b - filled_b
-  block_s = (rows[:, None] >= end_b[None]).sum(1)  # e * S for slots after the last block
-  row_s = block_s * C + rows - start_b[jnp.minimum(block_s, e * S - 1)]
-  row_s = jnp.where(rows < end_b[-1], row_s, -1)
-  block_r, place_r = rows // C, rows % C
+  block_s = (index[:, None] >= end_b[None]).sum(1)  # e * S after the last block
+  row_s = block_s * C + index - start_b[jnp.minimum(block_s, e * S - 1)]
+  row_s = jnp.where(index < end_b[-1], row_s, -1)
+  block_r, place_r = index // C, index % C
   slot_r = jnp.where(place_r < filled_b[block_r], start_b[block_r] + place_r, -1)
   x_sD = permute.to_slots(x_eRD.reshape(e * R, D), row_s, slot_r[:, None])
   share_s1 = permute.to_slots(share_eR1.reshape(e * R, 1), row_s, slot_r[:, None])
