@@ -312,7 +312,7 @@ config.runs = {"new": config.runs.new,
     ('config.model.top_k = 9', 'runs.btx: model.top_k = 9 must lie between 1 and the number of'),
     ('config.model.router = "topk"', "model.router = 'topk'; did you mean 'top_k'?"),
     ('config.model.update(router="switch", top_k=2)', "runs.btx: model.top_k = 2: the router "
-     "'switch' sends a token to 1 of 4 experts; leave it 0."),
+     "'switch' sends a token to 1 of 4 experts; leave it at 0."),
     ('config.model.capacity_factor = 2.0', "the router 'top_k' drops no token, only 'switch' does"),
     ('config.model.update(router="switch", capacity_factor=-1.0)', 'factor = -1.0 cannot be neg'),
     (new(init='base.checkpoint("btx")', model='{"router": "hash"}'), "runs.new: model.router = "

@@ -69,8 +69,8 @@ def test_a_stream_is_the_mixture_in_memory(models, tmp_path, mix):
   found = study(root, tmp_path / 'work', **mix)
   publish.publish(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
   run, out = found.runs['btx'], hugging_face.Folder(str(tmp_path / 'out'))
-  made = recipe.from_config(base.mix(*NAMES, **mix), NAMES, MODEL.ffn_dim, shared_paths(MODEL), [0] * 3,
-                     found.config.mix.router_std)
+  made = recipe.from_config(base.mix(*NAMES, **mix), NAMES, MODEL.ffn_dim, shared_paths(MODEL),
+                            [0] * 3, found.config.mix.router_std)
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float32),
                          *(params[name] for name in NAMES))
   expected = jax.jit(btx.mix, static_argnums=(1, 3))(

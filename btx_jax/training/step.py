@@ -19,7 +19,7 @@ from btx_jax.model.balance import (
   by_domain,
 )
 from btx_jax.model.config import Config
-from btx_jax.model.routers import Training
+from btx_jax.model.routers import NoiseKey
 from btx_jax.run import Objective, frozen
 from btx_jax.training import optim
 from btx_jax.training.loss import next_token_loss
@@ -58,7 +58,7 @@ class Scores(NamedTuple):
 
 
 def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
-            noise: Training | None = None) -> Scores:
+            noise: NoiseKey | None = None) -> Scores:
   """Runs the model on a batch.
 
   Args:
@@ -196,7 +196,7 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
 
     def score(params, microbatch):
       rows, index = microbatch
-      scores = forward(cfg, params, rows, batch_axes, Training(seed, state.step, index))
+      scores = forward(cfg, params, rows, batch_axes, NoiseKey(seed, state.step, index))
       return scores, sums_by_domain(scores, rows['domain'], num_domains)
 
     def routing_of(microbatch):
