@@ -1,7 +1,7 @@
-"""Whether a config has the fields of btx_jax/base.py, each with a value of its type.
+"""Checks that a config has the fields of btx_jax/base.py, each with a value of its type.
 
-ml_collections checks what is set field by field; what it lets pass is None, a section that was
-replaced whole, and all that stands in `domains` and `runs`.
+ml_collections checks single assignments. It lets None pass, sections that are replaced whole, and
+everything in `domains` and `runs`.
 """
 
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from btx_jax import base, files
-from btx_jax.errors import UsageError, nearest
+from btx_jax.errors import RENAMED, UsageError, nearest
 
-_OWN = ('model', 'optimizer', 'train')  # sections that a run may have some fields of
+_OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
 
 
 def check(config) -> None:
-  """Raises UsageError for the first field that is missing, unknown or of another type."""
+  """Raises UsageError for the first field that is missing, unknown or of the wrong type."""
   like = base.get_config()
   _check_section('', config, like)
   files.check_path('tokenizer.path', config.tokenizer.path)
@@ -31,25 +31,23 @@ def check(config) -> None:
     files.check_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
-    for section in _OWN:
+    for section in _OVERRIDABLE:
       for field, value in run[section].items():
         path = f'runs.{name}.{section}.{field}'
         if field not in like[section]:
-          raise UsageError(f'{path} is not a field; {nearest(field, like[section])}')
+          raise _unknown(f'runs.{name}.', f'{section}.{field}', like[section])
         _check_value(path, value, like[section][field])
 
 
 def _check_section(path: str, section: Any, like: ConfigDict) -> None:
   _check_value(path or 'the config', section, like)
-  for field in section if like else ():  # what is empty in base.py is free
+  for field in section if like else ():  # sections that are empty in base.py may have any field
     if field not in like:
-      path = f'{path}.{field}'.lstrip('.')
-      raise UsageError(f'{path} is not a field; {nearest(field, like)}')
+      raise _unknown('', f'{path}.{field}'.lstrip('.'), like)
   for field, expected in like.items():
     inner = f'{path}.{field}'.lstrip('.')
     if field not in section:
-      path = inner
-      raise UsageError(f'{path} is missing. Start from base.get_config(), change fields of its '
+      raise UsageError(f'{inner} is missing. Start from base.get_config(), set the fields of its '
                        'sections rather than replace one, and make domains by base.domain(...) '
                        'and runs by base.run(...).')
     if isinstance(expected, ConfigDict):
@@ -58,25 +56,32 @@ def _check_section(path: str, section: Any, like: ConfigDict) -> None:
       _check_value(inner, section[field], expected)
 
 
+def _unknown(owner: str, path: str, like: ConfigDict) -> UsageError:
+  """There is no field `path` in the config, or in the run `owner`."""
+  if path in RENAMED:
+    return UsageError(f'{owner}{path} is now {owner}{RENAMED[path]}.')
+  return UsageError(f'{owner}{path} is not a field; {nearest(path.rpartition(".")[2], like)}')
+
+
 def _check_value(path: str, value: Any, like: Any) -> None:
-  """Of the type of `like`, and a list one of texts, or of pairs if `like` has one."""
+  """Checks that a value has the type of `like`; lists hold strings, or pairs if `like` does."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   fits, wanted = {
       bool: (isinstance(value, bool), 'True or False'),
-      int: (is_number and isinstance(value, int), 'a whole number'),
+      int: (is_number and isinstance(value, int), 'an integer'),
       float: (is_number, 'a number'),
-      str: (isinstance(value, str), 'a text'),
-      tuple: (_is_pairs(value), 'a list of pairs of texts') if like else (
-          _is_texts(value), 'a list of texts'),
-  }.get(type(like), (isinstance(value, ConfigDict), 'a group of fields'))
+      str: (isinstance(value, str), 'a string'),
+      tuple: (_is_pairs(value), 'a list of pairs of strings') if like else (
+          _is_strings(value), 'a list of strings'),
+  }.get(type(like), (isinstance(value, ConfigDict), 'a section'))
   if not fits:
     raise UsageError(f'{path} = {value!r} is of type {type(value).__name__}, and must be '
                      f'{wanted}.')
 
 
-def _is_texts(value: Any) -> bool:
+def _is_strings(value: Any) -> bool:
   return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
 
 
 def _is_pairs(value: Any) -> bool:
-  return isinstance(value, tuple | list) and all(_is_texts(v) and len(v) == 2 for v in value)
+  return isinstance(value, tuple | list) and all(_is_strings(v) and len(v) == 2 for v in value)

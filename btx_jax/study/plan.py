@@ -145,7 +145,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
   if model.vocab_size < vocab_size and not vocabulary:
     raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
                      f"tokenizer's {vocab_size}; set it to 0 to take the tokenizer's.")
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     objective = Objective(**{field.name: train[field.name]
                              for field in dataclasses.fields(Objective)})
     # A model keeps the bias that it started with, for its routing depends on it.
@@ -187,7 +187,7 @@ def _start(name: str, config, runs: Mapping[str, Run]):
   sources = [runs[source] for source in names]
   mixable.check(name, sources, runs, init.allow)
   model = runs[names[0]].model
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     recipe = recipe_lib.make(init, names, model.ffn_dim, model_config.shared_paths(model),
                              _tokens_apart(init.averaged or init.runs, names, runs),
                              config.mix.router_std)
@@ -210,7 +210,7 @@ def _pretrained(name: str, config, at_hand: bool) -> hugging_face.Folder | None:
   if not config.tokenizer.path:
     raise UsageError(f'runs.{name} starts from a pretrained model, which knows the tokenizer that '
                      f'it was trained with and no other: set tokenizer.path = {init.folder!r}.')
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     return hugging_face.Folder(init.folder)
 
 
@@ -224,7 +224,7 @@ def _vocabulary(name: str, config, runs: Mapping[str, Run],
                      f'tokenizer.path = {config.tokenizer.path!r}: such a model can only be mixed.')
   if not pretrained:
     return ''
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     own = compatibility.own(init.folder, tokenizer) if tokenizer else None
   size = pretrained.model.vocab_size
   if own:
@@ -261,7 +261,7 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
     fields['num_experts'] = len(recipe.experts)
     fields['ffn_dim'] = sum(end - first for _, first, end in recipe.experts[0])
   sizes = dict(fields)
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     model = model_config.Config(**{**fields, **entry.model})
   if kind != RANDOM:
     changed = [f'{key} = {entry.model[key]} (it starts from {sizes[key]})'
