@@ -167,8 +167,8 @@ def run(argv: list[str]):
   if len(argv) > 2:
     raise UsageError(f'One command at a time, not {" ".join(argv[1:])!r}.')
   command = argv[1] if len(argv) > 1 else 'train'
-  if command in errors.RENAMED:
-    raise UsageError(f'{command} is now {errors.RENAMED[command]}.')
+  if command in errors.RENAMED:  # of its keys only the old command is one word
+    raise UsageError(f'The command {command} is now {errors.RENAMED[command]}.')
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
   if not flags.FLAGS['config'].present:

@@ -202,12 +202,12 @@ def config_page() -> str:
         rows = _section(source, body, cls, keywords)
       case ast.Call(args=[ast.Dict(keys=keys, values=values)]):
         rows = [(key.value, _default(source, body, value), _comment(source, key))
-                for key, value in zip(keys, values)]
+                for key, value in zip(keys, values) if isinstance(key, ast.Constant)]
       case ast.Call():
         single.append((name, '', about))
         continue
       case value:
-        single.append((name, ast.get_source_segment(source, value), about))
+        single.append((name, _source_of(source, value), about))
         continue
     sections.append(f'\n## {name}\n\n{about}\n\n' + _fields(
         [(f'{name}.{field}', *rest) for field, *rest in rows]))
@@ -227,24 +227,24 @@ def _section(source: str, body: list[ast.stmt], cls: str, keywords: list[ast.key
   """(field, default, text) of a section that base.py takes from a dataclass: _section(cls, ...)."""
   without = [value for key in keywords if key.arg == 'without' for value in ast.literal_eval(
       key.value)]
-  own = {key.arg: key for key in keywords if key.arg != 'without'}
+  own = {key.arg: key for key in keywords if key.arg and key.arg != 'without'}
   fields = _dataclass(body, cls)
-  rows = [(name, ast.get_source_segment(source, key.value), _comment(source, key))
+  rows = [(name, _source_of(source, key.value), _comment(source, key))
           for name, key in own.items() if name not in fields]
   return rows + [
-      (name, ast.get_source_segment(source, own[name].value) if name in own else default, text)
+      (name, _source_of(source, own[name].value) if name in own else default, text)
       for name, (default, text) in fields.items() if name not in without]
 
 
 def _dataclass(body: list[ast.stmt], cls: str) -> dict[str, tuple[str, str]]:
   """field -> (default, text of its `Attributes:` entry) of a dataclass that a file imports."""
-  module = next(node.module for node in body if isinstance(node, ast.ImportFrom)
+  module = next(node.module for node in body if isinstance(node, ast.ImportFrom) and node.module
                 and any(alias.name == cls for alias in node.names))
   source = _read(os.path.join(ROOT, *module.split('.')) + '.py')
   node = next(node for node in ast.parse(source).body
               if isinstance(node, ast.ClassDef) and node.name == cls)
   _, texts = _entries(node, 'Attributes')
-  fields = {field.target.id: ast.get_source_segment(source, field.value) if field.value else ''
+  fields = {ast.unparse(field.target): _source_of(source, field.value) if field.value else ''
             for field in node.body if isinstance(field, ast.AnnAssign)}
   if missing := fields.keys() - texts:
     raise ValueError(f'{module}, {cls}: no text for {", ".join(sorted(missing))}.')
@@ -256,10 +256,14 @@ def _default(source: str, body: list[ast.stmt], value: ast.expr) -> str:
   match value:
     case ast.Attribute(value=ast.Name(id=cls), attr=field):
       return _dataclass(body, cls)[field][0]
-  return ast.get_source_segment(source, value)
+  return _source_of(source, value)
 
 
-def _comment(source: str, node: ast.expr) -> str:
+def _source_of(source: str, node: ast.expr) -> str:
+  return ast.get_source_segment(source, node) or ''
+
+
+def _comment(source: str, node: ast.stmt | ast.expr | ast.keyword) -> str:
   """The comment above; raises ValueError if there is none."""
   lines, found = source.splitlines()[:node.lineno - 1], []
   while lines and lines[-1].lstrip().startswith('#'):

@@ -100,7 +100,7 @@ DEMO = '--config=configs/demo.py'
      "'peek_lr' there; did you mean 'peak_lr'?"),
     ([DEMO, '--config.modle.dim=8'], "'modle' there; did you mean 'model'?"),
     ([DEMO, '--config.runs.sed.steps=8'], "'sed' there; did you mean 'seed'?"),
-    ([DEMO, '--config.runs.seed.optimizer.eps=1'], 'is set in the config file'),
+    ([DEMO, '--config.runs.seed.optimizer.eps=1'], 'are set in the config file'),
     ([DEMO, '--config.data.seq_len.x=5'], 'data.seq_len.x'),
     ([DEMO, '--config.train.batch_size=many'], "--config.train.batch_size=many: invalid literal"),
     ([DEMO, '--config.train.batch_size=1e3'], "--config.train.batch_size=1e3: invalid literal"),
@@ -115,7 +115,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.runs.seed.train.balance=0'], 'train.balance is now train.balance_loss.'),
     ([DEMO, '--config.data.length=8'], '--config.data.length=8: data.length is now data.seq_len.'),
     ([DEMO, '--config.model.length=8'], "there is no field 'length' there"),
-    ([DEMO, 'fit'], 'fit is now compare.'),
+    ([DEMO, 'fit'], 'The command fit is now compare.'),
     ([DEMO, 'traain'], "Unknown command 'traain'; did you mean 'train'?"),
     ([DEMO, 'statsu'], "Unknown command 'statsu'; did you mean 'status'?"),
     ([DEMO, 'reprot'], "did you mean 'report'?"),
@@ -191,11 +191,10 @@ def test_files_that_are_no_config(run, tmp_path, source, message):
 
 @pytest.mark.parametrize('line', [
     'from configs import base', 'import configs.base', 'import configs.base as base'])
-@pytest.mark.parametrize('outside', [False, True])
-def test_a_config_that_imports_base_from_where_it_was(run, tmp_path, line, outside):
-  (tmp_path / 'mine.py').write_text(f'"""A config."""\n{line}\ndef get_config(): pass\n')
-  done = run('--config=mine.py' if outside else f'--config={tmp_path / "mine.py"}',
-             cwd=str(tmp_path) if outside else command.ROOT)
+@pytest.mark.parametrize('path', ['sys.path', '[]'])  # with the folder configs on it, and without
+def test_a_config_that_imports_base_from_where_it_was(run, tmp_path, line, path):
+  (tmp_path / 'mine.py').write_text(f'import sys; sys.path = {path}\n{line}\n')
+  done = run(f'--config={tmp_path / "mine.py"}')
   check(done, 'mine.py, line 2: write `from btx_jax import base`, and for one of the recipes')
   assert done.stderr.count('\n') == 1
 
@@ -260,7 +259,7 @@ config.runs = {"new": config.runs.new,
     ("config.runs.seed.steps = None", 'runs.seed.steps = None is of type NoneType, and must be an '
      'integer.'),
     ("config.train.batch_size = None", 'train.batch_size = None is of type NoneType'),
-    ("config.train = {'batch_size': 8}", 'train.microbatches is missing. Start from'),
+    ("config.train = {'batch_size': 8}", 'train.balance_bias is missing. Start from'),
     ("config.domains = {'code': '/x/*.txt'}", "domains.code = '/x/*.txt' is of type str"),
     ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.id_field is missing'),
     ("config.domains.code.paths = 5", 'paths = 5 is of type int, and must be of type tuple'),

@@ -4,12 +4,14 @@ ml_collections checks single assignments. It lets None pass, sections that are r
 everything in `domains` and `runs`.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from btx_jax import base, files
 from btx_jax.errors import RENAMED, UsageError, nearest
+from btx_jax.run import HUGGING_FACE, MIX
 
 _OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
 
@@ -25,18 +27,18 @@ def check(config) -> None:
       files.check_path(f'domains.{name}.paths', path)
   for name, run in config.runs.items():
     kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
-    init = {'mix': base.mix(rules={'': ''}), 'hugging_face': base.hugging_face('')}.get(
-        kind, base.random())
+    init = (base.mix(rules={'': ''}) if kind == MIX else
+            base.hugging_face('') if kind == HUGGING_FACE else base.random())
     _check_section(f'runs.{name}', run, base.run(init, {}))
     files.check_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
     for section in _OVERRIDABLE:
+      known = like.to_dict()[section]
       for field, value in run[section].items():
-        path = f'runs.{name}.{section}.{field}'
-        if field not in like[section]:
-          raise _unknown(f'runs.{name}.', f'{section}.{field}', like[section])
-        _check_value(path, value, like[section][field])
+        if field not in known:
+          raise _unknown(f'runs.{name}.', f'{section}.{field}', known)
+        _check_value(f'runs.{name}.{section}.{field}', value, known[field])
 
 
 def _check_section(path: str, section: Any, like: ConfigDict) -> None:
@@ -56,10 +58,11 @@ def _check_section(path: str, section: Any, like: ConfigDict) -> None:
       _check_value(inner, section[field], expected)
 
 
-def _unknown(owner: str, path: str, like: ConfigDict) -> UsageError:
+def _unknown(owner: str, path: str, like: Iterable[str]) -> UsageError:
   """There is no field `path` in the config, or in the run `owner`."""
   if path in RENAMED:
-    return UsageError(f'{owner}{path} is now {owner}{RENAMED[path]}.')
+    new = RENAMED[path]
+    return UsageError(f'{owner}{path} is now {owner}{new}.')
   return UsageError(f'{owner}{path} is not a field; {nearest(path.rpartition(".")[2], like)}')
 
 
