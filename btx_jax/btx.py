@@ -1,114 +1,200 @@
-"""The method: branch a seed, stack experts that were trained apart, mix them into one model.
+"""The method: branch a seed, train the copies apart, and mix them into one model (paper 3).
 
-Pure functions on parameter trees (laid out as model/llama.py says).
+Pure functions on parameter trees, laid out as model/llama.py says. `average` and `mix` take experts
+in either of two forms:
+
+  stacked   one tree, each leaf [E, ...]: what `branch` and `stack` return, in memory
+  sources   a sequence of model.source.Source, read slice by slice from checkpoints and folders
+
+and return the same form: a tree for a tree, a Source for sources. `mix_slice` defines what mixing
+computes; every other function here is in terms of it or gives the same numbers. Expert weights are
+copies, so they have the same bits in both forms. Means have the same bits wherever they are added
+in order; a stacked mean is one reduction, which may differ from that by rounding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btx_jax import recipe as recipe_lib
-from btx_jax.devices import sharding
+from btx_jax.devices.sharding import path_of
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from btx_jax.recipe import Recipe
+from btx_jax.model.source import Extent, Index, Source
+from btx_jax.recipe import Recipe, whole_experts
 
-Index = tuple[slice, ...]
 Read = Callable[[int, str, Index], Any]
 
 
 def branch(params, n: int):
-  """n copies of the seed, stacked: every leaf [...] becomes [n, ...]."""
+  """n copies of the seed, stacked: every leaf [...] becomes [n, ...].
+
+  Args:
+    params: parameters of one dense model.
+    n: number of copies.
+
+  Raises:
+    ValueError: `params` is not a parameter tree, or n is less than 1.
+
+  Example:
+    >>> experts = branch(seed, 3)
+    >>> experts['embed'].shape == (3, *seed['embed'].shape)
+    True
+  """
+  _check_tree(params, 'branch: params')
+  if n < 1:
+    raise ValueError(f'branch: n = {n} copies; it must be at least 1.')
   return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), params)
 
 
 def stack(experts: Sequence):
-  """Experts that were trained as separate jobs, in the form that `branch` gives.
+  """Experts that were trained as separate jobs, in the form that `branch` returns.
+
+  Args:
+    experts: a list of parameter trees of the same structure and shapes.
 
   Raises:
-    ValueError: the trees differ in structure or shapes.
+    ValueError: `experts` is not a list of trees, or they differ; with the first path that does.
+
+  Example:
+    >>> experts = stack([code, math])
+    >>> experts['embed'].shape == (2, *code['embed'].shape)
+    True
   """
-  shapes = [jax.tree.map(jnp.shape, params) for params in experts]
-  for i, other in enumerate(shapes):
-    if other != shapes[0]:
-      raise ValueError(f'expert {i} differs from expert 0 in structure or shape: '
-                       f'{other} against {shapes[0]}.')
+  if isinstance(experts, Mapping) or not len(experts):
+    raise ValueError('stack takes a list of parameter trees, at least one: stack([code, math]).')
+  first, *others = (_shapes(tree, f'stack: expert {i}') for i, tree in enumerate(experts))
+  for i, other in enumerate(others, 1):
+    for path in sorted(first.keys() | other.keys()):
+      if first.get(path) != other.get(path):
+        raise ValueError(f'stack: expert {i} differs from expert 0 at {path!r}: '
+                         f'{_shape(other, path)} and {_shape(first, path)}.')
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
 
 
-def average(experts):
-  """The uniform average of stacked experts: every leaf [E, ...] becomes [...]."""
-  return jax.tree.map(lambda x: _stacked_mean(x, (1.0,) * len(x)), experts)
+def average(experts, weights: Sequence[float] | None = None):
+  """The mean of the experts: a dense model, the baseline that has no experts.
+
+  Args:
+    experts: stacked, every leaf [E, ...]; or a sequence of Sources.
+    weights: of each expert in the mean; equal if None.
+
+  Returns:
+    A tree of leaves [...], float32; for sources a Source.
+
+  Raises:
+    ValueError: the experts are not in one of the two forms, or not as many as `weights`.
+
+  Example:
+    >>> dense = average(stack([code, math]))
+    >>> dense['embed'].shape == code['embed'].shape
+    True
+  """
+  if _are_sources(experts):
+    count = len(experts)
+  else:
+    leading = {shape[:1] for shape in _shapes(experts, 'average: experts').values()}
+    if len(leading) != 1 or () in leading:
+      raise ValueError('average takes stacked experts, whose leaves all have the same first '
+                       f'dimension, and these have {sorted(leading)}: use stack or branch first.')
+    count = leading.pop()[0]
+  weights = tuple(weights) if weights is not None else (1.0,) * count
+  if len(weights) != count:
+    raise ValueError(f'average: {len(weights)} weights for {count} experts.')
+  if _are_sources(experts):
+    return _Average(experts, weights)
+  return jax.tree.map(lambda x: _stacked_mean(x, weights), experts)
 
 
 def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
-  """Stacked dense models become one mixture of experts (paper 3.2).
+  """Dense models become one mixture of experts (paper 3.2).
 
-  Each layer keeps every expert's whole feed-forward network, and gains a router; all else
-  is averaged. The paper does not say how routers begin; normal with a small deviation makes
-  the first gates nearly even.
+  Each layer keeps every expert's whole feed-forward network and gains a router; everything else
+  is averaged. The paper does not say how routers begin; a normal distribution with a small
+  deviation makes the first gates nearly even.
 
   Args:
-    experts: leaves [E, ...], dense models.
-    model: of the mixture.
-    rng: for the routers.
-    recipe: if not the paper's form, see recipe.py.
+    experts: dense models: stacked, every leaf [E, ...]; or a sequence of Sources.
+    model: the mixture's sizes.
+    rng: key for the routers.
+    recipe: what each source contributes; the paper's form if None.
 
   Returns:
-    Parameters of `model`, float32.
+    Parameters of `model`, float32; for sources a Source that computes each slice when it is read.
+
+  Raises:
+    ValueError: the experts are not in one of the two forms, or do not have the shapes that the
+      model and the recipe ask for; with both shapes.
+
+  Example:
+    >>> model = dataclasses.replace(config, num_experts=2)
+    >>> params = mix(stack([code, math]), model, jax.random.key(0))
+    >>> params['layers']['ffn']['experts']['up'].shape == (
+    ...     model.num_layers, 2, model.dim, model.ffn_dim)
+    True
   """
-  experts = {sharding.path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(experts)}
-  in_place = recipe_lib.whole(range(len(experts['embed'])), model.ffn_dim)
+  if not model.num_experts:
+    raise ValueError('mix: model.num_experts = 0 is a dense model; set it to the number of '
+                     'experts.')
+  if _are_sources(experts):
+    recipe = recipe or whole_experts(range(len(experts)), model.ffn_dim)
+    _check_recipe(model, recipe, len(experts))
+    return _Mixture(experts, model, recipe, rng)
+  leaves = _flat(experts, 'mix: experts')
+  count = max((leaf.shape[:1] for leaf in leaves.values()), default=(0,))[0]
+  in_place = whole_experts(range(model.num_experts), model.ffn_dim)
   recipe = recipe or in_place
+  _check_stacked(leaves, model, recipe)
+  _check_recipe(model, recipe, count)
 
   def make(key_path, like):
-    path = sharding.path_of(key_path)
-    if is_new(path):
-      return new(path, like.shape, recipe, rng)
-    if path in experts:
-      return _stacked_mean(experts[path], recipe.weights(path))
-    if recipe.experts == in_place.experts:
+    path = path_of(key_path)
+    if is_router(path):
+      return new_router(path, like.shape, recipe, rng)
+    if path in leaves:
+      return _stacked_mean(leaves[path], recipe.weights(path))
+    if recipe.pieces == in_place.pieces:
       # On a mesh whose `expert` axis the branches lie along, no weight moves.
-      return experts[path.replace('/experts/', '/')].swapaxes(0, 1)
-    return part(recipe, path, tuple(slice(0, n) for n in like.shape),
-                lambda source, path, index: experts[path][(source, *index)])
+      return leaves[_dense(path)].swapaxes(0, 1)
+    return mix_slice(recipe, path, tuple(slice(0, n) for n in like.shape),
+                     lambda source, path, index: leaves[path][(source, *index)])
 
   return jax.tree.map_with_path(make, llama.shapes(model))
 
 
-def part(recipe: Recipe, path: str, index: Index, read: Read):
-  """A slice of one parameter of a mixture: the one place that says what mixing computes.
+def mix_slice(recipe: Recipe, path: str, index: Index, read: Read):
+  """A slice of one parameter of a mixture: the definition of what mixing computes.
 
-  The same bits for any slicing: feed-forward weights are copied, means are added up in the order
-  of the sources, in float32.
+  The bits do not depend on how a parameter is sliced: feed-forward weights are copied, and means
+  are added in the order of the sources, in float32.
 
   Args:
-    recipe: of the mixture.
-    path: of the parameter; none that `is_new`.
-    index: a slice for each dimension, with a start and an end.
-    read: (source, path, index) -> that slice of a parameter of a dense source.
+    recipe: what each source contributes.
+    path: of the mixture's parameter; not of a router.
+    index: a slice with a start and an end for each dimension.
+    read: (source, path, index) -> that slice of a dense source's parameter.
 
   Returns:
-    An array of the kind that `read` gives: NumPy's or jax's.
+    An array of the kind that `read` returns: NumPy's or jax's.
   """
-  dense = path.replace('/experts/', '/')
+  dense = _dense(path)
   if dense == path:
-    chosen = {i: weight for i, weight in enumerate(recipe.weights(path)) if weight}
-    return _mean((read(i, path, index) for i in chosen), list(chosen.values()))
-  stack = [_joined([read(source, dense, at) for source, at in cuts], axis=1 + _hidden(path))
-           for cuts in _cuts(recipe, path, index)]
-  result = _joined([x[:, None] for x in stack], axis=1)
+    return _mean_slice(recipe.weights(path), path, index, read)
+  experts = [_joined([read(source, dense, at) for source, at in cuts], axis=1 + _hidden(path))
+             for cuts in _cuts(recipe, path, index)]
+  result = _joined([x[:, None] for x in experts], axis=1)
   if _scale(recipe, path) != 1:
     return result.astype('float32') * np.float32(recipe.scale)
   return result
 
 
-def only(recipe: Recipe, path: str, index: Index) -> tuple[int, str, Index] | None:
-  """What `part` would read, (source, path, index), where it gives that as it is; else None."""
-  dense = path.replace('/experts/', '/')
+def verbatim(recipe: Recipe, path: str, index: Index) -> tuple[int, str, Index] | None:
+  """If `mix_slice` would return one source's slice unchanged: (source, path, slice). Else None."""
+  dense = _dense(path)
   if dense == path:
     chosen = [i for i, weight in enumerate(recipe.weights(path)) if weight]
     return (chosen[0], path, index) if len(chosen) == 1 else None
@@ -119,14 +205,88 @@ def only(recipe: Recipe, path: str, index: Index) -> tuple[int, str, Index] | No
   return source, dense, at
 
 
+def is_router(path: str) -> bool:
+  """Whether mixing creates this parameter rather than taking it from the sources."""
+  return path.endswith(('ffn/router', 'ffn/router_bias'))
+
+
+def new_router(path: str, shape, recipe: Recipe, rng: jax.Array) -> jax.Array:
+  """Routers [L, D, E] with random columns, or their biases [L, E], which are zero."""
+  if path.endswith('router_bias'):
+    return jnp.zeros(shape)
+  L, D, E = shape
+  columns = recipe.router_std * jax.random.normal(rng, (L, D, E // recipe.tied))
+  return jnp.repeat(columns, recipe.tied, axis=2)
+
+
+class _Mixture:
+  """A mixture of sources, as a Source."""
+
+  def __init__(self, sources: Sequence[Source], model: Config, recipe: Recipe, rng: jax.Array):
+    self._sources, self._model, self._recipe, self._rng = sources, model, recipe, rng
+
+  def read(self, path: str, index: Index) -> np.ndarray:
+    if is_router(path):
+      return self._routers[path][index]
+    return mix_slice(self._recipe, path, index,
+                     lambda source, path, index: self._sources[source].read(path, index))
+
+  def extent(self, path: str, index: Index) -> Extent | None:
+    if is_router(path) or not (found := verbatim(self._recipe, path, index)):
+      return None
+    source, path, index = found
+    return self._sources[source].extent(path, index)
+
+  def scratch_bytes(self, path: str) -> int:
+    if is_router(path):
+      return 16 * self._model.num_layers * self._model.dim * self._model.num_experts
+    return max(source.scratch_bytes(_dense(path)) for source in self._sources)
+
+  @functools.cached_property
+  def _routers(self) -> dict[str, np.ndarray]:
+    """Parameters that no source has, by path: created whole on the CPU, the same everywhere."""
+    shapes = {path: leaf.shape for path, leaf in _flat(llama.shapes(self._model), 'model').items()
+              if is_router(path)}
+    cpu = jax.sharding.Mesh(jax.local_devices(backend='cpu')[:1], ('one',))
+    key = jax.random.key_data(self._rng)
+    with jax.set_mesh(cpu):
+      make = jax.jit(lambda: {
+          path: new_router(path, shape, self._recipe, jax.random.wrap_key_data(np.asarray(key)))
+          for path, shape in shapes.items()})
+      return jax.tree.map(np.asarray, make())
+
+
+class _Average:
+  """The mean of sources, as a Source."""
+
+  def __init__(self, sources: Sequence[Source], weights: tuple[float, ...]):
+    self._sources, self._weights = sources, weights
+
+  def read(self, path: str, index: Index) -> np.ndarray:
+    return _mean_slice(self._weights, path, index,
+                       lambda source, path, index: self._sources[source].read(path, index))
+
+  def extent(self, path: str, index: Index) -> Extent | None:
+    chosen = [source for source, weight in zip(self._sources, self._weights) if weight]
+    return chosen[0].extent(path, index) if len(chosen) == 1 else None
+
+  def scratch_bytes(self, path: str) -> int:
+    return max(source.scratch_bytes(path) for source in self._sources)
+
+
+def _dense(path: str) -> str:
+  """The path in a dense model that a mixture's parameter is made from."""
+  return path.replace('/experts/', '/')
+
+
 def _cuts(recipe: Recipe, path: str, index: Index) -> list[list[tuple[int, Index]]]:
-  """Of what each expert of a slice is put together: slices of dense feed-forward layers.
+  """The slices of dense feed-forward layers that each expert of a slice is assembled from.
 
   The index is of [L, E, D, F], or for `down` of [L, E, F, D]: the hidden units are cut.
   """
   layers, wanted, *matrix = index
   hidden, result = _hidden(path), []
-  for pieces in recipe.experts[wanted]:
+  for pieces in recipe.pieces[wanted]:
     found, begin = [], 0
     for source, first, end in pieces:
       start = max(matrix[hidden].start - begin, 0) + first
@@ -141,17 +301,17 @@ def _cuts(recipe: Recipe, path: str, index: Index) -> list[list[tuple[int, Index
 
 
 def _hidden(path: str) -> int:
-  """Which dimension of a feed-forward matrix, [D, F] or [F, D], its hidden units are."""
+  """The dimension of a feed-forward matrix, [D, F] or [F, D], that holds its hidden units."""
   return 0 if path.endswith('/down') else 1
 
 
 def _scale(recipe: Recipe, path: str) -> float:
-  """Of an expert's parameter."""
+  """The factor on an expert's parameter."""
   return recipe.scale if path.endswith('/down') else 1.0
 
 
 def _joined(arrays, axis: int):
-  """The arrays one behind the other; a single one is left as it is, in memory too."""
+  """The arrays concatenated; a single one is returned as it is, without a copy."""
   if len(arrays) == 1:
     return arrays[0]
   if len({x.dtype for x in arrays}) > 1:
@@ -159,24 +319,16 @@ def _joined(arrays, axis: int):
   return arrays[0].__array_namespace__().concat(arrays, axis=axis)
 
 
-def is_new(path: str) -> bool:
-  """Whether a mixture's parameter is made by mixing rather than taken from the sources."""
-  return path.endswith(('ffn/router', 'ffn/router_bias'))
+def _mean_slice(weights: Sequence[float], path: str, index: Index, read: Read):
+  """The weighted mean of one slice of the sources, of which those of weight 0 are not read."""
+  chosen = {i: weight for i, weight in enumerate(weights) if weight}
+  return _mean((read(i, path, index) for i in chosen), list(chosen.values()))
 
 
-def new(path: str, shape, recipe: Recipe, rng: jax.Array) -> jax.Array:
-  """A parameter that no source has: the routers [L, D, E], and their biases [L, E], zero."""
-  if path.endswith('router_bias'):
-    return jnp.zeros(shape)
-  L, D, E = shape
-  columns = recipe.router_std * jax.random.normal(rng, (L, D, E // recipe.tied))
-  return jnp.repeat(columns, recipe.tied, axis=2)
+def _mean(values: Iterator, weights: Sequence[float]):
+  """The weighted mean, added in order, one term in memory at a time; a single one is untouched.
 
-
-def _mean(values: Iterator, weights):
-  """The weighted mean, added up in order, one at a time; a single one is left as it is.
-
-  Times the inverse, since XLA makes that of a division: other bits.
+  Multiplies by the inverse, as XLA does for a division, so that the bits agree.
   """
   if len(weights) == 1:
     return next(values)
@@ -189,15 +341,97 @@ def _mean(values: Iterator, weights):
       total = term
     else:
       total += term
-    del term  # before the next is read
+    del term  # before the next one is read
   total *= np.float32(1 / sum(weights))
   return total
 
 
-def _stacked_mean(x, weights):
-  """The same of sources in one array [n, ...]: a reduction, which crosses devices as one sum."""
+def _stacked_mean(x, weights: Sequence[float]):
+  """The same mean of sources stacked in one array [E, ...]: a reduction, one sum over devices."""
   if sum(weight != 0 for weight in weights) == 1:
     return x[np.argmax(weights)]
   w = np.array(weights, np.float32).reshape(-1, *(1,) * (x.ndim - 1))
   x = x.astype('float32')
   return (x if (w == 1).all() else x * w).sum(0) * np.float32(1 / sum(weights))
+
+
+# Checks of what is passed in: shapes only, so they work under jit.
+
+
+def _are_sources(experts) -> bool:
+  """Whether the experts are Sources; raises ValueError for a list of parameter trees."""
+  if isinstance(experts, Mapping) or not isinstance(experts, Sequence):
+    return False
+  if not experts or not all(hasattr(source, 'read') for source in experts):
+    raise ValueError('The experts are a list, but not of sources: pass parameter trees as one '
+                     'stacked tree, stack([code, math]).')
+  return True
+
+
+def _check_tree(tree, name: str):
+  leaves = jax.tree.leaves(tree)
+  if not isinstance(tree, Mapping) or not leaves or not all(
+      hasattr(leaf, 'shape') and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+    raise ValueError(f'{name} must be a parameter tree, a dict of dicts of floating-point arrays, '
+                     f'not {type(tree).__name__}{_first_wrong(tree)}.')
+
+
+def _first_wrong(tree) -> str:
+  """The first leaf that is not a floating-point array, in words."""
+  for path, leaf in jax.tree.leaves_with_path(tree) if isinstance(tree, Mapping) else ():
+    if not hasattr(leaf, 'dtype') or not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return f' with {getattr(leaf, "dtype", type(leaf).__name__)} at {path_of(path)!r}'
+  return ''
+
+
+def _flat(tree, name: str) -> dict[str, Any]:
+  """The leaves of a parameter tree by path."""
+  _check_tree(tree, name)
+  return {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _shapes(tree, name: str) -> dict[str, tuple[int, ...]]:
+  return {path: tuple(leaf.shape) for path, leaf in _flat(tree, name).items()}
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], path: str) -> str:
+  return str(list(shapes[path])) if path in shapes else 'absent'
+
+
+def _check_recipe(model: Config, recipe: Recipe, count: int):
+  """Raises ValueError unless the recipe makes this model from so many sources."""
+  if len(recipe.pieces) != model.num_experts:
+    raise ValueError(f'mix: model.num_experts = {model.num_experts}, but the recipe makes '
+                     f'{len(recipe.pieces)} experts of {count} sources.')
+  width = sum(end - first for _, first, end in recipe.pieces[0])
+  if width != model.ffn_dim:
+    raise ValueError(f'mix: model.ffn_dim = {model.ffn_dim}, but the recipe makes experts of '
+                     f'width {width}.')
+  numbers = {source for expert in recipe.pieces for source, _, _ in expert}
+  weighed = {len(weights) for _, weights in recipe.rest}
+  if max(numbers) >= count or weighed != {count}:
+    raise ValueError(f'mix: {count} sources, but the recipe is for '
+                     f'{max(max(numbers) + 1, *weighed)}.')
+
+
+def _check_stacked(leaves: Mapping[str, Any], model: Config, recipe: Recipe):
+  """Raises ValueError unless these are the stacked parameters that the recipe cuts up."""
+  width = max(end for expert in recipe.pieces for _, _, end in expert)
+  dense = dataclasses.replace(model, num_experts=0, router_bias=False, ffn_dim=width)
+  expected = _shapes(llama.shapes(dense), 'model')
+  count = len(recipe.rest[-1][1])
+  for path in sorted(expected.keys() | leaves.keys()):
+    found = tuple(leaves[path].shape) if path in leaves else None
+    wanted = (count, *expected[path]) if path in expected else None
+    if found == wanted:
+      continue
+    hint = ''
+    if found is not None and found == expected.get(path):
+      hint = ' It looks like one model: stack several with stack, or copy it with branch.'
+    if path in expected and found is not None and found[1:] == expected[path]:
+      hint = f' model.num_experts = {model.num_experts}; {found[0]} models are stacked.'
+    raise ValueError(f'mix: {path!r} is {list(found) if found else "absent"}, and '
+                     f'{list(wanted) if wanted else "absent"} in {count} stacked dense models of '
+                     f'these sizes.{hint}')
+
+

@@ -28,7 +28,7 @@ from btx_jax.devices import distributed, rollcall
 from btx_jax.errors import UsageError, nearest
 
 CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'The config: a file, like configs/demo.py or configs/demo.py:full.',
+    'config', None, 'The config: a file, like mine.py, or a recipe, like demo or demo:full.',
     lock_config=True)
 WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Where checkpoints, tokens and the report go; runs/CONFIG_NAME if not set.')
@@ -80,48 +80,48 @@ def train(name: str, workdir: str):
   if not trained:
     say('Every run is complete already.')
 
-  def tell():
+  def print_results():
     rows = table.rows(pipeline)
-    show(table.as_text(rows))
+    show(table.as_table(rows))
     for check in table.checks(pipeline, rows):
       say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
-    say(f'Report: {report.write(pipeline, name)}. Your own text: copy configs/demo.py to '
+    say(f'Report: {report.write_report(pipeline, name)}. Your own text: copy configs/demo.py to '
         'configs/mine.py, point domains at your files, and run --config=configs/mine.py')
 
-  distributed.first(tell)
+  distributed.first(print_results)
 
 
 def status(name: str, workdir: str):
   """Shows how the runs are getting on."""
   del name
-  from btx_jax.commands import status as status_lib
+  from btx_jax.commands.status import print_status
   from btx_jax.study.study import Study
-  status_lib.tell(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
+  print_status(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
 
 
 def jobs(name: str, workdir: str):
   """Prints the runs to do, those of a line after those of the lines above."""
   del name
-  from btx_jax.commands import status as status_lib
+  from btx_jax.commands.status import stages
   from btx_jax.study.study import Study
-  for names in status_lib.stages(Study(CONFIG.value, workdir)):
+  for names in stages(Study(CONFIG.value, workdir)):
     print(*names)
 
 
 def report(name: str, workdir: str):
   """Writes the report."""
-  from btx_jax.commands import report as report_lib
+  from btx_jax.commands.report import write_report
   from btx_jax.study.study import Study
   from btx_jax.terminal import say
-  say(f'Report: {report_lib.write(Study(CONFIG.value, workdir), name)}')
+  say(f'Report: {write_report(Study(CONFIG.value, workdir), name)}')
 
 
 def data(name: str, workdir: str):
   """Prepares the text where that is still to be done, and describes it."""
   del name
-  from btx_jax.commands import data as describe
+  from btx_jax.commands.data import print_description
   from btx_jax.study.study import Study
-  describe.show(Study(CONFIG.value, workdir))
+  print_description(Study(CONFIG.value, workdir))
 
 
 def compare(name: str, workdir: str):
@@ -151,10 +151,11 @@ def preflight(name: str, workdir: str):
     raise UsageError('preflight needs --topology=KIND:SIZE, like v5p:4x4x4, h100:8 or cpu:8.')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # whatever is here: it is not what this is about
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'  # nothing here can run what is for elsewhere
-  from btx_jax.preflight import tell, topology
+  from btx_jax.preflight import topology
+  from btx_jax.preflight.report import print_report
   from btx_jax.study.study import Study
   study = Study(CONFIG.value, workdir, at_hand=False)
-  if not tell.tell(study, topology.get(TOPOLOGY.value), JSON.value, RUN.value):
+  if not print_report(study, topology.get(TOPOLOGY.value), JSON.value, RUN.value):
     sys.exit(1)
 
 
@@ -172,10 +173,17 @@ def run(argv: list[str]):
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
   if not flags.FLAGS['config'].present:
-    raise UsageError('--config is missing; try --config=configs/demo.py')
+    raise UsageError('--config is missing; try --config=demo')
   config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
   if not os.path.isfile(config_file):
-    raise UsageError(f'--config={config_file}: there is no such file (looked from {os.getcwd()}).')
+    folder = _recipe_folder()
+    if os.path.dirname(config_file) != folder:
+      raise UsageError(f'--config={config_file}: there is no such file (looked from '
+                       f'{os.getcwd()}).')
+    names = [name[:-3] for name in os.listdir(folder) if name.endswith('.py') and name[0] != '_']
+    name = os.path.basename(config_file)[:-3]
+    raise UsageError(f'--config={name} is not a recipe; {nearest(name, names)} A config of your '
+                     'own is named by its file, like mine.py.')
   if not isinstance(CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what base.get_config() of '
                      f'btx_jax/base.py makes, not {type(CONFIG.value).__name__}.')
@@ -189,8 +197,35 @@ def run(argv: list[str]):
   COMMANDS[command](name, workdir)
 
 
+def recipe_path(config: str) -> str:
+  """The file of a recipe that --config names without a path, demo:full; else what it is given."""
+  name, colon, argument = config.partition(':')
+  if os.path.sep in name or name.endswith('.py') or not name or os.path.exists(name):
+    return config
+  return os.path.join(_recipe_folder(), f'{name}.py') + colon + argument
+
+
+def _recipe_folder() -> str:
+  from btx_jax import configs
+  return os.path.dirname(configs.__file__)
+
+
+def _with_recipe_path(argv: list[str]) -> list[str]:
+  """The arguments with a recipe's name in --config=NAME, or --config NAME, made a path."""
+  result = list(argv)
+  for i, argument in enumerate(argv):
+    flag, equals, value = argument.partition('=')
+    if flag in ('--config', '-config'):
+      if equals:
+        result[i] = f'{flag}={recipe_path(value)}'
+      elif i + 1 < len(argv):
+        result[i + 1] = recipe_path(argv[i + 1])
+  return result
+
+
 def _parse(argv: list[str]) -> list[str]:
-  flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the command
+  flags.FLAGS.set_gnu_getopt(True)  # flags may come after the command
+  argv = _with_recipe_path(argv)
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:

@@ -1,7 +1,7 @@
-"""The runs of a config at work: which are complete, what each starts from, and the rest done."""
+"""The runs of a config carried out: trained in their order, and measured."""
 
+from collections.abc import Sequence
 import contextlib
-import dataclasses
 import functools
 import os
 import time
@@ -10,26 +10,21 @@ import jax
 import numpy as np
 
 from btx_jax import files
-from btx_jax import run as run_lib
-from btx_jax.convert import export
 from btx_jax.data import mixture
 from btx_jax.data import text as text_lib
-from btx_jax.devices import distributed, hardware, sharding
+from btx_jax.devices import distributed, hardware
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, scores
-from btx_jax.model import config as model_config
-from btx_jax.model import llama
-from btx_jax.run import Run
-from btx_jax.study import compatibility as mixable
-from btx_jax.study import manifest, sources
-from btx_jax.study import plan as plan_lib
+from btx_jax.model.config import Config
+from btx_jax.run import MIX, Run, seed_of
+from btx_jax.study import compatibility, manifest, params, plan
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
-from btx_jax.training import checkpoint, layout, loop
+from btx_jax.training import layout, loop
 
 
 class Pipeline(Study):
-  """A study at work. Making one checks what can be checked beforehand.
+  """A study on devices. Creating one checks what can be checked beforehand.
 
   Attributes:
     mesh: over all devices.
@@ -39,87 +34,113 @@ class Pipeline(Study):
   def __init__(self, config, workdir: str, profile: int = 0):
     super().__init__(config, workdir)
     self.profile = profile
+    self._text: text_lib.Text | None = None
     if set(config.evaluation.merge) - {ensemble.POSTERIOR}:
-      ensemble.vectorizer()  # so that it is missed now and not after the training
+      ensemble.vectorizer()  # so that a missing package is noticed now, not after the training
     self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
 
   def train(self, only: str | None = None) -> bool:
     """Trains and measures every run that is not complete, or only the one named.
 
-    Returns whether there was one to train.
+    Returns:
+      whether there was a run to train.
 
     Raises:
-      UsageError: there is no such run, it starts from one that is not complete, it cannot be
-        laid on the mesh, or a run's directory belongs to another config. No run has been
-        touched then.
+      UsageError: there is no such run, it starts from one that is not complete, it does not fit
+        the mesh, or a run's directory belongs to another config. No run has been touched then.
     """
     asked = list(self.runs.values()) if only is None else [self.run(only)]
     incomplete = distributed.decided(lambda: self._incomplete(asked, only))
     wanted = [run for run in asked if run.name in incomplete]
-    groups = [asked] if only else plan_lib.groups(asked, self.config.stacked)
-    todos = [[run for run in group if run.name in incomplete] for group in groups]
-    for todo in todos:
-      for run in todo:
-        layout.check(run, self.mesh, stacked=len(todo) > 1)
-    distributed.check_shared(self.workdir)
-    distributed.agree({'tokens': {name: tokens.hash for name, tokens in self.text.train.items()},
-                       'tokenizer': self.text.tokenizer.hash,
-                       'pretrained': {run.folder: run.content for run in self.runs.values()}})
+    groups = [asked] if only else plan.groups(asked, self.config.stacked)
+    to_train = [[run for run in group if run.name in incomplete] for group in groups]
+    for group in to_train:
+      for run in group:
+        layout.check(run, self.mesh, stacked=len(group) > 1)
+    self._check_processes_agree()
     distributed.first(self._check_manifests)
-    for line in dict.fromkeys(line for run in wanted for line in layout.uneven(run, self.mesh)):
-      say(line)
-    for run in wanted:
-      for line in mixable.remarks(run, self.runs) if run.init == run_lib.MIX else ():
-        say(line)
+    self._say_remarks(wanted)
     orders = {run.name: self._order(run) for run in wanted if run.steps}
+    branches = None
     with jax.set_mesh(self.mesh):
-      for group, todo in zip(groups, todos):
+      for i, (group, left) in enumerate(zip(groups, to_train)):
         with contextlib.ExitStack() as stack:
-          for run in todo:
+          for run in left:
             lock = files.lock(self.folder(run.name))
             distributed.first(functools.partial(stack.enter_context, lock))
-          self._train(todo, orders)
+          trained = self._train(left, orders, branches)
+        # Branches stay in memory for the run that mixes them, if it comes next.
+        follows = to_train[i + 1] if i + 1 < len(groups) else []
+        branches = trained if trained and len(follows) == 1 and params.mixes(
+            follows[0], trained.runs) else None
         for run in group:
-          scores.measure(self, run)
+          self._measure(run)
     return bool(wanted)
+
+  def prepare_text(self) -> text_lib.Text:
+    """The tokenized text. The first call tokenizes it on process 0 while the others wait."""
+    if self._text is None:
+      made = distributed.first(lambda: text_lib.prepare(self.config, self.data_folder))
+      self._text = made or text_lib.open_prepared(self.config, self.data_folder)
+    return self._text
+
+  def spec(self, run: Run) -> dict:
+    """Everything that decides the result of a run: its manifest's `spec`."""
+    text = self.prepare_text()
+    return run.spec() | {
+        'tokenizer': text.tokenizer.hash,
+        'data': {domain: text.train[domain].hash for domain in run.weights},
+        'sources': [[source.name, manifest.identity(self.spec(source))] for source in run.sources],
+    }
+
+  def evaluate(self, model: Config, parameters) -> dict[str, dict]:
+    """Bits per byte of every domain's held-out text, see evaluate.bits."""
+    text = self.prepare_text()
+    return bits.evaluate(
+        model, parameters, text.held_out, self.mesh, self.config.data.seq_len,
+        self.config.evaluation.batch_size, text.tokenizer)
+
+  # Before the training
 
   def _incomplete(self, asked: list[Run], only: str | None) -> list[str]:
     for source in asked[0].sources if only else ():
-      if self.state(source) != manifest.COMPLETE:
-        raise UsageError(f'--run={only} starts from {source!r}, which is '
-                         f'{self.state(source)}; do --run={source} first.')
+      if self.state(source.name) != manifest.COMPLETE:
+        raise UsageError(f'--run={only} starts from {source.name!r}, which is '
+                         f'{self.state(source.name)}; run --run={source.name} first.')
     return [run.name for run in asked if self.state(run.name) != manifest.COMPLETE]
 
+  def _check_processes_agree(self):
+    distributed.check_shared(self.workdir)
+    text = self.prepare_text()
+    distributed.agree({'tokens': {name: tokens.hash for name, tokens in text.train.items()},
+                       'tokenizer': text.tokenizer.hash,
+                       'pretrained': {run.folder: run.content for run in self.runs.values()}})
+
   def _check_manifests(self):
-    for name in self.runs:
-      folder, found = self.folder(name), manifest.read(self.folder(name))
+    for run in self.runs.values():
+      folder, found = self.folder(run.name), manifest.read(self.folder(run.name))
       if found:
-        manifest.check(folder, found, self.spec(name))
+        manifest.check(folder, found, self.spec(run))
       elif os.path.exists(os.path.join(folder, 'checkpoints')):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
-                         'are; use another --workdir, or delete that folder to train anew.')
+                         'are; use another --workdir, or delete that folder to train it again.')
+
+  def _say_remarks(self, wanted: Sequence[Run]):
+    for line in dict.fromkeys(line for run in wanted for line in layout.uneven(run, self.mesh)):
+      say(line)
+    for run in wanted:
+      for line in compatibility.remarks(run) if run.init == MIX else ():
+        say(line)
 
   def _order(self, run: Run):
     return mixture.training_order(
-        self.text.train, run.weights, run.seq_len, run_lib.seed_of(run.name, run.seed))
+        self.prepare_text().train, run.weights, run.seq_len, seed_of(run.name, run.seed))
 
-  @functools.cached_property
-  def text(self) -> text_lib.Text:
-    """The tokenized text; made on first use, by process 0 alone."""
-    made = distributed.first(lambda: text_lib.prepare(self.config, self.data_folder))
-    return made or text_lib.open_prepared(self.config, self.data_folder)
+  # Training
 
-  def spec(self, name: str) -> dict:
-    """All that decides the result of a run: its manifest's `spec`."""
-    run = self.runs[name]
-    return run.spec() | {
-        'tokenizer': self.text.tokenizer.hash,
-        'data': {domain: self.text.train[domain].hash for domain in run.weights},
-        'sources': [[source, manifest.identity(self.spec(source))] for source in run.sources],
-    }
-
-  def _train(self, runs: list[Run], orders):
-    """Trains runs as one program, each on the rows of its order."""
+  def _train(self, runs: list[Run], orders, branches: params.Branches | None
+             ) -> params.Branches | None:
+    """Trains runs as one program; returns them where they are several that ended together."""
     began = time.monotonic()
     manifests, jobs = {}, []
     for run in runs:
@@ -127,15 +148,15 @@ class Pipeline(Study):
       if found:
         manifests[run.name] = found
         if run.steps:
-          jobs.append(loop.Job(run, self.folder(run.name),
-                               functools.partial(self.initial_params, run), orders[run.name]))
+          make = functools.partial(params.initial, self, run, self.mesh, branches)
+          jobs.append(loop.Job(run, self.folder(run.name), make, orders[run.name]))
     if not manifests:
-      return
+      return None
     before = {name: found['seconds'] for name, found in manifests.items()}
 
     def note(names=tuple(manifests), **changes):
       for name in names:
-        # Of the time each run has its share, if several run at once.
+        # Runs that train together share the time.
         seconds = before[name] + (time.monotonic() - began) / len(manifests)
         manifests[name].update(seconds=seconds, **changes)
         if distributed.is_first():
@@ -149,8 +170,8 @@ class Pipeline(Study):
         checkpoint=self.config.checkpoint_every, keep=self.config.checkpoints_kept,
         tensorboard=self.config.tensorboard, profile=self.profile)
     try:
-      if jobs:
-        loop.train(jobs, self.mesh, list(self.text.train), settings, self.evaluate, on_checkpoint)
+      stacked = loop.train(jobs, self.mesh, list(self.prepare_text().train), settings,
+                           self.evaluate, on_checkpoint) if jobs else None
       note(state=manifest.COMPLETE)
     except KeyboardInterrupt:
       note(state=manifest.STOPPED)
@@ -158,103 +179,66 @@ class Pipeline(Study):
     except BaseException as error:
       note(state=manifest.FAILED, error=str(error) or repr(error))
       raise
+    return params.Branches([job.run for job in jobs], stacked) if len(jobs) > 1 else None
 
   def _begin(self, run: Run) -> dict | None:
-    """The manifest of a run that begins or goes on; None if another job has completed it."""
+    """The manifest of a run that starts or resumes; None if another job has completed it."""
     folder = self.folder(run.name)
     found = manifest.read(folder)
     if found and found['state'] == manifest.COMPLETE:
       return None
-    found = manifest.go_on(found) if found else manifest.begin(run.name, self.spec(run.name))
+    found = manifest.go_on(found) if found else manifest.begin(run.name, self.spec(run))
     found['devices'] = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     found['processes'] = jax.process_count()
     manifest.write(folder, found)
     return found
 
-  def initial_params(self, run: Run):
-    """The parameters that a run starts from."""
-    if run.init == run_lib.RANDOM:
-      rng = jax.random.key(run_lib.seed_of(run.name, run.seed))
-      shardings = sharding.shardings(llama.shapes(run.model), self.mesh)
-      return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
-    if run.init == run_lib.CHECKPOINT:
-      source = run.sources[0]
-      params, biased = self.final_params(source), self.runs[source].model.router_bias
-    elif run.init == run_lib.HUGGING_FACE:
-      plain = dataclasses.replace(run.model, router_bias=False)
-      params, biased = self._read(sources.start(self, run), plain), False
-    else:
-      return self._mix(run, run.model, sources.start(self, run))
-    if run.model.router_bias == biased:
-      return params
-    shardings = sharding.shardings(llama.shapes(run.model), self.mesh)
-    return jax.jit(functools.partial(llama.with_bias, run.model), out_shardings=shardings)(params)
+  # Measuring
 
-  def average_params(self, run: Run):
-    """The uniform average of what a mixture was made from: the baseline without experts."""
-    # The weights of the mean without its rules, for the feed-forward layers too.
-    mean = dataclasses.replace(run.recipe, rest=run.recipe.rest[-1:])
-    dense = run_lib.averaged_model(run, self.runs)
-    return self._mix(run, dense, sources.mix(self, run, dense, mean))
+  def _measure(self, run: Run) -> None:
+    """Measures the models of a complete run that were not measured yet."""
+    def missing() -> list[list[str]]:
+      return [[model.name, model.stage] for model in scores.models(self)
+              if model.run is run and scores.read(self, run, model.stage) is None]
 
-  def _mix(self, run: Run, model: model_config.Config, mix: sources.Mix):
-    """What a mixture starts from, or another mixture of the same runs."""
-    began = time.monotonic()
-    params = jax.block_until_ready(self._read(mix, model))
-    say(f'{", ".join(run.sources)}: read and mixed in {time.monotonic() - began:.1f} s, peak '
-        f'memory {hardware.memory()["host"] / 1e9:.1f} GB')
-    return params
+    make = {scores.FINAL: params.final, scores.START: params.initial,
+            scores.AVERAGE: params.average}
+    wanted = distributed.decided(missing)
+    for name, stage in wanted:
+      if stage in make:
+        say(f'{name}: measuring')
+        found = self.evaluate(scores.sizes(run, stage), make[stage](self, run, self.mesh))
+        distributed.first(functools.partial(scores.write, self, run, stage, found))
+    forms = [stage.removeprefix(scores.MERGE) for _, stage in wanted if stage not in make]
+    for form, found in self._merge(run, forms).items() if forms else ():
+      distributed.first(functools.partial(scores.write, self, run, scores.MERGE + form, found))
 
-  def _read(self, source: export.Source, model: model_config.Config):
-    """Parameters of a source, of which each process reads what its devices hold."""
-    return jax.tree.map_with_path(
-        lambda key_path, like: sharding.from_slices(
-            like, functools.partial(source.read, sharding.path_of(key_path))),
-        self._like(model))
+  def _merge(self, run: Run, forms: list[str]) -> dict[str, dict[str, dict]]:
+    """Bits per byte, by form and domain, of a mixture's sources as Branch-Train-Merge uses them.
 
-  def final_params(self, name: str):
-    """The parameters of a complete run."""
-    run = self.runs[name]
-    if not run.steps:
-      return self.initial_params(run)
-    return checkpoint.load_params(
-        sources.checkpoints(self, name), run.steps, self._like(run.model))
-
-  def _like(self, model: model_config.Config):
-    shapes = llama.shapes(model)
-    return sharding.abstract(shapes, sharding.shardings(shapes, self.mesh))
-
-  def merge(self, run: Run, forms: list[str]) -> dict[str, dict[str, dict]]:
-    """Bits per byte by form and domain of what a mixture was made from, unmixed: see
-    evaluate.ensemble."""
-    unmixed = [self.runs[name] for name in run.sources]
-    likeness = None
+    See evaluate.ensemble.
+    """
+    text, likeness = self.prepare_text(), None
     if set(forms) != {ensemble.POSTERIOR}:
-      likeness = ensemble.Likeness([self._seen(source) for source in unmixed])
-      for domain, tokens in self.text.held_out.items():
-        taken = ensemble.taken_for(likeness, tokens, self.text.tokenizer)
-        say(f'{run.name}: by tf-idf, documents of {domain} are like those of ' + ', '.join(
-            f'{source.name} {share:.0%}' for source, share in zip(unmixed, taken)))
-    nll = {domain: [] for domain in self.text.held_out}
-    for source in unmixed:
+      likeness = ensemble.Likeness([self._seen(source) for source in run.sources])
+      for domain, tokens in text.held_out.items():
+        taken = ensemble.taken_for(likeness, tokens, text.tokenizer)
+        say(f'{run.name}: by tf-idf, documents of {domain} are most like those of ' + ', '.join(
+            f'{source.name} {share:.0%}' for source, share in zip(run.sources, taken)))
+    nll = {domain: [] for domain in text.held_out}
+    for source in run.sources:
       say(f'{source.name}: measuring for the merge of {run.name}')
-      params = self.final_params(source.name)
-      for domain, tokens in self.text.held_out.items():
+      parameters = params.final(self, source, self.mesh)
+      for domain, tokens in text.held_out.items():
         nll[domain].append(ensemble.token_nll(
-            source.model, params, tokens, self.mesh, self.config.data.seq_len,
+            source.model, parameters, tokens, self.mesh, self.config.data.seq_len,
             self.config.evaluation.batch_size))
-      del params  # one at a time
+      del parameters  # one at a time
     return ensemble.evaluate(forms, {domain: np.stack(of_one, 1) for domain, of_one in nll.items()},
-                             self.text.held_out, likeness, self.text.tokenizer)
+                             text.held_out, likeness, text.tokenizer)
 
   def _seen(self, run: Run, rows: int = 1000) -> list[str]:
     """Some of the text that a run was trained on."""
-    order = self._order(run)
-    return [self.text.tokenizer.decode(order[i]['tokens'].tolist())
+    order, tokenizer = self._order(run), self.prepare_text().tokenizer
+    return [tokenizer.decode(order[i]['tokens'].tolist())
             for i in range(min(rows, run.steps * run.batch_size))]
-
-  def evaluate(self, model: model_config.Config, params) -> dict[str, dict]:
-    """Bits per byte of every domain's held-out text, see evaluate.bits."""
-    return bits.evaluate(
-        model, params, self.text.held_out, self.mesh, self.config.data.seq_len,
-        self.config.evaluation.batch_size, self.text.tokenizer)

@@ -1,7 +1,7 @@
-"""Of what a mixture is made: plain data, which btx.py carries out.
+"""The recipe of a mixture as plain data: what each source contributes. btx.py executes it.
 
-A mixture's feed-forward layers are put together of hidden units of its sources' (whole, split or
-blended, paper 3.3); all else is a weighted mean of them, by rules on the path of a parameter.
+An expert is assembled from hidden units of the sources' feed-forward layers: whole, split or
+blended (paper 3.3). Everything else is a weighted mean of the sources, by rules on parameter paths.
 """
 
 from collections.abc import Sequence
@@ -12,42 +12,50 @@ from btx_jax.errors import UsageError, nearest
 
 WHOLE, SPLIT, PLAIN_SPLIT, BLEND = ARRANGEMENTS = ('whole', 'split', 'plain_split', 'blend')
 UNIFORM, TOKENS = 'uniform', 'tokens'
+ROUTER_STD = 0.02  # the default deviation of the routers' weights
+
+Pieces = tuple[tuple[tuple[int, int, int], ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How sources, which have numbers here, become a mixture.
+  """How sources, which are numbered here, become a mixture.
 
   Attributes:
-    experts: of each expert, the pieces of its feed-forward layer in order: (source, first, end),
-      the hidden units from `first` to before `end` of that source.
-    rest: (pattern, weight of each source) for all other parameters; the first pattern that is
-      found in the path counts, and the last is found in every path.
-    scale: of what each expert gives.
-    tied: so many experts in a row have the same router column at first.
+    pieces: for each expert, the pieces of its feed-forward layer in order: (source, first, end),
+      the hidden units from `first` up to but not including `end` of that source.
+    rest: (regex, weight of each source) for all other parameters; the first regex found in a path
+      applies, and the last one is found in every path.
+    scale: factor on the output of each expert.
+    tied: this many consecutive experts start with the same router column.
     router_std: standard deviation of the routers' weights.
   """
-  experts: tuple[tuple[tuple[int, int, int], ...], ...]
+  pieces: Pieces
   rest: tuple[tuple[str, tuple[float, ...]], ...]
   scale: float = 1.0
   tied: int = 1
-  router_std: float = 0.02
+  router_std: float = ROUTER_STD
 
   @property
   def reference(self) -> int:
-    """The first source in the mean: where sources differ, the mixture is as this one is."""
-    return next(i for i, weight in enumerate(self.rest[-1][1]) if weight)
+    """The first source in the mean: where sources differ, the mixture follows this one."""
+    return next(i for i, weight in enumerate(self.mean) if weight)
+
+  @property
+  def mean(self) -> tuple[float, ...]:
+    """The weight of each source in the mean, before any rule."""
+    return self.rest[-1][1]
 
   def weights(self, path: str) -> tuple[float, ...]:
-    """Of each source in the mean that becomes the parameter of this path."""
+    """The weight of each source in the mean that becomes the parameter at this path."""
     return next(weights for pattern, weights in self.rest if re.search(pattern, path))
 
 
-def whole(sources: Sequence[int], width: int, router_std: float = 0.02) -> Recipe:
-  """The paper's form (3.2): each of `sources` an expert, the rest the mean of them all.
+def whole_experts(sources: Sequence[int], width: int, router_std: float = ROUTER_STD) -> Recipe:
+  """The paper's form (3.2): each of `sources` becomes an expert, the rest is their mean.
 
   Args:
-    sources: number of each expert's source; twice the same one gives two copies of it, which
+    sources: the number of each expert's source. A source named twice becomes two experts, and
       still counts once in the mean.
     width: F, hidden units of a feed-forward layer.
     router_std: standard deviation of the routers' weights.
@@ -57,19 +65,19 @@ def whole(sources: Sequence[int], width: int, router_std: float = 0.02) -> Recip
 
 
 def uniform(chosen: Sequence[int], count: int) -> tuple[float, ...]:
-  """Equal weights of the chosen ones among `count` sources."""
+  """Equal weights for the chosen ones of `count` sources, 0 for the others."""
   return tuple(float(i in chosen) for i in range(count))
 
 
-def arrange(arrangement: str, sources: Sequence[int], width: int, chunks: int = 1):
-  """The experts of a recipe.
+def arrange(arrangement: str, sources: Sequence[int], width: int, chunks: int = 1) -> Pieces:
+  """The pieces of a recipe's experts.
 
   Args:
-    arrangement: 'whole'; 'split' or 'plain_split', each source cut into `chunks` experts of
-      width / chunks; 'blend', expert n is made of the n-th of equal pieces of every source.
-    sources: number of each one's source.
+    arrangement: 'whole'; 'split' or 'plain_split', which cut each source into `chunks` experts of
+      width / chunks; or 'blend', where expert n is made of the n-th equal part of every source.
+    sources: the number of each source.
     width: F of the sources.
-    chunks: pieces of a source that is split.
+    chunks: experts that a split source becomes.
   """
   if arrangement == WHOLE:
     return tuple(((source, 0, width),) for source in sources)
@@ -80,8 +88,8 @@ def arrange(arrangement: str, sources: Sequence[int], width: int, chunks: int = 
   return tuple(((source, *cut),) for source in sources for cut in cuts)
 
 
-def labels(arrangement: str, names: Sequence[str], chunks: int = 1) -> tuple[str, ...]:
-  """What to call the experts."""
+def expert_names(arrangement: str, names: Sequence[str], chunks: int = 1) -> tuple[str, ...]:
+  """The names of the experts that sources of these names become."""
   if arrangement == WHOLE:
     return tuple(names)
   if arrangement == BLEND:
@@ -89,20 +97,20 @@ def labels(arrangement: str, names: Sequence[str], chunks: int = 1) -> tuple[str
   return tuple(f'{name} {c + 1}/{chunks}' for name in names for c in range(chunks))
 
 
-def make(init, names: Sequence[str], width: int, paths: Sequence[str], tokens: Sequence[int],
-         router_std: float) -> Recipe:
-  """The recipe of `base.mix(...)`.
+def from_config(init, names: Sequence[str], width: int, paths: Sequence[str],
+                tokens: Sequence[int], router_std: float) -> Recipe:
+  """The recipe that `base.mix(...)` describes.
 
   Args:
-    init: as base.mix makes it.
-    names: of the sources, from names_in.
+    init: what base.mix returns.
+    names: of the sources, from `sources_of`.
     width: F of the sources.
-    paths: of the parameters that are not experts.
-    tokens: that each source was trained on since those that are averaged parted.
+    paths: of the parameters outside the experts.
+    tokens: that each source was trained on since the common ancestor of those averaged.
     router_std: standard deviation of the routers' weights.
 
   Raises:
-    UsageError: a variant nobody knows, sizes that do not divide, a rule for nothing.
+    UsageError: an unknown arrangement, sizes that do not divide, or a rule that matches nothing.
   """
   if init.arrangement not in ARRANGEMENTS:
     raise UsageError(f'mix: arrangement = {init.arrangement!r}; '
@@ -110,40 +118,41 @@ def make(init, names: Sequence[str], width: int, paths: Sequence[str], tokens: S
   splits = init.arrangement in (SPLIT, PLAIN_SPLIT)
   if splits != (init.chunks > 1) or init.chunks < 1:
     raise UsageError(f"mix: arrangement = {init.arrangement!r} and chunks = {init.chunks}; 'split' "
-                     f"and 'plain_split' need 2 chunks or more, the others have none (1).")
-  pieces = len(init.runs) if init.arrangement == BLEND else init.chunks
-  if width % pieces:
-    raise UsageError(f'mix: a feed-forward width of {width} cannot be cut into {pieces} equal '
-                     f'pieces; it can into {_divisors(width)}.')
+                     f"and 'plain_split' need 2 chunks or more, the others need chunks = 1.")
+  parts = len(init.runs) if init.arrangement == BLEND else init.chunks
+  if width % parts:
+    raise UsageError(f'mix: ffn_dim = {width} is not divisible by {parts} pieces; it is divisible '
+                     f'by {_divisors(width)}.')
   mean = [names.index(name) for name in dict.fromkeys(init.averaged or init.runs)]
   rest = []
-  for pattern, what in [*init.rules, ('', UNIFORM)]:
+  for pattern, how in [*init.rules, ('', UNIFORM)]:
     try:
       found = any(re.search(pattern, path) for path in paths)
     except re.error as error:
       raise UsageError(f'mix: rule {pattern!r} is not a regular expression: {error}.') from error
     if not found:
-      raise UsageError(f'mix: rule {pattern!r} is found in no parameter that is averaged; '
-                       f'these are {", ".join(paths)}.')
-    if what == UNIFORM:
+      raise UsageError(f'mix: rule {pattern!r} matches no averaged parameter; the parameters are '
+                       f'{", ".join(paths)}.')
+    if how == UNIFORM:
       weights = uniform(mean, len(names))
-    elif what == TOKENS:
+    elif how == TOKENS:
       weights = tuple(float(n) if i in mean else 0.0 for i, n in enumerate(tokens))
       if not any(weights):
-        raise UsageError(f"mix: rule {pattern!r} weighs by 'tokens', but none of "
-                         f'{", ".join(names[i] for i in mean)} was trained since they parted.')
+        raise UsageError(f"mix: rule {pattern!r} weights runs by 'tokens', but none of "
+                         f'{", ".join(names[i] for i in mean)} was trained since their common '
+                         'ancestor.')
     else:
-      weights = uniform([names.index(what)], len(names))
+      weights = uniform([names.index(how)], len(names))
     rest.append((pattern, weights))
-  experts = arrange(init.arrangement, [names.index(name) for name in init.runs], width, init.chunks)
+  pieces = arrange(init.arrangement, [names.index(name) for name in init.runs], width, init.chunks)
   exact = init.arrangement == SPLIT
-  return Recipe(experts, tuple(rest), scale=float(init.chunks) if exact else 1.0,
-                       tied=init.chunks if exact else 1, router_std=router_std)
+  return Recipe(pieces, tuple(rest), scale=float(init.chunks) if exact else 1.0,
+                tied=init.chunks if exact else 1, router_std=router_std)
 
 
-def names_in(init) -> tuple[str, ...]:
+def sources_of(init) -> tuple[str, ...]:
   """Every run that an initialiser names, each once, experts first."""
-  ruled = [what for _, what in init.get('rules', ()) if what not in (UNIFORM, TOKENS)]
+  ruled = [how for _, how in init.get('rules', ()) if how not in (UNIFORM, TOKENS)]
   return tuple(dict.fromkeys([*init.runs, *init.get('averaged', ()), *ruled]))
 
 

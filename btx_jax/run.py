@@ -3,7 +3,7 @@
 A run = (initialiser, data mixture, model, optimizer), and nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import re
@@ -123,7 +123,7 @@ class Run:
       'hugging_face': a pretrained model.
     sources: the runs that it starts from, each once.
     recipe: how they are mixed, where init is 'mix'.
-    experts: what to call those of a mixture.
+    expert_names: of a mixture's experts.
     weights: domain -> share of the rows, adding up to 1.
     model: sizes.
     optimizer: settings.
@@ -140,9 +140,9 @@ class Run:
   """
   name: str
   init: str
-  sources: tuple[str, ...]
+  sources: tuple['Run', ...]
   recipe: Recipe | None
-  experts: tuple[str, ...]
+  expert_names: tuple[str, ...]
   weights: dict[str, float]
   model: model_config.Config
   optimizer: Optimizer
@@ -158,8 +158,9 @@ class Run:
 
   def spec(self) -> dict:
     """Everything of the run itself that decides its result, as plain data."""
-    spec = dataclasses.asdict(self)
-    del spec['experts']
+    spec = dataclasses.asdict(dataclasses.replace(self, sources=()))
+    spec['sources'] = [source.name for source in self.sources]
+    del spec['expert_names']
     for key in COMPUTE:
       del spec['model'][key]
     del spec['folder']
@@ -184,18 +185,18 @@ def seed_of(name: str, seed: int) -> int:
   return zlib.crc32(f'{seed}/{name}'.encode()) % 2**31
 
 
-def lineage(run: Run, runs: Mapping[str, Run]) -> list[Run]:
-  """The run and all that it comes from, each once."""
+def lineage(run: Run, until: Callable[[Run], bool] = lambda _: False) -> list[Run]:
+  """The run and all that it comes from, each once, nearest first; not past runs `until` accepts."""
   found = {run.name: run}
-  for source in run.sources:
-    found |= {r.name: r for r in lineage(runs[source], runs)}
+  for source in () if until(run) else run.sources:
+    found |= {each.name: each for each in lineage(source, until)}
   return list(found.values())
 
 
-def averaged_model(run: Run, runs: Mapping[str, Run]) -> model_config.Config:
+def averaged_model(run: Run) -> model_config.Config:
   """The sizes of the plain average of a mixture's sources."""
   like = {field: getattr(run.model, field) for field in OF_REFERENCE}
-  return dataclasses.replace(runs[run.sources[0]].model, **like)
+  return dataclasses.replace(run.sources[0].model, **like)
 
 
 def frozen(path: str, freeze: Sequence[str]) -> bool:
@@ -204,8 +205,8 @@ def frozen(path: str, freeze: Sequence[str]) -> bool:
 
 
 def trains(path: str, freeze: Sequence[str]) -> bool:
-  """Whether the optimizer changes the parameter of this path: it has moments, and decays.
+  """Whether the optimizer changes the parameter at this path: it has moments, and decays.
 
-  The bias of routers is never the optimizer's, see routing.balanced_bias.
+  The bias of routers is never the optimizer's, see balance.balanced_bias.
   """
   return not path.endswith('router_bias') and not frozen(path, freeze)

@@ -1,31 +1,36 @@
-"""What a person sees on the terminal: lines, tables, and a bar for each run."""
+"""Output on the terminal: lines, tables, and a progress bar for each run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+import functools
 import sys
 import time
 
-from rich import progress as rich_progress
-from rich.console import Console
+from rich import box, progress
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
+_LEAST_WIDTH = 160  # columns; wide enough for every table of the demo
+# Prints text verbatim: names of runs and domains may look like rich's markup or emoji codes.
+_VerbatimConsole = functools.partial(Console, highlight=False, markup=False, emoji=False)
 
-console = Console(highlight=False, markup=False, emoji=False)
+console = _VerbatimConsole()
 
 
 class Progress:
   """A bar for each run (loss, tokens/s, time left); plain lines when not on a terminal."""
 
   def __init__(self, runs: Mapping[str, tuple[int, int]]):
-    """`runs` are the steps done, and of all, by name."""
+    """`runs` maps names to (steps done, steps in total)."""
     self._runs = runs
     self._began = time.monotonic()
-    self._said = dict.fromkeys(runs, self._began)
+    self._printed = dict.fromkeys(runs, self._began)  # when each run's last line was printed
     self._bars = None
     if console.is_terminal:
-      self._bars = rich_progress.Progress(
-          rich_progress.TextColumn('{task.description}', markup=False), rich_progress.BarColumn(),
-          rich_progress.MofNCompleteColumn(), rich_progress.TextColumn('{task.fields[text]}'),
-          rich_progress.TimeRemainingColumn(), console=console)
+      self._bars = progress.Progress(
+          progress.TextColumn('{task.description}', markup=False), progress.BarColumn(),
+          progress.MofNCompleteColumn(), progress.TextColumn('{task.fields[text]}'),
+          progress.TimeRemainingColumn(), console=console)
 
   def __enter__(self):
     self._tasks = {}
@@ -44,24 +49,51 @@ class Progress:
       self._bars.stop()
 
   def update(self, name: str, step: int, loss: float, tokens_per_second: float | None):
+    """Shows that the run `name` has finished `step`."""
     speed = f'  {tokens_per_second:,.0f} tokens/s' if tokens_per_second else ''
     text = f'loss {loss:.3f}{speed}'
     if self._bars:
       self._bars.update(self._tasks[name], completed=step, text=text)
       return
     now, (start, steps) = time.monotonic(), self._runs[name]
-    if now - self._said[name] >= _PLAIN_EVERY or step == steps:
-      self._said[name] = now
+    if now - self._printed[name] >= _PLAIN_EVERY or step == steps:
+      self._printed[name] = now
       left = (now - self._began) / (step - start) * (steps - step)
       console.print(f'{name}: {step} of {steps}  {text}  {left:.0f} s left')
 
 
 def say(text: str):
-  """One line for the person who watches."""
+  """Prints a line, at once even if the output is piped."""
   console.print(text, soft_wrap=True)
   sys.stdout.flush()
 
 
-def show(table):
-  """A rich table. Where the terminal is narrower its lines wrap, but no figure is cut."""
-  Console(width=max(console.width, 160), quiet=console.quiet).print(table)
+def show(renderable: RenderableType):
+  """Prints a table, at least 160 columns wide: on a narrower terminal its lines wrap."""
+  wide = _VerbatimConsole(width=max(console.width, _LEAST_WIDTH), quiet=console.quiet)
+  wide.print(renderable)
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[RenderableType]], names: int = 1,
+          title: str | None = None, caption: str | None = None) -> Table:
+  """A table in the style that all commands share; where it is too wide, its cells wrap.
+
+  Args:
+    headings: one for each column.
+    rows: cells, as many as there are headings.
+    names: number of leading columns with names, aligned left; the others hold figures.
+    title: above the table.
+    caption: below it.
+  """
+  result = Table(title=title, title_justify='left', caption=caption, caption_justify='left',
+                 box=box.SIMPLE_HEAD)
+  for i, heading in enumerate(headings):
+    result.add_column(heading, justify='left' if i < names else 'right', overflow='fold')
+  for row in rows:
+    result.add_row(*row)
+  return result
+
+
+def format_number(value: float | None, form: str = '.2f') -> str:
+  """`value` in a format like ',.0f' or '.1%'; '-' if it is not known."""
+  return '-' if value is None else format(value, form)

@@ -16,6 +16,7 @@ from btx_jax.preflight import hlo
 from tests.helpers import (
   TINY,
   TINY_MIXTURE,
+  Arrays,
   assert_trees_close,
   assert_trees_equal,
   hidden_and_sums,
@@ -48,7 +49,7 @@ stack = jax.jit(btx.stack)
 @pytest.mark.parametrize('router_std', [0.02, 3.0])
 def test_mixing_identical_branches_changes_nothing(router_std):
   seed = random_params(TINY)
-  recipe = recipe_lib.whole(range(E), TINY.ffn_dim, router_std)
+  recipe = recipe_lib.whole_experts(range(E), TINY.ffn_dim, router_std)
   mixed = mix(branch(seed, E), recipe=recipe)
   batch = random_batch(TINY)
   expected = hidden(TINY, seed, batch)
@@ -100,10 +101,75 @@ def test_stack_is_branch_for_equal_experts():
   assert_trees_equal(stack([seed] * 3), branch(seed, 3))
 
 
-def test_stack_refuses_experts_of_another_shape():
-  wide = dataclasses.replace(TINY, ffn_dim=32)
-  with pytest.raises(ValueError, match='expert 1 differs'):
-    stack([random_params(TINY), random_params(wide)])
+def read_whole(source, cfg):
+  """A Source as a tree."""
+  return jax.tree.map_with_path(
+      lambda path, like: source.read(sharding.path_of(path),
+                                     tuple(slice(0, n) for n in like.shape)),
+      llama.shapes(cfg))
+
+
+def test_sources_and_stacked_trees_become_the_same_mixture():
+  """The same bits of experts and routers; means to rounding, with float64 as the oracle."""
+  experts, rng = different_experts(), jax.random.key(1)
+  in_memory = mix(stack(experts))
+  by_slices = read_whole(btx.mix([Arrays(tree) for tree in experts], TINY_MIXTURE, rng),
+                         TINY_MIXTURE)
+  assert_trees_equal(in_memory['layers'].pop('ffn'), by_slices['layers'].pop('ffn'))
+  as64 = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+  mean = jax.tree.map(lambda *leaves: sum(leaves) / E, *map(as64, experts))
+  average = jax.jit(btx.average)(stack(experts))
+  assert_trees_close(average, mean, rtol=1e-6)
+  assert_trees_close(read_whole(btx.average([Arrays(tree) for tree in experts]), TINY), mean,
+                     rtol=1e-6)
+  mean['layers'].pop('ffn')
+  for found in (in_memory, by_slices):
+    assert_trees_close(found, mean, rtol=1e-6)
+
+
+def test_an_average_can_be_weighted():
+  experts = different_experts()
+  for form in (stack(experts), [Arrays(tree) for tree in experts]):
+    found = btx.average(form, (1.0, 0.0, 3.0, 0.0))
+    found = found if isinstance(found, dict) else read_whole(found, TINY)
+    np.testing.assert_allclose(
+        found['embed'], (experts[0]['embed'] + 3 * experts[2]['embed']) / 4, rtol=1e-6)
+
+
+WIDE = dataclasses.replace(TINY, ffn_dim=32)
+three = dataclasses.replace(TINY_MIXTURE, num_experts=3)
+two_of = lambda cfg: [random_params(cfg, seed=i) for i in range(2)]
+mixed = lambda experts, model: btx.mix(experts, model, jax.random.key(0))
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: btx.stack([random_params(TINY), random_params(WIDE)]),
+     r"expert 1 differs from expert 0 at 'layers/ffn/down': \[2, 32, 16\] and \[2, 20, 16\]"),
+    (lambda: btx.stack(random_params(TINY)), r'stack takes a list of parameter trees'),
+    (lambda: btx.stack([]), r'stack takes a list of parameter trees, at least one'),
+    (lambda: btx.stack([random_params(TINY), 3]), r'stack: expert 1 must be a .* not int'),
+    (lambda: btx.branch(two_of(TINY), 2), r'branch: params must be a parameter tree, .* not list'),
+    (lambda: btx.branch(random_params(TINY), 0), r'n = 0 copies; it must be at least 1'),
+    (lambda: btx.branch({'embed': np.zeros(3, int)}, 2), r"with int64 at 'embed'"),
+    (lambda: btx.average(random_params(TINY)), r'average takes stacked experts'),
+    (lambda: btx.average(two_of(TINY)), r'not of sources: .*stack\(\[code, math\]\)'),
+    (lambda: btx.average(btx.stack(two_of(TINY)), (1.0,)), r'1 weights for 2 experts'),
+    (lambda: mixed(btx.branch(random_params(TINY), 4), three),
+     r"'embed' is \[4, 48, 16\], and \[3, 48, 16\] in 3 .*num_experts = 3; 4 models"),
+    (lambda: mixed(btx.branch(random_params(TINY), 4), TINY), r'num_experts = 0 is a dense model'),
+    (lambda: mixed(random_params(TINY), TINY_MIXTURE),
+     r"'embed' is \[48, 16\], and \[4, 48, 16\] .*one model: stack several with stack"),
+    (lambda: mixed(two_of(TINY), TINY_MIXTURE), r'not of sources: pass parameter trees as one'),
+    (lambda: mixed(btx.branch(random_params(WIDE), 4), TINY_MIXTURE),
+     r"'layers/ffn/down' is \[4, 2, 32, 16\], and \[4, 2, 20, 16\] in 4 stacked dense models"),
+    (lambda: mixed([Arrays(tree) for tree in two_of(TINY)], TINY_MIXTURE),
+     r'num_experts = 4, but the recipe makes 2 experts of 2 sources'),
+    (lambda: mixed(btx.branch(random_params(dataclasses.replace(TINY, tied_head=True)), 4),
+                   TINY_MIXTURE), r"'head' is absent, and \[4, 16, 48\]"),
+])
+def test_wrong_trees_are_refused_with_both_shapes(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
 
 
 @pytest.mark.parametrize('mesh_shape', [(1, 1, 4, 2), (1, 2, 2, 2)])

@@ -101,7 +101,7 @@ def test_the_seed_is_the_last_run_that_all_come_from(tmp_path):
       tmp_path, later=base.checkpoint('expert/code'), apart=base.random(),
       near=base.mix('later', 'expert/code'), far=base.mix('later', 'expert/math'),
       none=base.mix('apart', 'seed', allow='seed')), 300)
-  seeds = {name: compare.seed_of(runs[name], runs) for name in ('btx', 'near', 'far', 'none')}
+  seeds = {name: compare.seed_of(runs[name]) for name in ('btx', 'near', 'far', 'none')}
   assert {name: seed.name for name, (seed, _) in seeds.items()} == {
       'btx': 'seed', 'near': 'expert/code', 'far': 'seed', 'none': 'apart'}
   assert [name for name, (_, why) in seeds.items() if 'none that all come from' in why] == ['none']

@@ -161,7 +161,7 @@ def test_an_export_that_was_cut_off_is_not_taken_for_one(folders, tmp_path):
   assert not (tmp_path / 'out').exists()
   assert_same(export(tmp_path / 'out', folder.model, folder), folder)
   assert os.listdir(tmp_path) == ['out']
-  with pytest.raises(UsageError, match='is there already'):
+  with pytest.raises(UsageError, match='exists already'):
     export(tmp_path / 'out', folder.model, folder)
 
 

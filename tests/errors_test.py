@@ -129,12 +129,12 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.runs.expert/code.steps=3'], "as in --config.runs['expert/code'].steps"),
     ([DEMO, 'compare'], 'compare needs --run=NAME, the mixture whose experts are compared.'),
     ([DEMO, 'compare', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
-    ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; do"),
+    ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
-    ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; do --run"),
-    ([DEMO, 'export', '--run=seed', '--to=docs'], '--to=docs is there already; name another'),
-    ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "--dtype=float16: did you mean"),
+    ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; run --ru"),
+    ([DEMO, 'export', '--run=seed', '--to=docs'], 'docs exists already; name another'),
+    ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "dtype = 'float16'; did you"),
     ([DEMO, 'preflight'], 'preflight needs --topology=KIND:SIZE, like v5p:4x4x4'),
     ([DEMO, 'preflight', '--topology=v5p'], '--topology=v5p is not KIND:SIZE; examples are v5p:4x'),
     ([DEMO, 'preflight', '--topology=v9p:4x4x4'], "did you mean 'v5p'? Examples are v5p:4x4x4"),
@@ -491,7 +491,7 @@ def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
 
 def test_a_run_before_what_it_starts_from(run, config, tmp_path):
   check(run(config(), f'--workdir={tmp_path / "work"}', '--run=new'),
-        "--run=new starts from 'seed', which is missing; do --run=seed first.")
+        "--run=new starts from 'seed', which is missing; run --run=seed first.")
   assert not (tmp_path / 'work').exists()
 
 

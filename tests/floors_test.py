@@ -17,7 +17,7 @@ FLOORS = (
     ('data',),
     ('training',),
     ('study',),
-    ('evaluate', 'preflight'),
+    ('evaluate', 'library', 'preflight'),
     ('pipeline', 'commands'),
     ('main',),
     ('__init__', '__main__'),

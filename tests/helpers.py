@@ -1,6 +1,6 @@
 """What several tests need: a tiny model, random batches, meshes over some of the devices."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import functools
@@ -12,8 +12,9 @@ import numpy as np
 
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import AXES
-from btx_jax.model import llama
+from btx_jax.model import llama, source
 from btx_jax.model.config import Config
+from btx_jax.study import params
 
 # No other dimension is as long as F or half of it: so it is known in compiled programs.
 TINY = Config(vocab_size=48, dim=16, ffn_dim=20, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -44,33 +45,13 @@ def hidden_and_sums(cfg: Config, params, batch):
   return hidden, routed and routed.sums
 
 
-class Arrays:
-  """Parameters in memory as a `Source`."""
+class Arrays(source.Arrays):
+  """Parameters in memory as a Source whose shapes and dtypes can be looked at."""
 
   def __init__(self, params: Mapping):
-    """`params`: nested dicts of arrays."""
-    self._arrays = dict(_flat(params))
+    super().__init__(params)
     self.shapes = {path: tuple(x.shape) for path, x in self._arrays.items()}
     self.dtypes = {path: np.dtype(x.dtype) for path, x in self._arrays.items()}
-
-  def read(self, path: str, index=()) -> np.ndarray:
-    return np.asarray(self._arrays[path])[tuple(index)]
-
-  def stretch(self, path: str, index: tuple[slice, ...]) -> None:
-    del path, index
-
-  def room(self, path: str) -> int:
-    del path
-    return 0
-
-
-def _flat(tree: Mapping, path: str = '') -> Iterator:
-  for key, value in tree.items():
-    below = f'{path}/{key}' if path else key
-    if isinstance(value, Mapping):
-      yield from _flat(value, below)
-    else:
-      yield below, value
 
 
 def normal(shape, seed: int = 0) -> np.ndarray:
@@ -127,3 +108,13 @@ def assert_trees_equal(actual, expected):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b), sharding.path_of(path))
 
   jax.tree.map_with_path(check, actual, expected)
+
+
+def final_params(study, name: str):
+  """The parameters that a run of a study at work ended with."""
+  return params.final(study, study.runs[name], study.mesh)
+
+
+def initial_params(study, name: str):
+  """The parameters that a run of a study at work starts from."""
+  return params.initial(study, study.runs[name], study.mesh)

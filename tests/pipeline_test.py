@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 
 from btx_jax import base
-from btx_jax.commands import compare as fit
-from btx_jax.commands import report, table
+from btx_jax.commands import compare, report, table
 from btx_jax.devices import sharding
 from btx_jax.errors import RunError, UsageError
 from btx_jax.evaluate import scores
 from btx_jax.model import llama
 from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest, sources
+from btx_jax.study import params as params_lib
 from btx_jax.study.study import Study
 from btx_jax.training import metrics, program
 from tests import studies
-from tests.helpers import assert_trees_equal
+from tests.helpers import assert_trees_equal, final_params, initial_params
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +81,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(study, text, tmp_pa
     file.write('{"step": 5, "lo')  # what a kill leaves behind
   assert pipeline.train()
   for name in study.runs:
-    assert_trees_equal(pipeline.final_params(name), study.final_params(name))
+    assert_trees_equal(final_params(pipeline, name), final_params(study, name))
     assert metrics_of(pipeline, name) == metrics_of(study, name)
     ours, theirs = (manifest.read(p.folder(name)) for p in (pipeline, study))
     assert ours['tokens_by_domain'] == theirs['tokens_by_domain']
@@ -96,40 +96,40 @@ def test_a_complete_study_is_left_alone(study):
 
 def test_the_mixture_starts_from_its_sources(study):
   btx = study.runs['btx']
-  sources = {name: study.final_params(name) for name in btx.sources}
-  start = study.initial_params(btx)
-  for e, name in enumerate(btx.experts):
+  sources = {run.name: final_params(study, run.name) for run in btx.sources}
+  start = initial_params(study, 'btx')
+  for e, name in enumerate(btx.expert_names):
     assert_trees_equal(jax.tree.map(lambda x, e=e: x[:, e], start['layers']['ffn']['experts']),
                        sources[name]['layers']['ffn'])
   mean = np.mean([params['embed'] for params in sources.values()], 0)
   np.testing.assert_allclose(start['embed'], mean, atol=1e-6)
-  average = study.average_params(btx)
+  average = params_lib.average(study, btx, study.mesh)
   up = np.mean([params['layers']['ffn']['up'] for params in sources.values()], 0)
   np.testing.assert_allclose(average['layers']['ffn']['up'], up, atol=1e-6)
 
 
 def test_experts_are_compared_with_their_seed(study, capsys):
-  """By what lies in the directories, see fit_test.py for the figures."""
-  fit.tell(Study(study.config, study.workdir), 'btx')
-  with open(os.path.join(study.workdir, 'fit.json'), encoding='utf-8') as file:
+  """By what lies in the directories, see compare_test.py for the figures."""
+  compare.tell(Study(study.config, study.workdir), 'btx')
+  with open(os.path.join(study.workdir, 'compare.json'), encoding='utf-8') as file:
     found = json.load(file)
   assert (found['seed'], found['experts']) == ('seed', ['expert/code', 'expert/math'])
-  seed, code, math = (study.final_params(name)['layers']['ffn'] for name in study.runs
-                      if name != 'btx')
+  seed, code, math = (final_params(study, name)['layers']['ffn']
+                      for name in study.runs if name != 'btx')
   d, e = (np.concatenate([np.ravel(params[name][1] - seed[name][1]) for name in seed]).astype(
       np.float64) for params in (code, math))
   part, = (part for part in found['parts'] if (part['part'], part['layer']) == ('feed-forward', 1))
   assert part['cosine'][0][1] == pytest.approx(
       d @ e / np.linalg.norm(d) / np.linalg.norm(e), rel=1e-5)
   said = capsys.readouterr().out
-  assert 'btx: differences from seed (the last that all come from)' in said
+  assert 'btx: differences from seed (their nearest common ancestor)' in said
   assert found['judgement'][-1] in said
 
 
 def test_any_slice_of_a_checkpoint_is_that_of_the_whole(study):
   """And it is kept by layer and expert, so that one of them is read for little."""
-  saved = sources.final(study, 'btx')
-  for key_path, leaf in jax.tree.leaves_with_path(study.final_params('btx')):
+  saved = sources.final(study, study.runs['btx'])
+  for key_path, leaf in jax.tree.leaves_with_path(final_params(study, 'btx')):
     path = sharding.path_of(key_path)
     index = tuple(slice(n // 2, n) for n in leaf.shape)
     np.testing.assert_array_equal(saved.read(path, index), leaf[index])
@@ -143,7 +143,7 @@ def test_manifests_say_where_a_run_came_from(study):
   assert found['spec']['sources'][2] == [
       'expert/math', manifest.read(study.folder('expert/math'))['identity']]
   assert found['steps_done'] == 6
-  assert found['spec']['tokenizer'] == study.text.tokenizer.hash
+  assert found['spec']['tokenizer'] == study.prepare_text().tokenizer.hash
   assert found['spec']['model']['num_experts'] == 4
   assert found['versions']['jax'] == jax.__version__
   seen = manifest.read(study.folder('expert/math'))['tokens_by_domain']
@@ -167,7 +167,7 @@ def test_the_table_has_every_model_and_its_figures_are_right(study, copy):
   assert {check['met'] for check in checks} <= {True, False}
   assert any('expert/math has the largest mean gate' in check['name'] for check in checks)
 
-  report.write(Study(study.config, str(copy)), 'tiny')
+  report.write_report(Study(study.config, str(copy)), 'tiny')
   with open(os.path.join(copy, 'report', 'report.json'), encoding='utf-8') as file:
     assert json.load(file)['rows'] == rows
   with open(os.path.join(copy, 'report', 'bits_per_byte.png'), 'rb') as file:
@@ -177,16 +177,16 @@ def test_the_table_has_every_model_and_its_figures_are_right(study, copy):
 def test_bits_per_byte_divide_the_text_s_own_information_by_its_raw_bytes(study):
   """Against the probabilities of each document alone, added up in float64."""
   run = study.runs['seed']
-  params = jax.tree.map(jax.numpy.asarray, jax.device_get(study.final_params('seed')))
-  held_out = study.text.held_out['code']
+  params = jax.tree.map(jax.numpy.asarray, jax.device_get(final_params(study, 'seed')))
+  held_out = study.prepare_text().held_out['code']
   length, bits, size = run.seq_len, 0.0, 0
   with jax.set_mesh(study.mesh):
-    ours = study.evaluate(run.model, study.final_params('seed'))['code']
+    ours = study.evaluate(run.model, final_params(study, 'seed'))['code']
   score = jax.jit(lambda tokens, positions: jax.nn.log_softmax(llama.Llama(run.model).apply(
       {'params': params}, tokens, tokens * 0 + 1, positions)[0] @ llama.output_head(params)))
   for begin, end in zip(held_out.starts, held_out.starts[1:]):
     ids = np.asarray(held_out.ids[begin:end])
-    size += len(study.text.tokenizer.decode(ids[1:-1]).encode())
+    size += len(study.prepare_text().tokenizer.decode(ids[1:-1]).encode())
     # Cut where the windows of the whole stream cut.
     cuts = [0, *(c - begin for c in range(0, end, length) if begin < c), end - begin]
     for a, b in itertools.pairwise(cuts):
@@ -237,7 +237,7 @@ def test_a_trace_and_events_for_tensorboard_are_written_when_asked_for(text, tmp
 
 
 def test_the_report_of_a_finished_study(study, copy):
-  path = report.write(Study(study.config, str(copy)), 'tiny')
+  path = report.write_report(Study(study.config, str(copy)), 'tiny')
   with open(path, encoding='utf-8') as file:
     page = file.read()
   assert '4 of 4 runs complete' in page
@@ -246,7 +246,8 @@ def test_the_report_of_a_finished_study(study, copy):
   assert page.count('<b class="') == len(table.checks(study, table.rows(study)))
   assert page.count('data:image/png') == 6
   sample = scores.read(study, study.runs['btx'], scores.FINAL)['code']['sample']
-  assert ''.join(sample['pieces']) in study.text.tokenizer.decode(study.text.held_out['code'].ids)
+  text = study.prepare_text()
+  assert ''.join(sample['pieces']) in text.tokenizer.decode(text.held_out['code'].ids)
   assert len(sample['gates']) == len(sample['pieces'])
   np.testing.assert_allclose(np.sum(sample['gates'], 1), 1, atol=0.01)
   assert os.path.getsize(path) < 5e6
@@ -301,7 +302,7 @@ def test_one_run_as_a_job_of_its_own(study, copy):
     pipeline.train('expert/mth')
   assert pipeline.train('expert/math')
   assert pipeline.state('btx') == 'missing'
-  assert_trees_equal(pipeline.final_params('expert/math'), study.final_params('expert/math'))
+  assert_trees_equal(final_params(pipeline, 'expert/math'), final_params(study, 'expert/math'))
   assert not pipeline.train('expert/math')
 
 

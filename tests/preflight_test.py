@@ -9,6 +9,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
 from btx_jax.configs import llama2_7b
@@ -17,7 +18,7 @@ from btx_jax.devices.hardware import CHIPS, Chip
 from btx_jax.devices.mesh import AXES
 from btx_jax.errors import UsageError
 from btx_jax.model import config as model_config
-from btx_jax.preflight import cost, hlo, measure, tell, topology
+from btx_jax.preflight import cost, hlo, measure, report, topology
 from btx_jax.preflight.topology import Topology
 from btx_jax.study.study import Study
 from tests import studies
@@ -220,7 +221,7 @@ def test_a_program_for_what_differs_and_one_for_branches_of_a_program(tmp_path, 
   for program in found:
     assert program.fits and program.peak > program.state / 8
     assert program.cost.flops * 8 >= program.tokens * program.flops_per_token
-  data = tell.as_data(found, here)
+  data = report.as_data(found, here)
   assert data['programs'][2]['memory']['checkpoint'] == mixture.state
   assert any(sent['axes'] == ('expert',) for sent in data['programs'][2]['sent'])
 
@@ -237,22 +238,25 @@ def test_what_training_would_refuse_is_refused(tmp_path, here):
     next(measure.programs(Study(config, str(tmp_path / 'work'), at_hand=False), here))
 
 
-def test_experts_that_are_no_whole_sources_prove_nothing(tmp_path, here):
+def test_only_branches_in_the_place_of_their_experts_prove_that_no_weight_moves(tmp_path, here):
   study = miniature(tmp_path)
-  mixed = study.runs['btx']
-  of = lambda experts: dataclasses.replace(
-      mixed, recipe=dataclasses.replace(mixed.recipe, experts=experts))
-  whole = tuple(((i, 0, mixed.model.ffn_dim),) for i in range(3))
-  assert measure._one_expert_each(of(whole))
-  assert not measure._one_expert_each(of(whole[::-1]))
-  assert not measure._one_expert_each(mixed)  # one of its three sources is two of its experts
+  mixed, (seed, code, math) = study.runs['btx'], study.runs['btx'].sources
+  whole = tuple(((i, 0, mixed.model.ffn_dim),) for i in range(2))
+  of = lambda pieces, sources: dataclasses.replace(
+      mixed, sources=sources, recipe=dataclasses.replace(mixed.recipe, pieces=pieces))
+  with_two = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1), AXES)
+  assert measure._in_place(of(whole, (code, math)), [code, math], with_two)
+  assert not measure._in_place(of(whole[::-1], (code, math)), [code, math], with_two)
+  assert not measure._in_place(of(whole, (math, code)), [code, math], with_two)
+  assert not measure._in_place(mixed, [code, math], with_two)  # the seed is not one of them
+  del seed
 
 
 def test_a_host_that_is_too_small_is_too_small(tmp_path, here):
   program = next(measure.programs(miniature(tmp_path), here))
   small = dataclasses.replace(program, host=2e9, host_memory=1e9)
   assert program.fits and small.fits_device and not small.fits
-  assert 'needs 1.00 GB more than a host has' in tell.advice(small)[0]
+  assert 'needs 1.00 GB more than a host has' in report.advice(small)[0]
 
 
 def test_equal_branches_need_one_program(tmp_path, here):
@@ -270,11 +274,12 @@ def test_what_the_compiler_cannot_place_is_an_answer(tmp_path, here, monkeypatch
     raise jax.errors.JaxRuntimeError(f'RESOURCE_EXHAUSTED: {why}')
 
   monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
-  assert not tell.tell(miniature(tmp_path), here, as_json=False)
+  assert not report.print_report(miniature(tmp_path), here, as_json=False)
   said = capsys.readouterr().out
   assert ' s; the compiler found no way to fit it into the memory\nbtx: ' in said
   assert '112 GB of 103 GB DOES NOT FIT' in said and 'needs 9.09 GB more' in said
-  assert said.index("'matmuls' or") < said.index('mesh.fsdp = 2') < said.index('more devices: 16')
+  places = [said.index(way) for way in ("'matmuls' or", 'mesh.fsdp = 2', 'more devices: of 16')]
+  assert places == sorted(places)
 
 
 def test_the_papers_run_without_its_weights():
@@ -286,8 +291,8 @@ def test_the_papers_run_without_its_weights():
   assert count(study.runs['seed']) == 6.74
   assert (count(run), count(run, active=True)) == (19.72, 11.07)
   assert sum(run.weights.values()) == pytest.approx(1)
-  assert tell.absent(study) == [
-      "/not/here is not here: its sizes are taken to be those of the config's section model"]
+  assert report.missing_models(study) == [
+      "/not/here does not exist: its sizes are assumed to be those of the config's section model"]
   with pytest.raises(UsageError, match='/not/here'):
     Study(llama2_7b.get_config('/not/here'), '/not/there')
 
@@ -345,7 +350,7 @@ def test_a_compiler_that_jax_did_not_ask_for_is_told(monkeypatch, version, told)
 def test_a_program_that_has_no_time_shows_none(tmp_path, here):
   program = next(measure.programs(miniature(tmp_path), here))
   fast = dataclasses.replace(program)
-  table = tell.as_table([fast], here)
+  table = report.as_table([fast], here)
   cells = {row: cell for row, cell in zip(table.columns[0].cells, table.columns[1].cells)}
   assert cells['MFU'] == cells['step'] == '-'
-  assert cells['device: peak of memory'].endswith('MB')
+  assert cells['device: peak memory'].endswith('MB')

@@ -22,11 +22,17 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.model.config import ROPE, SIZES
 from btx_jax.pipeline import Pipeline
-from btx_jax.study import compatibility as mixable
-from btx_jax.study import manifest, plan
+from btx_jax.study import compatibility, manifest, plan
 from tests import studies
 from tests.data_test import TRICKY
-from tests.helpers import TINY, Arrays, assert_trees_equal, random_params
+from tests.helpers import (
+  TINY,
+  Arrays,
+  assert_trees_equal,
+  final_params,
+  initial_params,
+  random_params,
+)
 
 TOKENIZER = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizer'
 MODEL = dataclasses.replace(TINY, vocab_size=272, num_layers=1, rope_theta=500.0)
@@ -131,8 +137,8 @@ def test_a_pretrained_seed(text, tmp_path):
   assert not os.path.exists(tmp_path / 'work' / 'seed' / 'checkpoints')
   assert set(scores.read(pipeline, pipeline.runs['seed'], scores.FINAL)) == set(studies.WORDS)
   with jax.set_mesh(pipeline.mesh):
-    assert_trees_equal(pipeline.final_params('seed'), params)
-    trained = pipeline.final_params('expert/code')
+    assert_trees_equal(final_params(pipeline, 'seed'), params)
+    trained = final_params(pipeline, 'expert/code')
   assert not pipeline.train()
 
   publish.publish(pipeline, 'seed', str(tmp_path / 'seed'), 'float32')
@@ -163,11 +169,11 @@ def test_sizes_are_the_folders_and_the_rest_is_the_configs(text, tmp_path):
   assert pipeline.runs['tuned'].model == dataclasses.replace(
       MODEL, dtype='bfloat16', top_k=1, dispatch_factor=2.0, remat='full')
   with jax.set_mesh(pipeline.mesh):
-    found = pipeline.initial_params(pipeline.runs['tuned'])
+    found = initial_params(pipeline, 'tuned')
     assert_trees_equal(found, params)
     expected = sharding.shardings(params, pipeline.mesh)
     assert jax.tree.map(lambda x: x.sharding, found) == expected
-    mixture = pipeline.initial_params(pipeline.runs['btx'])
+    mixture = initial_params(pipeline, 'btx')
   experts = mixture['layers'].pop('ffn')['experts']
   dense = params['layers'].pop('ffn')
   assert_trees_equal(mixture, params)
@@ -202,7 +208,7 @@ def write_relative(folder, params):
 
 def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypatch):
   """Two folders, of other vocabularies and rotary settings, and no model of our own."""
-  monkeypatch.setattr(scores, 'measure', lambda *_: None)  # which compiles much
+  monkeypatch.setattr(Pipeline, '_measure', lambda *_: None)  # which compiles much
   one = jax.tree.map(np.asarray, write_model(tmp_path / 'one'))
   two, their_ids = write_relative(tmp_path / 'two', one)
   config = study(text, tmp_path / 'one')
@@ -237,7 +243,7 @@ def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypat
   assert embed['changed'] == [[269 * MODEL.dim]]
 
   with jax.set_mesh(pipeline.mesh):
-    mixture = jax.tree.map(np.asarray, pipeline.initial_params(pipeline.runs['btx']))
+    mixture = jax.tree.map(np.asarray, initial_params(pipeline, 'btx'))
   ours = json.loads((TOKENIZER / 'tokenizer.json').read_text())['model']['vocab']
   for name, axis in (('embed', 0), ('head', 1)):
     expected = np.array(one[name])  # all that the other lacks
@@ -273,11 +279,11 @@ def test_folders_of_several_seeds_are_told_by_their_weights(text, tmp_path):
   config.runs.own = base.run(base.random(), {'code': 1}, steps=1, model=sizes)
   config.runs.beside = base.run(base.mix('own', '0'), {'code': 1}, steps=1)
   runs = plan.make_plan(config, 270)
-  assert 'seed: nothing tells whether folders come from' in mixable.remarks(
-      runs['beside'], runs)[-1]
-  assert not mixable.remarks(runs['near'], runs)
+  assert 'seed: it is unknown whether the folders and the runs' in compatibility.remarks(
+      runs['beside'])[-1]
+  assert not compatibility.remarks(runs['near'])
   config.runs.far.init.allow = ()
-  told = r'unknown  unknown\n +cosine of weights +1.000 +-?0.0\d+\nseed: the weights are not alike'
+  told = r'unknown  unknown\n +cosine of weights +1.000 +-?0.0\d+\nseed: the weights are unrelated'
   with pytest.raises(UsageError, match=told):
     plan.make_plan(config, 270)
 

@@ -19,8 +19,8 @@ NAMES = ('seed', 'code', 'math', 'law')
 
 def recipe_of(*runs, names=None, tokens=(0, 10, 30, 60), **kwargs):
   init = base.mix(*runs or NAMES, **kwargs)
-  names = recipe_lib.names_in(init)
-  return recipe_lib.make(init, names, TINY.ffn_dim, shared_paths(TINY),
+  names = recipe_lib.sources_of(init)
+  return recipe_lib.from_config(init, names, TINY.ffn_dim, shared_paths(TINY),
                          [tokens[NAMES.index(name)] for name in names], 0.02)
 
 
@@ -29,8 +29,8 @@ def sources(n=4):
 
 
 def model_of(recipe, top_k=2):
-  width = sum(end - first for _, first, end in recipe.experts[0])
-  return dataclasses.replace(TINY, num_experts=len(recipe.experts), ffn_dim=width, top_k=top_k,
+  width = sum(end - first for _, first, end in recipe.pieces[0])
+  return dataclasses.replace(TINY, num_experts=len(recipe.pieces), ffn_dim=width, top_k=top_k,
                              dispatch_factor=4.0)
 
 
@@ -54,18 +54,18 @@ RECIPES = {
 def test_any_slice_of_a_mixture_has_the_bits_of_the_whole(form):
   kwargs = dict(RECIPES[form])
   recipe = recipe_of(*kwargs.pop('runs', ()), **kwargs)
-  order = [NAMES.index(name) for name in recipe_lib.names_in(base.mix(
+  order = [NAMES.index(name) for name in recipe_lib.sources_of(base.mix(
       *RECIPES[form].get('runs', NAMES), **kwargs))]
   trees = [flat(sources()[i]) for i in order]
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[sources()[i] for i in order])
   mixed = flat(jitted_mix(stacked, model_of(recipe), jax.random.key(0), recipe))
   rng = np.random.default_rng(0)
   for path, whole in mixed.items():
-    if btx.is_new(path):
+    if btx.is_router(path):
       continue
     ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in whole.shape]
     index = tuple(slice(int(a), int(b)) for a, b in ends)
-    found = btx.part(recipe, path, index, lambda i, path, index: trees[i][path][index])
+    found = btx.mix_slice(recipe, path, index, lambda i, path, index: trees[i][path][index])
     assert isinstance(found, np.ndarray)
     np.testing.assert_array_equal(found, whole[index], path)
 
@@ -133,8 +133,8 @@ def test_the_structure_is_that_of_the_model():
     ({'arrangement': 'splitt'}, "arrangement = 'splitt'; did you mean 'split'"),
     ({'chunks': 2}, "'whole' and chunks = 2; 'split' and 'plain_split' need"),
     ({'arrangement': 'split'}, "'split' and chunks = 1"),
-    ({'arrangement': 'split', 'chunks': 3}, 'width of 20 cannot be cut into 3 .* 2, 4, 5, 10, 20'),
-    ({'rules': {'attn/x': 'tokens'}}, "rule 'attn/x' is found in no parameter .*layers/attn/q"),
+    ({'arrangement': 'split', 'chunks': 3}, '20 is not divisible by 3 .* 2, 4, 5, 10, 20'),
+    ({'rules': {'attn/x': 'tokens'}}, "rule 'attn/x' matches no averaged parameter.*layers/attn/q"),
     ({'rules': {'(': 'tokens'}}, 'is not a regular expression'),
     ({'averaged': ('seed',), 'rules': {'embed': 'tokens'}}, 'none of seed was trained'),
 ])

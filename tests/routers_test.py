@@ -355,5 +355,6 @@ def test_a_bias_begins_at_zero_and_goes_where_nothing_chooses_by_it():
   assert fit('biased', plain) == fit('biased', biased) == biased
   assert fit('soft', biased) == fit('soft', plain) == plain
   begun = llama.with_bias(CONFIGS['biased'], {'layers': {'ffn': {}}})['layers']['ffn']
-  mixed = btx.new('layers/ffn/router_bias', (2, E), None, None)
-  assert btx.is_new('layers/ffn/router_bias') and not begun['router_bias'].any() and not mixed.any()
+  mixed = btx.new_router('layers/ffn/router_bias', (2, E), None, None)
+  assert btx.is_router('layers/ffn/router_bias')
+  assert not begun['router_bias'].any() and not mixed.any()

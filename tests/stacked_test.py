@@ -21,6 +21,7 @@ from tests.helpers import (
   TINY,
   assert_trees_close,
   assert_trees_equal,
+  final_params,
   random_batch,
   random_params,
   use_mesh,
@@ -34,7 +35,8 @@ def branches():
   one = run_lib.Run(
       name='a', init='random', sources=(), weights={'code': 1.0}, model=TINY,
       optimizer=run_lib.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, seq_len=15, batch_size=16,
-      microbatches=2, objective=Objective(freeze=('attn/o$',)), recipe=None, experts=(), seed=0)
+      microbatches=2, objective=Objective(freeze=('attn/o$',)), recipe=None,
+      expert_names=(), seed=0)
   other = lambda name, steps, rate: dataclasses.replace(
       one, name=name, steps=steps, optimizer=dataclasses.replace(one.optimizer, peak_lr=rate))
   return [one, other('b', 2, 0.1), other('c', 3, 0.003)]
@@ -157,7 +159,7 @@ def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeyp
       ours, theirs = losses(finished, name), losses(apart, name)
       assert ours.keys() == theirs.keys()
       np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
-      assert_trees_close(finished.final_params(name), apart.final_params(name), rtol=1e-3)
+      assert_trees_close(final_params(finished, name), final_params(apart, name), rtol=1e-3)
       about, other = (manifest.read(p.folder(name)) for p in (finished, apart))
       assert about['identity'] == other['identity']
       assert about['tokens_by_domain'] == other['tokens_by_domain']

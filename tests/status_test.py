@@ -1,4 +1,4 @@
-"""Looking at runs: from files alone, whatever state they are in, and without waiting."""
+"""Status and report: read from files alone, fast, and whatever state the runs are in."""
 
 import json
 import os
@@ -22,12 +22,12 @@ SPEC_STEPS = 6
 
 @pytest.fixture
 def study(text, tmp_path):
-  """A study of which nothing was started."""
+  """A study that has not been started."""
   return Study(studies.get_config(text), str(tmp_path / 'work'))
 
 
 def start(study, name, state=manifest.RUNNING, lines=(), **fields):
-  """Puts a run's directory into a state, as its job would."""
+  """Writes a run's directory as its job would, in the given state."""
   spec = json.loads(json.dumps(study.runs[name].spec()))
   found = manifest.begin(name, spec) | {'state': state, **fields}
   manifest.write(study.folder(name), found)
@@ -36,7 +36,7 @@ def start(study, name, state=manifest.RUNNING, lines=(), **fields):
       file.write(line if isinstance(line, str) else json.dumps(line) + '\n')
 
 
-def of(study, name):
+def status_of(study, name):
   return next(run for run in status.collect(study)['runs'] if run['name'] == name)
 
 
@@ -44,7 +44,13 @@ def line(step, loss=2.0, **values):
   return {'step': step, 'time': time.time(), 'loss': loss, **values}
 
 
-def test_nothing_started_is_said_and_ends_well(study):
+def words_of(path):
+  """The text of a file with its white space collapsed, as lines of the page break anywhere."""
+  with open(path, encoding='utf-8') as file:
+    return ' '.join(file.read().split())
+
+
+def test_a_study_that_has_not_been_started_gets_a_note(study):
   found = status.collect(study)
   assert 'does not exist yet' in found['notes'][0]
   assert {run['state'] for run in found['runs']} == {'missing'}
@@ -52,14 +58,14 @@ def test_nothing_started_is_said_and_ends_well(study):
   assert 'is empty' in status.collect(study)['notes'][0]
 
 
-def test_a_foreign_directory_is_said(study):
+def test_a_directory_without_runs_of_this_config_gets_a_note(study):
   os.makedirs(os.path.join(study.workdir, 'holiday'))
   assert 'holds no run of this config (it holds holiday)' in status.collect(study)['notes'][0]
 
 
 def test_a_run_goes_through_its_states(study):
   start(study, 'seed')
-  assert of(study, 'seed')['state'] == 'stopped'  # nobody holds its lock
+  assert status_of(study, 'seed')['state'] == 'stopped'  # its lock is free
   with files.lock(study.folder('seed')):
     held = subprocess.run([sys.executable, '-c', f'''if True:
       from btx_jax import files
@@ -67,7 +73,7 @@ def test_a_run_goes_through_its_states(study):
   assert held.stdout.strip() == 'True'
   for state in (manifest.STOPPED, manifest.FAILED, manifest.COMPLETE):
     start(study, 'seed', state)
-    assert of(study, 'seed')['state'] == state
+    assert status_of(study, 'seed')['state'] == state
 
 
 @pytest.fixture
@@ -76,9 +82,9 @@ def at_work(monkeypatch):
   monkeypatch.setattr(files, 'held', lambda folder: True)
 
 
-def test_a_run_that_still_compiles_is_starting(study, at_work):
+def test_a_run_that_is_still_compiling_is_starting(study, at_work):
   start(study, 'seed')
-  found = of(study, 'seed')
+  found = status_of(study, 'seed')
   assert (found['state'], found['step'], found['loss']) == ('starting', 0, None)
 
 
@@ -87,7 +93,7 @@ def test_progress_speed_and_time_left(study, at_work):
   start(study, 'seed', lines=[
       line(1), {'step': 2, 'bits_per_byte': {'code': 3.0, 'math': 1.0}},
       line(3, 1.5, tokens_per_second=10.0, mfu=0.25)], steps_done=2, saved=manifest.now())
-  found = of(study, 'seed')
+  found = status_of(study, 'seed')
   assert (found['state'], found['step'], found['loss']) == ('running', 3, 1.5)
   assert found['seconds_left'] == 3 * run.batch_size * run.seq_len / 10
   assert found['mfu'] == 0.25
@@ -95,15 +101,15 @@ def test_progress_speed_and_time_left(study, at_work):
   assert found['checkpoint'] == 2 and 0 <= found['checkpoint_age'] < 60
 
 
-def test_half_written_lines_and_what_is_no_line_are_passed_over(study, at_work):
+def test_half_written_and_invalid_lines_are_skipped(study, at_work):
   start(study, 'seed', lines=[
       line(1, 3.0), '[1, 2]\n', '\n', '{"loss": 9.0}\n', '\x00\x00\n', line(2, 2.5),
       '{"step": 3, "lo'])
-  assert of(study, 'seed')['loss'] == 2.5
+  assert status_of(study, 'seed')['loss'] == 2.5
   assert [x['step'] for x in metrics.read(study.folder('seed'))] == [1, 2]
 
 
-def test_the_end_of_a_long_file_is_read_alone(study, monkeypatch):
+def test_only_the_end_of_a_long_file_is_read(study, monkeypatch):
   start(study, 'seed', lines=[line(step, float(step)) for step in range(1, 200)])
   monkeypatch.setattr(metrics, '_TAIL', 500)
   found = metrics.tail(study.folder('seed'))
@@ -113,39 +119,37 @@ def test_the_end_of_a_long_file_is_read_alone(study, monkeypatch):
 def test_clocks_of_other_machines_may_be_ahead_or_behind(study, at_work):
   start(study, 'seed', lines=[line(1) | {'time': time.time() + 9000}],
         saved='2999-01-01T00:00:00+00:00', steps_done=1)
-  found = of(study, 'seed')
+  found = status_of(study, 'seed')
   assert found['checkpoint_age'] == 0 and not found['warnings']
   start(study, 'seed', lines=[line(1) | {'time': time.time() - 7200}])
-  assert 'silent for 2.0 h' in str(of(study, 'seed')['warnings']) or (
-      'silent for 120 min' in str(of(study, 'seed')['warnings']))
+  assert 'without new metrics for 2.0 h' in str(status_of(study, 'seed')['warnings']) or (
+      'without new metrics for 120 min' in str(status_of(study, 'seed')['warnings']))
 
 
-def test_warnings_errors_and_another_config_are_told(study):
+def test_warnings_errors_and_another_config_are_reported(study):
   start(study, 'btx', manifest.FAILED, error='the loss is nan', lines=[
       line(1, warnings=['expert 1 gets under 1% of the tokens'])])
-  found = of(study, 'btx')
+  found = status_of(study, 'btx')
   assert found['error'] == 'the loss is nan'
   assert found['warnings'] == ['expert 1 gets under 1% of the tokens']
   study.config.runs.btx.steps = 9
   changed = Study(study.config, study.workdir)
-  assert 'steps: 6 there, 9 now' in of(changed, 'btx')['warnings'][1]
+  assert 'steps: 6 there, 9 now' in status_of(changed, 'btx')['warnings'][1]
   study.config.runs.btx.steps = 6
 
 
-def test_a_manifest_of_something_else_is_told_of_its_run_alone(study):
+def test_an_invalid_manifest_affects_its_own_run_only(study):
   start(study, 'seed', manifest.COMPLETE)
   os.makedirs(study.folder('btx'))
   with open(os.path.join(study.folder('btx'), 'manifest.json'), 'w', encoding='utf-8') as file:
     file.write('{"name": "half')
-  assert of(study, 'btx')['state'] == 'unreadable'
-  assert 'is not a manifest of ours' in of(study, 'btx')['error']
-  assert of(study, 'seed')['state'] == 'complete'
-  path = report.write(study, 'half')
-  with open(path, encoding='utf-8') as file:
-    assert 'is not a manifest of ours' in file.read()
+  assert status_of(study, 'btx')['state'] == 'unreadable'
+  assert 'is not a manifest of ours' in status_of(study, 'btx')['error']
+  assert status_of(study, 'seed')['state'] == 'complete'
+  assert 'is not a manifest of ours' in words_of(report.write_report(study, 'half'))
 
 
-def test_a_directory_that_cannot_hold_locks_counts_as_at_work(study, monkeypatch):
+def test_a_run_is_taken_as_running_where_locks_are_not_supported(study, monkeypatch):
   def no_locks(*_):
     raise OSError(37, 'No locks available')
 
@@ -153,7 +157,7 @@ def test_a_directory_that_cannot_hold_locks_counts_as_at_work(study, monkeypatch
   with files.lock(study.folder('seed')):
     pass
   monkeypatch.setattr(files.fcntl, 'lockf', no_locks)
-  assert of(study, 'seed')['state'] == 'running'
+  assert status_of(study, 'seed')['state'] == 'running'
 
 
 def routing_line(step, study):
@@ -164,26 +168,25 @@ def routing_line(step, study):
                        'mutual_information': [0.2, 0.1]})
 
 
-def test_a_report_of_unfinished_runs_has_what_there_is(study):
+def test_a_report_of_unfinished_runs_shows_what_is_known(study):
   start(study, 'seed', manifest.COMPLETE, lines=[line(s, loss_by_domain={}) for s in (1, 2)])
   lines = [routing_line(s, study) for s in (1, 2, 3)]
   lines[0]['routing']['dropped'], lines[2]['routing']['dropped'] = [0.3, 0.1], [0.0, 0.06]
   start(study, 'btx', lines=lines)
-  path = report.write(study, 'half <b>way</b>')
-  with open(path, encoding='utf-8') as file:
-    page = file.read()
+  path = report.write_report(study, 'half <b>way</b>')
+  page = words_of(path)
   assert '1 of 4 runs complete' in page
-  assert 'dropped 20.0% at step 1 and 3.0% at step 3, 6.0% in the layer' in page
+  assert ('dropped 20.0% of all choices at step 1 and 3.0% at step 3, where the layer that dropped '
+          'most dropped 6.0%.') in page
   assert 'half &lt;b&gt;way&lt;/b&gt;' in page and '<b>way' not in page
   assert page.count('data:image/png;base64,') == 4
   assert not [word for word in ('src="http', 'href="http', '<script', '@import') if word in page]
   assert {'curves.png', 'load_btx.png', 'graph.png'} <= set(os.listdir(os.path.dirname(path)))
 
 
-def test_a_report_of_one_run_that_has_only_begun(study):
+def test_a_report_of_one_run_that_has_just_started(study):
   start(study, 'seed')
-  with open(report.write(study, 'begun'), encoding='utf-8') as file:
-    assert 'seed is stopped, step 0 of 6' in file.read()
+  assert 'seed is stopped, step 0 of 6' in words_of(report.write_report(study, 'begun'))
 
 
 def test_the_names_of_runs_are_escaped(text, tmp_path):
@@ -191,12 +194,11 @@ def test_the_names_of_runs_are_escaped(text, tmp_path):
   config.runs = {'a<b>': base.run(base.random(), {'code': 1}, steps=3)}
   study = Study(config, str(tmp_path / 'work'))
   start(study, 'a<b>', lines=[line(1, warnings=['<i>'])])
-  with open(report.write(study, 'x'), encoding='utf-8') as file:
-    page = file.read()
+  page = words_of(report.write_report(study, 'x'))
   assert 'a<b>' not in page and '<i>' not in page and 'a&lt;b&gt;' in page
 
 
-def test_what_status_needs_is_imported_in_no_time():
+def test_status_imports_fast_and_nothing_heavy():
   code = ('import sys, time; began = time.perf_counter(); '
           'import btx_jax.main, btx_jax.commands.status; '
           'print(time.perf_counter() - began, "jax" in sys.modules, "grain" in sys.modules, '
@@ -212,9 +214,9 @@ def test_what_status_needs_is_imported_in_no_time():
   raise AssertionError(f'{best} s')
 
 
-def test_a_tokenizer_that_is_not_at_hand_hinders_nobody_from_looking(study, text, tmp_path):
-  from btx_jax.data import tokenizer as tokenizer_lib
-  proto = tokenizer_lib.train(['some words, and more words'] * 40, 290).files['tokenizer.model']
+def test_status_works_where_the_tokenizer_is_missing(study, text, tmp_path):
+  from btx_jax.data import tokenizer
+  proto = tokenizer.train(['some words, and more words'] * 40, 290).files['tokenizer.model']
   kept = os.path.join(study.data_folder, 'tokenizer.model')
   os.makedirs(study.data_folder)
   with open(kept, 'wb') as file:

@@ -23,7 +23,7 @@ from btx_jax.pipeline import Pipeline
 from btx_jax.study import sources
 from btx_jax.study.study import Study
 from tests import studies
-from tests.helpers import Arrays, assert_trees_equal, random_params
+from tests.helpers import Arrays, assert_trees_equal, final_params, initial_params, random_params
 from tests.pretrained_test import MODEL, TOKENIZER
 
 NAMES = ('seed', 'code', 'math')
@@ -94,7 +94,7 @@ def test_experts_are_copied_from_file_to_file_and_means_not_moved_in_memory(
 
   monkeypatch.setattr(safetensors.Writer, 'write', told)
   found = study(models[0], tmp_path)
-  write(tmp_path / 'out', found.runs['btx'].model, sources.final(found, 'btx'))
+  write(tmp_path / 'out', found.runs['btx'].model, sources.final(found, found.runs['btx']))
   moved = len(contiguous) - sum(contiguous)
   assert moved <= MODEL.num_layers  # the routers
 
@@ -110,7 +110,7 @@ def _some(source, into, count, start, at, call=os.copy_file_range):
 @pytest.mark.parametrize('system', [_cannot, _some, lambda *_: 0, None])
 def test_a_system_that_cannot_copy_between_files(models, tmp_path, monkeypatch, system):
   found = study(models[0], tmp_path)
-  model, source = found.runs['btx'].model, sources.final(found, 'btx')
+  model, source = found.runs['btx'].model, sources.final(found, found.runs['btx'])
   write(tmp_path / 'straight', model, source)
   if system:
     monkeypatch.setattr(os, 'copy_file_range', system)
@@ -126,11 +126,12 @@ def test_only_what_mixing_leaves_as_it_is_is_copied():
   D, half = MODEL.dim, MODEL.ffn_dim // 2
   layer, width, hidden = slice(0, 1), slice(0, D), slice(0, half)
   fourth, second_half = slice(3, 4), slice(half, 2 * half)
-  assert btx.only(made, 'layers/ffn/experts/up', (layer, fourth, width, hidden)) == (
+  assert btx.verbatim(made, 'layers/ffn/experts/up', (layer, fourth, width, hidden)) == (
       1, 'layers/ffn/up', (layer, width, second_half))
-  assert not btx.only(made, 'layers/ffn/experts/down', (layer, fourth, hidden, width))  # doubled
-  assert not btx.only(made, 'layers/ffn/experts/up', (layer, slice(0, 2), width, hidden))
-  assert not btx.only(made, 'layers/attn/q', (layer,))
+  down = (layer, fourth, hidden, width)
+  assert not btx.verbatim(made, 'layers/ffn/experts/down', down)  # doubled
+  assert not btx.verbatim(made, 'layers/ffn/experts/up', (layer, slice(0, 2), width, hidden))
+  assert not btx.verbatim(made, 'layers/attn/q', (layer,))
 
 
 def test_a_source_that_shrinks_under_an_export(models, tmp_path):
@@ -149,7 +150,7 @@ def test_layers_of_another_type_are_not_rounded_twice(models, tmp_path):
   exact = random_params(MODEL, 7)
   write(tmp_path / 'exact', MODEL, Arrays(exact), 'float32')
   parts = [hugging_face.Folder(str(tmp_path / 'exact')), hugging_face.Folder(str(root / 'code'))]
-  mix = sources.Mix(MODEL, recipe.whole([0, 1], MODEL.ffn_dim), parts)
+  mix = btx.mix(parts, MODEL, jax.random.key(0))
   whole = tuple(slice(0, n) for n in (1, 2, MODEL.dim, MODEL.ffn_dim))
   found = mix.read('layers/ffn/experts/up', whole)
   assert found.dtype == np.float32
@@ -165,7 +166,7 @@ class Stops:
   """A source that fails at its `n`-th read, or never."""
 
   def __init__(self, source, n=10**9):
-    self.room, self.stretch = source.room, source.stretch
+    self.scratch_bytes, self.extent = source.scratch_bytes, source.extent
     self._source, self._left, self.reads = source, n, 0
 
   def read(self, path, index):
@@ -177,7 +178,7 @@ class Stops:
 
 def test_an_export_goes_on_where_it_was_cut_off(models, tmp_path):
   found, out = study(models[0], tmp_path), tmp_path / 'out'
-  source, model = sources.final(found, 'btx'), found.runs['btx'].model
+  source, model = sources.final(found, found.runs['btx']), found.runs['btx'].model
   put = functools.partial(write, model=model, max_shard=3_000)
   whole, cut, rest = Stops(source), Stops(source, 9), Stops(source)
   total = put(tmp_path / 'straight', source=whole, identity='a')
@@ -199,7 +200,7 @@ def test_an_export_goes_on_where_it_was_cut_off(models, tmp_path):
     {'identity': 'b'}, {'identity': ''}, {'dtype': 'float32'}, {'max_shard': 4_000}])
 def test_an_export_of_something_else_starts_anew(models, tmp_path, change):
   found = study(models[0], tmp_path)
-  source, model = sources.final(found, 'btx'), found.runs['btx'].model
+  source, model = sources.final(found, found.runs['btx']), found.runs['btx'].model
   first = {'model': model, 'max_shard': 3_000, 'identity': change.get('identity') and 'a'}
   with pytest.raises(KeyboardInterrupt):
     write(tmp_path / 'out', source=Stops(source, 6), **first)
@@ -223,7 +224,7 @@ def test_identities_tell_apart_what_is_mixed_and_how(models, tmp_path):
 @pytest.mark.parametrize('name,left', [('pwrite', 20_000), ('copy_file_range', 1_000)])
 def test_a_full_disk(models, tmp_path, monkeypatch, name, left):
   found, out = study(models[0], tmp_path), tmp_path / 'out'
-  source, model = sources.final(found, 'btx'), found.runs['btx'].model
+  source, model = sources.final(found, found.runs['btx']), found.runs['btx'].model
   put = functools.partial(write, out, model, source, max_shard=3_000, identity='a')
   call = getattr(os, name)
 
@@ -265,17 +266,17 @@ def test_memory_is_what_the_budget_says(tmp_path):
       del path
       return np.ones([cut.stop - cut.start for cut in index], np.float32)
 
-    def stretch(self, path, index):
+    def extent(self, path, index):
       del path, index
 
-    def room(self, path):
+    def scratch_bytes(self, path):
       del path
       return 0
 
   model = dataclasses.replace(MODEL, vocab_size=30_000, dim=64)  # 8 MB of embedding
-  weighted = dataclasses.replace(recipe.whole(range(4), MODEL.ffn_dim),
+  weighted = dataclasses.replace(recipe.whole_experts(range(4), MODEL.ffn_dim),
                                  rest=(('', (1.0, 2.0, 3.0, 4.0)),))
-  mix = sources.Mix(model, weighted, [Ones()] * 4)
+  mix = btx.mix([Ones()] * 4, model, jax.random.key(0), weighted)
   ram = 10**6
   tracemalloc.start()
   try:
@@ -312,8 +313,8 @@ def test_a_run_of_zero_steps_is_its_start(models, text, tmp_path):
   assert abs(rows['code'] - rows['start']) < 1e-4  # two copies of it
   assert not os.path.exists(tmp_path / 'work' / 'start' / 'checkpoints')
   with jax.set_mesh(pipeline.mesh):
-    mixed = pipeline.final_params('again')
-    begin = pipeline.initial_params(pipeline.runs['btx'])
+    mixed = final_params(pipeline, 'again')
+    begin = initial_params(pipeline, 'btx')
   assert not begin['layers']['ffn'].pop('router_bias').any()
   assert_trees_equal(begin, mixed)
   publish.publish(pipeline, 'again', str(tmp_path / 'again'), 'float32')

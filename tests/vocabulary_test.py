@@ -29,7 +29,7 @@ def models():
 
 def test_any_slice_is_that_of_the_whole():
   ours, theirs, expected = models()
-  rows = sources.rows(OURS, SIZE, THEIRS, THEIR_SIZE)
+  rows = sources.matching_rows(OURS, SIZE, THEIRS, THEIR_SIZE)
   assert rows.tolist() == [0, 6, 3, 5, 1, 2, -1, -1, -1]
   source = sources.Aligned(Arrays(theirs), Arrays(ours), rows)
   np.testing.assert_array_equal(source.read('embed'), expected['embed'])

@@ -14,7 +14,7 @@ their figures only tell how different the experts are.
 Nothing is in memory but one parameter of each model, of as many layers as are small together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import json
@@ -26,17 +26,16 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from btx_jax import run as run_lib
 from btx_jax import terminal
 from btx_jax.convert import names
-from btx_jax.convert.export import Source
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model import config as model_config
-from btx_jax.run import Run
-from btx_jax.study import compatibility as mixable
-from btx_jax.study import manifest, sources
+from btx_jax.model.source import Source
+from btx_jax.run import MIX, Run, lineage
+from btx_jax.study import compatibility, manifest, sources
 from btx_jax.study.study import Study
+from btx_jax.terminal import format_number
 
 TINY = 1e-6  # a weight that differs less from the seed's has not changed
 AVERAGED, FEED_FORWARD = 'averaged', 'feed-forward'
@@ -137,26 +136,27 @@ def parts(model: model_config.Config, opened: Sequence[Source]) -> list[tuple]:
           for part, layer in sorted(found, key=place)]
 
 
-def seed_of(run: Run, runs: Mapping[str, Run]) -> tuple[Run, str]:
-  """What the experts of a mixture are compared with, and why, in words.
+def seed_of(run: Run) -> tuple[Run, str]:
+  """The model that a mixture's experts are compared with, and why it is that one.
 
-  The last run that all sources come from; where none is known, the first that the mixture names.
+  The nearest common ancestor of all sources; if none is known, the first that the mixture names.
   """
-  first, *others = (_behind(runs[name], runs) for name in run.sources)
+  first, *others = (_ancestors(source) for source in run.sources)
   common = [found for key, found in first.items() if all(key in other for other in others)]
   if common:
-    return common[0], 'the last that all come from'
-  return runs[run.sources[0]], 'the first that is named, as none that all come from is known'
+    return common[0], 'their nearest common ancestor'
+  return run.sources[0], 'the first one named, because no common ancestor is known'
 
 
-def _behind(run: Run, runs: Mapping[str, Run]) -> dict[str, Run]:
-  """A dense run and all that it comes from, the last first; a folder by what is in it."""
-  if run.sources:
-    return {run.name: run} | _behind(runs[run.sources[0]], runs)
-  if not run.folder:
-    return {run.name: run}
-  untrained = {run.content: dataclasses.replace(run, steps=0)}
-  return {run.name: run} | untrained if run.steps else untrained
+def _ancestors(run: Run) -> dict[str, Run]:
+  """A dense run and its lineage, nearest first; a pretrained folder is known by its content."""
+  found = {}
+  for each in lineage(run):
+    if each.steps or not each.folder:
+      found[each.name] = each
+    if each.folder:
+      found[each.content] = dataclasses.replace(each, steps=0)
+  return found
 
 
 def compute(study: Study, name: str) -> dict:
@@ -170,19 +170,18 @@ def compute(study: Study, name: str) -> dict:
     UsageError: it is no mixture of several models, or one of them is not complete.
   """
   run = study.run(name)
-  if run.init != run_lib.MIX or len(run.sources) < 2:
+  if run.init != MIX or len(run.sources) < 2:
     raise UsageError(f'compare reads what a mixture is made from, and {name!r} is not made from '
                      'several runs by base.mix(...); name one that is.')
-  seed, why = seed_of(run, study.runs)
-  mixed = [study.runs[source] for source in run.sources]
-  experts = [each for each in mixed if each.name != seed.name]
+  seed, why = seed_of(run)
+  experts = [each for each in run.sources if each.name != seed.name]
   for each in (seed, *experts):
     if each.steps and study.state(each.name) != manifest.COMPLETE:
       raise UsageError(f'compare reads complete runs, and {each.name!r} is '
-                       f'{study.state(each.name)}; do --run={each.name} first.')
-  compared = [seed, *experts, mixed[run.recipe.reference]]  # the last only for its vocabulary
+                       f'{study.state(each.name)}; run --run={each.name} first.')
+  compared = [seed, *experts, run.sources[run.recipe.reference]]  # the last only for its vocabulary
   opened = sources.aligned(study, compared, [
-      sources.final(study, each.name) for each in compared], len(compared) - 1)[:-1]
+      sources.final(study, each) for each in compared], len(compared) - 1)[:-1]
   model = dataclasses.replace(seed.model, vocab_size=run.model.vocab_size)
   result, pooled = [], {}
   for part, layer, kind, found in parts(model, opened):
@@ -212,9 +211,9 @@ def judgement(found: dict) -> list[str]:
   lines = []
   for i, expert in enumerate(found['experts']):
     cosine = found['all'][FEED_FORWARD]['weight_cosine'][i]
-    if cosine is None or abs(cosine) < mixable.ALIKE:
+    if cosine is None or abs(cosine) < compatibility.ALIKE:
       lines.append(f"{expert}: the cosine of its weights and those of {found['seed']} is "
-                   f'{_number(cosine)}, as of models that were not trained from one seed.')
+                   f'{format_number(cosine)}, as of models that were not trained from one seed.')
   worst = max((part for part in found['parts'] if part['kind'] == AVERAGED),
               key=lambda part: max(share for _, _, share in _pairs(found, part['conflicts'])),
               default=None) if len(found['experts']) > 1 else None
@@ -247,11 +246,11 @@ def as_table(found: dict) -> Table:
   every, experts = [found['all'][kind] for kind in (AVERAGED, FEED_FORWARD)], found['experts']
   for i, expert in enumerate(experts):
     table.add_row(expert, *(cell for of in every for cell in (
-        _number(of['moved'][i], '.1%'), '', '', '')))
+        format_number(of['moved'][i], '.1%'), '', '', '')))
   for i, j in itertools.combinations(range(len(experts)), 2):
     table.add_row(f'{experts[i]} and {experts[j]}', *(cell for of in every for cell in (
-        '', _number(of['cosine'][i][j]), _number(of['norm_ratio'][i][j]),
-        _number(of['conflicts'][i][j], '.1%'))))
+        '', format_number(of['cosine'][i][j]), format_number(of['norm_ratio'][i][j]),
+        format_number(of['conflicts'][i][j], '.1%'))))
   return table
 
 
@@ -269,11 +268,8 @@ def by_layer(found: dict) -> Table:
     table.add_column(column, justify='right', no_wrap=True)
   for part in found['parts']:
     where = '' if part['layer'] is None else f'{part["layer"]} '
-    table.add_row(where + part['part'], *(_number(moved, '.1%') for moved in part['moved']), *(
-        f'{_number(part["cosine"][i][j])} {_number(part["norm_ratio"][i][j])} '
-        f'{_number(part["conflicts"][i][j], ".1%")}' for i, j in pairs))
+    moved = [format_number(value, '.1%') for value in part['moved']]
+    table.add_row(where + part['part'], *moved, *(
+        f'{format_number(part["cosine"][i][j])} {format_number(part["norm_ratio"][i][j])} '
+        f'{format_number(part["conflicts"][i][j], ".1%")}' for i, j in pairs))
   return table
-
-
-def _number(value: float | None, form: str = '.2f') -> str:
-  return '-' if value is None else format(value, form)

@@ -1,21 +1,16 @@
 """The model of a complete run as a Hugging Face folder, with tokenizer and model card."""
 
 from collections.abc import Iterator
-import json
 import resource
 import time
 
-import sentencepiece as spm
-
-from btx_jax import run as run_lib
 from btx_jax.convert import export, hugging_face
 from btx_jax.data import text as text_lib
-from btx_jax.data import tokenizer as tokenizer_lib
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
-from btx_jax.run import Run
-from btx_jax.study import compatibility as mixable
-from btx_jax.study import manifest, sources
+from btx_jax.library import tokenizer_files
+from btx_jax.run import HUGGING_FACE, MIX, RANDOM, Run, lineage
+from btx_jax.study import compatibility, manifest, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -39,20 +34,20 @@ def publish(study: Study, name: str, folder: str, dtype: str) -> None:
   if run.vocabulary:
     raise UsageError(f'{name!r} has another vocabulary than the tokenizer of this config, which '
                      f'would be written beside it. It is in {run.folder} as it is.')
-  for needed in sources.trained(study, run):
-    if study.state(needed) != manifest.COMPLETE:
-      raise UsageError(f'export writes complete runs, and {needed!r} is {study.state(needed)}; do '
-                       f'--run={needed} first.')
-  for line in mixable.remarks(run, study.runs) if run.init == run_lib.MIX and not run.steps else ():
+  for needed in sources.trained(run):
+    if (state := study.state(needed.name)) != manifest.COMPLETE:
+      raise UsageError(f'export writes complete runs, and {needed.name!r} is {state}; run '
+                       f'--run={needed.name} first.')
+  for line in compatibility.remarks(run) if run.init == MIX and not run.steps else ():
     say(line)
   tokenizer = text_lib.tokenizer(study.config, study.data_folder)
   lengths = [hugging_face.Folder(each.folder).context_length
-             for each in run_lib.lineage(run, study.runs) if each.folder]
+             for each in lineage(run) if each.folder]
   began = time.monotonic()
   written = export.export(
-      folder, run.model, sources.final(study, name), dtype,
+      folder, run.model, sources.final(study, run), dtype,
       max_length=max([*lengths, run.seq_len]), balance=run.objective.balance_loss,
-      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=_tokenizer_files(tokenizer),
+      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
       card=''.join(_card(study, run)), ram=int(study.config.mix.ram_gb * 1e9),
       identity=_identity(study, run))
   seconds = time.monotonic() - began
@@ -64,29 +59,12 @@ def publish(study: Study, name: str, folder: str, dtype: str) -> None:
 def _identity(study: Study, run: Run) -> str:
   """Of the parameters: of all that the run comes from, down to what was trained or read."""
   trained = {}
-  for name in sources.trained(study, run):
-    found = manifest.read(study.folder(name))
-    trained[name] = [found['identity'], found['started'], found['seconds']]
-  lineage = [each.spec() for each in run_lib.lineage(run, study.runs)]
+  for each in sources.trained(run):
+    found = manifest.read(study.folder(each.name))
+    trained[each.name] = [found['identity'], found['started'], found['seconds']]
   tokenizer = text_lib.tokenizer(study.config, study.data_folder)  # vocabularies are aligned by it
-  return manifest.identity({
-      'lineage': lineage, 'trained': trained, 'tokenizer': tokenizer.hash})
-
-
-def _tokenizer_files(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, bytes]:
-  """Its files; beside a bare sentencepiece model, what transformers must know of it."""
-  files = tokenizer.files
-  if tokenizer_lib.FILE not in files or 'tokenizer_config.json' in files:
-    return files
-  model = spm.SentencePieceProcessor(model_proto=files[tokenizer_lib.FILE])
-  config = {
-      'tokenizer_class': 'LlamaTokenizer', 'legacy': False, 'add_bos_token': True,
-      'add_eos_token': False, 'clean_up_tokenization_spaces': False,
-      'add_prefix_space': model.encode('a', out_type=str)[0].startswith('\u2581'),
-      'bos_token': model.id_to_piece(tokenizer.bos_id),
-      'eos_token': model.id_to_piece(tokenizer.eos_id),
-      'unk_token': model.id_to_piece(tokenizer.unk_id)}
-  return files | {'tokenizer_config.json': (json.dumps(config, indent=2) + '\n').encode()}
+  return manifest.identity({'lineage': [each.spec() for each in lineage(run)], 'trained': trained,
+                            'tokenizer': tokenizer.hash})
 
 
 def _card(study: Study, run: Run) -> Iterator[str]:
@@ -100,11 +78,11 @@ def _card(study: Study, run: Run) -> Iterator[str]:
          '## Where it came from\n\n'
          '| run | starts from | trained on | steps | tokens M | identity |\n'
          '|---|---|---|--:|--:|---|\n')
-  lineage = {each.name for each in run_lib.lineage(run, study.runs)}
-  for each in (each for each in study.runs.values() if each.name in lineage):
-    start = {run_lib.MIX: 'a mixture of ', run_lib.RANDOM: 'random parameters',
-             run_lib.HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
-    start += ', '.join(each.sources)
+  ancestors = {each.name for each in lineage(run)}
+  for each in (each for each in study.runs.values() if each.name in ancestors):
+    start = {MIX: 'a mixture of ', RANDOM: 'random parameters',
+             HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
+    start += ', '.join(source.name for source in each.sources)
     domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in each.weights.items())
     found = manifest.read(study.folder(each.name)) or {}
     yield (f'| {each.name} | {start} | {domains} | {each.steps:,} | {each.tokens / 1e6:,.2f} | '

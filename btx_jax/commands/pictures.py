@@ -1,4 +1,4 @@
-"""The pictures of the report. Each function draws one and gives back its PNG."""
+"""The pictures of the report. Each function draws one and returns its PNG."""
 
 from collections.abc import Mapping, Sequence
 import io
@@ -6,13 +6,14 @@ import io
 import numpy as np
 
 BEST, OTHER = '#c8553d', '#8fa3bf'
-# For runs and experts, in their order; told apart by eyes that see few colours, too (Okabe, Ito).
+# For runs and experts in order; distinct for colour-blind readers too (Okabe and Ito).
 COLORS = ('#4d4d4d', '#0072b2', '#009e73', '#e69f00', '#d55e00', '#cc79a7', '#56b4e9', '#a6761d')
 
 _DPI = 110
 
 
 def color(index: int) -> str:
+  """The colour of a run or expert, '#rrggbb'; colours repeat after the last."""
   return COLORS[index % len(COLORS)]
 
 
@@ -25,7 +26,7 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
   longest = max(map(len, names))
   columns = min(len(panels), 3)
   figure, axes = _panels(len(panels), columns, 0.5 + 0.24 * len(rows), left=0.075 * longest,
-                         under=0.15)
+                         below=0.15)
   for i, (axis, (panel, values)) in enumerate(zip(axes, panels.items())):
     best = min(values)
     bars = axis.barh(range(len(values)), values,
@@ -41,10 +42,10 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
 
 
 def curves(runs: Mapping[str, Mapping]) -> bytes:
-  """Training loss of all runs by tokens and by FLOPs; each begins where its sources ended.
+  """Training loss of all runs by tokens and by FLOPs; each curve begins where its sources ended.
 
   Args:
-    runs: by name: tokens, flops, loss: sequences of equal length.
+    runs: name -> `tokens`, `flops` and `loss`, sequences of equal length.
   """
   figure, axes = _panels(2, 2, 3.0, legend=len(runs), above=0.1)
   for axis, by, unit in zip(axes, ('tokens', 'flops'), (' tokens', 'FLOP')):
@@ -52,7 +53,7 @@ def curves(runs: Mapping[str, Mapping]) -> bytes:
     for i, (name, run) in enumerate(runs.items()):
       axis.plot(np.asarray(run[by]) / scale, run['loss'], color=color(i), linewidth=1.2,
                 label=name)
-    axis.set_xlabel(f'{prefix}{unit}, with all it came from')
+    axis.set_xlabel(f'{prefix}{unit}, all ancestors included')
     axis.set_ylabel('loss, nats per token')
   _limits(axes, [run['loss'] for run in runs.values()])
   _legend(figure, axes[0])
@@ -60,7 +61,12 @@ def curves(runs: Mapping[str, Mapping]) -> bytes:
 
 
 def curves_by_domain(runs: Mapping[str, Mapping], domains: Sequence[str]) -> bytes:
-  """The same by FLOPs, for the tokens of each domain alone; `runs` also has loss_by_domain."""
+  """Training loss by FLOPs, on the tokens of each domain alone.
+
+  Args:
+    runs: name -> `flops` and `loss_by_domain`, sequences of equal length.
+    domains: a panel for each.
+  """
   figure, axes = _panels(len(domains), 2, 2.4, legend=len(runs))
   scale, prefix = _scale([run['flops'] for run in runs.values()])
   for axis, domain in zip(axes, domains):
@@ -76,17 +82,17 @@ def curves_by_domain(runs: Mapping[str, Mapping], domains: Sequence[str]) -> byt
 
 
 def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) -> bytes:
-  """Mean gate of every expert in every layer: a row of heat maps a stage, one a domain.
+  """Mean gate of every expert in every layer: a row of heat maps per stage, one per domain.
 
   Args:
-    stages: title -> domain -> [L][E].
+    stages: title -> domain -> gates [L][E].
     names: of the experts.
   """
   domains = list(next(iter(stages.values())))
   layers = len(next(iter(stages.values()))[domains[0]])
-  under = 0.15 + 0.075 * max(map(len, names))
+  below = 0.15 + 0.075 * max(map(len, names))
   figure, axes = _panels(len(stages) * len(domains), len(domains),
-                         0.3 + min(0.26 * layers, 4.5) + under, between=0.15, under=under)
+                         0.3 + min(0.26 * layers, 4.5) + below, between=0.15, below=below)
   for axis, (title, domain, gates) in zip(axes, (
       (title, domain, np.asarray(gates)) for title, by_domain in stages.items()
       for domain, gates in by_domain.items())):
@@ -105,7 +111,15 @@ def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) 
 
 def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
          entropy_SL: np.ndarray, names: Sequence[str]) -> bytes:
-  """Over the steps of a mixture: each expert's share of the picks, and how sure routing is."""
+  """The load of each expert, mutual information and router entropy over the training steps.
+
+  Args:
+    steps: [S].
+    load_SLE: each expert's share of the routing choices.
+    information_SL: mutual information of domain and expert, in bits.
+    entropy_SL: of the router's softmax, in nats.
+    names: of the experts.
+  """
   figure, axes = _panels(3, 3, 2.3, legend=len(names), between=0.6)
   for i, name in enumerate(names):
     share = load_SLE[:, :, i]
@@ -117,7 +131,8 @@ def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
     axis.plot(steps, by_layer.mean(1), color='black', linewidth=1.2)
     axis.fill_between(steps, by_layer.min(1), by_layer.max(1), color='black', alpha=0.15,
                       linewidth=0)
-  for axis, title in zip(axes, ('load: share of picks', 'information, bits', 'entropy, nats')):
+  for axis, title in zip(axes, ('load: share of choices', 'mutual information, bits',
+                                'router entropy, nats')):
     axis.set_ylim(0)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel('step')
@@ -126,11 +141,11 @@ def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
 
 
 def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
-  """What started from what, from left to right.
+  """The runs as a graph, each to the right of those it starts from.
 
   Args:
-    runs: name -> names that it starts from, each behind these.
-    notes: further lines of each.
+    runs: name -> names of the runs it starts from; sources come first.
+    notes: name -> further lines of text in its box.
   """
   depth: dict[str, int] = {}
   for name, sources in runs.items():
@@ -142,14 +157,14 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
   row, skips = 0.72, any(depth[name] - depth[source] > 1
                          for name, sources in runs.items() for source in sources)
   above = 0.4 * skips  # for arrows that pass over a column of runs
-  figure, (axis,) = _panels(1, 1, 0.2 + above + row * tallest, left=0.1, under=0.1,
+  figure, (axis,) = _panels(1, 1, 0.2 + above + row * tallest, left=0.1, below=0.1,
                             above=0.1 + above)
   axis.axis('off')
   axis.set_xlim(-0.45, len(columns) - 0.55)
   axis.set_ylim(-tallest / 2 - 0.1, tallest / 2 + 0.1)
   for name, sources in runs.items():
     for source in dict.fromkeys(sources):
-      # The curve's top, half of `swing` times its length, is above the tallest column.
+      # An arrow that skips a column rises by swing * length / 2, above the tallest column.
       length = (depth[name] - depth[source]) * 7.25 / (len(columns) - 0.1)
       swing = -(row * tallest + above) / length if depth[name] - depth[source] > 1 else 0.0
       axis.annotate('', place[name], place[source], arrowprops={
@@ -162,28 +177,36 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
 
 
 def _panels(count: int, columns: int, height: float, left: float = 0.55, legend: int = 0,
-            between: float = 0.45, under: float = 0.45,
-            above: float = 0.3):
-  """A figure of 7.5 inches with `count` axes, each `height` inches high with its labels.
+            between: float = 0.45, below: float = 0.45, above: float = 0.3):
+  """A figure 7.5 inches wide with a grid of axes.
 
-  Of these `under` is below the axis and `above` over it; `left` and `between` are inches beside
-  it, and `legend` is the number of entries in the figure's legend.
+  The layout is computed here, since matplotlib's layout engines take longer than all the drawing.
 
-  Laid out by arithmetic: matplotlib's own layout engines take longer than all the drawing.
+  Args:
+    count: number of axes.
+    columns: of the grid.
+    height: of a row in inches, labels included.
+    left: inches for the labels of the first column.
+    legend: number of entries in the figure's legend.
+    between: inches between columns.
+    below, above: inches of `height` that are below and above the axis.
+
+  Returns:
+    The figure, and the list of its axes.
   """
   from matplotlib.figure import Figure  # imported late: it takes half a second
-  width, below = 7.5, 0.22 * -(-legend // 4) if legend else 0.0
+  width, legend_height = 7.5, 0.22 * -(-legend // 4) if legend else 0.0
   rows = -(-count // columns)
-  figure = Figure(figsize=(width, rows * height + below + 0.05), dpi=_DPI)
-  total = rows * height + below + 0.05
+  figure = Figure(figsize=(width, rows * height + legend_height + 0.05), dpi=_DPI)
+  total = rows * height + legend_height + 0.05
   each = (width - left - 0.15 - between * (columns - 1)) / columns
   axes = []
   for i in range(count):
     row, column = divmod(i, columns)
-    bottom = below + (rows - 1 - row) * height
+    bottom = legend_height + (rows - 1 - row) * height
     axes.append(figure.add_axes((
-        (left + column * (each + between)) / width, (bottom + under) / total,
-        each / width, (height - under - above) / total)))
+        (left + column * (each + between)) / width, (bottom + below) / total,
+        each / width, (height - below - above) / total)))
   for axis in axes:
     axis.spines[['top', 'right']].set_visible(False)
     axis.tick_params(labelsize=8)
@@ -193,7 +216,7 @@ def _panels(count: int, columns: int, height: float, left: float = 0.55, legend:
 
 
 def _scale(values: Sequence[Sequence[float]]) -> tuple[float, str]:
-  """A unit for the largest of the values, and its prefix."""
+  """The unit that suits the largest value, and its SI prefix."""
   largest = max((max(v, default=0) for v in values), default=0)
   for scale, prefix in ((1e18, 'E'), (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     if largest >= scale:
@@ -202,8 +225,10 @@ def _scale(values: Sequence[Sequence[float]]) -> tuple[float, str]:
 
 
 def _limits(axes, losses: Sequence[Sequence[float]]):
-  """Shows the losses from their lowest to where training is underway: the first steps of a
-  random model would press all else together."""
+  """Sets the range of the y-axes from the lowest loss to the 97th percentile.
+
+  The first steps of a random model would leave no room for the rest.
+  """
   flat = np.concatenate([np.asarray(loss, float) for loss in losses] or [np.zeros(1)])
   if len(flat):
     low, high = flat.min(), np.quantile(flat, 0.97)

@@ -118,8 +118,8 @@ def _unlike_ours(given: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -
   return problems
 
 
-def to_json(model: Config, dtype: str, max_length: int, balance: float, bos_id: int,
-            eos_id: int) -> dict:
+def to_json(model: Config, dtype: str, max_length: int, balance: float, bos_id: int | None,
+            eos_id: int | None) -> dict:
   """The config.json of a model, in the words of transformers 4 and 5 alike.
 
   Args:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 import json
 import math
 import os
-from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -12,10 +11,10 @@ import numpy as np
 from btx_jax import files
 from btx_jax.convert import config_json as model_config
 from btx_jax.convert import names, shards
-from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import replacing
 from btx_jax.model.config import Config
+from btx_jax.model.source import Extent, Source
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD = 5_000_000_000  # bytes of a file
@@ -27,25 +26,10 @@ _BYTES_EACH = 24
 _WHAT = 'unfinished.json'  # of what the shards of an unfinished export are
 
 
-class Source(Protocol):
-  """Parameters by slices: hugging_face.Folder, checkpoint.Saved, sources.Mix."""
-
-  def read(self, path: str, index: Index) -> np.ndarray:
-    """A slice, with a start and an end in each dimension, of the parameter at this path."""
-
-  def stretch(self, path: str, index: Index) -> Stretch | None:
-    """Where a slice of one layer and expert lies, in the order of Hugging Face's dimensions.
-
-    None if it lies nowhere as it is, or not in one piece.
-    """
-
-  def room(self, path: str) -> int:
-    """Bytes that `read` takes besides what it returns, for a slice of one layer and expert."""
-
-
 def export(folder: str, model: Config, source: Source, dtype: str, *, max_length: int,
-           balance: float, bos_id: int, eos_id: int, tokenizer_files: Mapping[str, bytes],
-           card: str, max_shard: int = MAX_SHARD, ram: int = 4 * 10**9, identity: str = '') -> int:
+           balance: float, bos_id: int | None, eos_id: int | None,
+           tokenizer_files: Mapping[str, bytes], card: str, max_shard: int = MAX_SHARD,
+           ram: int = 4 * 10**9, identity: str = '') -> int:
   """Writes a folder that transformers, and what reads the same format, loads as it is.
 
   It is written beside `folder` under the name FOLDER.partial and renamed when all of it is
@@ -89,7 +73,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
         partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
         DTYPES[dtype], lambda name: _pieces(source, *tensors[name], size, DTYPES[dtype],
                                             rows[tensors[name][0].path]),
-        max_shard, lambda name: _stretch(source, *tensors[name], size, DTYPES[dtype]))
+        max_shard, lambda name: _extent(source, *tensors[name], size, DTYPES[dtype]))
     for name, content in (tokenizer_files | {k: v.encode() for k, v in texts.items()}).items():
       with open(os.path.join(partial, name), 'wb') as file:
         file.write(content)
@@ -116,10 +100,10 @@ def _go_on(partial: str, what: dict) -> None:
 def check(folder: str, model: Config, dtype: str) -> None:
   """Raises UsageError if an export is not possible; it takes no time."""
   if dtype not in DTYPES:
-    raise UsageError(f'--dtype={dtype}: {nearest(dtype, DTYPES)}')
+    raise UsageError(f'dtype = {dtype!r}; {nearest(dtype, DTYPES)}')
   model_config.check(model)
   if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-    raise UsageError(f'--to={folder} is there already; name another folder, or delete it.')
+    raise UsageError(f'{folder} exists already; name another folder, or delete it.')
 
 
 def _by_layer(name: str, row: names.Row, place: tuple[int, ...]):
@@ -130,19 +114,19 @@ def _by_layer(name: str, row: names.Row, place: tuple[int, ...]):
 def _rows_at_once(row: names.Row, size, source: Source, ram: int) -> int:
   """How much of the first dimension of a tensor is converted at a time."""
   each = math.prod(names.shape(row.theirs, size)[1:]) * _BYTES_EACH
-  room = source.room(row.path)
-  if room + each > ram:
+  scratch = source.scratch_bytes(row.path)
+  if scratch + each > ram:
     raise UsageError(f'mix.ram_gb = {ram / 1e9:g} is too little: {row.path} takes '
-                     f'{(room + each) / 1e9:.3g} at least.')
+                     f'{(scratch + each) / 1e9:.3g} at least.')
   # A source that decodes much at once is asked for much at once.
-  return max(1, min(ram - room, max(_PIECE, room * _BYTES_EACH // 4)) // each)
+  return max(1, min(ram - scratch, max(_PIECE, scratch * _BYTES_EACH // 4)) // each)
 
 
-def _stretch(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype
-             ) -> Stretch | None:
+def _extent(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype
+             ) -> Extent | None:
   """Where the bytes of a whole tensor lie, if they are to be copied as they are."""
   whole = (slice(0, n) for n in names.shape(names.inner(row), size))
-  found = source.stretch(row.path, (*(slice(i, i + 1) for i in place), *whole))
+  found = source.extent(row.path, (*(slice(i, i + 1) for i in place), *whole))
   return found if found and found.dtype == dtype else None
 
 

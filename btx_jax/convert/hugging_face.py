@@ -1,6 +1,6 @@
 """A Hugging Face folder as a source of our parameters: any slice, read from just its bytes.
 
-Loading, mixing and exporting ask for what export.Source has: `read(path, index)` and `room(path)`.
+It implements model.source.Source, which is what loading, mixing and exporting read from.
 """
 
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 from btx_jax.convert import config_json as model_config
 from btx_jax.convert import names, safetensors
 from btx_jax.convert.header import DTYPES
-from btx_jax.convert.safetensors import Index, Stretch
 from btx_jax.convert.shards import Shards
 from btx_jax.errors import UsageError
+from btx_jax.model.source import Extent, Index
 
 _LISTED = 20  # tensors of a kind that a message names
 
@@ -88,15 +88,15 @@ class Folder:
       out[place] = one(place)
     return out
 
-  def stretch(self, path: str, index: Index) -> Stretch | None:
-    """See export.Source."""
+  def extent(self, path: str, index: Index) -> Extent | None:
+    """See Source."""
     row, shape = self._rows[path], self.shapes[path]
     lead = len(names.stacked(row))
     at = dict(zip(names.stacked(row), (range(n)[cut][0] for n, cut in zip(shape, index))))
-    return self._shards.stretch(row.name.format(**at), names.their_index(row, index[lead:]),
+    return self._shards.extent(row.name.format(**at), names.their_index(row, index[lead:]),
                                 names.shape(row.theirs, self._sizes))
 
-  def room(self, path: str) -> int:
+  def scratch_bytes(self, path: str) -> int:
     """Bytes that `read` takes besides what it returns, for a slice of one layer."""
     del path
     return safetensors.PIECE

@@ -13,8 +13,8 @@ import itertools
 import math
 from typing import NamedTuple
 
-from btx_jax.convert.safetensors import Index
 from btx_jax.model.config import Config
+from btx_jax.model.source import Index
 
 
 class Row(NamedTuple):

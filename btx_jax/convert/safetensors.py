@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-from typing import NamedTuple
 import uuid
 
 import numpy as np
@@ -22,19 +21,10 @@ from btx_jax import files
 from btx_jax.convert import header
 from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
-
-Index = tuple[slice, ...]
+from btx_jax.model.source import Extent, Index
 
 _SMALL_RUN = 1 << 16  # bytes: a read of less costs as much as reading what lies between
 PIECE = 1 << 22  # bytes that are read at a time around small runs
-
-
-class Stretch(NamedTuple):
-  """Numbers that lie together in a file: `count` bytes from the place `start`."""
-  path: str
-  start: int
-  count: int
-  dtype: np.dtype
 
 
 class File:
@@ -87,8 +77,8 @@ class File:
         self._fill(file, tensor.start, shape, ranges, out)
     return out
 
-  def stretch(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
-              ) -> Stretch | None:
+  def extent(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
+              ) -> Extent | None:
     """Where a slice lies, `index` and `view` as in `read`; None if not in one piece."""
     tensor = self.tensors[name]
     shape = tensor.shape if view is None else view
@@ -97,7 +87,7 @@ class File:
     if len(runs) != 1:
       return None
     at, count = runs[0]
-    return Stretch(self.path, tensor.start + at, count, dtype)
+    return Extent(self.path, tensor.start + at, count, dtype)
 
   def _fill(self, file, start: int, shape, ranges, out):
     size, raw = out.itemsize, out.reshape(-1).view(np.uint8)
@@ -222,16 +212,16 @@ class Writer:
       done += count
     self._left[name] -= values.size
 
-  def copy(self, name: str, stretch: Stretch):
+  def copy(self, name: str, extent: Extent):
     """Writes a whole tensor from where its bytes lie; from any thread."""
     dtype, shape, start = self._tensors[name]
-    if stretch.dtype != dtype or stretch.count != math.prod(shape) * dtype.itemsize:
-      raise ValueError(f'{name}: {stretch} is not {dtype} {shape}.')
-    with open(stretch.path, 'rb', buffering=0) as source, self._naming_the_file():
-      copied = files.copy(source.fileno(), stretch.start, stretch.count, self._file.fileno(),
+    if extent.dtype != dtype or extent.count != math.prod(shape) * dtype.itemsize:
+      raise ValueError(f'{name}: {extent} is not {dtype} {shape}.')
+    with open(extent.path, 'rb', buffering=0) as source, self._naming_the_file():
+      copied = files.copy(source.fileno(), extent.start, extent.count, self._file.fileno(),
                           self._start + start)
-    if copied < stretch.count:
-      raise _shorter(stretch.path)
+    if copied < extent.count:
+      raise _shorter(extent.path)
     self._left[name] -= math.prod(shape)
 
   def _write(self, start: int, raw):

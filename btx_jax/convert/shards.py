@@ -11,8 +11,9 @@ import os
 import numpy as np
 
 from btx_jax.convert.header import DTYPES, Tensor
-from btx_jax.convert.safetensors import File, Index, Stretch, Writer
+from btx_jax.convert.safetensors import File, Writer
 from btx_jax.errors import UsageError
+from btx_jax.model.source import Extent, Index
 
 _SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 _SAMPLES, _SAMPLE = 2, 256  # places of a tensor that `fingerprint` looks at, bytes of each
@@ -52,10 +53,10 @@ class Shards:
     """As File.read."""
     return self._files[self._where[name]].read(name, index, view)
 
-  def stretch(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
-              ) -> Stretch | None:
-    """As File.stretch."""
-    return self._files[self._where[name]].stretch(name, index, view)
+  def extent(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
+              ) -> Extent | None:
+    """As File.extent."""
+    return self._files[self._where[name]].extent(name, index, view)
 
   def fingerprint(self) -> str:
     """A hash of all names, types, shapes, and of some bytes of every tensor.
@@ -118,7 +119,7 @@ def _open(folder: str, where: Mapping[str, str]) -> dict[str, File]:
 
 def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
           pieces: Callable[[str], Iterable], max_bytes: int,
-          stretch: Callable[[str], Stretch | None] = lambda name: None) -> int:
+          extent: Callable[[str], Extent | None] = lambda name: None) -> int:
   """Writes tensors into as many files as it takes for none to be longer than `max_bytes`.
 
   A file that is there already is left as it is: it is whole, for none is seen under its name
@@ -130,7 +131,7 @@ def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
     dtype: of all of them.
     pieces: name -> (values, index, view) of its slices, as Writer.write takes them.
     max_bytes: of the tensors of a file; one tensor that is longer has a file of its own.
-    stretch: name -> where its bytes lie, if it is only to be copied.
+    extent: name -> where its bytes lie, if it is only to be copied.
 
   Returns:
     The bytes of tensors that were written.
@@ -150,7 +151,7 @@ def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
     if os.path.exists(path):
       continue
     with Writer(path, {name: (tensors[name], dtype) for name in group}) as writer:
-      lying = {name: found for name in group if (found := stretch(name))}
+      lying = {name: found for name in group if (found := extent(name))}
       with _alongside(writer.copy, lying.items()):
         for slice_ in _ahead((name, *piece) for name in group if name not in lying
                              for piece in pieces(name)):

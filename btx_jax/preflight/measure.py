@@ -8,11 +8,8 @@ import time
 from typing import NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from btx_jax import btx
-from btx_jax import run as run_lib
 from btx_jax.devices import sharding
 from btx_jax.devices.hardware import UNKNOWN
 from btx_jax.devices.sharding import abstract
@@ -23,6 +20,7 @@ from btx_jax.preflight import hlo
 from btx_jax.preflight import topology as topology_lib
 from btx_jax.preflight.topology import Topology
 from btx_jax.run import Run
+from btx_jax.study import params
 from btx_jax.study import plan as plan_lib
 from btx_jax.study.study import Study
 from btx_jax.training import layout
@@ -189,10 +187,9 @@ def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) ->
                                filled).total()
   if stacked:
     result.findings.append(_branches_are_apart(module, mesh))
-  for mixed in result.runs:
-    if (mixed.init == run_lib.MIX and _one_expert_each(mixed)
-        and mesh.shape['expert'] == len(mixed.sources)):
-      result.findings.append(_mixing_moves(mixed, study, mesh))
+  for mixture in study.runs.values() if stacked else ():
+    if _in_place(mixture, group, mesh):
+      result.findings.append(_mixing_moves(mixture, group, mesh))
   return result
 
 
@@ -225,24 +222,22 @@ def _branches_are_apart(module: hlo.Module, mesh) -> Finding:
       f'{len(crossing)} collectives: metrics, and no parameter, gradient or activation'))
 
 
-def _one_expert_each(run: Run) -> bool:
-  """Whether each source's feed-forward layer, whole, becomes the expert of its number."""
-  return run.recipe.experts == tuple(
-      ((i, 0, run.model.ffn_dim),) for i in range(len(run.sources)))
-
-
-def _mixing_moves(run: Run, study: Study, mesh) -> Finding:
-  """What mixing branches that lie along mesh.expert sends."""
-  source = study.runs[run.sources[0]].model
-  experts = jax.eval_shape(
-      lambda: btx.branch(llama.init(source, jax.random.key(0)), len(run.sources)))
-  experts = abstract(experts, sharding.shardings(experts, mesh, stacked=True))
-  key = abstract(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, P()))
-  mix = jax.jit(lambda experts, key: btx.mix(experts, run.model, key, run.recipe),
-                out_shardings=sharding.shardings(llama.shapes(run.model), mesh))
-  found = hlo.collectives(hlo.parse(mix.lower(experts, key).compile().as_text()), mesh)
+def _mixing_moves(run: Run, branches: Sequence[Run], mesh) -> Finding:
+  """What mixing sends if every branch lies where its expert does: the program that runs."""
+  like = jax.eval_shape(lambda: btx.branch(
+      llama.init(branches[0].model, jax.random.key(0)), len(branches)))
+  like = abstract(like, sharding.shardings(like, mesh, stacked=True))
+  mix = params.mix_stacked(run, params.slots_of(run, branches), mesh)
+  found = hlo.collectives(hlo.parse(mix.lower(like, []).compile().as_text()), mesh)
   wide = [c for c in found if any(run.model.ffn_dim in shape for shape in c.shapes)]
   return Finding(not wide, (
       f'mixing {run.name} of branches along mesh.expert moves '
       f'{"feed-forward weights" if wide else "no feed-forward weight"}; {len(found)} collectives '
-      'add up what is averaged'))
+      'sum what is averaged'))
+
+
+def _in_place(run: Run, branches: Sequence[Run], mesh) -> bool:
+  """Whether a run mixes just these branches, and each lies on the devices of its expert."""
+  one_each = tuple(((i, 0, run.model.ffn_dim),) for i in range(len(run.sources)))
+  return (params.mixes(run, branches) and run.recipe.pieces == one_each
+          and params.slots_of(run, branches) == list(range(mesh.shape['expert'])))

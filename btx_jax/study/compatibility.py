@@ -1,7 +1,7 @@
-"""What the sources of a mixture have in common, and what not: before anything is computed.
+"""Whether runs can be mixed, checked before anything is computed.
 
-Sizes must be the same. Other differences cost something that training does not tell, so each is
-refused unless base.mix(..., allow=...) has its name.
+Sizes must be equal. Any other difference has a cost that training does not reveal, so it is refused
+unless base.mix(..., allow=...) names it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,35 +12,35 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btx_jax.convert import hugging_face
-from btx_jax.data import tokenizer as tokenizer_lib
+from btx_jax.convert.hugging_face import Folder
+from btx_jax.data.tokenizer import Tokenizer, file_name, load
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model.config import ROPE, SIZES
+from btx_jax.run import Run, lineage
 
 # What each difference costs.
 COSTS = {
-    'rope': 'the averaged attention reads positions as none of them did, by the rotary settings '
-            'of the first that is averaged',
-    'norm_eps': 'norms of small activations come out otherwise for all but the first that is '
-                'averaged',
-    'vocabulary': 'rows of embedding and head are matched by the name of the token, as the first '
-                  'that is averaged has them; it speaks alone for tokens that another lacks, and '
-                  'tokens that only others have are dropped',
-    'seed': 'the weights are not alike, as of models that were not trained from one seed; their '
-            'average is then noise, and only the feed-forward layers keep what was learned',
+    'rope': 'the averaged attention uses the rotary settings of the first averaged run, which the '
+            'others were not trained with',
+    'norm_eps': 'small activations are normalised differently than in training, in every source '
+                'but the first averaged one',
+    'vocabulary': 'rows of embedding and head are matched by the name of the token, in the '
+                  'vocabulary of the first averaged run; tokens that another run lacks keep the '
+                  "first run's row, and tokens that only others have are dropped",
+    'seed': 'the weights are unrelated, as in models that were not trained from one seed; their '
+            'average is noise, and only the feed-forward layers keep what was learned',
 }
-# The cosine of two models' weights is far above this where they come from one seed, and about 0
-# where not.
+# The cosine of two models' weights is far above this if they share a seed, and about 0 if not.
 ALIKE = 0.1
 UNKNOWN = 'unknown'  # the seed of a folder
 
 
 class Difference(NamedTuple):
-  """A field that sources do not have in common.
+  """A field in which sources differ.
 
   Attributes:
     field: its name.
-    kind: by which it is allowed; 'size' is never, '' always.
+    kind: the name that allows it; 'size' is never allowed, '' always.
     values: of each source.
   """
   field: str
@@ -48,13 +48,12 @@ class Difference(NamedTuple):
   values: tuple[str, ...]
 
 
-def check(name: str, sources: Sequence, runs: Mapping, allow: Sequence[str]) -> None:
-  """Raises UsageError unless the runs `sources` can be mixed, or what differs is allowed.
+def check(name: str, sources: Sequence[Run], allow: Sequence[str]) -> None:
+  """Raises UsageError unless the sources can be mixed, or their differences are allowed.
 
   Args:
     name: of the mixture.
     sources: the runs that it is made from.
-    runs: all before it, by name.
     allow: keys of COSTS.
   """
   for kind in allow:
@@ -63,47 +62,47 @@ def check(name: str, sources: Sequence, runs: Mapping, allow: Sequence[str]) -> 
   for source in sources:
     if source.model.num_experts:
       raise UsageError(f'runs.{name} mixes {source.name!r}, which is a mixture already.')
-  found = differences(sources, runs)
+  found = differences(sources)
   sizes = [each.field for each in found if each.kind == 'size']
   if sizes:
     raise UsageError(f'runs.{name} cannot mix models of different sizes:\n{table(sources, found)}'
-                     '\nModels are mixed parameter by parameter, so that of all must be the same: '
-                     f'{", ".join(sizes)}.')
+                     '\nModels are mixed parameter by parameter, so these must be equal in all of '
+                     f'them: {", ".join(sizes)}.')
   kinds = [kind for kind in COSTS if any(each.kind == kind for each in found)]
   refused = [kind for kind in kinds if kind not in allow]
   if refused:
     raise UsageError(f'runs.{name} mixes models that differ:\n{table(sources, found)}\n'
                      + '\n'.join(f'{kind}: {COSTS[kind]}.' for kind in refused)
-                     + f'\nIf that is meant: base.mix(..., allow={tuple(kinds)}).')
+                     + f'\nTo mix them all the same: base.mix(..., allow={tuple(kinds)}).')
 
 
-def remarks(run, runs: Mapping) -> list[str]:
-  """What a person is told of a mixture: what differs that is allowed, and what it costs."""
-  sources = [runs[name] for name in run.sources]
-  found = differences(sources, runs)
+def remarks(run: Run) -> list[str]:
+  """Lines about the allowed differences of a mixture's sources, and what each costs."""
+  found = differences(run.sources)
   if not found:
     return []
-  lines = [f'{run.name} is mixed of models that differ:\n{table(sources, found)}']
+  lines = [f'{run.name} is a mixture of models that differ:\n{table(run.sources, found)}']
   lines += [f'{kind}: {COSTS[kind]}.'
             for kind in dict.fromkeys(each.kind for each in found if each.kind)]
   if any(each.field == 'seed' and UNKNOWN in each.values and len(set(each.values)) > 1
          for each in found):
-    lines.append(f'seed: nothing tells whether folders come from the one of the runs; `--run='
-                 f"{run.name} compare` says how alike the weights are, once these are trained.")
+    lines.append('seed: it is unknown whether the folders and the runs come from one seed; '
+                 f'`--run={run.name} compare` shows how alike the weights are, once the runs are '
+                 'trained.')
   return lines
 
 
-def check_reference(name: str, reference) -> None:
-  """Raises UsageError unless the first source in the mean knows the tokenizer's vocabulary."""
+def check_reference(name: str, reference: Run) -> None:
+  """Raises UsageError unless the first averaged run has the tokenizer's vocabulary."""
   if reference.vocabulary:
     raise UsageError(
-        f'runs.{name}: {reference.name!r}, the first that is averaged, has another vocabulary than '
-        f'the tokenizer of this config, so that nothing would read the text: set tokenizer.path = '
-        f'{reference.folder!r}, or name another run first.')
+        f'runs.{name}: {reference.name!r}, the first run that is averaged, has another vocabulary '
+        'than the tokenizer of this config, so the mixture could not read the text: set '
+        f'tokenizer.path = {reference.folder!r}, or name another run first.')
 
 
-def differences(sources: Sequence, runs: Mapping) -> list[Difference]:
-  """What not all sources have in common; the fields that decide their shapes first."""
+def differences(sources: Sequence[Run]) -> list[Difference]:
+  """The fields in which sources differ; those that decide shapes first."""
   kinds = dict.fromkeys(SIZES, 'size') | dict.fromkeys(ROPE, 'rope') | {
       'norm_eps': 'norm_eps', 'vocab_size': 'vocabulary'}
   columns = [(field, kind, [str(getattr(source.model, field)) for source in sources])
@@ -115,46 +114,42 @@ def differences(sources: Sequence, runs: Mapping) -> list[Difference]:
            if len(set(values)) > 1]
   if any(each.kind == 'size' for each in found):
     return found
-  return [*found, *_of_seeds([root(source, runs) for source in sources])]
+  # A dense run descends from one run at a time: the last of its lineage is its seed.
+  return [*found, *_seed_differences([lineage(source)[-1] for source in sources])]
 
 
-def root(run, runs: Mapping):
-  """The run that a dense run's parameters come from in the end."""
-  return root(runs[run.sources[0]], runs) if run.sources else run
-
-
-def _of_seeds(roots: Sequence) -> list[Difference]:
-  """Where the sources come from: known of runs, of folders judged by their weights."""
-  if len({run.content or run.name for run in roots}) == 1:
+def _seed_differences(seeds: Sequence[Run]) -> list[Difference]:
+  """Differences of origin: known for runs, and for folders judged by their weights."""
+  if len({run.content or run.name for run in seeds}) == 1:
     return []
-  trained_here = {run.name for run in roots if not run.folder}
+  trained_here = {run.name for run in seeds if not run.folder}
   found = [Difference('seed', 'seed' if len(trained_here) > 1 else '', tuple(
-      UNKNOWN if run.folder else run.name for run in roots))]
-  folders = {run.content: run for run in roots if run.folder}
+      UNKNOWN if run.folder else run.name for run in seeds))]
+  folders = {run.content: run for run in seeds if run.folder}
   if len(folders) > 1:
     first, *others = (_sample(run) for run in folders.values())
     cosines = dict(zip(folders, [1.0, *(_cosine(first, other) for other in others)]))
     unlike = any(abs(cosine) < ALIKE for cosine in cosines.values())
     found.append(Difference('cosine of weights', 'seed' if unlike else '', tuple(
-        f'{cosines[run.content]:.3f}' if run.folder else '?' for run in roots)))
+        f'{cosines[run.content]:.3f}' if run.folder else '?' for run in seeds)))
   return found
 
 
-def _sample(run) -> np.ndarray:
-  """Weights that tell seeds apart: the query projections of a layer in the middle."""
+def _sample(run: Run) -> np.ndarray:
+  """Weights that distinguish seeds: the query projections of the middle layer."""
   layer = run.model.num_layers // 2
-  found = hugging_face.Folder(run.folder).read('layers/attn/q', (slice(layer, layer + 1),))
+  found = Folder(run.folder).read('layers/attn/q', (slice(layer, layer + 1),))
   return found.astype(np.float32).ravel()
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-  """0 where one is 0."""
+  """The cosine of two vectors; 0 if one of them is 0."""
   norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
   return float(np.dot(a, b)) / norms if norms else 0.0
 
 
-def table(sources: Sequence, found: Sequence[Difference]) -> str:
-  """One line a field, one column a source."""
+def table(sources: Sequence[Run], found: Sequence[Difference]) -> str:
+  """One line per field, one column per source."""
   lines = [('', *(source.name for source in sources)),
            *((each.field, *each.values) for each in found)]
   widths = [max(map(len, column)) for column in zip(*lines)]
@@ -163,10 +158,10 @@ def table(sources: Sequence, found: Sequence[Difference]) -> str:
 
 
 def contradiction(ours: Mapping[str, int], theirs: Mapping[str, int], size: int) -> str:
-  """In words, an id that two vocabularies do not mean the same by; '' if there is none.
+  """The first id or token on which two vocabularies disagree, in words; '' if they agree.
 
   Args:
-    ours: id of every token by name, as text has them.
+    ours: the id of every token by name, as the text has them.
     theirs: the same of a model's own tokenizer. Either may have tokens that the other lacks.
     size: V of the model.
   """
@@ -177,25 +172,25 @@ def contradiction(ours: Mapping[str, int], theirs: Mapping[str, int], size: int)
     if theirs.get(token, i) != i:
       return f'{token!r} is {i} and {theirs[token]}'
     if i >= size:
-      return f'{token!r} is {i}, beyond the {size} that the model knows'
+      return f"{token!r} is {i}, beyond the model's {size} tokens"
   return ''
 
 
-def identify(vocabulary: Mapping[str, int]) -> str:
-  """Tells vocabularies apart."""
+def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
+  """A short hash of a vocabulary."""
   return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:8]
 
 
-def own(folder: str, but: tokenizer_lib.Tokenizer) -> dict[str, int] | None:
-  """The vocabulary of the tokenizer in a folder; None if there is none, or it is `but`.
+def vocabulary_of(folder: str, unless: Tokenizer) -> dict[str, int] | None:
+  """The vocabulary of the tokenizer in a folder; None if there is none, or it is `unless`.
 
   Raises:
     UsageError: the tokenizer there cannot be read.
   """
-  file = os.path.join(folder, tokenizer_lib.file_name(folder))
+  file = os.path.join(folder, file_name(folder))
   if not os.path.exists(file):
     return None
   with open(file, 'rb') as opened:
-    if opened.read() == but.files.get(os.path.basename(file)):
+    if opened.read() == unless.files.get(os.path.basename(file)):
       return None
-  return tokenizer_lib.load(folder).vocabulary()
+  return load(folder).vocabulary()

@@ -52,7 +52,7 @@ class Study:
     self.runs = plan_lib.make_plan(
         config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer,
         at_hand)
-    mixed = [self.runs[source] for run in self.runs.values() if run.init == run_lib.MIX
+    mixed = [source for run in self.runs.values() if run.init == run_lib.MIX
              for source in run.sources] if config.evaluation.merge else []
     for source in mixed:
       if source.vocabulary:

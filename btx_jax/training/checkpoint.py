@@ -102,11 +102,11 @@ class Saved:
     """A slice of the parameter of this path."""
     return self._open(path)[index].read().result()
 
-  def stretch(self, path: str, index: tuple[slice, ...]) -> None:
+  def extent(self, path: str, index: tuple[slice, ...]) -> None:
     """A checkpoint is compressed: nothing lies in it as it is."""
     del path, index
 
-  def room(self, path: str) -> int:
+  def scratch_bytes(self, path: str) -> int:
     """Bytes of the chunks that a slice of one layer, and expert, lies in."""
     array = self._open(path)
     chunk = array.chunk_layout.read_chunk.shape

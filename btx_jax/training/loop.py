@@ -60,7 +60,7 @@ class Job:
 
 def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
           evaluate: Callable[[Config, dict], dict],
-          on_checkpoint: Callable[[str, int, dict[str, int]], None]) -> None:
+          on_checkpoint: Callable[[str, int, dict[str, int]], None]) -> dict:
   """Trains a run, or several as one program, each from its newest checkpoint if it has one.
 
   Args:
@@ -71,6 +71,9 @@ def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
     evaluate: model and parameters -> result by domain, from evaluate.bits.
     on_checkpoint: called with the name of a run, the steps it has done, and the tokens it was
       trained on, by domain.
+
+  Returns:
+    The parameters at the end; of several runs stacked, leaves [slots, ...].
 
   Raises:
     RunError: a loss or its gradient is not finite.
@@ -172,6 +175,7 @@ def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
             recorder.paused(time.monotonic() - began)
       if stops:
         raise KeyboardInterrupt  # as if by Ctrl-C, but with all that was done saved
+  return state.params
 
 
 def _tell_idle(slots: int, starts: Sequence[int], runs: Sequence[Run]):

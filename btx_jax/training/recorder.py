@@ -111,7 +111,7 @@ class Recorder(contextlib.ExitStack):
       new = routing.troubles(sums) - self._warned
       if new:
         self._warned |= new
-        values |= {'troubles': sorted(new), 'warnings': routing.tell(new, run.experts)}
+        values |= {'troubles': sorted(new), 'warnings': routing.tell(new, run.expert_names)}
         for warning in values['warnings']:
           say(f'{run.name}, step {step}: {warning}')
     self._file.write(step, **values)

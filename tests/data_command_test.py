@@ -1,4 +1,4 @@
-"""The command `data`: held-out text that training has seen is found, all of it and no other."""
+"""The command `data`: it finds all held-out text that is also in training text, and no other."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from btx_jax.commands import data as describe
+from btx_jax.commands import data
 from btx_jax.data import duplicates, tokens
 from btx_jax.data.tokens import Tokens
 from tests import studies
@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def split(documents, dtype=np.uint16):
-  """These lists of ids as the files of a split have them."""
+  """A split of documents, given as lists of ids, as its files hold it."""
   marked = [[BEGIN, *document, END] for document in documents]
   starts = np.cumsum([0, *map(len, marked)])
   return Tokens(np.array([i for ids in marked for i in ids], dtype), starts, starts, 'hash')
@@ -30,7 +30,7 @@ def windows_of(document, size):
 
 
 def expected(held_out, train, size):
-  """Share of tokens and number of documents, by comparing every window with every other."""
+  """Share of tokens and number of documents in overlaps, by comparing all windows."""
   seen = {w for documents in train.values() for document in documents
           for w in windows_of(document, size)}
   covered = [{i + j for i, w in enumerate(windows_of(document, size)) if w in seen
@@ -41,7 +41,7 @@ def expected(held_out, train, size):
 
 @pytest.mark.parametrize('chunk, together', [(7, 1), (16, 3), (1 << 12, 8)])
 @pytest.mark.parametrize('seed', range(4))
-def test_shared_runs_are_those_that_a_comparison_of_all_with_all_finds(
+def test_overlaps_are_those_that_a_comparison_of_all_windows_finds(
     monkeypatch, chunk, together, seed):
   size = 5
   monkeypatch.setattr(duplicates, 'RUN', size)
@@ -50,7 +50,7 @@ def test_shared_runs_are_those_that_a_comparison_of_all_with_all_finds(
   rng = np.random.default_rng(seed)
 
   def documents(count):
-    # Few kinds of tokens, so that runs are shared by chance; some documents shorter than a run.
+    # Few distinct tokens, so that runs are shared by chance; some documents are too short.
     return [rng.integers(3, 6 + seed, rng.integers(0, 25)).tolist() for _ in range(count)]
 
   held_out = {'a': documents(8), 'b': documents(5), 'c': [[7, 7, 7]]}
@@ -70,10 +70,10 @@ def test_shared_runs_are_those_that_a_comparison_of_all_with_all_finds(
       assert len(run) >= size
       assert run in windows_of(held_out[name][example.document], len(run))
       assert run in windows_of(train[example.domain][example.source], len(run))
-  assert max(shares) > 0 and min(shares) < 1  # there was something to find, and to leave out
+  assert max(shares) > 0 and min(shares) < 1  # some text overlaps, and some does not
 
 
-def test_a_run_of_49_tokens_is_none_and_one_of_50_is():
+def test_50_shared_tokens_are_an_overlap_and_49_are_not():
   passage = list(range(100, 150))
   train = {'x': split([[7, *passage, 8]])}
   for length, share in ((49, 0.0), (50, 50 / 80)):
@@ -85,7 +85,7 @@ def test_a_run_of_49_tokens_is_none_and_one_of_50_is():
   assert overlap.example.ids.tolist() == passage
 
 
-def test_a_run_does_not_reach_over_the_end_of_a_document():
+def test_an_overlap_ends_with_its_document():
   passage = list(range(100, 160))
   train = {'x': split([passage[:30], passage[30:]])}
   held_out = {'x': split([passage, passage[:30], passage[30:]])}
@@ -119,7 +119,7 @@ def planted(tmp_path):
 
 def test_the_planted_passage_is_found_and_named(planted, tmp_path):
   config, passage = planted
-  code, math, prose = describe.describe(config, str(tmp_path / 'data'))
+  code, math, prose = data.describe(config, str(tmp_path / 'data'))
   assert [d.name for d in (code, math, prose)] == ['code', 'math', 'prose']
   assert code.train['documents'] + code.held_out['documents'] == 62
   assert (code.copies, prose.copies) == (1, 0)
@@ -135,7 +135,7 @@ def test_the_planted_passage_is_found_and_named(planted, tmp_path):
   assert sum(tokens.share(text) < 0.1 for text in texts) == prose.held_out['documents']
 
 
-def test_the_command_tells_it_without_jax(planted, tmp_path):
+def test_the_command_reports_it_without_jax(planted, tmp_path):
   _, passage = planted
   path = tmp_path / 'small.py'
   path.write_text('import pathlib\nfrom tests import studies\n\ndef get_config():\n'
@@ -156,16 +156,16 @@ def test_the_command_tells_it_without_jax(planted, tmp_path):
   assert os.listdir(tmp_path / 'work') == ['data']
 
 
-def test_tokens_from_before_the_count_of_skipped_records_are_described(planted, tmp_path):
+def test_folders_without_a_count_of_skipped_records_are_described(planted, tmp_path):
   config, _ = planted
   folder = str(tmp_path / 'data')
-  describe.describe(config, folder)
+  data.describe(config, folder)
   path = os.path.join(folder, 'math', 'meta.json')
   with open(path, encoding='utf-8') as file:
     meta = json.load(file)
   del meta['skipped']
   with open(path, 'w', encoding='utf-8') as file:
     json.dump(meta, file)
-  domains = describe.describe(config, folder)
+  domains = data.describe(config, folder)
   assert domains[1].skipped is None
-  assert describe.as_table(domains).row_count == 3
+  assert data.as_table(domains).row_count == 3

@@ -1,0 +1,189 @@
+"""Models in and out of memory, for notebooks and scripts: load, save, logits."""
+
+import functools
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece as spm
+
+from btx_jax.convert import export
+from btx_jax.convert.hugging_face import Folder
+from btx_jax.data.tokenizer import FILE, Tokenizer
+from btx_jax.data.tokenizer import load as load_tokenizer
+from btx_jax.devices import sharding
+from btx_jax.errors import UsageError
+from btx_jax.model import llama
+from btx_jax.model.config import Config
+from btx_jax.model.source import Arrays, Source
+from btx_jax.study import manifest
+from btx_jax.training import checkpoint
+
+
+def load(path: str, shardings: Any = None) -> tuple[Config, dict]:
+  """Reads a model.
+
+  Args:
+    path: a Hugging Face folder (config.json and *.safetensors), or the directory of a run, of
+      which the newest checkpoint is read.
+    shardings: where to put the parameters: a jax.sharding.Mesh, over which they are laid by
+      sharding.RULES; one Sharding for all; or a tree of them, one per parameter. None is the
+      default device. Each process reads only the slices that its devices hold.
+
+  Returns:
+    The model's sizes, and its parameters in float32, laid out as model/llama.py says.
+
+  Raises:
+    UsageError: there is no such model at `path`, or it cannot be represented.
+
+  Example:
+    >>> config, params = load(folder)
+    >>> params['embed'].shape == (config.vocab_size, config.dim)
+    True
+  """
+  source, config = _open(path)
+  shapes = llama.shapes(config)
+  if isinstance(shardings, jax.sharding.Mesh):
+    shardings = sharding.shardings(shapes, shardings)
+  elif shardings is None or isinstance(shardings, jax.sharding.Sharding):
+    one = shardings or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one, shapes)
+  elif jax.tree.structure(shardings) != jax.tree.structure(shapes):
+    raise UsageError(f'load: shardings = {jax.tree.structure(shardings)} is not a tree of one '
+                     f'sharding per parameter, {jax.tree.structure(shapes)}; pass that, a Mesh, '
+                     'or one Sharding.')
+  like = sharding.abstract(shapes, shardings)
+  return config, jax.tree.map_with_path(
+      lambda key_path, x: sharding.from_slices(
+          x, functools.partial(source.read, sharding.path_of(key_path))), like)
+
+
+def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer | None = None,
+         dtype: str = 'bfloat16', max_length: int = 0) -> None:
+  """Writes a Hugging Face folder that transformers and vLLM load as it is.
+
+  Args:
+    folder: to write; it must not exist yet, or be empty.
+    config: the model's sizes.
+    params: its parameters.
+    tokenizer: a folder or file with the model's tokenizer, copied beside the weights; or one that
+      was loaded here. None writes none.
+    dtype: 'bfloat16' or 'float32', of the weights.
+    max_length: longest text the model is for, in tokens; 0 takes it from the config.json in the
+      folder `tokenizer`, or else 4096.
+
+  Raises:
+    UsageError: the folder is taken, or transformers has no model that computes the same.
+    ValueError: the parameters are not those of `config`; with both shapes.
+
+  Example:
+    >>> save(out, config, params, tokenizer=folder, dtype='float32')
+    >>> load(out)[0] == config
+    True
+  """
+  _check_params(config, params, 'save')
+  beside = tokenizer if isinstance(tokenizer, str) else ''
+  if isinstance(tokenizer, str):
+    tokenizer = load_tokenizer(tokenizer)
+  if not max_length:
+    described = os.path.exists(os.path.join(beside, 'config.json')) if beside else False
+    max_length = Folder(beside).context_length if described else 4096
+  experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
+  export.export(
+      folder, config, Arrays(params), dtype, max_length=max_length, balance=0.0,
+      bos_id=tokenizer.bos_id if tokenizer else None,
+      eos_id=tokenizer.eos_id if tokenizer else None,
+      tokenizer_files=tokenizer_files(tokenizer) if tokenizer else {},
+      card=f'---\nlibrary_name: transformers\n---\n\nWritten by btx_jax: {experts}.\n')
+
+
+def logits(config: Config, params: dict, tokens) -> jax.Array:
+  """The next-token logits of whole texts, one per row.
+
+  Args:
+    config: the model's sizes.
+    params: its parameters.
+    tokens: int token ids, [B, T] or [T].
+
+  Returns:
+    float32 [B, T, V] or [T, V].
+
+  Raises:
+    ValueError: the parameters are not those of `config`, or an id is outside its vocabulary.
+
+  Example:
+    >>> logits(config, params, [[1, 2, 3]]).shape == (1, 3, config.vocab_size)
+    True
+  """
+  _check_params(config, params, 'logits')
+  if not isinstance(tokens, jax.core.Tracer):
+    tokens = np.asarray(tokens)
+    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2):
+      raise ValueError(f'logits: tokens must be integers [B, T] or [T], not {tokens.dtype} '
+                       f'{list(tokens.shape)}.')
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+      raise ValueError(f'logits: tokens lie between {tokens.min()} and {tokens.max()}, and the '
+                       f'model has the ids 0 to {config.vocab_size - 1}.')
+  rows = jnp.atleast_2d(tokens)
+  found = _logits(config, params, rows)
+  return found if tokens.ndim == 2 else found[0]
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+  """A tokenizer's files by name; a bare sentencepiece model gets what transformers must know."""
+  files = tokenizer.files
+  if FILE not in files or 'tokenizer_config.json' in files:
+    return files
+  model = spm.SentencePieceProcessor(model_proto=files[FILE])
+  config = {
+      'tokenizer_class': 'LlamaTokenizer', 'legacy': False, 'add_bos_token': True,
+      'add_eos_token': False, 'clean_up_tokenization_spaces': False,
+      'add_prefix_space': model.encode('a', out_type=str)[0].startswith('\u2581'),
+      'bos_token': model.id_to_piece(tokenizer.bos_id),
+      'eos_token': model.id_to_piece(tokenizer.eos_id),
+      'unk_token': model.id_to_piece(tokenizer.unk_id)}
+  return files | {'tokenizer_config.json': (json.dumps(config, indent=2) + '\n').encode()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: Config, params, tokens_BT):
+  positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  hidden_BTD, _ = llama.Llama(config).apply(
+      {'params': params}, tokens_BT, jnp.ones_like(tokens_BT), positions_BT)
+  return jnp.dot(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
+                 preferred_element_type=jnp.float32)
+
+
+def _open(path: str) -> tuple[Source, Config]:
+  if os.path.exists(os.path.join(path, 'config.json')):
+    folder = Folder(path)
+    return folder, folder.model
+  found = manifest.read(path)
+  if not found:
+    raise UsageError(f'load: {path} is neither a Hugging Face folder (it has no config.json) nor '
+                     'the directory of a run (it has no manifest.json).')
+  config = Config(**found['spec']['model'])
+  if not found['steps_done']:
+    raise UsageError(f'load: {path} has no checkpoint: its run is {found["state"]} at step 0 of '
+                     f'{found["spec"]["steps"]}. Train it; a run of 0 steps is written by the '
+                     'command export.')
+  return checkpoint.Saved(os.path.join(path, 'checkpoints'), found['steps_done']), config
+
+
+def _check_params(config: Config, params: dict, function: str):
+  """Raises ValueError unless the parameters have the shapes of the model."""
+  wanted = {sharding.path_of(path): tuple(x.shape)
+            for path, x in jax.tree.leaves_with_path(llama.shapes(config))}
+  found = {sharding.path_of(path): tuple(jnp.shape(x))
+           for path, x in jax.tree.leaves_with_path(params)}
+  for path in sorted(wanted.keys() | found.keys()):
+    if wanted.get(path) != found.get(path):
+      ours, theirs = ('absent' if x is None else list(x)
+                      for x in (found.get(path), wanted.get(path)))
+      raise ValueError(f'{function}: {path!r} is {ours} in the parameters, and {theirs} in the '
+                       f'model of this config.')
+
+

@@ -1,0 +1,138 @@
+"""A run's parameters in memory, over the mesh."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import time
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from btx_jax import btx
+from btx_jax.devices import hardware, sharding
+from btx_jax.model import llama
+from btx_jax.model.config import Config
+from btx_jax.model.source import Source
+from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, averaged_model, seed_of
+from btx_jax.study import sources
+from btx_jax.study.study import Study
+from btx_jax.terminal import say
+from btx_jax.training import checkpoint
+
+
+class Branches(NamedTuple):
+  """Runs that have just been trained as one program, still in memory.
+
+  Attributes:
+    runs: in the order of the slots that they are in.
+    params: their parameters, stacked: leaves [slots, ...]; slots may be more than runs.
+  """
+  runs: Sequence[Run]
+  params: dict
+
+
+def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None):
+  """The parameters that a run starts from.
+
+  Args:
+    study: whose run it is.
+    run: the run.
+    mesh: to lay them out on, by sharding.RULES.
+    branches: used instead of their checkpoints where the run mixes them.
+  """
+  shardings = sharding.shardings(llama.shapes(run.model), mesh)
+  if run.init == RANDOM:
+    rng = jax.random.key(seed_of(run.name, run.seed))
+    return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
+  if run.init == MIX:
+    mix = _mix_branches if branches and mixes(run, branches.runs) else _mix_sources
+    return _timed(run, lambda: mix(study, run, mesh, branches))
+  if run.init == CHECKPOINT:
+    params, biased = final(study, run.sources[0], mesh), run.sources[0].model.router_bias
+  else:
+    unbiased = dataclasses.replace(run.model, router_bias=False)
+    params, biased = _read(sources.start(study, run), unbiased, mesh), False
+  if run.model.router_bias == biased:
+    return params
+  return jax.jit(functools.partial(llama.with_bias, run.model), out_shardings=shardings)(params)
+
+
+def final(study: Study, run: Run, mesh: Mesh):
+  """The parameters of a complete run."""
+  if not run.steps:
+    return initial(study, run, mesh)
+  return checkpoint.load_params(
+      sources.checkpoints(study, run), run.steps, _like(run.model, mesh))
+
+
+def average(study: Study, run: Run, mesh: Mesh):
+  """The plain average of what a mixture was made from: the baseline without experts."""
+  return _timed(run, lambda: _read(sources.average(study, run), averaged_model(run), mesh))
+
+
+def mixes(run: Run, branches: Sequence[Run]) -> bool:
+  """Whether a run mixes all of these branches, each of its sources in the same vocabulary."""
+  names = {source.name for source in run.sources}
+  return (run.init == MIX and all(branch.name in names for branch in branches)
+          and len({source.model.vocab_size for source in run.sources}) == 1
+          and not any(source.vocabulary for source in run.sources))
+
+
+def mix_stacked(run: Run, slots: Sequence[int | None], mesh: Mesh):
+  """The jitted (branches, others) -> parameters of the mixture; see `_mix_branches`.
+
+  Args:
+    run: the mixture.
+    slots: for each source, its slot among the stacked branches; None if it is one of the others.
+    mesh: where branches lie along the axis `expert`, and the mixture by sharding.RULES.
+  """
+  def mix(branches, others):
+    rest = iter(others)
+    trees = [next(rest) if slot is None else jax.tree.map(lambda x, at=slot: x[at], branches)
+             for slot in slots]
+    rng = jax.random.key(seed_of(run.name, run.seed))
+    return btx.mix(btx.stack(trees), run.model, rng, run.recipe)
+
+  return jax.jit(mix, out_shardings=sharding.shardings(llama.shapes(run.model), mesh))
+
+
+def slots_of(run: Run, branches: Sequence[Run]) -> list[int | None]:
+  """For each source of a mixture, its place among the branches; None if it is not one."""
+  place = {branch.name: i for i, branch in enumerate(branches)}
+  return [place.get(source.name) for source in run.sources]
+
+
+def _mix_branches(study: Study, run: Run, mesh: Mesh, branches: Branches):
+  """A mixture of branches that are in memory and of other runs, which are read."""
+  slots = slots_of(run, branches.runs)
+  others = [_read(sources.final(study, source), source.model, mesh)
+            for source, slot in zip(run.sources, slots) if slot is None]
+  return mix_stacked(run, slots, mesh)(branches.params, others)
+
+
+def _mix_sources(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None):
+  """A mixture of runs that are read slice by slice, of which each process reads what it holds."""
+  del branches
+  return _read(sources.mixture(study, run), run.model, mesh)
+
+
+def _timed(run: Run, make):
+  began = time.monotonic()
+  params = jax.block_until_ready(make())
+  say(f'{", ".join(source.name for source in run.sources)}: read and combined in '
+      f'{time.monotonic() - began:.1f} s, peak memory {hardware.memory()["host"] / 1e9:.1f} GB')
+  return params
+
+
+def _read(source: Source, model: Config, mesh: Mesh):
+  """A source's parameters, of which each process reads only what its devices hold."""
+  return jax.tree.map_with_path(
+      lambda key_path, like: sharding.from_slices(
+          like, functools.partial(source.read, sharding.path_of(key_path))),
+      _like(model, mesh))
+
+
+def _like(model: Config, mesh: Mesh):
+  shapes = llama.shapes(model)
+  return sharding.abstract(shapes, sharding.shardings(shapes, mesh))
