@@ -9,7 +9,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from btx_jax.model.config import Config
-from btx_jax.recipe import Recipe
+from btx_jax.recipe import ROUTER_STD
 from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, RANDOM, Objective, Optimizer
 
 # For a run's train={'freeze': ...}.
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
   # How models are mixed.
   config.mix = ConfigDict({
       # Standard deviation of the new routers' weights.
-      'router_std': Recipe.router_std,
+      'router_std': ROUTER_STD,
       # Memory for an export, in GB (10**9 bytes), beyond the 0.3 or so that Python and jax take.
       # An export reads tensors in pieces that fit.
       'ram_gb': 4.0,

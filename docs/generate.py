@@ -238,9 +238,7 @@ def _section(source: str, body: list[ast.stmt], cls: str, keywords: list[ast.key
 
 def _dataclass(body: list[ast.stmt], cls: str) -> dict[str, tuple[str, str]]:
   """field -> (default, text of its `Attributes:` entry) of a dataclass that a file imports."""
-  module = next(node.module for node in body if isinstance(node, ast.ImportFrom) and node.module
-                and any(alias.name == cls for alias in node.names))
-  source = _read(os.path.join(ROOT, *module.split('.')) + '.py')
+  module, source = _imported(body, cls)
   node = next(node for node in ast.parse(source).body
               if isinstance(node, ast.ClassDef) and node.name == cls)
   _, texts = _entries(node, 'Attributes')
@@ -251,12 +249,20 @@ def _dataclass(body: list[ast.stmt], cls: str) -> dict[str, tuple[str, str]]:
   return {name: (default, texts[name]) for name, default in fields.items()}
 
 
+def _imported(body: list[ast.stmt], name: str) -> tuple[str, str]:
+  """The module that a file imports a name from, and its source."""
+  module = next(node.module for node in body if isinstance(node, ast.ImportFrom) and node.module
+                and any(alias.name == name for alias in node.names))
+  return module, _read(os.path.join(ROOT, *module.split('.')) + '.py')
+
+
 def _default(source: str, body: list[ast.stmt], value: ast.expr) -> str:
-  """A default as the source has it, or as the dataclass has whose field it is."""
-  match value:
-    case ast.Attribute(value=ast.Name(id=cls), attr=field):
-      return _dataclass(body, cls)[field][0]
-  return _source_of(source, value)
+  """A default as the source has it; that of a constant as the module has it that defines it."""
+  if not isinstance(value, ast.Name):
+    return _source_of(source, value)
+  _, source = _imported(body, value.id)
+  return next(_source_of(source, node.value) for node in ast.parse(source).body
+              if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == value.id)
 
 
 def _source_of(source: str, node: ast.expr) -> str:
