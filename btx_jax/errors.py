@@ -113,8 +113,14 @@ def _from_config(error: Exception, argv: Sequence[str]) -> UsageError:
   field = re.search(r'Key "(.+?)" does not exist|^\'(\w+)\'\s*(?:$|Did)', what)
   if isinstance(error, AttributeError | KeyError) and field:
     return _no_field(field[1] or field[2], what, place, error, argv)
-  if isinstance(error, ImportError):
-    return _no_import(error, place)
+  if isinstance(error, ImportError) and re.match(
+      r"No module named 'configs(\.base)?'|cannot import name 'base' from 'configs'", str(error)):
+    return UsageError(f'{place}: write `from btx_jax import base`, and for one of the recipes '
+                      '`from btx_jax.configs import demo`; there is no package configs any more.')
+  if isinstance(error, ModuleNotFoundError):
+    return UsageError(f'{place}: the module {error.name!r} is not installed for {sys.executable}. '
+                      'Install it there or correct the name; a module of your own must be on '
+                      'PYTHONPATH.')
   if isinstance(error, AttributeError) and error.name == 'get_config' and ', line ' not in place:
     return UsageError(f'{place} has no function get_config(). A config file defines one, which '
                       'starts from base.get_config() and returns it; see configs/demo.py.')
@@ -148,19 +154,6 @@ def _no_field(name: str, what: str, place: str, error: Exception, argv: Sequence
   if re.match(r'--config\.runs.*\.(model|optimizer|train)\.', place):
     hint = 'fields that differ in one run are set in the config file.'
   return UsageError(f'{place}: there is no field {name!r} there; {hint}')
-
-
-def _no_import(error: ImportError, place: str) -> UsageError:
-  """The config file imports what cannot be imported."""
-  if re.match(r"No module named 'configs(\.base)?'|cannot import name 'base' from 'configs'",
-              str(error)):
-    return UsageError(f'{place}: write `from btx_jax import base`, and for one of the recipes '
-                      '`from btx_jax.configs import demo`; there is no package configs any more.')
-  if isinstance(error, ModuleNotFoundError):
-    return UsageError(f'{place}: the module {error.name!r} is not installed for {sys.executable}. '
-                      'Install it there or correct the name; a module of your own must be on '
-                      'PYTHONPATH.')
-  return UsageError(f'{place}: {error}. Correct the name.')
 
 
 def _place(error: Exception, argv: Sequence[str]) -> str:
