@@ -29,34 +29,48 @@ class Config:
   """A Llama, dense (`num_experts` 0) or with a mixture in every feed-forward layer.
 
   Attributes:
-    vocab_size: V, rows of the embedding.
+    vocab_size: V, rows of the embedding. In a config file, 0 takes the tokenizer's vocabulary size.
     dim: D, width of the residual stream.
-    ffn_dim: F, width of the SwiGLU hidden layer (of each expert).
-    num_layers: L.
-    num_heads: N, query heads.
-    num_kv_heads: K, key-value heads; N / K query heads share one (grouped-query attention).
-    head_dim: H; 0 stands for D / N.
+    ffn_dim: F, width of the SwiGLU hidden layer; in a mixture, of each expert's.
+    num_layers: L, transformer blocks.
+    num_heads: N, query heads per layer.
+    num_kv_heads: K, key-value heads per layer; N / K query heads share one (grouped-query attention
+      if K < N).
+    head_dim: H, width of a head; 0 is dim / num_heads.
     rope_theta: base of the rotary frequencies.
-    rope_factor: Llama-3 frequency scaling: how much longer the context became; 1 is off.
-    rope_low_freq_factor: waves longer than original_length / this are scaled in full.
-    rope_high_freq_factor: waves shorter than original_length / this stay as they are.
+    rope_factor: Llama-3 scaling of the rotary frequencies: the factor by which the context grew; 1
+      is off.
+    rope_low_freq_factor: wavelengths above rope_original_length / this are scaled in full.
+    rope_high_freq_factor: wavelengths below rope_original_length / this are left unchanged.
     rope_original_length: context length before the scaling.
     norm_eps: epsilon of RMSNorm.
-    tied_head: the output head is the embedding, transposed.
+    tied_head: whether the output head is the transposed embedding.
     num_experts: E; 0 is a dense model.
-    router: how tokens choose experts, see routers.py.
-    top_k: experts per token; 0 is the router's own number, `k`.
-    capacity_factor: of the router 'switch': tokens that an expert has room for in training, in
-      units of a balanced load; 0 stands for 1.5.
-    router_bias: the choice of experts has a bias, a parameter that no gradient reaches.
-    dtype: of the computation, 'float32' or 'bfloat16'; parameters are always float32.
-    remat: what of each layer is kept for the backward pass, see REMATS; the rest is recomputed.
-    attention: 'xla' (anywhere), 'splash' (TPU), 'cudnn' (GPU, bfloat16), or 'auto': the one for
-      the platform.
-    dispatch: how tokens get to experts, a matter of speed only: see moe.FORMS; 'auto' is the one
-      for the platform.
-    dispatch_factor: of all but 'gather': room for tokens per expert in one round of dispatch, in
-      units of a balanced load. What overflows is done in a further round.
+    router: how the tokens of a mixture choose experts: 'top_k' (the paper's), 'softmax_top_k'
+      (softmax over all experts first, so that routing to a single expert can be learned), 'switch'
+      (like that with one expert per token and limited capacity), 'soft' (all experts),
+      'sample_top_1' (one expert, sampled at random during training), 'hash' (by the token's id;
+      nothing is learned). See btx_jax/model/routers.py.
+    top_k: experts per token; 0 is the router's own number: 2, or 1 for 'switch' and 'sample_top_1',
+      or all for 'soft'.
+    capacity_factor: only for 'switch': tokens that an expert accepts during training, in units of a
+      balanced load; the rest are dropped. 0 is 1.5.
+    router_bias: whether the choice of experts has a bias, a parameter without a gradient.
+    dtype: 'float32' or 'bfloat16', for the computation; parameters are always float32.
+    remat: what each layer stores for the backward pass, which recomputes the rest. From most memory
+      to least: 'none' (everything), 'matmuls' (the outputs of all matmuls), 'projections' (of the
+      matmuls outside the feed-forward layers), 'dispatch' (attention outputs, and the tokens sent
+      to experts, so that none is sent twice), 'attention' (attention outputs), 'full' (the layer's
+      input), 'offload' (that input, in the host's memory).
+    attention: 'auto' (the platform's own), 'xla' (anywhere), 'splash' (TPU) or 'cudnn' (NVIDIA GPU,
+      bfloat16).
+    dispatch: how tokens get to experts and back, which affects speed only. 'pieces' (for CPU and
+      GPU) and 'grouped' (for TPU) send them in buffers of fixed size, and multiply the used part
+      piece by piece or in one grouped matmul; 'gather' sends all tokens to all devices; 'auto' is
+      the platform's own.
+    dispatch_factor: all but 'gather': rows per expert in one round of dispatch, in units of a
+      balanced load. Overflow goes into a further round, so that no token is dropped; this affects
+      speed only.
   """
   vocab_size: int
   dim: int
