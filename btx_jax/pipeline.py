@@ -166,12 +166,13 @@ class Pipeline(Study):
       note([name], steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now())
 
     settings = loop.Settings(
-        log=self.config.log_every, evaluate=self.config.evaluation.every,
-        checkpoint=self.config.checkpoint_every, keep=self.config.checkpoints_kept,
+        log_every=self.config.log_every, evaluation_every=self.config.evaluation.every,
+        checkpoint_every=self.config.checkpoint_every,
+        checkpoints_kept=self.config.checkpoints_kept,
         tensorboard=self.config.tensorboard, profile=self.profile)
     try:
-      stacked = loop.train(jobs, self.mesh, list(self.prepare_text().train), settings,
-                           self.evaluate, on_checkpoint) if jobs else None
+      stacked = loop.run(jobs, self.mesh, list(self.prepare_text().train), settings,
+                         self.evaluate, on_checkpoint) if jobs else None
       note(state=manifest.COMPLETE)
     except KeyboardInterrupt:
       note(state=manifest.STOPPED)

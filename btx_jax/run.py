@@ -16,24 +16,26 @@ from btx_jax.recipe import Recipe
 
 # Initialisers.
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
+BALANCE_SCOPES = ('microbatch', 'batch')
 # Fields of a model that say how it is computed, not what it computes.
 COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW, see optim.py. Paper 4.1.2; what that leaves open (betas, epsilon, clipping) is
-  as in Llama 2.
+  """AdamW as in the paper (4.1.2). It leaves betas, epsilon and clipping open: these are Llama 2's.
 
   Attributes:
     peak_lr: learning rate after the warmup.
-    warmup: share of the steps during which the rate rises from 0.
-    final_lr: end of the cosine, as a share of the peak.
-    b1, b2, eps: of Adam.
-    weight_decay: decoupled, times the learning rate.
-    clip_norm: largest norm of the whole gradient.
+    warmup: share of the steps during which the learning rate rises from 0.
+    final_lr: learning rate at the end of the cosine, as a share of the peak.
+    b1: Adam's decay rate for the mean of the gradients.
+    b2: Adam's decay rate for the mean of the squared gradients.
+    eps: Adam's epsilon.
+    weight_decay: decoupled weight decay, multiplied by the learning rate; norm scales have none.
+    clip_norm: largest norm of the whole gradient; a longer gradient is scaled down to it.
   """
-  peak_lr: float
+  peak_lr: float = 1e-4
   warmup: float = 0.05
   final_lr: float = 0.1
   b1: float = 0.9
@@ -55,14 +57,20 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Next-token loss, and what a mixture's routers add to it.
+  """Next-token loss, what a mixture's routers add to it, and what stays frozen.
 
   Attributes:
-    balance_loss: alpha, weight of the balancing loss (paper 3.3); there is none by hash.
-    balance_scope: 'microbatch' or 'batch', see train.make_train_step.
-    router_z: weight of the mean of logsumexp(router logits)^2, added up over layers.
-    balance_bias: change a step of the biases that balance the load without a loss; 0 is off.
-    freeze: regexes; a parameter whose path one is found in stays as it is.
+    balance_loss: alpha, weight of a mixture's load-balancing loss (paper 3.3). The router 'hash'
+      has none.
+    balance_scope: the tokens that the load-balancing loss is computed over: 'microbatch', or
+      'batch', which is exact across microbatches and costs one more forward pass.
+    router_z: weight of the router z-loss, the mean of logsumexp(router logits)^2 summed over
+      layers, which keeps these logits small; 0 is off.
+    balance_bias: balances the load without a loss: after every training step each expert's bias,
+      which only the choice of experts uses, moves by this much towards an even load (arXiv
+      2408.15664 uses 0.001); 0 is off.
+    freeze: regular expressions; a parameter in whose path one of them is found does not change.
+      base.FREEZE_EXPERTS and base.FREEZE_ALL_BUT_ROUTER are two such lists for mixtures.
   """
   balance_loss: float = 0.01
   balance_scope: str = 'microbatch'
@@ -75,9 +83,9 @@ class Objective:
     for field in ('balance_loss', 'router_z', 'balance_bias'):
       if getattr(self, field) < 0:
         raise UsageError(f'train.{field} = {getattr(self, field)} cannot be negative.')
-    if self.balance_scope not in ('microbatch', 'batch'):
+    if self.balance_scope not in BALANCE_SCOPES:
       raise UsageError(f'train.balance_scope = {self.balance_scope!r}; '
-                       f"{nearest(self.balance_scope, ('microbatch', 'batch'))}")
+                       f'{nearest(self.balance_scope, BALANCE_SCOPES)}')
     for pattern in self.freeze:
       try:
         re.compile(pattern)

@@ -117,7 +117,7 @@ def _records(domain: Domain) -> Iterator[Document | Unusable]:
     return
   for path in _files(domain):
     try:
-      with errors.of(f'domains.{domain.name}'):
+      with errors.about(f'domains.{domain.name}'):
         yield from formats.read(path, domain.text_field, domain.id_field, domain.separator)
     except OSError as error:
       raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
