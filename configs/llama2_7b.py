@@ -1,10 +1,10 @@
 """The paper's run (sections 4.1 and appendix A): Llama 2 7B, experts for math, code and Wikipedia.
 
 Three copies of the seed are trained on 201, 210 and 42 billion tokens, mixed with the seed, and
-finetuned on 80 billion with two experts per token. Rows have 4096 tokens, steps 4M tokens. AdamW has
-weight decay 0.1, 100 steps of warmup to 1e-4 and a cosine to a tenth of that. Domains are the groups
-of the paper's table 7; point them at your own text, with about as many tokens or fewer. Where that
-table's shares do not add up to 100, they are used as they are, as weights.
+finetuned on 80 billion with two experts per token. Rows have 4096 tokens, steps 4M tokens. AdamW
+has weight decay 0.1, 100 steps of warmup to 1e-4 and a cosine to a tenth of that. Domains are the
+groups of the paper's table 7; point them at your own text, with about as many tokens or fewer.
+Where that table's shares do not add up to 100, they are used as they are, as weights.
 
   python -m btx_jax.main --config=configs/llama2_7b.py preflight --topology=v5p:4x4x4
   python -m btx_jax.main --config=configs/llama2_7b.py:/models/Llama-2-7b-hf --run=expert/math
