@@ -69,8 +69,8 @@ NOTES = {
                                      'started with: the table would not say what it compares.',
         'was made from another config': 'The tokens there were made from other text, or with other '
                                         'settings.',
-        'holds no tokens of ours': 'Something else wrote this folder, or it is damaged. If it '
-                                   'holds nothing else, delete it.',
+        'does not hold tokens written': 'Something else wrote this folder, or it is damaged. If it '
+                                        'holds nothing else, delete it.',
         'is not a manifest of ours': 'Something else wrote this file, or it is damaged.',
     },
     'During a run': {

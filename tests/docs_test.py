@@ -11,7 +11,7 @@ import yaml
 
 from btx_jax import base, recipe, run
 from btx_jax.model import config as model_config
-from btx_jax.model import moe, routers
+from btx_jax.model import dispatch, routers
 from btx_jax.study import compatibility, study
 from docs import generate
 
@@ -77,7 +77,7 @@ def test_every_choice_of_a_field_is_described(field, choices):
 
 def test_every_choice_of_a_router_and_a_dispatch_is_computed():
   assert set(routers.ROUTERS) == set(model_config.ROUTERS)
-  assert {'auto', *moe.FORMS} == set(model_config.DISPATCHES)
+  assert {'auto', *dispatch.FORMS} == set(model_config.DISPATCHES)
 
 
 def test_a_config_is_made_without_jax():

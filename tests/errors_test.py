@@ -518,7 +518,7 @@ def test_directories_that_something_happened_to(run, config, work):
   check(run(*arguments[:2]), 'seed has checkpoints but no manifest.json')
   (work / 'seed' / 'manifest.json').write_text(kept)
   (work / 'data' / 'code' / 'meta.json').unlink()
-  check(run(*arguments), 'data/code holds no tokens of ours')
+  check(run(*arguments), 'data/code does not hold tokens written by btx_jax')
 
 
 def test_a_working_directory_that_is_a_file(run, config, tmp_path):

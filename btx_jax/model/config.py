@@ -28,6 +28,10 @@ _SWITCH_CAPACITY = 1.5  # where capacity_factor is 0
 class Config:
   """A Llama, dense (`num_experts` 0) or with a mixture in every feed-forward layer.
 
+  Example:
+    >>> Config(48, dim=16, ffn_dim=20, num_layers=2, num_heads=4, num_kv_heads=2).head_dim
+    4
+
   Attributes:
     vocab_size: V, rows of the embedding. In a config file, 0 takes the tokenizer's vocabulary size.
     dim: D, width of the residual stream.

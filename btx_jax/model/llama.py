@@ -136,6 +136,12 @@ class Llama(nn.Module):
 
   Statistics are returned rather than stored in collections. Rows are sharded over `batch_axes`, if
   there is a mesh.
+
+  Example:
+    >>> ones_BT, positions_BT = jnp.ones((1, 8), int), jnp.arange(8)[None]
+    >>> hidden_BTD, _ = Llama(config).apply({'params': params}, ones_BT, ones_BT, positions_BT)
+    >>> hidden_BTD.shape == (1, 8, config.dim)
+    True
   """
   cfg: Config
   batch_axes: tuple[str, ...] = BATCH_AXES

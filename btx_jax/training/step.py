@@ -36,7 +36,17 @@ class TrainState:
 
 def create_state(params, tx: optax.GradientTransformation, freeze: Sequence[str] = ()
                  ) -> TrainState:
-  """A state at step 0; `freeze` as in Objective."""
+  """The state at step 0.
+
+  Args:
+    params: the model's parameters.
+    tx: the optimizer.
+    freeze: regexes of paths that do not train, as in Objective.
+
+  Example:
+    >>> int(create_state(params, optimizer).step)
+    0
+  """
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(optim.split(params, freeze)[0]))
 
 
@@ -164,7 +174,7 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
 def make_train_step(cfg: Config, tx: optax.GradientTransformation,
-                    objective: Objective, num_domains: int = 1,
+                    objective: Objective | None = None, num_domains: int = 1,
                     batch_axes=BATCH_AXES, seed: int = 0) -> TrainStep:
   """The train step: (state, batch) -> (state, metrics).
 
@@ -175,7 +185,8 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
   Args:
     cfg: of the model.
     tx: the optimizer.
-    objective: the losses, and what is frozen; the routers' losses do not apply to a dense model.
+    objective: the losses, and what is frozen; Objective() if None. The routers' losses do not
+      apply to a dense model.
     num_domains: number of domains; the batch's `domain` [microbatches, B] is an index into them.
     batch_axes: the mesh axes over which rows are sharded. mesh.BRANCH_BATCH_AXES for a step
       that is mapped over stacked branches, jax.vmap(step, spmd_axis_name='expert').
@@ -186,7 +197,14 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     [num_domains] (sums), grad_norm, grad_norms (of what trains) and param_norms by part of the
     model, and for a mixture balance and router_z (the unweighted losses, summed over layers) and
     routing, the RoutingSums [L, num_domains, ...].
+
+  Example:
+    >>> step = jax.jit(make_train_step(config, optimizer))
+    >>> state, metrics = step(create_state(params, optimizer), batch)
+    >>> int(state.step), sorted(metrics)[:2]
+    (1, ['grad_norm', 'grad_norms'])
   """
+  objective = objective or Objective()
   if not cfg.has_router:  # a dense model, or routing by hash: nothing to balance
     objective = dataclasses.replace(objective, balance_loss=0.0)
 
