@@ -360,9 +360,9 @@ config.runs = {"new": config.runs.new,
     (new(train='{"freeze": "embed"}'), "runs.new.train.freeze = 'embed' is of type str"),
     (new(train='{"freeze": ("(",)}'), "runs.new: train.freeze: '(' is not a regular expression: "
      "missing ), unterminated subpattern at position 0."),
-    (new(train='{"freeze": ("layer/ffn/gate",)}'), "'layer/ffn/gate' is found in no parameter; did "
+    (new(train='{"freeze": ("layer/ffn/gate",)}'), "'layer/ffn/gate' matches no parameter; did "
      "you mean 'layers/ffn/gate'?"),
-    (new(train='{"freeze": base.FREEZE_EXPERTS}'), "'/experts/' is found in no parameter; valid: "
+    (new(train='{"freeze": base.FREEZE_EXPERTS}'), "'/experts/' matches no parameter; valid: "
      "'embed', 'head', 'layers/attn/k', "),
     (new(train='{"freeze": ("embed", ".*")}'), "train.freeze = ('embed', '.*') leaves nothing to "
      "train of embed, layers/attn/q, layers"),
