@@ -1,6 +1,7 @@
-"""What a training run is, and how runs come from each other: plain data.
+"""A training run as plain data, and the graph of runs by what each starts from.
 
-A run = (initialiser, data mixture, model, optimizer), and nothing else.
+A run = (initialiser, data mixture, model, optimizer), and nothing else: the seed, the experts and
+the finetune of a mixture are the same kind of thing.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from btx_jax.recipe import Recipe
 # Initialisers.
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
 BALANCE_SCOPES = ('microbatch', 'batch')
-# Fields of a model that say how it is computed, not what it computes.
+# Fields of a model that change how it is computed, not what it computes.
 COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
 
 
@@ -94,11 +95,11 @@ class Objective:
                          ) from error
 
   def check(self, model: model_config.Config):
-    """Raises UsageError if a model has nothing for a setting to act on."""
+    """Raises UsageError if a setting has no effect on the model."""
     if model.num_experts:
       if self.balance_bias and model.router not in model_config.SCORING:
         raise UsageError(f'train.balance_bias = {self.balance_bias}: the router {model.router!r} '
-                         'does not choose the best by score, so that a bias would change '
+                         'does not choose experts by score, so a bias would change '
                          f'nothing; set it to 0, or use {" or ".join(model_config.SCORING)}.')
       if self.router_z and not model.has_router:
         raise UsageError(f'train.router_z = {self.router_z}: the router {model.router!r} has no '
@@ -106,7 +107,7 @@ class Objective:
     paths = model_config.param_paths(model)
     for pattern in self.freeze:
       if not any(frozen(path, [pattern]) for path in paths):
-        raise UsageError(f'train.freeze: {pattern!r} is found in no parameter; '
+        raise UsageError(f'train.freeze: {pattern!r} matches no parameter; '
                          f'{nearest(pattern, paths)}')
     if not any(trains(path, self.freeze) for path in paths):
       raise UsageError(f'train.freeze = {self.freeze} leaves nothing to train of '
@@ -118,25 +119,25 @@ class Run:
   """One training run.
 
   Attributes:
-    name: also its directory, below the working directory.
-    init: 'random'; 'checkpoint': the end of another run; 'mix': a mixture of several;
-      'hugging_face': a pretrained model.
+    name: also the name of its directory in the working directory.
+    init: 'random'; 'checkpoint', the end of another run; 'mix', a mixture of several; or
+      'hugging_face', a pretrained model.
     sources: the runs that it starts from, each once.
-    recipe: how they are mixed, where init is 'mix'.
-    expert_names: of a mixture's experts.
-    weights: domain -> share of the rows, adding up to 1.
-    model: sizes.
-    optimizer: settings.
-    steps: of the optimizer; a run of 0 steps is its start.
+    recipe: how they are mixed, if init is 'mix'.
+    expert_names: what to call a mixture's experts.
+    weights: each domain's share of the rows; they add up to 1.
+    model: the model's sizes.
+    optimizer: its settings.
+    steps: optimizer steps; a run of 0 steps is what it starts from.
     seq_len: T.
-    batch_size: B, rows of a step.
-    microbatches: of a step.
+    batch_size: B, rows per step.
+    microbatches: microbatches per step.
     objective: the losses, and what is frozen.
-    seed: of the config; each run makes its own from it and its name.
-    folder: of a pretrained model.
-    content: identifies what is in that folder, wherever it is.
-    vocabulary: identifies that of a pretrained model which gives ids to other tokens than the
-      tokenizer of the config, so that it can only be mixed; else ''.
+    seed: the config's; seed_of makes each run's own from it and the run's name.
+    folder: the folder of a pretrained model.
+    content: a hash of what is in that folder, wherever it is.
+    vocabulary: a hash of a pretrained model's vocabulary if it contradicts the tokenizer of the
+      config, so that the model can only be mixed; else ''.
   """
   name: str
   init: str
@@ -157,7 +158,7 @@ class Run:
   vocabulary: str = ''
 
   def spec(self) -> dict:
-    """Everything of the run itself that decides its result, as plain data."""
+    """Everything in the run itself that decides its result, as plain data."""
     spec = dataclasses.asdict(dataclasses.replace(self, sources=()))
     spec['sources'] = [source.name for source in self.sources]
     del spec['expert_names']
@@ -167,21 +168,21 @@ class Run:
     for key in ('content', 'vocabulary'):
       if not spec[key]:
         del spec[key]
-    return json.loads(json.dumps(spec))  # with lists for tuples, as it is read back
+    return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back
 
   @property
   def tokens(self) -> int:
-    """Positions that the run computes on."""
+    """Positions that the run is trained on."""
     return self.steps * self.batch_size * self.seq_len
 
   @property
   def flops(self) -> int:
-    """Model FLOPs of the whole run."""
+    """Model FLOPs that the whole run takes."""
     return self.tokens * model_config.train_flops_per_token(self.model, self.seq_len)
 
 
 def seed_of(name: str, seed: int) -> int:
-  """A seed for the run or domain of this name, so that none repeats another's."""
+  """A seed for the run or domain of this name, different for each."""
   return zlib.crc32(f'{seed}/{name}'.encode()) % 2**31
 
 
@@ -207,6 +208,6 @@ def frozen(path: str, freeze: Sequence[str]) -> bool:
 def trains(path: str, freeze: Sequence[str]) -> bool:
   """Whether the optimizer changes the parameter at this path: it has moments, and decays.
 
-  The bias of routers is never the optimizer's, see balance.balanced_bias.
+  The routers' bias is never the optimizer's; see balance.balanced_bias.
   """
   return not path.endswith('router_bias') and not frozen(path, freeze)

@@ -355,14 +355,14 @@ config.runs = {"new": config.runs.new,
     ('config.optimizer.clip_norm = 0.0', 'optimizer.clip_norm = 0.0 must be positive.'),
     ('config.train.balance_loss = -1.0', 'train.balance_loss = -1.0 cannot be negative.'),
     ('config.model.router = "soft"\nconfig.train.balance_bias = 0.1', "runs.btx: "
-     "train.balance_bias = 0.1: the router 'soft' does not choose the best by score"),
+     "train.balance_bias = 0.1: the router 'soft' does not choose experts by score"),
     ('config.model.router = "hash"\nconfig.train.router_z = 0.1', "'hash' has no logits to keep"),
     (new(train='{"freeze": "embed"}'), "runs.new.train.freeze = 'embed' is of type str"),
     (new(train='{"freeze": ("(",)}'), "runs.new: train.freeze: '(' is not a regular expression: "
      "missing ), unterminated subpattern at position 0."),
-    (new(train='{"freeze": ("layer/ffn/gate",)}'), "'layer/ffn/gate' is found in no parameter; did "
+    (new(train='{"freeze": ("layer/ffn/gate",)}'), "'layer/ffn/gate' matches no parameter; did "
      "you mean 'layers/ffn/gate'?"),
-    (new(train='{"freeze": base.FREEZE_EXPERTS}'), "'/experts/' is found in no parameter; valid: "
+    (new(train='{"freeze": base.FREEZE_EXPERTS}'), "'/experts/' matches no parameter; valid: "
      "'embed', 'head', 'layers/attn/k', "),
     (new(train='{"freeze": ("embed", ".*")}'), "train.freeze = ('embed', '.*') leaves nothing to "
      "train of embed, layers/attn/q, layers"),
