@@ -166,7 +166,7 @@ def watch_mixing(patched):
 def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeypatch, capsys):
   """Stopped and resumed, together and with a branch that goes on alone; then mixed in memory."""
   config = get_config(text, BOTH)
-  config.runs.btx = base.run(base.mix('seed', *BOTH), {'code': 1}, steps=1)
+  config.runs.btx = base.run(base.mix('seed', *BOTH, 'seed'), {'code': 1}, steps=1)
   pipeline = Pipeline(config, str(tmp_path / 'work'))
   shutil.copytree(apart.folder('seed'), pipeline.folder('seed'))
   save = Checkpoints.save
