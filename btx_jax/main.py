@@ -184,6 +184,8 @@ def run_command(argv: list[str]):
   if len(argv) > 2:
     raise UsageError(f'One command at a time, not {" ".join(argv[1:])!r}.')
   command = argv[1] if len(argv) > 1 else 'train'
+  if command in errors.RENAMED:  # of its keys only the old command is one word
+    raise UsageError(f'The command {command} is now {errors.RENAMED[command]}.')
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
   if not flags.FLAGS['config'].present:
@@ -257,10 +259,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    sys.exit(errors.tell(UsageError(
+    sys.exit(errors.report_error(UsageError(
         f'There is no flag --{error.flagname}; {nearest(error.flagname, _flag_names())}')))
   except Exception as error:  # a config file is code: it may raise anything
-    sys.exit(errors.tell(errors.of_config(error, argv), debug='--debug' in argv))
+    sys.exit(errors.report_error(errors.from_config(error, argv), debug='--debug' in argv))
 
 
 def _run_and_report_errors(argv: list[str]):
@@ -269,7 +271,7 @@ def _run_and_report_errors(argv: list[str]):
   try:
     run_command(argv)
   except (Exception, KeyboardInterrupt) as error:
-    sys.exit(distributed.leave_job(errors.tell(error, DEBUG.value)))
+    sys.exit(distributed.leave_job(errors.report_error(error, DEBUG.value)))
 
 
 def main(argv: list[str]):

@@ -1,5 +1,6 @@
 """A study from text to table, stopped, resumed, and protected from other configs."""
 
+import dataclasses
 import glob
 import gzip
 import itertools
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import base
+from btx_jax import base, btx, load
 from btx_jax.commands import compare, report, table
 from btx_jax.devices import sharding
 from btx_jax.errors import RunError, UsageError
@@ -24,7 +25,8 @@ from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest, sources
 from btx_jax.study import params as params_lib
 from btx_jax.study.study import Study
-from btx_jax.training import metrics, program
+from btx_jax.training import metrics
+from btx_jax.training.program import SingleRun
 from tests import studies
 from tests.helpers import assert_trees_equal, final_params, initial_params
 
@@ -59,22 +61,17 @@ def metrics_of(pipeline, name):
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(study, text, tmp_path, monkeypatch):
   pipeline = Pipeline(studies.get_config(text), str(tmp_path / 'work'))
-  make = program.single
+  batches = SingleRun.batches
   for name, last in (('seed', 5), ('expert/code', 3), ('btx', 5)):
 
-    def interrupted(run, *args, name=name, last=last):
-      made = make(run, *args)
-
-      def batches(orders, first_step, last_step):
-        for step, batch in enumerate(made.batches(orders, first_step, last_step), first_step):
-          if run.name == name and step == last:
-            raise KeyboardInterrupt
-          yield batch
-
-      return made._replace(batches=batches)
+    def interrupted(self, orders, first_step, last_step, name=name, last=last):
+      for step, batch in enumerate(batches(self, orders, first_step, last_step), first_step):
+        if self.runs[0].name == name and step == last:
+          raise KeyboardInterrupt
+        yield batch
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-      patched.setattr(program, 'single', interrupted)
+      patched.setattr(SingleRun, 'batches', interrupted)
       pipeline.train()
     assert pipeline.state(name) == manifest.STOPPED
   with open(os.path.join(pipeline.folder('btx'), 'metrics.jsonl'), 'a', encoding='utf-8') as file:
@@ -92,6 +89,27 @@ def test_a_complete_study_is_left_alone(study):
   before = snapshot(study.workdir)
   assert not Pipeline(study.config, study.workdir).train()
   assert snapshot(study.workdir) == before
+
+
+@pytest.mark.parametrize('function, missing', [
+    ('mix', 'btx'), ('average', 'btx/evaluation_average.json')])
+def test_a_study_mixes_and_averages_by_the_functions_of_the_method(
+    study, copy, monkeypatch, function, missing):
+  path = os.path.join(copy, missing)
+  (shutil.rmtree if os.path.isdir(path) else os.remove)(path)
+
+  def refuse(*_):
+    raise ZeroDivisionError(function)
+
+  monkeypatch.setattr(btx, function, refuse)
+  with pytest.raises(ZeroDivisionError, match=function):
+    Pipeline(study.config, str(copy)).train()
+
+
+def test_a_run_directory_is_loaded_by_the_library(study):
+  config, params = load(study.folder('btx'))
+  assert dataclasses.replace(config, dispatch_factor=2.0) == study.runs['btx'].model
+  assert_trees_equal(params, final_params(study, 'btx'))
 
 
 def test_the_mixture_starts_from_its_sources(study):

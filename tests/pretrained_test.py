@@ -93,7 +93,7 @@ def test_other_special_tokens_make_another_tokenizer(fast, tmp_path):
 
 def test_of_both_kinds_in_a_folder_sentencepiece_is_taken(tmp_path):
   folder = pathlib.Path(shutil.copytree(TOKENIZER, tmp_path / 'model'))
-  trained = tokenizer.train(['some words, and more words'] * 40, 290)
+  trained = tokenizer.train_tokenizer(['some words, and more words'] * 40, 290)
   (folder / 'tokenizer.model').write_bytes(trained.files['tokenizer.model'])
   found = tokenizer.load(str(folder))
   assert found.hash == trained.hash
