@@ -386,7 +386,7 @@ config.runs = {"new": config.runs.new,
     (new(optimizer='{"b1": 0.8}') + '\nconfig.stacked = ("expert/code", "new")',
      "'expert/code' and 'new' cannot be trained as one program: optimizer.b1 is 0.9 and 0.8."),
     # Devices: there are two
-    ('config.mesh.fsdp = -2', 'mesh.expert = 1, mesh.tensor = 1: each axis must be positive'),
+    ('config.mesh.fsdp = -2', 'mesh.expert = 1, mesh.tensor = 1: each size must be positive'),
     ('config.mesh.fsdp = 3', 'mesh.tensor = 1 cannot be laid on 2 device(s)'),
     ('config.mesh.update(tensor=16, fsdp=0)', 'mesh.tensor = 16 cannot be laid on 2 device(s): 16 '
      'are needed.'),
@@ -463,7 +463,7 @@ config.runs = {"new": config.runs.new,
      "runs.more starts from 'new', whose vocabulary is not that of tokenizer.path = "),
     (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + new(
         init='base.mix("new", "new")').replace('runs.new', 'runs.both'),
-     "runs.both: 'new', the first that is averaged, has another vocabulary than the tokenizer"),
+     "runs.both: 'new', the first run that is averaged, has another vocabulary than the tokenizer"),
     (pretrained(OTHER_TOKENIZER, **UNTRAINED) + FOREIGN,
      "evaluation.merge: 'new' has another vocabulary"),
 ])

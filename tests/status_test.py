@@ -79,7 +79,7 @@ def test_a_run_goes_through_its_states(study):
 @pytest.fixture
 def at_work(monkeypatch):
   """As if another process held every run directory."""
-  monkeypatch.setattr(files, 'held', lambda folder: True)
+  monkeypatch.setattr(files, 'is_locked', lambda folder: True)
 
 
 def test_a_run_that_is_still_compiling_is_starting(study, at_work):
