@@ -168,6 +168,8 @@ def run(argv: list[str]):
   if len(argv) > 2:
     raise UsageError(f'One command at a time, not {" ".join(argv[1:])!r}.')
   command = argv[1] if len(argv) > 1 else 'train'
+  if command in errors.RENAMED:  # of its keys only the old command is one word
+    raise UsageError(f'The command {command} is now {errors.RENAMED[command]}.')
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
   if not flags.FLAGS['config'].present:
@@ -229,10 +231,10 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     ours = [flag.name for flag in (CONFIG, WORKDIR, RUN, PROFILE, WATCH, JSON, TOPOLOGY, TO, DTYPE,
                                        DEBUG)]
-    sys.exit(errors.tell(UsageError(
+    sys.exit(errors.report_error(UsageError(
         f'There is no flag --{error.flagname}; {nearest(error.flagname, ours)}')))
   except Exception as error:  # a config file is code: it may raise anything
-    sys.exit(errors.tell(errors.of_config(error, argv), debug='--debug' in argv))
+    sys.exit(errors.report_error(errors.from_config(error, argv), debug='--debug' in argv))
 
 
 def _run(argv: list[str]):
@@ -240,7 +242,7 @@ def _run(argv: list[str]):
   try:
     run(argv)
   except (Exception, KeyboardInterrupt) as error:
-    sys.exit(distributed.leave(errors.tell(error, DEBUG.value)))
+    sys.exit(distributed.leave(errors.report_error(error, DEBUG.value)))
 
 
 def main(argv: list[str]):

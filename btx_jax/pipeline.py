@@ -11,7 +11,7 @@ import numpy as np
 
 from btx_jax import files
 from btx_jax.data import mixture
-from btx_jax.data import text as text_lib
+from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed, hardware
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, scores
@@ -34,7 +34,7 @@ class Pipeline(Study):
   def __init__(self, config, workdir: str, profile: int = 0):
     super().__init__(config, workdir)
     self.profile = profile
-    self._text: text_lib.Text | None = None
+    self._text: Text | None = None
     if set(config.evaluation.merge) - {ensemble.POSTERIOR}:
       ensemble.tfidf_vectorizer()  # notices a missing package now, not after training
     self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
@@ -77,11 +77,11 @@ class Pipeline(Study):
           self._measure(run)
     return bool(wanted)
 
-  def prepare_text(self) -> text_lib.Text:
+  def prepare_text(self) -> Text:
     """The tokenized text. The first call tokenizes it on process 0 while the others wait."""
     if self._text is None:
-      made = distributed.first(lambda: text_lib.prepare(self.config, self.data_folder))
-      self._text = made or text_lib.open_prepared(self.config, self.data_folder)
+      made = distributed.first(lambda: prepare(self.config, self.data_folder))
+      self._text = made or open_prepared(self.config, self.data_folder)
     return self._text
 
   def spec(self, run: Run) -> dict:
@@ -166,12 +166,13 @@ class Pipeline(Study):
       note([name], steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now())
 
     settings = loop.Settings(
-        log=self.config.log_every, evaluate=self.config.evaluation.every,
-        checkpoint=self.config.checkpoint_every, keep=self.config.checkpoints_kept,
+        log_every=self.config.log_every, evaluation_every=self.config.evaluation.every,
+        checkpoint_every=self.config.checkpoint_every,
+        checkpoints_kept=self.config.checkpoints_kept,
         tensorboard=self.config.tensorboard, profile=self.profile)
     try:
-      stacked = loop.train(jobs, self.mesh, list(self.prepare_text().train), settings,
-                           self.evaluate, on_checkpoint) if jobs else None
+      stacked = loop.run(jobs, self.mesh, list(self.prepare_text().train), settings,
+                         self.evaluate, on_checkpoint) if jobs else None
       note(state=manifest.COMPLETE)
     except KeyboardInterrupt:
       note(state=manifest.STOPPED)

@@ -29,6 +29,11 @@ class Recipe:
     scale: factor on the output of each expert.
     tied: this many consecutive experts start with the same router column.
     router_std: standard deviation of the routers' weights.
+
+  Example:
+    >>> recipe = Recipe(pieces=(((0, 0, 20),), ((1, 0, 20),)), rest=(('', (1.0, 3.0)),))
+    >>> recipe.weights('embed')
+    (1.0, 3.0)
   """
   pieces: Pieces
   rest: tuple[tuple[str, tuple[float, ...]], ...]

@@ -1,6 +1,7 @@
-"""What a training run is, and how runs come from each other: plain data.
+"""A training run as plain data, and the graph of runs by what each starts from.
 
-A run = (initialiser, data mixture, model, optimizer), and nothing else.
+A run = (initialiser, data mixture, model, optimizer), and nothing else: the seed, the experts and
+the finetune of a mixture are the same kind of thing.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,24 +17,26 @@ from btx_jax.recipe import Recipe
 
 # Initialisers.
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
-# Fields of a model that say how it is computed, not what it computes.
+BALANCE_SCOPES = ('microbatch', 'batch')
+# Fields of a model that change how it is computed, not what it computes.
 COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW, see optim.py. Paper 4.1.2; what that leaves open (betas, epsilon, clipping) is
-  as in Llama 2.
+  """AdamW as in the paper (4.1.2). It leaves betas, epsilon and clipping open: these are Llama 2's.
 
   Attributes:
     peak_lr: learning rate after the warmup.
-    warmup: share of the steps during which the rate rises from 0.
-    final_lr: end of the cosine, as a share of the peak.
-    b1, b2, eps: of Adam.
-    weight_decay: decoupled, times the learning rate.
-    clip_norm: largest norm of the whole gradient.
+    warmup: share of the steps during which the learning rate rises from 0.
+    final_lr: learning rate at the end of the cosine, as a share of the peak.
+    b1: Adam's decay rate for the mean of the gradients.
+    b2: Adam's decay rate for the mean of the squared gradients.
+    eps: Adam's epsilon.
+    weight_decay: decoupled weight decay, multiplied by the learning rate; norm scales have none.
+    clip_norm: largest norm of the whole gradient; a longer gradient is scaled down to it.
   """
-  peak_lr: float
+  peak_lr: float = 1e-4
   warmup: float = 0.05
   final_lr: float = 0.1
   b1: float = 0.9
@@ -55,14 +58,20 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Next-token loss, and what a mixture's routers add to it.
+  """Next-token loss, what a mixture's routers add to it, and what stays frozen.
 
   Attributes:
-    balance_loss: alpha, weight of the balancing loss (paper 3.3); there is none by hash.
-    balance_scope: 'microbatch' or 'batch', see train.make_train_step.
-    router_z: weight of the mean of logsumexp(router logits)^2, added up over layers.
-    balance_bias: change a step of the biases that balance the load without a loss; 0 is off.
-    freeze: regexes; a parameter whose path one is found in stays as it is.
+    balance_loss: alpha, weight of a mixture's load-balancing loss (paper 3.3). The router 'hash'
+      has none.
+    balance_scope: the tokens that the load-balancing loss is computed over: 'microbatch', or
+      'batch', which is exact across microbatches and costs one more forward pass.
+    router_z: weight of the router z-loss, the mean of logsumexp(router logits)^2 summed over
+      layers, which keeps these logits small; 0 is off.
+    balance_bias: balances the load without a loss: after every training step each expert's bias,
+      which only the choice of experts uses, moves by this much towards an even load (arXiv
+      2408.15664 uses 0.001); 0 is off.
+    freeze: regular expressions; a parameter in whose path one of them is found does not change.
+      base.FREEZE_EXPERTS and base.FREEZE_ALL_BUT_ROUTER are two such lists for mixtures.
   """
   balance_loss: float = 0.01
   balance_scope: str = 'microbatch'
@@ -75,9 +84,9 @@ class Objective:
     for field in ('balance_loss', 'router_z', 'balance_bias'):
       if getattr(self, field) < 0:
         raise UsageError(f'train.{field} = {getattr(self, field)} cannot be negative.')
-    if self.balance_scope not in ('microbatch', 'batch'):
+    if self.balance_scope not in BALANCE_SCOPES:
       raise UsageError(f'train.balance_scope = {self.balance_scope!r}; '
-                       f"{nearest(self.balance_scope, ('microbatch', 'batch'))}")
+                       f'{nearest(self.balance_scope, BALANCE_SCOPES)}')
     for pattern in self.freeze:
       try:
         re.compile(pattern)
@@ -86,11 +95,11 @@ class Objective:
                          ) from error
 
   def check(self, model: model_config.Config):
-    """Raises UsageError if a model has nothing for a setting to act on."""
+    """Raises UsageError if a setting has no effect on the model."""
     if model.num_experts:
       if self.balance_bias and model.router not in model_config.SCORING:
         raise UsageError(f'train.balance_bias = {self.balance_bias}: the router {model.router!r} '
-                         'does not choose the best by score, so that a bias would change '
+                         'does not choose experts by score, so a bias would change '
                          f'nothing; set it to 0, or use {" or ".join(model_config.SCORING)}.')
       if self.router_z and not model.has_router:
         raise UsageError(f'train.router_z = {self.router_z}: the router {model.router!r} has no '
@@ -98,7 +107,7 @@ class Objective:
     paths = model_config.param_paths(model)
     for pattern in self.freeze:
       if not any(frozen(path, [pattern]) for path in paths):
-        raise UsageError(f'train.freeze: {pattern!r} is found in no parameter; '
+        raise UsageError(f'train.freeze: {pattern!r} matches no parameter; '
                          f'{nearest(pattern, paths)}')
     if not any(trains(path, self.freeze) for path in paths):
       raise UsageError(f'train.freeze = {self.freeze} leaves nothing to train of '
@@ -110,25 +119,25 @@ class Run:
   """One training run.
 
   Attributes:
-    name: also its directory, below the working directory.
-    init: 'random'; 'checkpoint': the end of another run; 'mix': a mixture of several;
-      'hugging_face': a pretrained model.
+    name: also the name of its directory in the working directory.
+    init: 'random'; 'checkpoint', the end of another run; 'mix', a mixture of several; or
+      'hugging_face', a pretrained model.
     sources: the runs that it starts from, each once.
-    recipe: how they are mixed, where init is 'mix'.
-    expert_names: of a mixture's experts.
-    weights: domain -> share of the rows, adding up to 1.
-    model: sizes.
-    optimizer: settings.
-    steps: of the optimizer; a run of 0 steps is its start.
+    recipe: how they are mixed, if init is 'mix'.
+    expert_names: what to call a mixture's experts.
+    weights: each domain's share of the rows; they add up to 1.
+    model: the model's sizes.
+    optimizer: its settings.
+    steps: optimizer steps; a run of 0 steps is what it starts from.
     seq_len: T.
-    batch_size: B, rows of a step.
-    microbatches: of a step.
+    batch_size: B, rows per step.
+    microbatches: microbatches per step.
     objective: the losses, and what is frozen.
-    seed: of the config; each run makes its own from it and its name.
-    folder: of a pretrained model.
-    content: identifies what is in that folder, wherever it is.
-    vocabulary: identifies that of a pretrained model which gives ids to other tokens than the
-      tokenizer of the config, so that it can only be mixed; else ''.
+    seed: the config's; seed_of makes each run's own from it and the run's name.
+    folder: the folder of a pretrained model.
+    content: a hash of what is in that folder, wherever it is.
+    vocabulary: a hash of a pretrained model's vocabulary if it contradicts the tokenizer of the
+      config, so that the model can only be mixed; else ''.
   """
   name: str
   init: str
@@ -149,7 +158,7 @@ class Run:
   vocabulary: str = ''
 
   def spec(self) -> dict:
-    """Everything of the run itself that decides its result, as plain data."""
+    """Everything in the run itself that decides its result, as plain data."""
     spec = dataclasses.asdict(dataclasses.replace(self, sources=()))
     spec['sources'] = [source.name for source in self.sources]
     del spec['expert_names']
@@ -159,21 +168,21 @@ class Run:
     for key in ('content', 'vocabulary'):
       if not spec[key]:
         del spec[key]
-    return json.loads(json.dumps(spec))  # with lists for tuples, as it is read back
+    return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back
 
   @property
   def tokens(self) -> int:
-    """Positions that the run computes on."""
+    """Positions that the run is trained on."""
     return self.steps * self.batch_size * self.seq_len
 
   @property
   def flops(self) -> int:
-    """Model FLOPs of the whole run."""
+    """Model FLOPs that the whole run takes."""
     return self.tokens * model_config.train_flops_per_token(self.model, self.seq_len)
 
 
 def seed_of(name: str, seed: int) -> int:
-  """A seed for the run or domain of this name, so that none repeats another's."""
+  """A seed for the run or domain of this name, different for each."""
   return zlib.crc32(f'{seed}/{name}'.encode()) % 2**31
 
 
@@ -199,6 +208,6 @@ def frozen(path: str, freeze: Sequence[str]) -> bool:
 def trains(path: str, freeze: Sequence[str]) -> bool:
   """Whether the optimizer changes the parameter at this path: it has moments, and decays.
 
-  The bias of routers is never the optimizer's, see balance.balanced_bias.
+  The routers' bias is never the optimizer's; see balance.balanced_bias.
   """
   return not path.endswith('router_bias') and not frozen(path, freeze)

@@ -1,1 +1,1 @@
-"""The recipes, installed as btx_jax.configs: a config of yours can start from one."""
+"""Recipes, installed as btx_jax.configs: start a config of your own from one."""

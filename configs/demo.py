@@ -1,14 +1,14 @@
 """The whole method on real text, on a laptop CPU, in a few minutes.
 
-A seed that learned mostly prose is branched into three experts (code, math, knowledge); these
-and the seed itself are mixed into four experts a layer, and finetuned on all four domains.
-Expect: each expert far better than the seed on its own domain and worse elsewhere; the
-mixture as good as each specialist on its domain, and nearly as good as the seed on prose.
+A seed that learned mostly prose is branched into three experts (code, math, knowledge). These and
+the seed itself are mixed into four experts per layer, and finetuned on all four domains. Expect
+each expert to be far better than the seed on its own domain and worse elsewhere, and the mixture to
+be as good as each specialist on its domain and nearly as good as the seed on prose.
 
   python -m btx_jax.main --config=configs/demo.py
 
-:full adds the rivals that spend the same compute otherwise: `dense`, the seed trained on, and
-`upcycled`, four copies of the seed's feed-forward layers instead of four experts.
+:full adds the rivals that spend the same compute differently: `dense`, the seed trained further,
+and `upcycled`, four copies of the seed's feed-forward layers instead of four experts.
 
   python -m btx_jax.main --config=configs/demo.py:full
 """

@@ -1,4 +1,4 @@
-"""Llama 2 13B branched for math, code and Wikipedia, otherwise as configs/llama2_7b.py.
+"""Llama 2 13B branched for math, code and Wikipedia; otherwise like configs/llama2_7b.py.
 
   python -m btx_jax.main --config=configs/llama2_13b.py preflight --topology=v5p:4x4x4
 

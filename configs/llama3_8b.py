@@ -1,7 +1,7 @@
 """Llama 3 8B branched for math, code and Wikipedia: the paper's settings with a newer seed.
 
-The text, tokens a step and optimizer are those of configs/llama2_7b.py; rows are 8192 tokens, as
-the seed was trained on.
+Text, tokens per step and optimizer are those of configs/llama2_7b.py. Rows have 8192 tokens, like
+those the seed was trained on.
 
   python -m btx_jax.main --config=configs/llama3_8b.py preflight --topology=v5p:4x4x4
 

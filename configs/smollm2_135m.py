@@ -1,10 +1,10 @@
-"""A pretrained model branched, mixed and taken away again: SmolLM2-135M on the demo's text.
+"""A pretrained model branched, mixed and exported again: SmolLM2-135M on the demo's text.
 
-The seed is read from a Hugging Face folder; three experts are trained a short while on code, math
-and facts, mixed with the seed, and finetuned; `export` writes a Mixtral that transformers loads.
-So short that it shows the path and not the method: for good, give it text of yours, a thousand
-times the steps, and an accelerator. About 20 minutes and 16 GB on two CPU cores; docs/pretrained.md
-has what came out. Compiled for v5e:2x2 too.
+The seed is read from a Hugging Face folder. Three experts are trained briefly on code, math and
+facts, mixed with the seed, and finetuned. `export` writes a Mixtral that transformers loads.
+This is so short that it shows the path and not the method: for real use, give it your own text, a
+thousand times the steps, and an accelerator. About 20 minutes and 16 GB on two CPU cores;
+docs/pretrained.md has the results. Also compiled for v5e:2x2.
 
   python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M
   python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M --run=btx \
@@ -20,7 +20,7 @@ def get_config(folder: str = '/models/SmolLM2-135M'):
   config.tokenizer.path = folder
   config.domains = {name: config.domains[name] for name in demo.SPECIALISTS}
   config.data.seq_len = 256
-  # As in the folder, which preflight does without.
+  # As in the folder, which preflight does not need.
   config.model = base.get_config().model
   config.model.update(vocab_size=49_152, dim=576, ffn_dim=1536, num_layers=30, num_heads=9,
                       num_kv_heads=3, tied_head=True)

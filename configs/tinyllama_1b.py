@@ -1,6 +1,6 @@
-"""TinyLlama 1.1B branched for math, code and Wikipedia: one GPU node, or a small slice, is enough.
+"""TinyLlama 1.1B branched for math, code and Wikipedia: one GPU node or a small slice is enough.
 
-As configs/llama2_7b.py, with rows of 2048 tokens and a tenth of the paper's tokens for each run.
+Like configs/llama2_7b.py, with rows of 2048 tokens and a tenth of the paper's tokens for each run.
 
   python -m btx_jax.main --config=configs/tinyllama_1b.py preflight --topology=v5e:4x4
 

@@ -1,9 +1,9 @@
 """Every way of routing, balancing, mixing and freezing, side by side on the demo's experts.
 
-Each variant is the demo's mixture changed in one thing and finetuned for 120 steps; `dense`
-and `upcycled` spend the FLOPs of all that leads to `btx`. Branch-Train-Merge needs no finetuning.
-Expect: all but `router_only` better than the seed; two experts a token better than one; `blend`
-last of the rest. docs/variants.md has the table of one run. About an hour on two CPU cores.
+Each variant is the demo's mixture with one change, finetuned for 120 steps. `dense` and `upcycled`
+spend the FLOPs of everything that leads to `btx`. Branch-Train-Merge needs no finetuning. Expect
+all but `router_only` to be better than the seed, two experts per token to be better than one, and
+`blend` to be last of the rest. docs/variants.md has the table. About an hour on two CPU cores.
 
   python -m btx_jax.main --config=configs/variants.py
 """

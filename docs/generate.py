@@ -1,7 +1,7 @@
 """Makes docs/config.md and docs/errors.md from the source: python docs/generate.py
 
-So no field and no message is missing there; tests/docs_test.py fails where a page is not what
-this makes.
+So no field is missing there, and no text stands twice; tests/docs_test.py fails if a page differs
+from what this makes.
 """
 
 import ast
@@ -17,9 +17,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Message(NamedTuple):
-  """What an error can say: texts and, in capitals, names of what stands between them."""
-  module: str
+  """An error message as the source has it: its fixed text and, in capitals, names of the rest."""
   code: int
+  module: str
   parts: tuple[tuple[bool, str], ...]  # (whether it is fixed, text or name)
 
   def __str__(self) -> str:
@@ -29,88 +29,78 @@ class Message(NamedTuple):
   def fixed(self) -> str:
     return ''.join(text for is_fixed, text in self.parts if is_fixed)
 
-  def between(self, said: str) -> str | None:
-    """What stands between the texts in a message, behind the name of a run or domain (errors.of)
-    or not; None if it is another message."""
+  def variable(self, printed: str) -> str | None:
+    """The variable text of a printed message, which may begin with the name of a run or domain
+    (errors.about); None if it is another message."""
     pattern = ''.join(re.escape(text) if is_fixed else '(.*?)' for is_fixed, text in self.parts)
-    found = re.fullmatch(rf'(?:(?:runs|domains)\.(\S+): )?{pattern}', said, re.DOTALL)
+    found = re.fullmatch(rf'(?:(?:runs|domains)\.(\S+): )?{pattern}', printed, re.DOTALL)
     return ''.join(filter(None, found.groups())) if found else None
 
 
-# Title, and which messages: those of modules, as a regex, that have a text. First match wins.
-GROUPS = {
-    'The command line and the config file': (
-        ('main|study/fields', ''), ('errors', '--help|--debug|--config|PLACE|no flag')),
-    'Devices and mesh': (('devices/(sharding|mesh)|training/layout', ''), ('preflight/.*', '')),
-    'Several processes': (('devices/(distributed|rollcall)', ''),),
-    'Working directory': (
-        ('study/manifest|files', ''), ('data/(text|tokens)|pipeline', '--workdir'),
-        ('errors', 'written or')),
-    'Optimizer and training': (
-        ('study/(plan|study)|run', r'\b(optimizer|train)\.|^FIELD|: FIELD'),),
-    'Tokenizer': (('data/.*', '[Tt]okenizer|pieces?|sentencepiece'),),
-    'Text': (('data/.*', ''), ('study/study', r'\bdata\.')),
-    'Runs and models': (('study/.*|run|model/config|pipeline|recipe', ''),),
-    'While training': (('training/.*|errors', ''),),
-    'Looking on and measuring': (('evaluate/.*|commands/.*', ''),),
-    'Hugging Face folders': (('convert/.*', ''),),
-}
-_ORDER = (0, 7, 4, 10, 6, 5, 1, 2, 3, 8, 9)  # as a person comes upon them
-
-# Where a message does not say it already: a piece of it -> what it means, or what to do.
+# What helps beyond a message, by a piece of its text.
 NOTES = {
-    '(--debug shows where it came from.)': 'A config file is code, and this line of it raised an '
-                                           'error.',
-    'and must be WANTED': 'Python tells 1000 from 1e3, and 1 from \'1\'.',
-    'One command at a time': 'Commands are `status`, `jobs`, `report`, `data`, `compare`, `export` '
-                             'and `preflight`; without one, it trains.',
-    'start from each other in a circle': 'Some run has to begin from `base.random()`.',
-    'which is a mixture already': 'Mix dense runs. A mixture is trained on by '
-                                  '`base.checkpoint(RUN)`.',
-    'cannot mix models of': 'The table has a line for each field that differs, and a column for '
-                            'each source.',
-    'mixes models that differ': 'As above; then what each difference costs. A seed is known of '
-                                'runs only; of folders, the cosine of some weights is compared.',
-    'changes the parameters': 'What a run starts from has the shapes of its parameters; give '
-                              'other sizes to the run with `base.random()`.',
-    'at least one weight must be positive': 'Weights are shares of the rows; they need not add '
-                                            'up to 1.',
-    'training tokens, fewer than': 'Add text, or shorten `data.seq_len`.',
-    'there is no text in': 'Files are there, but no record of them is a document.',
-    'cannot be spread over mesh.expert': 'Each device of the axis holds the same number of '
-                                         'experts.',
-    'is not a manifest of ours': 'The file was written by something else, or damaged.',
-    'holds no tokens of ours': 'The folder was written by something else, or damaged; if nothing '
-                               'else is in it, it can be deleted.',
-    'belongs to another config': 'Runs are not trained on under other settings than they were '
-                                 'begun with: the table would not say what was compared.',
-    'was made from another config': 'The tokens were made from other text or settings than '
-                                    'those of the config.',
-    'is sound. To train it': 'The loss, or the norm of its gradient, is not a finite number. '
-                             'Nothing that is not finite is ever saved.',
-    'stopped; the same command': 'Ctrl-C; or SIGTERM, in which case the checkpoint is of the step '
-                                 'that was being done.',
-    'Out of memory': 'The end of the line is what the device said.',
-    'this was not foreseen': 'The traceback stands above it.',
+    'The config': {
+        '--debug shows the traceback': 'A config file is Python, and this line of it failed.',
+        'is of type': 'To Python 1e3 is a float, 1000 an integer and \'1\' a string. An integer '
+                      'is accepted as a float.',
+    },
+    'Runs and mixtures': {
+        'start from each other in a circle': 'At least one run must start from `base.random()` or '
+                                             '`base.hugging_face(FOLDER)`.',
+        'which is a mixture already': 'Mix dense runs. To train a mixture further, start from '
+                                      '`base.checkpoint(RUN)`.',
+        'cannot mix models of different': 'The table has a row for each field that differs, and a '
+                                          'column for each source.',
+        'mixes models that differ': 'The same table, then what each difference costs. The seed '
+                                    'is known for runs only: for folders, the cosine of some '
+                                    'weights is compared.',
+        'model changes the parameters': 'A run keeps the shapes of the parameters that it starts '
+                                        'from. Only runs from `base.random()` can have other '
+                                        'sizes.',
+        'cannot be spread over mesh.expert': 'Each device of that axis holds the same number of '
+                                             'experts.',
+    },
+    'Text': {
+        'there is no text in': 'The files exist, but none of their records is a document.',
+        'training tokens, fewer than': 'Add text, or lower `data.seq_len`.',
+    },
+    'The working directory': {
+        'belongs to another config': 'A run is never continued with other settings than it was '
+                                     'started with: the table would not say what it compares.',
+        'was made from another config': 'The tokens there were made from other text, or with other '
+                                        'settings.',
+        'does not hold tokens written': 'Something else wrote this folder, or it is damaged. If it '
+                                        'holds nothing else, delete it.',
+        'is not a manifest of ours': 'Something else wrote this file, or it is damaged.',
+    },
+    'During a run': {
+        'is sound. To train it': 'The loss or the norm of its gradient was not finite. Such a '
+                                 'state is never saved.',
+        'stopped; the same command': 'After Ctrl-C or SIGTERM. After SIGTERM the checkpoint is of '
+                                     'the step in progress.',
+        'Out of memory': 'The text in brackets is the device\'s. `preflight` shows what fits '
+                         '(docs/preflight.md).',
+        'unexpected error': 'The traceback precedes it.',
+    },
 }
 
 
 def messages() -> list[Message]:
-  """All that UsageError, RunError and errors.py say, without repetitions."""
+  """All messages of UsageError, RunError and errors.py, each once."""
   found = {}
   for folder in ('btx_jax', 'configs'):
     for path in sorted(glob.glob(os.path.join(ROOT, folder, '**', '*.py'), recursive=True)):
       module = os.path.relpath(path, os.path.join(ROOT, folder)).removesuffix('.py')
       raised = _raised(ast.parse(_read(path)), module)
       for node, code in sorted(raised, key=lambda found: found[0].lineno):
-        message = Message(module, code, tuple(_parts(node)))
-        if re.search('[a-z]{3}', message.fixed):  # else it only passes on what another says
+        message = Message(code, module, tuple(_parts(node)))
+        if re.search('[a-z]{3}', message.fixed):  # else it only passes on another message
           found.setdefault(str(message), message)
   return list(found.values())
 
 
 def _raised(tree: ast.AST, module: str) -> Iterator[tuple[ast.expr, int]]:
-  """Expressions of messages, and the exit code of each."""
+  """The expressions of messages, each with its exit code."""
   codes = {'UsageError': 2, 'RunError': 1}
   for node in ast.walk(tree):
     match node:
@@ -119,12 +109,12 @@ def _raised(tree: ast.AST, module: str) -> Iterator[tuple[ast.expr, int]]:
       case ast.Return(value=ast.Tuple(elts=[text, ast.Constant(value=int(code))])) if (
           module == 'errors'):
         yield text, code
-      case ast.Assign(targets=[ast.Name(id='_UNFORESEEN')], value=text):
+      case ast.Assign(targets=[ast.Name(id='_UNEXPECTED')], value=text):
         yield text, 1
 
 
 def _parts(node: ast.expr) -> Iterator[tuple[bool, str]]:
-  """Of the expression of a message: its texts, and names for the rest."""
+  """The parts of a message: its fixed text, and names for the rest."""
   match node:
     case ast.Constant(value=str(text)):
       yield True, text
@@ -161,37 +151,35 @@ def _name(node: ast.expr) -> str:
 
 def errors_page() -> str:
   """docs/errors.md."""
-  groups = {list(GROUPS)[i]: [] for i in _ORDER}
-  unused = set(NOTES)
-  for message in messages():
-    title = next((title for title, rules in GROUPS.items() for modules, has in rules
-                  if re.fullmatch(modules, message.module) and re.search(has, str(message))), None)
-    if title is None:
-      raise ValueError(f'docs/generate.py: GROUPS has no place for {message.module}: {message}')
-    notes = [note for piece, note in NOTES.items() if piece in str(message)]
-    unused -= {piece for piece in NOTES if piece in str(message)}
-    groups[title].append(f'| {_cell(_code(str(message)))} | {message.code} '
-                         f'| {_cell(" ".join(notes))} |')
-  if unused:
-    raise ValueError(f'docs/generate.py: NOTES of no message: {unused}')
-  return _PAGE + ''.join(
-      f'\n## {title}\n\n| message | exit code | what it means |\n|---|--:|---|\n' +
-      '\n'.join(rows) + '\n' for title, rows in groups.items())
+  page, found = _PAGE, messages()
+  for title, notes in NOTES.items():
+    page += f'\n## {title}\n\n| message | exit code | what helps |\n|---|--:|---|\n'
+    for piece, note in notes.items():
+      noted = [message for message in found if piece in message.fixed]
+      if not noted:
+        raise ValueError(f'docs/generate.py: no message has {piece!r}, which NOTES names.')
+      page += ''.join(f'| {_cell(_code(str(message)))} | {message.code} | {_cell(note)} |\n'
+                      for message in noted)
+  return page
 
 
 _PAGE = """# Messages
 
 <!-- Made by docs/generate.py from the source; change it there. -->
 
-A mistake ends with one message on stderr and no traceback: what is wrong, its value, the nearest
-valid choice where there is one, and the way out. `--debug` adds the traceback. The exit code is 2
-where something was asked for that cannot be, most of it found before any work was done; 1 where
-something failed underway; 130 after Ctrl-C; 0 otherwise.
+A mistake ends the command with one message on stderr: what is wrong, its value, the nearest valid
+choice if there is one, and how to fix it. `--debug` adds the traceback. Most mistakes are found
+before anything is computed.
 
-Words in capitals, and `…`, stand for what the message names; `NEAREST` for
-"did you mean 'expert/code'?" or the list of what is valid. Messages about the model, the optimizer
-and the files of a domain begin with the name of their run or domain. The tests make every one of
-these mistakes on the command line.
+| exit code | meaning |
+|--:|---|
+| 0 | done |
+| 1 | a run failed, or `preflight` found one that does not fit |
+| 2 | the request is invalid; change the command, the config or the files |
+| 130 | stopped by Ctrl-C |
+
+Most messages need no more than themselves. Below are those with something to add; words in capitals
+and `…` stand for what a message names.
 """
 
 
@@ -201,7 +189,8 @@ these mistakes on the command line.
 def config_page() -> str:
   """docs/config.md."""
   source = _read(os.path.join(ROOT, 'btx_jax', 'base.py'))
-  functions = [node for node in ast.parse(source).body
+  body = ast.parse(source).body
+  functions = [node for node in body
                if isinstance(node, ast.FunctionDef) and not node.name.startswith('_')]
   single, sections = [], []
   for node in functions[0].body:
@@ -209,25 +198,78 @@ def config_page() -> str:
       continue
     name, about = node.targets[0].attr, _comment(source, node)
     match node.value:
+      case ast.Call(func=ast.Name(id='_section'), args=[ast.Name(id=cls)], keywords=keywords):
+        rows = _section(source, body, cls, keywords)
       case ast.Call(args=[ast.Dict(keys=keys, values=values)]):
-        rows = [(key.value, ast.get_source_segment(source, value), _comment(source, key))
-                for key, value in zip(keys, values)]
-        sections.append(f'\n## {name}\n\n{about}\n\n' + _fields(
-            [(f'{name}.{key}', *rest) for key, *rest in rows]))
+        rows = [(key.value, _default(source, body, value), _comment(source, key))
+                for key, value in zip(keys, values) if isinstance(key, ast.Constant)]
       case ast.Call():
         single.append((name, '', about))
+        continue
       case value:
-        single.append((name, ast.get_source_segment(source, value), about))
+        single.append((name, _source_of(source, value), about))
+        continue
+    sections.append(f'\n## {name}\n\n{about}\n\n' + _fields(
+        [(f'{name}.{field}', *rest) for field, *rest in rows]))
   made = [_function(node) for node in functions[1:]]
-  return ('# Config\n\n<!-- Made by docs/generate.py from btx_jax/base.py; change it there. -->\n'
-          '\nA config file has a function `get_config()` that takes `base.get_config()`, sets '
-          'what is to be\notherwise, and adds `domains` and `runs`; `configs/demo.py` is one. '
-          'Any field can be set on the\ncommand line too: `--config.optimizer.peak_lr=3e-4`, '
+  return ('# Config\n\n<!-- Made by docs/generate.py from btx_jax/base.py and the dataclasses that '
+          'it names; change it there. -->\n'
+          '\nA config file has a function `get_config()`. It starts from `base.get_config()`, sets '
+          'the fields that\ndiffer, adds `domains` and `runs`, and returns the config; '
+          '`configs/demo.py` is an example. Any field\ncan also be set on the command line: '
+          '`--config.optimizer.peak_lr=3e-4`,\n'
           "`\"--config.runs['expert/law'].steps=8000\"`.\n\n" + _fields(single) +
           ''.join(sections) + '\n# Domains and runs\n' + ''.join(made))
 
 
-def _comment(source: str, node: ast.expr) -> str:
+def _section(source: str, body: list[ast.stmt], cls: str, keywords: list[ast.keyword]
+             ) -> list[tuple[str, str, str]]:
+  """(field, default, text) of a section that base.py takes from a dataclass: _section(cls, ...)."""
+  without = [value for key in keywords if key.arg == 'without' for value in ast.literal_eval(
+      key.value)]
+  own = {key.arg: key for key in keywords if key.arg and key.arg != 'without'}
+  fields = _dataclass(body, cls)
+  rows = [(name, _source_of(source, key.value), _comment(source, key))
+          for name, key in own.items() if name not in fields]
+  return rows + [
+      (name, _source_of(source, own[name].value) if name in own else default, text)
+      for name, (default, text) in fields.items() if name not in without]
+
+
+def _dataclass(body: list[ast.stmt], cls: str) -> dict[str, tuple[str, str]]:
+  """field -> (default, text of its `Attributes:` entry) of a dataclass that a file imports."""
+  module, source = _imported(body, cls)
+  node = next(node for node in ast.parse(source).body
+              if isinstance(node, ast.ClassDef) and node.name == cls)
+  _, texts = _entries(node, 'Attributes')
+  fields = {ast.unparse(field.target): _source_of(source, field.value) if field.value else ''
+            for field in node.body if isinstance(field, ast.AnnAssign)}
+  if missing := fields.keys() - texts:
+    raise ValueError(f'{module}, {cls}: no text for {", ".join(sorted(missing))}.')
+  return {name: (default, texts[name]) for name, default in fields.items()}
+
+
+def _imported(body: list[ast.stmt], name: str) -> tuple[str, str]:
+  """The module that a file imports a name from, and its source."""
+  module = next(node.module for node in body if isinstance(node, ast.ImportFrom) and node.module
+                and any(alias.name == name for alias in node.names))
+  return module, _read(os.path.join(ROOT, *module.split('.')) + '.py')
+
+
+def _default(source: str, body: list[ast.stmt], value: ast.expr) -> str:
+  """A default as the source has it; that of a constant as the module has it that defines it."""
+  if not isinstance(value, ast.Name):
+    return _source_of(source, value)
+  _, source = _imported(body, value.id)
+  return next(_source_of(source, node.value) for node in ast.parse(source).body
+              if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == value.id)
+
+
+def _source_of(source: str, node: ast.expr) -> str:
+  return ast.get_source_segment(source, node) or ''
+
+
+def _comment(source: str, node: ast.stmt | ast.expr | ast.keyword) -> str:
   """The comment above; raises ValueError if there is none."""
   lines, found = source.splitlines()[:node.lineno - 1], []
   while lines and lines[-1].lstrip().startswith('#'):
@@ -237,14 +279,20 @@ def _comment(source: str, node: ast.expr) -> str:
   return ' '.join(found)
 
 
+def _entries(node: ast.FunctionDef | ast.ClassDef, heading: str) -> tuple[str, dict[str, str]]:
+  """The docstring before a heading ('Args'), and the text of each name below it."""
+  about, _, entries = (ast.get_docstring(node) or '').partition(f'\n\n{heading}:\n')
+  return about, {names: ' '.join(text.split()) for names, text in
+                 re.findall(r'^  ([\w, ]+): ((?:.*\n?(?:    .*\n?)*))', entries, re.MULTILINE)}
+
+
 def _function(node: ast.FunctionDef) -> str:
-  """Its docstring, and its arguments as a table."""
-  about, _, arguments = ast.get_docstring(node).partition('\n\nArgs:\n')
+  """A function's docstring, and its arguments as a table."""
+  about, texts = _entries(node, 'Args')
   defaults = dict(zip([arg.arg for arg in reversed(node.args.args)],
                       [ast.unparse(value) for value in reversed(node.args.defaults)]))
-  rows = [(name, defaults.get(name.split(',')[0], ''), ' '.join(text.split())) for name, text in
-          re.findall(r'^  ([\w, ]+): ((?:.*\n?(?:    .*\n?)*))', arguments, re.MULTILINE)]
-  named = {name for row in rows for name in row[0].split(', ')}
+  rows = [(names, defaults.get(names.split(',')[0], ''), text) for names, text in texts.items()]
+  named = {name for names in texts for name in names.split(', ')}
   missing = [arg.arg for arg in (*node.args.args, node.args.vararg)
              if arg and arg.arg not in named]
   if missing:
@@ -254,9 +302,9 @@ def _function(node: ast.FunctionDef) -> str:
 
 
 def _fields(rows, heading: str = 'field') -> str:
-  lines = [f'| `{name}` | {_code(default) if default else ""} | {_cell(about)} |'
-           for name, default, about in rows]
-  return f'| {heading} | default | what it is |\n|---|---|---|\n' + '\n'.join(lines) + '\n'
+  lines = [f'| `{name}` | {_code(default) if default else ""} '
+           f'| {_cell(text[:1].upper() + text[1:])} |' for name, default, text in rows]
+  return f'| {heading} | default | meaning |\n|---|---|---|\n' + '\n'.join(lines) + '\n'
 
 
 def _code(text: str) -> str:

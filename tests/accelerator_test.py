@@ -1,4 +1,4 @@
-"""What only an accelerator can show: its own kernels against the plain forms.
+"""Kernels that only an accelerator has, against the plain forms.
 
   JAX_PLATFORMS=cuda pytest -m gpu tests/accelerator_test.py
   JAX_PLATFORMS=tpu pytest -m tpu tests/accelerator_test.py
@@ -13,12 +13,11 @@ import optax
 import pytest
 
 from btx_jax.devices.mesh import make_mesh
-from btx_jax.model import attention, llama, moe
-from btx_jax.model import balance as routing
+from btx_jax.model import attention, balance, config, llama, moe
 from btx_jax.model.config import Config
 from btx_jax.run import Objective, Optimizer
 from btx_jax.training import optim
-from btx_jax.training import step as train
+from btx_jax.training.step import create_state, make_train_step
 from tests.helpers import assert_trees_close, normal, random_batch
 
 MODEL = Config(vocab_size=512, dim=256, ffn_dim=512, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -28,7 +27,7 @@ MODEL = Config(vocab_size=512, dim=256, ffn_dim=512, num_layers=2, num_heads=4, 
 @pytest.fixture(params=[pytest.param('gpu', marks=pytest.mark.gpu),
                         pytest.param('tpu', marks=pytest.mark.tpu)], autouse=True)
 def mesh(request):
-  """One device of the kind that a test is marked with."""
+  """One device of the kind that the test is marked with."""
   if jax.default_backend() != request.param:
     pytest.skip(f'needs a {request.param.upper()}; this is a {jax.default_backend()}')
   with jax.set_mesh(make_mesh(devices=jax.devices()[:1])) as made:
@@ -63,7 +62,7 @@ def test_the_mixture_layer_is_the_paper_s_equation():
   def loss(form):
     def f(x, experts, gates):
       if form == 'dense':
-        y = moe.dense_experts(x, experts, routing.dense_gates(gates, ids, 4))
+        y = moe.dense_experts(x, experts, balance.dense_gates(gates, ids, 4))
       else:
         y = moe.sparse_experts(x, experts, gates, ids, form)
       return jnp.sin(y / 100).sum()
@@ -71,7 +70,7 @@ def test_the_mixture_layer_is_the_paper_s_equation():
       return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, experts, gates)
 
   expected, expected_grads = loss('dense')
-  for form in ('auto', *moe.FORMS):
+  for form in config.DISPATCHES:
     value, grads = loss(form)
     np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-3)
     assert_trees_close(grads, expected_grads, rtol=1e-3)
@@ -83,8 +82,8 @@ def test_a_step_is_the_step_of_the_plain_forms():
   losses = []
   for changes in ({}, {'attention': 'xla', 'dispatch': 'pieces', 'remat': 'none'}):
     cfg = dataclasses.replace(MODEL, **changes)
-    step = jax.jit(train.make_train_step(cfg, tx, Objective()))
-    state, found = train.create_state(llama.init(cfg, jax.random.key(0)), tx), []
+    step = jax.jit(make_train_step(cfg, tx, Objective()))
+    state, found = create_state(llama.init(cfg, jax.random.key(0)), tx), []
     for _ in range(3):
       state, metrics = step(state, batch)
       found.append(float(metrics['loss']))

@@ -1,4 +1,4 @@
-"""What the TPU's compiler makes of our programs, without a TPU: pytest -m aot, where libtpu is."""
+"""Programs as compiled for TPUs, without a TPU: pytest -m aot, where libtpu is installed."""
 
 import os
 
@@ -27,14 +27,14 @@ B, D, F, K = 16, 512, 1536, 2
 
 @pytest.fixture(scope='module')
 def mesh():
-  """Four chips, one of the axis `expert` each."""
+  """Four chips along the axis `expert`."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1').devices
   return jax.sharding.Mesh(np.array(devices).reshape(1, 1, 4, 1), AXES,
                            axis_types=(AxisType.Auto,) * 4)
 
 
 def compiled_layer(mesh, num_experts: int, T: int):
-  """The gradient of a layer of experts, of which each device holds some."""
+  """The gradient of a layer of experts that are spread over the mesh."""
   like = lambda dtype, spec, *shape: jax.ShapeDtypeStruct(
       shape, dtype, sharding=NamedSharding(mesh, spec))
   E, rows, held = num_experts, P(BATCH_AXES), P('expert')
@@ -51,24 +51,24 @@ def compiled_layer(mesh, num_experts: int, T: int):
 
 
 def flops(compiled, mesh) -> float:
-  """Of matmuls, those of kernels by the rows of their operands."""
+  """FLOPs of matmuls; those of kernels are counted by the rows of their operands."""
   module = hlo.parse(compiled.as_text())
   return cost.Model(module, CHIPS['v5p'], mesh, lambda *_: 1.0).total().flops
 
 
 def test_more_experts_are_no_more_work(mesh):
-  """Top-2 of 8 multiplies what top-2 of 4 does: a token still meets two experts."""
+  """Top-2 of 8 costs what top-2 of 4 does: a token still uses two experts."""
   T = 1024
   four, eight = (compiled_layer(mesh, n, T) for n in (4, 8))
   assert 'ragged-dot' in four.as_text()
-  # A quarter of room more than there are choices. Two matmuls forward (the last is of no use to a
-  # gradient), three for that of the rows, three for that of the weights.
+  # Buffers hold a quarter more rows than there are choices. Two matmuls forward (no gradient needs
+  # the last one), three for the gradient of the rows, three for that of the weights.
   rows = B * T * K * 5 // 4 // 4
   assert flops(four, mesh) == flops(eight, mesh) == 8 * 2 * rows * D * F
 
 
 def test_the_kernel_for_groups_is_used_whatever_the_length(mesh):
-  """Of rows that are not whole tiles, XLA makes matmuls of all rows."""
+  """XLA replaces it by a matmul over all rows if they are not whole tiles."""
   assert 'ragged-dot' in compiled_layer(mesh, 4, 1001).as_text()
 
 

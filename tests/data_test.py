@@ -24,7 +24,7 @@ TRICKY = [
 def model():
   texts = [f'the {a} {b} of {c}\n' for a in ['red', 'green', 'blue']
            for b in ['house', 'tree', 'sea'] for c in range(40)]
-  return tokenizer.train([*texts, *TRICKY], 320)
+  return tokenizer.train_tokenizer([*texts, *TRICKY], 320)
 
 
 def write(folder, name, text):
@@ -61,13 +61,14 @@ def test_random_text_comes_back(model):
 
 
 def test_training_is_repeatable(model):
-  again = tokenizer.train(['some text of few words'] * 50, 290)
-  assert again.hash == tokenizer.train(['some text of few words'] * 50, 290).hash != model.hash
+  texts = ['some text of few words'] * 50
+  first, again = (tokenizer.train_tokenizer(texts, 290) for _ in range(2))
+  assert first.hash == again.hash != model.hash
 
 
 def test_too_large_a_vocabulary_is_refused():
   with pytest.raises(UsageError, match='vocab_size = 5000'):
-    tokenizer.train(['few words'], 5000)
+    tokenizer.train_tokenizer(['few words'], 5000)
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):

@@ -4,17 +4,19 @@ prints the floors."""
 import ast
 from collections.abc import Iterator
 import pathlib
+import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
-# From the bottom up. A room is a file or folder directly under btx_jax/; rooms of one floor do not
-# import each other. The entry points import late, at the call; they may reach any floor.
+# From the bottom up. A room is a file or folder directly under btx_jax/, or configs/, which is
+# installed there; rooms of one floor do not import each other. The entry points import late, when
+# they are called; they may reach any floor.
 FLOORS = (
     ('errors', 'terminal'),
     ('devices', 'recipe', 'files'),
     ('model',),
     ('convert', 'run', 'btx'),
     ('base',),
-    ('data',),
+    ('data', 'configs'),
     ('training',),
     ('study',),
     ('evaluate', 'library', 'preflight'),
@@ -27,14 +29,19 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 def imports(root: pathlib.Path = ROOT) -> Iterator[tuple[pathlib.Path, int, str, str]]:
   """(file, line, its room, the room it imports) of every import between rooms, late ones too."""
-  package = root / 'btx_jax'
-  for path in sorted(package.rglob('*.py')):
-    room = path.relative_to(package).parts[0].removesuffix('.py')
+  paths = [*(root / 'btx_jax').rglob('*.py'), *(root / 'configs').rglob('*.py')]
+  for path in sorted(paths):
+    room = _room(path.relative_to(root))
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
       for name in _imported(node):
         parts = name.split('.')
         if parts[0] == 'btx_jax' and len(parts) > 1 and parts[1] != room:
           yield path.relative_to(root), node.lineno, room, parts[1]
+
+
+def _room(path: pathlib.Path) -> str:
+  """The room of a file; configs/ is installed as btx_jax.configs."""
+  return path.parts[0 if path.parts[0] == 'configs' else 1].removesuffix('.py')
 
 
 def _imported(node: ast.AST) -> list[str]:
@@ -61,7 +68,14 @@ def test_no_import_goes_up():
 def test_every_room_has_a_floor():
   rooms = {path.name.removesuffix('.py') for path in (ROOT / 'btx_jax').iterdir()
            if path.suffix == '.py' or (path / '__init__.py').exists()}
-  assert rooms == set(FLOOR)
+  assert rooms | {'configs'} == set(FLOOR)
+
+
+def test_every_room_is_in_the_wheel():
+  settings = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
+  folders = {path.parent for path in (ROOT / 'btx_jax').rglob('*.py')}
+  assert set(settings['tool']['setuptools']['packages']) == {'btx_jax.configs', *(
+      '.'.join(folder.relative_to(ROOT).parts) for folder in folders)}
 
 
 def test_an_import_that_goes_up_is_named(tmp_path):

@@ -137,7 +137,7 @@ def test_optional_packages_are_not_imported_before_they_are_needed():
     (b'{"body": "a", "n": 1}', "has no text in field 'text'; its fields: 'body', 'n'"),
     (b'{"text": null}', "has no text in field 'text' but null"),
     (b'{"text": 5}', "has no text in field 'text' but a int"),
-    (b'["text"]', "has no text in field 'text': it is no object but a list"),
+    (b'["text"]', "has no text in field 'text': it is not an object but a list"),
     (b'{"text": "caf\xe9"}', r'is not UTF-8 text \(byte 13\)'),
     (b'{"text": "half \\ud83d"}', r'holds half of a surrogate pair \(character 5\)'),
 ])
@@ -329,7 +329,7 @@ def test_training_a_tokenizer_hands_such_errors_on_as_they_are(tmp_path):
   path = write(tmp_path / 'x.jsonl', [*good(30), *['nonsense'] * 10])
   texts = (text for text, *_ in corpora.documents(files(path)))
   with pytest.raises(UsageError, match=r'^domains\.some: 10 of the 40 records'):
-    tokenizer.train(texts, 290)
+    tokenizer.train_tokenizer(texts, 290)
 
 
 @pytest.mark.parametrize('share', [-0.1, 1.5])
@@ -345,7 +345,7 @@ def test_a_share_that_is_none_is_refused(tmp_path, share):
 
 @pytest.fixture(scope='module')
 def model():
-  return tokenizer.train([f'the {i} of {j}\n' for i in range(50) for j in range(9)], 275)
+  return tokenizer.train_tokenizer([f'the {i} of {j}\n' for i in range(50) for j in range(9)], 275)
 
 
 def test_ids_are_kept_beside_the_tokens_and_change_nothing(tmp_path, model):

@@ -1,4 +1,4 @@
-"""SwiGLU of groups of rows, against each group by itself, in float64."""
+"""SwiGLU of groups of rows, against each group separately, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from btx_jax.model import grouped
 from tests.helpers import normal
 
 D, F, ROWS = 6, 10, 600
-# Groups of no row, of one, of all; such that end with a piece of each length, which are 150, 38 and
-# 32 rows; rows that are of no group at the end.
+# Groups of no row, of one, of all; groups that end with a piece of each length, which are 150, 38
+# and 32 rows; rows after the last group.
 SIZES = (150, 38, 32, 380), (0, 1, 0, 599), (600, 0, 0, 0), (151, 189, 33, 71), (0, 0, 0, 0)
 
 
@@ -28,18 +28,18 @@ def one_group(x, share, w, dy):
 
 @jax.jit
 def pieces_and_gradient(rows, shares, sizes, experts, dy):
-  f = lambda rows, shares, experts: grouped.in_pieces(rows, shares, sizes, experts)
+  f = lambda rows, shares, experts: grouped.swiglu_in_pieces(rows, shares, sizes, experts)
   y, pull_back = jax.vjp(f, rows, shares, experts)
   return y, *pull_back(dy)
 
 
 @pytest.mark.parametrize('sizes', SIZES)
-def test_pieces_are_each_group_by_itself(sizes):
+def test_pieces_equal_each_group_separately(sizes):
   rows, dy = normal((ROWS, D)), np.array(normal((ROWS, D), 1))
   shares = normal((ROWS, 1), 5)
   experts = {'gate': normal((4, D, F), 2), 'up': normal((4, D, F), 3), 'down': normal((4, F, D), 4)}
   used = sum(sizes)
-  dy[used:] = 0  # nothing reads what is behind the groups
+  dy[used:] = 0  # nothing reads rows after the groups
   y, dx, dshares, dw = pieces_and_gradient(rows, shares, jnp.asarray(sizes), experts, dy)
   ends = np.cumsum(sizes)
   groups = [one_group(np.float64(rows)[end - size:end], np.float64(shares)[end - size:end],

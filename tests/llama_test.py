@@ -61,6 +61,10 @@ def test_a_packed_document_is_computed_as_if_it_were_alone():
     np.testing.assert_allclose(packed[:, at], alone, atol=2e-5)
 
 
+def test_every_remat_that_a_config_can_name_exists():
+  assert ('none', *llama.REMAT_POLICIES) == REMATS
+
+
 @pytest.mark.parametrize('cfg', [TINY, TINY_MIXTURE], ids=['dense', 'mixture'])
 def test_scan_and_remat_change_nothing(cfg):
   params, batch = random_params(cfg), random_batch(cfg)

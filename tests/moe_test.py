@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from btx_jax.errors import UsageError
-from btx_jax.model import balance as routing
-from btx_jax.model import moe, routers
+from btx_jax.model import balance, config, dispatch, moe, routers
 from tests.helpers import MESHES, TINY_MIXTURE, assert_trees_close, use_mesh
 
 B, T, D, F = 8, 6, 12, 20
@@ -29,19 +28,19 @@ def layer(num_experts, k, seed=0, skew=0.0):
 
 def top_k(logits, k):
   cfg = dataclasses.replace(TINY_MIXTURE, num_experts=logits.shape[-1], top_k=k)
-  gates, ids, _ = routers.top_k(cfg, logits, routers.Context(None, None))
-  return gates, ids
+  choice = routers.top_k(cfg, logits, routers.Context(None, None))
+  return choice.gates, choice.ids
 
 
 @functools.cache
-def loss_of(dispatch, k):
-  """A scalar that depends on every output, and what it is a function of."""
+def loss_of(form, k):
+  """value_and_grad of (a scalar that depends on every output, the output) in x, experts, logits."""
   def loss(x, experts, logits):
     gates, ids = top_k(logits, k)
-    if dispatch != 'dense':
-      y = moe.sparse_experts(x, experts, gates, ids, dispatch)
+    if form != 'dense':
+      y = moe.sparse_experts(x, experts, gates, ids, form)
     else:
-      y = moe.dense_experts(x, experts, routing.dense_gates(gates, ids, logits.shape[-1]))
+      y = moe.dense_experts(x, experts, balance.dense_gates(gates, ids, logits.shape[-1]))
     weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     return (y * weights).sum(), y
 
@@ -54,6 +53,10 @@ def assert_sparse_equals_dense(args, k, mesh_shape, form='pieces'):
     (_, y), grads = loss_of(form, k)(*args)
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
   assert_trees_close(grads, expected_grads, rtol=1e-4)
+
+
+def test_every_form_that_a_config_can_name_exists():
+  assert ('auto', *dispatch.FORMS) == config.DISPATCHES
 
 
 @pytest.mark.parametrize('mesh_shape', [None, *MESHES, (2, 1, 2, 1)])
@@ -70,26 +73,26 @@ def test_other_forms_are_the_same_function(num_experts, k, mesh_shape, form):
 
 
 def test_rows_that_a_grouped_matmul_leaves_undefined_reach_nothing(monkeypatch):
-  """As on TPUs, where neither the kernel nor its gradient writes rows behind the last group."""
+  """As on TPUs, where neither the kernel nor its gradient writes rows after the last group."""
   real = jax.lax.ragged_dot
   in_groups = lambda rows, sizes: (jnp.arange(len(rows)) < sizes.sum())[:, None]
   poison = lambda rows, sizes: jnp.where(in_groups(rows, sizes), rows, jnp.nan)
 
   @jax.custom_vjp
-  def undefined_behind(rows, w, sizes):
+  def undefined_after_groups(rows, w, sizes):
     return poison(real(rows, w, sizes), sizes)
 
   def forward(rows, w, sizes):
-    return undefined_behind(rows, w, sizes), (rows, w, sizes)
+    return undefined_after_groups(rows, w, sizes), (rows, w, sizes)
 
   def backward(residuals, dy):
     rows, w, sizes = residuals
-    clean = lambda x: jnp.where(in_groups(x, sizes), x, 0)  # it does not read them either
+    clean = lambda x: jnp.where(in_groups(x, sizes), x, 0)  # nor does it read them
     drows, dw = jax.vjp(lambda rows, w: real(rows, w, sizes), clean(rows), w)[1](clean(dy))
     return poison(drows, sizes), dw, None
 
-  undefined_behind.defvjp(forward, backward)
-  monkeypatch.setattr(jax.lax, 'ragged_dot', undefined_behind)
+  undefined_after_groups.defvjp(forward, backward)
+  monkeypatch.setattr(jax.lax, 'ragged_dot', undefined_after_groups)
   args = layer(4, 2, skew=2.0)
   (_, expected), expected_grads = loss_of('dense', 2)(*args)
   for form in ('grouped', 'gather'):
@@ -99,7 +102,7 @@ def test_rows_that_a_grouped_matmul_leaves_undefined_reach_nothing(monkeypatch):
     assert_trees_close(grads, expected_grads, rtol=1e-4)
 
 
-def test_the_form_is_that_of_the_platform_that_is_compiled_for():
+def test_auto_is_the_form_of_the_target_platform():
   with use_mesh((1, 1, 4, 1)):
     compiled = loss_of('auto', 2).lower(*layer(4, 2)).compile().as_text()
   assert 'all-to-all' in compiled  # the CPU's; that of a TPU is in aot_test.py
@@ -124,7 +127,7 @@ def test_no_token_is_dropped_when_all_go_to_one_expert(mesh_shape, num_experts):
   assert_sparse_equals_dense(layer(num_experts, 2, skew=50.0), 2, mesh_shape)
 
 
-def test_devices_that_overflow_and_devices_that_do_not_go_the_same_rounds():
+def test_devices_that_overflow_and_devices_that_do_not_run_the_same_rounds():
   x, experts, logits = layer(8, 2)
   logits = logits.at[0, :, 0].add(50.0)  # the tokens of one device only
   assert_sparse_equals_dense((x, experts, logits), 2, (1, 2, 4, 1))
@@ -133,7 +136,7 @@ def test_devices_that_overflow_and_devices_that_do_not_go_the_same_rounds():
 def test_a_capacity_that_fits_nothing_still_drops_nothing():
   x, experts, logits = layer(4, 2)
   gates, ids = top_k(logits, 2)
-  expected = jax.jit(moe.dense_experts)(x, experts, routing.dense_gates(gates, ids, 4))
+  expected = jax.jit(moe.dense_experts)(x, experts, balance.dense_gates(gates, ids, 4))
   y = jax.jit(moe.sparse_experts, static_argnums=(4, 5))(x, experts, gates, ids, 'pieces', 0.1)
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 

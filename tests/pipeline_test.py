@@ -24,7 +24,8 @@ from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest, sources
 from btx_jax.study import params as params_lib
 from btx_jax.study.study import Study
-from btx_jax.training import metrics, program
+from btx_jax.training import metrics
+from btx_jax.training.program import SingleRun
 from tests import studies
 from tests.helpers import assert_trees_equal, final_params, initial_params
 
@@ -59,22 +60,17 @@ def metrics_of(pipeline, name):
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(study, text, tmp_path, monkeypatch):
   pipeline = Pipeline(studies.get_config(text), str(tmp_path / 'work'))
-  make = program.single
+  batches = SingleRun.batches
   for name, last in (('seed', 5), ('expert/code', 3), ('btx', 5)):
 
-    def interrupted(run, *args, name=name, last=last):
-      made = make(run, *args)
-
-      def batches(orders, first_step, last_step):
-        for step, batch in enumerate(made.batches(orders, first_step, last_step), first_step):
-          if run.name == name and step == last:
-            raise KeyboardInterrupt
-          yield batch
-
-      return made._replace(batches=batches)
+    def interrupted(self, orders, first_step, last_step, name=name, last=last):
+      for step, batch in enumerate(batches(self, orders, first_step, last_step), first_step):
+        if self.runs[0].name == name and step == last:
+          raise KeyboardInterrupt
+        yield batch
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-      patched.setattr(program, 'single', interrupted)
+      patched.setattr(SingleRun, 'batches', interrupted)
       pipeline.train()
     assert pipeline.state(name) == manifest.STOPPED
   with open(os.path.join(pipeline.folder('btx'), 'metrics.jsonl'), 'a', encoding='utf-8') as file:

@@ -15,8 +15,7 @@ from btx_jax import base
 from btx_jax.commands import compare
 from btx_jax.commands.export import export_run
 from btx_jax.convert import export, hugging_face
-from btx_jax.data import text as text_lib
-from btx_jax.data import tokenizer
+from btx_jax.data import text, tokenizer
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
@@ -73,11 +72,11 @@ def test_a_copy_is_as_good_as_the_original(fast, tmp_path):
   for path in (folder, folder / 'tokenizer.json'):
     config.tokenizer.path = str(path)
     data = tmp_path / path.name
-    text_lib._tokenizer(config, str(data), [])
+    text._tokenizer(config, str(data), [])
     assert {file.name for file in data.iterdir()} >= {
         'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'}
   shutil.rmtree(folder)
-  again = text_lib.tokenizer(config, str(data))
+  again = text.tokenizer(config, str(data))
   assert (again.hash, again.eos_id) == (fast.hash, fast.eos_id)
   assert again.files == fast.files
 
@@ -93,7 +92,7 @@ def test_other_special_tokens_make_another_tokenizer(fast, tmp_path):
 
 def test_sentencepiece_is_preferred_to_tokenizer_json(tmp_path):
   folder = pathlib.Path(shutil.copytree(TOKENIZER, tmp_path / 'model'))
-  trained = tokenizer.train(['some words, and more words'] * 40, 290)
+  trained = tokenizer.train_tokenizer(['some words, and more words'] * 40, 290)
   (folder / 'tokenizer.model').write_bytes(trained.files['tokenizer.model'])
   found = tokenizer.load(str(folder))
   assert found.hash == trained.hash

@@ -51,7 +51,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize('form', RECIPES)
-def test_any_slice_of_a_mixture_has_the_bits_of_the_whole(form):
+def test_any_slice_of_a_mixture_is_that_of_the_whole(form):
   kwargs = dict(RECIPES[form])
   recipe = recipe_of(*kwargs.pop('runs', ()), **kwargs)
   order = [NAMES.index(name) for name in recipe_lib.sources_of(base.mix(
@@ -67,7 +67,9 @@ def test_any_slice_of_a_mixture_has_the_bits_of_the_whole(form):
     index = tuple(slice(int(a), int(b)) for a, b in ends)
     found = btx.mix_slice(recipe, path, index, lambda i, path, index: trees[i][path][index])
     assert isinstance(found, np.ndarray)
-    np.testing.assert_array_equal(found, whole[index], path)
+    # Experts are copied. A mean is rounded as the compiler orders and fuses its sum.
+    rtol = 0 if '/experts/' in path else 1e-6
+    np.testing.assert_allclose(found, whole[index], rtol, rtol / 10, err_msg=path)
 
 
 def flat(tree):

@@ -1,17 +1,16 @@
-"""What a run tells of itself: routing figures against their definitions, warnings, TensorBoard."""
+"""What a run records: routing figures against their definitions, warnings, TensorBoard."""
 
 import numpy as np
 import pytest
 
-from btx_jax.training import metrics
-from btx_jax.training import routing_figures as routing
+from btx_jax.training import metrics, routing_figures
 
 DOMAINS = ['code', 'empty', 'prose']
 L, G, E = 2, 3, 4
 
 
 def random_sums(seed=0):
-  """Of tokens that each pick two experts; the middle domain has none."""
+  """Sums of tokens that each pick two experts; the middle domain has no tokens."""
   rng = np.random.default_rng(seed)
   tokens = {'code': 50, 'empty': 0, 'prose': 30}
   sums = {'gates': np.zeros((L, G, E)), 'picks': np.zeros((L, G, E)),
@@ -32,8 +31,8 @@ def random_sums(seed=0):
 
 def test_figures_are_their_definitions():
   sums, routed = random_sums()
-  found = routing.describe(sums, DOMAINS)
-  assert list(found['gates']) == ['code', 'prose']  # no figure where there is no token
+  found = routing_figures.describe(sums, DOMAINS)
+  assert list(found['gates']) == ['code', 'prose']  # no figures without tokens
   for layer in range(L):
     for domain in ('code', 'prose'):
       gates = [g for at, d, g in routed if at == layer and d == domain]
@@ -48,37 +47,38 @@ def test_figures_are_their_definitions():
   assert found['largest_load'] == max(map(max, found['load']))
   assert found['smallest_load'] == min(map(min, found['load']))
   np.testing.assert_allclose(found['entropy'], 0.7)
-  assert 'dropped' not in found  # there is no such figure where a router drops nothing
+  assert 'dropped' not in found  # this router drops nothing
   sums['dropped'] = np.array([[10, 0, 6], [0, 0, 24]])
-  assert routing.describe(sums, DOMAINS)['dropped'] == [0.1, 0.15]  # of 80 tokens' 160 choices
+  dropped = routing_figures.describe(sums, DOMAINS)['dropped']
+  assert dropped == [0.1, 0.15]  # of 80 tokens' 160 choices
 
 
 def test_mutual_information_of_independence_is_0_and_of_a_bijection_all():
   independent = np.outer([0.2, 0.3, 0.5], [0.1, 0.2, 0.3, 0.4])[None]
-  np.testing.assert_allclose(routing.mutual_information(independent), 0, atol=1e-12)
+  np.testing.assert_allclose(routing_figures.mutual_information(independent), 0, atol=1e-12)
   each_its_own = np.eye(4)[None] * 7
-  np.testing.assert_allclose(routing.mutual_information(each_its_own), 2)  # bits
+  np.testing.assert_allclose(routing_figures.mutual_information(each_its_own), 2)  # bits
   rng = np.random.default_rng(0)
   joint = rng.random((1, 3, 4))
   p = joint[0] / joint.sum()
   entropy = lambda p: -(p * np.log2(p)).sum()
   np.testing.assert_allclose(
-      routing.mutual_information(joint),
+      routing_figures.mutual_information(joint),
       entropy(p.sum(0)) + entropy(p.sum(1)) - entropy(p), rtol=1e-9)
 
 
 def test_starved_and_greedy_experts_are_found():
   sums, _ = random_sums()
-  assert routing.troubles(sums) == set()
+  assert routing_figures.troubles(sums) == set()
   sums['picks'][1, 0, 3] = 0
-  assert routing.troubles(sums) == set()  # prose still goes there
+  assert routing_figures.troubles(sums) == set()  # prose still goes there
   sums['picks'][1, 2, 3] = 0.0
-  assert routing.troubles(sums) == {('starved', 1, 3)}
+  assert routing_figures.troubles(sums) == {('starved', 1, 3)}
   sums['gates'][0] = 0.02 * sums['count'][0][:, None]
   sums['gates'][0, :, 2] = 0.96 * sums['count'][0]
-  found = routing.troubles(sums)
+  found = routing_figures.troubles(sums)
   assert found == {('starved', 1, 3), ('takes_all', 0, 2)}
-  assert routing.tell(found | {('starved', 0, 3)}, ['seed', 'a', 'b', 'c']) == [
+  assert routing_figures.warnings_about(found | {('starved', 0, 3)}, ['seed', 'a', 'b', 'c']) == [
       'expert 3 (c) gets under 1% of the tokens of every domain in layers 0, 1',
       'expert 2 (b) takes over 95% of all tokens in layer 0']
 
@@ -114,5 +114,5 @@ def test_resuming_keeps_what_was_written_up_to_the_step(tmp_path):
     file.write(3, loss=9.0)
   assert [line['loss'] for line in metrics.read(str(tmp_path))] == [1.0, 2.0, 9.0]
   with metrics.MetricsFile(str(tmp_path)):
-    pass  # a run that starts anew
+    pass  # a run that starts again from nothing
   assert metrics.read(str(tmp_path)) == []

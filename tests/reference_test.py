@@ -105,7 +105,7 @@ def test_what_transformers_saves_is_read_back_the_same(exported, tmp_path):
 def test_a_tokenizer_of_ours_gives_the_same_ids(tmp_path):
   transformers = pytest.importorskip('transformers')
   texts = ['\n'.join(words * 9) for words in studies.WORDS.values()]
-  ours = tokenizer.train(texts, 330)
+  ours = tokenizer.train_tokenizer(texts, 330)
   files = tokenizer_files(ours)
   for name, content in files.items():
     (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Branches in one program: each computes what it would alone, and talks to no other."""
+"""Branches in one program: each computes what it would alone, and sends nothing to the others."""
 
 import dataclasses
 import os
@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from btx_jax import base
-from btx_jax import run as run_lib
 from btx_jax.errors import UsageError
 from btx_jax.pipeline import Pipeline
 from btx_jax.preflight import hlo
-from btx_jax.run import Objective
+from btx_jax.run import Objective, Optimizer, Run
 from btx_jax.study import manifest, plan
-from btx_jax.training import loop, metrics, program
+from btx_jax.training import metrics
+from btx_jax.training.checkpoint import Checkpoints
+from btx_jax.training.program import SingleRun, StackedBranches
 from tests import studies
 from tests.helpers import (
   TINY,
@@ -31,10 +32,10 @@ MESH = (1, 2, 4, 1)
 
 
 def branches():
-  """Three runs, for four slots: of other lengths and learning rates."""
-  one = run_lib.Run(
+  """Three runs, for four slots, of different lengths and learning rates."""
+  one = Run(
       name='a', init='random', sources=(), weights={'code': 1.0}, model=TINY,
-      optimizer=run_lib.Optimizer(peak_lr=0.01, warmup=0.3), steps=4, seq_len=15, batch_size=16,
+      optimizer=Optimizer(peak_lr=0.01, warmup=0.3), steps=4, seq_len=15, batch_size=16,
       microbatches=2, objective=Objective(freeze=('attn/o$',)), recipe=None,
       expert_names=(), seed=0)
   other = lambda name, steps, rate: dataclasses.replace(
@@ -51,30 +52,30 @@ def stacked():
   """The program, its compiled form, and three steps of it."""
   runs = branches()
   with use_mesh(MESH) as mesh:
-    made = program.stacked(runs, mesh, num_domains=2)
-    states = [made.create(random_params(TINY, seed=i)) for i in range(3)]
-    state = made.join(states)
-    starts = jax.device_get([made.part(state, i) for i in range(3)])
+    program = StackedBranches(runs, mesh, num_domains=2)
+    state = program.join_states([
+        program.create_state(random_params(TINY, seed=i)) for i in range(3)])
+    starts = jax.device_get([program.branch_state(state, i) for i in range(3)])
     history = []
     for step in (1, 2, 3):
       batches = [batch_of(10 * step + i) for i in (0, 1, 2, 2)]
-      batch = made.place(jax.tree.map(lambda *x: np.stack(x), *batches))
-      state, found = made.step(state, batch, [step <= run.steps for run in runs])
+      batch = program.global_batch(jax.tree.map(lambda *x: np.stack(x), *batches))
+      state, found = program.step(state, batch, [step <= run.steps for run in runs])
       history.append(jax.device_get(found))
-    ends = jax.device_get([made.part(state, i) for i in range(3)])
-    return made, mesh, starts, history, ends, (state, batch)
+    ends = jax.device_get([program.branch_state(state, i) for i in range(3)])
+    return program, mesh, starts, history, ends, state
 
 
 def test_each_branch_is_what_it_would_be_alone(stacked):
-  made, _, starts, history, ends, _ = stacked
+  program, _, starts, history, ends, _ = stacked
   with use_mesh(MESH) as mesh:
     for i, run in enumerate(branches()):
-      alone = program.single(run, mesh, num_domains=2)
-      state = alone.create(random_params(TINY, seed=i))
+      alone = SingleRun(run, mesh, num_domains=2)
+      state = alone.create_state(random_params(TINY, seed=i))
       assert_trees_equal(jax.device_get(state.params), starts[i].params)
       for step in range(1, min(run.steps, 3) + 1):
-        state, found = alone.step(state, alone.place(batch_of(10 * step + i)), [True])
-        ours = made.part_metrics(history[step - 1], i)
+        state, found = alone.step(state, alone.global_batch(batch_of(10 * step + i)), [True])
+        ours = program.branch_metrics(history[step - 1], i)
         np.testing.assert_allclose(ours['loss'], found['loss'], rtol=1e-5)
         np.testing.assert_allclose(ours['grad_norm'], found['grad_norm'], rtol=1e-4)
         np.testing.assert_array_equal(ours['tokens_by_domain'], found['tokens_by_domain'])
@@ -83,19 +84,28 @@ def test_each_branch_is_what_it_would_be_alone(stacked):
       assert_trees_equal(*(at[i].params['layers']['attn']['o'] for at in (starts, ends)))  # frozen
 
 
-def test_no_collective_crosses_branches(stacked):
-  made = stacked[0]
+def test_states_that_are_joined_are_given_away():
+  """Leaf by leaf, so that memory never holds all of them twice."""
   with use_mesh(MESH) as mesh:
-    compiled = made.lower().compile()
+    program = StackedBranches(branches(), mesh, num_domains=2)
+    states = [program.create_state(random_params(TINY, seed=i)) for i in range(3)]
+    program.join_states(states)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states))
+
+
+def test_no_collective_crosses_branches(stacked):
+  program = stacked[0]
+  with use_mesh(MESH) as mesh:
+    compiled = program.lower().compile()
   sent = hlo.collectives(hlo.parse(compiled.as_text()), mesh)
   assert {'fsdp'} <= {axis for each in sent for axis in each.axes}  # it does see some
-  # Only the metrics, a few numbers, are told to all.
+  # Only the metrics, a few numbers, are sent to all.
   crossing = [each for each in sent if 'expert' in each.axes]
   assert all(np.prod(shape) <= 64 for each in crossing for shape in each.shapes), crossing
 
 
 def test_a_branch_lives_on_its_own_slice_of_the_devices(stacked):
-  _, mesh, _, _, _, (state, _) = stacked
+  _, mesh, *_, state = stacked
   up = state.params['layers']['ffn']['up']
   for e in range(4):
     devices = {shard.device for shard in up.addressable_shards if shard.index[0].start == e}
@@ -137,7 +147,7 @@ def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeyp
   """Stopped and resumed, together and with a branch that goes on alone."""
   pipeline = Pipeline(get_config(text, BOTH), str(tmp_path / 'work'))
   shutil.copytree(apart.folder('seed'), pipeline.folder('seed'))
-  save = loop.Checkpoints.save
+  save = Checkpoints.save
 
   def save_then_stop(self, step, *args):
     save(self, step, *args)
@@ -145,7 +155,7 @@ def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeyp
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-    patched.setattr(loop.Checkpoints, 'save', save_then_stop)
+    patched.setattr(Checkpoints, 'save', save_then_stop)
     pipeline.train()
   assert [pipeline.state(name) for name in BOTH] == [manifest.STOPPED] * 2
   alone = Pipeline(pipeline.config, shutil.copytree(tmp_path / 'work', tmp_path / 'alone'))
@@ -167,7 +177,7 @@ def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeyp
   assert [line['step'] for line in bits] == [3]
 
 
-def test_stacked_runs_come_together_behind_all_that_they_start_from(text):
+def test_stacked_runs_come_together_after_all_that_they_start_from(text):
   config = get_config(text, BOTH)
   branch = lambda name: base.run(base.checkpoint(name), {'math': 1}, steps=1)
   config.runs = {'seed': config.runs.seed, 'expert/code': branch('seed'), 'x': branch('seed'),

@@ -215,8 +215,8 @@ def test_status_imports_fast_and_nothing_heavy():
 
 
 def test_status_works_where_the_tokenizer_is_missing(study, text, tmp_path):
-  from btx_jax.data import tokenizer
-  proto = tokenizer.train(['some words, and more words'] * 40, 290).files['tokenizer.model']
+  from btx_jax.data.tokenizer import train_tokenizer
+  proto = train_tokenizer(['some words, and more words'] * 40, 290).files['tokenizer.model']
   kept = os.path.join(study.data_folder, 'tokenizer.model')
   os.makedirs(study.data_folder)
   with open(kept, 'wb') as file:

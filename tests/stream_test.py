@@ -64,20 +64,23 @@ def content(folder):
 @pytest.mark.parametrize('mix', [
     {}, {'arrangement': 'split', 'chunks': 2},
     {'averaged': ('code', 'math'), 'rules': {'attn/[qk]$': 'seed'}}])
-def test_a_stream_gives_the_same_bits_as_mixing_in_memory(models, tmp_path, mix):
+def test_a_stream_matches_mixing_in_memory(models, tmp_path, mix):
   root, params = models
   found = study(root, tmp_path / 'work', **mix)
   export_run(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
   run, out = found.runs['btx'], hugging_face.Folder(str(tmp_path / 'out'))
-  made = recipe.make(base.mix(*NAMES, **mix), NAMES, MODEL.ffn_dim, shared_paths(MODEL), [0] * 3,
-                     found.config.mix.router_std)
+  made = recipe.from_config(base.mix(*NAMES, **mix), NAMES, MODEL.ffn_dim, shared_paths(MODEL),
+                            [0] * 3, found.config.mix.router_std)
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float32),
                          *(params[name] for name in NAMES))
   expected = jax.jit(btx.mix, static_argnums=(1, 3))(
       stacked, run.model, jax.random.key(seed_of('btx', 0)), made)
   for key_path, leaf in jax.tree.leaves_with_path(expected):
     path = sharding.path_of(key_path)
-    np.testing.assert_array_equal(out.read(path), np.asarray(leaf.astype('bfloat16')), path)
+    # Experts are copied. A mean may be rounded to the next bfloat16: two programs add it up.
+    np.testing.assert_allclose(
+        np.float32(out.read(path)), np.float32(leaf.astype('bfloat16')),
+        rtol=0 if '/experts/' in path else 2**-7, err_msg=path)
   assert not (tmp_path / 'work').exists()
 
 
@@ -121,7 +124,7 @@ def test_exports_without_copy_file_range(models, tmp_path, monkeypatch, system):
 
 
 def test_only_unchanged_slices_are_copied():
-  made = recipe.make(base.mix(*NAMES, arrangement='split', chunks=2), NAMES, MODEL.ffn_dim,
+  made = recipe.from_config(base.mix(*NAMES, arrangement='split', chunks=2), NAMES, MODEL.ffn_dim,
                      shared_paths(MODEL), [0] * 3, 0.02)
   D, half = MODEL.dim, MODEL.ffn_dim // 2
   layer, width, hidden = slice(0, 1), slice(0, D), slice(0, half)

@@ -55,7 +55,7 @@ def test_a_vocabulary_that_only_has_more_tokens_does_not_contradict():
 
 
 @pytest.mark.parametrize('make', [
-    lambda: tokenizer.train(['some words, and more words'] * 40, 290),
+    lambda: tokenizer.train_tokenizer(['some words, and more words'] * 40, 290),
     lambda: tokenizer.load(str(TOKENIZER))])
 def test_every_id_has_a_name_of_its_own(make):
   found = make()

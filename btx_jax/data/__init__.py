@@ -1,3 +1,3 @@
-"""From text to batches: formats (what files hold), corpora (documents of a domain), tokenizer,
-tokens (files on disk), mixture (one global order of training rows); demo (text that Python
-packages carry), text (all of that for a config); describe and duplicates (what the text is)."""
+"""From text to batches, in this order: formats (records of files), corpora (documents of a domain),
+tokenizer and fast_tokenizer, tokens (token files on disk), text (these for a whole config), mixture
+(the global order of training rows). demo is text to try it on; duplicates finds repeated text."""

@@ -1,7 +1,7 @@
-"""Documents of a domain: its files in order, or text that Python packages carry.
+"""Documents of a domain: from its files in order, or from a source of the demo.
 
-A record that cannot be used is skipped, and counted by reason. More than a share of them is an
-error, since then it is rather the config that does not fit the text.
+Unusable records are skipped, and counted by reason. Too large a share of them is an error, since
+the config is then probably wrong for this text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +15,20 @@ from btx_jax.data import demo, formats
 from btx_jax.data.formats import Document, Unusable
 from btx_jax.errors import UsageError, nearest
 
-_ENOUGH = 100  # records, to tell that a config does not fit before all has been read
-_PLACES = 3  # that are named of each reason
+_CHECK_AFTER = 100  # records: a wrong config fails here, not after a whole corpus
+_EXAMPLES = 3  # places named for each reason
 
 
 class Domain(NamedTuple):
   """Where the text of a domain comes from.
 
   Attributes:
-    name: of the domain.
-    source: 'files', or one of demo.SOURCES.
-    paths: of 'files': directories, globs or files.
-    text_field: the field of a JSON record, or the column, that holds the text.
-    separator: cuts a plain text file into documents; '' leaves it one document.
-    id_field: the field or column that holds the id of the document; '' is none.
+    name: the domain's name.
+    source: 'files', or a key of demo.SOURCES.
+    paths: directories, globs or files, if the source is 'files'.
+    text_field: the JSON field or Parquet column that holds the text.
+    separator: splits a plain text file into documents; if '', a file is one document.
+    id_field: the field or column that holds a document's id; '' if there is none.
   """
   name: str
   source: str = 'files'
@@ -40,13 +40,13 @@ class Domain(NamedTuple):
 
 @dataclasses.dataclass
 class Tally:
-  """What became of the records of a domain so far.
+  """Counts of the records of a domain read so far.
 
   Attributes:
-    documents: that there were; empty ones do not count.
-    identified: those of them that have an id.
-    reasons: why others were skipped, and how many.
-    first: the first places of each reason, with the reason.
+    documents: number of documents, without empty ones.
+    identified: number of documents with an id.
+    reasons: number of skipped records by reason.
+    first: the first skipped records of each reason: place and reason.
   """
   documents: int = 0
   identified: int = 0
@@ -59,12 +59,16 @@ class Tally:
 
   def skip(self, record: Unusable):
     count = self.reasons[record.reason] = self.reasons.get(record.reason, 0) + 1
-    if count <= _PLACES:
+    if count <= _EXAMPLES:
       self.first.append(str(record))
 
 
 def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
-  """The domains of a config by name. Raises UsageError for a source that does not exist."""
+  """The domains of a config, sorted by name.
+
+  Raises:
+    UsageError: a source does not exist, or a domain of files has no paths.
+  """
   result = []
   for name, fields in sorted(domains.items()):
     domain = Domain(name, **{**fields, 'paths': tuple(fields['paths'])})
@@ -80,27 +84,27 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
 
 def documents(domain: Domain, max_skipped: float = 0.1,
               tally: Tally | None = None) -> Iterator[Document]:
-  """The documents of a domain in a fixed order; empty ones are left out.
+  """The documents of a domain in a fixed order, without empty ones.
 
   Args:
     domain: where they come from.
     max_skipped: the largest share of records that may be unusable.
-    tally: where to count.
+    tally: is updated with each record.
 
   Raises:
-    UsageError: a file that does not exist or cannot be opened, too many unusable records, no
-      text at all, no ids where an id_field is set.
+    UsageError: a file does not exist or cannot be opened, too many records are unusable, there
+      is no text at all, or no document has an id although id_field is set.
   """
   tally = tally or Tally()
   for record in _records(domain):
     if isinstance(record, Unusable):
       tally.skip(record)
-      if tally.skipped >= _ENOUGH:
+      if tally.skipped >= _CHECK_AFTER:
         _check_skipped(domain, tally, max_skipped)
     elif record.text.strip():
       tally.documents += 1
       tally.identified += bool(record.id)
-      if tally.documents == _ENOUGH:
+      if tally.documents == _CHECK_AFTER:
         _check_ids(domain, tally)
       yield record
   if not tally.documents:
@@ -117,20 +121,20 @@ def _records(domain: Domain) -> Iterator[Document | Unusable]:
     return
   for path in _files(domain):
     try:
-      with errors.of(f'domains.{domain.name}'):
+      with errors.about(f'domains.{domain.name}'):
         yield from formats.read(path, domain.text_field, domain.id_field, domain.separator)
     except OSError as error:
       raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
 
 
 def _check_skipped(domain: Domain, tally: Tally, max_skipped: float):
-  unusable = tally.skipped - tally.reasons.get(formats.EMPTY, 0)  # empty files do no harm
+  unusable = tally.skipped - tally.reasons.get(formats.EMPTY, 0)  # empty files are harmless
   count = tally.documents + unusable
   if unusable > max_skipped * count:
     raise UsageError(
         f'domains.{domain.name}: {unusable} of the {count} records read so far cannot be '
         f'used, more than the share data.max_skipped = {max_skipped:g}.{_why(domain, tally)} '
-        'Or go on without them: raise data.max_skipped.')
+        'To continue without them, raise data.max_skipped.')
 
 
 def _check_ids(domain: Domain, tally: Tally):
@@ -142,27 +146,27 @@ def _check_ids(domain: Domain, tally: Tally):
 
 
 def _why(domain: Domain, tally: Tally) -> str:
-  """The first places of what was skipped, and what to do about it; '' if nothing was."""
+  """The first skipped records and how to make them usable, or '' if none was skipped."""
   if not tally.skipped:
     return ''
   ways = {
       formats.NO_TEXT: f'set domains.{domain.name}.text_field to the field that holds the text',
-      formats.TOO_LONG: f'cut plain text into documents by domains.{domain.name}.separator (for '
-                        'example a blank line)',
+      formats.TOO_LONG: f'split plain text into documents by domains.{domain.name}.separator '
+                        '(for example a blank line)',
       formats.NOT_UTF8: 'convert the text to UTF-8',
   }
   ways = [way for reason, way in ways.items() if reason in tally.reasons]
-  ways.append(f'repair the files, or narrow domains.{domain.name}.paths to those that are text')
+  ways.append(f'repair the files, or narrow domains.{domain.name}.paths to the text files')
   more = tally.skipped - len(tally.first)
   return ' Skipped:' + ''.join(f'\n  {line}' for line in tally.first) + (
       f'\n  and {more} more' if more else '') + f'\nTo use them, {"; ".join(ways)}.'
 
 
 def describe(domain: Domain) -> str:
-  """How many files and bytes there are; tells text that has changed from text that has not.
+  """The number of files and bytes, so that changed text is noticed; or the name of the source.
 
   Raises:
-    UsageError: there are no such files.
+    UsageError: a path matches no file.
   """
   if domain.source != 'files':
     return domain.source

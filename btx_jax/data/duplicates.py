@@ -1,15 +1,15 @@
-"""Text that held-out documents share with training: runs of tokens that both have.
+"""Finds held-out text that also occurs in training text, as runs of identical tokens.
 
 A run is at least RUN tokens long, as in Lee et al. 2022, "Deduplicating Training Data Makes
-Language Models Better". Every window of RUN tokens within a document gets a rolling hash: with
-v(t) a mixed value of a token id and b odd, of the tokens t_i, t_i+1, ...
+Language Models Better". Every window of RUN tokens t_i, t_i+1, ... within a document gets a
+rolling hash. With v(t) a mixed value of a token id and b an odd number,
 
   hash(i) = sum_{j < RUN} v(t_{i+j}) b^j = (P[i + RUN] - P[i]) b^-i   modulo 2^64,
 
-where P are prefix sums of v(t_i) b^i; so it costs a few operations a token, for any RUN. The
-hashes of held-out windows are sorted, and those of training text looked up among them, a chunk
-at a time. Two windows out of 10^9 and 10^7 have the same hash by chance with a probability
-below 0.001; examples are compared token by token.
+where P are the prefix sums of v(t_i) b^i; this costs a few operations per token, for any RUN. The
+hashes of held-out windows are sorted, and those of training windows are looked up among them, one
+chunk at a time. Among 10^9 training and 10^7 held-out windows the probability of any hash collision
+is below 0.001; examples are compared token by token.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,8 +22,8 @@ import numpy as np
 from btx_jax.data.tokens import Tokens
 
 RUN = 50
-_CHUNK = 1 << 21  # windows hashed at a time, in about 150 MB
-_TOGETHER = 8  # chunks of held-out text for each pass over the training text
+_CHUNK = 1 << 21  # windows hashed at a time, using about 150 MB
+_TOGETHER = 8  # chunks of held-out text per pass over the training text
 _BASE = 0x9E3779B97F4A7C15
 
 
@@ -31,9 +31,9 @@ class Example(NamedTuple):
   """A run that a held-out document shares with a training document.
 
   Attributes:
-    document: number of the held-out document, from 0.
-    domain: of the training document.
-    source: number of the training document there.
+    document: number of the held-out document, counted from 0.
+    domain: domain of the training document.
+    source: number of the training document in its domain.
     ids: [at least RUN] the shared tokens.
   """
   document: int
@@ -43,12 +43,12 @@ class Example(NamedTuple):
 
 
 class Overlap(NamedTuple):
-  """What held-out text shares with training.
+  """The part of one domain's held-out text that training text contains too.
 
   Attributes:
-    share: of the held-out tokens (without the marks of documents), those in shared runs.
-    documents: held-out documents with such a run.
-    example: one of the longest, None if there is none.
+    share: fraction of held-out tokens (without begin and end marks) that lie in shared runs.
+    documents: number of held-out documents with such a run.
+    example: one of the longest runs, or None if there is none.
   """
   share: float
   documents: int
@@ -56,9 +56,9 @@ class Overlap(NamedTuple):
 
 
 def overlaps(held_out: Mapping[str, Tokens], train: Mapping[str, Tokens]) -> dict[str, Overlap]:
-  """What the held-out text of each domain shares with the training text of any.
+  """The overlap of each domain's held-out text with the training text of all domains.
 
-  Memory: a few bytes for each held-out token, and a fixed amount.
+  Memory: a few bytes per held-out token, plus a fixed amount.
   """
   places = list(_chunks(train))
   origins = _origins(held_out, train, places)
@@ -66,7 +66,7 @@ def overlaps(held_out: Mapping[str, Tokens], train: Mapping[str, Tokens]) -> dic
 
 
 def copies(tokens: Tokens) -> int:
-  """How many documents repeat an earlier one of this split exactly."""
+  """The number of documents that repeat an earlier one of this split exactly."""
   hashes = np.fromiter(
       (int.from_bytes(hashlib.blake2b(tokens.ids[a:b].tobytes(), digest_size=8).digest())
        for a, b in zip(tokens.starts, tokens.starts[1:])), np.uint64, tokens.num_documents)
@@ -80,8 +80,8 @@ def _chunks(domains: Mapping[str, Tokens]) -> Iterator[tuple[str, int]]:
 
 
 def _origins(held_out, train, places) -> dict[str, np.ndarray]:
-  """Of the window at each held-out token [tokens]: the first place in `places`, a chunk of
-  training text, that has the same; -1 if none."""
+  """For the window at each held-out token [tokens]: the index in `places` of the first chunk of
+  training text that contains the same window, or -1."""
   origins = {name: np.full(len(tokens.ids), -1, np.int32) for name, tokens in held_out.items()}
   chunks = list(_chunks(held_out))
   for first in range(0, len(chunks), _TOGETHER):
@@ -91,7 +91,7 @@ def _origins(held_out, train, places) -> dict[str, np.ndarray]:
       continue
     origin = np.full(len(wanted), -1, np.int32)
     for number, (name, low) in enumerate(places):
-      hashes = np.sort(_inside(train[name], low))  # lookups in order are several times faster
+      hashes = np.sort(_inside(train[name], low))  # sorted lookups are several times faster
       at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
       at = at[wanted[at] == hashes]
       origin[at[origin[at] < 0]] = number
@@ -108,11 +108,11 @@ def _inside(tokens: Tokens, low: int) -> np.ndarray:
 
 
 def _hashes(tokens: Tokens, low: int) -> tuple[np.ndarray, np.ndarray]:
-  """Of the windows that begin at tokens `low` to `low + _CHUNK`, as far as there are any.
+  """Hashes the windows that begin at tokens `low` to `low + _CHUNK`, up to the end of the text.
 
   Returns:
-    Hashes [windows] uint64, the same wherever a window stands; and whether each lies in the
-    text of one document [windows].
+    Hashes [windows] uint64, which do not depend on a window's position; and whether each window
+    lies within the text of one document [windows] bool.
   """
   ids = np.asarray(tokens.ids[low:low + _CHUNK + RUN - 1])
   count = max(len(ids) - RUN + 1, 0)
@@ -124,37 +124,38 @@ def _hashes(tokens: Tokens, low: int) -> tuple[np.ndarray, np.ndarray]:
   starts = tokens.starts[np.searchsorted(tokens.starts, low):
                          np.searchsorted(tokens.starts, low + len(ids), side='right')] - low
   marks = np.zeros(len(ids) + 1, np.int64)
-  marks[starts] = 1  # the begin marks (and one behind the last token, which is cut away)
+  marks[starts] = 1  # the begin marks (and one after the last token, dropped below)
   marks[starts[starts > 0] - 1] = 1  # the end marks
   marks = _sums(marks[:-1])
   return ((sums[RUN:] - sums[:count]) * inverses[:count], marks[RUN:] == marks[:count])
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
-  """[n + 1] sums of the values before each."""
+  """[n + 1] prefix sums: element i is the sum of the first i values."""
   return np.concatenate([np.zeros(1, values.dtype), np.cumsum(values, dtype=values.dtype)])
 
 
 @functools.cache
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
   """b^i and b^-i modulo 2^64, [count] each; an odd b has an inverse."""
-  return tuple(
+  powers, inverses = (
       np.cumprod(np.array([1] + [base] * (count - 1), np.uint64), dtype=np.uint64)
       for base in (_BASE, pow(_BASE, -1, 2**64)))
+  return powers, inverses
 
 
 def _overlap(tokens: Tokens, origin: np.ndarray, train, places) -> Overlap:
   found = origin >= 0
   edges = np.diff(found.astype(np.int8), prepend=0, append=0)
   begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-  # A stretch of such windows covers the tokens of the last one too; two may overlap.
+  # A run extends to the end of its last window, where it may overlap the next run.
   lasts = np.minimum(ends + RUN - 1, np.append(begins[1:], len(origin)))
   documents = np.searchsorted(tokens.starts, begins, side='right') - 1
   text_tokens = len(tokens.ids) - 2 * tokens.num_documents
   example = None
-  for stretch in np.argsort(begins - ends, kind='stable'):  # the longest first
-    at = begins[stretch]
-    example = _example(tokens, at, documents[stretch], train, *places[origin[at]])
+  for run in np.argsort(begins - ends, kind='stable'):  # the longest first
+    at = int(begins[run])
+    example = _example(tokens, at, int(documents[run]), train, *places[origin[at]])
     if example:
       break
   return Overlap(int((lasts - begins).sum()) / max(text_tokens, 1), len(np.unique(documents)),
@@ -163,8 +164,8 @@ def _overlap(tokens: Tokens, origin: np.ndarray, train, places) -> Overlap:
 
 def _example(tokens: Tokens, at: int, document: int, train, name: str, low: int
              ) -> Example | None:
-  """The run that begins at token `at`, and in the chunk of training text at `low`; None if
-  only the hashes are the same."""
+  """The run that begins at token `at` and occurs in the chunk of training text at `low`; None if
+  only the hashes agree."""
   ours = np.asarray(tokens.ids[at:tokens.starts[document + 1] - 1])
   hash_ = _hashes(tokens, at)[0][0]
   theirs, inside = _hashes(train[name], low)

@@ -1,7 +1,7 @@
-"""tokenizer.json, as Llama 3, SmolLM2 and most models have it, read by the package `tokenizers`.
+"""Reads tokenizer.json, the format of Llama 3, SmolLM2 and most models, by `tokenizers`.
 
-The same interface as data.tokenizer.Sentencepiece. Whether text survives is not known of such a
-file beforehand; what is tokenized is checked, see data/tokens.py.
+The interface is data.tokenizer.Tokenizer. Such a file does not show whether it loses text, so
+data/tokens.py checks the text that it tokenizes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,31 +13,31 @@ from btx_jax.errors import UsageError
 
 _SPACE_MARK = '\u2581'
 FILE = 'tokenizer.json'
-# Where the names of special tokens stand.
+# Files that name the special tokens.
 _SPECIAL = ('tokenizer_config.json', 'special_tokens_map.json')
-# What else belongs to a tokenizer, and goes where it goes.
+# Files that belong to a tokenizer and are copied with it.
 COMPANIONS = (*_SPECIAL, 'tokenizer.model', FILE, 'added_tokens.json', 'chat_template.jinja',
               'chat_template.json', 'vocab.json', 'merges.txt')
 
 
-class Fast:
-  """A tokenizer.json. `hash` identifies it; every document begins with `bos_id`.
+class FastTokenizer:
+  """A tokenizer.json; see data.tokenizer.Tokenizer for the attributes."""
 
-  Attributes:
-    files: its files by name, to be kept or exported.
-  """
+  def __init__(self, files: Mapping[str, bytes], path: str):
+    """Reads `files`, tokenizer.json and its companions by name; `path` is for messages.
 
-  def __init__(self, files: Mapping[str, bytes], name: str):
-    """`files`: tokenizer.json and its companions; `name`: of the first, for messages."""
+    Raises:
+      UsageError: tokenizer.json cannot be read, or no companion names an end-of-text token.
+    """
     try:
       import tokenizers
     except ImportError as error:
-      raise UsageError(f"{name} needs the package 'tokenizers': pip install 'btx_jax[hf]'"
+      raise UsageError(f"{path} needs the package 'tokenizers': pip install 'btx_jax[hf]'"
                        ) from error
     try:
       self._model = tokenizers.Tokenizer.from_str(files[FILE].decode())
-    except Exception as error:  # it raises nothing more precise
-      raise UsageError(f'{name} is not a tokenizer of the package tokenizers: {error}') from error
+    except Exception as error:  # tokenizers raises nothing more specific
+      raise UsageError(f'{path} is not a tokenizer of the package tokenizers: {error}') from error
     self._model.no_padding()
     self._model.no_truncation()
     self._model.encode_special_tokens = True  # text that looks like a special token is text
@@ -45,41 +45,42 @@ class Fast:
     self.files = dict(files)
     special = {key: value for file in reversed(_SPECIAL) if file in files
                for key, value in _json(files[file]).items() if value}
-    self.eos_id = self._id(special.get('eos_token'))
-    if self.eos_id is None:
-      raise UsageError(f'{name}: {" or ".join(_SPECIAL)} beside it must name an eos_token of its '
+    eos_id = self._id(special.get('eos_token'))
+    if eos_id is None:
+      raise UsageError(f'{path}: {" or ".join(_SPECIAL)} beside it must name an eos_token of its '
                        'vocabulary, which ends documents.')
     bos_id = self._id(special.get('bos_token'))
-    self.bos_id = self.eos_id if bos_id is None else bos_id
+    self.eos_id = eos_id
+    self.bos_id = eos_id if bos_id is None else bos_id
     self.unk_id = self._id(special.get('unk_token'))
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     self.vocab_size = 1 + max(vocabulary.values())
     self._special_ids = {i for i, token in self._model.get_added_tokens_decoder().items()
                          if token.special}
-    told = files[FILE] + f'{self.bos_id} {self.eos_id}'.encode()
-    self.hash = hashlib.sha256(told).hexdigest()[:16]
+    identity = files[FILE] + f'{self.bos_id} {self.eos_id}'.encode()
+    self.hash = hashlib.sha256(identity).hexdigest()[:16]
 
   def _id(self, token: Any) -> int | None:
-    """Of a special token, which is a text or has one as its `content`."""
+    """The id of a special token, given as a string or as an object with a `content`."""
     content = token.get('content') if isinstance(token, dict) else token
     return self._model.token_to_id(content) if isinstance(content, str) else None
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
-    return [found.ids for found in self._model.encode_batch(
+    return [encoding.ids for encoding in self._model.encode_batch(
         list(texts), add_special_tokens=False)]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of token ids; special tokens have none."""
+    """The text of token ids; special tokens are omitted."""
     return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
   def pieces(self, ids: Sequence[int]) -> list[str]:
-    """The text of each token, to be looked at: special tokens are empty, and what is only a part
-    of a character shows as U+FFFD."""
+    """The text of each token, for display: '' for special tokens, U+FFFD for a part of a
+    character."""
     return [self._piece(int(i)) for i in ids]
 
   def vocabulary(self) -> dict[str, int]:
-    """The id of every token by its name, as it is stored, with marks."""
+    """Token name, as stored, to id."""
     return self._model.get_vocab(with_added_tokens=True)
 
   def _piece(self, i: int) -> str:
@@ -94,7 +95,7 @@ class Fast:
 
 
 def _json(content: bytes) -> dict:
-  """An object; what is none names nothing."""
+  """The JSON object in a file, or {} if the file does not hold one."""
   try:
     found = json.loads(content)
   except ValueError:

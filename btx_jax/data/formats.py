@@ -1,9 +1,9 @@
-"""Documents of files: plain text and JSONL (either may be .gz), Parquet, and ArrayRecord.
+"""Reads documents from files: plain text and JSONL (either may be .gz), Parquet and ArrayRecord.
 
-The ending of a file's name says what it is. A reader gives what it finds in order: a Document,
-or an Unusable that says where and why; what follows from that is for the caller. Files are
-streams, and no line or document beyond MAX_BYTES is kept, so that memory stays bounded
-(a few times that; of an ArrayRecord file, one of its blocks).
+The extension of a file name decides its format. A reader yields its records in order: a Document,
+or an Unusable with the place and the reason; the caller decides what follows. Files are streamed,
+and no line or document longer than MAX_BYTES is kept, so memory stays bounded: a few times
+MAX_BYTES, or one block of an ArrayRecord file.
 """
 
 import codecs
@@ -16,9 +16,9 @@ import zlib
 
 from btx_jax.errors import UsageError, nearest
 
-MAX_BYTES = 64_000_000  # of a document, and of a line
+MAX_BYTES = 64_000_000  # per document, and per line
 _CHUNK = 1 << 20
-_ROWS = 64  # of a Parquet file that are held at a time
+_ROWS = 64  # of a Parquet file in memory at a time
 
 TOO_LONG, CUT_OFF, DAMAGED, EMPTY = 'is too long', 'is cut off', 'is damaged', 'is empty'
 NOT_UTF8, NOT_JSON = 'is not UTF-8 text', 'is not JSON'
@@ -30,9 +30,9 @@ class Document(NamedTuple):
   """One document.
 
   Attributes:
-    text: of the document.
-    id: what its file calls it; '' if nothing.
-    place: 'PATH:NUMBER', the line, row or record where it begins, from 1.
+    text: its content.
+    id: its id in the file, or '' if it has none.
+    place: 'PATH:NUMBER', the line, row or record where it begins, counted from 1.
   """
   text: str
   id: str = ''
@@ -40,7 +40,7 @@ class Document(NamedTuple):
 
 
 class Unusable(NamedTuple):
-  """A record that is no document: place (as of a Document), a reason from above, details."""
+  """A record that is not a document: its place (as in Document), a reason from above, details."""
   place: str
   reason: str
   detail: str = ''
@@ -54,15 +54,15 @@ def read(path: str, text_field: str = 'text', id_field: str = '',
   """The records of a file in order.
 
   Args:
-    path: ends in .jsonl, .parquet, .arrayrecord or .array_record; all else is plain text.
-    text_field: the field or column of the text. '' says that the records of an ArrayRecord
-      file are text themselves, not JSON.
-    id_field: the field or column of the id; '' is none.
-    separator: cuts plain text into documents; '' leaves a file one document.
+    path: ends in .jsonl, .parquet, .arrayrecord or .array_record; anything else is plain text.
+    text_field: the field or column of the text; '' if the records of an ArrayRecord file are
+      plain text, not JSON.
+    id_field: the field or column of the id; '' if there is none.
+    separator: splits plain text into documents; if '', a file is one document.
 
   Raises:
     OSError: the file cannot be opened.
-    UsageError: a Parquet file without these columns, or without pyarrow to read it.
+    UsageError: a Parquet file lacks these columns, or pyarrow is not installed.
   """
   if path.endswith('.parquet'):
     records = _parquet(path, text_field, id_field)
@@ -73,7 +73,7 @@ def read(path: str, text_field: str = 'text', id_field: str = '',
   else:
     records = _plain(path, separator)
   if not os.path.getsize(path):
-    records = iter(())  # without their end, Parquet and ArrayRecord would be called damaged
+    records = iter(())  # Parquet and ArrayRecord readers would call the file damaged
   first = next(records, Unusable(path, EMPTY))
   yield first
   yield from records
@@ -83,7 +83,7 @@ def read(path: str, text_field: str = 'text', id_field: str = '',
 
 
 class _Piece(NamedTuple):
-  """What lies between two separators, the line where it begins; `cut` if its end is missing."""
+  """The bytes between two separators, the line they begin on, and whether the end is missing."""
   raw: bytes
   line: int
   cut: bool
@@ -95,7 +95,7 @@ def _plain(path: str, separator: str) -> Iterator[Document | Unusable]:
       yield piece
       continue
     try:
-      # Where the file was cut off, the last character may be too: not a reason of its own.
+      # If the file is cut off, the last character may be incomplete: that is no further error.
       text = codecs.getincrementaldecoder('utf-8')().decode(piece.raw, final=not piece.cut)
       yield Document(text, '', f'{path}:{piece.line}')
     except UnicodeDecodeError as error:
@@ -114,11 +114,11 @@ def _jsonl(path: str, text_field: str, id_field: str) -> Iterator[Document | Unu
 
 
 def _pieces(path: str, separator: bytes) -> Iterator[_Piece | Unusable]:
-  """What lies between separators, or the whole file if there is none ('')."""
-  rest = bytearray()  # from the beginning of a piece on
-  line = 1  # of that beginning
-  searched = 0  # no separator begins before
-  passed = 0  # newlines of a piece that is too long and not kept
+  """The pieces between separators, or the whole file if the separator is empty."""
+  rest = bytearray()  # bytes read since the current piece began
+  line = 1  # where the current piece begins
+  searched = 0  # no separator begins before this offset in `rest`
+  passed = 0  # newlines in the dropped bytes of a piece that is too long
   too_long = False
   damage = None
   try:
@@ -137,7 +137,7 @@ def _pieces(path: str, separator: bytes) -> Iterator[_Piece | Unusable]:
       if too_long or searched > MAX_BYTES:
         too_long = True
         if not separator:
-          break  # there is nothing else in the file
+          break  # the piece is the whole file
         passed += rest.count(b'\n', 0, searched)
         del rest[:searched]
         searched = 0
@@ -156,11 +156,11 @@ def _pieces(path: str, separator: bytes) -> Iterator[_Piece | Unusable]:
 
 def _chunks(path: str) -> Iterator[bytes]:
   with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
-    while chunk := file.read1(_CHUNK):  # read() would lose what comes before the damage
+    while chunk := file.read1(_CHUNK):  # read() would lose the bytes before the damage
       yield chunk
 
 
-# JSON objects and text, of whatever file
+# JSON objects and text, in any format
 
 
 def _json(raw: bytes, place: str, text_field: str, id_field: str) -> Document | Unusable:
@@ -174,7 +174,7 @@ def _json(raw: bytes, place: str, text_field: str, id_field: str) -> Document | 
   except (ValueError, RecursionError) as error:
     return Unusable(place, NOT_JSON, f': {error}')
   if not isinstance(record, dict):
-    return Unusable(place, NO_TEXT, f' {text_field!r}: it is no object but {_kind(record)}')
+    return Unusable(place, NO_TEXT, f' {text_field!r}: it is not an object but {_kind(record)}')
   if text_field not in record:
     return Unusable(place, NO_TEXT, f' {text_field!r}; {_fields(record)}')
   text = record[text_field]
@@ -235,8 +235,8 @@ def _parquet(path: str, text_field: str, id_field: str) -> Iterator[Document | U
         texts, ids = (_decoded(batch.column(name)) for name in (text_field, columns[-1]))
         for text, identity in zip(texts, ids):
           row += 1
-          yield _of_row(text, identity if id_field else None, f'{path}:{row}', text_field)
-    except (pa.ArrowException, OSError) as error:  # not of opening the file: that came before
+          yield _from_row(text, identity if id_field else None, f'{path}:{row}', text_field)
+    except (pa.ArrowException, OSError) as error:  # the file itself was opened above
       yield Unusable(f'{path}:{row + 1}' if row else path, DAMAGED, f': {error}')
 
 
@@ -255,14 +255,14 @@ def _check_columns(path: str, schema, text_field: str, id_field: str):
 
 
 def _decoded(column):
-  """A column whose scalars are the values themselves."""
+  """The column with dictionary codes replaced by their values."""
   return column.dictionary_decode() if hasattr(column, 'dictionary_decode') else column
 
 
-def _of_row(text, identity, place: str, text_field: str) -> Document | Unusable:
+def _from_row(text, identity, place: str, text_field: str) -> Document | Unusable:
   if not text.is_valid:
     return Unusable(place, NO_TEXT, f' {text_field!r} but null')
-  raw = text.as_buffer()  # no copy yet
+  raw = text.as_buffer()  # without a copy
   if raw.size > MAX_BYTES:
     return _too_long(place)
   decoded = _utf8(raw.to_pybytes(), place)
@@ -275,10 +275,10 @@ def _of_row(text, identity, place: str, text_field: str) -> Document | Unusable:
 
 
 def _array_record(path: str, text_field: str, id_field: str) -> Iterator[Document | Unusable]:
-  from array_record.python.array_record_module import ArrayRecordReader  # grain needs it too
+  from array_record.python.array_record_module import ArrayRecordReader  # installed with grain
   with open(path, 'rb'):
-    pass  # for the error, which the reader keeps to itself
-  # Without reading ahead, which would hold a block for each core.
+    pass  # raises the OSError, which the reader would swallow
+  # No read-ahead: it would keep one block per core in memory.
   reader = ArrayRecordReader(path, 'readahead_buffer_size:0,max_parallelism:0')
   number = 0
   try:

@@ -1,9 +1,9 @@
 """One global order of training rows, a pure function of the config and the step.
 
-A source is a random-access array of windows; grain shuffles each, repeats it and interleaves
-them by weight. Row i of global batch s is element s * B + i of that mixture, and a process
-reads only the rows that its devices hold. So every global batch is the same on any number of
-processes, each domain has its share in each batch, and all there is to resume is the step.
+Each domain is a random-access array of windows. grain shuffles and repeats each array and
+interleaves them by weight. Row i of global batch s is element s * B + i of this order, and a
+process reads only the rows of its own devices. So every global batch is the same on any number of
+processes, each domain has its share of every batch, and the step is all that a resumed run needs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,22 +11,22 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from btx_jax import run as run_lib
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
+from btx_jax.run import seed_of
 
 Batch = dict[str, np.ndarray]
 
 
 class Windows:
-  """A split of a domain, as rows of `length` tokens to predict.
+  """A split of a domain as rows of `length` tokens to predict.
 
-  Row i: tokens i * length up to (i + 1) * length, and their successors as targets. Documents
-  lie one behind the other; a row sees each apart, by its segment ids.
+  Row i holds tokens i * length to (i + 1) * length, with their successors as targets. Documents
+  follow one another; segment ids keep those in a row apart.
   """
 
   def __init__(self, tokens: Tokens, length: int, domain: int, keep_last: bool = False):
-    """`keep_last` keeps a last window that is not full, padded (for evaluation)."""
+    """If `keep_last`, an incomplete last window is padded, not dropped (for evaluation)."""
     self._tokens, self._length, self._domain = tokens, length, domain
     rows = (len(tokens.ids) - 1) / length
     self._len = int(np.ceil(rows) if keep_last else rows)
@@ -53,18 +53,18 @@ class Windows:
         'loss_mask': segment_ids[1:] == segment_ids[:-1],
     }
     row = {name: np.pad(values, (0, T + 1 - len(ids))) for name, values in row.items()}
-    return row | {'domain': np.int32(self._domain)}
+    return row | {'domain': np.array(self._domain, np.int32)}
 
 
 def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], length: int,
                    seed: int) -> grain.MapDataset:
-  """The endless mixture of windows: element i is the i-th row that training sees.
+  """The endless mixture of windows: element i is the i-th row of training.
 
   Args:
-    domains: training tokens by name; a row's `domain` is the place of its domain here.
-    weights: share of the rows of each domain; one that is not named has none.
+    domains: training tokens by name; a row's `domain` is the index of its domain here.
+    weights: each domain's share of the rows; a domain without a weight is not used.
     length: T.
-    seed: of the shuffle, which is another one in each pass over a domain.
+    seed: seeds the shuffles, which differ for each pass over a domain.
 
   Raises:
     UsageError: a domain is shorter than one row.
@@ -76,8 +76,8 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
       if not len(windows):
         raise UsageError(f'domains.{name} has {len(tokens.ids)} training tokens, fewer than '
                          f'one row of data.seq_len = {length}.')
-      # By name, so that a further domain in the config changes nothing for this one.
-      source = grain.MapDataset.source(windows).seed(run_lib.seed_of(name, seed))
+      # Seeded by name, so that adding a domain to the config does not change the others.
+      source = grain.MapDataset.source(windows).seed(seed_of(name, seed))
       sources.append(source.shuffle().repeat())
   shares = [weights[name] for name in domains if name in weights]
   return grain.MapDataset.mix(sources, weights=shares)
@@ -90,8 +90,8 @@ def global_batches(order: grain.MapDataset, batch_size: int, microbatches: int,
   Args:
     order: from `training_order`.
     batch_size: B, rows of a global batch, all microbatches together.
-    microbatches: how many, each of B / microbatches consecutive rows of the order.
-    rows: which rows of every microbatch this process reads; all by default.
+    microbatches: their number; each has B / microbatches consecutive rows of the order.
+    rows: the rows of every microbatch that this process reads; all by default.
   """
   return grain.MapDataset.source(_Batches(order, batch_size, microbatches, rows))
 
@@ -106,8 +106,8 @@ class _Batches:
   def __len__(self) -> int:
     return len(self._order) // self._batch_size
 
-  def __getitem__(self, step: int) -> Batch:
-    first = step * self._batch_size
+  def __getitem__(self, index: int) -> Batch:
+    first = index * self._batch_size
     return stack([
         stack([self._order[first + m * self._microbatch + row] for row in self._rows])
         for m in range(self._microbatches)])
@@ -126,17 +126,17 @@ class _Stacked:
   def __len__(self) -> int:
     return min(map(len, self._branches))
 
-  def __getitem__(self, step: int) -> Batch:
-    return stack([branch[step] for branch in self._branches])
+  def __getitem__(self, index: int) -> Batch:
+    return stack([branch[index] for branch in self._branches])
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
-  """Batches or rows with one more leading dimension."""
+  """Stacks batches or rows along a new leading dimension."""
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def evaluation_batches(tokens: Tokens, length: int, batch_size: int) -> Iterator[Batch]:
-  """All windows of a split in order, the last batch filled up with empty rows."""
+  """All windows of a split in order; empty rows fill the last batch."""
   windows = Windows(tokens, length, 0, keep_last=True)
   for first in range(0, len(windows), batch_size):
     rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]

@@ -1,12 +1,12 @@
-"""The text of a config, tokenized once into WORKDIR/data."""
+"""The text of all domains of a config, tokenized once into WORKDIR/data."""
 
 import dataclasses
 import os
 
-from btx_jax.data import corpora
-from btx_jax.data import tokenizer as tokenizer_lib
-from btx_jax.data import tokens as tokens_lib
-from btx_jax.data.tokenizer import Tokenizer
+from btx_jax.data import corpora, tokens
+from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer
+from btx_jax.data.tokenizer import load as load_tokenizer
+from btx_jax.data.tokens import Tokens
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
@@ -17,19 +17,19 @@ from btx_jax.terminal import say
 class Text:
   """The tokenized text of all domains, by name (sorted: a row's domain is its index)."""
   tokenizer: Tokenizer
-  train: dict[str, tokens_lib.Tokens]
-  held_out: dict[str, tokens_lib.Tokens]
+  train: dict[str, Tokens]
+  held_out: dict[str, Tokens]
 
 
 def prepare(config, folder: str) -> Text:
-  """Reads and tokenizes what is not in `folder` already.
+  """Reads and tokenizes the domains that are not in `folder` yet.
 
   Args:
-    config: as btx_jax/base.py makes it.
+    config: see btx_jax/base.py.
     folder: WORKDIR/data.
 
   Returns:
-    All training tokens, and of the held-out ones a sample of `evaluation.tokens` a domain.
+    All training tokens, and a sample of `evaluation.tokens` held-out tokens per domain.
 
   Raises:
     UsageError: see tokens.prepare.
@@ -41,10 +41,10 @@ def prepare(config, folder: str) -> Text:
     path = os.path.join(folder, domain.name)
     if not os.path.exists(path):
       say(f'{domain.name}: reading and tokenizing')
-    meta = tokens_lib.prepare(
+    meta = tokens.prepare(
         path, domain, tokenizer, config.data.held_out, config.data.max_skipped)
-    train[domain.name] = tokens_lib.load(path, 'train')
-    held_out[domain.name] = tokens_lib.load(path, 'held_out').sample(config.evaluation.tokens)
+    train[domain.name] = tokens.load(path, 'train')
+    held_out[domain.name] = tokens.load(path, 'held_out').sample(config.evaluation.tokens)
     say(f'{domain.name}: {meta["train"]["documents"]:,} documents, '
         f'{meta["train"]["bytes"] / 1e6:.1f} MB, {meta["train"]["tokens"] / 1e6:.2f} M tokens '
         f'to train on; {meta["held_out"]["documents"]:,} documents held out')
@@ -57,7 +57,7 @@ def prepare(config, folder: str) -> Text:
 
 
 def open_prepared(config, folder: str) -> Text:
-  """What `prepare` of process 0 has made, as soon as it is seen here."""
+  """Waits until the files that process 0 writes by `prepare` appear here, and opens them."""
   distributed.wait_for(_kept(config, folder))
   for domain in config.domains:
     distributed.wait_for(os.path.join(folder, domain, 'meta.json'))
@@ -65,40 +65,40 @@ def open_prepared(config, folder: str) -> Text:
 
 
 def tokenizer(config, folder: str) -> Tokenizer:
-  """The tokenizer that `prepare` has used."""
-  return given(config, folder) or tokenizer_lib.load(_kept(config, folder))
+  """The tokenizer that `prepare` used."""
+  return given(config, folder) or load_tokenizer(_kept(config, folder))
 
 
 def given(config, folder: str) -> Tokenizer | None:
-  """The tokenizer that the config names; None if one is to be trained.
+  """The tokenizer that the config names, or None if one is to be trained.
 
-  Where its file is not at hand, the copy in `folder` is as good.
+  If its file is missing, the copy in `folder` is read.
   """
   path, kept = config.tokenizer.path, _kept(config, folder)
   if not path:
     return None
-  return tokenizer_lib.load(path if os.path.exists(path) or not os.path.exists(kept) else kept)
+  return load_tokenizer(path if os.path.exists(path) or not os.path.exists(kept) else kept)
 
 
 def _kept(config, folder: str) -> str:
-  """Where the tokenizer is kept; the files that belong to it are beside it."""
-  return os.path.join(folder, tokenizer_lib.file_name(config.tokenizer.path))
+  """Path of the tokenizer in `folder`, where its other files are too."""
+  return os.path.join(folder, file_name(config.tokenizer.path))
 
 
 def _tokenizer(config, folder: str, domains) -> Tokenizer:
-  """The given tokenizer, or one trained from the text, kept in `folder` either way."""
+  """The given tokenizer, or one trained on the text; `folder` keeps a copy of either."""
   kept, size = _kept(config, folder), config.tokenizer.vocab_size
   tokenizer = given(config, folder)
   if not tokenizer and os.path.exists(kept):
-    tokenizer = tokenizer_lib.load(kept)
+    tokenizer = load_tokenizer(kept)
     if tokenizer.vocab_size != size:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
                        f'= {size}. Set that, or use another --workdir.')
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
-    tokenizer = tokenizer_lib.train(_sample(config, domains), size)
+    tokenizer = train_tokenizer(_sample(config, domains), size)
   if not os.path.exists(kept):
-    last = os.path.basename(kept)  # when it is there, all are
+    last = os.path.basename(kept)  # written last: if it exists, all do
     for name in sorted(tokenizer.files, key=lambda name: name == last):
       with replacing(os.path.join(folder, name), 'wb') as file:
         file.write(tokenizer.files[name])
@@ -106,12 +106,12 @@ def _tokenizer(config, folder: str, domains) -> Tokenizer:
 
 
 def _sample(config, domains):
-  """The first training documents of every domain, for training a tokenizer."""
+  """The first training documents of every domain, to train a tokenizer on."""
   for domain in domains:
     left = config.tokenizer.sample_chars
-    # What is skipped is told when the domain is tokenized, next.
+    # Skipped records are reported later, when the domain is tokenized.
     for text, _, _ in corpora.documents(domain, config.data.max_skipped):
-      if tokens_lib.share(text) < config.data.held_out:
+      if tokens.share(text) < config.data.held_out:
         continue
       yield text[:left]
       left -= len(text)

@@ -1,20 +1,19 @@
 """Text tokenized once into flat files on disk, with document boundaries and a held-out split.
 
-A document is either training or held-out text, by the hash of its text, whatever its domain:
-so exact copies never stand on both sides, and the choice does not depend on what other
-documents there are. (Unless a small domain has no document below the threshold: then it holds
-out the one that comes next.)
+The hash of its text alone decides whether a document is held out, so exact copies never end up on
+both sides, and adding documents moves no other document. (One exception: if no document of a small
+domain has a hash below the threshold, the one with the smallest hash is held out.)
 
   DIR/train.bin, held_out.bin              token ids, uint16 or uint32; each document is
                                           begin mark, text, end mark
   DIR/train.documents.npy, held_out...     [documents + 1, 2] int64: first token, first byte of
                                           the raw text; the last row holds the totals
-  DIR/train.ids.jsonl, held_out.ids.jsonl  only where the domain has an id_field: the id of each
-                                          document, a JSON string a line ("" if it has none)
-  DIR/meta.json                           what they were made from, and what was skipped;
+  DIR/train.ids.jsonl, held_out.ids.jsonl  only if the domain has an id_field: the id of each
+                                          document, one JSON string per line ("" if it has none)
+  DIR/meta.json                           what they were made from, and the skipped records;
                                           written last
 
-The ids stand beside the tokens and are no part of their hash: runs do not depend on them.
+The hash of the tokens does not cover the ids, so runs do not depend on them.
 """
 
 from collections.abc import Iterator
@@ -35,8 +34,8 @@ from btx_jax.errors import UsageError
 
 SPLITS = ('train', 'held_out')
 _BATCH = 256  # documents tokenized at a time
-_BATCH_CHARS = 16_000_000  # at most, in several documents: as ids they take many times the room
-_CHECKED = 256  # documents of a domain whose round trip is checked, besides unknown pieces
+_BATCH_CHARS = 16_000_000  # ends a batch early: as lists of ids, text takes many times its size
+_CHECKED = 256  # documents per domain whose round trip is checked, plus those with unknown tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,8 @@ class Tokens:
   Attributes:
     ids: [tokens], all documents one after another.
     starts: [documents + 1], first token of each document, then the number of tokens.
-    bytes: [documents + 1], bytes of raw text before each document, then all bytes.
-    hash: of the ids and boundaries.
+    bytes: [documents + 1], bytes of raw text before each document, then the number of bytes.
+    hash: identifies the ids and boundaries.
   """
   ids: np.ndarray
   starts: np.ndarray
@@ -59,7 +58,7 @@ class Tokens:
     return len(self.starts) - 1
 
   def sample(self, num_tokens: int) -> 'Tokens':
-    """Whole documents from all over the split, as many as fit in `num_tokens`, at least one."""
+    """A random sample of whole documents: as many as fit in `num_tokens`, at least one."""
     order = np.random.default_rng(0).permutation(self.num_documents)
     total = np.cumsum(np.diff(self.starts)[order])
     chosen = np.sort(order[:max(1, np.searchsorted(total, num_tokens, side='right'))])
@@ -70,12 +69,12 @@ class Tokens:
 
 
 def share(text: str) -> float:
-  """A number from 0 to 1 from the hash of a document; below `held_out`, it is held out."""
+  """The hash of a document as a number from 0 to 1; it is held out if that is below `held_out`."""
   return int.from_bytes(hashlib.sha256(text.encode('utf-8')).digest()[:8], 'big') / 2**64
 
 
 def load(folder: str, split: str) -> Tokens:
-  """Opens a split that `prepare` has made."""
+  """Opens a split that `prepare` wrote."""
   meta = read_meta(folder)
   documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
   ids = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
@@ -83,7 +82,7 @@ def load(folder: str, split: str) -> Tokens:
 
 
 def document_id(folder: str, split: str, number: int) -> str:
-  """The id of a document, from 0; '' if it has none, or the domain has no id_field."""
+  """The id of document `number`, counted from 0; '' if it has none or the domain has no ids."""
   path = os.path.join(folder, f'{split}.ids.jsonl')
   if not os.path.exists(path):
     return ''
@@ -93,19 +92,19 @@ def document_id(folder: str, split: str, number: int) -> str:
 
 def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out: float,
             max_skipped: float = 0.1) -> dict:
-  """Tokenizes a domain into `folder`, unless it is there already.
+  """Tokenizes a domain into `folder`, unless that exists.
 
   Args:
-    folder: of this domain.
+    folder: the folder of this domain.
     domain: where the text comes from.
-    tokenizer: must give back the text it was given.
-    held_out: the share of documents that are kept from training.
+    tokenizer: must be lossless.
+    held_out: the share of documents to hold out.
     max_skipped: the largest share of records that may be unusable.
 
   Returns:
-    The content of meta.json: documents, bytes and tokens of each split among it, and
-    `skipped`: the count of unusable records, the count by reason, and the first places.
-    (Folders of earlier versions have no `skipped`.)
+    The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
+    split, and `skipped`: the number of unusable records, in all and by reason, and the first
+    places. (Folders of earlier versions have no `skipped`.)
 
   Raises:
     UsageError: the domain has fewer than two documents or too many unusable records, the
@@ -114,10 +113,10 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
   made_from = {'domain': {**domain._asdict(), 'paths': list(domain.paths)},
                'tokenizer': tokenizer.hash, 'held_out': held_out}
   if not domain.id_field:
-    del made_from['domain']['id_field']  # as before there was one: those folders stay valid
+    del made_from['domain']['id_field']  # folders older than this field stay valid
   if os.path.exists(folder):
     meta = read_meta(folder)
-    with contextlib.suppress(UsageError):  # the tokens will do where the text is not at hand
+    with contextlib.suppress(UsageError):  # without the text, the tokens suffice
       made_from['text'] = corpora.describe(domain)
     for key, value in made_from.items():
       if meta['made_from'].get(key) != value:
@@ -128,7 +127,7 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
     return meta
 
   made_from['text'] = corpora.describe(domain)
-  partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # jobs may prepare at the same time
+  partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # other jobs may be preparing too
   try:
     return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from)
   finally:
@@ -138,7 +137,7 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
 def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from) -> dict:
   tally = corpora.Tally()
   smallest = _write(partial, domain, tokenizer, held_out, max_skipped, tally)
-  if smallest is not None:  # none is held out: hold out the one that comes next
+  if smallest is not None:  # nothing was held out: hold out the document of the smallest hash
     _write(partial, domain, tokenizer, np.nextafter(smallest, 1), max_skipped, corpora.Tally())
   meta = {'made_from': made_from, 'dtype': _dtype(tokenizer).name, 'hash': {},
           'skipped': {'count': tally.skipped, 'reasons': tally.reasons, 'first': tally.first}}
@@ -153,14 +152,14 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
     os.rename(partial, folder)
   except OSError:
     if not os.path.exists(folder):
-      raise  # not another job that was faster
+      raise  # otherwise another job was faster
     return prepare(folder, domain, tokenizer, held_out, max_skipped)
   return meta
 
 
 def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
            tally: corpora.Tally) -> float | None:
-  """Writes both splits. Returns None, or if nothing was held out the smallest hash there is."""
+  """Writes both splits. Returns the smallest hash if no document was held out, else None."""
   os.makedirs(folder, exist_ok=True)
   dtype = _dtype(tokenizer)
   boundaries = {split: [(0, 0)] for split in SPLITS}
@@ -192,7 +191,7 @@ def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
     raise UsageError(
         f'domains.{domain.name} has {count} document(s), and held-out text shares no document '
         f'with training: there must be at least two. Set domains.{domain.name}.separator '
-        '(for example a blank line) to cut text files into documents, or lower data.held_out.')
+        '(for example a blank line) to split text files into documents, or lower data.held_out.')
   return None if held_out_count else smallest
 
 
@@ -214,8 +213,8 @@ def _check_round_trip(text: str, decoded: str, domain: corpora.Domain):
               min(len(text), len(decoded)))
     raise UsageError(
         f'The tokenizer loses text of domains.{domain.name}: {text[at:at + 20]!r} comes back '
-        f'as {decoded[at:at + 20]!r}. Use a tokenizer that changes no text and has all bytes '
-        '(as those of Llama), or leave tokenizer.path empty to train one.')
+        f'as {decoded[at:at + 20]!r}. Use a lossless tokenizer that has all bytes (like those '
+        'of Llama), or leave tokenizer.path empty to train one.')
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -237,5 +236,5 @@ def read_meta(folder: str) -> dict:
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
       return json.load(file)
   except (OSError, json.JSONDecodeError) as error:
-    raise UsageError(f'{folder} holds no tokens of ours ({error}); use another --workdir.'
-                     ) from error
+    raise UsageError(f'{folder} does not hold tokens written by btx_jax ({error}); use another '
+                     '--workdir.') from error

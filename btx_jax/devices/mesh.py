@@ -17,7 +17,7 @@ BRANCH_BATCH_AXES = AXES[:2]  # that carry the rows of each of several stacked b
 
 
 def choose(sizes: dict[str, int], devices: int, num_experts: int, state_bytes: int,
-           memory: int | None, slices: int = 1) -> dict[str, int]:
+           memory: float | None, slices: int = 1) -> dict[str, int]:
   """The sizes of a mesh, those that are 0 chosen.
 
   `expert` as large as divides the experts, since tokens are less to send than weights; then

@@ -102,7 +102,7 @@ def disagreement(facts_of: Mapping[int, Any]) -> str | None:
   others: dict[str, dict[str, list[int]]] = {}  # path, value -> who has it
   of_first: dict[str, str] = {}
   for index in sorted(facts_of):
-    for path, one, other in errors.compare(facts_of[first], facts_of[index]):
+    for path, one, other in errors.nested_differences(facts_of[first], facts_of[index]):
       of_first[path] = json.dumps(one)
       others.setdefault(path, {}).setdefault(json.dumps(other), []).append(index)
   if not others:

@@ -1,2 +1,3 @@
-"""The Llama: its sizes (config), the network (llama, attention) and the mixture layer
-(routing, moe). Parameters are plain nested dicts of arrays, layers stacked on a leading axis."""
+"""The Llama: its sizes (config), the network (llama, attention, linear) and the mixture layer
+(routers, balance, moe, dispatch, permute, grouped). Parameters are plain nested dicts of arrays,
+with layers stacked on a leading axis."""

@@ -1,6 +1,7 @@
 """Rotary embeddings and causal attention within packed documents."""
 
 import math
+import typing
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -12,16 +13,16 @@ from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.model.config import Config
 
-QUERY_BLOCKS = 4
-_LANES = 128  # of a TPU: the splash kernel works on so many positions, or a multiple
+_QUERY_BLOCKS = 4
+_LANES = 128  # TPU lane count: the splash kernel needs T to be a multiple
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:
   """Angular frequency of each pair of dimensions, [H / 2], with Llama-3 scaling.
 
-  Llama 3 stretches its context by `rope_factor`: slow waves (longer than original_length /
-  low_freq_factor) are slowed by the factor, fast ones are kept, and those between are
-  interpolated.
+  Llama 3 lengthens its context by `rope_factor`: slow waves (longer than original_length /
+  low_freq_factor) are slowed by the factor, fast ones (shorter than original_length /
+  high_freq_factor) are kept, and those between are interpolated.
   """
   freq = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
   if cfg.rope_factor != 1:
@@ -33,14 +34,14 @@ def rope_frequencies(cfg: Config) -> np.ndarray:
 
 
 def rope_tables(positions_BT: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines, each [B, 1, T, H / 2] in float32: bfloat16 could not tell positions."""
+  """Cosines and sines, each [B, 1, T, H / 2]; float32, for bfloat16 confuses far positions."""
   frequencies = rope_frequencies(cfg)[None, None, None]
   angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BNTH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Turns the pairs (i, i + H/2) of each head; computed in float32, returned in x's dtype."""
+  """Rotates the pairs (i, i + H/2) of each head; computed in float32, returned in x's dtype."""
   cos, sin = tables
   a, b = jnp.split(x_BNTH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BNTH.dtype)
@@ -53,24 +54,25 @@ def attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, implementation='auto',
   Args:
     q_BNTH, k_BKTH, v_BKTH: queries, keys and values; K divides N.
     segment_ids_BT: the document of each position, numbered within its row.
-    implementation: 'xla', plain einsums that run anywhere; 'splash', the kernel of TPUs (elsewhere
-      it is interpreted, very slowly); 'cudnn', that of NVIDIA GPUs, for bfloat16; or 'auto', the
-      one of the platform where it can take such arrays, else 'xla'.
+    implementation: 'xla', plain einsums that run anywhere; 'splash', the TPU kernel (elsewhere
+      it is interpreted, very slowly; 'xla' if T is not a multiple of 128); 'cudnn', the kernel for
+      NVIDIA GPUs, in bfloat16; or 'auto', the target platform's kernel where it supports such
+      arrays, else 'xla'.
     batch_axes: the mesh axes over which rows are sharded.
 
   Returns:
     [B, N, T, H], in the dtype of the queries.
   """
   if implementation == 'auto':
-    implementation = _of_platform(q_BNTH)
+    implementation = _implementation_of_platform(q_BNTH)
   if implementation == 'splash' and q_BNTH.shape[2] % _LANES == 0:
     return _splash(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes)
   form = _cudnn if implementation == 'cudnn' else _plain
   return checkpoint_name(form(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT), 'attended')
 
 
-def _of_platform(q_BNTH) -> str:
-  """The kernel of the platform that this is compiled for, where it can take such queries."""
+def _implementation_of_platform(q_BNTH) -> str:
+  """The kernel of the target platform where it supports such queries, else 'xla'."""
   *_, T, H = q_BNTH.shape
   platform = sharding.platform()
   if platform == 'tpu' and T % _LANES == 0:
@@ -81,14 +83,14 @@ def _of_platform(q_BNTH) -> str:
 
 
 def _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
-  # A block of queries needs the keys up to its own end only: blocks spare 3/8 of the work
-  # and keep the scores in cache. Heads before positions, and dividing by the softmax's sum
-  # after the values are added up, make this more than twice as fast on a CPU, forward and
-  # backward, as jax.nn.dot_product_attention's XLA form.
+  # A block of queries needs only the keys up to its own end: blocks save 3/8 of the work and
+  # keep the scores in cache. With heads before positions, and the division by the softmax's sum
+  # after the sum over values, this is more than twice as fast on a CPU, forward and backward,
+  # as jax.nn.dot_product_attention's XLA form.
   B, N, T, H = q_BNTH.shape
   K = k_BKTH.shape[1]
   q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H) * H**-0.5
-  blocks = QUERY_BLOCKS if T % QUERY_BLOCKS == 0 else 1
+  blocks = _QUERY_BLOCKS if T % _QUERY_BLOCKS == 0 else 1
   outputs = []
   for end in range(T // blocks, T + 1, T // blocks):
     start = end - T // blocks
@@ -112,13 +114,13 @@ def _cudnn(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
 
 
 def _splash(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes):
-  """Blocks of keys that are all in the future are skipped; no scores reach memory."""
+  """The TPU kernel: skips blocks of keys that are all in the future, writes no scores to memory."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
   mesh = jax.sharding.get_abstract_mesh()
   N, T, H = q_BNTH.shape[1:]
   heads_axis = None if mesh.empty else sharding.axis_that_cuts('tensor', k_BKTH.shape[1])
   heads = N // (mesh.shape['tensor'] if heads_axis else 1)
-  # The largest blocks that divide T: fewer rounds through the kernel's scratch memory.
+  # The largest blocks that divide T: fewer passes through the kernel's scratch memory.
   queries, keys = math.gcd(T, 512), math.gcd(T, 1024)
   sizes = splash.BlockSizes(
       block_q=queries, block_kv=keys, block_kv_compute=queries, block_q_dkv=queries,
@@ -128,18 +130,19 @@ def _splash(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes):
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((T, T))] * heads), block_sizes=sizes,
         residual_checkpoint_name='attended', interpret=sharding.platform() != 'tpu')
-    return jax.vmap(kernel)(q * H**-0.5, k, v, splash.SegmentIds(segment_ids, segment_ids))
+    y = jax.vmap(kernel)(q * H**-0.5, k, v, splash.SegmentIds(segment_ids, segment_ids))
+    return typing.cast(jax.Array, y)  # a tuple only when the kernel is asked for residuals
 
   if mesh.empty:
     return local(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT)
   rows, by_head = P(batch_axes), P(batch_axes, heads_axis)
-  # Kernels do not say over which axes what they give varies.
+  # A kernel does not declare the mesh axes that its outputs vary over.
   return jax.shard_map(local, in_specs=(by_head, by_head, by_head, rows), out_specs=by_head,
                        check_vma=False)(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT)
 
 
 def _visible(segment_ids_BT, start, end):
-  """[B, queries start..end, keys 0..end]: keys not later, and of the same document."""
+  """Mask [B, queries start..end, keys 0..end]: keys that are not later, of the same document."""
   same_document = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
   causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
   return same_document & causal[None]

@@ -1,4 +1,4 @@
-"""What routers did, as sums, and the losses on it: balancing (paper 3.3) and router z-loss.
+"""Routing statistics as sums, and how load is balanced: by a loss (paper 3.3) or by a bias.
 
 Statistics leave a layer as sums and counts, never as means, so that shards, padding and
 microbatches combine exactly.
@@ -13,18 +13,18 @@ from btx_jax.model.routers import Choice
 
 
 class RoutingSums(NamedTuple):
-  """What the balancing loss and the reports need, summed over groups of tokens.
+  """Statistics for the balancing loss, the z-loss and reports, summed over groups of tokens.
 
-  The groups G are the rows of a batch when sums leave the model, then domains (`by_domain`).
+  The groups G are the rows of a batch in what the model returns, then domains (`by_domain`).
 
   Attributes:
-    gates: [..., G, E], gate weights, as shares of all that a token gives out: 1 a token.
-    picks: [..., G, E], tokens that chose the expert, whether it had room or not.
+    gates: [..., G, E], gate weights, normalised to add up to 1 per token.
+    picks: [..., G, E], tokens that chose the expert, dropped ones included.
     probs: [..., G, E], softmax over all logits.
     entropy: [..., G], of that softmax, in nats.
-    z: [..., G], squared logarithm of that softmax's denominator.
-    count: [..., G], tokens that were counted (padding is not).
-    dropped: [..., G], choices that passed by a full expert; None of a router that drops none.
+    z: [..., G], squared logarithm of that softmax's denominator, for the router z-loss.
+    count: [..., G], tokens, padding excluded.
+    dropped: [..., G], choices dropped because the expert was full; None if the router drops none.
   """
   gates: jax.Array
   picks: jax.Array
@@ -36,10 +36,10 @@ class RoutingSums(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """What a mixture layer did; who reads `sums` only does not pay for the rest.
+  """What a mixture layer did; a program that reads only `sums` does not compute the rest.
 
   Attributes:
-    sums: of each row.
+    sums: statistics of each row.
     gates: [..., B, T, k], weight of each choice.
     ids: [..., B, T, k], the chosen experts; -1 is none.
   """
@@ -49,18 +49,18 @@ class Routing(NamedTuple):
 
 
 def dense_gates(gates_BTk, ids_BTk, num_experts: int) -> jax.Array:
-  """Gate of every expert, [B, T, E]: zero where it was not chosen."""
-  # Added up rather than contracted: a TPU would round a matmul's inputs to bfloat16.
+  """The gate of every expert, [B, T, E]; zero where it was not chosen."""
+  # A sum rather than a contraction: a TPU would round a matmul's inputs to bfloat16.
   return (gates_BTk[..., None] * jax.nn.one_hot(ids_BTk, num_experts)).sum(-2)
 
 
 def routing_sums(choice: Choice, logits_BTE, counted_BT, num_experts: int) -> RoutingSums:
   """Sums over the tokens of each row that `counted_BT` marks.
 
-  Some routers' gates add up to less than 1. The balancing loss would then reward routers that
-  are not sure, instead of balance; as shares, the gates of a single expert become the fraction
-  of tokens that chose it, as in Switch, and those of the paper's top-k stay what they are.
-  A router without logits, by hash, has its gates for probabilities.
+  Some routers' gates add up to less than 1. The balancing loss would then reward uncertain
+  routers rather than balance, so gates are normalised. With one expert per token they become the
+  fraction of tokens that chose it, as in Switch; the paper's top-k gates do not change.
+  The router 'hash' has no logits: its gates serve as probabilities.
   """
   def over_row(x):
     counted = counted_BT.reshape(counted_BT.shape + (1,) * (x.ndim - 2))
@@ -78,27 +78,27 @@ def routing_sums(choice: Choice, logits_BTE, counted_BT, num_experts: int) -> Ro
       entropy=over_row(jax.scipy.special.entr(probs_BTE).sum(-1)),
       z=over_row(z_BT),
       count=counted_BT.sum(1).astype(jnp.float32),
-      dropped=None if choice.room is None else over_row((~choice.room).astype(jnp.float32).sum(-1)))
+      dropped=None if choice.kept is None else over_row((~choice.kept).astype(jnp.float32).sum(-1)))
 
 
 def by_domain(sums: RoutingSums, domain_B, num_domains: int) -> RoutingSums:
-  """The sums of rows added up by the domains that the rows are of."""
+  """Adds up the sums of rows by the rows' domains: [..., B, ...] -> [..., num_domains, ...]."""
   member_BG = jax.nn.one_hot(domain_B, num_domains)
   lead = sums.count.ndim - 1  # dimensions before the rows
 
   def add(x):
-    behind = x.ndim - lead - 1
-    member = member_BG.reshape((1,) * lead + member_BG.shape + (1,) * behind)
+    trailing = x.ndim - lead - 1
+    member = member_BG.reshape((1,) * lead + member_BG.shape + (1,) * trailing)
     return (jnp.expand_dims(x, lead + 1) * member).sum(lead)
 
   return jax.tree.map(add, sums)
 
 
 def balance_loss(sums: RoutingSums) -> jax.Array:
-  """E * sum_i mean(gate_i) * mean(prob_i), added up over layers (paper 3.3, "load balancing").
+  """E * sum_i mean(gate_i) * mean(prob_i), summed over layers (paper 3.3, "load balancing").
 
-  A layer in perfect balance gives 1, one that sends every token to one expert, with
-  certainty, gives E.
+  A layer in perfect balance contributes 1; one that sends every token to one expert with
+  certainty contributes E.
 
   Args:
     sums: gates and probs [L, G, E], count [L, G]; the means are over all groups.
@@ -108,9 +108,9 @@ def balance_loss(sums: RoutingSums) -> jax.Array:
 
 
 def balance_loss_share(sums: RoutingSums, whole: RoutingSums) -> jax.Array:
-  """What one microbatch contributes to the gradient of the whole batch's balancing loss.
+  """One microbatch's contribution to the gradient of the whole batch's balancing loss.
 
-  Over the microbatches of `whole`, the gradients of these shares add up to the gradient of
+  Over the microbatches of `whole`, the gradients of these contributions add up to the gradient of
   balance_loss(whole), and their values to twice its value.
   """
   gates, probs, _ = _over_groups(sums)
@@ -119,8 +119,8 @@ def balance_loss_share(sums: RoutingSums, whole: RoutingSums) -> jax.Array:
 
 
 def balanced_bias(bias_LE: jax.Array, sums: RoutingSums, speed: float) -> jax.Array:
-  """The bias of the choice after a step: up by `speed` for each expert that fewer tokens than
-  the mean chose, down for each that more did (arXiv 2408.15664)."""
+  """The bias [L, E] after a step: raised by `speed` for each expert that fewer tokens chose than
+  the mean, lowered for each that more chose (arXiv 2408.15664)."""
   load_LE = sums.picks.sum(-2)
   return bias_LE + speed * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
 

@@ -1,6 +1,6 @@
-"""The sizes of a model, and what follows from them alone: parameters and FLOPs.
+"""The sizes of a model, and the parameters and FLOPs that follow from them.
 
-Nothing here needs jax, so that planning and reporting stay light.
+Nothing here imports jax, so that planning and reporting start fast.
 """
 
 import dataclasses
@@ -10,53 +10,71 @@ from btx_jax.errors import UsageError, nearest
 SIZES = ('dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'tied_head')
 ROPE = ('rope_theta', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor',
         'rope_original_length')
-# Of which a mixture has what the source `recipe.reference` has.
+# Fields that a mixture takes from the source `recipe.reference`.
 OF_REFERENCE = (*ROPE, 'norm_eps', 'vocab_size')
 
+DTYPES = ('float32', 'bfloat16')
 ATTENTIONS = ('auto', 'xla', 'splash', 'cudnn')
-# From most memory and least work to the reverse: all; results of matmuls; those but of the
-# feed-forward layers' insides; of attention, and tokens sent to experts, so that none is sent
-# again; of attention; layers' inputs only; these in the host's memory.
+# Most memory first.
 REMATS = ('none', 'matmuls', 'projections', 'dispatch', 'attention', 'full', 'offload')
 DISPATCHES = ('auto', 'pieces', 'grouped', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
-# Those that choose by scores, so that a bias can change the choice.
+# Routers that choose by scores, so that a bias can change the choice.
 SCORING = ('top_k', 'softmax_top_k', 'switch')
+_SWITCH_CAPACITY = 1.5  # where capacity_factor is 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """A Llama, dense (`num_experts` 0) or with a mixture in every feed-forward layer.
 
+  Example:
+    >>> Config(48, dim=16, ffn_dim=20, num_layers=2, num_heads=4, num_kv_heads=2).head_dim
+    4
+
   Attributes:
-    vocab_size: V, rows of the embedding.
+    vocab_size: V, rows of the embedding. In a config file, 0 takes the tokenizer's vocabulary size.
     dim: D, width of the residual stream.
-    ffn_dim: F, width of the SwiGLU hidden layer (of each expert).
-    num_layers: L.
-    num_heads: N, query heads.
-    num_kv_heads: K, key-value heads; N / K query heads share one (grouped-query attention).
-    head_dim: H; 0 stands for D / N.
+    ffn_dim: F, width of the SwiGLU hidden layer; in a mixture, of each expert's.
+    num_layers: L, transformer blocks.
+    num_heads: N, query heads per layer.
+    num_kv_heads: K, key-value heads per layer; N / K query heads share one (grouped-query attention
+      if K < N).
+    head_dim: H, width of a head; 0 is dim / num_heads.
     rope_theta: base of the rotary frequencies.
-    rope_factor: Llama-3 frequency scaling: how much longer the context became; 1 is off.
-    rope_low_freq_factor: waves longer than original_length / this are scaled in full.
-    rope_high_freq_factor: waves shorter than original_length / this stay as they are.
+    rope_factor: Llama-3 scaling of the rotary frequencies: the factor by which the context grew; 1
+      is off.
+    rope_low_freq_factor: wavelengths above rope_original_length / this are scaled in full.
+    rope_high_freq_factor: wavelengths below rope_original_length / this are left unchanged.
     rope_original_length: context length before the scaling.
     norm_eps: epsilon of RMSNorm.
-    tied_head: the output head is the embedding, transposed.
+    tied_head: whether the output head is the transposed embedding.
     num_experts: E; 0 is a dense model.
-    router: how tokens choose experts, see routers.py.
-    top_k: experts per token; 0 is the router's own number, `k`.
-    capacity_factor: of the router 'switch': tokens that an expert has room for in training, in
-      units of a balanced load; 0 stands for 1.5.
-    router_bias: the choice of experts has a bias, a parameter that no gradient reaches.
-    dtype: of the computation, 'float32' or 'bfloat16'; parameters are always float32.
-    remat: what of each layer is kept for the backward pass, see REMATS; the rest is recomputed.
-    attention: 'xla' (anywhere), 'splash' (TPU), 'cudnn' (GPU, bfloat16), or 'auto': the one for
-      the platform.
-    dispatch: how tokens get to experts, a matter of speed only: see moe.FORMS; 'auto' is the one
-      for the platform.
-    dispatch_factor: of all but 'gather': room for tokens per expert in one round of dispatch, in
-      units of a balanced load. What overflows is done in a further round.
+    router: how the tokens of a mixture choose experts: 'top_k' (the paper's), 'softmax_top_k'
+      (softmax over all experts first, so that routing to a single expert can be learned), 'switch'
+      (like that with one expert per token and limited capacity), 'soft' (all experts),
+      'sample_top_1' (one expert, sampled at random during training), 'hash' (by the token's id;
+      nothing is learned). See btx_jax/model/routers.py.
+    top_k: experts per token; 0 is the router's own number: 2, or 1 for 'switch' and 'sample_top_1',
+      or all for 'soft'.
+    capacity_factor: only for 'switch': tokens that an expert accepts during training, in units of a
+      balanced load; the rest are dropped. 0 is 1.5.
+    router_bias: whether the choice of experts has a bias, a parameter without a gradient.
+    dtype: 'float32' or 'bfloat16', for the computation; parameters are always float32.
+    remat: what each layer stores for the backward pass, which recomputes the rest. From most memory
+      to least: 'none' (everything), 'matmuls' (the outputs of all matmuls), 'projections' (of the
+      matmuls outside the feed-forward layers), 'dispatch' (attention outputs, and the tokens sent
+      to experts, so that none is sent twice), 'attention' (attention outputs), 'full' (the layer's
+      input), 'offload' (that input, in the host's memory).
+    attention: 'auto' (the platform's own), 'xla' (anywhere), 'splash' (TPU) or 'cudnn' (NVIDIA GPU,
+      bfloat16).
+    dispatch: how tokens get to experts and back, which affects speed only. 'pieces' (for CPU and
+      GPU) and 'grouped' (for TPU) send them in buffers of fixed size, and multiply the used part
+      piece by piece or in one grouped matmul; 'gather' sends all tokens to all devices; 'auto' is
+      the platform's own.
+    dispatch_factor: all but 'gather': rows per expert in one round of dispatch, in units of a
+      balanced load. Overflow goes into a further round, so that no token is dropped; this affects
+      speed only.
   """
   vocab_size: int
   dim: int
@@ -102,9 +120,8 @@ class Config:
       raise UsageError(f'model.router = {self.router!r}; {nearest(self.router, ROUTERS)}')
     if self.num_experts:
       self._check_router()
-    if self.dtype not in ('float32', 'bfloat16'):
-      raise UsageError(f'model.dtype = {self.dtype!r}; '
-                       f"{nearest(self.dtype, ('float32', 'bfloat16'))}")
+    if self.dtype not in DTYPES:
+      raise UsageError(f'model.dtype = {self.dtype!r}; {nearest(self.dtype, DTYPES)}')
     if self.remat not in REMATS:
       raise UsageError(f'model.remat = {self.remat!r}; {nearest(self.remat, REMATS)}')
     if self.attention not in ATTENTIONS:
@@ -121,34 +138,34 @@ class Config:
   def _check_router(self):
     if self._fixed_k and self.top_k not in (0, self._fixed_k):
       raise UsageError(f'model.top_k = {self.top_k}: the router {self.router!r} sends a token to '
-                       f'{self._fixed_k} of {self.num_experts} experts; leave it 0.')
+                       f'{self._fixed_k} of {self.num_experts} experts; leave it at 0.')
     if not 1 <= self.k <= self.num_experts:
       raise UsageError(f'model.top_k = {self.top_k} must lie between 1 and the number of '
-                       f'experts, {self.num_experts}; 0 is the number that is usual.')
+                       f'experts, {self.num_experts}; 0 picks the usual number.')
     if self.capacity_factor < 0:
       raise UsageError(f'model.capacity_factor = {self.capacity_factor} cannot be negative.')
     if self.capacity_factor and self.router != 'switch':
       raise UsageError(f'model.capacity_factor = {self.capacity_factor}: the router '
-                       f"{self.router!r} drops no token, only 'switch' does; leave it 0.")
+                       f"{self.router!r} drops no token, only 'switch' does; leave it at 0.")
 
   @property
   def k(self) -> int:
-    """Experts per token; of 'sample_top_1' in all layers but the first, which has E."""
+    """Experts per token; with 'sample_top_1', in all layers but the first, which uses all E."""
     return self._fixed_k or self.top_k or min(2, self.num_experts)
 
   @property
   def _fixed_k(self) -> int:
-    """Experts per token where the router says it; 0 where `top_k` does."""
+    """The number of experts per token that the router fixes, or 0 if `top_k` decides."""
     return {'switch': 1, 'sample_top_1': 1, 'soft': self.num_experts}.get(self.router, 0)
 
   @property
-  def capacity(self) -> float:
-    """Of the router 'switch': room of an expert, in units of a balanced load."""
-    return self.capacity_factor or 1.5
+  def switch_capacity(self) -> float:
+    """Tokens per expert that the router 'switch' keeps in training, in units of a balanced load."""
+    return self.capacity_factor or _SWITCH_CAPACITY
 
   @property
   def has_router(self) -> bool:
-    """Whether the mixture's layers have a router with parameters."""
+    """Whether the model is a mixture whose routers have parameters."""
     return self.num_experts > 0 and self.router != 'hash'
 
 
@@ -167,26 +184,26 @@ def param_paths(cfg: Config) -> tuple[str, ...]:
 
 
 def num_params(cfg: Config, active: bool = False) -> int:
-  """Parameters of the whole model, or those that one token uses (`active`)."""
+  """The number of parameters of the whole model, or of those that one token uses (`active`)."""
   return _weights(cfg, active) + cfg.dim * (2 * cfg.num_layers + 1) + (
       cfg.num_layers * cfg.num_experts * cfg.router_bias) + (
       0 if cfg.tied_head else cfg.vocab_size * cfg.dim)
 
 
 def train_flops_per_token(cfg: Config, length: int) -> int:
-  """FLOPs of forward and backward per token: its matmuls, two FLOPs a multiply-add, times 3.
+  """FLOPs of forward and backward per token: those of its matmuls, two per multiply-add, times 3.
 
-  Counts every weight that the token meets (router and output head included, the embedding
-  lookup not) and attention over `length` positions with the causal half left out.
-  Recomputation (remat) and the padding of expert buffers are not counted, as they are not
-  useful work; tokens that 'switch' drops are, and gradients of frozen parameters too.
+  Counts all weights active per token (router and output head included, the embedding lookup not)
+  and attention over `length` positions without the masked half. Recomputation (remat) and the
+  padding of expert buffers do not count, because they are not useful work; tokens that 'switch'
+  drops do, and so do gradients of frozen parameters.
   """
   scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * length  # QK and AV, half of each
   return 3 * 2 * (_weights(cfg, active=True) + scores)
 
 
 def _weights(cfg: Config, active: bool) -> int:
-  """Weights of matmuls: all, or those that a token meets; the head is one, tied or not."""
+  """The number of weights in matmuls, all or active per token; the head counts, tied or not."""
   attention = 2 * cfg.dim * (cfg.num_heads + cfg.num_kv_heads) * cfg.head_dim
   router = cfg.dim * cfg.num_experts * cfg.has_router
   networks = cfg.num_layers * (1 if not cfg.num_experts else cfg.k if active else cfg.num_experts)

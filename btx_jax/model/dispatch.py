@@ -1,213 +1,185 @@
-"""Tokens to their experts and back: forms of one function, for one device of a mesh.
+"""Sends tokens to their experts and back, on one device of the mesh.
 
-`in_rounds` sends tokens in buffers of fixed size; `gathered` brings all tokens of the `expert` axis
-together. Both are exact: no token is dropped, whatever the load. What a device then has is sorted
-by expert and multiplied group by group, by one of the functions of grouped.py.
+There are two ways, both exact: no token is dropped, whatever the load. `dispatch_in_rounds` sends
+buffers of fixed size to the devices that hold the experts; `dispatch_all` brings the tokens of all
+devices to each of them. A form, which a config names, is one of these ways and a function of
+grouped.py that multiplies the rows of a device. FORMS has all of them, with one signature,
 
-Into the buffers and back again, rows move by gathers in both directions of differentiation:
-both permutations are known, whereas autodiff would turn each gather into a slow scatter-add.
+  (x_nD, experts, gates_nk, ids_nk, capacity, shards) -> y_nD
+
+  x_nD      the device's tokens
+  experts   the weights that the device holds: gate, up [e, D, F] and down [e, F, D]
+  gates_nk  weight of each choice
+  ids_nk    the chosen experts, different ones for each token; -1 is none
+  capacity  rows per expert in one round, as a share of n
+  shards    S, the devices of the mesh axis `expert` that share the experts
+  y_nD      for each token the sum over its choices of gate * expert(x)
+
+A pair is a token and one of its k choices; the pairs of token i are i * k to i * k + k - 1.
 """
 
-import functools
 import math
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from btx_jax.model import grouped
+from btx_jax.model import grouped, permute
 
-_TILE = 128  # rows
+_TILE = 128  # rows of a TPU's tile
 
 
-def in_rounds(x, experts, gates, ids, room, shards, swiglu):
-  """Buffers of `capacity` rows for every expert.
+def dispatch_pieces(x_nD, experts, gates_nk, ids_nk, capacity, shards):
+  """Buffers, whose filled rows are multiplied piece by piece: for CPUs and GPUs.
 
-  What does not fit goes in a further round, which costs time only if some expert really
-  overflowed. A token picks an expert at most once, so the number of rounds that can be needed
-  is known. Where nothing has to travel and there is room for every choice, buffers need no
-  borders and choices no rounds: that is `gathered`, on this device alone.
+  If nothing has to travel and one round fits every choice, padding and rounds are unnecessary:
+  this is then `dispatch_all` on one device.
+  """
+  k, E = ids_nk.shape[1], len(experts['up']) * shards
+  if shards == 1 and capacity * E >= k:
+    return dispatch_all(x_nD, experts, gates_nk, ids_nk, shards, grouped.swiglu_in_pieces)
+  return dispatch_in_rounds(
+      x_nD, experts, gates_nk, ids_nk, capacity, shards, grouped.buffers_in_pieces)
+
+
+def dispatch_grouped(x_nD, experts, gates_nk, ids_nk, capacity, shards):
+  """Buffers, each multiplied whole or by the compiler's grouped matmul: for TPUs."""
+  return dispatch_in_rounds(
+      x_nD, experts, gates_nk, ids_nk, capacity, shards, grouped.buffers_ragged)
+
+
+def dispatch_gather(x_nD, experts, gates_nk, ids_nk, capacity, shards):
+  """All tokens to all devices, and a grouped matmul: the simplest form, without a capacity."""
+  del capacity
+  return dispatch_all(x_nD, experts, gates_nk, ids_nk, shards, grouped.swiglu_ragged)
+
+
+FORMS = {'pieces': dispatch_pieces, 'grouped': dispatch_grouped, 'gather': dispatch_gather}
+
+
+def dispatch_in_rounds(x_nD, experts, gates_nk, ids_nk, capacity, shards, swiglu_of_buffers):
+  """Sends a buffer of C rows to every expert, round after round until every pair was sent.
+
+  A further round costs time only if some expert has more than C tokens. A token picks an expert at
+  most once, so an expert has at most n of a device's tokens, and n / C rounds are always enough.
 
   Args:
-    x: the device's tokens [n, D].
-    experts: that it holds, [E / shards, ...].
-    gates: weight of each choice, [n, k].
-    ids: the chosen experts, [n, k]; -1 is none.
-    room: rows per expert in a round, as a share of n.
-    shards: devices of the axis `expert` that share the experts.
-    swiglu: of groups of rows, a function of grouped.py.
-
-  Returns:
-    [n, D].
+    x_nD, experts, gates_nk, ids_nk, capacity, shards: see the module.
+    swiglu_of_buffers: a function of grouped.py.
   """
-  (tokens, D), k = x.shape, ids.shape[-1]
-  E, pairs = experts['up'].shape[0] * shards, tokens * k
-  if shards == 1 and room * E >= k and swiglu is not grouped.ragged:
-    return gathered(x, experts, gates, ids, room, shards, swiglu)
-  C = min(tokens, _tiled(math.ceil(room * tokens)))
-  rounds = math.ceil(tokens / C)
+  (n, D), k = x_nD.shape, ids_nk.shape[1]
+  E, pairs = len(experts['up']) * shards, n * k
+  C = min(n, _whole_tiles(math.ceil(capacity * n)))
+  rounds = math.ceil(n / C)
 
-  ids = jnp.where(ids < 0, E, ids).reshape(pairs)  # behind all others
-  by_expert, rank, count_E = _sorted(ids, E)
+  expert_p = jnp.where(ids_nk < 0, E, ids_nk).reshape(pairs)
+  pair_by_expert_p, rank_p, count_E = _sort_by_expert(expert_p, E)
   start_E = jnp.cumsum(count_E) - count_E
-  slot = jnp.arange(E * C)
+  slots = jnp.arange(E * C)  # slot s is row s % C of the buffer of expert s // C
 
-  def one_round(r):
-    # Row `slot` of the buffers holds pair `pair_of_slot`; -1 is an empty row.
-    place = slot % C + r * C
-    expert = slot // C
-    pair_of_slot = jnp.where(
-        place < count_E[expert],
-        by_expert[jnp.minimum(start_E[expert] + place, pairs - 1)], -1)
-    slot_of_pair = jnp.where((ids < E) & (rank // C == r), ids * C + rank % C, -1)
-    buffers = _dispatch(x, pair_of_slot, slot_of_pair, k).reshape(E, C, D)
-    shares = _dispatch(gates.reshape(pairs, 1), pair_of_slot, slot_of_pair, 1).reshape(E, C, 1)
-    filled_E = jnp.clip(count_E - r * C, 0, C)
-    outputs = _send(buffers, shares, filled_E, experts, shards, swiglu).reshape(E * C, D)
-    return _summed(_combine(outputs, pair_of_slot, slot_of_pair), k)
+  def one_round(i):
+    # An expert's pairs of ranks i * C to i * C + C - 1 are sent.
+    rank_s = slots % C + i * C
+    expert_s = slots // C
+    pair_s = jnp.where(
+        rank_s < count_E[expert_s],
+        pair_by_expert_p[jnp.minimum(start_E[expert_s] + rank_s, pairs - 1)], -1)
+    slot_p = jnp.where((expert_p < E) & (rank_p // C == i), expert_p * C + rank_p % C, -1)
+    x_sD = permute.to_slots(x_nD, pair_s, slot_p.reshape(n, k))
+    share_s1 = permute.to_slots(gates_nk.reshape(pairs, 1), pair_s, slot_p[:, None])
+    filled_E = jnp.clip(count_E - i * C, 0, C)
+    y_ECD = _send_and_return(x_sD.reshape(E, C, D), share_s1.reshape(E, C, 1), filled_E,
+                             experts, shards, swiglu_of_buffers)
+    return _sum_choices(permute.from_slots(y_ECD.reshape(E * C, D), pair_s, slot_p), k)
 
-  y = one_round(0)
+  y_nD = one_round(0)
   if rounds > 1:
     most = count_E.max()
-    if shards > 1:  # all devices that exchange tokens must agree to go another round
+    if shards > 1:  # all devices that exchange tokens must agree on another round
       most = jax.lax.pmax(most, 'expert')
 
-    def overflow(y, r):
-      # A round that rarely happens keeps nothing for the backward pass. Inside of the condition:
-      # what a branch keeps has its room in memory whether the branch is taken or not.
-      more = jax.checkpoint(lambda y: y + one_round(r))
-      return jax.lax.cond(r * C < most, more, lambda y: y, y), None
+    def further_round(y_nD, i):
+      # Such rounds are rare, so they keep nothing for the backward pass. The checkpoint goes inside
+      # the cond: residuals of a branch are allocated even if it is not taken.
+      add_round = jax.checkpoint(lambda y_nD: y_nD + one_round(i))
+      return jax.lax.cond(i * C < most, add_round, lambda y_nD: y_nD, y_nD), None
 
-    y, _ = jax.lax.scan(overflow, y, jnp.arange(1, rounds))
-  return y
+    y_nD, _ = jax.lax.scan(further_round, y_nD, jnp.arange(1, rounds))
+  return y_nD
 
 
-def _tiled(rows: int) -> int:
-  """A multiple of the tiles of TPUs, from one tile on: of other sizes XLA pads grouped matmuls."""
+def _send_and_return(x_ECD, share_EC1, filled_E, experts, shards, swiglu_of_buffers):
+  """Sends buffers to the devices that hold their experts, applies these, and returns the results.
+
+  Args:
+    x_ECD: a buffer for every expert, filled from its front.
+    share_EC1: gates of the rows.
+    filled_E: rows of each buffer that are in use.
+    experts, shards, swiglu_of_buffers: see `dispatch_in_rounds`.
+
+  Returns:
+    [E, C, D], the experts' outputs for this device's rows.
+  """
+  def to_experts(x):
+    return jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)
+
+  x_eRD, share_eR1, filled_eS = x_ECD, share_EC1, filled_E[:, None]
+  if shards > 1:  # the rows that all S devices have for the e experts of this one, R = S * C
+    x_eRD, share_eR1, filled_eS = (to_experts(x) for x in (x_eRD, share_eR1, filled_eS))
+  x_eRD, share_eR1 = checkpoint_name((x_eRD, share_eR1), 'sent')
+  y_eRD = swiglu_of_buffers(x_eRD, share_eR1, filled_eS, experts)
+  if shards > 1:
+    return jax.lax.all_to_all(y_eRD, 'expert', split_axis=1, concat_axis=0, tiled=True)
+  return y_eRD
+
+
+def dispatch_all(x_nD, experts, gates_nk, ids_nk, shards, swiglu):
+  """All tokens of the `expert` axis on each of its devices, which applies its own experts to them.
+
+  Ordinary collectives are enough: an all-gather of the tokens, a reduce-scatter of the results.
+
+  Args:
+    x_nD, experts, gates_nk, ids_nk, shards: see the module.
+    swiglu: of rows sorted by expert, a function of grouped.py.
+  """
+  def gather(x):
+    return jax.lax.all_gather(x, 'expert', tiled=True) if shards > 1 else x
+
+  x_nD, gates_nk, ids_nk = gather(x_nD), gather(gates_nk), gather(ids_nk)  # n is now that of all
+  k, e = ids_nk.shape[1], len(experts['up'])
+  first = jax.lax.axis_index('expert') * e if shards > 1 else 0
+  expert_p = ids_nk.reshape(-1) - first
+  expert_p = jnp.where((expert_p >= 0) & (expert_p < e), expert_p, e)
+  pair_by_expert_p, rank_p, count_e = _sort_by_expert(expert_p, e)
+  slots = jnp.arange(len(x_nD) * min(k, e))  # a token picks an expert at most once
+  pair_s = jnp.where(slots < count_e.sum(), pair_by_expert_p[:len(slots)], -1)
+  start_e = jnp.cumsum(count_e) - count_e
+  slot_p = jnp.where(expert_p < e, start_e[jnp.minimum(expert_p, e - 1)] + rank_p, -1)
+  x_sD = permute.to_slots(x_nD, pair_s, slot_p.reshape(-1, k))
+  share_s1 = permute.to_slots(gates_nk.reshape(-1, 1), pair_s, slot_p[:, None])
+  y_sD = swiglu(x_sD, share_s1, count_e, experts)
+  y_nD = _sum_choices(permute.from_slots(y_sD, pair_s, slot_p), k)
+  return jax.lax.psum_scatter(y_nD, 'expert', tiled=True) if shards > 1 else y_nD
+
+
+def _whole_tiles(rows: int) -> int:
+  """Rounds up to whole tiles, from one tile on: XLA pads grouped matmuls of other sizes."""
   return rows if rows < _TILE else math.ceil(rows / _TILE) * _TILE
 
 
-def gathered(x, experts, gates, ids, room, shards, swiglu):
-  """All tokens of the `expert` axis on each of its devices.
+def _sort_by_expert(expert_p, num_experts: int):
+  """Sorts pairs by their expert; those with the id `num_experts` have none, and come last.
 
-  The simplest form, of ordinary collectives alone. Takes and returns what `in_rounds` does;
-  `room` is of no use.
+  Returns:
+    the pairs in the order of their experts [p], the rank of each pair among those of its expert
+    [p], and the number of pairs of each expert [num_experts].
   """
-  del room
-  over_axis = lambda a: jax.lax.all_gather(a, 'expert', tiled=True) if shards > 1 else a
-  x, gates, ids = over_axis(x), over_axis(gates), over_axis(ids)
-  held = experts['up'].shape[0]
-  first = jax.lax.axis_index('expert') * held if shards > 1 else 0
-  own = ids.reshape(-1) - first
-  own = jnp.where((own >= 0) & (own < held), own, held)
-  by_expert, rank, sizes = _sorted(own, held)
-  k = ids.shape[1]
-  slots = jnp.arange(len(x) * min(k, held))  # a token picks an expert at most once
-  pair_of_slot = jnp.where(slots < sizes.sum(), by_expert[:len(slots)], -1)
-  start = jnp.cumsum(sizes) - sizes
-  slot_of_pair = jnp.where(own < held, start[jnp.minimum(own, held - 1)] + rank, -1)
-  rows = _dispatch(x, pair_of_slot, slot_of_pair, k)
-  shares = _dispatch(gates.reshape(-1, 1), pair_of_slot, slot_of_pair, 1)
-  outputs = swiglu(rows, shares, sizes, experts)
-  y = _summed(_combine(outputs, pair_of_slot, slot_of_pair), k)
-  return jax.lax.psum_scatter(y, 'expert', tiled=True) if shards > 1 else y
+  member_pE = jax.nn.one_hot(expert_p, num_experts, dtype=jnp.int32)
+  rank_p = ((jnp.cumsum(member_pE, 0) - 1) * member_pE).sum(1)
+  return jnp.argsort(expert_p, stable=True), rank_p, member_pE.sum(0)
 
 
-def _send(buffers, shares, filled_E, experts, shards, swiglu):
-  """Sends buffers to where their experts are, applies these, and sends the results back.
-
-  Args:
-    buffers: [E, C, D].
-    shares: gates of the rows, [E, C, 1].
-    filled_E: rows of each buffer that are in use, at its front.
-    experts, shards, swiglu: as of `in_rounds`.
-  """
-  to_experts = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)
-  counts = filled_E[:, None]
-  if shards > 1:  # own experts' rows from every device, [E / shards, shards * C, D]
-    buffers, shares, counts = (to_experts(x) for x in (buffers, shares, counts))
-  buffers, shares = checkpoint_name((buffers, shares), 'sent')
-  if len(buffers) > 1 and swiglu is grouped.ragged:
-    outputs = grouped.in_buffers(buffers, shares, experts)
-  else:
-    outputs = _packed(buffers, shares, counts, experts, swiglu)
-  if shards > 1:
-    outputs = jax.lax.all_to_all(outputs, 'expert', split_axis=1, concat_axis=0, tiled=True)
-  return outputs
-
-
-def _packed(buffers, shares, counts, experts, swiglu):
-  """The experts on buffers [held, rows, D] without their empty rows; `counts` [held, shards]."""
-  shape = buffers.shape
-  rows, D = shape[0] * shape[1], shape[2]
-  # Buffer after buffer, those of an expert next to each other, without their empty ends.
-  filled = counts.reshape(-1)
-  end = jnp.cumsum(filled)
-  size, slot = rows // len(filled), jnp.arange(rows)
-  buffer = (slot[:, None] >= end[None]).sum(1)
-  source = buffer * size + slot - (end - filled)[jnp.minimum(buffer, len(filled) - 1)]
-  row_of_slot = jnp.where(slot < end[-1], source, -1)
-  slot_of_row = jnp.where(slot % size < filled[slot // size],
-                          (end - filled)[slot // size] + slot % size, -1)
-  packed = _dispatch(buffers.reshape(rows, D), row_of_slot, slot_of_row, 1)
-  shares = _dispatch(shares.reshape(rows, 1), row_of_slot, slot_of_row, 1)
-  outputs = swiglu(packed, shares, counts.sum(1), experts)
-  return _combine(outputs, row_of_slot, slot_of_row).reshape(shape)
-
-
-def _sorted(ids, E):
-  """Pairs by their expert: in which order, each one's rank among its expert's, and counts [E].
-
-  An id E is that of pairs without an expert, which come last.
-  """
-  member = jax.nn.one_hot(ids, E, dtype=jnp.int32)
-  rank = ((jnp.cumsum(member, 0) - 1) * member).sum(1)
-  return jnp.argsort(ids, stable=True), rank, member.sum(0)
-
-
-def _summed(choices, k):
-  """The sum of each token's choices [n * k, D], which are weighted already, in float32: [n, D]."""
-  choices = choices.reshape(-1, k, choices.shape[-1])
-  return choices.sum(1, dtype=jnp.float32).astype(choices.dtype)
-
-
-def _rows(x, index):
-  """x[index], and zeros where index is negative."""
-  return jnp.where((index >= 0)[:, None], x[jnp.maximum(index, 0)], 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dispatch(x, pair_of_slot, slot_of_pair, k):
-  """Rows of tokens [n, D] into slots: the token of pair p is p // k."""
-  del slot_of_pair
-  return _rows(x, jnp.where(pair_of_slot >= 0, pair_of_slot // k, -1))
-
-
-def _dispatch_fwd(x, pair_of_slot, slot_of_pair, k):
-  return _dispatch(x, pair_of_slot, slot_of_pair, k), slot_of_pair
-
-
-def _dispatch_bwd(k, slot_of_pair, dslots):
-  dpairs = _rows(dslots, slot_of_pair)
-  return dpairs.reshape(-1, k, dpairs.shape[-1]).sum(1), None, None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@jax.custom_vjp
-def _combine(outputs, pair_of_slot, slot_of_pair):
-  """Rows of slots back to pairs; zeros for a pair that was not in this round."""
-  del pair_of_slot
-  return _rows(outputs, slot_of_pair)
-
-
-def _combine_fwd(outputs, pair_of_slot, slot_of_pair):
-  return _combine(outputs, pair_of_slot, slot_of_pair), pair_of_slot
-
-
-def _combine_bwd(pair_of_slot, dpairs):
-  return _rows(dpairs, pair_of_slot), None, None
-
-
-_combine.defvjp(_combine_fwd, _combine_bwd)
+def _sum_choices(y_pD, k: int):
+  """The sum over each token's choices, whose gates are applied already, in float32: [n, D]."""
+  y_nkD = y_pD.reshape(-1, k, y_pD.shape[-1])
+  return y_nkD.sum(1, dtype=jnp.float32).astype(y_pD.dtype)

@@ -10,6 +10,8 @@ Parameters (`L` layers stacked on the first axis by scan):
   layers/ffn/router_bias [L,E]                      mixture whose load is balanced by biases
 """
 
+from typing import Any
+
 from flax import linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -18,22 +20,22 @@ from jax.sharding import PartitionSpec as P
 
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES
-from btx_jax.model import attention as attention_lib
-from btx_jax.model import balance as routing
-from btx_jax.model import moe, routers
+from btx_jax.model import balance, moe, routers
+from btx_jax.model.attention import attention, rope_tables, rotate
 from btx_jax.model.config import Config
 from btx_jax.model.linear import matmul, swiglu
 
 _init = nn.initializers.normal(0.02)
 
 _keep = jax.checkpoint_policies.save_only_these_names
-# What the forward pass keeps of a layer besides its input, by name of model.remat.
-_REMAT = {
-    'full': None,
-    'attention': _keep('attended'),
-    'dispatch': _keep('attended', 'sent'),
-    'projections': _keep('qkv', 'attended', 'sent'),
+# Activations that the forward pass keeps of a layer in addition to its input, by `cfg.remat`. The
+# names are those given to checkpoint_name; 'none' recomputes nothing and has no policy.
+REMAT_POLICIES = {
     'matmuls': _keep('qkv', 'attended', 'sent', 'hidden'),
+    'projections': _keep('qkv', 'attended', 'sent'),
+    'dispatch': _keep('attended', 'sent'),
+    'attention': _keep('attended'),
+    'full': None,
     'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=['layer'],
         offload_src='device', offload_dst='pinned_host'),
@@ -41,6 +43,7 @@ _REMAT = {
 
 
 class Attention(nn.Module):
+  """Grouped-query attention with rotary embeddings."""
   cfg: Config
   batch_axes: tuple[str, ...]
 
@@ -52,16 +55,22 @@ class Attention(nn.Module):
          'v': self.param('v', _init, (D, K, H)), 'o': self.param('o', _init, (N, H, D))}
     B, T, _ = x_BTD.shape
     w = jax.tree.map(lambda x: x.astype(x_BTD.dtype), w)
-    heads = lambda w_DNH: matmul(x_BTD, w_DNH.reshape(D, -1)).reshape(B, T, -1, H).swapaxes(1, 2)
-    q, k, v = (heads(w[name]) for name in 'qkv')
-    q, k = attention_lib.rotate(q, rope), attention_lib.rotate(k, rope)
-    q, k, v = (checkpoint_name(x, 'qkv') for x in (q, k, v))
-    y_BNTH = attention_lib.attention(q, k, v, segment_ids_BT, cfg.attention, self.batch_axes)
+
+    def heads(w_DNH):
+      return matmul(x_BTD, w_DNH.reshape(D, -1)).reshape(B, T, -1, H).swapaxes(1, 2)
+
+    q_BNTH, k_BKTH, v_BKTH = (heads(w[name]) for name in 'qkv')
+    q_BNTH, k_BKTH = rotate(q_BNTH, rope), rotate(k_BKTH, rope)
+    q_BNTH, k_BKTH, v_BKTH = (checkpoint_name(x, 'qkv') for x in (q_BNTH, k_BKTH, v_BKTH))
+    y_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, cfg.attention, self.batch_axes)
     return matmul(y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w['o'].reshape(N * H, D))
 
 
 class SwiGLU(nn.Module):
-  """The weights of one feed-forward layer, or with `lead` = (E,) those of E experts."""
+  """The weights of one feed-forward layer, or with `lead` = (E,) those of E experts.
+
+  Calling it returns them in the given dtype.
+  """
   cfg: Config
   lead: tuple[int, ...] = ()
 
@@ -74,7 +83,7 @@ class SwiGLU(nn.Module):
 
 
 class Mixture(nn.Module):
-  """A router in float32 and the experts that it sends tokens to (paper 3.2)."""
+  """A router in float32, and the experts that it sends tokens to (paper 3.2)."""
   cfg: Config
   batch_axes: tuple[str, ...]
 
@@ -92,21 +101,21 @@ class Mixture(nn.Module):
       bias_E = self.param('router_bias', nn.initializers.zeros, (E,))
       context = context._replace(bias=bias_E)
     choice = routers.route(cfg, logits_BTE, context)
-    ids_BTk = choice.ids if choice.room is None else jnp.where(choice.room, choice.ids, -1)
+    ids_BTk = choice.kept_ids
     y_BTD = moe.sparse_experts(x_BTD, experts, choice.gates, ids_BTk, cfg.dispatch,
                                cfg.dispatch_factor, self.batch_axes, cfg.k)
-    sums = routing.routing_sums(choice, logits_BTE, context.counted, E)
-    return y_BTD, routing.Routing(sums, choice.gates, ids_BTk)
+    sums = balance.routing_sums(choice, logits_BTE, context.counted, E)
+    return y_BTD, balance.Routing(sums, choice.gates, ids_BTk)
 
 
 class Block(nn.Module):
-  """Attention, then a feed-forward layer or a mixture of them; both on the residual stream."""
+  """Attention, then a feed-forward layer or a mixture of them; both add to the residual stream."""
   cfg: Config
   batch_axes: tuple[str, ...] = BATCH_AXES
 
   @nn.compact
-  def __call__(self, x_BTD, layer, rope, segment_ids_BT, tokens_BT, training):
-    """`layer` counts from 0; `tokens_BT` and `training` are for the routers of a mixture."""
+  def __call__(self, x_BTD, layer, rope, segment_ids_BT, tokens_BT, noise):
+    """`layer` counts from 0; only the routers of a mixture read `tokens_BT` and `noise`."""
     cfg = self.cfg
     x_BTD = checkpoint_name(x_BTD, 'layer')
     norm = lambda name: nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name=name)
@@ -114,7 +123,7 @@ class Block(nn.Module):
     x_BTD += attn(norm('attn_norm')(x_BTD), rope, segment_ids_BT)
     h_BTD = norm('ffn_norm')(x_BTD)
     if cfg.num_experts:
-      context = routers.Context(tokens_BT, segment_ids_BT > 0, layer, training=training)
+      context = routers.Context(tokens_BT, segment_ids_BT > 0, layer, noise=noise)
       y_BTD, routed = Mixture(cfg, self.batch_axes, name='ffn')(h_BTD, context)
     else:
       y_BTD, routed = swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
@@ -122,23 +131,31 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-  """The network up to its last norm: the loss owns the output head.
+  """The network up to its last norm; the loss owns the output head, so that logits [B, T, V] need
+  never exist all at once.
 
-  So no [B, T, V] array need exist at once, and statistics leave by the return value. Rows are
-  sharded over `batch_axes`, if there is a mesh.
+  Statistics are returned rather than stored in collections. Rows are sharded over `batch_axes`, if
+  there is a mesh.
+
+  Example:
+    >>> ones_BT, positions_BT = jnp.ones((1, 8), int), jnp.arange(8)[None]
+    >>> hidden_BTD, _ = Llama(config).apply({'params': params}, ones_BT, ones_BT, positions_BT)
+    >>> hidden_BTD.shape == (1, 8, config.dim)
+    True
   """
   cfg: Config
   batch_axes: tuple[str, ...] = BATCH_AXES
 
   @nn.compact
-  def __call__(self, tokens_BT, segment_ids_BT, positions_BT, training=None):
-    """The final hidden states of packed documents that do not see each other.
+  def __call__(self, tokens_BT, segment_ids_BT, positions_BT,
+               noise: routers.NoiseKey | None = None):
+    """The final hidden states of packed documents, which do not see each other.
 
     Args:
       tokens_BT: token ids.
       segment_ids_BT: the document of each position, from 1 within its row; 0 is padding.
       positions_BT: position within the document.
-      training: routers.Training of the microbatch, for a mixture; None in evaluation.
+      noise: seeds the routers' noise in training; None in evaluation.
 
     Returns:
       hidden states [B, T, D] in the compute dtype, and for a mixture the `Routing` of its
@@ -150,17 +167,19 @@ class Llama(nn.Module):
       self.param('head', _init, (cfg.dim, cfg.vocab_size))  # used by the loss
     # Gathering the table (as fully sharded training does anyway) rather than constraining
     # the activations leaves the batch axes unnamed, so that the model can be vmapped.
-    # Looked up in float32: its gradient, a sum over all places of a token, must not round.
+    # Looked up in float32: the gradient sums over all occurrences of a token and must not round.
     x_BTD = sharding.constrain(embed, P())[tokens_BT].astype(cfg.dtype)
-    rope = attention_lib.rope_tables(positions_BT, cfg)
+    rope = rope_tables(positions_BT, cfg)
     block = Block
     if cfg.remat != 'none':
-      block = nn.remat(Block, prevent_cse=False, policy=_REMAT[cfg.remat])
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[cfg.remat])
+    # Any, because flax does not annotate in_axes, and its default is an int.
+    in_axes: Any = (0, *(nn.broadcast,) * 4)
     layers = nn.scan(
         block, variable_axes={'params': 0}, split_rngs={'params': True},
-        in_axes=(0, *(nn.broadcast,) * 4), length=cfg.num_layers)
+        in_axes=in_axes, length=cfg.num_layers)
     x_BTD, routed = layers(cfg, self.batch_axes, name='layers')(
-        x_BTD, jnp.arange(cfg.num_layers), rope, segment_ids_BT, tokens_BT, training)
+        x_BTD, jnp.arange(cfg.num_layers), rope, segment_ids_BT, tokens_BT, noise)
     return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name='norm')(x_BTD), routed
 
 
@@ -171,23 +190,20 @@ def output_head(params, dtype=jnp.float32) -> jax.Array:
 
 
 def shapes(cfg: Config):
-  """The parameters as shapes and types."""
+  """The parameters as a tree of jax.ShapeDtypeStruct."""
   return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
 
 
 def init(cfg: Config, rng: jax.Array):
   """Random parameters: normal with standard deviation 0.02, norm scales 1."""
   mesh = jax.sharding.get_abstract_mesh()
-  rows = 1 if mesh.empty else mesh.size  # shard_map wants one for every device
+  rows = 1 if mesh.empty else mesh.size  # shard_map needs one for every device
   tokens = jnp.zeros((rows, 1), jnp.int32)
   return Llama(cfg).init(rng, tokens, tokens + 1, tokens)['params']
 
 
 def with_bias(cfg: Config, params):
-  """Parameters of a mixture with a bias of the routers just if the model `cfg` has one.
-
-  A bias that it gains is zero, which changes nothing.
-  """
+  """Adds or drops the router biases so that `params` matches `cfg`; new ones are zero."""
   ffn = dict(params['layers']['ffn'])
   bias = ffn.pop('router_bias', None)
   if cfg.router_bias:

@@ -1,6 +1,6 @@
 """The experts of a mixture layer, spread over the `expert` axis of the mesh.
 
-How tokens get to them and back is dispatch.py's; here is what the layer computes, and where.
+Here the layer is divided among devices; dispatch.py sends tokens to experts and back.
 """
 
 import functools
@@ -11,84 +11,89 @@ from jax.sharding import PartitionSpec as P
 
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES
-from btx_jax.model import dispatch, grouped
+from btx_jax.model import dispatch
+from btx_jax.model.config import Config
 from btx_jax.model.linear import swiglu
 
-FORMS = {
-    'pieces': functools.partial(dispatch.in_rounds, swiglu=grouped.in_pieces),
-    'grouped': functools.partial(dispatch.in_rounds, swiglu=grouped.ragged),
-    'gather': functools.partial(dispatch.gathered, swiglu=grouped.ragged),
-}
 
-
-def dense_experts(x_BTD, experts, gates_BTE):
+def dense_experts(x_BTD, experts, gates_BTE) -> jax.Array:
   """Every expert on every token, weighted: the plain equation of the paper (3.2).
 
   The oracle that `sparse_experts` is tested against.
   """
-  outputs = jax.vmap(swiglu, in_axes=(None, 0))(x_BTD, experts)  # [E, B, T, D]
-  return jnp.einsum('ebtd,bte->btd', outputs, gates_BTE.astype(x_BTD.dtype))
+  y_EBTD = jax.vmap(swiglu, in_axes=(None, 0))(x_BTD, experts)
+  return jnp.einsum('ebtd,bte->btd', y_EBTD, gates_BTE.astype(x_BTD.dtype))
 
 
-def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form='auto',
-                   dispatch_factor=1.25, batch_axes=BATCH_AXES, load=None):
+def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form: str = Config.dispatch,
+                   dispatch_factor: float = Config.dispatch_factor, batch_axes=BATCH_AXES,
+                   expected_k: int = 0) -> jax.Array:
   """The chosen experts only, each on the device that holds it; no token is dropped.
 
   Under a mesh (`jax.set_mesh`) whose `expert` axis divides the number of experts, device j
   of that axis holds the j-th slice of them. An axis with more devices than experts, one that
   carries no rows, or no mesh at all, leaves the experts whole on each device. An axis `tensor`
-  that divides F cuts each expert: its devices see the same tokens, and add up their parts.
+  that divides F cuts each expert: its devices see the same tokens, and their results are summed.
 
   Args:
     x_BTD: tokens, rows sharded over `batch_axes`.
     experts: gate, up [E, D, F] and down [E, F, D].
     gates_BTk: weight of each choice.
     ids_BTk: the chosen experts, different ones for each token; -1 is none.
-    form: of FORMS, or 'auto': the one for the platform that this is compiled for.
-    dispatch_factor: of all but 'gather': rows per expert in a round, in units of a balanced load.
+    form: a key of dispatch.FORMS, or 'auto' for the target platform's own.
+    dispatch_factor: rows per expert in one round of dispatch, in units of a balanced load;
+      unused by 'gather'.
     batch_axes: the mesh axes over which rows are sharded.
-    load: choices of a token to make room for, if many are -1; k by default.
+    expected_k: choices per token that a balanced load is made of, if many are -1; 0 is k.
 
   Returns:
     [B, T, D]: for each token the sum over its choices of gate * expert(x).
+
+  Raises:
+    UsageError: the `expert` axis cannot hold this number of experts.
   """
   mesh = jax.sharding.get_abstract_mesh()
   E, _, F = experts['up'].shape
-  room = dispatch_factor * (load or ids_BTk.shape[-1]) / E
-  held = (not mesh.empty and 'expert' in batch_axes
-          and sharding.holds_experts(mesh.shape['expert'], E))
+  is_sharded = (not mesh.empty and 'expert' in batch_axes
+                and sharding.holds_experts(mesh.shape['expert'], E))
+  shards = mesh.shape['expert'] if is_sharded else 1
   if form == 'auto':
-    form = _of_platform(E // mesh.shape['expert'] if held else E)
+    form = _form_of_platform(E // shards)
+  capacity = dispatch_factor * (expected_k or ids_BTk.shape[-1]) / E
+  on_device = functools.partial(_on_device, form=form, capacity=capacity, shards=shards)
   if mesh.empty:
-    return _on_device(x_BTD, experts, gates_BTk, ids_BTk, FORMS[form],
-                      room, 1, None)
-  axis, width_axis = 'expert' if held else None, sharding.axis_that_cuts('tensor', F)
-  body = functools.partial(_on_device, form=FORMS[form], room=room,
-                           shards=mesh.shape['expert'] if held else 1, width_axis=width_axis)
-  rows, columns = P(batch_axes), P(axis, None, width_axis)
-  weights = {'gate': columns, 'up': columns, 'down': P(axis, width_axis, None)}
-  return jax.shard_map(body, in_specs=(rows, weights, rows, rows), out_specs=rows)(
-      x_BTD, experts, gates_BTk, ids_BTk)
+    return on_device(x_BTD, experts, gates_BTk, ids_BTk, width_axis=None)
+  expert_axis = 'expert' if is_sharded else None
+  width_axis = sharding.axis_that_cuts('tensor', F)
+  rows, columns = P(batch_axes), P(expert_axis, None, width_axis)
+  weights = {'gate': columns, 'up': columns, 'down': P(expert_axis, width_axis, None)}
+  return jax.shard_map(functools.partial(on_device, width_axis=width_axis),
+                       in_specs=(rows, weights, rows, rows), out_specs=rows)(
+                           x_BTD, experts, gates_BTk, ids_BTk)
 
 
-def _of_platform(experts: int) -> str:
-  """The form for the platform that this is compiled for, of so many experts a device.
+def _form_of_platform(experts_per_device: int) -> str:
+  """Picks the form for the target platform.
 
-  Of one, the grouped matmul is a plain one, of all rows that there is room for.
+  With one expert per device a grouped matmul is a plain matmul over the whole buffer, which suits
+  GPUs too.
   """
   platform = sharding.platform()
-  return 'grouped' if platform == 'tpu' or (platform == 'gpu' and experts == 1) else 'pieces'
+  if platform == 'tpu' or (platform == 'gpu' and experts_per_device == 1):
+    return 'grouped'
+  return 'pieces'
 
 
-def _on_device(x_BTD, experts, gates_BTk, ids_BTk, form, room, shards, width_axis):
-  """What one device does: its tokens out to all experts, its experts on all tokens sent."""
+def _on_device(x_BTD, experts, gates_BTk, ids_BTk, form, capacity, shards, width_axis):
+  """The layer on one device: its own tokens to all experts, its own experts on all tokens sent."""
   B, T, D = x_BTD.shape
-  # Cast so that gradients are summed once: those of experts over the rows of all devices,
-  # those of tokens and gates over the parts of an expert.
+  k = ids_BTk.shape[-1]
+  # Cast here so that gradients are summed once: those of experts over the rows of all devices,
+  # those of tokens and gates over the slices of an expert.
   experts = sharding.varying_like(experts, x_BTD)
   x_BTD, gates_BTk = sharding.varying_like((x_BTD, gates_BTk), experts['up'])
-  flat = lambda x: x.reshape(B * T, -1)
-  y = form(flat(x_BTD), experts, flat(gates_BTk), flat(ids_BTk), room, shards)
+  y_nD = dispatch.FORMS[form](x_BTD.reshape(B * T, D), experts, gates_BTk.reshape(B * T, k),
+                              ids_BTk.reshape(B * T, k), capacity, shards)
   if width_axis:
-    y = jax.lax.psum(y, width_axis)
-  return y.reshape(B, T, D)
+    y_nD = jax.lax.psum(y_nD, width_axis)
+  return y_nD.reshape(B, T, D)

@@ -24,7 +24,7 @@ from btx_jax.study import params
 from btx_jax.study import plan as plan_lib
 from btx_jax.study.study import Study
 from btx_jax.training import layout
-from btx_jax.training import program as program_lib
+from btx_jax.training.program import make_program
 
 _METRICS = 1024  # numbers; no array of a model is so small
 _USED = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm|'
@@ -154,11 +154,8 @@ def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) ->
   group, chip = groups[0], topology.chip
   run, stacked = group[0], len(group) > 1
   domains = len(study.config.domains)
-  if stacked:
-    made = program_lib.stacked(group, mesh, domains)
-  else:
-    made = program_lib.single(run, mesh, domains)
-  state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made.like))
+  program = make_program(group, mesh, domains)
+  state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(program.state_shapes))
   result = Measured(
       runs=tuple(each for group in groups for each in group), stacked=stacked,
       mesh={axis: n for axis, n in mesh.shape.items() if n > 1}, devices=mesh.size,
@@ -166,7 +163,7 @@ def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) ->
       host_memory=chip and chip.host_memory * len(topology.devices) / topology.hosts)
   began = time.monotonic()
   try:
-    compiled = made.lower().compile()
+    compiled = program.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -174,7 +171,7 @@ def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) ->
     result.error = 'the compiler found no way to fit it into the memory'
     if used := _USED.search(str(error)):
       taken, unit, there, unit_there = filter(None, used.groups())
-      result.arguments = 0 if stacked else _held(made.like)
+      result.arguments = 0 if stacked else _held(program.state_shapes)
       result.host = result.arguments * mesh.size / topology.hosts
       result.temporaries = max(float(taken) * _UNITS[unit] - result.arguments, 0)
       result.memory = float(there) * _UNITS[unit_there]

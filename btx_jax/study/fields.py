@@ -1,21 +1,23 @@
-"""Whether a config has the fields of btx_jax/base.py, each with a value of its type.
+"""Checks that a config has the fields of btx_jax/base.py, each with a value of its type.
 
-ml_collections checks what is set field by field; what it lets pass is None, a section that was
-replaced whole, and all that stands in `domains` and `runs`.
+ml_collections checks single assignments. It lets None pass, sections that are replaced whole, and
+everything in `domains` and `runs`.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from btx_jax import base, files
-from btx_jax.errors import UsageError, nearest
+from btx_jax.errors import RENAMED, UsageError, nearest
+from btx_jax.run import HUGGING_FACE, MIX
 
-_OWN = ('model', 'optimizer', 'train')  # sections that a run may have some fields of
+_OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
 
 
 def check(config) -> None:
-  """Raises UsageError for the first field that is missing, unknown or of another type."""
+  """Raises UsageError for the first field that is missing, unknown or of the wrong type."""
   like = base.get_config()
   _check_section('', config, like)
   files.check_path('tokenizer.path', config.tokenizer.path)
@@ -25,31 +27,29 @@ def check(config) -> None:
       files.check_path(f'domains.{name}.paths', path)
   for name, run in config.runs.items():
     kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
-    init = {'mix': base.mix(rules={'': ''}), 'hugging_face': base.hugging_face('')}.get(
-        kind, base.random())
+    init = (base.mix(rules={'': ''}) if kind == MIX else
+            base.hugging_face('') if kind == HUGGING_FACE else base.random())
     _check_section(f'runs.{name}', run, base.run(init, {}))
     files.check_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
-    for section in _OWN:
+    for section in _OVERRIDABLE:
+      known = like.to_dict()[section]
       for field, value in run[section].items():
-        path = f'runs.{name}.{section}.{field}'
-        if field not in like[section]:
-          raise UsageError(f'{path} is not a field; {nearest(field, like[section])}')
-        _check_value(path, value, like[section][field])
+        if field not in known:
+          raise _unknown(f'runs.{name}.', f'{section}.{field}', known)
+        _check_value(f'runs.{name}.{section}.{field}', value, known[field])
 
 
 def _check_section(path: str, section: Any, like: ConfigDict) -> None:
   _check_value(path or 'the config', section, like)
-  for field in section if like else ():  # what is empty in base.py is free
+  for field in section if like else ():  # sections that are empty in base.py may have any field
     if field not in like:
-      path = f'{path}.{field}'.lstrip('.')
-      raise UsageError(f'{path} is not a field; {nearest(field, like)}')
+      raise _unknown('', f'{path}.{field}'.lstrip('.'), like)
   for field, expected in like.items():
     inner = f'{path}.{field}'.lstrip('.')
     if field not in section:
-      path = inner
-      raise UsageError(f'{path} is missing. Start from base.get_config(), change fields of its '
+      raise UsageError(f'{inner} is missing. Start from base.get_config(), set the fields of its '
                        'sections rather than replace one, and make domains by base.domain(...) '
                        'and runs by base.run(...).')
     if isinstance(expected, ConfigDict):
@@ -58,25 +58,33 @@ def _check_section(path: str, section: Any, like: ConfigDict) -> None:
       _check_value(inner, section[field], expected)
 
 
+def _unknown(owner: str, path: str, like: Iterable[str]) -> UsageError:
+  """There is no field `path` in the config, or in the run `owner`."""
+  if path in RENAMED:
+    new = RENAMED[path]
+    return UsageError(f'{owner}{path} is now {owner}{new}.')
+  return UsageError(f'{owner}{path} is not a field; {nearest(path.rpartition(".")[2], like)}')
+
+
 def _check_value(path: str, value: Any, like: Any) -> None:
-  """Of the type of `like`, and a list one of texts, or of pairs if `like` has one."""
+  """Checks that a value has the type of `like`; lists hold strings, or pairs if `like` does."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   fits, wanted = {
       bool: (isinstance(value, bool), 'True or False'),
-      int: (is_number and isinstance(value, int), 'a whole number'),
+      int: (is_number and isinstance(value, int), 'an integer'),
       float: (is_number, 'a number'),
-      str: (isinstance(value, str), 'a text'),
-      tuple: (_is_pairs(value), 'a list of pairs of texts') if like else (
-          _is_texts(value), 'a list of texts'),
-  }.get(type(like), (isinstance(value, ConfigDict), 'a group of fields'))
+      str: (isinstance(value, str), 'a string'),
+      tuple: (_is_pairs(value), 'a list of pairs of strings') if like else (
+          _is_strings(value), 'a list of strings'),
+  }.get(type(like), (isinstance(value, ConfigDict), 'a section'))
   if not fits:
     raise UsageError(f'{path} = {value!r} is of type {type(value).__name__}, and must be '
                      f'{wanted}.')
 
 
-def _is_texts(value: Any) -> bool:
+def _is_strings(value: Any) -> bool:
   return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
 
 
 def _is_pairs(value: Any) -> bool:
-  return isinstance(value, tuple | list) and all(_is_texts(v) and len(v) == 2 for v in value)
+  return isinstance(value, tuple | list) and all(_is_strings(v) and len(v) == 2 for v in value)

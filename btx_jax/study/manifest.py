@@ -6,7 +6,7 @@ import json
 import os
 
 from btx_jax.devices.distributed import versions
-from btx_jax.errors import UsageError, compare
+from btx_jax.errors import UsageError, nested_differences
 from btx_jax.files import replacing
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
@@ -75,7 +75,8 @@ def check(folder: str, manifest: dict, spec: dict):
 def differences(manifest: dict, spec: dict) -> list[str]:
   """What `spec`, or a part of one, says otherwise than a manifest: 'steps: 6 there, 8 now'."""
   known = {key: manifest['spec'].get(key) for key in spec}
-  return [f'{path}: {was!r} there, {now!r} now' for path, was, now in compare(known, spec)]
+  return [f'{path}: {was!r} there, {now!r} now'
+          for path, was, now in nested_differences(known, spec)]
 
 
 def now() -> str:

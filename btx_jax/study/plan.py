@@ -140,7 +140,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
   if model.vocab_size < vocab_size and not vocabulary:
     raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
                      f"tokenizer's {vocab_size}; set it to 0 to take the tokenizer's.")
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     objective = Objective(**{field.name: train[field.name]
                              for field in dataclasses.fields(Objective)})
     # A model keeps the bias that it started with, because its routing depends on it.
@@ -202,7 +202,7 @@ def _start(name: str, config, runs: Mapping[str, Run]):
   compatibility.check(name, sources, init.allow)
   averaged = [runs[each] for each in init.averaged or init.runs]
   model = sources[0].model
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     recipe = recipe_from_config(init, names, model.ffn_dim, model_config.shared_paths(model),
                                 _tokens_apart(averaged, sources), config.mix.router_std)
   compatibility.check_reference(name, sources[recipe.reference])
@@ -224,7 +224,7 @@ def _pretrained(name: str, config, at_hand: bool) -> Folder | None:
   if not config.tokenizer.path:
     raise UsageError(f'runs.{name} starts from a pretrained model, which knows only the tokenizer '
                      f'that it was trained with: set tokenizer.path = {init.folder!r}.')
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     return Folder(init.folder)
 
 
@@ -239,7 +239,7 @@ def _vocabulary(name: str, config, runs: Mapping[str, Run], pretrained: Folder |
     return ''
   size = pretrained.model.vocab_size
   if tokenizer:
-    with errors.of(f'runs.{name}'):
+    with errors.about(f'runs.{name}'):
       own = compatibility.vocabulary_of(init.folder, unless=tokenizer)
     if own:
       clash = compatibility.contradiction(tokenizer.vocabulary(), own, size)
@@ -275,7 +275,7 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
     fields['num_experts'] = len(recipe.pieces)
     fields['ffn_dim'] = sum(end - first for _, first, end in recipe.pieces[0])
   sizes = dict(fields)
-  with errors.of(f'runs.{name}'):
+  with errors.about(f'runs.{name}'):
     model = model_config.Config(**{**fields, **entry.model})
   if kind != RANDOM:
     changed = [f'{key} = {entry.model[key]} (it starts from {sizes[key]})'

@@ -1,1 +1,1 @@
-"""A run's training: the train step, what is compiled, the loop around it, and what is recorded."""
+"""The training of a run: its step and loss, the compiled program, the loop, and its records."""

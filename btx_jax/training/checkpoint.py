@@ -1,11 +1,12 @@
 """Checkpoints of a run. The only file that knows orbax.
 
-Parameters, optimizer state and data position are saved side by side, so that a mixture can
+Parameters, optimizer state and data position are saved as separate items, so that a mixture can
 read an expert's parameters without its moments.
 """
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 from orbax.checkpoint import v1 as ocp
@@ -13,13 +14,14 @@ import tensorstore
 
 from btx_jax.devices import distributed, sharding
 from btx_jax.errors import RunError
+from btx_jax.model.source import Index
 from btx_jax.training.step import TrainState
 
-_CHUNK = 1 << 26  # bytes of a piece of an array that is read and written at once
+_CHUNK = 1 << 26  # bytes of an array that are read or written at once
 
 
 class Checkpoints:
-  """The checkpoints of one run, the newest `keep` of them; a context manager."""
+  """The newest `keep` checkpoints of one run; a context manager."""
 
   def __init__(self, folder: str, keep: int = 2):
     self._folder = os.path.abspath(folder)
@@ -27,13 +29,15 @@ class Checkpoints:
     context.array.saving.scoped_storage_options_creator = _chunks
     self._checkpointer = ocp.training.Checkpointer(
         self._folder, context=context,
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+        # orbax's own policies do not match the type that it declares for them.
+        preservation_policy=ocp.training.preservation_policies.LatestN(
+            keep))  # pyright: ignore[reportArgumentType]
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    self._checkpointer.close()  # waits for what is being written
+    self._checkpointer.close()  # waits until everything is written
 
   @property
   def latest(self) -> int | None:
@@ -42,41 +46,41 @@ class Checkpoints:
     return None if newest is None else newest.step
 
   def save(self, step: int, state: TrainState, position: dict):
-    """Saves in the background; the arrays may be donated once this returns.
+    """Saves in the background; the arrays may be donated as soon as this returns.
 
     Args:
-      step: steps done.
-      state: of the training.
-      position: of the data; a dict of ints.
+      step: number of steps done.
+      state: after that step.
+      position: where the data stands; nested dicts of ints.
     """
-    self._checkpointer.save_checkpointables_async(
-        step, {'params': state.params, 'train': _rest(state), 'data': position}, force=True)
+    items = {'params': state.params, 'train': _without_params(state), 'data': position}
+    self._checkpointer.save_checkpointables_async(step, items, force=True)
 
   def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
-    """The state of a step, in the shapes, types and shardings of `like`, and the position."""
-    loaded = self._checkpointer.load_checkpointables(
-        step, {'params': like.params, 'train': _rest(like), 'data': None})
+    """The state after a step, with the shapes, dtypes and shardings of `like`; the position."""
+    loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
+        step, {'params': like.params, 'train': _without_params(like), 'data': None})
     return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
 
 
-def _chunks(key_path, value):
-  """How an array is cut up: by layer and expert first, so that `Saved` reads one for little."""
+def _chunks(key, value):
+  """Chunks arrays by layer and expert first, so that `Saved` can read one of them cheaply."""
   del value
   return ocp.options.ArrayOptions.Saving.StorageOptions(
-      chunk_byte_size=_CHUNK, shard_axes=tuple(range(_stacked(sharding.path_of(key_path)))))
+      chunk_byte_size=_CHUNK, shard_axes=tuple(range(_stacked(sharding.path_of(key)))))
 
 
 def _stacked(path: str) -> int:
-  """Leading dimensions of a parameter, or its moments, that are layers and experts."""
+  """The number of leading dimensions of a parameter, or its moments, for layers and experts."""
   return ('layers/' in path) + ('/experts/' in path)
 
 
-def _rest(state: TrainState) -> dict:
+def _without_params(state: TrainState) -> dict:
   return {'step': state.step, 'opt_state': state.opt_state}
 
 
 def load_params(folder: str, step: int, like):
-  """The parameters alone, in the shapes, types and shardings of `like`."""
+  """The parameters alone, with the shapes, dtypes and shardings of `like`."""
   return ocp.load(_step_folder(folder, step), like, checkpointable_name='params')
 
 
@@ -89,25 +93,25 @@ def _step_folder(folder: str, step: int) -> str:
 
 
 class Saved:
-  """The parameters of a checkpoint, to be read slice by slice.
+  """The parameters of a checkpoint as a source, read slice by slice.
 
-  What is read of an array is decoded in the chunks in which it was written, see _chunks.
+  Reading a slice decodes every chunk that it touches, see _chunks.
   """
 
   def __init__(self, folder: str, step: int):
     self._path = _step_folder(folder, step)
     self._arrays = {}
 
-  def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of the parameter of this path."""
+  def read(self, path: str, index: Index) -> np.ndarray:
+    """A slice of the parameter at this path."""
     return self._open(path)[index].read().result()
 
-  def extent(self, path: str, index: tuple[slice, ...]) -> None:
-    """A checkpoint is compressed: nothing lies in it as it is."""
+  def extent(self, path: str, index: Index) -> None:
+    """None: a checkpoint is compressed, so no slice of it is stored verbatim."""
     del path, index
 
   def scratch_bytes(self, path: str) -> int:
-    """Bytes of the chunks that a slice of one layer, and expert, lies in."""
+    """Bytes of the chunks that hold one layer of the parameter, of one expert."""
     array = self._open(path)
     chunk = array.chunk_layout.read_chunk.shape
     many = [1 if i < _stacked(path) else -(-n // c)

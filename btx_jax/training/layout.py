@@ -1,4 +1,4 @@
-"""How the runs of a config lie on devices, which need not be there yet."""
+"""How the runs of a config are laid out on devices, which need not exist yet (preflight)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,39 +14,39 @@ from btx_jax.devices.mesh import (
   make_mesh,
 )
 from btx_jax.errors import UsageError
-from btx_jax.model import config as model_config
 from btx_jax.model import llama
+from btx_jax.model.config import num_params
 from btx_jax.run import Run
 
 
 def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | None
          ) -> jax.sharding.Mesh:
-  """The mesh of a config, what it leaves open chosen for its runs.
+  """The mesh of a config; sizes that it leaves open are chosen for its runs.
 
   Args:
     config: as btx_jax/base.py makes it.
     runs: of the config.
     devices: all of them.
-    memory: bytes of a device; None if it is not known.
+    memory: bytes per device; None if unknown.
 
   Raises:
-    UsageError: it cannot be laid on them, or they cannot share the rows of an evaluation.
+    UsageError: the mesh does not fit the devices, or they cannot share the rows of an
+      evaluation evenly.
   """
   sizes = dict(config.mesh)
   if 0 in sizes.values():
     models = [run.model for run in runs.values()]
     experts = max((model.num_experts for model in models), default=0)
     # Float32 parameters, gradients and the two moments of Adam.
-    state = 16 * max((model_config.num_params(model) for model in models), default=0)
-    sizes = choose(sizes, len(devices), experts, state, memory,
-                            count_slices(devices))
+    state = 16 * max((num_params(model) for model in models), default=0)
+    sizes = choose(sizes, len(devices), experts, state, memory, count_slices(devices))
   made = make_mesh(**sizes, devices=devices)
   check_rows(made, config.evaluation.batch_size, 'evaluation.batch_size')
   return made
 
 
 def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):
-  """Raises UsageError if the run cannot be laid on the mesh; `stacked`, as one of several."""
+  """Raises UsageError if the run cannot train on the mesh, `stacked` if as one of several."""
   check_rows(
       mesh, run.batch_size // run.microbatches,
       f'runs.{run.name}: train.batch_size / train.microbatches',
@@ -60,10 +60,13 @@ def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):
 
 
 def uneven(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
-  """What of a run's model the mesh does not divide, so that it costs memory or traffic."""
+  """The arrays of a run's model that the mesh does not divide, at a cost in memory or traffic.
+
+  One line each.
+  """
   lines = sharding.left_whole(llama.shapes(run.model), mesh)
   experts, devices = run.model.num_experts, mesh.shape['expert']
   if experts and not sharding.holds_experts(devices, experts):
     lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '
-                 'devices: their weights are gathered where they are used, as by mesh.fsdp')
+                 'devices: their weights are gathered when they are used, as with mesh.fsdp')
   return lines

@@ -1,56 +1,59 @@
-"""The training loop: from a run's start, or its last checkpoint, to its end.
+"""The training loop: from a run's start, or its newest checkpoint, to its end.
 
-The same for one run and for several branches in one program, which only program.py tells apart.
+It is the same for one run and for several branches in one program; program.py has the difference.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import os
 import time
+from typing import Any
 
 import grain
 import jax
 
+from btx_jax.data.mixture import Batch
 from btx_jax.devices import distributed
 from btx_jax.errors import RunError
 from btx_jax.model.config import Config
 from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
-from btx_jax.training import program as program_lib
 from btx_jax.training.checkpoint import Checkpoints
+from btx_jax.training.program import Program, make_program
 from btx_jax.training.recorder import Recorder
+from btx_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What else happens while a run goes on; nothing here changes its result.
+  """How often a run logs, evaluates and saves; nothing here changes its result.
 
   Attributes:
-    log: steps between lines of metrics.jsonl.
-    evaluate: steps between measurements of held-out bits per byte; 0 is never.
-    checkpoint: steps between checkpoints (the last step is always saved).
-    keep: checkpoints that are kept.
-    tensorboard: write events for TensorBoard too.
-    profile: steps to trace, from the second on.
+    log_every: steps between lines of metrics.jsonl.
+    evaluation_every: steps between measurements of held-out bits per byte; 0 is never.
+    checkpoint_every: steps between checkpoints (the last step is always saved).
+    checkpoints_kept: number of newest checkpoints to keep.
+    tensorboard: also write TensorBoard events.
+    profile: number of steps to trace, from the second on.
   """
-  log: int
-  evaluate: int
-  checkpoint: int
-  keep: int
+  log_every: int
+  evaluation_every: int
+  checkpoint_every: int
+  checkpoints_kept: int
   tensorboard: bool = False
   profile: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A run to be trained, and what comes from outside.
+  """A run to train, with its inputs.
 
   Attributes:
     run: what to train.
-    folder: of the run; checkpoints and metrics.jsonl go there.
-    make_params: the initialiser: parameters at step 0, laid out by sharding.RULES.
-    order: of the training rows, from mixture.training_order.
+    folder: the run's directory, for checkpoints and metrics.jsonl.
+    make_params: makes the parameters at step 0, laid out by sharding.RULES.
+    order: the training rows, from mixture.training_order.
   """
   run: Run
   folder: str
@@ -58,129 +61,231 @@ class Job:
   order: grain.MapDataset
 
 
-def train(jobs: Sequence[Job], mesh, domains: list[str], settings: Settings,
-          evaluate: Callable[[Config, dict], dict],
-          on_checkpoint: Callable[[str, int, dict[str, int]], None]) -> dict:
+Evaluate = Callable[[Config, dict], Mapping[str, Mapping]]
+OnCheckpoint = Callable[[str, int, dict[str, int]], None]
+
+
+def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
+        evaluate: Evaluate, on_checkpoint: OnCheckpoint) -> dict:
   """Trains a run, or several as one program, each from its newest checkpoint if it has one.
 
   Args:
     jobs: what to train.
     mesh: where to train.
-    domains: names of the rows' domain indices.
+    domains: names of the domains; a row's `domain` is an index into them.
     settings: when to log, evaluate and save.
-    evaluate: model and parameters -> result by domain, from evaluate.bits.
-    on_checkpoint: called with the name of a run, the steps it has done, and the tokens it was
-      trained on, by domain.
+    evaluate: (model, parameters) -> result by domain, from evaluate.bits.
+    on_checkpoint: called with the name of a run, the number of steps it has done, and the
+      number of targets it was trained on, by domain.
 
   Returns:
     The parameters at the end; of several runs stacked, leaves [slots, ...].
 
   Raises:
     RunError: a loss or its gradient is not finite.
+    KeyboardInterrupt: preempted, with everything saved.
   """
-  runs = [job.run for job in jobs]
-  if len(runs) == 1:
-    program = program_lib.single(runs[0], mesh, len(domains))
-  else:
-    program = program_lib.stacked(runs, mesh, len(domains))
-
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.until_preempted())
-    checkpoints = [stack.enter_context(Checkpoints(
-        os.path.join(job.folder, 'checkpoints'), settings.keep)) for job in jobs]
-    starts = distributed.decided(lambda: [saved.latest or 0 for saved in checkpoints])
-    states, seen = [], []
-    for job, saved, start in zip(jobs, checkpoints, starts):
-      if start:
-        restored, position = saved.restore(start, program.like)
-        states.append(restored)
-        del restored  # program.join lets go of what is in the list
-        seen.append(position['tokens_by_domain'])
-        on_checkpoint(job.run.name, start, seen[-1])  # what was not told before a kill
-      else:
-        states.append(program.create(job.make_params()))
-        seen.append({})
-    state = program.join(states)
+    training = start(jobs, mesh, domains, settings, evaluate, on_checkpoint, stack)
+    first, last = training.first_step, training.last_step
+    begin_trace = min(first + 1, last + 1)
+    end_trace = min(begin_trace + settings.profile, last + 1)
 
-    progress = stack.enter_context(Progress(
-        {run.name: (start, run.steps) for run, start in zip(runs, starts)}))
-    recorders = [
-        stack.enter_context(Recorder(job.run, job.folder, domains, settings.log, start, tokens,
-                                     settings.tensorboard, progress))
-        for job, start, tokens in zip(jobs, starts, seen)]
-    first, last = min(starts) + 1, max(run.steps for run in runs)
-    if len(runs) > 1:
-      _tell_idle(program.slots, starts, runs)
+    training.take_steps(range(first, begin_trace))
+    with profiling(os.path.join(jobs[0].folder, 'profile'), range(begin_trace, end_trace),
+                   training.wait):
+      training.take_steps(range(begin_trace, end_trace))
+    training.take_steps(range(end_trace, last + 1))
+    return training.state.params
 
-    def active(step: int) -> list[bool]:
-      """A branch that was ahead of the others waits for them; one that is done stays."""
-      return [start < step <= run.steps for start, run in zip(starts, runs)]
 
-    def record(step: int, metrics):
-      metrics = jax.device_get(metrics)
-      for i, on in enumerate(active(step)):
-        if not on:
-          continue
-        try:
-          recorders[i].step(step, program.part_metrics(metrics, i))
-        except FloatingPointError as error:
-          raise RunError(
-              f'{runs[i].name}: {error}; the last checkpoint, of step '
-              f'{checkpoints[i].latest or 0}, is sound. To train it with a lower '
-              f'optimizer.peak_lr, delete {jobs[i].folder} or use another '
-              '--workdir.') from error
+@dataclasses.dataclass(frozen=True)
+class Branch:
+  """One run of the program that is being trained.
 
-    profile = settings.profile if distributed.is_first() else 0
-    traced = range(first + 1, min(first + 1 + profile, last + 1))
-    trace_folder = os.path.join(jobs[0].folder, 'profile')
-    batches = program.batches([job.order for job in jobs], first, last)
-    pending = None
-    for step in range(first, last + 1):
+  Attributes:
+    run: what is trained.
+    folder: the run's directory.
+    start: the step of the checkpoint that it continues from; 0 without one.
+    checkpoints: of the run.
+    recorder: of the run.
+  """
+  run: Run
+  folder: str
+  start: int
+  checkpoints: Checkpoints
+  recorder: Recorder
+
+  def takes(self, step: int) -> bool:
+    """A branch that is ahead of the others waits for them; one that is done stays as it is."""
+    return self.start < step <= self.run.steps
+
+
+def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
+          evaluate: Evaluate, on_checkpoint: OnCheckpoint, stack: contextlib.ExitStack
+          ) -> 'Training':
+  """Restores or initialises every run, and opens its files; `stack` closes them.
+
+  Arguments otherwise as for `run`.
+  """
+  runs = [job.run for job in jobs]
+  program = make_program(runs, mesh, len(domains))
+  checkpoints = [stack.enter_context(Checkpoints(
+      os.path.join(job.folder, 'checkpoints'), settings.checkpoints_kept)) for job in jobs]
+  starts = distributed.decided(lambda: [saved.latest or 0 for saved in checkpoints])
+  states, seen = [], []
+  for job, saved, step in zip(jobs, checkpoints, starts):
+    if step:
+      state, position = saved.restore(step, program.state_shapes)
+      tokens_by_domain = position['tokens_by_domain']
+      on_checkpoint(job.run.name, step, tokens_by_domain)  # a kill may have come before
+    else:
+      state, tokens_by_domain = program.create_state(job.make_params()), {}
+    states.append(state)
+    seen.append(tokens_by_domain)
+  joined = program.join_states(states)
+
+  progress = stack.enter_context(Progress(
+      {run.name: (step, run.steps) for run, step in zip(runs, starts)}))
+  branches = []
+  for job, saved, step, tokens_by_domain in zip(jobs, checkpoints, starts, seen):
+    recorder = stack.enter_context(Recorder(
+        job.run, job.folder, domains, settings.log_every, step, tokens_by_domain,
+        settings.tensorboard, progress))
+    branches.append(Branch(job.run, job.folder, step, saved, recorder))
+  training = Training(program, branches, joined, [job.order for job in jobs], settings,
+                      evaluate, on_checkpoint)
+  if len(branches) > 1:
+    _say_idle_share(training)
+  return training
+
+
+class Training:
+  """A program while it trains.
+
+  Attributes:
+    program: the compiled steps of all branches.
+    branches: its runs.
+    state: of the program; each step donates it.
+    first_step, last_step: of the steps to take, counted from 1.
+  """
+
+  def __init__(self, program: Program, branches: Sequence[Branch], state: TrainState,
+               orders: Sequence[grain.MapDataset], settings: Settings, evaluate: Evaluate,
+               on_checkpoint: OnCheckpoint):
+    """`orders` are the training rows of each branch."""
+    self.program, self.branches = program, branches
+    self.first_step = min(branch.start for branch in branches) + 1
+    self.last_step = max(branch.run.steps for branch in branches)
+    self.state = state
+    self._batches = program.batches(orders, self.first_step, self.last_step)
+    self._settings, self._evaluate, self._on_checkpoint = settings, evaluate, on_checkpoint
+    self._unrecorded: tuple[int, dict[str, Any]] | None = None  # the newest step, its metrics
+
+  def take_steps(self, steps: range):
+    """Takes these steps, and after each saves and evaluates what is due.
+
+    Raises:
+      RunError: a loss or its gradient is not finite.
+      KeyboardInterrupt: preempted, with everything saved.
+    """
+    for step in steps:
+      self.step(step)
+      preempted = distributed.preempted() and step != self.last_step
+      for i, branch in enumerate(self.branches):
+        if branch.takes(step):
+          self.save_or_evaluate(step, i, branch, preempted)
+      if preempted:
+        raise KeyboardInterrupt  # as if by Ctrl-C
+
+  def step(self, step: int):
+    """Starts a step on the devices, and meanwhile records the one before."""
+    batch = self._next_batch()
+    active = [branch.takes(step) for branch in self.branches]
+    self.state, metrics = self.program.step(
+        self.state, self.program.global_batch(batch), active)
+    self._record()
+    self._unrecorded = step, metrics
+
+  def save_or_evaluate(self, step: int, i: int, branch: Branch, preempted: bool):
+    """Saves or evaluates branch i if it is time. Its last step, or a preempted one, is saved."""
+    settings = self._settings
+    ends = step == branch.run.steps
+    saves = ends or preempted or step % settings.checkpoint_every == 0
+    evaluates = (not ends and not preempted and settings.evaluation_every
+                 and step % settings.evaluation_every == 0)
+    if not saves and not evaluates:
+      return
+    self._record()
+    state = self.program.branch_state(self.state, i)
+    if saves:
+      tokens_by_domain = branch.recorder.tokens_by_domain
+      branch.checkpoints.save(step, state, {'step': step, 'tokens_by_domain': tokens_by_domain})
+      self._on_checkpoint(branch.run.name, step, tokens_by_domain)
+    if evaluates:
       began = time.monotonic()
-      batch = next(batches)
-      for recorder in recorders:
-        recorder.waited(time.monotonic() - began)
-      if traced and step == traced[0]:
-        jax.profiler.start_trace(trace_folder, create_perfetto_trace=True)
-      state, metrics = program.step(state, program.place(batch), active(step))
-      if pending:
-        record(*pending)
-      pending = step, metrics
-      if traced and step == traced[-1]:
-        jax.block_until_ready(metrics)
-        jax.profiler.stop_trace()
-        say(f'a trace of steps {traced[0]} to {step} is in {trace_folder} (for xprof, and '
-            '*.json.gz for Perfetto)')
-      stops = distributed.preempted() and step != last
-      for i, on in enumerate(active(step)):
-        if not on:
-          continue
-        at_end = step == runs[i].steps
-        saves = at_end or stops or step % settings.checkpoint == 0
-        evaluates = not at_end and not stops and settings.evaluate and (
-            step % settings.evaluate == 0)
-        if (saves or evaluates) and pending:
-          record(*pending)
-          pending = None
-        if saves or evaluates:
-          own = program.part(state, i)
-        if saves:
-          tokens = recorders[i].tokens_by_domain
-          checkpoints[i].save(step, own, {'step': step, 'tokens_by_domain': tokens})
-          on_checkpoint(runs[i].name, step, tokens)
-        if evaluates:
-          began = time.monotonic()
-          recorders[i].evaluated(step, evaluate(runs[i].model, own.params))
-          for recorder in recorders:
-            recorder.paused(time.monotonic() - began)
-      if stops:
-        raise KeyboardInterrupt  # as if by Ctrl-C, but with all that was done saved
-  return state.params
+      result = self._evaluate(branch.run.model, state.params)
+      branch.recorder.write_evaluation(step, result)
+      for each in self.branches:
+        each.recorder.exclude(time.monotonic() - began)
+
+  def wait(self):
+    """Waits until the devices have finished every step taken."""
+    jax.block_until_ready(self.state)
+
+  def _next_batch(self) -> Batch:
+    began = time.monotonic()
+    batch = next(self._batches)
+    for branch in self.branches:
+      branch.recorder.add_input_wait(time.monotonic() - began)
+    return batch
+
+  def _record(self):
+    """Records the newest step, if it is not recorded yet; waits until it is done."""
+    if self._unrecorded is None:
+      return
+    (step, metrics), self._unrecorded = self._unrecorded, None
+    metrics = jax.device_get(metrics)
+    for i, branch in enumerate(self.branches):
+      if not branch.takes(step):
+        continue
+      try:
+        branch.recorder.record_step(step, self.program.branch_metrics(metrics, i))
+      except FloatingPointError as error:
+        raise RunError(
+            f'{branch.run.name}: {error}; the last checkpoint, of step '
+            f'{branch.checkpoints.latest or 0}, is sound. To train it with a lower '
+            f'optimizer.peak_lr, delete {branch.folder} or use another '
+            '--workdir.') from error
 
 
-def _tell_idle(slots: int, starts: Sequence[int], runs: Sequence[Run]):
-  """What share of the devices' time goes to no branch."""
-  span = slots * (max(run.steps for run in runs) - min(starts))
-  busy = sum(run.steps - start for run, start in zip(runs, starts))
-  say(f'{", ".join(run.name for run in runs)}: one program, {len(runs)} branches in {slots} '
-      f'slots, {1 - busy / max(span, 1):.0%} of it idle')
+@contextlib.contextmanager
+def profiling(folder: str, steps: range, wait: Callable[[], None]) -> Iterator[None]:
+  """Writes a trace of the block, if it takes any steps; process 0 only.
+
+  Args:
+    folder: for the trace.
+    steps: that the block takes.
+    wait: called at the end of the block; waits for the devices.
+  """
+  if not steps or not distributed.is_first():
+    yield
+    return
+  jax.profiler.start_trace(folder, create_perfetto_trace=True)
+  try:
+    yield
+    wait()
+  finally:
+    jax.profiler.stop_trace()
+  say(f'a trace of steps {steps[0]} to {steps[-1]} is in {folder} (for xprof, and '
+      '*.json.gz for Perfetto)')
+
+
+def _say_idle_share(training: Training):
+  """Says what share of the devices' time no branch uses."""
+  branches, slots = training.branches, training.program.slots
+  span = slots * (training.last_step - training.first_step + 1)
+  busy = sum(branch.run.steps - branch.start for branch in branches)
+  say(f'{", ".join(branch.run.name for branch in branches)}: one program, {len(branches)} '
+      f'branches in {slots} slots, {1 - busy / max(span, 1):.0%} of it idle')

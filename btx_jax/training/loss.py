@@ -1,15 +1,13 @@
 """Next-token cross-entropy straight from hidden states.
 
-Key idea: logits [B, T, V] are the largest array of a language model, so they are made,
-used and forgotten a few hundred tokens at a time. The gradient is computed along with the
+Key idea: logits [B, T, V] are the largest array of a language model, so they are computed,
+used and discarded a few hundred tokens at a time. The gradient is computed along with the
 value, while a chunk's logits are still in cache; the backward pass only scales it.
 
-Where the vocabulary is cut over the `tensor` axis each device has the logits of its own part:
-only the softmax's maximum and sum, the target's logit and the gradient of the hidden states
-are combined.
+If the vocabulary is sharded over the `tensor` axis, each device has the logits of its own
+shard: only the softmax's maximum and sum, the target's logit and the gradient of the hidden
+states are combined.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +20,20 @@ TOKENS_PER_CHUNK = 512
 
 
 def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
-                    batch_axes=BATCH_AXES):
+                    batch_axes=BATCH_AXES) -> tuple[jax.Array, jax.Array]:
   """Negative log likelihood in nats over the positions that `mask_BT` marks.
 
   Args:
     hidden_BTD: final hidden states, rows sharded over `batch_axes`.
-    head_DV: the output head, in the dtype of the hidden states; V is cut over `tensor` if
+    head_DV: the output head, in the dtype of the hidden states; V is sharded over `tensor` if
       that divides it.
     targets_BT: the token that follows each position.
     mask_BT: True where the target counts.
     batch_axes: the mesh axes over which rows are sharded.
 
   Returns:
-    its sum, a float32 scalar that is differentiable in the hidden states and the head, and
-    the sums of the rows [B], for reports, which are not.
+    its sum, a float32 scalar, differentiable with respect to the hidden states and the head,
+    and the sum of each row [B], for reports, through which no gradient flows.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -57,14 +55,14 @@ def _by_row(total, nll_BT):
   return total, jax.lax.stop_gradient(nll_BT).sum(1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
+def _nll(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis) -> tuple[jax.Array, jax.Array]:
   """The sum, and the loss of each position [B, T], through which no gradient flows.
 
-  `vocab_axis` is the mesh axis over which V is cut, None where it is whole.
+  `vocab_axis` is the mesh axis over which V is sharded; None if it is not.
   """
   def one_chunk(total, chunk):
-    nll, _ = _chunk_nll(*chunk, head_DV, vocab_axis)
+    hidden, targets, mask = chunk
+    nll, _ = _chunk_nll(hidden, targets, mask, head_DV, vocab_axis)
     return total + nll.sum(), nll
 
   zero = sharding.varying_like(jnp.zeros(()), hidden_BTD)
@@ -72,11 +70,11 @@ def _summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
   return total, _joined(nll, hidden_BTD)
 
 
-def _summed_nll_fwd(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
+def _nll_and_gradients(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
   def one_chunk(carry, chunk):
     total, dhead_DV = carry
-    hidden, _, mask = chunk
-    nll, dlogits = _chunk_nll(*chunk, head_DV, vocab_axis)
+    hidden, targets, mask = chunk
+    nll, dlogits = _chunk_nll(hidden, targets, mask, head_DV, vocab_axis)
     dlogits = jnp.where(mask[:, None], dlogits, 0).astype(hidden.dtype)
     dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
     return (total + nll.sum(), dhead_DV), (dlogits @ head_DV.T, nll)
@@ -85,24 +83,25 @@ def _summed_nll_fwd(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
            sharding.varying_like(jnp.zeros(head_DV.shape), head_DV))
   (total, dhead_DV), (dhidden, nll) = jax.lax.scan(
       one_chunk, zeros, _chunks(hidden_BTD, targets_BT, mask_BT))
-  if vocab_axis:  # each device knows what its own part of the vocabulary contributes
+  if vocab_axis:  # each device has the contribution of its own shard of the vocabulary
     dhidden = jax.lax.psum(dhidden, vocab_axis)
   residuals = _joined(dhidden, hidden_BTD), dhead_DV.astype(head_DV.dtype)
   return (total, _joined(nll, hidden_BTD)), residuals
 
 
-def _summed_nll_bwd(vocab_axis, residuals, cotangents):
+def _scaled_gradients(vocab_axis, residuals, cotangents):
   del vocab_axis
   dhidden_BTD, dhead_DV = residuals
   g, _ = cotangents
   return dhidden_BTD * g.astype(dhidden_BTD.dtype), dhead_DV * g.astype(dhead_DV.dtype), None, None
 
 
-_summed_nll.defvjp(_summed_nll_fwd, _summed_nll_bwd)
+_summed_nll = jax.custom_vjp(_nll, nondiff_argnums=(4,))
+_summed_nll.defvjp(_nll_and_gradients, _scaled_gradients)
 
 
 def _chunks(*arrays):
-  """[B, T, ...] -> [chunks, tokens, ...]; the last chunk is filled up with zeros."""
+  """[B, T, ...] -> [chunks, tokens, ...]; the last chunk is padded with zeros."""
   tokens = arrays[0].shape[0] * arrays[0].shape[1]
   size = min(tokens, TOKENS_PER_CHUNK)
   fill = -tokens % size
@@ -116,14 +115,14 @@ def _chunks(*arrays):
 
 
 def _joined(chunks, like_BTD):
-  """The reverse of `_chunks`: [chunks, tokens, ...] -> [B, T, ...]."""
+  """The inverse of `_chunks`: [chunks, tokens, ...] -> [B, T, ...]."""
   B, T, _ = like_BTD.shape
   flat = chunks.reshape(-1, *chunks.shape[2:])
   return flat[:B * T].reshape(B, T, *flat.shape[1:])
 
 
 def _chunk_nll(hidden, targets, mask, head_DV, vocab_axis):
-  """Loss [tokens] of one chunk and its gradient in the logits [tokens, V], in float32."""
+  """Loss [tokens] of one chunk and its gradient by the logits [tokens, V], in float32."""
   logits = jnp.dot(hidden, head_DV, preferred_element_type=jnp.float32)
   V = logits.shape[1]
   top = logits.max(1)

@@ -1,26 +1,28 @@
-"""metrics.jsonl: what a run measures while it goes on, a JSON object a line.
+"""metrics.jsonl: the measurements of a run, one JSON object per line.
 
-Every line has `step` and `time` (seconds since 1970). A line of training has
+Every line has `step` and `time` (seconds since 1970). A line on training has
 
-  loss                nats per token, over the steps since the line before
-  loss_by_domain      likewise, of each domain that there were tokens of
+  loss                nats per target, over the steps since the previous line
+  loss_by_domain      likewise, for each domain that had targets
   lr                  of this step
   grad_norm           of this step's whole gradient, before clipping
-  grad_norms          by part of the model that trains; param_norms of all, before the step
-  tokens_by_domain    targets since the start of the run
-  tokens_per_second   positions, the compiling of the first step left out
-  mfu                 model FLOPs as a share of what the devices could do
-  input_wait          share of the time that the devices had no batch to work on
-  memory              largest number of bytes so far: host, device
+  grad_norms          by part of the model, of what trains
+  param_norms         by part of the model, before this step
+  tokens_by_domain    number of targets since the start of the run
+  tokens_per_second   positions, without the first step, which is compiled
+  mfu                 model FLOPs as a share of the devices' peak
+  input_wait          share of the time spent waiting for a batch
+  memory              peak bytes so far: host, device
   balance             load-balancing loss of this step, summed over layers
   router_z            router z-loss of this step, summed over layers
   routing             see routing_figures.describe
-  warnings            sentences, each only once in a run; `troubles` is what they are about
+  troubles            of the routing, see routing_figures.troubles; each only once in a run
+  warnings            the same in sentences
 
-and a line of evaluation has `bits_per_byte` by domain.
+and a line on evaluation has `bits_per_byte` by domain.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import json
 import os
 import time
@@ -30,14 +32,14 @@ from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
 NAME = 'metrics.jsonl'
-_TAIL = 1 << 20  # bytes of the end of a file that `tail` looks at
+_TAIL = 1 << 20  # bytes at the end of a file that `tail` reads
 
 
 class MetricsFile:
-  """Appends lines. Resuming at a step drops those that come after it.
+  """Appends lines. Resuming at a step drops the lines after it.
 
   Attributes:
-    kept: the lines of before, as dicts.
+    kept: the lines up to that step, as dicts.
   """
 
   def __init__(self, folder: str, resume_step: int = 0, tensorboard: bool = False):
@@ -68,13 +70,13 @@ class MetricsFile:
 def read(folder: str) -> list[dict[str, Any]]:
   """All lines of a run directory, in order; none if there is no file.
 
-  A line that is not whole, as a kill leaves one behind, is left out.
+  An incomplete line, as a kill leaves it, is skipped.
   """
   return list(_lines(folder, 0))
 
 
 def tail(folder: str) -> list[dict[str, Any]]:
-  """The last lines, without reading a long file whole."""
+  """The last lines, without reading all of a long file."""
   return list(_lines(folder, _TAIL))
 
 
@@ -85,7 +87,7 @@ def _lines(folder: str, last_bytes: int) -> Iterator[dict[str, Any]]:
       cut = last_bytes and size > last_bytes
       file.seek(size - last_bytes if cut else 0)
       if cut:
-        file.readline()  # begins in the middle
+        file.readline()  # probably not whole
       for line in file:
         try:
           values = json.loads(line)
@@ -107,13 +109,13 @@ def _tensorboard(folder: str, resume_step: int):
 
 
 def _scalars(values: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, float]]:
-  """Numbers with the path to them; what is listed by layer becomes its mean over layers."""
+  """Numbers by path; a list by layer becomes its mean over layers."""
   for key, value in values.items():
     name = f'{prefix}{key}'
     if key in ('warnings', 'troubles'):
-      continue  # words
+      continue  # not numbers
     if isinstance(value, list) and value and isinstance(value[0], list):
-      value = dict(enumerate(map(_mean, zip(*value))))  # [L][E]: by expert
+      value = {str(e): _mean(gates) for e, gates in enumerate(zip(*value))}  # [L][E]: by expert
     elif isinstance(value, list) and value:
       value = _mean(value)
     if isinstance(value, dict):
@@ -122,5 +124,5 @@ def _scalars(values: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, fl
       yield name, value
 
 
-def _mean(values) -> float:
+def _mean(values: Sequence[float]) -> float:
   return sum(values) / len(values)

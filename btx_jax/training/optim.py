@@ -1,4 +1,4 @@
-"""AdamW as the paper and Llama use it (clipping, warmup, cosine), which parameters it is for,
+"""AdamW as the paper and Llama use it (clipping, warmup, cosine), the parameters it updates,
 and norms by part of a model."""
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ import optax
 from btx_jax.devices import sharding
 from btx_jax.run import Optimizer, trains
 
-# Norm scales carry no weight decay. By path, not by rank: layers are stacked, so that the
-# scales of all layers are one matrix.
+# Norm scales do not decay. Selected by path, not by rank: layers are stacked, so the scales of
+# all layers are one matrix.
 _NO_DECAY = re.compile(r'scale$')
 
-# The parts of a model whose norms are told apart; first match wins.
+# The parts of a model whose norms are reported; first match wins.
 _PARTS = (
     ('embed', r'(^|/)embed$'), ('head', r'(^|/)head$'), ('attention', r'attn/'),
     ('router', r'router$'), ('router_bias', r'router_bias$'), ('experts', r'experts/'),
@@ -24,37 +24,34 @@ _PARTS = (
 
 
 def split(params, freeze: Sequence[str] = ()) -> tuple[dict, dict]:
-  """Parameters that train, and the rest: what `freeze` has regexes for, and routers' biases.
+  """The parameters that train, and the rest: those that `freeze` matches, and router biases.
 
-  Both are nested dicts with the paths of the whole; `join` is the reverse.
+  Both are nested dicts in which each parameter keeps its path; `join` is the inverse.
   """
-  flat = traverse_util.flatten_dict(params, sep='/')
-  parts = ({}, {})
-  for path, x in flat.items():
-    parts[not trains(path, freeze)][path] = x
-  return tuple(traverse_util.unflatten_dict(part, sep='/') for part in parts)
+  trained, fixed = {}, {}
+  for path, x in traverse_util.flatten_dict(params, sep='/').items():
+    (trained if trains(path, freeze) else fixed)[path] = x
+  return (traverse_util.unflatten_dict(trained, sep='/'),
+          traverse_util.unflatten_dict(fixed, sep='/'))
 
 
 def join(trained, fixed) -> dict:
-  """The whole of what `split` gave."""
-  both = (traverse_util.flatten_dict(part, sep='/') for part in (trained, fixed))
-  return traverse_util.unflatten_dict({k: v for part in both for k, v in part.items()}, sep='/')
+  """All parameters, from the two parts that `split` returns."""
+  flat = traverse_util.flatten_dict(trained, sep='/') | traverse_util.flatten_dict(fixed, sep='/')
+  return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def norms_by_part(tree) -> dict[str, jax.Array]:
-  """The Euclidean norm of each part of a tree of parameters, or gradients."""
+  """The Euclidean norm of each part of a tree of parameters or gradients."""
   squares: dict[str, list] = {}
-
-  def add(path, leaf):
+  for path, leaf in jax.tree.leaves_with_path(tree):
     part = next(name for name, pattern in _PARTS if re.search(pattern, sharding.path_of(path)))
     squares.setdefault(part, []).append(jnp.square(leaf.astype(jnp.float32)).sum())
-
-  jax.tree.map_with_path(add, tree)
   return {part: jnp.sqrt(sum(values)) for part, values in squares.items()}
 
 
 def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:
-  """Linear warmup from 0 to the peak, then a cosine down to its `final_lr` share."""
+  """Linear warmup from 0 to `peak_lr`, then a cosine down to `final_lr` times that."""
   return optax.warmup_cosine_decay_schedule(
       init_value=0.0, peak_value=cfg.peak_lr,
       warmup_steps=min(round(cfg.warmup * steps), steps - 1), decay_steps=steps,
@@ -62,9 +59,11 @@ def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:
 
 
 def adamw(cfg: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
-  """Clips the whole gradient by its norm, then AdamW with the learning rates of `rate`."""
-  decayed = lambda params: jax.tree.map_with_path(
-      lambda path, _: not _NO_DECAY.search(sharding.path_of(path)), params)
+  """Clips the gradient by its global norm, then AdamW at the learning rates of `rate`."""
+  def decayed(params):
+    return jax.tree.map_with_path(
+        lambda path, _: not _NO_DECAY.search(sharding.path_of(path)), params)
+
   return optax.chain(
       optax.clip_by_global_norm(cfg.clip_norm),
       optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps,

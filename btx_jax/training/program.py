@@ -1,13 +1,13 @@
-"""What is compiled: the train step of one run, or of several branches in one program.
+"""The programs that are compiled: the train step of one run, or of several stacked branches.
 
 Stacked branches are the same train step, mapped over the `expert` axis of the mesh: every
 array gains a leading dimension of branches, each branch lives on its own slice of the devices,
-and no collective crosses branches. Whatever a branch computes, it computes alone.
+and no collective crosses branches. So each branch computes exactly what it would alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -15,170 +15,275 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 
-from btx_jax import run as run_lib
 from btx_jax.data import mixture
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BRANCH_BATCH_AXES
-from btx_jax.devices.sharding import abstract
 from btx_jax.model import llama
-from btx_jax.run import Run
+from btx_jax.run import Run, seed_of
 from btx_jax.training import optim
-from btx_jax.training import step as train
-from btx_jax.training.step import TrainState
+from btx_jax.training.step import TrainState, create_state, make_train_step
 
 
-class Program(NamedTuple):
-  """How to train runs together; the state of all is one tree.
+class Program(Protocol):
+  """Trains one run, or several together as branches; the state of all branches is one tree.
+
+  Building a program traces and compiles nothing, and needs no devices.
 
   Attributes:
-    like: the state of one run alone, as shapes over the mesh.
-    create: parameters -> state of one run, at step 0.
-    join: states of the runs, a list that it empties -> state of the program.
-    part: (state, i) -> state of run i alone.
-    step: (state, batch, active) -> (state, metrics); run i stays as it is unless active[i].
-    part_metrics: (metrics, i) -> metrics of run i.
-    batches: (training orders of the runs, first step, last step) -> batches of this process.
-    place: batch of this process -> global batch.
-    lower: () -> the step as it is traced, to be compiled and looked at; no device is needed.
-    slots: places for runs; more than runs where these do not fill the axis.
+    runs: the run of each branch.
+    slots: places for branches, at least one each; the rest are idle.
+    state_shapes: the state of one branch alone, as shapes over the mesh.
   """
-  like: TrainState
-  create: Callable[[dict], TrainState]
-  join: Callable[[list[TrainState]], TrainState]
-  part: Callable[[TrainState, int], TrainState]
-  step: Callable[[TrainState, Any, Sequence[bool]], tuple[TrainState, dict]]
-  part_metrics: Callable[[dict, int], dict]
-  batches: Callable[[Sequence[grain.MapDataset], int, int], Iterator[mixture.Batch]]
-  place: Callable[[mixture.Batch], dict]
-  lower: Callable[[], jax.stages.Lowered]
+  runs: Sequence[Run]
   slots: int
+  state_shapes: TrainState
+
+  def create_state(self, params: dict) -> TrainState:
+    """The state of one branch at step 0."""
+    ...
+
+  def join_states(self, states: Sequence[TrainState]) -> TrainState:
+    """The states of the branches, in order, as the state of the program.
+
+    Donates `states`, as `step` does its state: their arrays must not be used afterwards.
+    """
+    ...
+
+  def branch_state(self, state: TrainState, branch: int) -> TrainState:
+    """The state of one branch; valid until `state` is given to `step`."""
+    ...
+
+  def step(self, state: TrainState, batch: dict[str, jax.Array], active: Sequence[bool]
+           ) -> tuple[TrainState, dict[str, Any]]:
+    """One step of every branch that is active; the others keep their state.
+
+    Donates `state`: its arrays must not be used afterwards.
+
+    Args:
+      state: of the program.
+      batch: from `global_batch`.
+      active: for each branch; one that is not has meaningless metrics.
+
+    Returns:
+      the new state, and metrics whole on every device; see make_train_step.
+    """
+    ...
+
+  def branch_metrics(self, metrics: dict[str, Any], branch: int) -> dict[str, Any]:
+    """The metrics of one branch."""
+    ...
+
+  def batches(self, orders: Sequence[grain.MapDataset], first_step: int, last_step: int
+              ) -> Iterator[mixture.Batch]:
+    """This process's rows of the batches of these steps, which count from 1.
+
+    They are read ahead, while the devices compute. `orders` are the training rows of each
+    branch, from mixture.training_order.
+    """
+    ...
+
+  def global_batch(self, batch: mixture.Batch) -> dict[str, jax.Array]:
+    """A batch over the mesh, from the rows of each process."""
+    ...
+
+  def lower(self) -> jax.stages.Lowered:
+    """The step as it is traced, to be compiled and inspected."""
+    ...
 
 
-def single(run: Run, mesh, num_domains: int) -> Program:
-  """One run over the whole mesh."""
-  tx = optim.adamw(run.optimizer, optim.schedule(run.optimizer, run.steps))
-  like, create = _state_of(run, tx, mesh)
-  step = jax.jit(
-      train.make_train_step(run.model, tx, run.objective, num_domains,
-                            seed=run_lib.seed_of(run.name, run.seed)),
-      donate_argnums=0,
-      # The metrics whole on every device, so that each process can read them.
-      out_shardings=(_shardings(like), NamedSharding(mesh, P())))
-  rows_each = run.batch_size // run.microbatches
-  rows = sharding.local_rows(mesh, rows_each)
-
-  def batches(orders, first, last):
-    return _ahead(mixture.global_batches(orders[0], run.batch_size, run.microbatches, rows),
-                  first, last)
-
-  return Program(
-      like, create, join=lambda states: states.pop(), part=lambda state, _: state,
-      step=lambda state, batch, _: step(state, batch), part_metrics=lambda metrics, _: metrics,
-      batches=batches, place=lambda batch: sharding.to_global(batch, mesh, rows_each, leading=1),
-      lower=lambda: step.lower(like, _batch_like(run, mesh)), slots=1)
+def make_program(runs: Sequence[Run], mesh: jax.sharding.Mesh, num_domains: int) -> Program:
+  """The program for one run, or for several that are trained together."""
+  if len(runs) == 1:
+    return SingleRun(runs[0], mesh, num_domains)
+  return StackedBranches(runs, mesh, num_domains)
 
 
-def stacked(runs: Sequence[Run], mesh, num_domains: int) -> Program:
-  """Dense runs that differ in nothing but text, length and learning rate, side by side.
+class SingleRun:
+  """The program of one run over the whole mesh."""
 
-  There are as many slots as fill the `expert` axis; those without a run are idle.
+  def __init__(self, run: Run, mesh: jax.sharding.Mesh, num_domains: int):
+    self.runs: Sequence[Run] = [run]
+    self.slots = 1
+    self._run, self._mesh = run, mesh
+    self._rows = run.batch_size // run.microbatches  # of a microbatch, on all devices
+    tx = optim.adamw(run.optimizer, optim.schedule(run.optimizer, run.steps))
+    self.state_shapes, self._create = _state_of(run, tx, mesh)
+    self._step = jax.jit(
+        make_train_step(run.model, tx, run.objective, num_domains,
+                        seed=seed_of(run.name, run.seed)),
+        donate_argnums=0,
+        # The metrics whole on every device, so that each process can read them.
+        out_shardings=(_shardings(self.state_shapes), NamedSharding(mesh, P())))
+
+  def create_state(self, params: dict) -> TrainState:
+    return self._create(params)
+
+  def join_states(self, states: Sequence[TrainState]) -> TrainState:
+    state, = states
+    return state
+
+  def branch_state(self, state: TrainState, branch: int) -> TrainState:
+    del branch
+    return state
+
+  def step(self, state: TrainState, batch: dict[str, jax.Array], active: Sequence[bool]
+           ) -> tuple[TrainState, dict[str, Any]]:
+    del active  # the only branch always is
+    return self._step(state, batch)
+
+  def branch_metrics(self, metrics: dict[str, Any], branch: int) -> dict[str, Any]:
+    del branch
+    return metrics
+
+  def batches(self, orders: Sequence[grain.MapDataset], first_step: int, last_step: int
+              ) -> Iterator[mixture.Batch]:
+    order, = orders
+    rows = sharding.local_rows(self._mesh, self._rows)
+    return _read_ahead(
+        mixture.global_batches(order, self._run.batch_size, self._run.microbatches, rows),
+        first_step, last_step)
+
+  def global_batch(self, batch: mixture.Batch) -> dict[str, jax.Array]:
+    return sharding.to_global(batch, self._mesh, self._rows, leading=1)
+
+  def lower(self) -> jax.stages.Lowered:
+    return self._step.lower(self.state_shapes, _batch_shapes(self._run, self._mesh))
+
+
+class StackedBranches:
+  """The program of dense runs that differ only in text, length and learning rate.
+
+  There are as many slots as fill the `expert` axis.
   """
-  first = runs[0]
-  schedules = [optim.schedule(run.optimizer, run.steps) for run in runs]
-  like, create = _state_of(first, optim.adamw(first.optimizer, schedules[0]), mesh)
-  ways = mesh.shape['expert']
-  slots = -(-len(runs) // ways) * ways
-  fill = lambda values: [*values, *[values[-1]] * (slots - len(values))]
-  all_like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype), like)
-  all_shardings = sharding.shardings(all_like, mesh, stacked=True)
-  branches = NamedSharding(mesh, P('expert'))
-  # A table, since the rate of each branch must be an array to be mapped over.
-  longest = np.arange(max(run.steps for run in runs))
-  make_rates = jax.jit(
-      lambda: jnp.stack(fill([jax.vmap(schedule)(longest) for schedule in schedules])),
-      out_shardings=branches)
-  rates = functools.cache(lambda: make_rates())
 
-  def one_step(state, batch, rates, active):
-    tx = optim.adamw(first.optimizer, lambda count: rates[count])
-    step = train.make_train_step(first.model, tx, first.objective, num_domains,
-                                 BRANCH_BATCH_AXES)
+  def __init__(self, runs: Sequence[Run], mesh: jax.sharding.Mesh, num_domains: int):
+    self.runs = runs
+    self._mesh, self._num_domains = mesh, num_domains
+    self._like = runs[0]  # for all that the branches have in common
+    self._rows = self._like.batch_size // self._like.microbatches
+    axis_size = mesh.shape['expert']
+    self.slots = -(-len(runs) // axis_size) * axis_size
+    self._schedules = [optim.schedule(run.optimizer, run.steps) for run in runs]
+    tx = optim.adamw(self._like.optimizer, self._schedules[0])
+    self.state_shapes, self._create = _state_of(self._like, tx, mesh)
+
+    self._stacked_shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((self.slots, *x.shape), x.dtype), self.state_shapes)
+    self._stacked_shardings = sharding.shardings(self._stacked_shapes, mesh, stacked=True)
+    self._over_branches = NamedSharding(mesh, P('expert'))
+    self._make_rates = jax.jit(self._rate_table, out_shardings=self._over_branches)
+    self._step = jax.jit(
+        jax.vmap(self._branch_step, spmd_axis_name='expert'), donate_argnums=0,
+        out_shardings=(self._stacked_shardings, NamedSharding(mesh, P())))
+    self._branch = jax.jit(_leading, static_argnums=1,
+                           out_shardings=_shardings(self.state_shapes))
+
+  def _branch_step(self, state: TrainState, batch, rates, active):
+    """The step of one branch, to be mapped over all."""
+    tx = optim.adamw(self._like.optimizer, lambda count: rates[count])
+    step = make_train_step(self._like.model, tx, self._like.objective, self._num_domains,
+                           BRANCH_BATCH_AXES)
     new, metrics = step(state, batch)
     return jax.tree.map(lambda new, old: jnp.where(active, new, old), new, state), metrics
 
-  steps = jax.jit(jax.vmap(one_step, spmd_axis_name='expert'), donate_argnums=0,
-                  out_shardings=(all_shardings, NamedSharding(mesh, P())))
+  def _rate_table(self) -> jax.Array:
+    """Learning rates [slots, steps]: to be mapped over, those of a branch must be an array."""
+    longest = np.arange(max(run.steps for run in self.runs))
+    return jnp.stack(self._fill([jax.vmap(schedule)(longest) for schedule in self._schedules]))
 
-  def step(state, batch, active):
-    active = np.array([*active, *[False] * (slots - len(active))])
-    return steps(state, batch, rates(), jax.make_array_from_callback(
-        (slots,), branches, lambda index: active[index]))
+  @functools.cached_property
+  def _rates(self) -> jax.Array:
+    return self._make_rates()
 
-  def lower():
-    rates = abstract(jax.eval_shape(make_rates), branches)
-    active = jax.ShapeDtypeStruct((slots,), bool, sharding=branches)
-    return steps.lower(abstract(all_like, all_shardings), _batch_like(first, mesh, slots), rates,
-                       active)
+  def _fill(self, values: Sequence) -> list:
+    """One value per slot, from one per branch: idle slots repeat the last."""
+    return [*values, *[values[-1]] * (self.slots - len(values))]
 
-  def join(states):
-    """Leaf by leaf, each let go of, so that one of them is there twice and not the state."""
-    tree = jax.tree.structure(like)
+  def create_state(self, params: dict) -> TrainState:
+    return self._create(params)
+
+  def join_states(self, states: Sequence[TrainState]) -> TrainState:
+    """As in Program. Each leaf is deleted once it is stacked, so that only one exists twice."""
     leaves = [jax.tree.leaves(state) for state in states]
-    states.clear()
     stacked = []
-    for i, at in enumerate(jax.tree.leaves(all_shardings)):
-      stacked.append(_stack(at)(*fill([of_one[i] for of_one in leaves])))
-      for of_one in leaves:
-        of_one[i] = None
+    for i, at in enumerate(jax.tree.leaves(self._stacked_shardings)):
+      parts = [of_branch[i] for of_branch in leaves]
+      stacked.append(_stack_onto(at)(*self._fill(parts)))
+      for part in parts:
+        part.delete()
+    tree = jax.tree.structure(self.state_shapes)
     return jax.tree.unflatten(tree, jax.block_until_ready(stacked))
 
-  part = jax.jit(lambda state, i: jax.tree.map(lambda x: x[i], state), static_argnums=1,
-                 out_shardings=_shardings(like))
-  rows_each = first.batch_size // first.microbatches
-  here, rows = sharding.local_branches(mesh, slots, rows_each)
+  def branch_state(self, state: TrainState, branch: int) -> TrainState:
+    return self._branch(state, branch)
 
-  def batches(orders, first_step, last_step):
-    each = [mixture.global_batches(order, first.batch_size, first.microbatches, rows)
-            for order in orders]
-    return _ahead(mixture.stacked_batches([fill(each)[slot] for slot in here]),
-                  first_step, last_step)
+  def step(self, state: TrainState, batch: dict[str, jax.Array], active: Sequence[bool]
+           ) -> tuple[TrainState, dict[str, Any]]:
+    in_slots = np.array([*active, *[False] * (self.slots - len(active))])
+    return self._step(state, batch, self._rates, jax.make_array_from_callback(
+        in_slots.shape, self._over_branches, in_slots.__getitem__))
 
-  return Program(
-      like, create, join=join, part=part, step=step,
-      part_metrics=lambda metrics, i: jax.tree.map(lambda x: x[i], metrics), batches=batches,
-      place=lambda batch: sharding.to_global(batch, mesh, rows_each, leading=1, slots=slots),
-      lower=lower, slots=slots)
+  def branch_metrics(self, metrics: dict[str, Any], branch: int) -> dict[str, Any]:
+    return _leading(metrics, branch)
+
+  def batches(self, orders: Sequence[grain.MapDataset], first_step: int, last_step: int
+              ) -> Iterator[mixture.Batch]:
+    slots, rows = sharding.local_branches(self._mesh, self.slots, self._rows)
+    each = self._fill([
+        mixture.global_batches(order, self._like.batch_size, self._like.microbatches, rows)
+        for order in orders])
+    return _read_ahead(mixture.stacked_batches([each[slot] for slot in slots]),
+                       first_step, last_step)
+
+  def global_batch(self, batch: mixture.Batch) -> dict[str, jax.Array]:
+    return sharding.to_global(batch, self._mesh, self._rows, leading=1, slots=self.slots)
+
+  def lower(self) -> jax.stages.Lowered:
+    rates = sharding.abstract(jax.eval_shape(self._make_rates), self._over_branches)
+    active = jax.ShapeDtypeStruct((self.slots,), bool, sharding=self._over_branches)
+    return self._step.lower(
+        sharding.abstract(self._stacked_shapes, self._stacked_shardings),
+        _batch_shapes(self._like, self._mesh, self.slots), rates, active)
 
 
-def _state_of(run: Run, tx, mesh):
-  """The shapes of a run's state over the mesh, and how it is made from parameters."""
-  make = lambda params: train.create_state(params, tx, run.objective.freeze)
-  like = jax.eval_shape(lambda: make(llama.init(run.model, jax.random.key(0))))
-  shardings = sharding.shardings(like, mesh)
-  return abstract(like, shardings), jax.jit(make, out_shardings=shardings)
+def _state_of(run: Run, tx: optax.GradientTransformation, mesh):
+  """The shapes of a run's state over the mesh, and the function that makes it from parameters."""
+  def create(params):
+    return create_state(params, tx, run.objective.freeze)
+
+  shapes = jax.eval_shape(create, llama.shapes(run.model))
+  shardings = sharding.shardings(shapes, mesh)
+  return sharding.abstract(shapes, shardings), jax.jit(create, out_shardings=shardings)
 
 
-def _batch_like(run: Run, mesh, slots: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
-  """A global batch as shapes over the mesh; `slots` are those of stacked branches."""
+def _batch_shapes(run: Run, mesh, slots: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+  """A global batch as shapes over the mesh; `slots` if it is one of stacked branches."""
   rows = ((slots,) if slots else ()) + (run.microbatches, run.batch_size // run.microbatches)
-  like = lambda shape, dtype: jax.ShapeDtypeStruct(
-      shape, dtype, sharding=sharding.batch_sharding(mesh, leading=1, stacked=bool(slots)))
+  over = sharding.batch_sharding(mesh, leading=1, stacked=bool(slots))
   ids = ('tokens', 'targets', 'segment_ids', 'positions')
-  return {**{name: like((*rows, run.seq_len), np.int32) for name in ids},
-          'loss_mask': like((*rows, run.seq_len), bool), 'domain': like(rows, np.int32)}
+  kinds = dict.fromkeys(ids, np.int32) | {'loss_mask': np.bool_}
+  shapes = {name: jax.ShapeDtypeStruct((*rows, run.seq_len), dtype, sharding=over)
+            for name, dtype in kinds.items()}
+  return shapes | {'domain': jax.ShapeDtypeStruct(rows, np.int32, sharding=over)}
+
+
+def _leading(tree, i: int):
+  """Entry i of the leading dimension of every leaf."""
+  return jax.tree.map(lambda x: x[i], tree)
 
 
 @functools.cache
-def _stack(at: NamedSharding):
+def _stack_onto(at: NamedSharding):
   return jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=at)
 
 
-def _shardings(like):
-  return jax.tree.map(lambda x: x.sharding, like)
+def _shardings(shapes):
+  return jax.tree.map(lambda x: x.sharding, shapes)
 
 
-def _ahead(batches: grain.MapDataset, first: int, last: int) -> Iterator[mixture.Batch]:
-  """Batches of steps first to last, which count from 1, read while the devices compute."""
-  return iter(batches[first - 1:last].to_iter_dataset(
+def _read_ahead(batches: grain.MapDataset, first_step: int, last_step: int
+                ) -> Iterator[mixture.Batch]:
+  return iter(batches[first_step - 1:last_step].to_iter_dataset(
       grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

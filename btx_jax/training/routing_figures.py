@@ -1,12 +1,15 @@
-"""What routers do, from their sums: who serves which domain, how sure, how even. NumPy only."""
+"""Figures on routing, from its sums: which experts serve which domain, how evenly, how surely.
+
+NumPy only.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-# An expert that fewer tokens than this pick, of every domain, is starved; one with more than
-# this of all gate weight takes nearly all.
+# An expert is starved if no domain sends it this share of its tokens; it takes nearly all if
+# it has more than this share of all gate weight.
 STARVED, TAKES_ALL = 0.01, 0.95
 
 
@@ -14,28 +17,28 @@ def describe(sums: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
   """The figures of one interval of a run, as plain numbers.
 
   Args:
-    sums: of model.routing.RoutingSums, by field: gates, picks [L, G, E], entropy,
-      count [L, G], and dropped [L, G] of a router that drops.
+    sums: the fields of balance.RoutingSums: gates, picks [L, G, E], entropy, count [L, G], and,
+      if the router drops tokens, dropped [L, G].
     domains: names of the G domains.
 
   Returns:
     gates: by domain [L][E], the mean gate of each expert; a domain without tokens is left out.
     picks: by domain [L][E], the share of its tokens that picked the expert; adds up to k.
-    load: [L][E], the share of all picks that the expert had; 1 / E is balance.
+    load: [L][E], each expert's share of all picks; 1 / E is perfect balance.
     largest_load, smallest_load: over all layers and experts.
     entropy: [L], mean entropy of the router's softmax over all experts, in nats.
     mutual_information: [L], between a token's domain and its expert (weighted by the gates),
-      in bits: 0 where routing knows nothing of domains.
-    dropped: [L], the share of all picks that passed by a full expert; only of a router that drops.
+      in bits: 0 if routing does not depend on the domain.
+    dropped: [L], the share of all picks that found their expert full; only if the router drops
+      tokens.
   """
   gates, picks, entropy, count = (
       np.asarray(sums[name], np.float64) for name in ('gates', 'picks', 'entropy', 'count'))
   present = [(name, g) for g, name in enumerate(domains) if count[0, g]]
   load = picks.sum(1) / picks.sum((1, 2))[:, None]
-  by_domain = lambda x: {name: _rounded(x[:, g] / count[:, g, None]) for name, g in present}
   figures = {
-      'gates': by_domain(gates),
-      'picks': by_domain(picks),
+      'gates': {name: _rounded(gates[:, g] / count[:, g, None]) for name, g in present},
+      'picks': {name: _rounded(picks[:, g] / count[:, g, None]) for name, g in present},
       'load': _rounded(load),
       'largest_load': _rounded(load.max()),
       'smallest_load': _rounded(load.min()),
@@ -48,10 +51,10 @@ def describe(sums: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
 
 
 def mutual_information(weight_LGE) -> np.ndarray:
-  """Bits that group and expert tell about each other, [L], from weights that need no scale."""
+  """Mutual information of group and expert in bits, [L], from weights of any scale."""
   joint = weight_LGE / weight_LGE.sum((1, 2), keepdims=True)
-  apart = joint.sum(2, keepdims=True) * joint.sum(1, keepdims=True)
-  ratio = np.divide(joint, apart, out=np.ones_like(joint), where=joint > 0)
+  product = joint.sum(2, keepdims=True) * joint.sum(1, keepdims=True)
+  ratio = np.divide(joint, product, out=np.ones_like(joint), where=joint > 0)
   return (joint * np.log2(ratio)).sum((1, 2))
 
 
@@ -70,15 +73,15 @@ def troubles(sums: Mapping[str, Any]) -> set[tuple[str, int, int]]:
           for layer, expert in np.argwhere(found)}
 
 
-def tell(found: set[tuple[str, int, int]], experts: Sequence[str]) -> list[str]:
-  """A sentence for each expert in trouble."""
-  said = {'starved': f'gets under {STARVED:.0%} of the tokens of every domain',
-          'takes_all': f'takes over {TAKES_ALL:.0%} of all tokens'}
+def warnings_about(found: set[tuple[str, int, int]], expert_names: Sequence[str]) -> list[str]:
+  """A sentence for each expert that `troubles` found."""
+  problem = {'starved': f'gets under {STARVED:.0%} of the tokens of every domain',
+             'takes_all': f'takes over {TAKES_ALL:.0%} of all tokens'}
   result = []
   for kind, expert in sorted({(kind, expert) for kind, _, expert in found}):
     layers = sorted(layer for k, layer, e in found if (k, e) == (kind, expert))
     where = f'layer{"s" * (len(layers) > 1)} {", ".join(map(str, layers))}'
-    result.append(f'expert {expert} ({experts[expert]}) {said[kind]} in {where}')
+    result.append(f'expert {expert} ({expert_names[expert]}) {problem[kind]} in {where}')
   return result
 
 

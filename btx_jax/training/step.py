@@ -1,27 +1,34 @@
-"""One train step for experts and mixtures alike: pure functions."""
+"""The train step of experts and mixtures alike, and its loss: pure functions."""
 
 from collections.abc import Callable, Sequence
-import functools
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from btx_jax.devices.mesh import BATCH_AXES
-from btx_jax.model import balance as routing
 from btx_jax.model import llama
+from btx_jax.model.balance import (
+  Routing,
+  RoutingSums,
+  balance_loss,
+  balance_loss_share,
+  balanced_bias,
+  by_domain,
+)
 from btx_jax.model.config import Config
-from btx_jax.model.routers import Training
+from btx_jax.model.routers import NoiseKey
 from btx_jax.run import Objective, frozen
 from btx_jax.training import optim
 from btx_jax.training.loss import next_token_loss
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Step count, parameters, and the optimizer's state of those that train."""
+  """Step count, parameters, and the optimizer state of those that train."""
   step: jax.Array
   params: dict
   opt_state: optax.OptState
@@ -29,145 +36,213 @@ class TrainState:
 
 def create_state(params, tx: optax.GradientTransformation, freeze: Sequence[str] = ()
                  ) -> TrainState:
-  """A state at step 0; `freeze` as of the Objective."""
+  """The state at step 0.
+
+  Args:
+    params: the model's parameters.
+    tx: the optimizer.
+    freeze: regexes of paths that do not train, as in Objective.
+
+  Example:
+    >>> int(create_state(params, optimizer).step)
+    0
+  """
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(optim.split(params, freeze)[0]))
 
 
 class Scores(NamedTuple):
-  """What a model makes of a batch.
+  """A model's loss on a batch, and what its routers did.
 
   Attributes:
-    nll: summed negative log likelihood in nats; the one to differentiate.
-    tokens: that it is summed over.
-    row_nll: [B], of each row.
+    nll: negative log likelihood in nats, summed over targets; the one to differentiate.
+    tokens: number of targets in that sum.
+    row_nll: [B], the sum of each row; no gradient flows through it.
     row_tokens: [B].
-    routed: what its routers did, [L, B, ...]; None for a dense model.
+    routed: of a mixture, [L, B, ...]; None for a dense model.
   """
   nll: jax.Array
   tokens: jax.Array
   row_nll: jax.Array
   row_tokens: jax.Array
-  routed: routing.Routing | None
+  routed: Routing | None
 
 
 def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
-            training: Training | None = None) -> Scores:
-  """The loss of a batch, and what its routers did.
+            noise: NoiseKey | None = None) -> Scores:
+  """Runs the model on a batch.
 
   Args:
     cfg: of the model.
     params: its parameters.
-    batch: arrays [B, T] as data.mixture makes them.
+    batch: arrays [B, T] as data/mixture.py makes them.
     batch_axes: the mesh axes over which rows are sharded.
-    training: what routers may depend on while a model trains; None in evaluation.
+    noise: seeds the routers' noise in training; None in evaluation.
   """
-  hidden_BTD, routed = llama.Llama(cfg, batch_axes).apply(
+  outputs: Any = llama.Llama(cfg, batch_axes).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'],
-      training)
+      noise)
+  hidden_BTD, routed = outputs
   nll, row_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
                                  batch['targets'], batch['loss_mask'], batch_axes)
   return Scores(nll, batch['loss_mask'].sum(), row_nll, batch['loss_mask'].sum(1),
                 routed)
 
 
-def make_train_step(cfg: Config, tx: optax.GradientTransformation,
-                    objective: Objective, num_domains: int = 1,
-                    batch_axes=BATCH_AXES, seed: int = 0) -> Callable:
-  """The train step: (state, batch) -> (state, metrics).
+class BatchTotals(NamedTuple):
+  """The figures of the whole batch that the loss of one microbatch depends on.
 
-  The loss is the mean negative log likelihood over all target tokens of the global batch,
-  plus `balance` times the balancing loss (paper 3.3), plus `router_z` times the router z-loss,
-  a mean over all tokens that are not padding. Microbatches, the leading axis of the batch, are
-  weighted by their tokens. A product of means is not a sum over microbatches, so the balancing
-  loss has a scope:
+  Attributes:
+    targets: number of targets.
+    targets_per_token: targets per token that is not padding.
+    routing: RoutingSums [L, G, ...] of the whole batch, for balance_scope 'batch'; else None.
+  """
+  targets: jax.Array
+  targets_per_token: jax.Array
+  routing: RoutingSums | None
 
-    'microbatch'  of each microbatch, over all devices, averaged by tokens;
+
+def microbatch_loss(scores: Scores, objective: Objective, totals: BatchTotals
+                    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The loss of one microbatch, in nats summed over its targets.
+
+    nll + balance_loss * balancing loss (paper 3.3) + router_z * router z-loss
+
+  The z-loss is a mean over tokens that are not padding, and the balancing loss is a product of
+  means, so each is multiplied by a number of targets here. Microbatches then simply add up,
+  and dividing their sum by the targets of the batch gives the loss of the batch.
+
+  A product of means is not a sum over microbatches, so the balancing loss has a scope:
+
+    'microbatch'  of each microbatch, over all devices, averaged by targets;
     'batch'       of the whole batch: exact, for one more forward pass per microbatch.
 
-  Only what is not frozen is differentiated, clipped, and given to the optimizer.
+  Args:
+    scores: of the microbatch.
+    objective: weights of the losses, and the scope.
+    totals: of the batch; its `routing` selects the scope.
+
+  Returns:
+    the loss, and for a mixture its two unweighted terms, 'balance' and 'router_z'.
+  """
+  if scores.routed is None:
+    return scores.nll, {}
+  sums = scores.routed.sums
+  router_z = totals.targets_per_token * sums.z.sum()
+  if totals.routing is None:
+    balance = share = scores.tokens * balance_loss(sums)
+  else:
+    # d(u p) = u dp + p du: with the whole batch's u and p held fixed, the shares of the
+    # microbatches add up to the gradient of the whole batch's loss, times its targets.
+    share = totals.targets * balance_loss_share(sums, totals.routing)
+    balance = share / 2  # the shares' values add up to twice the loss
+  loss = scores.nll + objective.balance_loss * share + objective.router_z * router_z
+  return loss, {'balance': balance, 'router_z': router_z}
+
+
+class Sums(NamedTuple):
+  """Sums over a microbatch, which add up to those of the batch.
+
+  Attributes:
+    nll: summed over targets.
+    tokens: number of targets.
+    by_domain: see sums_by_domain.
+    router_losses: 'balance' and 'router_z' of a mixture, times targets.
+  """
+  nll: jax.Array
+  tokens: jax.Array
+  by_domain: dict[str, Any]
+  router_losses: dict[str, jax.Array]
+
+
+def sums_by_domain(scores: Scores, domain_B, num_domains: int) -> dict[str, Any]:
+  """Sums over the rows of each domain.
+
+  Returns:
+    nll_by_domain and tokens_by_domain [num_domains], and for a mixture routing, the RoutingSums
+    [L, num_domains, ...].
+  """
+  member_BG = jax.nn.one_hot(domain_B, num_domains, dtype=jnp.int32)
+  sums: dict[str, Any] = {
+      'nll_by_domain': (scores.row_nll[:, None] * member_BG).sum(0),
+      'tokens_by_domain': (scores.row_tokens[:, None] * member_BG).sum(0)}
+  if scores.routed is not None:
+    sums['routing'] = by_domain(scores.routed.sums, domain_B, num_domains)
+  return sums
+
+
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+
+
+def make_train_step(cfg: Config, tx: optax.GradientTransformation,
+                    objective: Objective | None = None, num_domains: int = 1,
+                    batch_axes=BATCH_AXES, seed: int = 0) -> TrainStep:
+  """The train step: (state, batch) -> (state, metrics).
+
+  It minimises `microbatch_loss`, summed over the microbatches (the leading axis of the batch)
+  and divided by the targets of the global batch. Only what is not frozen is differentiated,
+  clipped, and given to the optimizer.
 
   Args:
     cfg: of the model.
     tx: the optimizer.
-    objective: the losses, and what is frozen; a dense model has no routers to lose on.
-    num_domains: domains that the batch's `domain` [microbatches, B] counts.
-    batch_axes: the mesh axes over which rows are sharded. sharding.BRANCH_BATCH_AXES for a
-      step that is mapped over stacked branches, jax.vmap(step, spmd_axis_name='expert').
+    objective: the losses, and what is frozen; Objective() if None. The routers' losses do not
+      apply to a dense model.
+    num_domains: number of domains; the batch's `domain` [microbatches, B] is an index into them.
+    batch_axes: the mesh axes over which rows are sharded. mesh.BRANCH_BATCH_AXES for a step
+      that is mapped over stacked branches, jax.vmap(step, spmd_axis_name='expert').
     seed: of the routers' noise.
 
   Returns:
-    A pure function. Its metrics: loss (nats per token), nll_by_domain and tokens_by_domain
+    A pure function. Its metrics: loss (nats per target), nll_by_domain and tokens_by_domain
     [num_domains] (sums), grad_norm, grad_norms (of what trains) and param_norms by part of the
     model, and for a mixture balance and router_z (the unweighted losses, summed over layers) and
     routing, the RoutingSums [L, num_domains, ...].
+
+  Example:
+    >>> step = jax.jit(make_train_step(config, optimizer))
+    >>> state, metrics = step(create_state(params, optimizer), batch)
+    >>> int(state.step), sorted(metrics)[:2]
+    (1, ['grad_norm', 'grad_norms'])
   """
-  weight = objective.balance_loss if cfg.has_router else 0.0
-
-  def by_domain(batch, scores: Scores):
-    member_BG = jax.nn.one_hot(batch['domain'], num_domains, dtype=jnp.int32)
-    sums = {'nll_by_domain': (scores.row_nll[:, None] * member_BG).sum(0),
-            'tokens_by_domain': (scores.row_tokens[:, None] * member_BG).sum(0)}
-    if cfg.num_experts:
-      sums['routing'] = routing.by_domain(scores.routed.sums, batch['domain'], num_domains)
-    return sums
-
-  def loss(trained, fixed, one, step, totals, per_token):
-    batch, microbatch = one
-    scores = forward(cfg, optim.join(trained, fixed), batch, batch_axes,
-                     Training(seed, step, microbatch))
-    nll, tokens, counts = scores.nll, scores.tokens, by_domain(batch, scores)
-    if not cfg.num_experts:
-      return nll, (nll, tokens, counts, {})
-    sums = scores.routed.sums
-    router_z = per_token * sums.z.sum()
-    if totals is None:
-      balance = share = tokens * routing.balance_loss(sums)
-    else:
-      # d(u p) = u dp + p du: with the whole batch's u and p held fixed, what the microbatches
-      # contribute adds up to the gradient of the whole batch's loss, times its tokens.
-      all_sums, all_tokens = totals
-      share = all_tokens * routing.balance_loss_share(sums, all_sums)
-      balance = share / 2
-    total = nll + weight * share + objective.router_z * router_z
-    return total, (nll, tokens, counts, {'balance': balance, 'router_z': router_z})
-
-  gradient = jax.grad(loss, has_aux=True)
-  add = functools.partial(jax.tree.map, jnp.add)
-
-  def over_microbatches(f, microbatches):
-    """The sum of f over the leading axis."""
-    first = f(jax.tree.map(lambda x: x[0], microbatches))
-    rest = jax.tree.map(lambda x: x[1:], microbatches)
-    if not len(jax.tree.leaves(rest)[0]):
-      return first
-    return jax.lax.scan(lambda total, one: (add(total, f(one)), None), first, rest)[0]
+  objective = objective or Objective()
+  if not cfg.has_router:  # a dense model, or routing by hash: nothing to balance
+    objective = dataclasses.replace(objective, balance_loss=0.0)
 
   def train_step(state: TrainState, batch):
     trained, fixed = optim.split(state.params, objective.freeze)
     microbatches = batch, jnp.arange(len(batch['tokens']))
-    totals = None
-    if weight and objective.balance_scope == 'batch':
-      def statistics(one):
-        batch, microbatch = one
-        scores = forward(cfg, state.params, batch, batch_axes,
-                         Training(seed, state.step, microbatch))
-        return by_domain(batch, scores)['routing'], scores.tokens
 
-      totals = over_microbatches(statistics, microbatches)
-    # The z-loss is a mean over what routers see, the gradient one over targets.
-    per_token = batch['loss_mask'].sum() / jnp.maximum((batch['segment_ids'] > 0).sum(), 1)
-    grads, (nll, tokens, counts, routers) = over_microbatches(
-        lambda one: gradient(trained, fixed, one, state.step, totals, per_token), microbatches)
-    grads = jax.tree.map(lambda g: g / tokens, grads)
+    def score(params, microbatch):
+      rows, index = microbatch
+      scores = forward(cfg, params, rows, batch_axes, NoiseKey(seed, state.step, index))
+      return scores, sums_by_domain(scores, rows['domain'], num_domains)
+
+    def routing_of(microbatch):
+      return score(state.params, microbatch)[1]['routing']
+
+    def loss_of(trained, microbatch):
+      scores, domains = score(optim.join(trained, fixed), microbatch)
+      loss, router_losses = microbatch_loss(scores, objective, totals)
+      return loss, Sums(scores.nll, scores.tokens, domains, router_losses)
+
+    def gradient_of(microbatch):
+      return jax.grad(loss_of, has_aux=True)(trained, microbatch)
+
+    whole = objective.balance_loss and objective.balance_scope == 'batch'
+    targets = batch['loss_mask'].sum()
+    totals = BatchTotals(
+        targets, targets / jnp.maximum((batch['segment_ids'] > 0).sum(), 1),
+        _sum_over_microbatches(routing_of, microbatches) if whole else None)
+    grads, sums = _sum_over_microbatches(gradient_of, microbatches)
+    grads = jax.tree.map(lambda g: g / sums.tokens, grads)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = optim.join(optax.apply_updates(trained, updates), fixed)
     if cfg.router_bias and not frozen('layers/ffn/router_bias', objective.freeze):
-      ffn = params['layers']['ffn']
-      ffn['router_bias'] = routing.balanced_bias(
-          ffn['router_bias'], counts['routing'], objective.balance_bias)
+      params = _with_balanced_bias(params, sums.by_domain['routing'], objective.balance_bias)
 
-    metrics = counts | {name: value / tokens for name, value in routers.items()} | {
-        'loss': nll / tokens,
+    router_losses = {name: value / sums.tokens for name, value in sums.router_losses.items()}
+    metrics = sums.by_domain | router_losses | {
+        'loss': sums.nll / sums.tokens,
         'grad_norm': optax.tree.norm(grads),
         'grad_norms': optim.norms_by_part(grads),
         'param_norms': optim.norms_by_part(state.params),
@@ -175,3 +250,23 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+def _sum_over_microbatches(f: Callable, microbatches):
+  """f, a tree of arrays, summed over the leading axis, one microbatch at a time."""
+  first = f(jax.tree.map(lambda x: x[0], microbatches))
+  rest = jax.tree.map(lambda x: x[1:], microbatches)
+  if not len(jax.tree.leaves(rest)[0]):
+    return first
+
+  def add(total, microbatch):
+    return jax.tree.map(jnp.add, total, f(microbatch)), None
+
+  return jax.lax.scan(add, first, rest)[0]
+
+
+def _with_balanced_bias(params: dict, routing: RoutingSums, speed: float) -> dict:
+  """`params` with the router biases moved towards a balanced load."""
+  layers = params['layers']
+  bias = balanced_bias(layers['ffn']['router_bias'], routing, speed)
+  return {**params, 'layers': {**layers, 'ffn': {**layers['ffn'], 'router_bias': bias}}}

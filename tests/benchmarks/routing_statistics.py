@@ -1,4 +1,4 @@
-"""What the figures for reports cost: a train step with and without them, taking turns.
+"""Times a train step with and without the statistics for reports, in turns.
 
   python -m tests.benchmarks.routing_statistics [steps]
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btx_jax.devices.mesh import make_mesh
-from btx_jax.model import balance as routing
+from btx_jax.model import balance
 from btx_jax.model.config import Config
 from btx_jax.training import optim
 from tests.benchmarks import turns
@@ -23,11 +23,11 @@ B, T, DOMAINS = 8, 256, 4
 
 
 def bare_sums(choice, logits_BTE, counted_BT, num_experts):
-  """Only what the balancing loss needs."""
+  """Only the sums that the balancing loss needs."""
   over_row = lambda x: jnp.where(counted_BT[..., None], x, 0).sum(1)
-  gates_BTE = routing.dense_gates(choice.gates, choice.ids, num_experts)
+  gates_BTE = balance.dense_gates(choice.gates, choice.ids, num_experts)
   nothing = jnp.zeros(())
-  return routing.RoutingSums(over_row(gates_BTE), nothing, over_row(jax.nn.softmax(logits_BTE)),
+  return balance.RoutingSums(over_row(gates_BTE), nothing, over_row(jax.nn.softmax(logits_BTE)),
                              nothing, nothing, counted_BT.sum(1).astype(jnp.float32))
 
 
@@ -36,8 +36,8 @@ def main():
   batch = turns.batch(CFG.vocab_size, B, T, DOMAINS)
   with jax.set_mesh(make_mesh()):
     forms = {'with': turns.train_step(CFG, batch, DOMAINS)}
-    routing.routing_sums = bare_sums
-    routing.by_domain = lambda sums, *_: sums.gates.sum()
+    balance.routing_sums = bare_sums
+    balance.by_domain = lambda sums, *_: sums.gates.sum()
     optim.norms_by_part = lambda tree: {}
     forms['without'] = turns.train_step(CFG, batch, DOMAINS)
     seconds = turns.take(forms, steps)
