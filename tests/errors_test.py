@@ -355,7 +355,7 @@ config.runs = {"new": config.runs.new,
     ('config.optimizer.clip_norm = 0.0', 'optimizer.clip_norm = 0.0 must be positive.'),
     ('config.train.balance_loss = -1.0', 'train.balance_loss = -1.0 cannot be negative.'),
     ('config.model.router = "soft"\nconfig.train.balance_bias = 0.1', "runs.btx: "
-     "train.balance_bias = 0.1: the router 'soft' does not choose the best by score"),
+     "train.balance_bias = 0.1: the router 'soft' does not choose experts by score"),
     ('config.model.router = "hash"\nconfig.train.router_z = 0.1', "'hash' has no logits to keep"),
     (new(train='{"freeze": "embed"}'), "runs.new.train.freeze = 'embed' is of type str"),
     (new(train='{"freeze": ("(",)}'), "runs.new: train.freeze: '(' is not a regular expression: "

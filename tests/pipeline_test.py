@@ -1,5 +1,6 @@
 """A study from text to table, stopped, resumed, and protected from other configs."""
 
+import dataclasses
 import glob
 import gzip
 import itertools
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import base
+from btx_jax import base, btx, load
 from btx_jax.commands import compare, report, table
 from btx_jax.devices import sharding
 from btx_jax.errors import RunError, UsageError
@@ -88,6 +89,27 @@ def test_a_complete_study_is_left_alone(study):
   before = snapshot(study.workdir)
   assert not Pipeline(study.config, study.workdir).train()
   assert snapshot(study.workdir) == before
+
+
+@pytest.mark.parametrize('function, missing', [
+    ('mix', 'btx'), ('average', 'btx/evaluation_average.json')])
+def test_a_study_mixes_and_averages_by_the_functions_of_the_method(
+    study, copy, monkeypatch, function, missing):
+  path = os.path.join(copy, missing)
+  (shutil.rmtree if os.path.isdir(path) else os.remove)(path)
+
+  def refuse(*_):
+    raise ZeroDivisionError(function)
+
+  monkeypatch.setattr(btx, function, refuse)
+  with pytest.raises(ZeroDivisionError, match=function):
+    Pipeline(study.config, str(copy)).train()
+
+
+def test_a_run_directory_is_loaded_by_the_library(study):
+  config, params = load(study.folder('btx'))
+  assert dataclasses.replace(config, dispatch_factor=2.0) == study.runs['btx'].model
+  assert_trees_equal(params, final_params(study, 'btx'))
 
 
 def test_the_mixture_starts_from_its_sources(study):

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import base
+from btx_jax import base, btx
 from btx_jax.errors import UsageError
 from btx_jax.pipeline import Pipeline
 from btx_jax.preflight import hlo
 from btx_jax.run import Objective, Optimizer, Run
 from btx_jax.study import manifest, plan
-from btx_jax.training import metrics
+from btx_jax.training import loop, metrics
 from btx_jax.training.checkpoint import Checkpoints
 from btx_jax.training.program import SingleRun, StackedBranches
 from tests import studies
@@ -23,6 +23,7 @@ from tests.helpers import (
   assert_trees_close,
   assert_trees_equal,
   final_params,
+  initial_params,
   random_batch,
   random_params,
   use_mesh,
@@ -143,9 +144,30 @@ def losses(pipeline, name):
           if 'loss' in line}
 
 
+def watch_mixing(patched):
+  """The run btx ends before its first step; the list of (its parameters, what was mixed)."""
+  found, forms, run, mix = [], [], loop.run, btx.mix
+
+  def mix_and_note(experts, *args):
+    forms.append(type(experts))
+    return mix(experts, *args)
+
+  def run_or_stop(jobs, *args):
+    if jobs[0].run.name != 'btx':
+      return run(jobs, *args)
+    found.append((jax.device_get(jobs[0].make_params()), *forms))
+    raise KeyboardInterrupt
+
+  patched.setattr(btx, 'mix', mix_and_note)
+  patched.setattr(loop, 'run', run_or_stop)
+  return found
+
+
 def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeypatch, capsys):
-  """Stopped and resumed, together and with a branch that goes on alone."""
-  pipeline = Pipeline(get_config(text, BOTH), str(tmp_path / 'work'))
+  """Stopped and resumed, together and with a branch that goes on alone; then mixed in memory."""
+  config = get_config(text, BOTH)
+  config.runs.btx = base.run(base.mix('seed', *BOTH), {'code': 1}, steps=1)
+  pipeline = Pipeline(config, str(tmp_path / 'work'))
   shutil.copytree(apart.folder('seed'), pipeline.folder('seed'))
   save = Checkpoints.save
 
@@ -161,8 +183,15 @@ def test_a_stacked_study_is_that_of_separate_jobs(apart, text, tmp_path, monkeyp
   alone = Pipeline(pipeline.config, shutil.copytree(tmp_path / 'work', tmp_path / 'alone'))
   assert alone.train('expert/code')
   capsys.readouterr()
-  pipeline.train()
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    mixed = watch_mixing(patched)
+    pipeline.train()
   assert '2 branches in 2 slots' in capsys.readouterr().out
+  (in_memory, form), = mixed
+  assert form is dict  # one stacked tree, where separate jobs are read as sources
+  by_slices = initial_params(pipeline, 'btx')
+  assert_trees_equal(in_memory['layers'].pop('ffn'), by_slices['layers'].pop('ffn'))
+  assert_trees_close(in_memory, by_slices, rtol=1e-6)
   for finished, names in ((pipeline, BOTH), (alone, ['expert/code'])):
     for name in names:
       assert finished.state(name) == manifest.COMPLETE

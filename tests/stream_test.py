@@ -102,6 +102,15 @@ def test_experts_are_copied_between_files_and_means_are_not_transposed(
   assert moved <= MODEL.num_layers  # the routers
 
 
+def test_an_export_mixes_by_the_function_of_the_method(models, tmp_path, monkeypatch):
+  def refuse(*_):
+    raise ZeroDivisionError('mix')
+
+  monkeypatch.setattr(btx, 'mix', refuse)
+  with pytest.raises(ZeroDivisionError, match='mix'):
+    publish.publish(study(models[0], tmp_path), 'btx', str(tmp_path / 'out'), 'bfloat16')
+
+
 def _cannot(*_):
   raise OSError(errno.EXDEV, 'Invalid cross-device link')
 
