@@ -47,8 +47,8 @@ def fast():
 
 def test_decoding_restores_any_text(fast):
   texts = [*TRICKY, '<|begin|> is text here, and so is <|end|>']
-  for text, ids in zip(texts, fast.encode(texts)):
-    assert fast.decode(ids) == text
+  for original, ids in zip(texts, fast.encode(texts)):
+    assert fast.decode(ids) == original
     assert not {fast.bos_id, fast.eos_id} & set(ids)
 
 
