@@ -129,9 +129,9 @@ def compare(name: str, workdir: str):
   del name
   if not RUN.value:
     raise UsageError('compare needs --run=NAME, the mixture whose experts are compared.')
-  from btx_jax.commands import compare as compare_lib
+  from btx_jax.commands.compare import print_comparison
   from btx_jax.study.study import Study
-  compare_lib.tell(Study(CONFIG.value, workdir), RUN.value)
+  print_comparison(Study(CONFIG.value, workdir), RUN.value)
 
 
 def export(name: str, workdir: str):
@@ -139,9 +139,9 @@ def export(name: str, workdir: str):
   del name
   if not RUN.value or not TO.value:
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
-  from btx_jax.commands import export as publish
+  from btx_jax.commands.export import export_run
   from btx_jax.study.study import Study
-  publish.publish(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
+  export_run(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
 
 
 def preflight(name: str, workdir: str):
