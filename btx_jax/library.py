@@ -93,7 +93,7 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     max_length = Folder(beside).context_length if described else 4096
   experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
   export.export(
-      folder, config, Arrays(params), dtype, max_length=max_length, balance=0.0,
+      folder, config, Arrays(params), dtype, max_length=max_length, balance_loss=0.0,
       bos_id=tokenizer.bos_id if tokenizer else None,
       eos_id=tokenizer.eos_id if tokenizer else None,
       tokenizer_files=tokenizer_files(tokenizer) if tokenizer else {},

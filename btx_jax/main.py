@@ -139,9 +139,9 @@ def compare_experts(name: str, workdir: str):
   del name
   if not RUN.value:
     raise UsageError('compare needs --run=NAME, the mixture whose experts are compared.')
-  from btx_jax.commands import compare
+  from btx_jax.commands.compare import print_comparison
   from btx_jax.study.study import Study
-  compare.tell(Study(CONFIG.value, workdir), RUN.value)
+  print_comparison(Study(CONFIG.value, workdir), RUN.value)
 
 
 def export_model(name: str, workdir: str):
@@ -149,9 +149,9 @@ def export_model(name: str, workdir: str):
   del name
   if not RUN.value or not TO.value:
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
-  from btx_jax.commands import export
+  from btx_jax.commands.export import export_run
   from btx_jax.study.study import Study
-  export.publish(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
+  export_run(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
 
 
 def compile_for_topology(name: str, workdir: str):

@@ -36,7 +36,7 @@ class Pipeline(Study):
     self.profile = profile
     self._text: Text | None = None
     if set(config.evaluation.merge) - {ensemble.POSTERIOR}:
-      ensemble.vectorizer()  # so that a missing package is noticed now, not after the training
+      ensemble.tfidf_vectorizer()  # notices a missing package now, not after training
     self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
 
   def train(self, only: str | None = None) -> bool:
@@ -221,11 +221,11 @@ class Pipeline(Study):
 
     See evaluate.ensemble.
     """
-    text, likeness = self.prepare_text(), None
+    text, similarity = self.prepare_text(), None
     if set(forms) != {ensemble.POSTERIOR}:
-      likeness = ensemble.Likeness([self._seen(source) for source in run.sources])
+      similarity = ensemble.Similarity([self._seen(source) for source in run.sources])
       for domain, tokens in text.held_out.items():
-        taken = ensemble.taken_for(likeness, tokens, text.tokenizer)
+        taken = ensemble.nearest_expert_shares(similarity, tokens, text.tokenizer)
         say(f'{run.name}: by tf-idf, documents of {domain} are most like those of ' + ', '.join(
             f'{source.name} {share:.0%}' for source, share in zip(run.sources, taken)))
     nll = {domain: [] for domain in text.held_out}
@@ -238,7 +238,7 @@ class Pipeline(Study):
             self.config.evaluation.batch_size))
       del parameters  # one at a time
     return ensemble.evaluate(forms, {domain: np.stack(of_one, 1) for domain, of_one in nll.items()},
-                             text.held_out, likeness, text.tokenizer)
+                             text.held_out, similarity, text.tokenizer)
 
   def _seen(self, run: Run, rows: int = 1000) -> list[str]:
     """Some of the text that a run was trained on."""

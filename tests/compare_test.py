@@ -1,4 +1,4 @@
-"""How well experts fit together: the figures against NumPy in float64, and whom they compare."""
+"""The command compare: its figures against NumPy in float64, and the seed that it picks."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ MODEL = dataclasses.replace(TINY, tied_head=False)
 
 
 def relatives():
-  """A seed and three models: one differs in all weights, one in some, one is much unlike both."""
+  """A seed and three models: one differs in all weights, one in some, one from both others."""
   seed = jax.tree.map(np.asarray, random_params(MODEL))
   noise = [jax.tree.map(np.asarray, random_params(MODEL, i, 0.02)) for i in range(1, 4)]
   some = jax.tree.map(lambda a, b: np.where(b > 0, a, a + b).astype(np.float32), seed, noise[1])
@@ -27,7 +27,7 @@ def relatives():
 
 
 def flat(tree, chosen):
-  """The parameters of a model whose paths are chosen."""
+  """The parameters whose paths are chosen."""
   return [leaf for path, leaf in jax.tree.leaves_with_path(tree)
           if chosen(sharding.path_of(path))]
 
@@ -41,13 +41,13 @@ def expected(seed, a, b):
 
 
 @pytest.mark.parametrize('small', [False, True])
-def test_figures_are_what_the_formulas_say(monkeypatch, small):
-  """However much is read at a time."""
+def test_figures_match_the_formulas(monkeypatch, small):
+  """Regardless of how much is read at a time."""
   if small:
     monkeypatch.setattr(compare, '_READ', 350)
     monkeypatch.setattr(compare, '_BLOCK', 53)
   trees = relatives()
-  found = compare.parts(MODEL, [Arrays(tree) for tree in trees])
+  found = compare.components(MODEL, [Arrays(tree) for tree in trees])
   places = {
       ('embed', None): lambda path: path == 'embed',
       ('head', None): lambda path: path in ('head', 'norm/scale'),
@@ -55,15 +55,16 @@ def test_figures_are_what_the_formulas_say(monkeypatch, small):
           '/ffn/' not in path) for layer in range(MODEL.num_layers)},
       **{('feed-forward', layer): lambda path: '/ffn/' in path
          for layer in range(MODEL.num_layers)}}
-  assert [(part, layer) for part, layer, *_ in found] == [
+  assert [(component, layer) for component, layer, *_ in found] == [
       ('embed', None), ('attention and norms', 0), ('feed-forward', 0), ('attention and norms', 1),
       ('feed-forward', 1), ('head', None)]
-  assert {kind for part, _, kind, _ in found if part != 'feed-forward'} == {compare.AVERAGED}
-  for part, layer, _, sums in found:
+  assert {kind for component, _, kind, _ in found if component != 'feed-forward'} == {
+      compare.AVERAGED}
+  for component, layer, _, sums in found:
     figures = compare.figures(sums)
     weights = [np.concatenate([
         (leaf if layer is None else leaf[layer]).ravel()
-        for leaf in flat(tree, places[part, layer])]) for tree in trees]
+        for leaf in flat(tree, places[component, layer])]) for tree in trees]
     seed, *experts = weights
     for i, a in enumerate(experts):
       d = a.astype(np.float64) - seed
@@ -79,7 +80,7 @@ def test_figures_are_what_the_formulas_say(monkeypatch, small):
         assert figures['conflicts'][i][j] == pytest.approx(conflicts, abs=1e-12)
 
 
-def test_what_is_not_changed_has_no_figures():
+def test_unchanged_weights_have_no_figures():
   values = np.ones((3, 5), np.float32)
   values[1, 2] += 1
   values[2] += 1e-7  # less than TINY
@@ -96,7 +97,7 @@ def config_of(tmp_path, **runs):
   return config
 
 
-def test_the_seed_is_the_last_run_that_all_come_from(tmp_path):
+def test_the_seed_is_the_nearest_common_ancestor(tmp_path):
   runs = plan.make_plan(config_of(
       tmp_path, later=base.checkpoint('expert/code'), apart=base.random(),
       near=base.mix('later', 'expert/code'), far=base.mix('later', 'expert/math'),
@@ -104,14 +105,15 @@ def test_the_seed_is_the_last_run_that_all_come_from(tmp_path):
   seeds = {name: compare.seed_of(runs[name]) for name in ('btx', 'near', 'far', 'none')}
   assert {name: seed.name for name, (seed, _) in seeds.items()} == {
       'btx': 'seed', 'near': 'expert/code', 'far': 'seed', 'none': 'apart'}
-  assert [name for name, (_, why) in seeds.items() if 'none that all come from' in why] == ['none']
+  assert [name for name, (_, why) in seeds.items() if 'no common ancestor' in why] == ['none']
 
 
-def test_the_terminal_has_every_layer():
+def test_the_table_shows_every_layer():
   values = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
-  parts = [{'part': 'feed-forward', 'layer': layer, **compare.figures(compare.sums(values * scale))}
-           for layer, scale in ((0, 1), (1, 1e-9))]
-  table = compare.by_layer({'experts': ['two', 'three'], 'parts': parts})
+  components = [
+      {'component': 'feed-forward', 'layer': i, **compare.figures(compare.sums(values * scale))}
+      for i, scale in ((0, 1), (1, 1e-9))]
+  table = compare.layer_table({'experts': ['two', 'three'], 'components': components})
   name, *moved, pair = (list(column.cells) for column in table.columns)
   seed, *experts = values.astype(np.float64)
   assert name == ['0 feed-forward', '1 feed-forward']
@@ -119,18 +121,19 @@ def test_the_terminal_has_every_layer():
       f'{np.linalg.norm(w - seed) / np.linalg.norm(seed):.1%}' for w in experts]
   cosine, ratio, conflicts = expected(seed, *experts)
   assert pair[0] == f'{cosine:.2f} {ratio:.2f} {conflicts:.1%}'
-  assert pair[1].endswith(' -')  # nothing there has changed by more than TINY
+  assert pair[1].endswith(' -')  # no weight there has changed by more than TINY
 
 
-def test_a_judgement_says_what_is_measured():
+def test_remarks_name_what_stands_out():
   values = np.random.default_rng(0).normal(size=(3, 4000)).astype(np.float32)
   values[1] += values[0]
   figures = compare.figures(compare.sums(values))
   found = {'seed': 'one', 'experts': ['two', 'three'],
            'all': {kind: figures for kind in (compare.AVERAGED, compare.FEED_FORWARD)},
-           'parts': [{'part': 'embed', 'layer': None, 'kind': compare.AVERAGED, **figures}]}
-  unlike, conflicts = compare.judgement(found)
-  assert unlike.startswith('three: the cosine of its weights and those of one is ')
+           'components': [{'component': 'embed', 'layer': None, 'kind': compare.AVERAGED,
+                           **figures}]}
+  unlike, conflicts = compare.remarks(found)
+  assert unlike.startswith('three: the cosine of its weights with those of one is ')
   share = figures['conflicts'][0][1]
   assert 0.3 < share < 0.7
-  assert f'is averaged: {share:.1%}, of two and three in embed.' in conflicts
+  assert f'averaged parameters: {share:.1%}, between two and three in embed.' in conflicts

@@ -10,9 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax.convert import config_json as model_config
-from btx_jax.convert import export as export_lib
-from btx_jax.convert import hugging_face, names, safetensors, shards
+from btx_jax.convert import config_json, export, hugging_face, names, safetensors, shards
 from btx_jax.errors import RunError, UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
@@ -39,10 +37,10 @@ def tree_of(source, dtype=np.float32):
   return tree
 
 
-def export(folder, model, source, dtype='float32', **options):
-  given = {'max_length': 64, 'balance': 0.01, 'bos_id': 1, 'eos_id': 2, 'tokenizer_files': {},
+def write_folder(folder, model, source, dtype='float32', **options):
+  given = {'max_length': 64, 'balance_loss': 0.01, 'bos_id': 1, 'eos_id': 2, 'tokenizer_files': {},
            'card': 'A card.'} | options
-  export_lib.export(str(folder), model, source, dtype, **given)
+  export.export(str(folder), model, source, dtype, **given)
   return hugging_face.Folder(str(folder))
 
 
@@ -94,27 +92,27 @@ def test_any_slice_is_that_slice_of_the_whole(folders, kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_what_is_exported_and_imported_is_the_same(folders, kind, tmp_path):
+def test_a_model_survives_export_and_import(folders, kind, tmp_path):
   folder = folders[kind]
   dtype = str(folder.dtypes['embed'])
-  again = export(tmp_path / 'out', folder.model, folder, dtype, max_shard=4_000)
+  again = write_folder(tmp_path / 'out', folder.model, folder, dtype, max_shard=4_000)
   assert again.model == folder.model
   assert_same(again, folder)
   assert len(list((tmp_path / 'out').glob('*.safetensors'))) > 2
-  alone = export(tmp_path / 'one', folder.model, Arrays(tree_of(folder)), dtype)
+  alone = write_folder(tmp_path / 'one', folder.model, Arrays(tree_of(folder)), dtype)
   assert_same(alone, folder)
   if kind == 'llama2':  # float32 in bfloat16
-    rounded = export(tmp_path / 'half', folder.model, folder, 'bfloat16')
+    rounded = write_folder(tmp_path / 'half', folder.model, folder, 'bfloat16')
     for path in folder.shapes:
       np.testing.assert_allclose(rounded.read(path).astype(np.float32), folder.read(path),
                                  rtol=2**-8)
 
 
 def test_large_tensors_are_written_in_pieces(folders, tmp_path, monkeypatch):
-  monkeypatch.setattr(export_lib, '_PIECE', 100)
+  monkeypatch.setattr(export, '_PIECE', 100)
   read = []
 
-  class Told(Arrays):
+  class Recorded(Arrays):
 
     def read(self, path, index):
       values = super().read(path, index)
@@ -122,12 +120,12 @@ def test_large_tensors_are_written_in_pieces(folders, tmp_path, monkeypatch):
       return values
 
   folder = folders['mixtral']
-  assert_same(export(tmp_path / 'out', folder.model, Told(tree_of(folder))), folder)
+  assert_same(write_folder(tmp_path / 'out', folder.model, Recorded(tree_of(folder))), folder)
   assert max(read) <= 4 * 6 * 16  # one head of one layer, or 100 bytes
 
 
-def test_an_exported_config_says_all_that_transformers_4_and_5_need(folders, tmp_path):
-  export(tmp_path / 'out', folders['llama3'].model, folders['llama3'], tokenizer_files={
+def test_an_exported_config_suits_transformers_4_and_5(folders, tmp_path):
+  write_folder(tmp_path / 'out', folders['llama3'].model, folders['llama3'], tokenizer_files={
       'tokenizer.json': b'{}'})
   found = json.loads((tmp_path / 'out' / 'config.json').read_text())
   original = json.loads((FIXTURES / 'llama3' / 'config.json').read_text())
@@ -137,16 +135,17 @@ def test_an_exported_config_says_all_that_transformers_4_and_5_need(folders, tmp
   old = {k: v for k, v in found.items() if k not in ('rope_parameters', 'dtype')}
   new = {k: v for k, v in found.items() if k not in ('rope_theta', 'rope_scaling', 'torch_dtype')}
   for each in (old, new):
-    assert model_config.from_json(each, '') == folders['llama3'].model
+    assert config_json.from_json(each, '') == folders['llama3'].model
   assert (tmp_path / 'out' / 'tokenizer.json').read_bytes() == b'{}'
   assert (tmp_path / 'out' / 'README.md').read_text() == 'A card.'
-  export(tmp_path / 'mixture', folders['mixtral'].model, folders['mixtral'], balance=0.02)
+  write_folder(tmp_path / 'mixture', folders['mixtral'].model, folders['mixtral'],
+               balance_loss=0.02)
   found = json.loads((tmp_path / 'mixture' / 'config.json').read_text())
   assert (found['output_router_logits'], found['router_aux_loss_coef']) == (True, 0.02)
   assert (found['num_local_experts'], found['num_experts_per_tok']) == (4, 2)
 
 
-def test_an_export_that_was_cut_off_is_not_taken_for_one(folders, tmp_path):
+def test_an_interrupted_export_leaves_no_folder(folders, tmp_path):
   folder = folders['llama2']
 
   class Killed(Arrays):
@@ -157,12 +156,23 @@ def test_an_export_that_was_cut_off_is_not_taken_for_one(folders, tmp_path):
       return super().read(path, index)
 
   with pytest.raises(KeyboardInterrupt):
-    export(tmp_path / 'out', folder.model, Killed(tree_of(folder)))
+    write_folder(tmp_path / 'out', folder.model, Killed(tree_of(folder)))
   assert not (tmp_path / 'out').exists()
-  assert_same(export(tmp_path / 'out', folder.model, folder), folder)
+  assert_same(write_folder(tmp_path / 'out', folder.model, folder), folder)
   assert os.listdir(tmp_path) == ['out']
-  with pytest.raises(UsageError, match='exists already'):
-    export(tmp_path / 'out', folder.model, folder)
+  with pytest.raises(UsageError, match='already exists'):
+    write_folder(tmp_path / 'out', folder.model, folder)
+
+
+def test_without_a_tokenizer_the_special_tokens_are_null(folders, tmp_path):
+  """Not absent: transformers would assume the ids 1 and 2 of Llama's own tokenizer."""
+  folder = folders['llama2']
+  again = write_folder(tmp_path / 'out', folder.model, folder, bos_id=None, eos_id=None)
+  assert_same(again, folder)
+  for name in ('config.json', 'generation_config.json'):
+    found = json.loads((tmp_path / 'out' / name).read_text())
+    assert {found[key] for key in ('bos_token_id', 'eos_token_id')} == {None}
+  assert not list((tmp_path / 'out').glob('tokenizer*'))
 
 
 @pytest.mark.parametrize('fields, expected', [
@@ -176,10 +186,10 @@ def test_an_export_that_was_cut_off_is_not_taken_for_one(folders, tmp_path):
 def test_only_what_mixtral_computes_is_exported(fields, expected):
   model = Config(48, 16, 20, 2, 4, 4, num_experts=4, **fields)
   if isinstance(expected, int):
-    assert model_config.mixtral_top_k(model) == expected
+    assert config_json.mixtral_top_k(model) == expected
   else:
     with pytest.raises(UsageError, match=expected):
-      model_config.mixtral_top_k(model)
+      config_json.mixtral_top_k(model)
 
 
 # config.json
@@ -208,7 +218,7 @@ LLAMA = {'model_type': 'llama', 'vocab_size': 48, 'hidden_size': 16, 'intermedia
      Config(48, 16, 20, 2, 4, 2, rope_theta=1e6, num_experts=6, top_k=3)),
 ])
 def test_configs_of_several_families(found, expected):
-  assert model_config.from_json(found, 'config.json') == expected
+  assert config_json.from_json(found, 'config.json') == expected
 
 
 @pytest.mark.parametrize('change, named', [
@@ -230,7 +240,7 @@ def test_configs_of_several_families(found, expected):
 ])
 def test_models_that_cannot_be_represented(change, named):
   with pytest.raises(UsageError) as error:
-    model_config.from_json(LLAMA | change, 'config.json')
+    config_json.from_json(LLAMA | change, 'config.json')
   assert named in str(error.value)
 
 
@@ -242,7 +252,7 @@ def copy(kind, tmp_path):
 
 
 def edit(folder, change, name='model.safetensors'):
-  """Writes the tensors of a file anew, as `change`, given name -> array, leaves them."""
+  """Rewrites a file after `change` has edited its tensors, name -> array, in place."""
   file = safetensors.File(str(folder / name))
   tensors = {tensor: file.read(tensor) for tensor in file.tensors}
   change(tensors)
@@ -255,7 +265,7 @@ def write_tensors(path, tensors):
       out.write(tensor, values)
 
 
-def test_all_tensors_that_do_not_fit_are_named_at_once(tmp_path):
+def test_every_wrong_tensor_is_named_at_once(tmp_path):
   folder = copy('mixtral', tmp_path)
 
   def change(tensors):
@@ -273,7 +283,7 @@ def test_all_tensors_that_do_not_fit_are_named_at_once(tmp_path):
                    '  wrong: model.norm.weight [20], not [16]']
 
 
-def test_what_is_harmless_is_left_out(folders, tmp_path):
+def test_redundant_tensors_are_ignored(folders, tmp_path):
   folder = copy('llama3', tmp_path)
 
   def change(tensors):
@@ -288,7 +298,7 @@ def test_what_is_harmless_is_left_out(folders, tmp_path):
     hugging_face.Folder(str(folder))
 
 
-def test_layers_of_several_types_are_read_as_float32(folders, tmp_path):
+def test_layers_of_several_dtypes_are_read_as_float32(folders, tmp_path):
   folder = copy('mixtral', tmp_path)
   name = 'model.layers.1.input_layernorm.weight'
   edit(folder, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
@@ -298,7 +308,7 @@ def test_layers_of_several_types_are_read_as_float32(folders, tmp_path):
                              folders['mixtral'].read('layers/attn_norm/scale'), rtol=2**-10)
 
 
-def test_the_hash_tells_models_apart_and_not_where_they_are(folders, tmp_path):
+def test_the_hash_depends_on_the_model_and_not_on_its_place(folders, tmp_path):
   folder = copy('mixtral', tmp_path)
   assert hugging_face.Folder(str(folder)).hash == folders['mixtral'].hash
   edit(folder, lambda tensors: tensors.update({
@@ -315,7 +325,7 @@ def reindex(folder, **changes):
 
 @pytest.mark.parametrize('harm, message', [
     (lambda f: os.remove(f / 'model-00002-of-00002.safetensors'),
-     'model-00002-of-00002.safetensors is not there'),
+     'model-00002-of-00002.safetensors does not exist'),
     (lambda f: reindex(f, more='../llama2/model-00001-of-00002.safetensors'),
      "'../llama2/model-00001-of-00002.safetensors' is not a file of this folder"),
     (lambda f: reindex(f, more='/etc/passwd'), "'/etc/passwd' is not a file of this folder"),
@@ -329,13 +339,13 @@ def reindex(folder, **changes):
      'is not an index of safetensors files'),
     (lambda f: (f / 'model.safetensors.index.json').write_text('{"weight_map": {"a": 3}}'),
      'is not an index of safetensors files'),
-    (lambda f: os.remove(f / 'model.safetensors.index.json'), 'it is no folder of a Hugging Face'),
+    (lambda f: os.remove(f / 'model.safetensors.index.json'), 'it is not a Hugging Face model'),
     (lambda f: [os.remove(f / 'model.safetensors.index.json'),
-                (f / 'pytorch_model.bin').write_text('')], 'has its weights as pickle'),
+                (f / 'pytorch_model.bin').write_text('')], 'stores its weights as pickle'),
     (lambda f: os.remove(f / 'config.json'), 'config.json cannot be read as JSON'),
     (lambda f: (f / 'config.json').write_text('[]'), 'it is not an object'),
 ])
-def test_folders_that_are_not_sound(tmp_path, harm, message):
+def test_invalid_folders_are_refused(tmp_path, harm, message):
   folder = copy('llama2', tmp_path)
   harm(folder)
   with pytest.raises(UsageError) as error:
@@ -358,38 +368,38 @@ def raw(header, data=b'\0' * 8, length=None):
 @pytest.mark.parametrize('content, problem', [
     (b'', 'it has 0 bytes'),
     (b'\1\2\3', 'it has 3 bytes'),
-    (raw({'a': entry()}, length=1 << 40), 'its header is said to have 1,099,511,627,776 bytes'),
-    (raw({'a': entry()}, length=200), 'its header is said to have 200 bytes'),
+    (raw({'a': entry()}, length=1 << 40), 'its header should have 1,099,511,627,776 bytes'),
+    (raw({'a': entry()}, length=200), 'its header should have 200 bytes'),
     (raw(b'\xff\xff'), 'its header is not UTF-8'),
     (raw(b'{"a": '), 'its header is not JSON'),
     (raw(b'[1]'), 'its header is not a JSON object'),
-    (raw(b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2)), 'a is there twice'),
-    (raw({'a': 5}), 'a does not have dtype, shape and data_offsets'),
-    (raw({'a': {'dtype': 'F32', 'shape': [2]}}), 'a does not have dtype, shape'),
-    (raw({'a': entry(shape=(-2,))}), 'a does not have dtype, shape'),
-    (raw({'a': entry(shape=(True, 2))}), 'a does not have dtype, shape'),
-    (raw({'a': entry(first=-8, last=0)}), 'a does not have dtype, shape'),
-    (raw({'a': entry(dtype='Q4_1')}), "a is of the unknown type 'Q4_1'"),
-    (raw({'a': entry(dtype=[])}), 'a is of the unknown type []'),
+    (raw(b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2)), 'a appears twice'),
+    (raw({'a': 5}), 'a lacks a valid dtype, shape and data_offsets'),
+    (raw({'a': {'dtype': 'F32', 'shape': [2]}}), 'a lacks a valid dtype, shape'),
+    (raw({'a': entry(shape=(-2,))}), 'a lacks a valid dtype, shape'),
+    (raw({'a': entry(shape=(True, 2))}), 'a lacks a valid dtype, shape'),
+    (raw({'a': entry(first=-8, last=0)}), 'a lacks a valid dtype, shape'),
+    (raw({'a': entry(dtype='Q4_1')}), "a has the unknown dtype 'Q4_1'"),
+    (raw({'a': entry(dtype=[])}), 'a has the unknown dtype []'),
     (raw({'a': entry(shape=(3,))}), 'a has 8 bytes, which is not F32 x [3]'),
     (raw({'a': entry(), 'b': entry(4, 12)}, b'\0' * 12), 'b overlaps the tensor before it'),
     (raw({'a': entry(), 'b': entry(12, 20)}, b'\0' * 20), 'b has a gap before it'),
-    (raw({'a': entry()}, b'\0' * 7), ': it was cut short'),
-    (raw({'a': entry()}, b'\0' * 9), 'its tensors end at byte 77, and the file has 78'),
+    (raw({'a': entry()}, b'\0' * 7), ': it was truncated'),
+    (raw({'a': entry()}, b'\0' * 9), 'its tensors end at byte 77, but the file has 78'),
 ])
-def test_files_that_are_not_sound(tmp_path, content, problem):
+def test_invalid_files_are_refused(tmp_path, content, problem):
   (tmp_path / 'x.safetensors').write_bytes(content)
-  with pytest.raises(UsageError, match=r'x\.safetensors is not a sound safetensors file') as error:
+  with pytest.raises(UsageError, match=r'x\.safetensors is not a valid safetensors file') as error:
     safetensors.File(str(tmp_path / 'x.safetensors'))
   assert problem in str(error.value)
 
 
-def test_tensors_that_are_no_weights_are_not_read(tmp_path):
+def test_tensors_of_other_dtypes_are_not_read(tmp_path):
   path = tmp_path / 'x.safetensors'
   path.write_bytes(raw({'a': entry(dtype='I32'), 'b': entry(8, 16)}, b'\0' * 16))
   file = safetensors.File(str(path))
   np.testing.assert_array_equal(file.read('b'), [0, 0])
-  with pytest.raises(ValueError, match='a is of type I32'):
+  with pytest.raises(ValueError, match='a has dtype I32'):
     file.read('a')
   path.write_bytes(path.read_bytes()[:-4])
   with pytest.raises(RunError, match='has become shorter'):
@@ -398,7 +408,7 @@ def test_tensors_that_are_no_weights_are_not_read(tmp_path):
 
 @pytest.mark.parametrize('small', [0, 1 << 16])
 def test_slices_of_files(tmp_path, monkeypatch, small):
-  """Written and read in slices, by runs and by rows around them, they are NumPy's."""
+  """Slices written and read, by runs and by the rows around them, equal NumPy's."""
   monkeypatch.setattr(safetensors, '_SMALL_RUN', small)
   monkeypatch.setattr(safetensors, 'PIECE', 100)
   rng, path = np.random.default_rng(0), str(tmp_path / 'x.safetensors')
@@ -437,7 +447,7 @@ def test_a_slice_takes_the_memory_of_the_slice(tmp_path):
   np.testing.assert_array_equal(values[:, 0], np.arange(size) // 500 * 500)
 
 
-def test_a_file_that_was_not_written_to_the_end_is_none(tmp_path):
+def test_an_unfinished_file_is_removed(tmp_path):
   path = str(tmp_path / 'x.safetensors')
   for error, fails in ((ValueError, False), (KeyboardInterrupt, True)):
     with pytest.raises(error), safetensors.Writer(path, {'a': ((4,), np.float32)}) as writer:
@@ -464,6 +474,6 @@ def test_no_name_stands_for_two_tensors():
                 Config(48, 16, 20, 3, 4, 2, head_dim=6, num_experts=5)):
     size = names.sizes(model)
     for row in names.rows(model):
-      assert sorted(row.theirs.replace(' ', '')) == sorted(names.inner(row))
-    found = [name for row in names.rows(model) for name, _ in names.named(row, size)]
+      assert sorted(row.theirs.replace(' ', '')) == sorted(names.tensor_dims(row))
+    found = [name for row in names.rows(model) for name, _ in names.tensors_of(row, size)]
     assert len(found) == len(set(found))

@@ -1,4 +1,4 @@
-"""Branch-Train-Merge: experts unmixed, their predictions averaged."""
+"""Branch-Train-Merge: averages of the predictions of unmixed experts."""
 
 import math
 
@@ -17,7 +17,7 @@ from tests.helpers import TINY, random_params
 
 
 class Letters:
-  """A tokenizer of one token a letter; 0 ends a document."""
+  """A tokenizer with one token per letter; 0 ends a document."""
   eos_id = 0
 
   def decode(self, ids):
@@ -41,13 +41,13 @@ def score(weights, nll=NLL):
   return ensemble.bits_per_byte(nll, weights, TOKENS, 0)['bits_per_byte']
 
 
-def likeness_of(cosines):
+def similarity_of(cosines):
   return lambda texts: np.tile(np.float64(cosines), (len(texts), 1))
 
 
 @pytest.fixture(scope='module')
 def scored():
-  """Token by token what a model says of TOKENS, and its bits per byte."""
+  """A model's negative log likelihood of each of TOKENS, and its bits per byte."""
   params = random_params(TINY)
   mesh = make_mesh(data=4, fsdp=2)
   with sharding.jax.set_mesh(mesh):
@@ -56,7 +56,7 @@ def scored():
   return nll, whole
 
 
-def test_one_expert_alone_scores_as_it_does_in_the_table(scored):
+def test_one_expert_alone_scores_as_in_the_table(scored):
   nll, whole = scored
   found = ensemble.bits_per_byte(nll[:, None], np.zeros((len(nll), 1)), TOKENS, 0)
   assert found == {'bits_per_byte': pytest.approx(whole['bits_per_byte'], rel=1e-5),
@@ -64,21 +64,21 @@ def test_one_expert_alone_scores_as_it_does_in_the_table(scored):
 
 
 @pytest.mark.parametrize('form', ['top_1', 'top_2', 'all', 'posterior'])
-def test_experts_that_are_the_same_score_as_one(form):
+def test_identical_experts_score_as_one(form):
   same = np.repeat(NLL[:, :1], 3, 1)
-  found = ensemble.evaluate([form], {'x': same}, {'x': TOKENS}, likeness_of([0.1, 0.3, 0.2]),
+  found = ensemble.evaluate([form], {'x': same}, {'x': TOKENS}, similarity_of([0.1, 0.3, 0.2]),
                             Letters())[form]['x']
   assert found['bits_per_byte'] == pytest.approx(score(np.zeros((len(NLL), 1)), NLL[:, :1]))
 
 
-def test_top_1_is_the_expert_that_was_chosen_exactly():
-  """From the second block on; before the first nothing is known, and all count the same."""
-  similar = ensemble.similarities(likeness_of([0.1, 0.3, 0.2]), TOKENS, Letters())
-  weights = ensemble.similar_log_weights(similar, 1, NLL.shape)
+def test_top_1_is_exactly_the_chosen_expert():
+  """From the second block on; in the first block the weights are uniform."""
+  blocks = ensemble.block_similarities(similarity_of([0.1, 0.3, 0.2]), TOKENS, Letters())
+  weights = ensemble.similarity_log_weights(blocks, 1, NLL.shape)
   place = np.concatenate([np.arange(b - a) for a, b in zip(TOKENS.starts, TOKENS.starts[1:])])
   known = place >= ensemble.BLOCK
   assert known.any() and (~known).any()
-  mixed = ensemble.together(NLL, weights)
+  mixed = ensemble.averaged_nll(NLL, weights)
   np.testing.assert_array_equal(mixed[known], NLL[known, 1])
   np.testing.assert_allclose(weights[~known], EQUAL[~known])
 
@@ -86,19 +86,19 @@ def test_top_1_is_the_expert_that_was_chosen_exactly():
 def test_weights_are_a_softmax_over_the_most_similar():
   cosines = np.array([0.1, 0.4, 0.3])
   expected = np.exp(-(2 - 2 * cosines) / 0.1)
-  np.testing.assert_allclose(ensemble.similar_weights(cosines, 0), expected / expected.sum())
+  np.testing.assert_allclose(ensemble.similarity_weights(cosines, 0), expected / expected.sum())
   expected[0] = 0
-  np.testing.assert_allclose(ensemble.similar_weights(cosines, 2), expected / expected.sum())
+  np.testing.assert_allclose(ensemble.similarity_weights(cosines, 2), expected / expected.sum())
 
 
-def test_nothing_after_a_token_decides_its_weights():
+def test_weights_of_a_token_depend_only_on_the_tokens_before():
   seen = []
 
-  def likeness(texts):
+  def similarity(texts):
     seen.extend(texts)
     return np.tile([0.1, 0.3, 0.2], (len(texts), 1))
 
-  ensemble.similarities(likeness, TOKENS, Letters())
+  ensemble.block_similarities(similarity, TOKENS, Letters())
   whole = Letters().decode(TOKENS.ids[TOKENS.starts[2]:].tolist())
   assert seen[-1] == whole[:192] and len(seen) == 2 + 3
   other = NLL.copy()
@@ -108,7 +108,7 @@ def test_nothing_after_a_token_decides_its_weights():
 
 
 def test_the_posterior_gives_a_document_the_mean_of_its_probabilities():
-  """By the chain rule: sum over experts of 1/E times what each gives the whole document."""
+  """By the chain rule, for the probabilities that the experts give to the whole document."""
   weights = ensemble.posterior_log_weights(NLL, TOKENS.starts)
   for first, end in zip(TOKENS.starts, TOKENS.starts[1:]):
     found = np.log(np.exp(weights[first:end] - NLL[first:end]).sum(1)).sum()
@@ -116,13 +116,14 @@ def test_the_posterior_gives_a_document_the_mean_of_its_probabilities():
     assert found == pytest.approx(whole)
 
 
-def test_text_is_known_by_its_words():
-  likeness = ensemble.Likeness([
+def test_texts_are_similar_by_their_words():
+  similarity = ensemble.Similarity([
       ['def f(x): return x + 17', 'import os'], ['the king said to the queen', 'a royal house']])
-  close = likeness(['def g(y): return y + 33', 'the queen of the house', ''])
+  close = similarity(['def g(y): return y + 33', 'the queen of the house', ''])
   assert close[0].argmax() == 0 and close[1].argmax() == 1 and not close[2].any()
   tokens = documents('king', 'queen', 'import', end=False)
-  assert ensemble.taken_for(likeness, tokens, Letters()).tolist() == pytest.approx([1 / 3, 2 / 3])
+  assert ensemble.nearest_expert_shares(
+      similarity, tokens, Letters()).tolist() == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_mixtures_of_the_same_models_share_their_average_and_their_merge(text, tmp_path,

@@ -133,7 +133,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
     ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; run --ru"),
-    ([DEMO, 'export', '--run=seed', '--to=docs'], 'docs exists already; name another'),
+    ([DEMO, 'export', '--run=seed', '--to=docs'], 'docs already exists; name another'),
     ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "dtype = 'float16'; did you"),
     ([DEMO, 'preflight'], 'preflight needs --topology=KIND:SIZE, like v5p:4x4x4'),
     ([DEMO, 'preflight', '--topology=v5p'], '--topology=v5p is not KIND:SIZE; examples are v5p:4x'),
@@ -438,17 +438,17 @@ config.runs = {"new": config.runs.new,
     (new(init='base.hugging_face("none")'), "runs.new starts from a pretrained model, which knows "
      "the tokenizer that it was trained with and no other: set tokenizer.path = 'none'."),
     (pretrained('os.remove(model / "config.json")'), 'config.json cannot be read as JSON: '),
-    (pretrained('change(model_type="gpt2")'), "model_type = 'gpt2'; models can be 'llama', 'mis"),
+    (pretrained('change(model_type="gpt2")'), "model_type = 'gpt2' is not supported; use one of"),
     (pretrained('change(mlp_bias=True)'), 'config.json describes a model that cannot be repres'),
-    (pretrained('change(hidden_size=32)'), 'does not have the tensors that its config.json says'),
+    (pretrained('change(hidden_size=32)'), 'model do not match its config.json:'),
     (pretrained('os.remove(model / "model-00002-of-00002.safetensors")'),
-     'does not fit the files there: model-00002-of-00002.safetensors is not there.'),
+     'does not match its files: model-00002-of-00002.safetensors does not exist.'),
     (pretrained('(model / "model-00002-of-00002.safetensors").write_bytes(b"")'),
-     '00002.safetensors is not a sound safetensors file: it has 0 bytes'),
+     '00002.safetensors is not a valid safetensors file: it has 0 bytes'),
     (pretrained('(model / "model.safetensors.index.json").write_text("")'), 'is not an index of'),
-    (pretrained('os.remove(model / "model.safetensors.index.json")'), 'it is no folder of a Hug'),
+    (pretrained('os.remove(model / "model.safetensors.index.json")'), 'it is not a Hugging Fac'),
     (pretrained('os.rename(model / "model.safetensors.index.json", model / "pytorch_model.bin")'),
-     'has its weights as pickle (pytorch_model.bin), which is never loaded here'),
+     'stores its weights as pickle (pytorch_model.bin), which is never loaded because'),
     (pretrained(''), 'knows 48 tokens, and tokenizer.path = '),
     (pretrained(SMALL_TOKENIZER, steps='0'), 'runs.new.steps = 0 must be at least 1.'),
     (pretrained(SMALL_TOKENIZER, model='{"dim": 32}'), 'parameters: dim = 32 (it starts from 16).'),
@@ -562,7 +562,7 @@ def test_two_exports_into_one_folder(run, config, tmp_path):
 def test_a_model_is_not_exported_with_a_tokenizer_that_is_not_its_own(run, config, tmp_path):
   lines = pretrained(OTHER_TOKENIZER, **UNTRAINED)
   check(run(config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new', '--to=x'),
-        "'new' has another vocabulary than the tokenizer of this config")
+        "'new' has a different vocabulary than the tokenizer of this config")
 
 
 def test_an_export_with_too_little_memory(run, config, tmp_path):
@@ -570,7 +570,7 @@ def test_an_export_with_too_little_memory(run, config, tmp_path):
       '\nconfig.runs = {"new": config.runs.new}')
   check(run(config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
             f'--to={tmp_path / "out"}', '--config.mix.ram_gb=0.001'),
-        'mix.ram_gb = 0.001 is too little: embed takes 0.00419 at least.')
+        'mix.ram_gb = 0.001 is too small: embed needs at least 0.00419.')
   assert not (tmp_path / 'out.partial').exists()
 
 

@@ -117,7 +117,7 @@ def test_logits_are_those_of_every_position(folders):
     (lambda: btx_jax.logits(TINY, random_params(TINY), [48]), ValueError,
      'tokens lie between 48 and 48, and the model has the ids 0 to 47'),
     (lambda: btx_jax.logits(TINY, random_params(TINY), [0.5]), ValueError, 'must be integers'),
-    (lambda: btx_jax.save('docs', TINY, random_params(TINY)), UsageError, 'docs exists already'),
+    (lambda: btx_jax.save('docs', TINY, random_params(TINY)), UsageError, 'docs already exists'),
     (lambda: btx_jax.save('none', TINY, random_params(TINY), dtype='int8'), UsageError,
      "dtype = 'int8'; valid: 'bfloat16', 'float32'"),
     (lambda: btx_jax.save('none', TINY, random_params(TINY_MIXTURE)), ValueError,

@@ -128,7 +128,7 @@ def test_the_mixture_starts_from_its_sources(study):
 
 def test_experts_are_compared_with_their_seed(study, capsys):
   """By what lies in the directories, see compare_test.py for the figures."""
-  compare.tell(Study(study.config, study.workdir), 'btx')
+  compare.print_comparison(Study(study.config, study.workdir), 'btx')
   with open(os.path.join(study.workdir, 'compare.json'), encoding='utf-8') as file:
     found = json.load(file)
   assert (found['seed'], found['experts']) == ('seed', ['expert/code', 'expert/math'])
@@ -136,12 +136,13 @@ def test_experts_are_compared_with_their_seed(study, capsys):
                       for name in study.runs if name != 'btx')
   d, e = (np.concatenate([np.ravel(params[name][1] - seed[name][1]) for name in seed]).astype(
       np.float64) for params in (code, math))
-  part, = (part for part in found['parts'] if (part['part'], part['layer']) == ('feed-forward', 1))
-  assert part['cosine'][0][1] == pytest.approx(
+  layer, = (each for each in found['components']
+            if (each['component'], each['layer']) == ('feed-forward', 1))
+  assert layer['cosine'][0][1] == pytest.approx(
       d @ e / np.linalg.norm(d) / np.linalg.norm(e), rel=1e-5)
   said = capsys.readouterr().out
   assert 'btx: differences from seed (their nearest common ancestor)' in said
-  assert found['judgement'][-1] in said
+  assert found['remarks'][-1] in said
 
 
 def test_any_slice_of_a_checkpoint_is_that_of_the_whole(study):
@@ -417,7 +418,7 @@ def test_what_the_mesh_does_not_divide_is_told_before_a_run_starts(
   config.runs.btx.init = base.mix('seed', 'expert/code', 'expert/math')
   config.model.update(num_heads=1, num_kv_heads=1)
   config.mesh.update(fsdp=1, expert=4)
-  monkeypatch.setattr(sharding, '_WORTH_TELLING', 2000)
+  monkeypatch.setattr(sharding, '_LARGE', 2000)
   monkeypatch.setattr(Pipeline, '_train', lambda *_: None)
   assert Pipeline(config, str(tmp_path / 'work')).train()
   said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A study that starts from a Hugging Face folder: its tokenizer, its model, and back out again."""
+"""A study that starts from a Hugging Face folder: tokenizer, model, and export."""
 
 import dataclasses
 import json
@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from btx_jax import base
-from btx_jax.commands import compare as fit
-from btx_jax.commands import export as publish
+from btx_jax.commands import compare
+from btx_jax.commands.export import export_run
 from btx_jax.convert import export, hugging_face
-from btx_jax.data import text as text_lib
-from btx_jax.data import tokenizer
+from btx_jax.data import text, tokenizer
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
@@ -46,10 +45,10 @@ def fast():
   return tokenizer.load(str(TOKENIZER))
 
 
-def test_any_text_comes_back(fast):
+def test_decoding_restores_any_text(fast):
   texts = [*TRICKY, '<|begin|> is text here, and so is <|end|>']
-  for text, ids in zip(texts, fast.encode(texts)):
-    assert fast.decode(ids) == text
+  for original, ids in zip(texts, fast.encode(texts)):
+    assert fast.decode(ids) == original
     assert not {fast.bos_id, fast.eos_id} & set(ids)
 
 
@@ -67,17 +66,17 @@ def test_pieces_are_the_text_of_each_token(fast):
 
 
 def test_a_copy_is_as_good_as_the_original(fast, tmp_path):
-  """Also where the folder is not at hand any more, and by either of its names."""
+  """Also if the folder is gone, and by either of its names."""
   folder = pathlib.Path(shutil.copytree(TOKENIZER, tmp_path / 'model'))
   config = base.get_config()
   for path in (folder, folder / 'tokenizer.json'):
     config.tokenizer.path = str(path)
     data = tmp_path / path.name
-    text_lib._tokenizer(config, str(data), [])
+    text._tokenizer(config, str(data), [])
     assert {file.name for file in data.iterdir()} >= {
         'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'}
   shutil.rmtree(folder)
-  again = text_lib.tokenizer(config, str(data))
+  again = text.tokenizer(config, str(data))
   assert (again.hash, again.eos_id) == (fast.hash, fast.eos_id)
   assert again.files == fast.files
 
@@ -91,7 +90,7 @@ def test_other_special_tokens_make_another_tokenizer(fast, tmp_path):
   assert other.hash != fast.hash
 
 
-def test_of_both_kinds_in_a_folder_sentencepiece_is_taken(tmp_path):
+def test_sentencepiece_is_preferred_to_tokenizer_json(tmp_path):
   folder = pathlib.Path(shutil.copytree(TOKENIZER, tmp_path / 'model'))
   trained = tokenizer.train_tokenizer(['some words, and more words'] * 40, 290)
   (folder / 'tokenizer.model').write_bytes(trained.files['tokenizer.model'])
@@ -105,7 +104,7 @@ def test_of_both_kinds_in_a_folder_sentencepiece_is_taken(tmp_path):
 
 def write_model(folder, seed=0, dtype='float32'):
   params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), random_params(MODEL, seed))
-  export.export(str(folder), MODEL, Arrays(params), dtype, max_length=99, balance=0.0,
+  export.export(str(folder), MODEL, Arrays(params), dtype, max_length=99, balance_loss=0.0,
                 bos_id=0, eos_id=1, card='',
                 tokenizer_files={file.name: file.read_bytes() for file in TOKENIZER.iterdir()})
   return params
@@ -126,10 +125,10 @@ def study(text, folder):
 
 
 def test_a_pretrained_seed(text, tmp_path):
-  """It is measured and branched from where it lies, and what comes of it goes back."""
+  """It is measured and branched from its folder, and the results are exported."""
   params = write_model(tmp_path / 'model')
   config = study(text, tmp_path / 'model')
-  config.mesh.update(fsdp=1, expert=1, tensor=1)  # which compiles faster
+  config.mesh.update(fsdp=1, expert=1, tensor=1)  # compiles faster
   del config.runs['tuned'], config.runs['btx']
   pipeline = Pipeline(config, str(tmp_path / 'work'))
   pipeline.train()
@@ -141,9 +140,9 @@ def test_a_pretrained_seed(text, tmp_path):
     trained = final_params(pipeline, 'expert/code')
   assert not pipeline.train()
 
-  publish.publish(pipeline, 'seed', str(tmp_path / 'seed'), 'float32')
+  export_run(pipeline, 'seed', str(tmp_path / 'seed'), 'float32')
   assert hugging_face.Folder(str(tmp_path / 'seed')).hash == pipeline.runs['seed'].content
-  publish.publish(pipeline, 'expert/code', str(tmp_path / 'out'), 'float32')
+  export_run(pipeline, 'expert/code', str(tmp_path / 'out'), 'float32')
   out = hugging_face.Folder(str(tmp_path / 'out'))
   assert (out.model, out.context_length) == (MODEL, 99)
   for path, leaf in jax.tree.leaves_with_path(trained):
@@ -183,12 +182,12 @@ def test_sizes_are_the_folders_and_the_rest_is_the_configs(text, tmp_path):
   moved = study(text, tmp_path / 'moved')
   moved.model.update(config.model)
   runs = plan.make_plan(moved, 270)
-  assert runs['tuned'].spec() == pipeline.runs['tuned'].spec()  # wherever it lies
+  assert runs['tuned'].spec() == pipeline.runs['tuned'].spec()  # wherever the folder is
 
 
 def write_relative(folder, params):
-  """A model of the same seed, elsewhere trained on: other rotary settings, and a tokenizer that
-  swaps two tokens, calls one otherwise and has two more."""
+  """A model trained elsewhere from the same seed: other rotary settings, and a tokenizer that
+  swaps two tokens, renames one and has two more."""
   model = dataclasses.replace(MODEL, vocab_size=273, rope_theta=1e4)
   noise = random_params(model, seed=1)
   params = jax.tree.map(lambda a, b: a + 0.2 * b if a.shape == b.shape else b, params, noise)
@@ -200,19 +199,19 @@ def write_relative(folder, params):
   for i, name in ((270, '<|more|>'), (271, '<|most|>')):
     found['added_tokens'].append(found['added_tokens'][0] | {'id': i, 'content': name})
   files['tokenizer.json'] = json.dumps(found)
-  export.export(str(folder), model, Arrays(params), 'float32', max_length=99, balance=0.0,
+  export.export(str(folder), model, Arrays(params), 'float32', max_length=99, balance_loss=0.0,
                 bos_id=0, eos_id=1, card='',
                 tokenizer_files={name: content.encode() for name, content in files.items()})
   return jax.tree.map(np.asarray, params), {**ids, '<|more|>': 270, '<|most|>': 271}
 
 
 def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypatch):
-  """Two folders, of other vocabularies and rotary settings, and no model of our own."""
-  monkeypatch.setattr(Pipeline, '_measure', lambda *_: None)  # which compiles much
+  """Two folders with different vocabularies and rotary settings, and no model of our own."""
+  monkeypatch.setattr(Pipeline, '_measure', lambda *_: None)  # compiling takes long
   one = jax.tree.map(np.asarray, write_model(tmp_path / 'one'))
   two, their_ids = write_relative(tmp_path / 'two', one)
   config = study(text, tmp_path / 'one')
-  config.mesh.update(fsdp=1, expert=1, tensor=1)  # which compiles faster
+  config.mesh.update(fsdp=1, expert=1, tensor=1)  # compiles faster
   config.train.microbatches = 1
   config.runs = {
       'one': base.run(base.hugging_face(str(tmp_path / 'one'))),
@@ -237,16 +236,16 @@ def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypat
   measured = [model.name for model in scores.models(pipeline)]
   assert measured == ['one', 'average of btx', 'btx unfinetuned', 'btx']
 
-  found = fit.compute(pipeline, 'btx')
+  found = compare.compare_sources(pipeline, 'btx')
   assert (found['seed'], found['experts'], found['seed_is'][:9]) == ('one', ['two'], 'the first')
-  embed = found['parts'][0]  # what only the first one knows is unmoved
+  embed = found['components'][0]  # tokens that only the first model knows are unchanged
   assert embed['changed'] == [[269 * MODEL.dim]]
 
   with jax.set_mesh(pipeline.mesh):
     mixture = jax.tree.map(np.asarray, initial_params(pipeline, 'btx'))
   ours = json.loads((TOKENIZER / 'tokenizer.json').read_text())['model']['vocab']
   for name, axis in (('embed', 0), ('head', 1)):
-    expected = np.array(one[name])  # all that the other lacks
+    expected = np.array(one[name])  # rows that the other model lacks stay
     for token, i in ours.items():
       if token in their_ids:
         pair = [np.take(params[name], at, axis) for params, at in (
@@ -259,11 +258,11 @@ def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypat
   for i, params in enumerate((one, two)):
     np.testing.assert_array_equal(
         mixture['layers']['ffn']['experts']['up'][:, i], params['layers']['ffn']['up'])
-  with pytest.raises(UsageError, match='has another vocabulary than the tokenizer'):
-    publish.publish(pipeline, 'two', str(tmp_path / 'out'), 'float32')
+  with pytest.raises(UsageError, match='has a different vocabulary than the tokenizer'):
+    export_run(pipeline, 'two', str(tmp_path / 'out'), 'float32')
 
 
-def test_folders_of_several_seeds_are_told_by_their_weights(text, tmp_path):
+def test_folders_of_several_seeds_are_recognized_by_their_weights(text, tmp_path):
   for seed in (0, 1):
     write_model(tmp_path / f'{seed}', seed)
   shutil.copytree(tmp_path / '0', tmp_path / 'copy')
@@ -293,7 +292,7 @@ def test_a_pretrained_mixture_keeps_its_experts(text):
   config.tokenizer.path = 'some'
   config.runs = {'seed': base.run(base.hugging_face(
       str(TOKENIZER.parent / 'mixtral')), {'code': 1}, steps=3)}
-  config.model.update(router='switch', top_k=1)  # of mixtures that are made here
+  config.model.update(router='switch', top_k=1)  # applies to mixtures made here
   found = plan.make_plan(config, 40)['seed'].model
   assert (found.num_experts, found.router, found.k, found.router_bias) == (4, 'top_k', 2, False)
   config.train.balance_bias = 0.1

@@ -1,4 +1,4 @@
-"""What we export is what transformers computes: pytest -m reference, where it is installed."""
+"""Transformers computes the same as we do: pytest -m reference, if it is installed."""
 
 import dataclasses
 import functools
@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax.commands import export as publish
 from btx_jax.convert import export, hugging_face
 from btx_jax.data import tokenizer
 from btx_jax.devices import sharding
+from btx_jax.library import tokenizer_files
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from tests import studies
@@ -34,18 +34,18 @@ ROWS, LENGTH = 8, 24
 
 @pytest.fixture(scope='module', params=MODELS)
 def exported(request, tmp_path_factory):
-  """A model, its folder, its parameters as they are there, and transformers' reading of it."""
+  """A model, its folder, its parameters as stored there, and transformers' model of it."""
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
   model, dtype = MODELS[request.param]
   params = random_params(model, scale=0.15)
   params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
   folder = tmp_path_factory.mktemp('out') / request.param
   export.export(
-      str(folder), model, Arrays(params), dtype, max_length=64, balance=0.01, bos_id=1,
-      eos_id=95, tokenizer_files={}, card='', max_shard=20_000)
-  theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+      str(folder), model, Arrays(params), dtype, max_length=64, balance_loss=0.01,
+      bos_id=1, eos_id=95, tokenizer_files={}, card='', max_shard=20_000)
+  theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32, output_loading_info=True)
-  assert not any(told.values()), told
+  assert not any(report.values()), report
   return model, folder, params, theirs
 
 
@@ -73,7 +73,7 @@ def test_greedy_generation_agrees(exported):
   start = np.random.default_rng(1).integers(0, model.vocab_size, (ROWS, 4))
   found = np.zeros((ROWS, LENGTH), np.int32)
   found[:, :4] = start
-  for i in range(4, LENGTH):  # what stands behind a position does not reach it
+  for i in range(4, LENGTH):  # later positions do not affect it
     found[:, i] = logits_of(model, params, found)[:, i - 1].argmax(-1)
   expected = theirs.generate(
       torch.tensor(start), attention_mask=torch.ones(start.shape, dtype=torch.long),
@@ -87,7 +87,7 @@ def test_what_transformers_saves_is_read_back_the_same(exported, tmp_path):
   saved = tmp_path / 'saved'
   theirs.save_pretrained(saved, max_shard_size='20KB')
   sources = [folder, saved]
-  if model.num_experts:  # all experts in one tensor, as transformers has them in memory
+  if model.num_experts:  # all experts in one tensor, as transformers holds them in memory
     fused = tmp_path / 'fused'
     fused.mkdir()
     (fused / 'config.json').write_text((saved / 'config.json').read_text())
@@ -106,7 +106,7 @@ def test_a_tokenizer_of_ours_gives_the_same_ids(tmp_path):
   transformers = pytest.importorskip('transformers')
   texts = ['\n'.join(words * 9) for words in studies.WORDS.values()]
   ours = tokenizer.train_tokenizer(texts, 330)
-  files = publish._tokenizer_files(ours)
+  files = tokenizer_files(ours)
   for name, content in files.items():
     (tmp_path / name).write_bytes(content)
   (tmp_path / 'config.json').write_text('{"model_type": "llama"}')

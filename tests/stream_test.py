@@ -1,4 +1,4 @@
-"""Mixing as a stream: from folders to a folder, no more of them in memory than a piece."""
+"""Mixing as a stream: from folders to a folder, with one piece in memory at a time."""
 
 import dataclasses
 import errno
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from btx_jax import base, btx, errors, recipe
-from btx_jax import run as run_lib
-from btx_jax.commands import export as publish
 from btx_jax.commands import table
+from btx_jax.commands.export import _identity, export_run
 from btx_jax.convert import export, hugging_face, safetensors
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
 from btx_jax.model.config import shared_paths
 from btx_jax.pipeline import Pipeline
+from btx_jax.run import seed_of
 from btx_jax.study import sources
 from btx_jax.study.study import Study
 from tests import studies
@@ -30,14 +30,14 @@ NAMES = ('seed', 'code', 'math')
 
 
 def write(folder, model, source, dtype='bfloat16', **options):
-  given = {'max_length': 99, 'balance': 0.0, 'bos_id': 0, 'eos_id': 1, 'card': '',
+  given = {'max_length': 99, 'balance_loss': 0.0, 'bos_id': 0, 'eos_id': 1, 'card': '',
            'tokenizer_files': {file.name: file.read_bytes() for file in TOKENIZER.iterdir()}}
   return export.export(str(folder), model, source, dtype, **given | options)
 
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
-  """Folders of three models, and their parameters as they are kept there."""
+  """Folders of three models, and their parameters as stored there."""
   root, params = tmp_path_factory.mktemp('models'), {}
   for i, name in enumerate(NAMES):
     params[name] = jax.tree.map(lambda x: np.asarray(x.astype('bfloat16')), random_params(MODEL, i))
@@ -46,7 +46,7 @@ def models(tmp_path_factory):
 
 
 def study(root, workdir, kind=Study, **mix):
-  """One that needs no text: a mixture of pretrained models."""
+  """A study that needs no text: a mixture of pretrained models."""
   config = base.get_config()
   config.tokenizer.path = str(root / 'seed')
   config.runs = {name: base.run(base.hugging_face(str(root / name))) for name in NAMES}
@@ -64,17 +64,17 @@ def content(folder):
 @pytest.mark.parametrize('mix', [
     {}, {'arrangement': 'split', 'chunks': 2},
     {'averaged': ('code', 'math'), 'rules': {'attn/[qk]$': 'seed'}}])
-def test_a_stream_is_the_mixture_in_memory(models, tmp_path, mix):
+def test_a_stream_matches_mixing_in_memory(models, tmp_path, mix):
   root, params = models
   found = study(root, tmp_path / 'work', **mix)
-  publish.publish(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
+  export_run(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
   run, out = found.runs['btx'], hugging_face.Folder(str(tmp_path / 'out'))
   made = recipe.from_config(base.mix(*NAMES, **mix), NAMES, MODEL.ffn_dim, shared_paths(MODEL),
                             [0] * 3, found.config.mix.router_std)
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float32),
                          *(params[name] for name in NAMES))
   expected = jax.jit(btx.mix, static_argnums=(1, 3))(
-      stacked, run.model, jax.random.key(run_lib.seed_of('btx', 0)), made)
+      stacked, run.model, jax.random.key(seed_of('btx', 0)), made)
   for key_path, leaf in jax.tree.leaves_with_path(expected):
     path = sharding.path_of(key_path)
     # Experts are copied. A mean may be rounded to the next bfloat16: two programs add it up.
@@ -84,18 +84,18 @@ def test_a_stream_is_the_mixture_in_memory(models, tmp_path, mix):
   assert not (tmp_path / 'work').exists()
 
 
-def test_experts_are_copied_from_file_to_file_and_means_not_moved_in_memory(
+def test_experts_are_copied_between_files_and_means_are_not_transposed(
     models, tmp_path, monkeypatch):
-  """Of what is averaged, transposing there and back cancels."""
+  """For averaged parameters, the transposes of reading and writing cancel."""
   contiguous = []
   write_slice = safetensors.Writer.write
 
-  def told(writer, name, values, *where):
+  def recorded(writer, name, values, *where):
     assert 'experts' not in name
     contiguous.append(values.flags.c_contiguous)
     write_slice(writer, name, values, *where)
 
-  monkeypatch.setattr(safetensors.Writer, 'write', told)
+  monkeypatch.setattr(safetensors.Writer, 'write', recorded)
   found = study(models[0], tmp_path)
   write(tmp_path / 'out', found.runs['btx'].model, sources.final(found, found.runs['btx']))
   moved = len(contiguous) - sum(contiguous)
@@ -108,7 +108,7 @@ def test_an_export_mixes_by_the_function_of_the_method(models, tmp_path, monkeyp
 
   monkeypatch.setattr(btx, 'mix', refuse)
   with pytest.raises(ZeroDivisionError, match='mix'):
-    publish.publish(study(models[0], tmp_path), 'btx', str(tmp_path / 'out'), 'bfloat16')
+    export_run(study(models[0], tmp_path), 'btx', str(tmp_path / 'out'), 'bfloat16')
 
 
 def _cannot(*_):
@@ -120,7 +120,7 @@ def _some(source, into, count, start, at, call=os.copy_file_range):
 
 
 @pytest.mark.parametrize('system', [_cannot, _some, lambda *_: 0, None])
-def test_a_system_that_cannot_copy_between_files(models, tmp_path, monkeypatch, system):
+def test_exports_without_copy_file_range(models, tmp_path, monkeypatch, system):
   found = study(models[0], tmp_path)
   model, source = found.runs['btx'].model, sources.final(found, found.runs['btx'])
   write(tmp_path / 'straight', model, source)
@@ -132,7 +132,7 @@ def test_a_system_that_cannot_copy_between_files(models, tmp_path, monkeypatch, 
   assert content(tmp_path / 'by_hand') == content(tmp_path / 'straight')
 
 
-def test_only_what_mixing_leaves_as_it_is_is_copied():
+def test_only_unchanged_slices_are_copied():
   made = recipe.from_config(base.mix(*NAMES, arrangement='split', chunks=2), NAMES, MODEL.ffn_dim,
                      shared_paths(MODEL), [0] * 3, 0.02)
   D, half = MODEL.dim, MODEL.ffn_dim // 2
@@ -146,7 +146,7 @@ def test_only_what_mixing_leaves_as_it_is_is_copied():
   assert not btx.verbatim(made, 'layers/attn/q', (layer,))
 
 
-def test_a_source_that_shrinks_under_an_export(models, tmp_path):
+def test_a_source_that_shrinks_during_an_export(models, tmp_path):
   shutil.copytree(models[0] / 'code', tmp_path / 'code')
   file = tmp_path / 'code' / 'model.safetensors'
   source = hugging_face.Folder(str(tmp_path / 'code'))
@@ -156,13 +156,13 @@ def test_a_source_that_shrinks_under_an_export(models, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-def test_layers_of_another_type_are_not_rounded_twice(models, tmp_path):
+def test_layers_of_another_dtype_are_not_rounded_twice(models, tmp_path):
   """A float32 model is mixed with bfloat16 ones as if all were float32."""
   root, params = models
   exact = random_params(MODEL, 7)
   write(tmp_path / 'exact', MODEL, Arrays(exact), 'float32')
   parts = [hugging_face.Folder(str(tmp_path / 'exact')), hugging_face.Folder(str(root / 'code'))]
-  mix = btx.mix(parts, MODEL, jax.random.key(0))
+  mix = btx.mix(parts, dataclasses.replace(MODEL, num_experts=2), jax.random.key(0))
   whole = tuple(slice(0, n) for n in (1, 2, MODEL.dim, MODEL.ffn_dim))
   found = mix.read('layers/ffn/experts/up', whole)
   assert found.dtype == np.float32
@@ -171,7 +171,7 @@ def test_layers_of_another_type_are_not_rounded_twice(models, tmp_path):
       found[:, 1], params['code']['layers']['ffn']['up'].astype(np.float32))
 
 
-# What is left of an export that ended early
+# Interrupted exports
 
 
 class Stops:
@@ -188,7 +188,7 @@ class Stops:
     return self._source.read(path, index)
 
 
-def test_an_export_goes_on_where_it_was_cut_off(models, tmp_path):
+def test_an_interrupted_export_continues(models, tmp_path):
   found, out = study(models[0], tmp_path), tmp_path / 'out'
   source, model = sources.final(found, found.runs['btx']), found.runs['btx'].model
   put = functools.partial(write, model=model, max_shard=3_000)
@@ -210,7 +210,7 @@ def test_an_export_goes_on_where_it_was_cut_off(models, tmp_path):
 
 @pytest.mark.parametrize('change', [
     {'identity': 'b'}, {'identity': ''}, {'dtype': 'float32'}, {'max_shard': 4_000}])
-def test_an_export_of_something_else_starts_anew(models, tmp_path, change):
+def test_a_different_export_starts_from_scratch(models, tmp_path, change):
   found = study(models[0], tmp_path)
   source, model = sources.final(found, found.runs['btx']), found.runs['btx'].model
   first = {'model': model, 'max_shard': 3_000, 'identity': change.get('identity') and 'a'}
@@ -224,13 +224,13 @@ def test_an_export_of_something_else_starts_anew(models, tmp_path, change):
   assert content(tmp_path / 'out') == content(tmp_path / 'straight')
 
 
-def test_identities_tell_apart_what_is_mixed_and_how(models, tmp_path):
+def test_identities_depend_on_what_is_mixed_and_how(models, tmp_path):
   made = [study(models[0], tmp_path, **mix) for mix in (
       {}, {'averaged': ('code',)}, {'rules': {'embed': 'code'}})]
-  found = [publish._identity(each, each.runs['btx']) for each in made]
+  found = [_identity(each, each.runs['btx']) for each in made]
   assert len(set(found)) == 3
   again = study(models[0], tmp_path / 'elsewhere')
-  assert publish._identity(again, again.runs['btx']) == found[0]
+  assert _identity(again, again.runs['btx']) == found[0]
 
 
 @pytest.mark.parametrize('name,left', [('pwrite', 20_000), ('copy_file_range', 1_000)])
@@ -264,13 +264,13 @@ def test_a_full_disk(models, tmp_path, monkeypatch, name, left):
 def test_too_little_memory_is_refused_before_anything_is_written(models, tmp_path):
   found = study(models[0], tmp_path)
   found.config.mix.ram_gb = 0.001
-  with pytest.raises(UsageError, match=r'mix.ram_gb = 0.001 is too little: embed takes 0.00419 at'):
-    publish.publish(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
+  with pytest.raises(UsageError, match=r'mix.ram_gb = 0.001 is too small: embed needs at least'):
+    export_run(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
   assert not os.listdir(tmp_path)
 
 
 def test_memory_is_what_the_budget_says(tmp_path):
-  """NumPy tells what it allocates: a mean of four, its largest tensor far above the budget."""
+  """By NumPy's allocations: the mean of four models, with one tensor far above the budget."""
 
   class Ones:
 
@@ -286,17 +286,15 @@ def test_memory_is_what_the_budget_says(tmp_path):
       return 0
 
   model = dataclasses.replace(MODEL, vocab_size=30_000, dim=64)  # 8 MB of embedding
-  weighted = dataclasses.replace(recipe.whole_experts(range(4), MODEL.ffn_dim),
-                                 rest=(('', (1.0, 2.0, 3.0, 4.0)),))
-  mix = btx.mix([Ones()] * 4, model, jax.random.key(0), weighted)
+  mean = btx.average([Ones()] * 4, (1.0, 2.0, 3.0, 4.0))
   ram = 10**6
   tracemalloc.start()
   try:
-    write(tmp_path / 'out', model, mix, 'float32', ram=ram)
+    write(tmp_path / 'out', model, mean, 'float32', ram=ram)
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()
-  assert peak < ram + 3e5  # what Python needs beside
+  assert peak < ram + 3e5  # Python's own memory
   out = hugging_face.Folder(str(tmp_path / 'out'))
   assert (out.read('embed', (slice(-3, None),)) == 1).all()
 
@@ -329,7 +327,7 @@ def test_a_run_of_zero_steps_is_its_start(models, text, tmp_path):
     begin = initial_params(pipeline, 'btx')
   assert not begin['layers']['ffn'].pop('router_bias').any()
   assert_trees_equal(begin, mixed)
-  publish.publish(pipeline, 'again', str(tmp_path / 'again'), 'float32')
+  export_run(pipeline, 'again', str(tmp_path / 'again'), 'float32')
   out = hugging_face.Folder(str(tmp_path / 'again'))
   for path, leaf in jax.tree.leaves_with_path(mixed):
     np.testing.assert_array_equal(out.read(sharding.path_of(path)), leaf)
@@ -340,7 +338,7 @@ def test_plans_of_runs_without_steps(models, tmp_path):
   found = study(models[0], tmp_path)
   assert (found.runs['btx'].steps, found.runs['btx'].tokens) == (0, 0)
   found.config.runs['dense'] = base.run(base.random())
-  with pytest.raises(UsageError, match=r'runs.dense.steps = 0 must be at least 1'):
+  with pytest.raises(UsageError, match=r'runs.dense.domains = {}: at least one weight must be'):
     Study(found.config, str(tmp_path))
   del found.config.runs['dense']
   found.config.runs['btx'].domains = {'code': 1.0}

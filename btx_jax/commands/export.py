@@ -1,11 +1,11 @@
-"""The model of a complete run as a Hugging Face folder, with tokenizer and model card."""
+"""Exports the model of a complete run as a Hugging Face folder: the command `export`."""
 
 from collections.abc import Iterator
 import resource
 import time
 
 from btx_jax.convert import export, hugging_face
-from btx_jax.data import text as text_lib
+from btx_jax.data import text
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.library import tokenizer_files
@@ -15,38 +15,40 @@ from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
 
-def publish(study: Study, name: str, folder: str, dtype: str) -> None:
-  """Writes the model that a run ended with, never holding more of it than a piece.
+def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
+  """Writes a run's final model with its tokenizer and a model card, piece by piece.
 
-  A run of zero steps is computed while it is written; only what it is made of is to be there.
+  The parameters of a run of zero steps are computed while they are written, so only the runs it
+  starts from need to be complete.
 
   Args:
-    study: whose run it is.
-    name: of the run.
-    folder: where to; not there yet, or empty.
-    dtype: 'float32' or 'bfloat16', of the weights.
+    study: the study of the run.
+    name: name of the run.
+    folder: the folder to write; must not exist, or be empty.
+    dtype: dtype of the weights, 'float32' or 'bfloat16'.
 
   Raises:
-    UsageError: the run is not complete, or see export.export.
+    UsageError: a run is not complete, its vocabulary is not the tokenizer's, or see
+      export.export.
   """
   run = study.run(name)
   export.check(folder, run.model, dtype)
   if run.vocabulary:
-    raise UsageError(f'{name!r} has another vocabulary than the tokenizer of this config, which '
-                     f'would be written beside it. It is in {run.folder} as it is.')
+    raise UsageError(f'{name!r} has a different vocabulary than the tokenizer of this config, '
+                     f'which would be written with it. Its own folder is {run.folder}.')
   for needed in sources.trained(run):
     if (state := study.state(needed.name)) != manifest.COMPLETE:
       raise UsageError(f'export writes complete runs, and {needed.name!r} is {state}; run '
                        f'--run={needed.name} first.')
   for line in compatibility.remarks(run) if run.init == MIX and not run.steps else ():
     say(line)
-  tokenizer = text_lib.tokenizer(study.config, study.data_folder)
+  tokenizer = text.tokenizer(study.config, study.data_folder)
   lengths = [hugging_face.Folder(each.folder).context_length
              for each in lineage(run) if each.folder]
   began = time.monotonic()
   written = export.export(
       folder, run.model, sources.final(study, run), dtype,
-      max_length=max([*lengths, run.seq_len]), balance=run.objective.balance_loss,
+      max_length=max([*lengths, run.seq_len]), balance_loss=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
       card=''.join(_card(study, run)), ram=int(study.config.mix.ram_gb * 1e9),
       identity=_identity(study, run))
@@ -57,25 +59,26 @@ def publish(study: Study, name: str, folder: str, dtype: str) -> None:
 
 
 def _identity(study: Study, run: Run) -> str:
-  """Of the parameters: of all that the run comes from, down to what was trained or read."""
+  """Identifies the parameters by the run's lineage and every trained run or folder in it."""
   trained = {}
   for each in sources.trained(run):
-    found = manifest.read(study.folder(each.name))
+    found = manifest.read(study.folder(each.name)) or {}
     trained[each.name] = [found['identity'], found['started'], found['seconds']]
-  tokenizer = text_lib.tokenizer(study.config, study.data_folder)  # vocabularies are aligned by it
+  # The tokenizer decides how vocabularies are aligned.
+  tokenizer = text.tokenizer(study.config, study.data_folder)
   return manifest.identity({'lineage': [each.spec() for each in lineage(run)], 'trained': trained,
                             'tokenizer': tokenizer.hash})
 
 
 def _card(study: Study, run: Run) -> Iterator[str]:
-  """README.md: what the model is, how it was made, and what it was measured at."""
+  """Yields the text of README.md: what the model is, how it was made, and its scores."""
   kind = (f'mixture of {run.model.num_experts} experts (MixtralForCausalLM)'
           if run.model.num_experts else 'dense model (LlamaForCausalLM)')
   yield ('---\nlibrary_name: transformers\npipeline_tag: text-generation\n'
          'tags: [branch-train-mix]\n---\n\n'
          f'# {run.name}\n\nA {kind}, made with btx_jax, which is Branch-Train-MiX '
          '([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)) in JAX.\n\n'
-         '## Where it came from\n\n'
+         '## How it was trained\n\n'
          '| run | starts from | trained on | steps | tokens M | identity |\n'
          '|---|---|---|--:|--:|---|\n')
   ancestors = {each.name for each in lineage(run)}

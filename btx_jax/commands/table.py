@@ -64,7 +64,7 @@ def checks(study: Study, rows: list[Row]) -> list[dict[str, Any]]:
     if not experts:
       continue
     unmixed = [*(source.name for source in run.sources),
-               f'average of {scores.first_alike(study, run).name}']
+               f'average of {scores.first_equivalent(study, run).name}']
     compared = [*unmixed, f'{run.name} unfinetuned', run.name]
     if any(name not in by_name for name in compared):
       continue

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face model <-> our model.config.Config."""
+"""Converts the config.json of a Hugging Face model to our model.config.Config, and back."""
 
 from collections.abc import Mapping
 import json
@@ -12,14 +12,14 @@ _FIELDS = {
     'num_layers': 'num_hidden_layers', 'num_heads': 'num_attention_heads',
     'num_kv_heads': 'num_key_value_heads', 'head_dim': 'head_dim', 'norm_eps': 'rms_norm_eps',
     'tied_head': 'tie_word_embeddings'}
-_OF_MIXTURE = {'num_experts': 'num_local_experts', 'top_k': 'num_experts_per_tok'}
+_MIXTURE_FIELDS = {'num_experts': 'num_local_experts', 'top_k': 'num_experts_per_tok'}
 _ROPE = {'rope_factor': 'factor', 'rope_low_freq_factor': 'low_freq_factor',
          'rope_high_freq_factor': 'high_freq_factor',
          'rope_original_length': 'original_max_position_embeddings'}
-# What transformers takes where config.json says nothing.
-_SILENT = {'tie_word_embeddings': False, 'hidden_act': 'silu', 'head_dim': None,
-           'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0, 'max_position_embeddings': 2048}
-_SILENT_BY_TYPE: dict[str, dict[str, Any]] = {
+# Values that transformers assumes for keys missing from config.json.
+_DEFAULTS = {'tie_word_embeddings': False, 'hidden_act': 'silu', 'head_dim': None,
+             'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0, 'max_position_embeddings': 2048}
+_DEFAULTS_BY_TYPE: dict[str, dict[str, Any]] = {
     'llama': {'num_key_value_heads': None},
     'mistral': {'num_key_value_heads': 8, 'sliding_window': 4096,
                 'max_position_embeddings': 131_072},
@@ -32,7 +32,7 @@ _ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
 
 
 def read_json(path: str) -> dict:
-  """A JSON object. Raises UsageError if the file holds none."""
+  """Reads a JSON object. Raises UsageError if the file does not hold one."""
   try:
     with open(path, encoding='utf-8') as file:
       found = json.load(file)
@@ -47,41 +47,39 @@ def from_json(found: Mapping[str, Any], path: str) -> Config:
   """The model that a config.json describes.
 
   Args:
-    found: its content.
-    path: of the file, for messages.
+    found: the content of the file.
+    path: path of the file, for messages.
 
   Raises:
-    UsageError: the model is of another kind, or not described in full; all that is in the
-      way is named.
+    UsageError: our model cannot compute this one, or a key is missing; names every problem.
   """
   kind = found.get('model_type')
   if kind not in _ARCHITECTURES:
-    raise UsageError(f'{path}: model_type = {kind!r}; models can be '
+    raise UsageError(f'{path}: model_type = {kind!r} is not supported; use one of '
                      f'{", ".join(map(repr, _ARCHITECTURES))}.')
-  given = _SILENT | _SILENT_BY_TYPE[kind] | found
+  given = {**_DEFAULTS, **_DEFAULTS_BY_TYPE[kind], **found}
   fields, problems = {}, []
 
-  def take(field: str, name: str, value: Any):
+  def add(field: str, name: str, value: Any):
     wanted = type(Config.__dataclass_fields__[field].default)
-    whole = wanted not in (bool, float)
-    number = isinstance(value, int) or (isinstance(value, float) and not whole)
+    number = isinstance(value, int | float if wanted is float else int)
     if not (isinstance(value, bool) if wanted is bool else number and type(value) is not bool):
       problems.append(f'{name} = {value!r}')
     fields[field] = float(value) if number and wanted is float else value
 
   if given['num_key_value_heads'] is None:
     given['num_key_value_heads'] = given.get('num_attention_heads')
-  given['head_dim'] = given['head_dim'] or 0  # as in Config
-  for field, name in (_FIELDS | (_OF_MIXTURE if kind == 'mixtral' else {})).items():
-    take(field, name, given.get(name))
+  given['head_dim'] = given['head_dim'] or 0  # 0: Config derives it
+  for field, name in (_FIELDS | (_MIXTURE_FIELDS if kind == 'mixtral' else {})).items():
+    add(field, name, given.get(name))
   rope = {'rope_theta': given['rope_theta'],
           **(given.get('rope_scaling') or given.get('rope_parameters') or {})}
-  take('rope_theta', 'rope_theta', rope['rope_theta'])
+  add('rope_theta', 'rope_theta', rope['rope_theta'])
   if _rope_type(rope) == 'llama3':
     rope.setdefault('original_max_position_embeddings', given['max_position_embeddings'])
     for field, name in _ROPE.items():
-      take(field, f'rope {name}', rope.get(name))
-  problems += _unlike_ours(given, rope, kind)
+      add(field, f'rope {name}', rope.get(name))
+  problems += _unsupported(given, rope, kind)
   if problems:
     raise UsageError(f'{path} describes a model that cannot be represented here: '
                      f'{"; ".join(problems)}.')
@@ -92,8 +90,8 @@ def _rope_type(rope: Mapping[str, Any]) -> Any:
   return rope.get('rope_type', rope.get('type', 'default'))
 
 
-def _unlike_ours(given: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> list[str]:
-  """What of a config.json our model does not compute."""
+def _unsupported(given: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> list[str]:
+  """Settings of a config.json that our model does not implement."""
   problems = []
   architectures = given.get('architectures') or [_ARCHITECTURES[kind]]
   if architectures != [_ARCHITECTURES[kind]]:
@@ -107,27 +105,27 @@ def _unlike_ours(given: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -
   if window is not None and window < given['max_position_embeddings']:
     problems.append(
         f'sliding_window = {window} of max_position_embeddings = '
-        f'{given["max_position_embeddings"]} (attention sees everything before it; if all text '
-        'is shorter than the window, set sliding_window to null)')
+        f'{given["max_position_embeddings"]} (attention here has no window; if no text is longer '
+        'than the window, set sliding_window to null)')
   if _rope_type(rope) not in ('default', 'llama3'):
     problems.append(f'rope_type = {_rope_type(rope)!r}, not default or llama3')
   if (rope.get('partial_rotary_factor') or given.get('partial_rotary_factor') or 1) != 1:
-    problems.append('partial_rotary_factor (all dimensions of a head are rotated)')
+    problems.append('partial_rotary_factor is not 1 (all dimensions of a head are rotated here)')
   if given.get('quantization_config'):
-    problems.append('quantization_config (weights must be plain numbers; dequantize it first)')
+    problems.append('quantization_config (dequantize the weights)')
   return problems
 
 
-def to_json(model: Config, dtype: str, max_length: int, balance: float, bos_id: int | None,
+def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos_id: int | None,
             eos_id: int | None) -> dict:
-  """The config.json of a model, in the words of transformers 4 and 5 alike.
+  """The config.json of a model, for transformers 4 and 5 alike.
 
   Args:
-    model: one that transformers has, see `check`.
-    dtype: of the weights.
-    max_length: the longest text that it is for, in tokens.
-    balance: weight of the balancing loss, for those who train it on.
-    bos_id, eos_id: of the tokenizer.
+    model: a model that transformers can compute, see `check`.
+    dtype: dtype of the weights.
+    max_length: the longest text the model is for, in tokens.
+    balance_loss: weight of the balancing loss, used if the model is trained further.
+    bos_id, eos_id: ids of the tokenizer; None if there is no tokenizer.
   """
   kind = 'mixtral' if model.num_experts else 'llama'
   rope = {'rope_type': 'default'}
@@ -138,6 +136,7 @@ def to_json(model: Config, dtype: str, max_length: int, balance: float, bos_id: 
       **{name: getattr(model, field) for field, name in _FIELDS.items()},
       'hidden_act': 'silu', 'max_position_embeddings': max_length, 'attention_dropout': 0.0,
       'initializer_range': 0.02, 'use_cache': True,
+      # Null if unknown: without these keys, transformers assumes the ids of Llama's tokenizer.
       'bos_token_id': bos_id, 'eos_token_id': eos_id,
       'rope_theta': model.rope_theta,  # transformers 4
       'rope_scaling': rope if model.rope_factor != 1 else None,
@@ -146,45 +145,45 @@ def to_json(model: Config, dtype: str, max_length: int, balance: float, bos_id: 
   }
   if kind == 'llama':
     return result | {'attention_bias': False, 'mlp_bias': False}
-  # Without output_router_logits, transformers trains mixtures without any balancing.
+  # Without output_router_logits, transformers trains mixtures without a balancing loss.
   return result | {
       'num_local_experts': model.num_experts, 'num_experts_per_tok': mixtral_top_k(model),
-      'output_router_logits': True, 'router_aux_loss_coef': balance,
+      'output_router_logits': True, 'router_aux_loss_coef': balance_loss,
       'router_jitter_noise': 0.0, 'sliding_window': None}
 
 
 def check(model: Config) -> None:
-  """Raises UsageError unless transformers has a model that computes what this one does."""
+  """Raises UsageError unless transformers has a model that computes the same as `model`."""
   if model.num_experts:
     mixtral_top_k(model)
-  elif model.dim % model.num_heads:  # of a mixture it does not ask that
+  elif model.dim % model.num_heads:
     raise UsageError(f'model.dim = {model.dim} is not a multiple of model.num_heads = '
-                     f'{model.num_heads}, and transformers refuses such a Llama. It can be mixed: '
-                     'a mixture like that is loaded.')
+                     f'{model.num_heads}, and transformers refuses such a Llama. It accepts a '
+                     'mixture of these sizes: export that.')
 
 
 def mixtral_top_k(model: Config) -> int:
-  """Experts per token of the MixtralForCausalLM that computes what `model` does.
+  """Experts per token of the MixtralForCausalLM that computes the same as `model`.
 
-  Mixtral's gates are the softmax over the logits of its k experts alone.
+  Mixtral's gates are the softmax over the logits of the k chosen experts only.
 
   Raises:
-    UsageError: the model's router computes something else.
+    UsageError: no Mixtral computes the same as the model's router.
   """
-  # Where every expert is chosen, each counts by the softmax over all, and no bias chooses.
+  # If every expert is chosen, the gates are the softmax over all, and a bias changes no choice.
   if model.router in ('top_k', 'softmax_top_k', 'soft') and model.k == model.num_experts:
     return model.k
   if model.router != 'top_k':
     raise UsageError(f"model.router = {model.router!r} cannot be exported: Mixtral's gates are the "
-                     "softmax over the logits of its k experts, which are those of 'top_k' (any "
-                     "k) and of 'soft'. Finetune the mixture with model.router = 'top_k'.")
+                     "softmax over the logits of its k experts, as with 'top_k' (any k) and "
+                     "'soft'. Finetune the mixture with model.router = 'top_k'.")
   if model.router_bias:
-    raise UsageError('A mixture whose choice of experts has a bias cannot be exported: Mixtral '
-                     'has none. Finetune it with train.balance_bias = 0, from a model without.')
+    raise UsageError('A mixture whose router has a bias cannot be exported: Mixtral has none. '
+                     'Finetune it with train.balance_bias = 0, from a model without a bias.')
   return model.k
 
 
 def context_length(found: Mapping[str, Any]) -> int:
-  """The longest text that a model is for, by its config.json."""
-  silent = _SILENT | _SILENT_BY_TYPE.get(found.get('model_type'), {})
-  return (silent | found)['max_position_embeddings']
+  """The longest text that a model is for, in tokens, by its config.json."""
+  defaults = _DEFAULTS | _DEFAULTS_BY_TYPE.get(found.get('model_type', ''), {})
+  return found.get('max_position_embeddings', defaults['max_position_embeddings'])

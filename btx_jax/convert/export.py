@@ -1,4 +1,4 @@
-"""Our parameters as a Hugging Face folder: LlamaForCausalLM, or MixtralForCausalLM."""
+"""Writes our parameters as a Hugging Face folder: LlamaForCausalLM or MixtralForCausalLM."""
 
 from collections.abc import Iterator, Mapping
 import json
@@ -9,140 +9,139 @@ import ml_dtypes
 import numpy as np
 
 from btx_jax import files
-from btx_jax.convert import config_json as model_config
-from btx_jax.convert import names, shards
+from btx_jax.convert import config_json, names, shards
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import replacing
 from btx_jax.model.config import Config
 from btx_jax.model.source import Extent, Source
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-MAX_SHARD = 5_000_000_000  # bytes of a file
-_PIECE = 1 << 24  # bytes that converting a piece takes: more is not faster
-# For a number of a piece: a sum in float32, a term of it, and that as it is stored, and once more
-# where rows are put together; and of the piece before, which is being written meanwhile, the
-# number itself and in another order.
-_BYTES_EACH = 24
-_WHAT = 'unfinished.json'  # of what the shards of an unfinished export are
+MAX_SHARD = 5_000_000_000  # bytes per file
+_PIECE = 1 << 24  # working bytes to convert one piece; more is not faster
+# Working bytes per element of a piece: the float32 sum, one term, the term as stored, a copy if
+# rows are concatenated; and, of the previous piece, which is still being written, the value and
+# its transpose.
+_BYTES_PER_ELEMENT = 24
+_UNFINISHED = 'unfinished.json'  # says which export the shards of an unfinished folder belong to
 
 
 def export(folder: str, model: Config, source: Source, dtype: str, *, max_length: int,
-           balance: float, bos_id: int | None, eos_id: int | None,
+           balance_loss: float, bos_id: int | None, eos_id: int | None,
            tokenizer_files: Mapping[str, bytes], card: str, max_shard: int = MAX_SHARD,
            ram: int = 4 * 10**9, identity: str = '') -> int:
-  """Writes a folder that transformers, and what reads the same format, loads as it is.
+  """Writes a folder that transformers and other readers of its format can load.
 
-  It is written beside `folder` under the name FOLDER.partial and renamed when all of it is
-  there, so that a folder of the right name is always whole. What is whole in FOLDER.partial is
-  kept by the next call that would write the same.
+  The files are written to FOLDER.partial, which is renamed to `folder` when it is complete. After
+  an interruption, the next call for the same export keeps the complete shards in FOLDER.partial.
 
   Args:
-    folder: must not be there yet, or be empty.
-    model: what the parameters are of.
+    folder: the folder to write; must not exist, or be empty.
+    model: the model of the parameters.
     source: the parameters; read slice by slice.
-    dtype: 'float32' or 'bfloat16', of the weights.
-    max_length, balance, bos_id, eos_id: see model_config.to_json.
-    tokenizer_files: by name.
+    dtype: dtype of the weights, 'float32' or 'bfloat16'.
+    max_length, balance_loss, bos_id, eos_id: see config_json.to_json.
+    tokenizer_files: name -> content.
     card: text of README.md.
-    max_shard: bytes of a file of weights.
-    ram: bytes that may be in use at once.
-    identity: of the content of `source`; '' if it is not known.
+    max_shard: bytes of weights per file.
+    ram: bytes of memory that converting may take.
+    identity: identifies the content of `source`; '' if unknown.
 
   Returns:
-    The bytes of weights that were written now.
+    The bytes of weights that this call wrote.
 
   Raises:
-    UsageError: the model cannot be expressed there, the folder is taken, another process writes
-      it, or `ram` is too little.
+    UsageError: transformers has no such model, the folder exists, another process is writing it,
+      or `ram` is too small.
   """
   check(folder, model, dtype)
-  config = model_config.to_json(model, dtype, max_length, balance, bos_id, eos_id)
+  config = config_json.to_json(model, dtype, max_length, balance_loss, bos_id, eos_id)
   size = names.sizes(model)
-  tensors = {name: (row, place) for row in names.rows(model)
-             for name, place in names.named(row, size)}
-  order = sorted(tensors, key=lambda name: _by_layer(name, *tensors[name]))
+  tensors = {name: (row, indices) for row in names.rows(model)
+             for name, indices in names.tensors_of(row, size)}
+  order = sorted(tensors, key=lambda name: _layer_order(*tensors[name]))
   rows = {row.path: _rows_at_once(row, size, source, ram) for row in names.rows(model)}
   generation = {'_from_model_config': True, 'bos_token_id': bos_id, 'eos_token_id': eos_id}
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
            'generation_config.json': json.dumps(generation, indent=2) + '\n', 'README.md': card}
   partial = f'{os.path.normpath(folder)}.partial'
   with files.lock_folder(partial):
-    check(folder, model, dtype)  # who held it may have finished just now
-    _go_on(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
+    check(folder, model, dtype)  # another process may have finished it just now
+    _keep_matching_shards(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
     written = shards.write(
         partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
         DTYPES[dtype], lambda name: _pieces(source, *tensors[name], size, DTYPES[dtype],
                                             rows[tensors[name][0].path]),
         max_shard, lambda name: _extent(source, *tensors[name], size, DTYPES[dtype]))
-    for name, content in (tokenizer_files | {k: v.encode() for k, v in texts.items()}).items():
+    encoded = {name: text.encode() for name, text in texts.items()}
+    for name, content in {**tokenizer_files, **encoded}.items():
       with open(os.path.join(partial, name), 'wb') as file:
         file.write(content)
-    os.remove(os.path.join(partial, _WHAT))
+    os.remove(os.path.join(partial, _UNFINISHED))
     os.rename(partial, folder)
     os.remove(os.path.join(folder, files.LOCK))
   return written
 
 
-def _go_on(partial: str, what: dict) -> None:
-  """Clears the folder of an export that was cut off, but for the whole shards of the same one."""
+def _keep_matching_shards(partial: str, export_id: dict) -> None:
+  """Clears the folder of an unfinished export, except the complete shards of the same export."""
   try:
-    with open(os.path.join(partial, _WHAT), encoding='utf-8') as file:
-      same = bool(what['identity']) and json.load(file) == what
+    with open(os.path.join(partial, _UNFINISHED), encoding='utf-8') as file:
+      same = bool(export_id['identity']) and json.load(file) == export_id
   except (OSError, ValueError):
     same = False
   for name in os.listdir(partial):
     if name != files.LOCK and not (same and name.endswith('.safetensors')):
       os.remove(os.path.join(partial, name))
-  with replacing(os.path.join(partial, _WHAT)) as file:
-    json.dump(what, file)
+  with replacing(os.path.join(partial, _UNFINISHED)) as file:
+    json.dump(export_id, file)
 
 
 def check(folder: str, model: Config, dtype: str) -> None:
-  """Raises UsageError if an export is not possible; it takes no time."""
+  """Raises UsageError if the export is not possible, before anything is read."""
   if dtype not in DTYPES:
     raise UsageError(f'dtype = {dtype!r}; {nearest(dtype, DTYPES)}')
-  model_config.check(model)
+  config_json.check(model)
   if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-    raise UsageError(f'{folder} exists already; name another folder, or delete it.')
+    raise UsageError(f'{folder} already exists; name another folder, or delete it.')
 
 
-def _by_layer(name: str, row: names.Row, place: tuple[int, ...]):
-  """Embedding, then layer by layer, then the rest: parts of a layer are in one shard mostly."""
-  return (0 if row.path == 'embed' else 1 if place else 2, place[:1])
+def _layer_order(row: names.Row, indices: tuple[int, ...]):
+  """Sort key: the embedding, then layer by layer, so that most layers end up in one shard."""
+  return (0 if row.path == 'embed' else 1 if indices else 2, indices[:1])
 
 
 def _rows_at_once(row: names.Row, size, source: Source, ram: int) -> int:
-  """How much of the first dimension of a tensor is converted at a time."""
-  each = math.prod(names.shape(row.theirs, size)[1:]) * _BYTES_EACH
+  """How many rows of a tensor's first dimension are converted at a time."""
+  row_bytes = math.prod(names.shape(row.theirs, size)[1:]) * _BYTES_PER_ELEMENT
   scratch = source.scratch_bytes(row.path)
-  if scratch + each > ram:
-    raise UsageError(f'mix.ram_gb = {ram / 1e9:g} is too little: {row.path} takes '
-                     f'{(scratch + each) / 1e9:.3g} at least.')
-  # A source that decodes much at once is asked for much at once.
-  return max(1, min(ram - scratch, max(_PIECE, scratch * _BYTES_EACH // 4)) // each)
+  if scratch + row_bytes > ram:
+    raise UsageError(f'mix.ram_gb = {ram / 1e9:g} is too small: {row.path} needs at least '
+                     f'{(scratch + row_bytes) / 1e9:.3g}.')
+  # A source that decodes large chunks is read in large pieces, so that it decodes them less often.
+  return max(1, min(ram - scratch, max(_PIECE, scratch * _BYTES_PER_ELEMENT // 4)) // row_bytes)
 
 
-def _extent(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype
-             ) -> Extent | None:
-  """Where the bytes of a whole tensor lie, if they are to be copied as they are."""
-  whole = (slice(0, n) for n in names.shape(names.inner(row), size))
-  found = source.extent(row.path, (*(slice(i, i + 1) for i in place), *whole))
+def _extent(source: Source, row: names.Row, indices: tuple[int, ...], size, dtype: np.dtype
+            ) -> Extent | None:
+  """Where the bytes of a whole tensor are, if they only need copying; else None."""
+  whole = (slice(0, n) for n in names.shape(names.tensor_dims(row), size))
+  found = source.extent(row.path, (*(slice(i, i + 1) for i in indices), *whole))
   return found if found and found.dtype == dtype else None
 
 
-def _pieces(source: Source, row: names.Row, place: tuple[int, ...], size, dtype: np.dtype,
+def _pieces(source: Source, row: names.Row, indices: tuple[int, ...], size, dtype: np.dtype,
             step: int) -> Iterator:
-  """(values, index, view) of a tensor, in pieces of `step` along its first dimension."""
+  """Yields (values, index, view) of a tensor, in pieces of `step` along its first dimension."""
   view = names.shape(row.theirs, size)
-  at = names.inner(row).index(row.theirs[0])  # our dimension that is their first
-  lead = tuple(slice(i, i + 1) for i in place)
+  axis = names.tensor_dims(row).index(row.theirs[0])  # our dimension that is their first
+  lead = tuple(slice(i, i + 1) for i in indices)
   for start in range(0, view[0], step):
     cut = slice(start, min(start + step, view[0]))
-    index = [slice(0, n) for n in names.shape(names.inner(row), size)]
-    index[at] = cut
+    index = [slice(0, n) for n in names.shape(names.tensor_dims(row), size)]
+    index[axis] = cut
     values = source.read(row.path, (*lead, *index))
-    values = values.squeeze(tuple(range(len(place))))
-    # Of a folder this undoes its transposing; so nothing has been moved in memory.
-    values = values.transpose(np.argsort(names.axes(row))).astype(dtype, copy=False)
+    values = values.squeeze(tuple(range(len(indices))))
+    # If `source` is a Folder, this undoes its transpose, and nothing was moved in memory.
+    values = values.transpose(np.argsort(names.transpose_axes(row))).astype(dtype, copy=False)
     yield values, (cut,), view
-    del values  # before the next is made
+    del values  # before the next piece is read

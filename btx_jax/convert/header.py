@@ -1,7 +1,7 @@
-"""The header of a safetensors file, believed in nothing.
+"""Parses the header of a safetensors file, trusting nothing in it.
 
-A file is 8 bytes that tell the length of the header (little endian), the header (JSON: name ->
-dtype, shape, first and last byte), and the tensors' bytes, one after another without gaps.
+A file holds the length of the header (8 bytes, little endian), the header (JSON: name -> dtype,
+shape, first byte and end), and the tensors' bytes, one tensor after another without gaps.
 """
 
 import json
@@ -14,35 +14,42 @@ import numpy as np
 
 DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16),
           'BF16': np.dtype(ml_dtypes.bfloat16)}
-# Others may stand in a file, but are not read.
+# A file may contain these, but they are never read.
 _OTHER_SIZES = {'F64': 8, 'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2,
                 'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1, 'F8_E8M0': 1}
 _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
-_MAX_HEADER = 100_000_000  # bytes, as the format has it
+_INVALID_ENTRY = 'lacks a valid dtype, shape and data_offsets'
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies: `start` counts bytes from the beginning of the file."""
+  """A tensor in a file: `start` counts bytes from the beginning of the file."""
   dtype: str
   shape: tuple[int, ...]
   start: int
 
 
 def read(file) -> tuple[bytes, int, int]:
-  """The header, the place of the first tensor, and the length of the file."""
+  """Returns the header, the position of the first tensor, and the length of the file, in bytes.
+
+  Raises ValueError if the file is too short for its header.
+  """
   size = os.fstat(file.fileno()).st_size
   length = int.from_bytes(file.read(8), 'little')
   if size < 8:
-    raise ValueError(f'it has {size} bytes, fewer than the length of a header takes')
+    raise ValueError(f'it has {size} bytes, too few for a safetensors header')
   if length > min(size - 8, _MAX_HEADER):
-    raise ValueError(f'its header is said to have {length:,} bytes, and the file has {size:,}')
+    raise ValueError(f'its header should have {length:,} bytes, but the file has {size:,}')
   return file.read(length), 8 + length, size
 
 
 def tensors(header: bytes, start: int, size: int) -> dict[str, Tensor]:
-  """The table of a header. Raises ValueError, naming the tensor, unless it is consistent."""
+  """The tensors that a header lists, in file order.
+
+  Raises ValueError, naming the tensor, unless they fill the file without gaps.
+  """
   try:
-    entries = json.loads(header.decode('utf-8'), object_pairs_hook=_no_twice)
+    entries = json.loads(header.decode('utf-8'), object_pairs_hook=_unique)
   except UnicodeDecodeError as error:
     raise ValueError('its header is not UTF-8') from error
   except json.JSONDecodeError as error:
@@ -55,36 +62,37 @@ def tensors(header: bytes, start: int, size: int) -> dict[str, Tensor]:
   for first, last, dtype, shape, name in sorted(spans):
     if first != end:
       problem = 'overlaps the tensor before it' if first < end else 'has a gap before it'
-      raise ValueError(f'{name} {problem}: it starts at {first:,}, which should be {end:,}')
+      raise ValueError(f'{name} {problem}: it starts at {first:,} instead of {end:,}')
     found[name] = Tensor(dtype, shape, start + first)
     end = last
     if start + end > size:
-      raise ValueError(f'{name} ends at byte {start + end:,}, and the file has {size:,}: it was '
-                       'cut short')
+      raise ValueError(f'{name} ends at byte {start + end:,}, but the file has {size:,}: it was '
+                       'truncated')
   if start + end != size:
-    raise ValueError(f'its tensors end at byte {start + end:,}, and the file has {size:,}')
+    raise ValueError(f'its tensors end at byte {start + end:,}, but the file has {size:,}')
   return found
 
 
-def _no_twice(pairs) -> dict:
+def _unique(pairs) -> dict:
+  """A JSON object; raises ValueError if a key is repeated."""
   result = dict(pairs)
   if len(result) < len(pairs):
     keys = [key for key, _ in pairs]
-    raise ValueError(f'{next(key for key in keys if keys.count(key) > 1)} is there twice')
+    raise ValueError(f'{next(key for key in keys if keys.count(key) > 1)} appears twice')
   return result
 
 
 def _span(name: str, entry) -> tuple[int, int, str, tuple[int, ...]]:
-  """First byte and end, dtype and shape of an entry of a header."""
+  """First byte, end, dtype and shape of a header entry."""
   try:
     dtype, shape, (first, last) = entry['dtype'], entry['shape'], entry['data_offsets']
-    fits = all(type(n) is int and n >= 0 for n in (first, last, *shape))
-  except (TypeError, KeyError, ValueError):
-    fits = False
-  if not fits:
-    raise ValueError(f'{name} does not have dtype, shape and data_offsets')
+    valid = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+  except (TypeError, KeyError, ValueError) as error:
+    raise ValueError(f'{name} {_INVALID_ENTRY}') from error
+  if not valid:
+    raise ValueError(f'{name} {_INVALID_ENTRY}')
   if not isinstance(dtype, str) or dtype not in _SIZES:
-    raise ValueError(f'{name} is of the unknown type {dtype!r}')
+    raise ValueError(f'{name} has the unknown dtype {dtype!r}')
   if last - first != math.prod(shape) * _SIZES[dtype]:
     raise ValueError(f'{name} has {last - first:,} bytes, which is not {dtype} x {shape}')
   return first, last, dtype, tuple(shape)

@@ -1,6 +1,6 @@
-"""A Hugging Face folder as a source of our parameters: any slice, read from just its bytes.
+"""Reads our parameters from a Hugging Face folder, slice by slice.
 
-It implements model.source.Source, which is what loading, mixing and exporting read from.
+`Folder` implements model.source.Source, which loading, mixing and exporting read from.
 """
 
 import functools
@@ -12,37 +12,36 @@ import re
 
 import numpy as np
 
-from btx_jax.convert import config_json as model_config
-from btx_jax.convert import names, safetensors
+from btx_jax.convert import config_json, names, safetensors
 from btx_jax.convert.header import DTYPES
 from btx_jax.convert.shards import Shards
 from btx_jax.errors import UsageError
 from btx_jax.model.source import Extent, Index
 
-_LISTED = 20  # tensors of a kind that a message names
+_LISTED = 20  # tensors that a message names per problem
 
 
 class Folder:
-  """A folder with config.json and safetensors, checked in full when it is opened.
+  """A folder with config.json and safetensors files, fully checked when it is opened.
 
   Attributes:
-    path: of the folder.
-    model: sizes; how it is computed is left at the defaults.
-    context_length: tokens of the longest text that the model is for.
-    shapes: of our parameters, by path.
-    dtypes: as stored; float32 for a parameter whose layers are of several types.
+    path: path of the folder.
+    model: its sizes, router and rotary settings; other fields have their defaults.
+    context_length: the longest text the model is for, in tokens.
+    shapes: path of our parameter -> shape.
+    dtypes: path -> dtype as stored; float32 for a parameter whose layers have several dtypes.
 
   Raises:
-    UsageError: the model cannot be represented, a file is not sound, or tensors are missing,
-      unknown or misshapen: all in one message.
+    UsageError: our model cannot compute this one, a file is invalid, or tensors are missing,
+      unknown or of the wrong shape; one message names all of these tensors.
   """
 
   def __init__(self, path: str):
     self.path = path
     where = os.path.join(path, 'config.json')
-    self._json = model_config.read_json(where)
-    self.model = model_config.from_json(self._json, where)
-    self.context_length = model_config.context_length(self._json)
+    self._json = config_json.read_json(where)
+    self.model = config_json.from_json(self._json, where)
+    self.context_length = config_json.context_length(self._json)
     self._shards = Shards(path)
     self._sizes = names.sizes(self.model)
     fused = any(name.endswith('.mlp.experts.gate_up_proj') for name in self._shards.tensors)
@@ -53,63 +52,65 @@ class Folder:
 
   @functools.cached_property
   def hash(self) -> str:
-    """Identifies the content: config.json, and the `fingerprint` of the tensors."""
-    told = json.dumps(self._json, sort_keys=True) + self._shards.fingerprint()
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """Identifies the content: config.json and the `fingerprint` of the tensors."""
+    content = json.dumps(self._json, sort_keys=True) + self._shards.fingerprint()
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
   def read(self, path: str, index: Index = ()) -> np.ndarray:
-    """A slice of one of our parameters, in its `dtypes`.
+    """Reads a slice of one of our parameters, in the dtype that `dtypes` gives.
 
     Args:
-      path: of the parameter.
+      path: path of the parameter.
       index: slices (of step 1) along its first dimensions; the others are whole.
     """
     row, shape = self._rows[path], self.shapes[path]
     index = (*index, *(slice(None),) * (len(shape) - len(index)))
     ranges = [range(size)[cut] for size, cut in zip(shape, index, strict=True)]
-    stacked = names.stacked(row)
+    stacked = names.stacked_dims(row)
     theirs = names.their_index(row, index[len(stacked):])
     view = names.shape(row.theirs, self._sizes)
 
-    def one(place):
-      at = dict(zip(stacked, (r[i] for r, i in zip(ranges, place))))
-      values = self._shards.read(row.name.format(**at), theirs, view)
+    def read_tensor(indices):
+      """The slice of one layer or expert; `indices` count from the start of the slice."""
+      letters = dict(zip(stacked, (r[i] for r, i in zip(ranges, indices))))
+      values = self._shards.read(row.name.format(**letters), theirs, view)
       if '2' in row.theirs:
         values = values.squeeze(row.theirs.replace(' ', '').index('2'))
-      return values.transpose(names.axes(row))
+      return values.transpose(names.transpose_axes(row))
 
     lead = [len(r) for r in ranges[:len(stacked)]]
     if math.prod(lead) == 1:
-      # As it lies in the file: what is exported is transposed back, so that nothing is copied.
-      values = one([0] * len(lead)).astype(self.dtypes[path], copy=False)
+      # A transposed view of the file's bytes: an export transposes it back without a copy.
+      values = read_tensor([0] * len(lead)).astype(self.dtypes[path], copy=False)
       return values[(None,) * len(lead)]
     out = np.empty([len(r) for r in ranges], self.dtypes[path])
-    for place in np.ndindex(*lead):
-      out[place] = one(place)
+    for indices in np.ndindex(*lead):
+      out[indices] = read_tensor(indices)
     return out
 
   def extent(self, path: str, index: Index) -> Extent | None:
     """See Source."""
     row, shape = self._rows[path], self.shapes[path]
-    lead = len(names.stacked(row))
-    at = dict(zip(names.stacked(row), (range(n)[cut][0] for n, cut in zip(shape, index))))
-    return self._shards.extent(row.name.format(**at), names.their_index(row, index[lead:]),
-                                names.shape(row.theirs, self._sizes))
+    stacked = names.stacked_dims(row)
+    letters = dict(zip(stacked, (range(n)[cut][0] for n, cut in zip(shape, index))))
+    theirs = names.their_index(row, index[len(stacked):])
+    return self._shards.extent(row.name.format(**letters), theirs,
+                               names.shape(row.theirs, self._sizes))
 
   def scratch_bytes(self, path: str) -> int:
-    """Bytes that `read` takes besides what it returns, for a slice of one layer."""
+    """See Source."""
     del path
     return safetensors.PIECE
 
   def _dtype(self, row: names.Row) -> np.dtype:
-    found = {self._shards.tensors[name].dtype for name, _ in names.named(row, self._sizes)}
+    found = {self._shards.tensors[name].dtype for name, _ in names.tensors_of(row, self._sizes)}
     return DTYPES[found.pop()] if len(found) == 1 else np.dtype(np.float32)
 
   def _check(self):
-    """Raises UsageError unless the folder has the tensors of the model, and no others."""
+    """Raises UsageError unless the folder has exactly the tensors of the model."""
     tensors = self._shards.tensors
     expected = {name: names.stored_shape(row, self._sizes)
-                for row in self._rows.values() for name, _ in names.named(row, self._sizes)}
+                for row in self._rows.values() for name, _ in names.tensors_of(row, self._sizes)}
     extra = [name for name in tensors
              if name not in expected and not re.search(names.HARMLESS, name)]
     wrong = [f'{name} {list(tensors[name].shape)}, not {list(shape)}'
@@ -122,22 +123,27 @@ class Folder:
       if not self._is_embedding('lm_head.weight'):
         wrong.append('lm_head.weight is not the embedding, though tie_word_embeddings is true')
     kinds = {'missing': [name for name in expected if name not in tensors], 'unknown': extra,
-             'wrong': wrong, f'of other types than {", ".join(DTYPES)}': types}
+             'wrong': wrong, f'dtype is none of {", ".join(DTYPES)}': types}
     lines = [f'  {kind}: {_listed(found)}' for kind, found in kinds.items() if found]
     if lines:
-      raise UsageError(f'{self.path} does not have the tensors that its config.json says:\n'
+      raise UsageError(f'The tensors in {self.path} do not match its config.json:\n'
                        + '\n'.join(lines))
 
   def _is_embedding(self, name: str) -> bool:
-    """Whether a tensor is the embedding again, by every thousandth row or so."""
+    """Whether a tensor repeats the embedding; compares about a thousand of its rows."""
     embed = 'model.embed_tokens.weight'
-    if self._shards.tensors[name][:2] != self._shards.tensors.get(embed, ())[:2]:
+    tensors = self._shards.tensors
+    if embed not in tensors or tensors[name][:2] != tensors[embed][:2]:
       return False
+
+    def row_bytes(tensor, row):
+      return self._shards.read(tensor, (slice(row, row + 1),)).view(np.uint8)
+
     rows = range(0, self.model.vocab_size, max(1, self.model.vocab_size // 1000))
-    return all(np.array_equal(*(self._shards.read(each, (slice(row, row + 1),)).view(np.uint8)
-                                for each in (name, embed))) for row in rows)
+    return all(np.array_equal(row_bytes(name, row), row_bytes(embed, row)) for row in rows)
 
 
 def _listed(found: list[str]) -> str:
+  """The first entries, and how many more there are."""
   more = len(found) - _LISTED
   return '; '.join(found[:_LISTED]) + (f'; and {more:,} more' if more > 0 else '')

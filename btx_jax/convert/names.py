@@ -1,11 +1,10 @@
 """The one table of tensor names: our parameter tree on one side, Hugging Face's on the other.
 
-Each side's layout is in the letters of btx_jax/__init__.py, in the order of the dimensions.
-Theirs keeps a linear layer's weights as [out, in], heads merged ('NH D' is [N * H, D]) and a
-tensor for each layer, or expert, where ours are stacked: those letters stand in the name. Where
-gate and up projections of all experts are one tensor, '2' is the dimension that tells them
-apart. Both sides rotate the same pairs of a head's dimensions, (i, i + H / 2), so heads are only
-transposed.
+Each side's layout is written in the letters of btx_jax/__init__.py, one per dimension. Hugging
+Face stores a linear layer's weights as [out, in] with merged heads ('NH D' is [N * H, D]), and
+one tensor per layer or expert where ours are stacked; the name of such a tensor contains the
+letter. If one tensor holds the gate and up projections, dimension '2' selects between them. Both
+sides rotate the same pairs of a head's dimensions, (i, i + H / 2), so heads are only transposed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,20 +17,20 @@ from btx_jax.model.source import Index
 
 
 class Row(NamedTuple):
-  """One parameter of ours, and where it stands.
+  """One of our parameters, and the tensors that hold it.
 
   Attributes:
-    path: of the parameter.
+    path: path of our parameter.
     ours: its dimensions.
-    name: of their tensor; {L} and {E} stand for a layer and an expert.
+    name: name of their tensor; {L} and {E} stand for a layer and an expert.
     theirs: dimensions of their tensor; those written together are merged.
-    part: place along '2'.
+    gate_or_up: index along dimension '2': 0 is gate, 1 is up.
   """
   path: str
   ours: str
   name: str
   theirs: str
-  part: int = 0
+  gate_or_up: int = 0
 
 
 _LAYER = 'model.layers.{L}.'
@@ -52,70 +51,71 @@ _DENSE = (
     Row('layers/ffn/down', 'LFD', _LAYER + 'mlp.down_proj.weight', 'D F'),
 )
 _EXPERT = _LAYER + 'block_sparse_moe.experts.{E}.'
-# A tensor for each expert: what transformers writes, and what others read.
+# One tensor per expert: what transformers writes and other tools read.
 _MIXTURE = (
     Row('layers/ffn/router', 'LDE', _LAYER + 'block_sparse_moe.gate.weight', 'E D'),
     Row('layers/ffn/experts/gate', 'LEDF', _EXPERT + 'w1.weight', 'F D'),
     Row('layers/ffn/experts/up', 'LEDF', _EXPERT + 'w3.weight', 'F D'),
     Row('layers/ffn/experts/down', 'LEFD', _EXPERT + 'w2.weight', 'D F'),
 )
-# All experts in one tensor: as transformers 5 has them in memory, and some tools write them.
+# All experts in one tensor: how transformers 5 holds them in memory, and some tools write them.
 _FUSED = (
     Row('layers/ffn/router', 'LDE', _LAYER + 'mlp.gate.weight', 'E D'),
     Row('layers/ffn/experts/gate', 'LEDF', _LAYER + 'mlp.experts.gate_up_proj', 'E 2F D', 0),
     Row('layers/ffn/experts/up', 'LEDF', _LAYER + 'mlp.experts.gate_up_proj', 'E 2F D', 1),
     Row('layers/ffn/experts/down', 'LEFD', _LAYER + 'mlp.experts.down_proj', 'E D F'),
 )
-HARMLESS = r'\.rotary_emb\.inv_freq$'  # computed, and kept in some files all the same
+HARMLESS = r'\.rotary_emb\.inv_freq$'  # computed from the config, but stored in some files
 
 
 def rows(model: Config, fused: bool = False) -> tuple[Row, ...]:
-  """The table for a model; `fused`: all experts in one tensor."""
+  """The table for a model. `fused`: one tensor holds all experts."""
   ffn = _DENSE if not model.num_experts else _FUSED if fused else _MIXTURE
   return _ALWAYS + ffn + (() if model.tied_head else _HEAD)
 
 
 def sizes(model: Config) -> dict[str, int]:
-  """The length of each dimension, by its letter."""
+  """The size of each dimension, by its letter."""
   return {'V': model.vocab_size, 'D': model.dim, 'F': model.ffn_dim, 'L': model.num_layers,
           'N': model.num_heads, 'K': model.num_kv_heads, 'H': model.head_dim,
           'E': model.num_experts, '2': 2}
 
 
 def shape(letters: str, size: Mapping[str, int]) -> tuple[int, ...]:
-  """The lengths of dimensions, each by itself ('NH D' has three)."""
+  """The size of each dimension, none merged ('NH D' has three)."""
   return tuple(size[letter] for letter in letters.replace(' ', ''))
 
 
 def stored_shape(row: Row, size: Mapping[str, int]) -> tuple[int, ...]:
-  """Of their tensor, with what is merged."""
+  """The shape of their tensor in the file, with merged dimensions."""
   return tuple(math.prod(shape(word, size)) for word in row.theirs.split())
 
 
-def stacked(row: Row) -> str:
-  """The dimensions of ours that are tensors of their own there: '', 'L' or 'LE'."""
+def stacked_dims(row: Row) -> str:
+  """Our leading dimensions that are spread over separate tensors: '', 'L' or 'LE'."""
   return ''.join(letter for letter in row.ours if f'{{{letter}}}' in row.name)
 
 
-def named(row: Row, size: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """Every tensor of a row, and its place along the stacked dimensions."""
-  for place in itertools.product(*(range(size[letter]) for letter in stacked(row))):
-    yield row.name.format(**dict(zip(stacked(row), place))), place
+def tensors_of(row: Row, size: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """Yields the name of each tensor of a row, and its indices along `stacked_dims(row)`."""
+  dims = stacked_dims(row)
+  for indices in itertools.product(*(range(size[letter]) for letter in dims)):
+    yield row.name.format(**dict(zip(dims, indices))), indices
 
 
-def inner(row: Row) -> str:
-  """The dimensions of ours within one of their tensors."""
-  return row.ours.removeprefix(stacked(row))
+def tensor_dims(row: Row) -> str:
+  """Our dimensions within one of their tensors."""
+  return row.ours.removeprefix(stacked_dims(row))
 
 
 def their_index(row: Row, index: Index) -> Index:
-  """Slices along `inner(row)` as slices along each dimension of their tensor."""
-  by_letter = dict(zip(inner(row), index, strict=True))
-  by_letter['2'] = slice(row.part, row.part + 1)
+  """Converts slices along `tensor_dims(row)` to slices along their dimensions, none merged."""
+  by_letter = dict(zip(tensor_dims(row), index, strict=True))
+  by_letter['2'] = slice(row.gate_or_up, row.gate_or_up + 1)
   return tuple(by_letter[letter] for letter in row.theirs.replace(' ', ''))
 
 
-def axes(row: Row) -> tuple[int, ...]:
-  """For transpose: from their dimensions (without '2') to those of `inner(row)`."""
+def transpose_axes(row: Row) -> tuple[int, ...]:
+  """Axes that transpose their dimensions (without '2') to `tensor_dims(row)`."""
   theirs = row.theirs.replace(' ', '').replace('2', '')
-  return tuple(theirs.index(letter) for letter in inner(row))
+  return tuple(theirs.index(letter) for letter in tensor_dims(row))

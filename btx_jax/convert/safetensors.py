@@ -1,10 +1,10 @@
 """Safetensors files by slices: a strict reader and a streaming writer.
 
-The `safetensors` package maps files into memory, and the pages that were looked at count as
-resident: reading a file through it takes as much memory as the file is long. Here a slice is
-read with plain reads of its own bytes (or of the rows around it, piece by piece), so that
-memory holds what was asked for and little more, and what is only to be copied goes from file to
-file in the system. Nothing is unpickled or executed.
+The `safetensors` package maps files into memory, where every page read counts as resident:
+reading a whole file through it takes as much memory as the file is long. Here a slice is read
+with plain reads of its own bytes (or of the rows around it, in pieces), so memory holds little
+more than the slice. Bytes that only need copying go from file to file inside the kernel. Nothing
+is unpickled or executed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,20 +23,20 @@ from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
 from btx_jax.model.source import Extent, Index
 
-_SMALL_RUN = 1 << 16  # bytes: a read of less costs as much as reading what lies between
-PIECE = 1 << 22  # bytes that are read at a time around small runs
+_SMALL_RUN = 1 << 16  # bytes; for shorter runs, one read that spans the gaps is faster
+PIECE = 1 << 22  # bytes per read around short runs
 
 
 class File:
   """A safetensors file whose header has been checked.
 
   Attributes:
-    path: of the file.
-    tensors: by name, in the order of their bytes.
-    header: its bytes.
+    path: path of the file.
+    tensors: name -> tensor, in file order.
+    header: bytes of the header.
 
   Raises:
-    UsageError: it cannot be read, or is not sound in some way.
+    UsageError: the file cannot be read, or is not a valid safetensors file.
   """
 
   def __init__(self, path: str):
@@ -46,24 +46,24 @@ class File:
         self.header, start, size = header.read(file)
       self.tensors = header.tensors(self.header, start, size)
     except (OSError, ValueError) as error:
-      raise UsageError(f'{path} is not a sound safetensors file: {error}. Copy or download it '
+      raise UsageError(f'{path} is not a valid safetensors file: {error}. Copy or download it '
                        'again.') from error
 
   def read(self, name: str, index: Index = (), view: tuple[int, ...] | None = None) -> np.ndarray:
-    """A slice of a tensor, from the bytes of that slice.
+    """Reads a slice of a tensor.
 
     Args:
-      name: of the tensor.
+      name: name of the tensor.
       index: slices (of step 1) of its first dimensions; the others are whole.
-      view: the shape that `index` is about, where it is not that of the file.
+      view: shape that `index` refers to, if not the shape in the file.
 
     Raises:
-      ValueError: the tensor is of a type that models are not kept in.
-      RunError: the file has been cut short since it was opened.
+      ValueError: the tensor's dtype is not in DTYPES.
+      RunError: the file was truncated after it was opened.
     """
     tensor = self.tensors[name]
     if tensor.dtype not in DTYPES:
-      raise ValueError(f'{self.path}: {name} is of type {tensor.dtype}, not {", ".join(DTYPES)}.')
+      raise ValueError(f'{self.path}: {name} has dtype {tensor.dtype}, not {", ".join(DTYPES)}.')
     if view is None and not tensor.shape:
       return self.read(name, (), (1,)).reshape(())
     shape = tensor.shape if view is None else view
@@ -79,7 +79,7 @@ class File:
 
   def extent(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
               ) -> Extent | None:
-    """Where a slice lies, `index` and `view` as in `read`; None if not in one piece."""
+    """Where the bytes of a slice are, or None if not contiguous; arguments as in `read`."""
     tensor = self.tensors[name]
     shape = tensor.shape if view is None else view
     dtype = DTYPES[tensor.dtype]
@@ -90,14 +90,15 @@ class File:
     return Extent(self.path, tensor.start + at, count, dtype)
 
   def _fill(self, file, start: int, shape, ranges, out):
+    """Reads the slice `ranges` of the tensor at byte `start` into `out`."""
     size, raw = out.itemsize, out.reshape(-1).view(np.uint8)
     axis = _cut_axis(shape, ranges)
     run, row = (n * math.prod(shape[axis + 1:]) * size for n in (out.shape[axis], shape[axis]))
     if axis and run < _SMALL_RUN and row < PIECE:
-      # Whole rows of the dimension before, as many as a piece may have.
+      # Reads whole rows of the dimension before `axis`, as many at a time as fit a piece.
       step = PIECE // row
       low, high = ranges[axis - 1]
-      parts = [slice(*ranges[axis])]
+      columns = slice(*ranges[axis])
       flat_out = out.reshape(-1, out.shape[axis - 1], *out.shape[axis:])
       rows = np.empty((min(step, high - low), *shape[axis:]), out.dtype)
       for i, outer in enumerate(itertools.product(*(range(*r) for r in ranges[:axis - 1]))):
@@ -106,28 +107,28 @@ class File:
           block = rows[:last - first]
           at = _offset((*outer, first), shape[:axis], row)
           self._read(file, start + at, block.reshape(-1).view(np.uint8))
-          flat_out[i, first - low:last - low] = block[(slice(None), *parts)]
+          flat_out[i, first - low:last - low] = block[:, columns]
       return
     for done, (at, count) in zip(itertools.count(0, run), _runs(shape, ranges, size)):
       self._read(file, start + at, raw[done:done + count])
 
   def _read(self, file, start: int, into: np.ndarray):
-    """Fills `into`, bytes, from the place `start`."""
+    """Fills the byte array `into` from byte `start` on."""
     file.seek(start)
-    view = memoryview(into)
+    view = into.data
     while view:
       count = file.readinto(view)
       if not count:
-        raise _shorter(self.path)
+        raise _truncated(self.path)
       view = view[count:]
 
 
-def _shorter(path: str) -> RunError:
+def _truncated(path: str) -> RunError:
   return RunError(f'{path} has become shorter since it was opened. Copy or download it again.')
 
 
 def _ranges(shape, index: Index) -> list[tuple[int, int]]:
-  """First and end of each dimension."""
+  """Start and stop of the slice in each dimension."""
   index = (*index, *(slice(None),) * (len(shape) - len(index)))
   ranges = []
   for size, cut in zip(shape, index, strict=True):
@@ -139,13 +140,13 @@ def _ranges(shape, index: Index) -> list[tuple[int, int]]:
 
 
 def _cut_axis(shape, ranges) -> int:
-  """The last dimension that is not whole (0 if all are): behind it, bytes lie together."""
+  """The last dimension that is not whole (0 if all are); bytes after it are contiguous."""
   cut = [i for i, (size, (start, stop)) in enumerate(zip(shape, ranges)) if stop - start < size]
   return cut[-1] if cut else 0
 
 
 def _offset(position, shape, unit: int) -> int:
-  """Bytes before the row at `position` of an array of rows of `unit` bytes."""
+  """Bytes before the row at `position` in an array whose rows have `unit` bytes."""
   at = 0
   for i, size in zip(position, shape, strict=True):
     at = at * size + i
@@ -153,7 +154,7 @@ def _offset(position, shape, unit: int) -> int:
 
 
 def _runs(shape, ranges, itemsize: int) -> Iterator[tuple[int, int]]:
-  """First byte and count of every stretch of a slice that lies together, in order."""
+  """First byte and count of each contiguous run of a slice, in order."""
   axis = _cut_axis(shape, ranges)
   unit = math.prod(shape[axis + 1:]) * itemsize
   start, stop = ranges[axis]
@@ -164,17 +165,18 @@ def _runs(shape, ranges, itemsize: int) -> Iterator[tuple[int, int]]:
 class Writer:
   """Writes a safetensors file slice by slice; a context manager.
 
-  The file has its full length and its header from the start, under a name beside `path`. It
-  takes its place at the end of the block, if every element of every tensor was written.
+  The file is created with its header and full length under a temporary name in the same folder.
+  It is renamed to `path` at the end of the block, if every element was written once.
   """
 
   def __init__(self, path: str, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
                metadata: Mapping[str, str] | None = None):
-    """`tensors`: name -> shape and dtype, in the order of their bytes."""
+    """`tensors`: name -> shape and dtype, in file order."""
     self._path = path
     self._partial = f'{path}.{uuid.uuid4().hex[:8]}.partial'
     names = {dtype: name for name, dtype in DTYPES.items()}
-    entries, end = {'__metadata__': dict(metadata or {'format': 'pt'})}, 0
+    entries: dict[str, dict] = {'__metadata__': dict(metadata or {'format': 'pt'})}
+    end = 0
     self._tensors, self._left = {}, {}
     for name, (shape, dtype) in tensors.items():
       size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -196,7 +198,7 @@ class Writer:
 
   def write(self, name: str, values: np.ndarray, index: Index = (),
             view: tuple[int, ...] | None = None):
-    """Writes a slice; `index` and `view` as in File.read. Each element is to be written once."""
+    """Writes a slice; `index` and `view` as in File.read. Write each element once."""
     dtype, shape, start = self._tensors[name]
     if view is None and not shape:
       shape, values = (1,), np.reshape(values, 1)
@@ -205,7 +207,7 @@ class Writer:
     expected = tuple(stop - first for first, stop in ranges)
     if values.shape != expected or values.dtype != dtype:
       raise ValueError(f'{name}: {values.dtype} {values.shape} is not {dtype} {expected}.')
-    raw = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
     done = 0
     for at, count in _runs(shape, ranges, dtype.itemsize) if values.size else ():
       self._write(self._start + start + at, raw[done:done + count])
@@ -213,37 +215,38 @@ class Writer:
     self._left[name] -= values.size
 
   def copy(self, name: str, extent: Extent):
-    """Writes a whole tensor from where its bytes lie; from any thread."""
+    """Copies a whole tensor from another file; may be called from any thread."""
     dtype, shape, start = self._tensors[name]
     if extent.dtype != dtype or extent.count != math.prod(shape) * dtype.itemsize:
       raise ValueError(f'{name}: {extent} is not {dtype} {shape}.')
-    with open(extent.path, 'rb', buffering=0) as source, self._naming_the_file():
+    with open(extent.path, 'rb', buffering=0) as source, self._errors_naming_file():
       copied = files.copy(source.fileno(), extent.start, extent.count, self._file.fileno(),
                           self._start + start)
     if copied < extent.count:
-      raise _shorter(extent.path)
+      raise _truncated(extent.path)
     self._left[name] -= math.prod(shape)
 
   def _write(self, start: int, raw):
     view = memoryview(raw)
-    with self._naming_the_file():
+    with self._errors_naming_file():
       while view:
         count = os.pwrite(self._file.fileno(), view, start)
         view, start = view[count:], start + count
 
   @contextlib.contextmanager
-  def _naming_the_file(self):
+  def _errors_naming_file(self):
+    """Adds the path to an OSError: calls on file descriptors name no file."""
     try:
       yield
     except OSError as error:
-      raise OSError(error.errno, error.strerror, self._path) from error  # it names no file
+      raise OSError(error.errno, error.strerror, self._path) from error
 
   def __exit__(self, kind, *_):
     try:
       if kind is None:
         unwritten = [name for name, left in self._left.items() if left]
         if unwritten:
-          raise ValueError(f'{self._path}: not written once: {", ".join(unwritten)}')
+          raise ValueError(f'{self._path}: not written exactly once: {", ".join(unwritten)}')
         os.fsync(self._file.fileno())
         os.replace(self._partial, self._path)
     finally:

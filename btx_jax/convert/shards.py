@@ -1,4 +1,4 @@
-"""A folder of safetensors files as one table of tensors, and one written in shards."""
+"""Reads a folder of safetensors files as one table of tensors, and writes one in shards."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
@@ -16,62 +16,65 @@ from btx_jax.errors import UsageError
 from btx_jax.model.source import Extent, Index
 
 _SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
-_SAMPLES, _SAMPLE = 2, 256  # places of a tensor that `fingerprint` looks at, bytes of each
+_SAMPLES, _SAMPLE = 2, 256  # `fingerprint` hashes 2 samples of 256 bytes per tensor
 
 
 class Shards:
-  """The tensors of model.safetensors, or of the files that its index lists.
+  """The tensors of model.safetensors, or of the files listed in its index.
 
   Attributes:
-    folder: where they are.
-    tensors: name -> dtype, shape and place.
+    folder: the folder of the files.
+    tensors: name -> dtype, shape and position in its file.
+
+  Raises:
+    UsageError: there are no safetensors files, or they do not match their index.
   """
 
   def __init__(self, folder: str):
     self.folder = folder
     if os.path.exists(os.path.join(folder, _SINGLE)):
       self._files = {_SINGLE: File(os.path.join(folder, _SINGLE))}
-      self._where = dict.fromkeys(self._files[_SINGLE].tensors, _SINGLE)
+      self._file_of = dict.fromkeys(self._files[_SINGLE].tensors, _SINGLE)
     elif os.path.exists(os.path.join(folder, _INDEX)):
-      self._where = _weight_map(os.path.join(folder, _INDEX))
-      self._files = _open(folder, self._where)
+      self._file_of = _weight_map(os.path.join(folder, _INDEX))
+      self._files = _open(folder, self._file_of)
     else:
       pickled = sorted(name for name in _listdir(folder)
                        if name.endswith(('.bin', '.pt', '.pth', '.bin.index.json')))
       if pickled:
         raise UsageError(
-            f'{folder} has its weights as pickle ({pickled[0]}), which is never loaded here: it '
-            'can run anything. Write it anew as safetensors where you trust it: in transformers, '
+            f'{folder} stores its weights as pickle ({pickled[0]}), which is never loaded because '
+            'it can run any code. If you trust it, convert it to safetensors: in transformers, '
             'AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., '
             'safe_serialization=True).')
       raise UsageError(f'{folder} has neither model.safetensors nor '
-                       'model.safetensors.index.json: it is no folder of a Hugging Face model.')
+                       'model.safetensors.index.json: it is not a Hugging Face model folder.')
     self.tensors: dict[str, Tensor] = {
-        name: self._files[file].tensors[name] for name, file in self._where.items()}
+        name: self._files[file].tensors[name] for name, file in self._file_of.items()}
 
   def read(self, name: str, index: Index = (), view: tuple[int, ...] | None = None) -> np.ndarray:
-    """As File.read."""
-    return self._files[self._where[name]].read(name, index, view)
+    """See File.read."""
+    return self._files[self._file_of[name]].read(name, index, view)
 
   def extent(self, name: str, index: Index = (), view: tuple[int, ...] | None = None
               ) -> Extent | None:
-    """As File.extent."""
-    return self._files[self._where[name]].extent(name, index, view)
+    """See File.extent."""
+    return self._files[self._file_of[name]].extent(name, index, view)
 
   def fingerprint(self) -> str:
-    """A hash of all names, types, shapes, and of some bytes of every tensor.
+    """A hash of all names, dtypes and shapes, and of some bytes of every tensor.
 
-    Training changes all of a tensor, so another model of the same sizes has another
-    fingerprint. A change of a few numbers may go unnoticed.
+    Training changes whole tensors, so two models of the same sizes have different fingerprints.
+    A change of a few numbers may go unnoticed.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(self.tensors.items()):
       digest.update(f'{name} {tensor.dtype} {tensor.shape}\n'.encode())
       size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize if (
           tensor.dtype in DTYPES) else 0
-      with open(self._files[self._where[name]].path, 'rb', buffering=0) as file:
-        for part in range(_SAMPLES):
-          at = part * size // _SAMPLES
+      with open(self._files[self._file_of[name]].path, 'rb', buffering=0) as file:
+        for i in range(_SAMPLES):
+          at = i * size // _SAMPLES
           file.seek(tensor.start + at)
           digest.update(file.read(min(_SAMPLE, size - at)))
     return digest.hexdigest()[:16]
@@ -85,6 +88,7 @@ def _listdir(folder: str) -> list[str]:
 
 
 def _weight_map(path: str) -> dict[str, str]:
+  """Tensor name -> file name, from an index."""
   try:
     with open(path, encoding='utf-8') as file:
       found = json.load(file)['weight_map']
@@ -96,54 +100,53 @@ def _weight_map(path: str) -> dict[str, str]:
   return found
 
 
-def _open(folder: str, where: Mapping[str, str]) -> dict[str, File]:
-  """The files of an index, each with exactly the tensors that the index says."""
+def _open(folder: str, file_of: Mapping[str, str]) -> dict[str, File]:
+  """Opens the files of an index; each must hold exactly the tensors that the index lists."""
   problems, files = [], {}
-  for shard in sorted(set(where.values())):
+  for shard in sorted(set(file_of.values())):
     if shard != os.path.basename(shard) or shard in ('', '.', '..') or '\\' in shard:
       problems.append(f'{shard!r} is not a file of this folder')
     elif not os.path.isfile(os.path.join(folder, shard)):
-      problems.append(f'{shard} is not there')
+      problems.append(f'{shard} does not exist')
   if not problems:
-    for shard in sorted(set(where.values())):
+    for shard in sorted(set(file_of.values())):
       files[shard] = File(os.path.join(folder, shard))
-      listed = {name for name, file in where.items() if file == shard}
+      listed = {name for name, file in file_of.items() if file == shard}
       problems += [f'{name} is not in {shard}' for name in sorted(listed - {*files[shard].tensors})]
       problems += [f'{name} of {shard} is not in the index'
                    for name in sorted({*files[shard].tensors} - listed)]
   if problems:
-    raise UsageError(f'{folder}: model.safetensors.index.json does not fit the files there: '
+    raise UsageError(f'{folder}: model.safetensors.index.json does not match its files: '
                      f'{"; ".join(problems)}. Copy or download the folder again.')
   return files
 
 
 def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
           pieces: Callable[[str], Iterable], max_bytes: int,
-          extent: Callable[[str], Extent | None] = lambda name: None) -> int:
-  """Writes tensors into as many files as it takes for none to be longer than `max_bytes`.
+          extent: Callable[[str], Extent | None] | None = None) -> int:
+  """Writes tensors into one or more files of at most `max_bytes` each.
 
-  A file that is there already is left as it is: it is whole, for none is seen under its name
-  before.
+  A file that already exists is kept: it is complete, because a file gets its name only then.
 
   Args:
-    folder: where to.
-    tensors: name -> shape, in their order in the files.
-    dtype: of all of them.
+    folder: the folder to write to.
+    tensors: name -> shape, in the order of the files.
+    dtype: dtype of all of them.
     pieces: name -> (values, index, view) of its slices, as Writer.write takes them.
-    max_bytes: of the tensors of a file; one tensor that is longer has a file of its own.
-    extent: name -> where its bytes lie, if it is only to be copied.
+    max_bytes: bytes of tensors per file; a larger tensor gets a file of its own.
+    extent: name -> where its bytes are, if they only need copying; else None.
 
   Returns:
-    The bytes of tensors that were written.
+    The bytes of tensors that this call wrote.
   """
   size = {name: math.prod(shape) * dtype.itemsize for name, shape in tensors.items()}
-  groups, room, written = [[]], max_bytes, 0
+  groups, space_left, written = [[]], max_bytes, 0
   for name in tensors:
-    if groups[-1] and size[name] > room:
+    if groups[-1] and size[name] > space_left:
       groups.append([])
-      room = max_bytes
+      space_left = max_bytes
     groups[-1].append(name)
-    room -= size[name]
+    space_left -= size[name]
   files = [_SINGLE] if len(groups) == 1 else [
       f'model-{i + 1:05}-of-{len(groups):05}.safetensors' for i in range(len(groups))]
   for file, group in zip(files, groups):
@@ -151,10 +154,10 @@ def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
     if os.path.exists(path):
       continue
     with Writer(path, {name: (tensors[name], dtype) for name in group}) as writer:
-      lying = {name: found for name in group if (found := extent(name))}
-      with _alongside(writer.copy, lying.items()):
-        for slice_ in _ahead((name, *piece) for name in group if name not in lying
-                             for piece in pieces(name)):
+      copied = {name: found for name in group if extent and (found := extent(name))}
+      with _in_background(writer.copy, copied.items()):
+        for slice_ in _prefetched((name, *piece) for name in group if name not in copied
+                                  for piece in pieces(name)):
           writer.write(*slice_)
     written += sum(size[name] for name in group)
   if len(groups) > 1:
@@ -166,8 +169,8 @@ def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
 
 
 @contextlib.contextmanager
-def _alongside(copy: Callable, items: Iterable):
-  """A thread copies while the block computes; all is done at its end. It takes no memory."""
+def _in_background(copy: Callable, items: Iterable):
+  """Copies in a thread while the block computes, and waits at its end. Copies need no memory."""
   thread = futures.ThreadPoolExecutor(1)
   try:
     copies = [thread.submit(copy, *item) for item in items]
@@ -178,11 +181,11 @@ def _alongside(copy: Callable, items: Iterable):
     thread.shutdown(cancel_futures=True)
 
 
-def _ahead(items: Iterator) -> Iterator:
-  """The same items; while one is in use, a thread makes the next, and no more."""
+def _prefetched(items: Iterator) -> Iterator:
+  """Yields the same items; while one is in use, a thread computes the next one only."""
   with futures.ThreadPoolExecutor(1) as thread:
-    coming = thread.submit(next, items, None)
-    while (item := coming.result()) is not None:
-      coming = thread.submit(next, items, None)
+    upcoming = thread.submit(next, items, None)
+    while (item := upcoming.result()) is not None:
+      upcoming = thread.submit(next, items, None)
       yield item
       del item

@@ -1,4 +1,4 @@
-"""Bits per byte on held-out text, by domain, and which experts serve which domain."""
+"""Measures bits per byte on held-out text by domain, and which experts each domain uses."""
 
 from collections.abc import Mapping
 import functools
@@ -13,56 +13,59 @@ from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
-from btx_jax.model import balance as routing
+from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
-from btx_jax.training import step as train
+from btx_jax.training.step import forward
 
-_SHOWN = 256  # tokens of each domain whose experts are told one by one
+_SHOWN = 256  # tokens of each domain whose gates are stored one by one
 
 
 @functools.cache
 def _eval_step(cfg: Config, mesh):
-  """(params, batch [B, T]) -> summed loss in nats, its tokens, and for a mixture the gates
-  summed over tokens [L, E], their number, and the first row's gates [T, E], mean over layers."""
-  def step(params, batch):
-    scores = train.forward(cfg, params, batch)
-    if not cfg.num_experts:
+  """Compiles (params, batch [B, T]) -> summed loss in nats, number of tokens, routing.
+
+  `routing` is None for a dense model, else (gates summed over tokens [L, E], number of these
+  tokens, gates of the first row averaged over layers [T, E]).
+  """
+  def score(params, batch):
+    scores = forward(cfg, params, batch)
+    if scores.routed is None:
       return scores.nll, scores.tokens, None
     gates_LBTk, ids_LBTk = scores.routed.gates, scores.routed.ids
-    first_TE = routing.dense_gates(gates_LBTk[:, 0], ids_LBTk[:, 0], cfg.num_experts).mean(0)
+    first_TE = dense_gates(gates_LBTk[:, 0], ids_LBTk[:, 0], cfg.num_experts).mean(0)
     sums = scores.routed.sums
     return scores.nll, scores.tokens, (sums.gates.sum(1), sums.count[0].sum(), first_TE)
 
-  # Whole on every device: with several processes each must be able to read them.
-  return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+  # Replicated on every device, so that each of several processes can read them.
+  return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
 
 def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
              batch_size: int, tokenizer: Tokenizer) -> dict[str, dict]:
   """Scores whole held-out documents, in windows of `length`.
 
-  Bits per byte is the information of the documents' own tokens (without their end marks),
-  divided by the bytes of their raw text: tokenizers cannot change the unit.
+  Bits per byte is the information of the documents' tokens, without end-of-document tokens,
+  divided by the bytes of their raw text, so the unit does not depend on the tokenizer.
 
   Args:
-    cfg: of the model.
+    cfg: the model.
     params: its parameters.
-    held_out: documents by domain.
-    mesh: where to compute.
-    length: T; text beyond it does not see what came before.
-    batch_size: rows at a time.
-    tokenizer: of the tokens.
+    held_out: domain -> documents.
+    mesh: the devices to use.
+    length: T, tokens per window; attention does not cross windows.
+    batch_size: rows per batch.
+    tokenizer: the tokenizer of the tokens.
 
   Returns:
-    by domain: bits_per_byte, tokens, bytes, and for a mixture gates, the mean gate of each
-    expert in each layer, [L][E], and sample, the beginning of the text: pieces, and gates of
-    each, mean over layers, [pieces][E].
+    domain -> `bits_per_byte`, `tokens` and `bytes`. For a mixture also `gates`, the mean gate of
+    each expert in each layer, [L][E], and `sample`, the first tokens of the text: their `pieces`,
+    and their `gates` averaged over layers, [pieces][E].
   """
   rows = sharding.local_rows(mesh, batch_size)
   result = {}
   for domain, tokens in held_out.items():
-    nll = scored = gates = count = 0.0
-    sample = None
+    nll = scored = count = 0.0
+    gates, sample = np.zeros(()), None
     for batch in mixture.evaluation_batches(tokens, length, batch_size):
       batch['loss_mask'] &= batch['targets'] != tokenizer.eos_id
       first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN]
@@ -70,7 +73,8 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       batch_nll, batch_tokens, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
       nll, scored = nll + float(batch_nll), scored + int(batch_tokens)
       if routed is not None:
-        gates, count = gates + np.float64(routed[0]), count + float(routed[1])
+        gates = gates + np.asarray(routed[0], np.float64)
+        count += float(routed[1])
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
     size = int(tokens.bytes[-1])

@@ -1,15 +1,16 @@
-"""Branch-Train-Merge: experts that stay as they are and speak together (paper 4.1.1, "BTM").
+"""Branch-Train-Merge: averages the predictions of unmixed experts (paper 4.1.1, "BTM").
 
-The other end of the method: nothing is mixed or finetuned. The probabilities that the experts
-give to a token are averaged, by weights that tell how well each expert suits the text so far.
-Only what stands before a token decides the weights for it. One expert is in memory at a time.
+This is the baseline without mixing or finetuning. The experts' next-token probabilities are
+averaged, weighted by how well each expert suits the text so far. The weights for a token depend
+only on the tokens before it. One expert is in memory at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
 import math
 import re
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -27,28 +28,31 @@ from btx_jax.study.study import MERGES
 from btx_jax.training.loss import next_token_loss
 
 POSTERIOR = 'posterior'
-BLOCK = 64  # tokens after which the text so far is compared anew
+BLOCK = 64  # tokens between comparisons of the text so far
 TEMPERATURE = 0.1  # c-BTM's (Gururangan et al. 2023), of squared distances
 
 
 @functools.cache
 def _token_nll(cfg: Config, mesh):
-  """(params, batch [B, T]) -> negative log likelihood of every target, [B, T] in nats."""
-  def step(params, batch):
+  """Compiles (params, batch [B, T]) -> negative log likelihood of each target, [B, T] in nats."""
+  def one_per_row(x):
+    return x.reshape(-1, 1, *x.shape[2:])  # next_token_loss sums over each row
+
+  def score(params, batch):
     hidden_BTD, _ = llama.Llama(cfg).apply(
         {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'])
-    one_by_one = lambda x: x.reshape(-1, 1, *x.shape[2:])  # the loss tells sums of rows
     _, nll = next_token_loss(
-        one_by_one(hidden_BTD), llama.output_head(params, hidden_BTD.dtype),
-        one_by_one(batch['targets']), one_by_one(batch['loss_mask']))
+        one_per_row(hidden_BTD), llama.output_head(params, hidden_BTD.dtype),
+        one_per_row(batch['targets']), one_per_row(batch['loss_mask']))
     return nll.reshape(batch['targets'].shape)
 
-  return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+  return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
 
 def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int
               ) -> np.ndarray:
-  """What a model gives every token of a split, [tokens] in nats; 0 for a document's first."""
+  """Negative log likelihood of each token of a split, [tokens] in nats; 0 for the first of each
+  document."""
   rows = sharding.local_rows(mesh, batch_size)
   parts = []
   for batch in mixture.evaluation_batches(tokens, length, batch_size):
@@ -57,40 +61,41 @@ def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size
   return np.concatenate([[0.0], *parts])[:len(tokens.ids)]
 
 
-class Likeness:
-  """How like the text of each expert some text is: the cosine of tf-idf vectors.
+class Similarity:
+  """Similarity of texts to each expert's training text: the cosine of tf-idf vectors.
 
-  As in c-BTM, English stop words are left out and digits are all the same; unlike there, the
-  vectors are not reduced, and every expert's text is the one that it was trained on.
+  As in c-BTM, English stop words are left out and all digits count as the same. Unlike there, the
+  dimension of the vectors is not reduced, and the experts' own training text is compared, not
+  clusters of a corpus.
   """
 
   def __init__(self, texts: Sequence[Sequence[str]]):
-    """`texts`: pieces of what each expert was trained on, as many of each."""
-    self._vectors = vectorizer()(
+    """`texts`: for each expert, the same number of samples of its training text."""
+    self._vectors = tfidf_vectorizer()(
         preprocessor=lambda text: re.sub(r'\d', '0', text.lower()), stop_words='english',
         token_pattern=r'\w+|[^\w\s]', max_features=50_000, dtype=np.float32)
-    self._vectors.fit([text for of_one in texts for text in of_one])
-    means = np.concatenate([np.asarray(self._vectors.transform(of_one).mean(0))
-                            for of_one in texts])
+    self._vectors.fit([text for samples in texts for text in samples])
+    means = np.concatenate([np.asarray(self._vectors.transform(samples).mean(0))
+                            for samples in texts])
     self._means_EX = means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-9)
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    """Cosines [texts, E]; 0 for text without words."""
+    """Cosines [texts, E]; 0 for a text without words."""
     return np.asarray(self._vectors.transform(texts) @ self._means_EX.T, np.float64)
 
 
-def vectorizer():
-  """scikit-learn's class. Raises UsageError if it is not installed."""
+def tfidf_vectorizer() -> type[Any]:
+  """The class of scikit-learn. Raises UsageError if it is not installed."""
   try:
     from sklearn.feature_extraction.text import TfidfVectorizer
   except ImportError as error:
-    raise UsageError("evaluation.merge needs scikit-learn: pip install 'btx_jax[merge]', or "
-                     f"leave it () or ('{POSTERIOR}',).") from error
+    raise UsageError("evaluation.merge needs scikit-learn: pip install 'btx_jax[merge]', or set "
+                     f"it to () or ('{POSTERIOR}',).") from error
   return TfidfVectorizer
 
 
-def similar_weights(cosines_E: np.ndarray, k: int) -> np.ndarray:
-  """Weights of the k most similar experts (all if 0): a softmax of squared distances."""
+def similarity_weights(cosines_E: np.ndarray, k: int) -> np.ndarray:
+  """Weights of the k most similar experts (all if k is 0): a softmax of squared distances."""
   logits = 2 * cosines_E / TEMPERATURE  # |a - b|^2 = 2 - 2 cos
   if k and k < len(logits):
     logits = np.where(logits >= np.sort(logits)[-k], logits, -np.inf)
@@ -98,11 +103,11 @@ def similar_weights(cosines_E: np.ndarray, k: int) -> np.ndarray:
   return weights / weights.sum()
 
 
-def similarities(likeness: Likeness, tokens: Tokens, tokenizer: Tokenizer
-                 ) -> list[tuple[slice, np.ndarray]]:
-  """The tokens of each block, and how like each expert's text is what its document has before.
+def block_similarities(similarity: Callable[[Sequence[str]], np.ndarray], tokens: Tokens,
+                       tokenizer: Tokenizer) -> list[tuple[slice, np.ndarray]]:
+  """Each block's token slice, and the similarity of the text before it to each expert's [E].
 
-  The first block of a document has nothing before it and is left out.
+  The first block of a document is left out, because no text precedes it.
   """
   result = []
   for first, end in itertools.pairwise(tokens.starts):
@@ -110,21 +115,22 @@ def similarities(likeness: Likeness, tokens: Tokens, tokenizer: Tokenizer
     if begins:
       before = [tokenizer.decode(tokens.ids[first:begin].tolist()) for begin in begins]
       result += [(slice(begin, min(begin + BLOCK, end)), cosines)
-                 for begin, cosines in zip(begins, likeness(before))]
+                 for begin, cosines in zip(begins, similarity(before))]
   return result
 
 
-def similar_log_weights(similar: Sequence[tuple[slice, np.ndarray]], k: int, shape) -> np.ndarray:
-  """Log weights of `shape` [tokens, E] by `similarities`; elsewhere all experts count the same."""
+def similarity_log_weights(blocks: Sequence[tuple[slice, np.ndarray]], k: int, shape
+                           ) -> np.ndarray:
+  """Log weights of `shape` [tokens, E] from `block_similarities`; uniform outside these blocks."""
   result = np.full(shape, -math.log(shape[1]))
-  for block, cosines in similar:
+  for block, cosines in blocks:
     with np.errstate(divide='ignore'):
-      result[block] = np.log(similar_weights(cosines, k))
+      result[block] = np.log(similarity_weights(cosines, k))
   return result
 
 
 def posterior_log_weights(nll_NE: np.ndarray, starts: np.ndarray) -> np.ndarray:
-  """Log probability [tokens, E] of each expert after what it gave to the text before a token."""
+  """Log posterior [tokens, E] of each expert, given the likelihoods of the tokens before."""
   result = np.empty_like(nll_NE)
   for first, end in itertools.pairwise(starts):
     before = np.cumsum(nll_NE[first:end], 0) - nll_NE[first:end]
@@ -132,51 +138,53 @@ def posterior_log_weights(nll_NE: np.ndarray, starts: np.ndarray) -> np.ndarray:
   return result
 
 
-def together(nll_NE: np.ndarray, log_weights_NE: np.ndarray) -> np.ndarray:
+def averaged_nll(nll_NE: np.ndarray, log_weights_NE: np.ndarray) -> np.ndarray:
   """Negative log likelihood [tokens] of the weighted mean of the experts' probabilities."""
   return -_logsumexp(log_weights_NE - nll_NE)[:, 0]
 
 
-def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens, eos: int
+def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens, eos_id: int
                   ) -> dict:
-  """The score of the averaged probabilities, as evaluate.bits has it."""
+  """The score of the averaged probabilities, in the form of bits.evaluate."""
   counted = np.ones(len(tokens.ids), bool)
   counted[tokens.starts[:-1]] = False
-  counted &= np.asarray(tokens.ids) != eos
-  nll = together(nll_NE, log_weights_NE)[counted].sum()
+  counted &= np.asarray(tokens.ids) != eos_id
+  nll = averaged_nll(nll_NE, log_weights_NE)[counted].sum()
   size = int(tokens.bytes[-1])
   return {'bits_per_byte': nll / math.log(2) / size, 'tokens': int(counted.sum()), 'bytes': size}
 
 
 def evaluate(forms: Sequence[str], nll: Mapping[str, np.ndarray],
-             held_out: Mapping[str, Tokens], likeness: Likeness | None,
+             held_out: Mapping[str, Tokens],
+             similarity: Callable[[Sequence[str]], np.ndarray] | None,
              tokenizer: Tokenizer) -> dict[str, dict[str, dict]]:
-  """Scores by form and domain.
+  """Scores of the merged experts, form -> domain -> score.
 
   Args:
-    forms: of study.MERGES.
-    nll: by domain, what each expert gives every token, [tokens, E].
-    held_out: by domain.
-    likeness: not needed for 'posterior'.
-    tokenizer: of the tokens.
+    forms: keys of study.MERGES.
+    nll: domain -> each expert's negative log likelihood of each token, [tokens, E] in nats.
+    held_out: domain -> documents.
+    similarity: a Similarity to the experts' texts; None is enough for 'posterior'.
+    tokenizer: the tokenizer of the tokens.
   """
   result = {form: {} for form in forms}
   for domain, tokens in held_out.items():
-    similar = similarities(likeness, tokens, tokenizer) if likeness else []
+    blocks = block_similarities(similarity, tokens, tokenizer) if similarity else []
     for form in forms:
       if form == POSTERIOR:
         weights = posterior_log_weights(nll[domain], tokens.starts)
       else:
-        weights = similar_log_weights(similar, MERGES[form], nll[domain].shape)
+        weights = similarity_log_weights(blocks, MERGES[form], nll[domain].shape)
       result[form][domain] = bits_per_byte(nll[domain], weights, tokens, tokenizer.eos_id)
   return result
 
 
-def taken_for(likeness: Likeness, tokens: Tokens, tokenizer: Tokenizer) -> np.ndarray:
-  """The share of whole documents that are most like the text of each expert, [E]."""
+def nearest_expert_shares(similarity: Similarity, tokens: Tokens, tokenizer: Tokenizer
+                          ) -> np.ndarray:
+  """For each expert, the share of whole documents that are most similar to its text, [E]."""
   texts = [tokenizer.decode(tokens.ids[first:end].tolist())
            for first, end in itertools.pairwise(tokens.starts)]
-  cosines = likeness(texts)
+  cosines = similarity(texts)
   return np.bincount(cosines.argmax(1), minlength=cosines.shape[1]) / len(texts)
 
 

@@ -1,4 +1,4 @@
-"""The held-out scores of every model of a study, stored in the run directories."""
+"""Reads and writes the held-out scores of a study's models, stored in the run directories."""
 
 from collections.abc import Iterator
 import json
@@ -17,17 +17,17 @@ FINAL, START, AVERAGE, MERGE = 'final', 'start', 'average', 'merge_'
 
 
 class Model(NamedTuple):
-  """One model to compare.
+  """One measured model: a row of the results table.
 
   Attributes:
-    name: of its row in the table.
+    name: name of its row.
     run: the run whose directory holds its scores.
-    stage: 'final'; a mixture of different experts also has 'start', before its finetuning,
-      'average', the plain average of these experts, and 'merge_...', see evaluate.ensemble.
-    sizes: of the model, or of each of the models.
-    trained: the runs whose training is in it.
-    count: how many models of these sizes there are.
-    used: how many of them are active per token.
+    stage: 'final'. Mixtures of several models also have 'start', before finetuning; 'average',
+      the plain average of these models; and 'merge_...', see evaluate.ensemble.
+    sizes: sizes of the model, or of each model of a merge.
+    trained: the runs whose training went into it.
+    count: the number of models of these sizes.
+    used: the number of them that are active per token.
   """
   name: str
   run: Run
@@ -39,7 +39,7 @@ class Model(NamedTuple):
 
 
 def models(study: Study) -> Iterator[Model]:
-  """Every model of the complete runs; a run whose manifest cannot be read has none."""
+  """Yields the models of all complete runs; skips runs whose manifest cannot be read."""
   for run in study.runs.values():
     try:
       if study.state(run.name) != manifest.COMPLETE:
@@ -47,11 +47,11 @@ def models(study: Study) -> Iterator[Model]:
     except UsageError:
       continue
     if run.vocabulary:
-      continue  # the text has the ids of another vocabulary
+      continue  # the held-out text is tokenized with a different vocabulary
     before = lineage(run)[1:]
     if run.init == MIX and len(run.sources) > 1:
       dense = averaged_model(run)
-      if first_alike(study, run) is run:
+      if first_equivalent(study, run) is run:
         yield Model(f'average of {run.name}', run, AVERAGE, dense, before)
         for form in study.config.evaluation.merge:
           used = MERGES[form] or len(run.sources)
@@ -62,24 +62,28 @@ def models(study: Study) -> Iterator[Model]:
     yield Model(run.name, run, FINAL, run.model, [*before, run])
 
 
-def first_alike(study: Study, run: Run) -> Run:
-  """The first mixture of the same models: only it gets the `average` and `merge` rows."""
+def first_equivalent(study: Study, run: Run) -> Run:
+  """The first mixture with the same average; only it gets the `average` and `merge` rows."""
   return next(other for other in study.runs.values()
-              if other.init == MIX and _shares(other) == _shares(run))
+              if _shares(other) == _shares(run))
 
 
-def _shares(mixture: Run) -> dict[str, float]:
-  """The weight of each source in a mixture's mean."""
-  return {source.name: weight for source, weight in zip(mixture.sources, mixture.recipe.mean)}
+def _shares(run: Run) -> dict[str, float]:
+  """The weight of each source in a mixture's mean; {} for other runs."""
+  mean = run.recipe.mean if run.recipe else ()
+  return {source.name: weight for source, weight in zip(run.sources, mean)}
 
 
 def sizes(run: Run, stage: str) -> Config:
-  """The sizes of the model of a stage."""
+  """The sizes of a run's model at a stage."""
   return averaged_model(run) if stage == AVERAGE else run.model
 
 
 def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
-  """What evaluate.bits measured, by domain; None if it was not measured, or on other text."""
+  """Reads the scores by domain, as `bits.evaluate` returns them.
+
+  None if there are none, or if they were measured on different text.
+  """
   try:
     with open(_path(study, run, stage), encoding='utf-8') as file:
       kept = json.load(file)
@@ -89,7 +93,7 @@ def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
 
 
 def write(study: Study, run: Run, stage: str, scores: dict) -> None:
-  """Stores what evaluate.bits measured, by domain."""
+  """Stores the scores by domain that `bits.evaluate` returned."""
   with replacing(_path(study, run, stage)) as file:
     json.dump({'measured_on': _measured_on(study, run), 'domains': scores}, file)
 
@@ -99,8 +103,9 @@ def _path(study: Study, run: Run, stage: str) -> str:
 
 
 def _measured_on(study: Study, run: Run) -> dict:
+  found = manifest.read(study.folder(run.name)) or {}
   return {
-      'run': manifest.read(study.folder(run.name))['identity'],
+      'run': found['identity'],
       'length': study.config.data.seq_len, 'tokens': study.config.evaluation.tokens,
       'text': {domain: tokens.read_meta(os.path.join(study.data_folder, domain))['hash']['held_out']
                for domain in sorted(study.config.domains)}}

@@ -1,7 +1,7 @@
-"""Parameters that are read slice by slice, from wherever they are kept.
+"""The interface for reading parameters slice by slice, from files or from memory.
 
-A model larger than memory is imported, mixed and exported this way: nothing is read but the slice
-that is asked for.
+It lets a model larger than memory be imported, mixed and exported: only the requested slice is
+read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ Index = tuple[slice, ...]
 
 
 class Extent(NamedTuple):
-  """Numbers that lie together in a file: `count` bytes from the byte `start`."""
+  """Contiguous values in a file: `count` bytes from byte `start` on."""
   path: str
   start: int
   count: int
@@ -21,29 +21,29 @@ class Extent(NamedTuple):
 
 
 class Source(Protocol):
-  """The parameters of one model, by slices.
+  """The parameters of one model, read by slices.
 
   Implemented by hugging_face.Folder, checkpoint.Saved, and the mixtures and averages of btx.py.
   """
 
   def read(self, path: str, index: Index) -> np.ndarray:
-    """A slice of the parameter at this path; every dimension has a start and an end."""
+    """A slice of the parameter at this path; `index` gives start and stop of each dimension."""
     ...
 
   def extent(self, path: str, index: Index) -> Extent | None:
-    """Where a slice of one layer and expert lies, in the order of Hugging Face's dimensions.
+    """Where a slice of one layer or expert is stored, in Hugging Face's order of dimensions.
 
     None unless some file holds these bytes unchanged and contiguous.
     """
     ...
 
   def scratch_bytes(self, path: str) -> int:
-    """Bytes that `read` needs beyond what it returns, for a slice of one layer and expert."""
+    """Bytes that `read` needs beyond what it returns, for a slice of one layer or expert."""
     ...
 
 
 class Arrays:
-  """Parameters in memory, NumPy's or jax's, as a Source."""
+  """NumPy or jax arrays in memory as a Source."""
 
   def __init__(self, params: Mapping[str, Any]):
     """`params`: nested dicts of arrays."""

@@ -21,8 +21,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from btx_jax.convert import config_json as model_config
-from btx_jax.convert import export, hugging_face, names, safetensors, shards
+from btx_jax.convert import config_json, export, hugging_face, names, safetensors, shards
 from btx_jax.model.config import Config
 
 FORMS = {
@@ -52,7 +51,7 @@ def write(folder: pathlib.Path, model: Config, seed: int):
   bits = (0.02 * rng.standard_normal(_BITS, np.float32)).astype(ml_dtypes.bfloat16)
   size = names.sizes(model)
   tensors = {name: names.stored_shape(row, size) for row in names.rows(model)
-             for name, _ in names.named(row, size)}
+             for name, _ in names.tensors_of(row, size)}
 
   def pieces(name):
     rows, rest = tensors[name][0], int(np.prod(tensors[name][1:]))
@@ -65,7 +64,7 @@ def write(folder: pathlib.Path, model: Config, seed: int):
 
   shards.write(str(folder), tensors, bits.dtype, pieces, export.MAX_SHARD)
   (folder / 'config.json').write_text(json.dumps(
-      model_config.to_json(model, 'bfloat16', 2048, 0.0, 0, 1)))
+      config_json.to_json(model, 'bfloat16', 2048, 0.0, 0, 1)))
 
 
 def measure(title: str, *command: str):
