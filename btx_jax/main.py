@@ -94,9 +94,8 @@ def train_runs(name: str, workdir: str):
     show(table.as_table(rows))
     for check in table.checks(pipeline, rows):
       say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
-    say(f'Report: {report.write_report(pipeline, name)}. To use your own text, copy '
-        'configs/demo.py to configs/mine.py, set its domains to your files, and run '
-        '--config=configs/mine.py')
+    say(f'Report: {report.write_report(pipeline, name)}. To use your own text, write a config '
+        'like configs/demo.py with domains of your files: docs/your_data.md')
 
   distributed.on_process_0(print_results)
 
@@ -216,7 +215,7 @@ def run_command(argv: list[str]):
 def recipe_path(config: str) -> str:
   """The file of a recipe given by name, like demo:full; anything else is returned unchanged."""
   name, colon, argument = config.partition(':')
-  if os.path.sep in name or name.endswith('.py') or not name or os.path.exists(name):
+  if os.path.sep in name or name.endswith('.py') or not name or os.path.isfile(name):
     return config
   return os.path.join(_recipe_folder(), f'{name}.py') + colon + argument
 

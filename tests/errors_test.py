@@ -90,7 +90,7 @@ DEMO = '--config=configs/demo.py'
     ([], '--config is missing'),
     (['--config=configs/none.py'], '--config=configs/none.py: there is no such file (looked from'),
     (['--config='], '--config=: there is no such file'),
-    (['--config=configs'], '--config=configs: there is no such file'),
+    (['--config=configs'], '--config=configs is not a recipe; valid: '),
     (['--config=pyproject.toml'], 'pyproject.toml, line 3: SyntaxError: cannot assign'),
     (['--config=configs/demo.py:ful'], "configs/demo.py, line 24: ValueError: configs/demo.py has "
      "no form 'ful'"),
