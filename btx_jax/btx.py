@@ -147,20 +147,20 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
   leaves = _flat(experts, 'mix: experts')
   count = max((leaf.shape[:1] for leaf in leaves.values()), default=(0,))[0]
   in_place = whole_experts(range(model.num_experts), model.ffn_dim)
-  recipe = recipe or in_place
-  _check_stacked(leaves, model, recipe)
-  _check_recipe(model, recipe, count)
+  chosen = recipe or in_place
+  _check_stacked(leaves, model, chosen)
+  _check_recipe(model, chosen, count)
 
   def make(key_path, like):
     path = path_of(key_path)
     if is_router(path):
-      return new_router(path, like.shape, recipe, rng)
+      return new_router(path, like.shape, chosen, rng)
     if path in leaves:
-      return _stacked_mean(leaves[path], recipe.weights(path))
-    if recipe.pieces == in_place.pieces:
+      return _stacked_mean(leaves[path], chosen.weights(path))
+    if chosen.pieces == in_place.pieces:
       # On a mesh whose `expert` axis the branches lie along, no weight moves.
       return leaves[_dense(path)].swapaxes(0, 1)
-    return mix_slice(recipe, path, tuple(slice(0, n) for n in like.shape),
+    return mix_slice(chosen, path, tuple(slice(0, n) for n in like.shape),
                      lambda source, path, index: leaves[path][(source, *index)])
 
   return jax.tree.map_with_path(make, llama.shapes(model))
@@ -257,7 +257,7 @@ class _Mixture:
     key = np.asarray(jax.random.key_data(self._rng))
     with jax.set_mesh(jax.sharding.Mesh(devices[:1], ('one',))):
       make = jax.jit(lambda: {
-          path: new_router(path, shape, self._recipe, jax.random.wrap_key_data(key))
+          path: new_router(path, shape, self._recipe, jax.random.wrap_key_data(jnp.asarray(key)))
           for path, shape in shapes.items()})
       return jax.tree.map(np.asarray, make())
 
@@ -338,18 +338,18 @@ def _mean(values: Iterator, weights: Sequence[float]):
   """
   if len(weights) == 1:
     return next(values)
-  total = None
-  for weight in weights:
-    term = next(values).astype('float32')
-    if weight != 1:
-      term *= np.float32(weight)
-    if total is None:
-      total = term
-    else:
-      total += term
-    del term  # before the next one is read
+  total = _weighted(next(values), weights[0])
+  for weight in weights[1:]:
+    total += _weighted(next(values), weight)
   total *= np.float32(1 / sum(weights))
   return total
+
+
+def _weighted(value, weight: float):
+  term = value.astype('float32')
+  if weight != 1:
+    term *= np.float32(weight)
+  return term
 
 
 def _stacked_mean(x, weights: Sequence[float]):

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import sentencepiece as spm
@@ -86,17 +87,15 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
   """
   _check_params(config, params, 'save')
   beside = tokenizer if isinstance(tokenizer, str) else ''
-  if isinstance(tokenizer, str):
-    tokenizer = load_tokenizer(tokenizer)
+  opened = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
   if not max_length:
     described = os.path.exists(os.path.join(beside, 'config.json')) if beside else False
     max_length = Folder(beside).context_length if described else 4096
   experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
   export.export(
       folder, config, Arrays(params), dtype, max_length=max_length, balance_loss=0.0,
-      bos_id=tokenizer.bos_id if tokenizer else None,
-      eos_id=tokenizer.eos_id if tokenizer else None,
-      tokenizer_files=tokenizer_files(tokenizer) if tokenizer else {},
+      bos_id=opened.bos_id if opened else None, eos_id=opened.eos_id if opened else None,
+      tokenizer_files=tokenizer_files(opened) if opened else {},
       card=f'---\nlibrary_name: transformers\n---\n\nWritten by btx_jax: {experts}.\n')
 
 
@@ -119,7 +118,7 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
     True
   """
   _check_params(config, params, 'logits')
-  if not isinstance(tokens, jax.core.Tracer):
+  if not isinstance(tokens, Tracer):
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2):
       raise ValueError(f'logits: tokens must be integers [B, T] or [T], not {tokens.dtype} '
@@ -144,7 +143,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
       'add_prefix_space': model.encode('a', out_type=str)[0].startswith('\u2581'),
       'bos_token': model.id_to_piece(tokenizer.bos_id),
       'eos_token': model.id_to_piece(tokenizer.eos_id),
-      'unk_token': model.id_to_piece(tokenizer.unk_id)}
+      'unk_token': model.id_to_piece(model.unk_id())}
   return files | {'tokenizer_config.json': (json.dumps(config, indent=2) + '\n').encode()}
 
 

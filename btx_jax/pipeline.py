@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -181,7 +182,9 @@ class Pipeline(Study):
     except BaseException as error:
       note(state=manifest.FAILED, error=str(error) or repr(error))
       raise
-    return params.Branches([job.run for job in jobs], stacked) if len(jobs) > 1 else None
+    if stacked is None or len(jobs) == 1:
+      return None
+    return params.Branches([job.run for job in jobs], stacked)
 
   def _begin(self, run: Run) -> dict | None:
     """The manifest of a run that starts or resumes; None if another job has completed it."""
@@ -242,6 +245,7 @@ class Pipeline(Study):
 
   def _seen(self, run: Run, rows: int = 1000) -> list[str]:
     """Some of the text that a run was trained on."""
-    order, tokenizer = self._order(run), self.prepare_text().tokenizer
+    order: Any = self._order(run)
+    tokenizer = self.prepare_text().tokenizer
     return [tokenizer.decode(order[i]['tokens'].tolist())
             for i in range(min(rows, run.steps * run.batch_size))]

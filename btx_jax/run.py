@@ -194,6 +194,13 @@ def lineage(run: Run, until: Callable[[Run], bool] = lambda _: False) -> list[Ru
   return list(found.values())
 
 
+def recipe_of(run: Run) -> Recipe:
+  """The recipe of a run that starts from a mixture; raises ValueError for any other run."""
+  if run.recipe is None:
+    raise ValueError(f'{run.name} starts from {run.init}, which has no recipe.')
+  return run.recipe
+
+
 def averaged_model(run: Run) -> model_config.Config:
   """The sizes of the plain average of a mixture's sources."""
   like = {field: getattr(run.model, field) for field in OF_REFERENCE}

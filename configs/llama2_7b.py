@@ -14,6 +14,8 @@ Compiled for v5p:4x4x4 (v5p-128). With --config.model.remat=full also compiled f
 docs/preflight.md has the figures.
 """
 
+from collections.abc import Mapping
+
 from btx_jax import base
 
 TEXT = '/data'  # a directory for each domain below it
@@ -25,7 +27,7 @@ WIKIPEDIA = {'wikipedia': 90.91, 'common_crawl': 9.09}
 PRETRAINING = {'natural_language': 50, 'common_crawl': 50}  # stands in for Llama 2's
 
 
-def share(of: float, domains: dict[str, float]) -> dict[str, float]:
+def share(of: float, domains: Mapping[str, float]) -> dict[str, float]:
   """Weights that add up to `of`."""
   return {name: of * weight / sum(domains.values()) for name, weight in domains.items()}
 

@@ -195,8 +195,8 @@ class CostModel:
     """Bytes to and from the chip's memory: results and operands, or the parts of them used."""
     if instruction.opcode == 'custom-call' and 'AllocateBuffer' in instruction.attributes:
       return 0.0
-    read = [sum(s.bytes for s in _shapes(computation, o) if s.space == hlo.HBM)
-            for o in instruction.operands]
+    read: list[float] = [sum(s.bytes for s in _shapes(computation, o) if s.space == hlo.HBM)
+                         for o in instruction.operands]
     written = sum(s.bytes for s in instruction.shapes if s.space == hlo.HBM)
     if instruction.opcode in _SLICES:
       return 2 * written

@@ -46,8 +46,9 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
     rng = jax.random.key(seed_of(run.name, run.seed))
     return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
   if run.init == MIX:
-    mix = _mix_branches if branches and mixes(run, branches.runs) else _mix_sources
-    return _timed(run, lambda: mix(study, run, mesh, branches))
+    if branches and mixes(run, branches.runs):
+      return _timed(run, functools.partial(_mix_branches, study, run, mesh, branches))
+    return _timed(run, functools.partial(_mix_sources, study, run, mesh))
   if run.init == CHECKPOINT:
     params, biased = final(study, run.sources[0], mesh), run.sources[0].model.router_bias
   else:
@@ -111,9 +112,8 @@ def _mix_branches(study: Study, run: Run, mesh: Mesh, branches: Branches):
   return mix_stacked(run, slots, mesh)(branches.params, others)
 
 
-def _mix_sources(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None):
-  """A mixture of runs that are read slice by slice, of which each process reads what it holds."""
-  del branches
+def _mix_sources(study: Study, run: Run, mesh: Mesh):
+  """A mixture of runs that are read slice by slice; each process reads what its devices hold."""
   return _read(sources.mixture(study, run), run.model, mesh)
 
 

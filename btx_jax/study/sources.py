@@ -13,7 +13,7 @@ from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import text
 from btx_jax.data.tokenizer import load
 from btx_jax.model.source import Extent, Index, Source
-from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, seed_of
+from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, recipe_of, seed_of
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -51,13 +51,13 @@ def mixture(study: Study, run: Run) -> Source:
 def average(study: Study, run: Run) -> Source:
   """The plain average of a mixture's sources: the weights of its mean, without its rules."""
   from btx_jax import btx
-  return btx.average(_finals(study, run), run.recipe.mean)
+  return btx.average(_finals(study, run), recipe_of(run).mean)
 
 
 def _finals(study: Study, run: Run) -> list[Source]:
   """A mixture's sources, all in the vocabulary of the one that the mixture follows."""
   return aligned(study, run.sources, [final(study, source) for source in run.sources],
-                 run.recipe.reference)
+                 recipe_of(run).reference)
 
 
 def trained(run: Run) -> list[Run]:

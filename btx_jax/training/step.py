@@ -204,12 +204,12 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     >>> int(state.step), sorted(metrics)[:2]
     (1, ['grad_norm', 'grad_norms'])
   """
-  objective = objective or Objective()
+  losses = objective or Objective()
   if not cfg.has_router:  # a dense model, or routing by hash: nothing to balance
-    objective = dataclasses.replace(objective, balance_loss=0.0)
+    losses = dataclasses.replace(losses, balance_loss=0.0)
 
   def train_step(state: TrainState, batch):
-    trained, fixed = optim.split(state.params, objective.freeze)
+    trained, fixed = optim.split(state.params, losses.freeze)
     microbatches = batch, jnp.arange(len(batch['tokens']))
 
     def score(params, microbatch):
@@ -222,13 +222,13 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
 
     def loss_of(trained, microbatch):
       scores, domains = score(optim.join(trained, fixed), microbatch)
-      loss, router_losses = microbatch_loss(scores, objective, totals)
+      loss, router_losses = microbatch_loss(scores, losses, totals)
       return loss, Sums(scores.nll, scores.tokens, domains, router_losses)
 
     def gradient_of(microbatch):
       return jax.grad(loss_of, has_aux=True)(trained, microbatch)
 
-    whole = objective.balance_loss and objective.balance_scope == 'batch'
+    whole = losses.balance_loss and losses.balance_scope == 'batch'
     targets = batch['loss_mask'].sum()
     totals = BatchTotals(
         targets, targets / jnp.maximum((batch['segment_ids'] > 0).sum(), 1),
@@ -237,8 +237,8 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     grads = jax.tree.map(lambda g: g / sums.tokens, grads)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = optim.join(optax.apply_updates(trained, updates), fixed)
-    if cfg.router_bias and not frozen('layers/ffn/router_bias', objective.freeze):
-      params = _with_balanced_bias(params, sums.by_domain['routing'], objective.balance_bias)
+    if cfg.router_bias and not frozen('layers/ffn/router_bias', losses.freeze):
+      params = _with_balanced_bias(params, sums.by_domain['routing'], losses.balance_bias)
 
     router_losses = {name: value / sums.tokens for name, value in sums.router_losses.items()}
     metrics = sums.by_domain | router_losses | {
