@@ -77,7 +77,9 @@ def _implementation_of_platform(q_BNTH) -> str:
   platform = sharding.platform()
   if platform == 'tpu' and T % _LANES == 0:
     return 'splash'
-  if platform == 'gpu' and q_BNTH.dtype == jnp.bfloat16 and T > 1 and H % 8 == 0 and H <= 128:
+  # cuDNN cannot differentiate masked attention over an odd number of positions.
+  supported = q_BNTH.dtype == jnp.bfloat16 and T % 2 == 0 and H % 8 == 0 and H <= 128
+  if platform == 'gpu' and supported:
     return 'cudnn'
   return 'xla'
 
