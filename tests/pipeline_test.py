@@ -153,7 +153,7 @@ def test_any_slice_of_a_checkpoint_is_that_of_the_whole(study):
     index = tuple(slice(n // 2, n) for n in leaf.shape)
     np.testing.assert_array_equal(saved.read(path, index), leaf[index])
     one = leaf.size // math.prod(leaf.shape[:('layers' in path) + ('experts' in path)])
-    assert saved.room(path) == 4 * one, path
+    assert saved.scratch_bytes(path) == 4 * one, path
 
 
 def test_manifests_say_where_a_run_came_from(study):
