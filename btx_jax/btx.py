@@ -25,6 +25,7 @@ from btx_jax.devices.sharding import path_of
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Extent, Index, Source
+from btx_jax.model.trees import check_tree, leaves_of, shape_at, shapes_of
 from btx_jax.recipe import Recipe, whole_experts
 
 Read = Callable[[int, str, Index], Any]
@@ -45,7 +46,7 @@ def branch(params, n: int):
     >>> experts['embed'].shape == (3, *seed['embed'].shape)
     True
   """
-  _check_tree(params, 'branch: params')
+  check_tree(params, 'branch: params')
   if n < 1:
     raise ValueError(f'branch: n = {n} copies; it must be at least 1.')
   return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), params)
@@ -67,12 +68,12 @@ def stack(experts: Sequence):
   """
   if isinstance(experts, Mapping) or not len(experts):
     raise ValueError('stack takes a list of parameter trees, at least one: stack([code, math]).')
-  first, *others = (_shapes(tree, f'stack: expert {i}') for i, tree in enumerate(experts))
+  first, *others = (shapes_of(tree, f'stack: expert {i}') for i, tree in enumerate(experts))
   for i, other in enumerate(others, 1):
     for path in sorted(first.keys() | other.keys()):
       if first.get(path) != other.get(path):
         raise ValueError(f'stack: expert {i} differs from expert 0 at {path!r}: '
-                         f'{_shape(other, path)} and {_shape(first, path)}.')
+                         f'{shape_at(other, path)} and {shape_at(first, path)}.')
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
 
 
@@ -97,7 +98,7 @@ def average(experts, weights: Sequence[float] | None = None):
   if _are_sources(experts):
     count = len(experts)
   else:
-    leading = {shape[:1] for shape in _shapes(experts, 'average: experts').values()}
+    leading = {shape[:1] for shape in shapes_of(experts, 'average: experts').values()}
     if len(leading) != 1 or () in leading:
       raise ValueError('average takes stacked experts, whose leaves all have the same first '
                        f'dimension, and these have {sorted(leading)}: use stack or branch first.')
@@ -144,7 +145,7 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
     recipe = recipe or whole_experts(range(len(experts)), model.ffn_dim)
     _check_recipe(model, recipe, len(experts))
     return _Mixture(experts, model, recipe, rng)
-  leaves = _flat(experts, 'mix: experts')
+  leaves = leaves_of(experts, 'mix: experts')
   count = max((leaf.shape[:1] for leaf in leaves.values()), default=(0,))[0]
   in_place = whole_experts(range(model.num_experts), model.ffn_dim)
   chosen = recipe or in_place
@@ -248,7 +249,7 @@ class _Mixture:
 
     The CPU gives the same bits whatever the devices are; JAX_PLATFORMS can exclude it.
     """
-    shapes = {path: leaf.shape for path, leaf in _flat(llama.shapes(self._model), 'model').items()
+    shapes = {path: shape for path, shape in shapes_of(llama.shapes(self._model), 'model').items()
               if is_router(path)}
     try:
       devices = jax.local_devices(backend='cpu')
@@ -374,38 +375,8 @@ def _are_sources(experts) -> bool:
   return True
 
 
-def _check_tree(tree, name: str):
-  leaves = jax.tree.leaves(tree)
-  if not isinstance(tree, Mapping) or not leaves or not all(
-      hasattr(leaf, 'shape') and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-    raise ValueError(f'{name} must be a parameter tree, a dict of dicts of floating-point arrays, '
-                     f'not {type(tree).__name__}{_first_wrong(tree)}.')
-
-
-def _first_wrong(tree) -> str:
-  """The first leaf that is not a floating-point array, in words."""
-  for path, leaf in jax.tree.leaves_with_path(tree) if isinstance(tree, Mapping) else ():
-    if not hasattr(leaf, 'dtype') or not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return f' with {getattr(leaf, "dtype", type(leaf).__name__)} at {path_of(path)!r}'
-  return ''
-
-
-def _flat(tree, name: str) -> dict[str, Any]:
-  """The leaves of a parameter tree by path."""
-  _check_tree(tree, name)
-  return {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _shapes(tree, name: str) -> dict[str, tuple[int, ...]]:
-  return {path: tuple(leaf.shape) for path, leaf in _flat(tree, name).items()}
-
-
-def _shape(shapes: Mapping[str, tuple[int, ...]], path: str) -> str:
-  return str(list(shapes[path])) if path in shapes else 'absent'
-
-
 def _check_recipe(model: Config, recipe: Recipe, count: int):
-  """Raises ValueError unless the recipe makes this model from so many sources."""
+  """Raises ValueError unless the recipe makes this model from this number of sources."""
   if len(recipe.pieces) != model.num_experts:
     raise ValueError(f'mix: model.num_experts = {model.num_experts}, but the recipe makes '
                      f'{len(recipe.pieces)} experts of {count} sources.')
@@ -424,7 +395,7 @@ def _check_stacked(leaves: Mapping[str, Any], model: Config, recipe: Recipe):
   """Raises ValueError unless these are the stacked parameters that the recipe cuts up."""
   width = max(end for expert in recipe.pieces for _, _, end in expert)
   dense = dataclasses.replace(model, num_experts=0, router_bias=False, ffn_dim=width)
-  expected = _shapes(llama.shapes(dense), 'model')
+  expected = shapes_of(llama.shapes(dense), 'model')
   count = len(recipe.rest[-1][1])
   for path in sorted(expected.keys() | leaves.keys()):
     found = tuple(leaves[path].shape) if path in leaves else None

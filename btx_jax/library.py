@@ -20,6 +20,7 @@ from btx_jax.errors import UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Arrays, Source
+from btx_jax.model.trees import check_params
 from btx_jax.study import manifest
 from btx_jax.training import checkpoint
 
@@ -85,7 +86,7 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     >>> load(out)[0] == config
     True
   """
-  _check_params(config, params, 'save')
+  check_params(config, params, 'save')
   beside = tokenizer if isinstance(tokenizer, str) else ''
   opened = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
   if not max_length:
@@ -117,7 +118,7 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
     >>> logits(config, params, [[1, 2, 3]]).shape == (1, 3, config.vocab_size)
     True
   """
-  _check_params(config, params, 'logits')
+  check_params(config, params, 'logits')
   if not isinstance(tokens, Tracer):
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2):
@@ -170,19 +171,3 @@ def _open(path: str) -> tuple[Source, Config]:
                      f'{found["spec"]["steps"]}. Train it; a run of 0 steps is written by the '
                      'command export.')
   return checkpoint.Saved(os.path.join(path, 'checkpoints'), found['steps_done']), config
-
-
-def _check_params(config: Config, params: dict, function: str):
-  """Raises ValueError unless the parameters have the shapes of the model."""
-  wanted = {sharding.path_of(path): tuple(x.shape)
-            for path, x in jax.tree.leaves_with_path(llama.shapes(config))}
-  found = {sharding.path_of(path): tuple(jnp.shape(x))
-           for path, x in jax.tree.leaves_with_path(params)}
-  for path in sorted(wanted.keys() | found.keys()):
-    if wanted.get(path) != found.get(path):
-      ours, theirs = ('absent' if x is None else list(x)
-                      for x in (found.get(path), wanted.get(path)))
-      raise ValueError(f'{function}: {path!r} is {ours} in the parameters, and {theirs} in the '
-                       f'model of this config.')
-
-
