@@ -25,7 +25,7 @@ def get_config(form: str = ''):
   config = base.get_config()
   config.domains = {
       'code': base.domain(source='stdlib'),
-      'math': base.domain(source='mathematics'),
+      'math': base.domain(source='arithmetic'),
       'knowledge': base.domain(source='factbook'),
       'prose': base.domain(source='sotu'),
   }

