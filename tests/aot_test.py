@@ -92,7 +92,7 @@ def test_the_papers_run_fits_a_v5p_128(pod):
     assert program.fits, (program.runs, program.peak, program.error)
     assert all(finding.holds for finding in program.findings), program.findings
   assert min(program.mfu(pod.chip) for program in (experts, mixture)) > 0.55
-  assert len(mixture.findings) == len(branches.findings) == 1
+  assert not mixture.findings and len(branches.findings) == 1
   along = {axis for (_, axes), sent in branches.cost.sent.items() if sent > 1e6 for axis in axes}
   assert 'expert' not in along and 'fsdp' in along
   # The compiler knows that the slice is a torus: what all chips share is gathered, twice a
