@@ -14,7 +14,7 @@ from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, RANDOM, Objective, Optimi
 
 # For a run's train={'freeze': ...}.
 FREEZE_EXPERTS = ('/experts/',)
-FREEZE_ALL_BUT_ROUTER = ('^(?!.*/router)',)  # and but its bias, if it has one
+FREEZE_ALL_BUT_ROUTER = ('^(?!.*/router)',)  # leaves the router's bias free too, if it has one
 
 
 def get_config() -> ConfigDict:

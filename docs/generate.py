@@ -71,7 +71,7 @@ NOTES = {
                                         'settings.',
         'does not hold tokens written': 'Something else wrote this folder, or it is damaged. If it '
                                         'holds nothing else, delete it.',
-        'is not a manifest of ours': 'Something else wrote this file, or it is damaged.',
+        'is not a btx_jax manifest': 'Something else wrote this file, or it is damaged.',
     },
     'During a run': {
         'is sound. To train it': 'The loss or the norm of its gradient was not finite. Such a '

@@ -515,7 +515,7 @@ def test_directories_that_something_happened_to(run, config, work):
   os.rename(work / 'away', work / 'seed' / 'checkpoints')
   kept = (work / 'seed' / 'manifest.json').read_text()
   (work / 'seed' / 'manifest.json').write_text('[]')
-  check(run(*arguments), 'manifest.json is not a manifest of ours')
+  check(run(*arguments), 'manifest.json is not a btx_jax manifest')
   (work / 'seed' / 'manifest.json').unlink()
   check(run(*arguments[:2]), 'seed has checkpoints but no manifest.json')
   (work / 'seed' / 'manifest.json').write_text(kept)

@@ -8,8 +8,8 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
 # From the bottom up. A room is a file or folder directly under btx_jax/, or configs/, which is
-# installed there; rooms of one floor do not import each other. The entry points import late, when
-# they are called; they may reach any floor.
+# installed there; rooms of one floor do not import each other. __init__ and __main__ import late, when they
+# are used; they may reach any floor.
 FLOORS = (
     ('errors', 'terminal'),
     ('devices', 'recipe', 'files'),

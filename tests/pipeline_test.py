@@ -369,7 +369,7 @@ def test_text_that_has_changed_is_noticed(study, text, copy):
 def test_a_file_that_is_no_manifest_is_refused(study, copy):
   with open(os.path.join(copy, 'seed', 'manifest.json'), 'w', encoding='utf-8') as file:
     file.write('[]')
-  with pytest.raises(UsageError, match='is not a manifest of ours'):
+  with pytest.raises(UsageError, match='is not a btx_jax manifest'):
     Pipeline(study.config, str(copy)).train()
 
 

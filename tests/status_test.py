@@ -144,9 +144,9 @@ def test_an_invalid_manifest_affects_its_own_run_only(study):
   with open(os.path.join(study.folder('btx'), 'manifest.json'), 'w', encoding='utf-8') as file:
     file.write('{"name": "half')
   assert status_of(study, 'btx')['state'] == 'unreadable'
-  assert 'is not a manifest of ours' in status_of(study, 'btx')['error']
+  assert 'is not a btx_jax manifest' in status_of(study, 'btx')['error']
   assert status_of(study, 'seed')['state'] == 'complete'
-  assert 'is not a manifest of ours' in words_of(report.write_report(study, 'half'))
+  assert 'is not a btx_jax manifest' in words_of(report.write_report(study, 'half'))
 
 
 def test_a_run_is_taken_as_running_where_locks_are_not_supported(study, monkeypatch):

@@ -34,7 +34,7 @@ def read(folder: str) -> dict | None:
   except NotADirectoryError:
     raise  # --workdir is wrong, not the manifest
   except (OSError, ValueError, TypeError, KeyError) as error:
-    raise UsageError(f'{path} is not a manifest of ours ({error!r}); use another --workdir, or '
+    raise UsageError(f'{path} is not a btx_jax manifest ({error!r}); use another --workdir, or '
                      'delete that folder to train the run again.') from error
   return manifest
 

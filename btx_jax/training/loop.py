@@ -108,8 +108,8 @@ class Branch:
     run: what is trained.
     folder: the run's directory.
     start: the step of the checkpoint that it continues from; 0 without one.
-    checkpoints: of the run.
-    recorder: of the run.
+    checkpoints: the run's checkpoints.
+    recorder: writes the run's metrics.
   """
   run: Run
   folder: str
@@ -165,9 +165,9 @@ class Training:
   """A program while it trains.
 
   Attributes:
-    program: the compiled steps of all branches.
-    branches: its runs.
-    state: of the program; each step donates it.
+    program: the steps of all branches, compiled by the first one.
+    branches: the runs.
+    state: the program's state; each step donates it.
     first_step, last_step: of the steps to take, counted from 1.
   """
 
