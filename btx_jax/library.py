@@ -95,7 +95,8 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     max_length = Folder(beside).context_length if described else 4096
   experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
   export.export(
-      folder, config, Arrays(params), dtype, max_length=max_length, balance_loss=Objective.balance_loss,
+      folder, config, Arrays(params), dtype, max_length=max_length,
+      balance_loss=Objective.balance_loss,
       bos_id=opened.bos_id if opened else None, eos_id=opened.eos_id if opened else None,
       tokenizer_files=tokenizer_files(opened) if opened else {},
       card=f'---\nlibrary_name: transformers\n---\n\nWritten by btx_jax: {experts}.\n')
