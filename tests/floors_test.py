@@ -83,7 +83,8 @@ def test_every_room_is_in_the_wheel():
 def test_an_import_that_goes_up_is_named(tmp_path):
   (tmp_path / 'btx_jax' / 'model').mkdir(parents=True)
   (tmp_path / 'btx_jax' / 'model' / 'llama.py').write_text(
-      'def late():\n  from btx_jax.training import step\n  from btx_jax import mix\n  return step, mix\n')
+      'def late():\n  from btx_jax.training import step\n  from btx_jax import mix\n'
+      '  return step, mix\n')
   assert upward(imports(tmp_path)) == [
       'btx_jax/model/llama.py:2: model (floor 2) imports training (floor 6)',
       'btx_jax/model/llama.py:3: model (floor 2) imports __init__ (floor 11)']
