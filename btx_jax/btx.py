@@ -85,7 +85,7 @@ def average(experts, weights: Sequence[float] | None = None):
     weights: of each expert in the mean; equal if None.
 
   Returns:
-    A tree of leaves [...], float32; for sources a Source.
+    A tree of leaves [...], in float32 unless only one expert has a weight; for sources a Source.
 
   Raises:
     ValueError: the experts are not in one of the two forms, or not as many as `weights`.
@@ -106,6 +106,8 @@ def average(experts, weights: Sequence[float] | None = None):
   weights = tuple(weights) if weights is not None else (1.0,) * count
   if len(weights) != count:
     raise ValueError(f'average: {len(weights)} weights for {count} experts.')
+  if min(weights) < 0 or not any(weights):
+    raise ValueError(f'average: weights = {weights} must not be negative, nor all be zero.')
   if _are_sources(experts):
     return _Average(experts, weights)
   return jax.tree.map(lambda x: _stacked_mean(x, weights), experts)
@@ -125,7 +127,8 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
     recipe: what each source contributes; the paper's form if None.
 
   Returns:
-    Parameters of `model`, float32; for sources a Source that computes each slice when it is read.
+    Parameters of `model`: means in float32, copies in the type of their source. For sources, a
+    Source that computes each slice when it is read.
 
   Raises:
     ValueError: the experts are not in one of the two forms, or do not have the shapes that the
@@ -144,9 +147,10 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
   if _are_sources(experts):
     recipe = recipe or whole_experts(range(len(experts)), model.ffn_dim)
     _check_recipe(model, recipe, len(experts))
+    _check_sources(experts, model, recipe)
     return _Mixture(experts, model, recipe, rng)
   leaves = leaves_of(experts, 'mix: experts')
-  count = max((leaf.shape[:1] for leaf in leaves.values()), default=(0,))[0]
+  count = max(leaf.shape[:1] for leaf in leaves.values())[0]
   in_place = whole_experts(range(model.num_experts), model.ffn_dim)
   chosen = recipe or in_place
   _check_stacked(leaves, model, chosen)
@@ -158,7 +162,7 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
       return new_router(path, like.shape, chosen, rng)
     if path in leaves:
       return _stacked_mean(leaves[path], chosen.weights(path))
-    if chosen.pieces == in_place.pieces:
+    if chosen.pieces == in_place.pieces and _scale(chosen, path) == 1:
       # On a mesh whose `expert` axis the branches lie along, no weight moves.
       return leaves[_dense(path)].swapaxes(0, 1)
     return mix_slice(chosen, path, tuple(slice(0, n) for n in like.shape),
@@ -335,7 +339,7 @@ def _mean_slice(weights: Sequence[float], path: str, index: Index, read: Read):
 def _mean(values: Iterator, weights: Sequence[float]):
   """The weighted mean, added in order, one term in memory at a time; a single one is untouched.
 
-  Multiplies by the inverse, as XLA does for a division, so that the bits agree.
+  Multiplies by the inverse, as `_stacked_mean` does, so that the bits agree.
   """
   if len(weights) == 1:
     return next(values)
@@ -380,23 +384,41 @@ def _check_recipe(model: Config, recipe: Recipe, count: int):
   if len(recipe.pieces) != model.num_experts:
     raise ValueError(f'mix: model.num_experts = {model.num_experts}, but the recipe makes '
                      f'{len(recipe.pieces)} experts of {count} sources.')
-  width = sum(end - first for _, first, end in recipe.pieces[0])
-  if width != model.ffn_dim:
+  widths = {sum(end - first for _, first, end in expert) for expert in recipe.pieces}
+  if widths != {model.ffn_dim}:
     raise ValueError(f'mix: model.ffn_dim = {model.ffn_dim}, but the recipe makes experts of '
-                     f'width {width}.')
-  numbers = {source for expert in recipe.pieces for source, _, _ in expert}
-  weighed = {len(weights) for _, weights in recipe.rest}
-  if max(numbers) >= count or weighed != {count}:
-    raise ValueError(f'mix: {count} sources, but the recipe is for '
-                     f'{max(max(numbers) + 1, *weighed)}.')
+                     f'width {", ".join(map(str, sorted(widths)))}.')
+  if model.num_experts % recipe.tied:
+    raise ValueError(f'mix: recipe.tied = {recipe.tied} does not divide the number of experts, '
+                     f'{model.num_experts}.')
+  named = 1 + max(source for expert in recipe.pieces for source, _, _ in expert)
+  weighted = sorted({len(weights) for _, weights in recipe.rest})
+  if named > count or weighted != [count]:
+    raise ValueError(f'mix: {count} sources, but the recipe has pieces of {named} and weights for '
+                     f'{", ".join(map(str, weighted))}.')
+
+
+def _source_shapes(model: Config, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+  """The shapes of a dense model that the recipe can cut up."""
+  width = max(end for expert in recipe.pieces for _, _, end in expert)
+  dense = dataclasses.replace(model, num_experts=0, router_bias=False, ffn_dim=width)
+  return shapes_of(llama.shapes(dense), 'model')
+
+
+def _check_sources(sources: Sequence[Source], model: Config, recipe: Recipe):
+  """Raises ValueError if a source that knows its `shapes` has others than the recipe cuts up."""
+  expected = _source_shapes(model, recipe)
+  for i, source in enumerate(sources):
+    found = getattr(source, 'shapes', expected)
+    for path in sorted(expected.keys() | found.keys()):
+      if tuple(found.get(path, ())) != expected.get(path, ()):
+        raise ValueError(f'mix: {path!r} of source {i} is {shape_at(found, path)}, and '
+                         f'{shape_at(expected, path)} in a dense model of these sizes.')
 
 
 def _check_stacked(leaves: Mapping[str, Any], model: Config, recipe: Recipe):
   """Raises ValueError unless these are the stacked parameters that the recipe cuts up."""
-  width = max(end for expert in recipe.pieces for _, _, end in expert)
-  dense = dataclasses.replace(model, num_experts=0, router_bias=False, ffn_dim=width)
-  expected = shapes_of(llama.shapes(dense), 'model')
-  count = len(recipe.rest[-1][1])
+  expected, count = _source_shapes(model, recipe), len(recipe.mean)
   for path in sorted(expected.keys() | leaves.keys()):
     found = tuple(leaves[path].shape) if path in leaves else None
     wanted = (count, *expected[path]) if path in expected else None
@@ -406,7 +428,7 @@ def _check_stacked(leaves: Mapping[str, Any], model: Config, recipe: Recipe):
     if found is not None and found == expected.get(path):
       hint = ' It looks like one model: stack several with stack, or copy it with branch.'
     if path in expected and found is not None and found[1:] == expected[path]:
-      hint = f' model.num_experts = {model.num_experts}; {found[0]} models are stacked.'
+      hint = f' {found[0]} models are stacked, and model.num_experts = {model.num_experts}.'
     raise ValueError(f'mix: {path!r} is {list(found) if found else "absent"}, and '
                      f'{list(wanted) if wanted else "absent"} in {count} stacked dense models of '
                      f'these sizes.{hint}')

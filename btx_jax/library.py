@@ -2,20 +2,21 @@
 
 import functools
 import json
+import math
 import os
 from typing import Any
 
 import jax
-from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 import sentencepiece as spm
 
-from btx_jax.convert import export
+from btx_jax.convert import config_json, export
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data.tokenizer import FILE, Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.errors import UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
@@ -34,7 +35,7 @@ def load(path: str, shardings: Any = None) -> tuple[Config, dict]:
       which the newest checkpoint is read.
     shardings: where to put the parameters: a jax.sharding.Mesh, over which they are laid by
       sharding.RULES; one Sharding for all; or a tree of them, one per parameter. None is the
-      default device. Each process reads only the slices that its devices hold.
+      first local device. Each process reads only the slices that its devices hold.
 
   Returns:
     The model's sizes, and its parameters in float32, laid out as model/llama.py says.
@@ -91,8 +92,10 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
   beside = tokenizer if isinstance(tokenizer, str) else ''
   opened = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
   if not max_length:
-    described = os.path.exists(os.path.join(beside, 'config.json')) if beside else False
-    max_length = Folder(beside).context_length if described else 4096
+    path = os.path.join(beside, 'config.json')
+    max_length = 4096
+    if beside and os.path.exists(path):
+      max_length = config_json.context_length(config_json.read_json(path))
   experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
   export.export(
       folder, config, Arrays(params), dtype, max_length=max_length,
@@ -114,14 +117,15 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
     float32 [B, T, V] or [T, V].
 
   Raises:
-    ValueError: the parameters are not those of `config`, or an id is outside its vocabulary.
+    ValueError: the parameters are not those of `config`, or an id is outside its vocabulary (not
+      checked for a jax.Array, which may not be at hand).
 
   Example:
     >>> logits(config, params, [[1, 2, 3]]).shape == (1, 3, config.vocab_size)
     True
   """
   check_params(config, params, 'logits')
-  if not isinstance(tokens, Tracer):
+  if not isinstance(tokens, jax.Array):
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2):
       raise ValueError(f'logits: tokens must be integers [B, T] or [T], not {tokens.dtype} '
@@ -129,8 +133,11 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
       raise ValueError(f'logits: tokens lie between {tokens.min()} and {tokens.max()}, and the '
                        f'model has the ids 0 to {config.vocab_size - 1}.')
-  rows = jnp.atleast_2d(tokens)
-  found = _logits(config, params, rows)
+  rows_BT = jnp.atleast_2d(tokens)
+  mesh = jax.sharding.get_abstract_mesh()
+  ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  padded_BT = jnp.pad(rows_BT, ((0, -len(rows_BT) % ways), (0, 0)))  # rows are shared evenly
+  found = _logits(config, params, padded_BT)[:len(rows_BT)]
   return found if tokens.ndim == 2 else found[0]
 
 
@@ -167,9 +174,10 @@ def _open(path: str) -> tuple[Source, Config]:
   if not found:
     raise UsageError(f'load: {path} is neither a Hugging Face folder (it has no config.json) nor '
                      'the directory of a run (it has no manifest.json).')
-  config = Config(**found['spec']['model'])
-  if not found['steps_done']:
-    raise UsageError(f'load: {path} has no checkpoint: its run is {found["state"]} at step 0 of '
-                     f'{found["spec"]["steps"]}. Train it; a run of 0 steps is written by the '
-                     'command export.')
-  return checkpoint.Saved(os.path.join(path, 'checkpoints'), found['steps_done']), config
+  folder = os.path.join(path, 'checkpoints')
+  step = checkpoint.latest_step(folder)
+  if step is None:
+    raise UsageError(f'load: {path} has no checkpoint: its run is {found["state"]}, of '
+                     f'{found["spec"]["steps"]} steps. Train it, or write what a run of 0 steps '
+                     'is with the command export.')
+  return checkpoint.Saved(folder, step), Config(**found['spec']['model'])

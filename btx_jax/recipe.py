@@ -41,6 +41,10 @@ class Recipe:
   tied: int = 1
   router_std: float = ROUTER_STD
 
+  def __post_init__(self):
+    if not self.rest or self.rest[-1][0]:
+      raise ValueError("Recipe.rest must end with ('', weights), for every other parameter.")
+
   @property
   def reference(self) -> int:
     """The first source in the mean: where sources differ, the mixture follows this one."""

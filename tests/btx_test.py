@@ -152,7 +152,7 @@ def test_an_average_can_be_weighted():
 
 
 WIDE = dataclasses.replace(TINY, ffn_dim=32)
-three = dataclasses.replace(TINY_MIXTURE, num_experts=3)
+three, two = (dataclasses.replace(TINY_MIXTURE, num_experts=n) for n in (3, 2))
 two_of = lambda cfg: [random_params(cfg, seed=i) for i in range(2)]
 mixed = lambda experts, model: btx.mix(experts, model, jax.random.key(0))
 
@@ -170,13 +170,19 @@ mixed = lambda experts, model: btx.mix(experts, model, jax.random.key(0))
     (lambda: btx.average(two_of(TINY)), r'not of sources: .*stack\(\[code, math\]\)'),
     (lambda: btx.average(btx.stack(two_of(TINY)), (1.0,)), r'1 weights for 2 experts'),
     (lambda: mixed(btx.branch(random_params(TINY), 4), three),
-     r"'embed' is \[4, 48, 16\], and \[3, 48, 16\] in 3 .*num_experts = 3; 4 models"),
+     r"'embed' is \[4, 48, 16\], and \[3, 48, 16\] in 3 .* 4 models are .*num_experts = 3"),
     (lambda: mixed(btx.branch(random_params(TINY), 4), TINY), r'num_experts = 0 is a dense model'),
     (lambda: mixed(random_params(TINY), TINY_MIXTURE),
      r"'embed' is \[48, 16\], and \[4, 48, 16\] .*one model: stack several with stack"),
     (lambda: mixed(two_of(TINY), TINY_MIXTURE), r'not of sources: pass parameter trees as one'),
     (lambda: mixed(btx.branch(random_params(WIDE), 4), TINY_MIXTURE),
      r"'layers/ffn/down' is \[4, 2, 32, 16\], and \[4, 2, 20, 16\] in 4 stacked dense models"),
+    (lambda: btx.average(btx.stack(two_of(TINY)), (0.0, 0.0)), r'must not .* all be zero'),
+    (lambda: mixed([Arrays(tree) for tree in two_of(WIDE)], two),
+     r"'layers/ffn/down' of source 0 is \[2, 32, 16\], and \[2, 20, 16\] in a dense"),
+    (lambda: btx.mix(btx.stack(two_of(TINY)), two, None, dataclasses.replace(
+        recipe_lib.whole_experts(range(2), 20), tied=3)), r'tied = 3 does not divide'),
+    (lambda: recipe_lib.Recipe(((),), (('attn/', (1.0,)),)), r"must end with \('', weights\)"),
     (lambda: mixed([Arrays(tree) for tree in two_of(TINY)], TINY_MIXTURE),
      r'num_experts = 4, but the recipe makes 2 experts of 2 sources'),
     (lambda: mixed(btx.branch(random_params(dataclasses.replace(TINY, tied_head=True)), 4),

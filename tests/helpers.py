@@ -50,7 +50,6 @@ class Arrays(source.Arrays):
 
   def __init__(self, params: Mapping):
     super().__init__(params)
-    self.shapes = {path: tuple(x.shape) for path, x in self._arrays.items()}
     self.dtypes = {path: np.dtype(x.dtype) for path, x in self._arrays.items()}
 
 

@@ -103,9 +103,14 @@ def test_a_model_is_loaded_into_given_shardings(folders):
 
 
 def test_logits_are_those_of_every_position(folders):
+  """On a mesh too, whose devices the rows need not fill."""
   config, params = btx_jax.load(str(folders / 'law'))
   tokens = np.random.default_rng(0).integers(0, 272, (2, 9))
   found = btx_jax.logits(config, params, tokens)
+  with use_mesh((1, 2, 2, 2)) as mesh:
+    _, sharded = btx_jax.load(str(folders / 'law'), mesh)
+    np.testing.assert_allclose(btx_jax.logits(config, sharded, tokens), found, rtol=1e-4,
+                               atol=1e-5)
   np.testing.assert_allclose(btx_jax.logits(config, params, tokens[0, :4]), found[0, :4],
                              rtol=1e-4, atol=1e-5)
 

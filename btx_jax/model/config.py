@@ -64,8 +64,8 @@ class Config:
     remat: what each layer stores for the backward pass, which recomputes the rest. From most memory
       to least: 'none' (everything), 'matmuls' (the outputs of all matmuls), 'projections' (of the
       matmuls outside the feed-forward layers), 'dispatch' (attention outputs, and the tokens sent
-      to experts, so that none is sent twice), 'attention' (attention outputs), 'full' (the layer's
-      input), 'offload' (that input, in the host's memory).
+      to experts, so that only dispatch = 'gather' sends them twice), 'attention' (attention
+      outputs), 'full' (the layer's input), 'offload' (that input, in the host's memory).
     attention: 'auto' (the platform's own), 'xla' (anywhere), 'splash' (TPU) or 'cudnn' (NVIDIA GPU,
       bfloat16).
     dispatch: how tokens get to experts and back, which affects speed only. 'pieces' (for CPU and
@@ -74,7 +74,7 @@ class Config:
       the platform's own.
     dispatch_factor: all but 'gather': rows per expert in one round of dispatch, in units of a
       balanced load. Overflow goes into a further round, so that no token is dropped; this affects
-      speed only.
+      speed, and in bfloat16 the rounding of tokens whose experts are in different rounds.
   """
   vocab_size: int
   dim: int

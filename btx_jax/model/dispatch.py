@@ -2,7 +2,7 @@
 
 There are two ways, both exact: no token is dropped, whatever the load. `dispatch_in_rounds` sends
 buffers of fixed size to the devices that hold the experts; `dispatch_all` brings the tokens of all
-devices to each of them. A form, which a config names, is one of these ways and a function of
+devices to each of them. A form, which a config names, chooses one of these ways, and a function of
 grouped.py that multiplies the rows of a device. FORMS has all of them, with one signature,
 
   (x_nD, experts, gates_nk, ids_nk, capacity, shards) -> y_nD
@@ -32,8 +32,8 @@ _TILE = 128  # rows of a TPU's tile
 def dispatch_pieces(x_nD, experts, gates_nk, ids_nk, capacity, shards):
   """Buffers, whose filled rows are multiplied piece by piece: for CPUs and GPUs.
 
-  If nothing has to travel and one round fits every choice, padding and rounds are unnecessary:
-  this is then `dispatch_all` on one device.
+  If nothing has to travel and the buffers have room for as many rows as there are choices, padding
+  and rounds are unnecessary: this is then `dispatch_all` on one device.
   """
   k, E = ids_nk.shape[1], len(experts['up']) * shards
   if shards == 1 and capacity * E >= k:
@@ -43,7 +43,8 @@ def dispatch_pieces(x_nD, experts, gates_nk, ids_nk, capacity, shards):
 
 
 def dispatch_grouped(x_nD, experts, gates_nk, ids_nk, capacity, shards):
-  """Buffers, each multiplied whole or by the compiler's grouped matmul: for TPUs."""
+  """Buffers, each multiplied whole or by the compiler's grouped matmul: for TPUs,
+  and for GPUs that hold one expert."""
   return dispatch_in_rounds(
       x_nD, experts, gates_nk, ids_nk, capacity, shards, grouped.buffers_ragged)
 

@@ -3,7 +3,8 @@
 Autodiff turns the gradient of a gather into a scatter-add, which is slow. Here both directions of
 the permutation are known, so that the gradient of one gather is the other.
 
-Slot s takes row `row_s[s]`, and row r goes to slot `slot_r[r]`; -1 is none. An empty slot holds
+Slot s takes row `row_s[s]`, and row r goes to slot `slot_r[r]`; -1 is none. The two must be inverse
+to each other: the gradients rely on it. An empty slot holds
 zeros, and a row that went to no slot comes back as zeros.
 """
 
@@ -52,8 +53,8 @@ def _from_slots_fwd(y_sD, row_s, slot_r):
   return from_slots(y_sD, row_s, slot_r), row_s
 
 
-def _from_slots_bwd(row_s, dx_rD):
-  return _take(dx_rD, row_s), None, None
+def _from_slots_bwd(row_s, dy_rD):
+  return _take(dy_rD, row_s), None, None
 
 
 from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)

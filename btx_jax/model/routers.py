@@ -55,7 +55,7 @@ class Choice(NamedTuple):
   """A router's decision.
 
   Attributes:
-    gates: [B, T, k], weight of each choice.
+    gates: [B, T, k], weight of each choice; for each token they add up to more than 0.
     ids: [B, T, k], the chosen experts, different ones for each token; -1 is none.
     kept: [B, T, k], False where the expert is full and the token skips it; None if the router
       drops nothing.

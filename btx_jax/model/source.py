@@ -23,7 +23,8 @@ class Extent(NamedTuple):
 class Source(Protocol):
   """The parameters of one model, read by slices.
 
-  Implemented by hugging_face.Folder, checkpoint.Saved, and the mixtures and averages of btx.py.
+  Implemented by hugging_face.Folder, checkpoint.Saved, sources.Aligned and Arrays, and by the
+  mixtures and averages of btx.py.
   """
 
   def read(self, path: str, index: Index) -> np.ndarray:
@@ -48,6 +49,7 @@ class Arrays:
   def __init__(self, params: Mapping[str, Any]):
     """`params`: nested dicts of arrays."""
     self._arrays = dict(_flat(params))
+    self.shapes = {path: tuple(x.shape) for path, x in self._arrays.items()}
 
   def read(self, path: str, index: Index = ()) -> np.ndarray:
     return np.asarray(self._arrays[path][tuple(index)])

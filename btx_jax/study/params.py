@@ -39,7 +39,8 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
     study: whose run it is.
     run: the run.
     mesh: to lay them out on, by sharding.RULES.
-    branches: used instead of their checkpoints where the run mixes them.
+    branches: used instead of their checkpoints if the run mixes them; their arrays are deleted
+      then, so that they take no memory while the mixture trains.
   """
   shardings = sharding.shardings(llama.shapes(run.model), mesh)
   if run.init == RANDOM:
@@ -109,7 +110,10 @@ def _mix_branches(study: Study, run: Run, mesh: Mesh, branches: Branches):
   slots = slots_of(run, branches.runs)
   others = [_read(sources.final(study, source), source.model, mesh)
             for source, slot in zip(run.sources, slots) if slot is None]
-  return mix_stacked(run, slots, mesh)(branches.params, others)
+  mixed = jax.block_until_ready(mix_stacked(run, slots, mesh)(branches.params, others))
+  for leaf in jax.tree.leaves((branches.params, others)):
+    leaf.delete()
+  return mixed
 
 
 def _mix_sources(study: Study, run: Run, mesh: Mesh):
@@ -120,7 +124,7 @@ def _mix_sources(study: Study, run: Run, mesh: Mesh):
 def _timed(run: Run, make):
   began = time.monotonic()
   params = jax.block_until_ready(make())
-  say(f'{", ".join(source.name for source in run.sources)}: read and combined in '
+  say(f'{", ".join(source.name for source in run.sources)}: combined in '
       f'{time.monotonic() - began:.1f} s, peak memory '
       f'{hardware.peak_memory()["host"] / 1e9:.1f} GB')
   return params

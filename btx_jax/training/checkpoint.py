@@ -84,6 +84,14 @@ def load_params(folder: str, step: int, like):
   return ocp.load(_step_folder(folder, step), like, checkpointable_name='params')
 
 
+def latest_step(folder: str) -> int | None:
+  """The step of the newest complete checkpoint in a folder; None if there is none."""
+  try:
+    return max((int(name) for name in os.listdir(folder) if name.isdecimal()), default=None)
+  except FileNotFoundError:
+    return None
+
+
 def _step_folder(folder: str, step: int) -> str:
   path = os.path.join(os.path.abspath(folder), str(step))
   if not distributed.broadcast(lambda: os.path.isdir(path)):

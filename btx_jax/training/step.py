@@ -118,8 +118,8 @@ def microbatch_loss(scores: Scores, objective: Objective, totals: BatchTotals
 
   Args:
     scores: of the microbatch.
-    objective: weights of the losses, and the scope.
-    totals: of the batch; its `routing` selects the scope.
+    objective: weights of the losses.
+    totals: of the batch; with its `routing` the scope is 'batch', without it 'microbatch'.
 
   Returns:
     the loss, and for a mixture its two unweighted terms, 'balance' and 'router_z'.
@@ -131,8 +131,9 @@ def microbatch_loss(scores: Scores, objective: Objective, totals: BatchTotals
   if totals.routing is None:
     balance = share = scores.tokens * balance_loss(sums)
   else:
-    # d(u p) = u dp + p du: with the whole batch's u and p held fixed, the shares of the
-    # microbatches add up to the gradient of the whole batch's loss, times its targets.
+    # With gate sums u and probability sums p, d(u p) = u dp + p du: with the whole batch's u and
+    # p held fixed, the shares of the microbatches add up to the gradient of the whole batch's
+    # loss, times its targets.
     share = totals.targets * balance_loss_share(sums, totals.routing)
     balance = share / 2  # the shares' values add up to twice the loss
   loss = scores.nll + objective.balance_loss * share + objective.router_z * router_z
