@@ -14,7 +14,7 @@ import numpy as np
 from btx_jax.devices.mesh import make_mesh
 from btx_jax.model import balance
 from btx_jax.model.config import Config
-from btx_jax.training import optim
+from btx_jax.training import optim, step
 from tests.benchmarks import turns
 
 CFG = Config(vocab_size=4096, dim=128, ffn_dim=352, num_layers=4, num_heads=4, num_kv_heads=4,
@@ -37,7 +37,7 @@ def main():
   with jax.set_mesh(make_mesh()):
     forms = {'with': turns.train_step(CFG, batch, DOMAINS)}
     balance.routing_sums = bare_sums
-    balance.by_domain = lambda sums, *_: sums.gates.sum()
+    step.by_domain = lambda sums, *_: sums.gates.sum()
     optim.norms_by_part = lambda tree: {}
     forms['without'] = turns.train_step(CFG, batch, DOMAINS)
     seconds = turns.take(forms, steps)
