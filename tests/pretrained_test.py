@@ -228,8 +228,8 @@ def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypat
   pipeline = Pipeline(config, str(tmp_path / 'work'))
   pipeline.train()
   said = ' '.join(capsys.readouterr().out.split())
-  assert 'btx is mixed of models that differ: one two rope_theta 500.0 10000.0' in said
-  assert 'two: of 270 tokens 269 are matched by name' in said
+  assert 'btx is a mixture of models that differ: one two rope_theta 500.0 10000.0' in said
+  assert 'two: 269 of 270 tokens are matched by name' in said
   assert '4 rows of its own are left out' in said
   assert pipeline.runs['btx'].model == dataclasses.replace(
       MODEL, num_experts=2, dispatch_factor=2.0)

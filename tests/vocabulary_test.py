@@ -51,7 +51,7 @@ def test_a_vocabulary_that_only_has_more_tokens_does_not_contradict():
   assert say({**{token: i for token, i in OURS.items() if token != 'so'}, 'far': 4}) == (
       "4 is 'so' and 'far'")
   assert say({'went': 8}) == "'went' is 7 and 8"
-  assert say(OURS, 7) == "'went' is 7, beyond the 7 that the model knows"
+  assert say(OURS, 7) == "'went' is 7, beyond the model's 7 tokens"
 
 
 @pytest.mark.parametrize('make', [
