@@ -25,7 +25,14 @@ from btx_jax.devices.sharding import path_of
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Extent, Index, Source
-from btx_jax.model.trees import check_tree, leaves_of, shape_at, shapes_of
+from btx_jax.model.trees import (
+  check_tree,
+  first_difference,
+  leaves_of,
+  model_shapes,
+  shape_at,
+  shapes_of,
+)
 from btx_jax.recipe import Recipe, whole_experts
 
 Read = Callable[[int, str, Index], Any]
@@ -70,10 +77,9 @@ def stack(experts: Sequence):
     raise ValueError('stack takes a list of parameter trees, at least one: stack([code, math]).')
   first, *others = (shapes_of(tree, f'stack: expert {i}') for i, tree in enumerate(experts))
   for i, other in enumerate(others, 1):
-    for path in sorted(first.keys() | other.keys()):
-      if first.get(path) != other.get(path):
-        raise ValueError(f'stack: expert {i} differs from expert 0 at {path!r}: '
-                         f'{shape_at(other, path)} and {shape_at(first, path)}.')
+    if path := first_difference(other, first):
+      raise ValueError(f'stack: expert {i} differs from expert 0 at {path!r}: '
+                       f'{shape_at(other, path)} and {shape_at(first, path)}.')
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
 
 
@@ -150,11 +156,10 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
     _check_sources(experts, model, recipe)
     return _Mixture(experts, model, recipe, rng)
   leaves = leaves_of(experts, 'mix: experts')
-  count = max(leaf.shape[:1] for leaf in leaves.values())[0]
   in_place = whole_experts(range(model.num_experts), model.ffn_dim)
   chosen = recipe or in_place
   _check_stacked(leaves, model, chosen)
-  _check_recipe(model, chosen, count)
+  _check_recipe(model, chosen, len(chosen.mean))
 
   def make(key_path, like):
     path = path_of(key_path)
@@ -253,8 +258,7 @@ class _Mixture:
 
     The CPU gives the same bits whatever the devices are; JAX_PLATFORMS can exclude it.
     """
-    shapes = {path: shape for path, shape in shapes_of(llama.shapes(self._model), 'model').items()
-              if is_router(path)}
+    shapes = {path: shape for path, shape in model_shapes(self._model).items() if is_router(path)}
     try:
       devices = jax.local_devices(backend='cpu')
     except RuntimeError:
@@ -402,7 +406,7 @@ def _source_shapes(model: Config, recipe: Recipe) -> dict[str, tuple[int, ...]]:
   """The shapes of a dense model that the recipe can cut up."""
   width = max(end for expert in recipe.pieces for _, _, end in expert)
   dense = dataclasses.replace(model, num_experts=0, router_bias=False, ffn_dim=width)
-  return shapes_of(llama.shapes(dense), 'model')
+  return model_shapes(dense)
 
 
 def _check_sources(sources: Sequence[Source], model: Config, recipe: Recipe):
@@ -410,27 +414,26 @@ def _check_sources(sources: Sequence[Source], model: Config, recipe: Recipe):
   expected = _source_shapes(model, recipe)
   for i, source in enumerate(sources):
     found = getattr(source, 'shapes', expected)
-    for path in sorted(expected.keys() | found.keys()):
-      if tuple(found.get(path, ())) != expected.get(path, ()):
-        raise ValueError(f'mix: {path!r} of source {i} is {shape_at(found, path)}, and '
-                         f'{shape_at(expected, path)} in a dense model of these sizes.')
+    if path := first_difference(found, expected):
+      raise ValueError(f'mix: {path!r} of source {i} is {shape_at(found, path)}, but in a dense '
+                       f'model of these sizes it is {shape_at(expected, path)}.')
 
 
 def _check_stacked(leaves: Mapping[str, Any], model: Config, recipe: Recipe):
   """Raises ValueError unless these are the stacked parameters that the recipe cuts up."""
-  expected, count = _source_shapes(model, recipe), len(recipe.mean)
-  for path in sorted(expected.keys() | leaves.keys()):
-    found = tuple(leaves[path].shape) if path in leaves else None
-    wanted = (count, *expected[path]) if path in expected else None
-    if found == wanted:
-      continue
-    hint = ''
-    if found is not None and found == expected.get(path):
+  one, count = _source_shapes(model, recipe), len(recipe.mean)
+  wanted = {path: (count, *shape) for path, shape in one.items()}
+  found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+  path = first_difference(found, wanted)
+  if path is None:
+    return
+  hint = ''
+  if path in found and path in one:
+    if found[path] == one[path]:
       hint = ' It looks like one model: stack several with stack, or copy it with branch.'
-    if path in expected and found is not None and found[1:] == expected[path]:
-      hint = f' {found[0]} models are stacked, and model.num_experts = {model.num_experts}.'
-    raise ValueError(f'mix: {path!r} is {list(found) if found else "absent"}, and '
-                     f'{list(wanted) if wanted else "absent"} in {count} stacked dense models of '
-                     f'these sizes.{hint}')
+    elif found[path][1:] == one[path]:
+      hint = f' {found[path][0]} models are stacked, and model.num_experts = {model.num_experts}.'
+  raise ValueError(f'mix: {path!r} is {shape_at(found, path)}, and {shape_at(wanted, path)} in '
+                   f'{count} stacked dense models of these sizes.{hint}')
 
 

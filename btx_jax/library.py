@@ -59,10 +59,7 @@ def load(path: str, shardings: Any = None) -> tuple[Config, dict]:
     raise UsageError(f'load: shardings = {jax.tree.structure(shardings)} is not a tree of one '
                      f'sharding per parameter, {jax.tree.structure(shapes)}; pass that, a Mesh, '
                      'or one Sharding.')
-  like = sharding.abstract(shapes, shardings)
-  return config, jax.tree.map_with_path(
-      lambda key_path, x: sharding.from_slices(
-          x, functools.partial(source.read, sharding.path_of(key_path))), like)
+  return config, sharding.tree_from_slices(sharding.abstract(shapes, shardings), source.read)
 
 
 def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer | None = None,

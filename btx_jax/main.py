@@ -56,7 +56,7 @@ DISTRIBUTED = flags.DEFINE_bool(
     'TPU VMs, GKE and Slurm. See docs/processes.md.')
 COORDINATOR = flags.DEFINE_string(
     'coordinator', None, 'HOST:PORT of process 0, for several processes started by hand.')
-NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'The number of these processes.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the job has.')
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'The number of this process, from 0.')
 COORDINATOR_TIMEOUT = flags.DEFINE_float(
     'coordinator_timeout', distributed.TIMEOUT,

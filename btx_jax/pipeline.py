@@ -69,11 +69,11 @@ class Pipeline(Study):
           for run in left:
             lock = files.lock_folder(self.folder(run.name))
             distributed.on_process_0(functools.partial(stack.enter_context, lock))
-          trained = self._train(left, orders, branches)
-        # Branches stay in memory for the run that mixes them, if it comes next.
+          branches = self._train(left, orders, branches)
+        # They stay in memory for the run that mixes them, if it comes next, and for no other.
         follows = to_train[i + 1] if i + 1 < len(groups) else []
-        branches = trained if trained and len(follows) == 1 and params.mixes(
-            follows[0], trained.runs) else None
+        if branches and not (len(follows) == 1 and params.mixes(follows[0], branches.runs)):
+          branches = None
         for run in group:
           self._measure(run)
     return bool(wanted)

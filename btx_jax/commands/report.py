@@ -81,7 +81,7 @@ def _save_picture(folder: str, name: str, png: bytes, alt: str) -> Picture:
 
 def _contents(study: Study, runs: list[dict[str, Any]], rows: list[table.Row],
               checks: list[dict[str, Any]], save: SavePicture) -> dict[str, Any]:
-  """What report.html shows; sections that have nothing to show yet are empty.
+  """The data that report.html renders; sections without results yet are empty.
 
   Args:
     study: whose report it is.
@@ -183,7 +183,7 @@ def _mixture(study: Study, run: Run, lines: list[dict[str, Any]],
 
 
 def _sample(run: Run, pieces: list[str], gates: list[list[float]]) -> list[dict[str, str]]:
-  """The pieces of a text, each in the colour of the expert with its largest gate."""
+  """The tokens of a text, coloured by the expert with the largest gate."""
   result = []
   for piece, gates_E in zip(pieces, gates):
     top = int(np.argmax(gates_E))

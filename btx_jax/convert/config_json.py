@@ -125,7 +125,7 @@ def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos
     dtype: dtype of the weights.
     max_length: the longest text the model is for, in tokens.
     balance_loss: weight of the balancing loss, used if the model is trained further.
-    bos_id, eos_id: ids of the tokenizer; None if there is no tokenizer.
+    bos_id, eos_id: the tokenizer's special tokens; None without a tokenizer.
   """
   kind = 'mixtral' if model.num_experts else 'llama'
   rope = {'rope_type': 'default'}

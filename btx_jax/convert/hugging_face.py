@@ -33,7 +33,7 @@ class Folder:
 
   Raises:
     UsageError: our model cannot compute this one, a file is invalid, or tensors are missing,
-      unknown or of the wrong shape; one message names all of these tensors.
+      unknown or of the wrong shape. One message lists them all.
   """
 
   def __init__(self, path: str):

@@ -4,7 +4,7 @@ A tokenizer is a sentencepiece model, handled here, or a tokenizer.json (fast_to
 
 Sentencepiece's defaults destroy newlines and indentation, so a model trained here does not
 normalise, keeps whitespace pieces and falls back to bytes. One case remains: sentencepiece writes
-a space as U+2581, so this character in a text would come back as a space. It is encoded as its
+a space as U+2581, so a U+2581 in the text itself would be decoded to a space. It is encoded as its
 three bytes instead.
 """
 

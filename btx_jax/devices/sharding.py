@@ -10,6 +10,7 @@ While branches train stacked in one program, `expert` shards the branches instea
 """
 
 from collections.abc import Callable
+import functools
 import math
 import re
 
@@ -193,6 +194,12 @@ def from_slices(like, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Ar
     return slices_read[key]
 
   return jax.make_array_from_callback(like.shape, like.sharding, read_once)
+
+
+def tree_from_slices(like, read: Callable[[str, tuple[slice, ...]], np.ndarray]):
+  """A tree of such arrays; `read`, (path, slices) -> that part of the array at the path."""
+  return jax.tree.map_with_path(
+      lambda key_path, x: from_slices(x, functools.partial(read, path_of(key_path))), like)
 
 
 def local_rows(mesh, rows: int) -> list[int]:

@@ -80,7 +80,7 @@ class Similarity:
     self._means_EX = means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-9)
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    """Cosines [texts, E]; 0 for a text without words."""
+    """Cosine similarities [texts, E]; a text without words gets 0."""
     return np.asarray(self._vectors.transform(texts) @ self._means_EX.T, np.float64)
 
 

@@ -26,7 +26,7 @@ class Model(NamedTuple):
       the plain average of these models; and 'merge_...', see evaluate.ensemble.
     sizes: sizes of the model, or of each model of a merge.
     trained: the runs whose training went into it.
-    count: the number of models of these sizes.
+    count: how many separate models the row stands for.
     used: the number of them that are active per token.
   """
   name: str

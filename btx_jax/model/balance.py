@@ -36,7 +36,7 @@ class RoutingSums(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """What a mixture layer did; a program that reads only `sums` does not compute the rest.
+  """The routing of a mixture layer. XLA drops the fields that a program does not use.
 
   Attributes:
     sums: statistics of each row.

@@ -2,8 +2,9 @@
 
 There are two ways, both exact: no token is dropped, whatever the load. `dispatch_in_rounds` sends
 buffers of fixed size to the devices that hold the experts; `dispatch_all` brings the tokens of all
-devices to each of them. A form, which a config names, chooses one of these ways, and a function of
-grouped.py that multiplies the rows of a device. FORMS has all of them, with one signature,
+devices to each of them. A form (`model.dispatch` names one) combines one of these with a function
+of grouped.py, which multiplies the rows that a device holds. FORMS lists them; they share one
+signature,
 
   (x_nD, experts, gates_nk, ids_nk, capacity, shards) -> y_nD
 

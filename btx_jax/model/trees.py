@@ -1,6 +1,7 @@
 """Parameter trees by path, and checks of their shapes that name both sides."""
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 import jax
@@ -24,6 +25,18 @@ def shapes_of(tree, name: str) -> Shapes:
   return {path: tuple(leaf.shape) for path, leaf in leaves_of(tree, name).items()}
 
 
+@functools.cache
+def model_shapes(cfg: Config) -> Shapes:
+  """The shapes of a model's parameters by path; traced once, and not to be changed."""
+  return shapes_of(llama.shapes(cfg), 'model')
+
+
+def first_difference(found: Shapes, wanted: Shapes) -> str | None:
+  """The first path that only one side has, or whose shapes differ; None if there is none."""
+  paths = sorted(found.keys() | wanted.keys())
+  return next((path for path in paths if found.get(path) != wanted.get(path)), None)
+
+
 def shape_at(shapes: Mapping[str, tuple[int, ...]], path: str) -> str:
   """A shape for a message."""
   return str(list(shapes[path])) if path in shapes else 'absent'
@@ -39,12 +52,10 @@ def check_tree(tree, name: str):
 
 def check_params(cfg: Config, params, function: str):
   """Raises ValueError unless the parameters have the shapes of the model."""
-  wanted = shapes_of(llama.shapes(cfg), 'model')
-  found = shapes_of(params, f'{function}: params')
-  for path in sorted(wanted.keys() | found.keys()):
-    if wanted.get(path) != found.get(path):
-      raise ValueError(f'{function}: {path!r} is {shape_at(found, path)} in the parameters, and '
-                       f'{shape_at(wanted, path)} in the model of this config.')
+  wanted, found = model_shapes(cfg), shapes_of(params, f'{function}: params')
+  if path := first_difference(found, wanted):
+    raise ValueError(f'{function}: {path!r} is {shape_at(found, path)} in the parameters, and '
+                     f'{shape_at(wanted, path)} in the model of this config.')
 
 
 def _is_floating(leaf) -> bool:

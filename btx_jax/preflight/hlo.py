@@ -101,7 +101,7 @@ class Module(NamedTuple):
     return math.ceil(bound / self._step(loop))
 
   def _step(self, loop: Instruction) -> int:
-    """What an iteration adds to the loop's counter: more than 1 if XLA unrolled the loop."""
+    """The increment of the loop's counter per iteration: more than 1 if XLA unrolled the loop."""
     condition, body = (self.computations.get(loop.attribute(which), Computation())
                        for which in ('condition', 'body'))
     if not condition or not body:

@@ -42,10 +42,9 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
     branches: used instead of their checkpoints if the run mixes them; their arrays are deleted
       then, so that they take no memory while the mixture trains.
   """
-  shardings = sharding.shardings(llama.shapes(run.model), mesh)
   if run.init == RANDOM:
     rng = jax.random.key(seed_of(run.name, run.seed))
-    return jax.jit(functools.partial(llama.init, run.model), out_shardings=shardings)(rng)
+    return _jitted(functools.partial(llama.init, run.model), run.model, mesh)(rng)
   if run.init == MIX:
     if branches and mixes(run, branches.runs):
       return _timed(run, functools.partial(_mix_branches, study, run, mesh, branches))
@@ -57,7 +56,7 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
     params, biased = _read(sources.start(study, run), unbiased, mesh), False
   if run.model.router_bias == biased:
     return params
-  return jax.jit(functools.partial(llama.with_bias, run.model), out_shardings=shardings)(params)
+  return _jitted(functools.partial(llama.with_bias, run.model), run.model, mesh)(params)
 
 
 def final(study: Study, run: Run, mesh: Mesh):
@@ -96,7 +95,7 @@ def mix_stacked(run: Run, slots: Sequence[int | None], mesh: Mesh):
     rng = jax.random.key(seed_of(run.name, run.seed))
     return btx.mix(btx.stack(trees), run.model, rng, run.recipe)
 
-  return jax.jit(mix, out_shardings=sharding.shardings(llama.shapes(run.model), mesh))
+  return _jitted(mix, run.model, mesh)
 
 
 def slots_of(run: Run, branches: Sequence[Run]) -> list[int | None]:
@@ -132,10 +131,12 @@ def _timed(run: Run, make):
 
 def _read(source: Source, model: Config, mesh: Mesh):
   """A source's parameters, of which each process reads only what its devices hold."""
-  return jax.tree.map_with_path(
-      lambda key_path, like: sharding.from_slices(
-          like, functools.partial(source.read, sharding.path_of(key_path))),
-      _like(model, mesh))
+  return sharding.tree_from_slices(_like(model, mesh), source.read)
+
+
+def _jitted(make, model: Config, mesh: Mesh):
+  """`make` jitted, its result laid out as the parameters of the model are."""
+  return jax.jit(make, out_shardings=sharding.shardings(llama.shapes(model), mesh))
 
 
 def _like(model: Config, mesh: Mesh):
