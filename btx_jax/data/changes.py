@@ -43,18 +43,26 @@ class Changes:
     self.lost += not same
     return same
 
-  def check(self, domain: str, documents: int, max_skipped: float, at_end: bool):
-    """Raises UsageError if the tokenizer loses too large a share of the documents so far."""
-    if (at_end or self.lost >= _CHECK_AFTER) and self.lost > max_skipped * documents:
+  def check(self, domain: str, max_skipped: float, kept: int, at_end: bool = False):
+    """Raises UsageError if the tokenizer loses text in too large a share of the documents so far.
+
+    Args:
+      domain: name of the domain.
+      max_skipped: the largest share.
+      kept: number of documents kept so far.
+      at_end: whether these were all documents; before, some are waited for.
+    """
+    count = self._count(kept)
+    if (at_end or self.lost >= _CHECK_AFTER) and self.lost > max_skipped * count:
       raise UsageError(
           f'The tokenizer loses text of domains.{domain}: it changes {self.examples["lost"]}. '
-          f'That concerns {self.lost} of the {documents} documents read so far, more than the '
-          f'share data.max_skipped = {max_skipped:g}. Use a tokenizer that has all bytes (like '
-          'those of Llama), or leave tokenizer.path empty to train one.')
+          f'That concerns {self.lost} of the {count} documents read so far, more than the share '
+          f'data.max_skipped = {max_skipped:g}. Use a tokenizer that has all bytes (like those of '
+          'Llama), or leave tokenizer.path empty to train one.')
 
   def in_words(self, kept: int) -> list[str]:
     """A line for each kind of change that occurred; `kept` is the number of documents kept."""
-    count = kept + self.left_out + self.lost
+    count = self._count(kept)
     changed = self.normalised + self.left_out
     lines = []
     if changed:
@@ -67,3 +75,6 @@ class Changes:
           f'{self.lost:,} of {count:,} documents ({self.lost / count:.1%}) are left out, because '
           f'the tokenizer loses text there: it changes {self.examples["lost"]}')
     return lines
+
+  def _count(self, kept: int) -> int:
+    return kept + self.left_out + self.lost

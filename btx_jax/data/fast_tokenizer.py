@@ -115,9 +115,7 @@ def _space_before(tokenizer: Mapping[str, Any]) -> tuple[bool, bool, bool]:
     return True, True, False
   for part in framing.components(tokenizer, 'pre_tokenizer'):
     if part.get('type') == 'Metaspace':
-      # Before tokenizers 0.15, add_prefix_space, which is true by default.
-      older = 'always' if part.get('add_prefix_space', True) else 'never'
-      scheme = part.get('prepend_scheme', older)
+      scheme = part.get('prepend_scheme', 'always')
       return scheme != 'never', scheme == 'always', scheme != 'never'
     if part.get('type') == 'ByteLevel' and part.get('add_prefix_space'):
       return True, True, True

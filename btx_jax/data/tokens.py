@@ -182,13 +182,14 @@ def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
   with contextlib.ExitStack() as stack:
     splits = {split: stack.enter_context(_Writer(folder, split, tokenizer, bool(domain.id_field)))
               for split in SPLITS}
+    kept = lambda: sum(writer.documents for writer in splits.values())
     for batch in _batches(corpora.documents(domain, max_skipped, tally)):
       for (text, name, _), ids in zip(batch, tokenizer.encode([text for text, _, _ in batch])):
         raw, spelled = text.encode('utf-8'), tokenizer.spell(ids)
         if spelled != raw:
           decoded = spelled.decode('utf-8', errors='replace')
           if not changes.is_normal_form(text, decoded):
-            changes.check(domain.name, tally.documents, max_skipped, at_end=False)
+            changes.check(domain.name, max_skipped, kept())
           elif share(decoded) < threshold:  # on the side of a document of this form
             changes.left_out += 1
           else:
@@ -198,7 +199,7 @@ def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
         place = share(text)
         smallest = place if smallest is None else min(smallest, place)
         splits['held_out' if place < threshold else 'train'].add(ids, len(raw), name)
-  changes.check(domain.name, tally.documents, max_skipped, at_end=True)
+  changes.check(domain.name, max_skipped, kept(), at_end=True)
   train_count, held_out_count = (splits[split].documents for split in SPLITS)
   if train_count > 1 and smallest is None:
     raise UsageError(
