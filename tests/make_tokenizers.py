@@ -68,17 +68,18 @@ def space_marks(scheme: str) -> dict:
     result['pre_tokenizer'] = {'type': 'Metaspace', 'replacement': MARK, 'split': False,
                                'prepend_scheme': scheme}
   size = len(model['vocab'])
-  return _file(model, _added(SPECIAL[:3], 0) + _added(SPECIAL[3:], size), **result, decoder={
-      'type': 'Sequence', 'decoders': [
-          {'type': 'Replace', 'pattern': {'String': MARK}, 'content': ' '},
-          {'type': 'ByteFallback'}, {'type': 'Fuse'},
-          {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}]})
+  decoders = [{'type': 'Replace', 'pattern': {'String': MARK}, 'content': ' '},
+              {'type': 'ByteFallback'}, {'type': 'Fuse'}]
+  if scheme not in ('never', 'replace'):
+    decoders.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
+  return _file(model, _added(SPECIAL[:3], 0) + _added(SPECIAL[3:], size), **result,
+               decoder={'type': 'Sequence', 'decoders': decoders})
 
 
 def byte_level(add_prefix_space: bool = False, **parts) -> dict:
   """A tokenizer.json with a token per byte and a few merges, as GPT-2, Llama 3 and Qwen have."""
   others = [byte for byte in range(256) if not (
-      0x21 <= byte < 0x7f or 0xa1 <= byte < 0xad or 0xae <= byte)]
+      0x21 <= byte < 0x7f or 0xa1 <= byte < 0xad or byte >= 0xae)]
   alphabet = {byte: chr(byte) for byte in range(256)} | {
       byte: chr(256 + i) for i, byte in enumerate(others)}
   spaced = {'type': 'ByteLevel', 'add_prefix_space': add_prefix_space, 'trim_offsets': True,

@@ -1,4 +1,4 @@
-"""Tokenizers as people have them: any text comes back, or it is said; documents are framed right."""
+"""Tokenizers as people have them: text comes back or that is said, and documents are framed."""
 
 import json
 import random
@@ -50,7 +50,8 @@ def test_no_decoder_is_needed(tmp_path, kind):
 
 
 def test_a_metaspace_of_older_versions_puts_a_space_always(tmp_path):
-  older = {'type': 'Metaspace', 'replacement': MARK, 'str_rep': MARK, 'add_prefix_space': True}
+  older = {'type': 'Metaspace', 'replacement': MARK, 'str_rep': MARK, 'add_prefix_space': True,
+           'split': False}
   found = load(tmp_path / 'older', {**space_marks('never'), 'pre_tokenizer': older})
   assert found.encode(EDGES) == load(tmp_path / 'newer', space_marks('always')).encode(EDGES)
 
@@ -106,7 +107,7 @@ def test_two_forms_of_a_document_are_on_one_side(tmp_path):
 
 def test_text_that_is_normalised_throughout_cannot_be_held_out(tmp_path):
   found = load(tmp_path / 'model', byte_level(normalizer=NFC))
-  with pytest.raises(UsageError, match='changes every document of domains.some, for example'):
+  with pytest.raises(UsageError, match='The tokenizer changes every document of '):
     prepared(tmp_path, found, [f'e\u0301 {i}' for i in range(9)])
 
 
@@ -183,7 +184,7 @@ def test_a_file_of_tiktoken_beside_a_tokenizer_json_is_passed_over(tmp_path):
   (tmp_path / 'tokenizer.model').write_bytes(b'IQ== 0\nIg== 1\n')
   assert tokenizer.load(str(tmp_path)).hash == expected.hash
   (tmp_path / 'tokenizer.json').unlink()
-  with pytest.raises(UsageError, match='tokenizer.model is a tiktoken file'):
+  with pytest.raises(UsageError, match='is a tiktoken file'):
     tokenizer.load(str(tmp_path))
 
 
@@ -222,7 +223,7 @@ BASE = {'bos_token': '<s>', 'eos_token': '</s>'}
         {'type': 'ByteLevel', 'trim_offsets': True, 'add_prefix_space': False, 'use_regex': True},
         template(['<s>'])]}, BASE, '<s>', '</s>'),  # Llama 3
     ({'type': 'ByteLevel', 'trim_offsets': False, 'add_prefix_space': False, 'use_regex': True},
-     {'eos_token': '<|im_end|>', 'add_bos_token': False}, None, '<|endoftext|>'),  # Qwen2.5-Instruct
+     {'eos_token': '<|im_end|>', 'add_bos_token': False}, None, '<|endoftext|>'),  # Qwen's chat
     (None, BASE | {'add_bos_token': True}, '<s>', '</s>'),
     (None, {'eos_token': '</s>', 'add_bos_token': True}, None, '</s>'),
     ({'type': 'RobertaProcessing', 'sep': ['</s>', 2], 'cls': ['<s>', 0], 'trim_offsets': True,
@@ -257,7 +258,7 @@ def test_the_marks_are_those_of_the_config(tmp_path):
     assert [mark and mark.name for mark in found.framing[:2]] == marks
     hashes.add(found.hash)
   assert len(hashes) == 4
-  with pytest.raises(UsageError, match=r"tokenizer.bos = '<s' is not a token .* did you mean '<s>'"):
+  with pytest.raises(UsageError, match="bos = '<s' is not a token"):
     tokenizer.load(str(tmp_path), framing.Options(bos='<s'))
 
 
@@ -322,7 +323,7 @@ def test_a_text_with_marks_of_its_own_does_not_get_them_twice(tmp_path):
 
 def test_of_a_folder_with_both_the_tokenizer_json_encodes_special_tokens(tmp_path):
   make.write(tmp_path, make.sentencepiece_model(), tokenizer_config=BASE)
-  with pytest.raises(UsageError, match="special = 'encode' needs a tokenizer.json"):
+  with pytest.raises(UsageError, match="special = 'encode' needs a "):
     tokenizer.load(str(tmp_path), framing.Options(special='encode'))
   make.write(tmp_path, space_marks('first'))
   found = tokenizer.load(str(tmp_path), framing.Options(special='encode'))

@@ -47,6 +47,18 @@ class Options(NamedTuple):
 AUTOMATIC = Options()
 
 
+def options(section: Mapping[str, Any]) -> Options:
+  """The options in a config's section `tokenizer`.
+
+  Raises:
+    UsageError: `special` is not a way to treat special tokens.
+  """
+  if section['special'] not in (TEXT, ENCODE):
+    raise UsageError(f'tokenizer.special = {section["special"]!r}; '
+                     f'{nearest(section["special"], (TEXT, ENCODE))}')
+  return Options(section['bos'], section['eos'], section['special'])
+
+
 class Mark(NamedTuple):
   """A token that begins or ends documents."""
   id: int
@@ -125,12 +137,12 @@ def named(files: Mapping[str, bytes]) -> dict[str, str]:
   return result
 
 
-def decide(options: Options, files: Mapping[str, bytes], tokenizer: Mapping[str, Any],
+def decide(wanted: Options, files: Mapping[str, bytes], tokenizer: Mapping[str, Any],
            vocabulary: Mapping[str, int], special: Special, puts_bos: bool, path: str) -> Framing:
   """The framing of documents; see the top of this file.
 
   Args:
-    options: what the config asks for.
+    wanted: what the config asks for.
     files: the tokenizer's files by name.
     tokenizer: the content of tokenizer.json, or {}.
     vocabulary: the id of each token by name.
@@ -139,12 +151,9 @@ def decide(options: Options, files: Mapping[str, bytes], tokenizer: Mapping[str,
     path: of the tokenizer, for messages.
 
   Raises:
-    UsageError: the config names no token or no way to treat special tokens, or nothing says which
-      one token ends documents.
+    UsageError: the options name a token that does not exist, or nothing says which one token ends
+      documents.
   """
-  if options.special not in (TEXT, ENCODE):
-    raise UsageError(f'tokenizer.special = {options.special!r}; '
-                     f'{nearest(options.special, (TEXT, ENCODE))}')
   before, after = _template(tokenizer)
   if before is None:
     adds = read_json(files.get(NAMING[0], b'')).get('add_bos_token')
@@ -153,12 +162,12 @@ def decide(options: Options, files: Mapping[str, bytes], tokenizer: Mapping[str,
   if not after and special.eos:
     after = [_text_end(special.eos, special.all)]
   for field, names, role in (('bos', before, 'begins'), ('eos', after, 'ends')):
-    if not getattr(options, field) and (len(names) > 1 or not (names or field == 'bos')):
+    if not getattr(wanted, field) and (len(names) > 1 or not (names or field == 'bos')):
       what = f'puts {" ".join(names)} around a text' if names else 'has no eos_token'
       raise UsageError(f'{path} {what}. Set tokenizer.{field} to the token that {role} documents, '
                        f"or to '{NONE}'.")
-  return Framing(_mark('bos', options.bos, before, vocabulary, special.all, path),
-                 _mark('eos', options.eos, after, vocabulary, special.all, path), options.special)
+  return Framing(_mark('bos', wanted.bos, before, vocabulary, special.all, path),
+                 _mark('eos', wanted.eos, after, vocabulary, special.all, path), wanted.special)
 
 
 def _mark(field: str, wanted: str, automatic: Sequence[str], vocabulary: Mapping[str, int],

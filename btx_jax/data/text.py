@@ -71,7 +71,8 @@ def open_prepared(config, folder: str) -> Text:
 
 def tokenizer(config, folder: str) -> Tokenizer:
   """The tokenizer that `prepare` used."""
-  return given(config, folder) or load_tokenizer(_kept(config, folder), _options(config))
+  return given(config, folder) or load_tokenizer(
+      _kept(config, folder), framing.options(config.tokenizer))
 
 
 def given(config, folder: str) -> Tokenizer | None:
@@ -79,15 +80,12 @@ def given(config, folder: str) -> Tokenizer | None:
 
   If its file is missing, the copy in `folder` is read.
   """
+  options = framing.options(config.tokenizer)
   path, kept = config.tokenizer.path, _kept(config, folder)
   if not path:
     return None
   path = path if os.path.exists(path) or not os.path.exists(kept) else kept
-  return load_tokenizer(path, _options(config))
-
-
-def _options(config) -> framing.Options:
-  return framing.Options(config.tokenizer.bos, config.tokenizer.eos, config.tokenizer.special)
+  return load_tokenizer(path, options)
 
 
 def _kept(config, folder: str) -> str:
@@ -102,13 +100,13 @@ def _tokenizer(config, folder: str, domains) -> Tokenizer:
   kept, size = _kept(config, folder), config.tokenizer.vocab_size
   tokenizer = given(config, folder)
   if not tokenizer and os.path.exists(kept):
-    tokenizer = load_tokenizer(kept, _options(config))
+    tokenizer = load_tokenizer(kept, framing.options(config.tokenizer))
     if tokenizer.vocab_size != size:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
                        f'= {size}. Set that, or use another --workdir.')
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
-    tokenizer = train_tokenizer(_sample(config, domains), size, _options(config))
+    tokenizer = train_tokenizer(_sample(config, domains), size, framing.options(config.tokenizer))
   if not os.path.exists(kept):
     last = os.path.basename(kept)  # written last: if it exists, all do
     for name in sorted(tokenizer.files, key=lambda name: name == last):
