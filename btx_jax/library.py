@@ -13,7 +13,7 @@ import sentencepiece as spm
 
 from btx_jax.convert import config_json, export
 from btx_jax.convert.hugging_face import Folder
-from btx_jax.data.framing import CONFIG
+from btx_jax.data.framing import CONFIG, NONE, Options
 from btx_jax.data.tokenizer import FILE, Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.devices import sharding
@@ -88,7 +88,8 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
   """
   check_params(config, params, 'save')
   beside = tokenizer if isinstance(tokenizer, str) else ''
-  opened = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+  opened = (load_tokenizer(tokenizer, Options(eos=NONE)) if isinstance(tokenizer, str)
+            else tokenizer)
   if not max_length:
     path = os.path.join(beside, 'config.json')
     max_length = 4096

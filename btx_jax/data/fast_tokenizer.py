@@ -60,19 +60,17 @@ class FastTokenizer(spelling.Spelling):
     # Added tokens that can occur in text, and cut it.
     cuts = [name for name, is_special in names.items()
             if options.special == framing.ENCODE or not is_special]
-    before, after_cuts, unless_there = _space_before(found)
+    before, after_cuts, self._missing = _space_before(found)
     after = cuts if after_cuts else []
-    self._spaced = None  # matches where a space is missing that decoding would drop
-    if unless_there:
-      self._spaced = re.compile(
-          r'(\A' + ''.join('|' + re.escape(name) for name in after) + ')(?= )')
+    # Where a text begins with a space, or goes on with one after a cut, another has to be put.
+    self._cut = re.compile(f'({"|".join(map(re.escape, after))}) ') if after else None
     super().__init__(_bytes_of(found, self._vocabulary, set(names), set(cuts)), before,
                      [self._vocabulary[name] for name in after])
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
-    if self._spaced:
-      texts = [self._spaced.sub(r'\1 ', text) for text in texts]
+    if self._missing:
+      texts = [self._with_spaces(text) for text in texts]
     hidden = [(text, '') for text in texts]
     if self._marks:
       hidden = [self._marks.hide(text) for text in texts]
@@ -80,6 +78,11 @@ class FastTokenizer(spelling.Spelling):
         [text for text, _ in hidden], add_special_tokens=False)]
     return [self._marks.restore(ids, stand_in) if self._marks and stand_in else ids
             for ids, (_, stand_in) in zip(found, hidden)]
+
+  def _with_spaces(self, text: str) -> str:
+    if self._cut:
+      text = self._cut.sub(r'\1  ', text)
+    return f' {text}' if text.startswith(' ') else text
 
   def vocabulary(self) -> dict[str, int]:
     """Token name, as stored, to id."""
@@ -109,7 +112,7 @@ def _writes_marks(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _space_before(tokenizer: Mapping[str, Any]) -> tuple[bool, bool, bool]:
-  """Whether a space is put before a text, after each added token in it, and only if there is none.
+  """Whether a space is put before a text, and after added tokens in it; and only if none is there.
   """
   if any(part.get('type') == 'Prepend' for part in framing.components(tokenizer, 'normalizer')):
     return True, True, False
