@@ -35,8 +35,7 @@ class FastTokenizer(spelling.Spelling):
       raise UsageError(f"{path} needs the package 'tokenizers': pip install 'btx_jax[hf]'"
                        ) from error
     found = framing.read_json(files[FILE])
-    added = [_as_named(token, set(framing.named(files).values()))
-             for token in found.get('added_tokens') or [] if _in_embedding(token, files)]
+    added = _added_tokens(found, files)
     try:
       self._model = tokenizers.Tokenizer.from_str(json.dumps({**found, 'added_tokens': added}))
     except Exception as error:  # tokenizers raises nothing more specific
@@ -89,18 +88,17 @@ class FastTokenizer(spelling.Spelling):
     return dict(self._vocabulary)
 
 
-def _in_embedding(token: Mapping[str, Any], files: Mapping[str, bytes]) -> bool:
-  """Whether an added token has a row in the embedding, as far as the model's config.json says.
+def _added_tokens(tokenizer: Mapping[str, Any], files: Mapping[str, bytes]) -> list[dict]:
+  """The added tokens that have a row in the embedding, as far as the model's config.json says.
 
-  A padding token is often added to a tokenizer and not to the model.
+  (A padding token is often added to a tokenizer and not to the model.) Those that a file beside
+  names as bos_token, pad_token or the like are special, whatever tokenizer.json says.
   """
   size = framing.read_json(files.get(framing.CONFIG, b'')).get('vocab_size')
-  return not isinstance(size, int) or token['id'] < size
-
-
-def _as_named(token: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-  """An added token, made special if a file beside names it as bos_token, pad_token or the like."""
-  return {**token, 'special': token.get('special', False) or token['content'] in names}
+  named = set(framing.named(files).values())
+  return [{**token, 'special': token.get('special', False) or token['content'] in named}
+          for token in tokenizer.get('added_tokens') or []
+          if not isinstance(size, int) or token['id'] < size]
 
 
 def _writes_marks(tokenizer: Mapping[str, Any]) -> bool:

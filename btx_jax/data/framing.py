@@ -217,18 +217,23 @@ def _template(tokenizer: Mapping[str, Any]) -> tuple[list[str] | None, list[str]
   return None, []
 
 
-def frame(framing: Framing, ids: Sequence[int]) -> tuple[list[int], slice]:
-  """The ids of a document, and the part of `ids` that is scored as its text.
+def frame(framing: Framing, ids: list[int]) -> tuple[list[int], list[list[int]]]:
+  """The ids of a document, from those of its text; and the parts of these that are not scored.
 
   The first token of a document has nothing before it, and the end mark is no text: neither is
   scored. If special tokens are encoded, a text that brings its own marks does not get them twice.
   """
-  encodes = framing.special == ENCODE
-  begin, end = ([mark.id] if mark else [] for mark in (framing.begin, framing.end))
-  own_begin = encodes and bool(begin) and ids[0] == begin[0]
-  own_end = encodes and bool(end) and len(ids) > 1 and ids[-1] == end[0]
-  scored = slice(1 if own_begin or not begin else 0, len(ids) - own_end)
-  return [*([] if own_begin else begin), *ids, *([] if own_end else end)], scored
+  begin, end, special = framing
+  before, after, unscored = [begin.id] if begin else [], [end.id] if end else [], []
+  if special == ENCODE:
+    if before == ids[:1]:
+      before = []
+    if after == ids[-1:] and len(ids) > 1:
+      unscored.append(after)
+      after = []
+  if not before:
+    unscored.append(ids[:1])
+  return [*before, *ids, *after], unscored
 
 
 def read_json(content: bytes) -> dict:

@@ -18,6 +18,7 @@ Each document is compared with the text that its tokens stand for; see changes.p
 The hash of the tokens does not cover the ids, so runs do not depend on them.
 """
 
+import array
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -76,7 +77,11 @@ class Tokens:
 
 def share(text: str) -> float:
   """The hash of a document as a number from 0 to 1; it is held out if that is below `held_out`."""
-  return int.from_bytes(hashlib.sha256(text.encode('utf-8')).digest()[:8], 'big') / 2**64
+  return _share(text.encode('utf-8'))
+
+
+def _share(raw: bytes) -> float:
+  return int.from_bytes(hashlib.sha256(raw).digest()[:8], 'big') / 2**64
 
 
 def load(folder: str, split: str) -> Tokens:
@@ -190,13 +195,13 @@ def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
           decoded = spelled.decode('utf-8', errors='replace')
           if not changes.is_normal_form(text, decoded):
             changes.check(domain.name, max_skipped, kept())
-          elif share(decoded) < threshold:  # on the side of a document of this form
+          elif _share(spelled) < threshold:  # on the side of a document of this form
             changes.left_out += 1
           else:
             changes.normalised += 1
             splits['train'].add(ids, len(raw), name)
           continue
-        place = share(text)
+        place = _share(raw)
         smallest = place if smallest is None else min(smallest, place)
         splits['held_out' if place < threshold else 'train'].add(ids, len(raw), name)
   changes.check(domain.name, max_skipped, kept(), at_end=True)
@@ -226,7 +231,7 @@ class _Writer:
 
   def __init__(self, folder: str, split: str, tokenizer: Tokenizer, has_ids: bool):
     path = os.path.join(folder, split)
-    self._tokenizer, self._dtype = tokenizer, _dtype(tokenizer)
+    self._tokenizer, self._code = tokenizer, _dtype(tokenizer).char
     self._boundaries, self._boundaries_file = [(0, 0)], f'{path}.documents.npy'
     self.raw_bytes = 0
     self._tokens_file = open(f'{path}.bin', 'wb')
@@ -238,15 +243,15 @@ class _Writer:
 
   def add(self, ids: list[int], size: int, name: str):
     """Adds a document: the ids of its text, that text's bytes, and the id in its file."""
-    framed, scored = framing.frame(self._tokenizer.framing, ids)
-    self._tokens_file.write(np.array(framed, self._dtype).tobytes())
+    framed, unscored = framing.frame(self._tokenizer.framing, ids)
+    self._tokens_file.write(array.array(self._code, framed))
     if self._ids_file:
       self._ids_file.write(json.dumps(name) + '\n')
-    unscored = sum(len(self._tokenizer.spell(part))
-                   for part in (ids[:scored.start], ids[scored.stop:]))
-    tokens, scored_bytes = self._boundaries[-1]
-    self._boundaries.append((tokens + len(framed), scored_bytes + size - unscored))
     self.raw_bytes += size
+    for part in unscored:
+      size -= len(self._tokenizer.spell(part))
+    tokens, scored_bytes = self._boundaries[-1]
+    self._boundaries.append((tokens + len(framed), scored_bytes + size))
 
   def __enter__(self) -> '_Writer':
     return self
