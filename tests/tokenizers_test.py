@@ -29,6 +29,9 @@ def test_any_text_comes_back(tmp_path, kind):
   ids = found.encode(texts)
   assert [found.decode(each) for each in ids] == texts
   assert [found.spell(each) for each in ids] == [text.encode() for text in texts]
+  starts = np.cumsum([0, *map(len, ids)])
+  assert found.spell_each(np.concatenate(ids).astype(int), starts) == [
+      text.encode() for text in texts]
   assert ids[:20] == [found.encode([text])[0] for text in texts[:20]]
 
 

@@ -22,6 +22,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import json
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from btx_jax.errors import UsageError, nearest
 
 NONE = 'none'  # of tokenizer.bos and tokenizer.eos
@@ -217,8 +219,8 @@ def _template(tokenizer: Mapping[str, Any]) -> tuple[list[str] | None, list[str]
   return None, []
 
 
-def frame(framing: Framing, ids: list[int]) -> tuple[list[int], list[list[int]]]:
-  """The ids of a document, from those of its text; and the parts of these that are not scored.
+def marks(framing: Framing, ids: np.ndarray) -> tuple[list[int], list[int], list[list[int]]]:
+  """What to put before and after the ids of a text; and the parts of these that are not scored.
 
   The first token of a document has nothing before it, and the end mark is no text: neither is
   scored. If special tokens are encoded, a text that brings its own marks does not get them twice.
@@ -226,14 +228,14 @@ def frame(framing: Framing, ids: list[int]) -> tuple[list[int], list[list[int]]]
   begin, end, special = framing
   before, after, unscored = [begin.id] if begin else [], [end.id] if end else [], []
   if special == ENCODE:
-    if before == ids[:1]:
+    if before == ids[:1].tolist():
       before = []
-    if after == ids[-1:] and len(ids) > 1:
+    if after == ids[-1:].tolist() and len(ids) > 1:
       unscored.append(after)
       after = []
   if not before:
-    unscored.append(ids[:1])
-  return [*before, *ids, *after], unscored
+    unscored.append(ids[:1].tolist())
+  return before, after, unscored
 
 
 def read_json(content: bytes) -> dict:

@@ -10,6 +10,9 @@ three bytes instead (Marks).
 
 from collections.abc import Iterable, Mapping, Sequence
 import functools
+import itertools
+
+import numpy as np
 
 MARK = '\u2581'
 
@@ -31,6 +34,9 @@ class Spelling:
       also_after: ids after which it puts one too.
     """
     self._bytes_of = bytes_of
+    self._all_bytes = np.frombuffer(b''.join(bytes_of), np.uint8)
+    self._sizes = np.array([len(piece) for piece in bytes_of], np.int32)
+    self._offsets = np.cumsum(self._sizes, dtype=np.int32) - self._sizes
     self._space_before, self._also_after = space_before, frozenset(also_after)
 
   def spell(self, ids: Sequence[int]) -> bytes:
@@ -42,6 +48,25 @@ class Spelling:
           pieces[at] = pieces[at].removeprefix(b' ')
     text = b''.join(pieces)
     return text.removeprefix(b' ') if self._space_before else text
+
+  def spell_each(self, ids: np.ndarray, starts: Sequence[int]) -> list[bytes]:
+    """The bytes of each of several texts: as `spell`, several times faster for short ones.
+
+    Args:
+      ids: [tokens], of all texts one after another.
+      starts: [texts + 1], first token of each text, then the number of tokens.
+    """
+    if self._also_after:
+      return [self.spell(ids[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+    sizes = self._sizes[ids]
+    ends = np.cumsum(sizes, dtype=np.int32)
+    # Where each byte of the texts stands in all bytes of the vocabulary.
+    at = np.repeat(self._offsets[ids] - (ends - sizes), sizes)
+    at += np.arange(len(at), dtype=np.int32)
+    together = self._all_bytes[at].tobytes()
+    bounds = np.concatenate([np.zeros(1, np.int32), ends])[starts].tolist()
+    texts = [together[a:b] for a, b in itertools.pairwise(bounds)]
+    return [text.removeprefix(b' ') for text in texts] if self._space_before else texts
 
   def decode(self, ids: Sequence[int]) -> str:
     """The same as a string: special tokens are omitted unless they are encoded from text, and an

@@ -13,6 +13,7 @@ import io
 import os
 from typing import Protocol
 
+import numpy as np
 import sentencepiece as spm
 
 from btx_jax.data import fast_tokenizer, framing, spelling
@@ -49,6 +50,10 @@ class Tokenizer(Protocol):
 
   def spell(self, ids: Sequence[int]) -> bytes:
     """The bytes of the text that the ids stand for."""
+    ...
+
+  def spell_each(self, ids: np.ndarray, starts: Sequence[int]) -> list[bytes]:
+    """The same of several texts, whose ids [tokens] follow one another; see Spelling."""
     ...
 
   def decode(self, ids: Sequence[int]) -> str:

@@ -189,8 +189,12 @@ def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
               for split in SPLITS}
     kept = lambda: sum(writer.documents for writer in splits.values())
     for batch in _batches(corpora.documents(domain, max_skipped, tally)):
-      for (text, name, _), ids in zip(batch, tokenizer.encode([text for text, _, _ in batch])):
-        raw, spelled = text.encode('utf-8'), tokenizer.spell(ids)
+      encoded = tokenizer.encode([text for text, _, _ in batch])
+      starts = [0, *itertools.accumulate(map(len, encoded))]
+      all_ids = np.fromiter(itertools.chain.from_iterable(encoded), _dtype(tokenizer), starts[-1])
+      for (text, name, _), (first, end), spelled in zip(
+          batch, itertools.pairwise(starts), tokenizer.spell_each(all_ids, starts)):
+        raw, ids = text.encode('utf-8'), all_ids[first:end]
         if spelled != raw:
           decoded = spelled.decode('utf-8', errors='replace')
           if not changes.is_normal_form(text, decoded):
@@ -241,17 +245,19 @@ class _Writer:
   def documents(self) -> int:
     return len(self._boundaries) - 1
 
-  def add(self, ids: list[int], size: int, name: str):
+  def add(self, ids: np.ndarray, size: int, name: str):
     """Adds a document: the ids of its text, that text's bytes, and the id in its file."""
-    framed, unscored = framing.frame(self._tokenizer.framing, ids)
-    self._tokens_file.write(array.array(self._code, framed))
+    before, after, unscored = framing.marks(self._tokenizer.framing, ids)
+    for part in (array.array(self._code, before), ids, array.array(self._code, after)):
+      self._tokens_file.write(part)
     if self._ids_file:
       self._ids_file.write(json.dumps(name) + '\n')
     self.raw_bytes += size
     for part in unscored:
       size -= len(self._tokenizer.spell(part))
     tokens, scored_bytes = self._boundaries[-1]
-    self._boundaries.append((tokens + len(framed), scored_bytes + size))
+    count = len(before) + len(ids) + len(after)
+    self._boundaries.append((tokens + count, scored_bytes + size))
 
   def __enter__(self) -> '_Writer':
     return self
