@@ -609,10 +609,10 @@ def cut(file, *where):
 safetensors.File._fill = cut
 encode = tokenizer.Sentencepiece.encode
 def remember(self, texts):
-  self.texts = iter(texts)
+  self.texts = texts
   return encode(self, texts)
 tokenizer.Sentencepiece.encode = remember
-tokenizer.Sentencepiece.spell = lambda self, ids: next(self.texts).encode() if ids else b""
+tokenizer.Sentencepiece.spell_each = lambda self, *_: [text.encode() for text in self.texts]
 config.domains = {'code': config.domains.code}
 config.runs = {'new': config.runs.new}
 '''
