@@ -8,12 +8,13 @@ import dataclasses
 from btx_jax.errors import UsageError, nearest
 
 SIZES = ('dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'tied_head')
-ROPE = ('rope_theta', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor',
-        'rope_original_length')
+ROPE = ('rope_theta', 'rope_scaling', 'rope_factor', 'rope_low_freq_factor',
+        'rope_high_freq_factor', 'rope_original_length')
 # Fields that a mixture takes from the source `recipe.reference`.
 OF_REFERENCE = (*ROPE, 'norm_eps', 'vocab_size')
 
 DTYPES = ('float32', 'bfloat16')
+ROPE_SCALINGS = ('llama3', 'linear')
 ATTENTIONS = ('auto', 'xla', 'splash', 'cudnn')
 # Most memory first.
 REMATS = ('none', 'matmuls', 'projections', 'dispatch', 'attention', 'full', 'offload')
@@ -42,11 +43,14 @@ class Config:
       if K < N).
     head_dim: H, width of a head; 0 is dim / num_heads.
     rope_theta: base of the rotary frequencies.
-    rope_factor: Llama-3 scaling of the rotary frequencies: the factor by which the context grew; 1
-      is off.
-    rope_low_freq_factor: wavelengths above rope_original_length / this are scaled in full.
-    rope_high_freq_factor: wavelengths below rope_original_length / this are left unchanged.
-    rope_original_length: context length before the scaling.
+    rope_scaling: which rotary frequencies rope_factor divides: 'linear' (all of them) or 'llama3'
+      (the slow ones, by the three fields after it).
+    rope_factor: the factor by which scaling lengthened the context; 1 is off.
+    rope_low_freq_factor: only 'llama3': wavelengths above rope_original_length / this are scaled in
+      full.
+    rope_high_freq_factor: only 'llama3': wavelengths below rope_original_length / this are left
+      unchanged.
+    rope_original_length: only 'llama3': context length before the scaling.
     norm_eps: epsilon of RMSNorm.
     tied_head: whether the output head is the transposed embedding.
     num_experts: E; 0 is a dense model.
@@ -84,6 +88,7 @@ class Config:
   num_kv_heads: int
   head_dim: int = 0
   rope_theta: float = 10_000.0
+  rope_scaling: str = 'llama3'
   rope_factor: float = 1.0
   rope_low_freq_factor: float = 1.0
   rope_high_freq_factor: float = 4.0
@@ -116,6 +121,11 @@ class Config:
     if self.num_heads % self.num_kv_heads:
       raise UsageError(f'model.num_heads = {self.num_heads} is not a multiple of '
                        f'model.num_kv_heads = {self.num_kv_heads}.')
+    if self.rope_scaling not in ROPE_SCALINGS:
+      raise UsageError(f'model.rope_scaling = {self.rope_scaling!r}; '
+                       f'{nearest(self.rope_scaling, ROPE_SCALINGS)}')
+    if self.rope_factor <= 0:
+      raise UsageError(f'model.rope_factor = {self.rope_factor} must be positive; 1 is off.')
     if self.router not in ROUTERS:
       raise UsageError(f'model.router = {self.router!r}; {nearest(self.router, ROUTERS)}')
     if self.num_experts:
