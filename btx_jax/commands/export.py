@@ -4,13 +4,13 @@ from collections.abc import Iterator
 import resource
 import time
 
-from btx_jax.convert import export, hugging_face
+from btx_jax.convert import export, generation
 from btx_jax.data import text
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.library import tokenizer_files
-from btx_jax.run import HUGGING_FACE, MIX, RANDOM, Run, lineage
-from btx_jax.study import compatibility, manifest, sources
+from btx_jax.run import HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
+from btx_jax.study import compatibility, context, manifest, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -43,19 +43,29 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
   for line in compatibility.remarks(run) if run.init == MIX and not run.steps else ():
     say(line)
   tokenizer = text.tokenizer(study.config, study.data_folder)
-  lengths = [hugging_face.Folder(each.folder).context_length
-             for each in lineage(run) if each.folder]
   began = time.monotonic()
   written = export.export(
       folder, run.model, sources.final(study, run), dtype,
-      max_length=max([*lengths, run.seq_len]), balance_loss=run.objective.balance_loss,
+      max_length=context.length(run), balance_loss=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
-      card=''.join(_card(study, run)), ram=int(study.config.mix.ram_gb * 1e9),
-      identity=_identity(study, run))
+      card=''.join(_card(study, run)), descends_from=_generation(run),
+      ram=int(study.config.mix.ram_gb * 1e9), identity=_identity(study, run))
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   say(f'{name} is in {folder}: {written:,} bytes of weights written in {seconds:.1f} s, '
       f'{written / seconds / 1e6:,.0f} MB/s; peak memory {peak / 1e9:.2f} GB')
+
+
+def _generation(run: Run) -> generation.Generation:
+  """The settings of the folder that a run descends from, and the stop tokens of all its folders.
+
+  The experts of a mixture may end a text differently than the model whose settings it takes.
+  Folders with another vocabulary are left out, as their ids mean other tokens.
+  """
+  known = [each for each in descent(run) if each.folder]
+  known += [each for each in lineage(run) if each.folder and not each.vocabulary]
+  return generation.combine([generation.read(folder)
+                             for folder in dict.fromkeys(each.folder for each in known)])
 
 
 def _identity(study: Study, run: Run) -> str:

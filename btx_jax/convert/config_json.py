@@ -4,8 +4,9 @@ from collections.abc import Mapping
 import json
 from typing import Any
 
+from btx_jax import files
 from btx_jax.errors import UsageError
-from btx_jax.model.config import Config
+from btx_jax.model.config import ROPE_SCALINGS, Config
 
 _FIELDS = {
     'vocab_size': 'vocab_size', 'dim': 'hidden_size', 'ffn_dim': 'intermediate_size',
@@ -13,9 +14,12 @@ _FIELDS = {
     'num_kv_heads': 'num_key_value_heads', 'head_dim': 'head_dim', 'norm_eps': 'rms_norm_eps',
     'tied_head': 'tie_word_embeddings'}
 _MIXTURE_FIELDS = {'num_experts': 'num_local_experts', 'top_k': 'num_experts_per_tok'}
-_ROPE = {'rope_factor': 'factor', 'rope_low_freq_factor': 'low_freq_factor',
+_ROPE = {'rope_low_freq_factor': 'low_freq_factor',
          'rope_high_freq_factor': 'high_freq_factor',
          'rope_original_length': 'original_max_position_embeddings'}
+# Where a factor of 1 changes nothing, up to the length that the model is for.
+_ROPE_TYPES_OFF_AT_1 = ('linear', 'llama3', 'dynamic', 'yarn')
+_WINDOWED = ('mistral', 'mixtral')  # transformers uses the sliding window of these types only
 # Values that transformers assumes for keys missing from config.json.
 _DEFAULTS = {'tie_word_embeddings': False, 'hidden_act': 'silu', 'head_dim': None,
              'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0, 'max_position_embeddings': 2048}
@@ -32,7 +36,8 @@ _ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
 
 
 def read_json(path: str) -> dict:
-  """Reads a JSON object. Raises UsageError if the file does not hold one."""
+  """Reads a JSON object. Raises UsageError if the file does not hold one, or is an LFS pointer."""
+  files.check_no_lfs_pointer(path)
   try:
     with open(path, encoding='utf-8') as file:
       found = json.load(file)
@@ -72,12 +77,12 @@ def from_json(found: Mapping[str, Any], path: str) -> Config:
   given['head_dim'] = given['head_dim'] or 0  # 0: Config derives it
   for field, name in (_FIELDS | (_MIXTURE_FIELDS if kind == 'mixtral' else {})).items():
     add(field, name, given.get(name))
-  rope = {'rope_theta': given['rope_theta'],
-          **(given.get('rope_scaling') or given.get('rope_parameters') or {})}
+  rope = _rope(given)
   add('rope_theta', 'rope_theta', rope['rope_theta'])
-  if _rope_type(rope) == 'llama3':
-    rope.setdefault('original_max_position_embeddings', given['max_position_embeddings'])
-    for field, name in _ROPE.items():
+  if rope['rope_type'] in ROPE_SCALINGS:
+    fields['rope_scaling'] = rope['rope_type']
+    for field, name in {'rope_factor': 'factor', **(_ROPE if rope['rope_type'] == 'llama3' else {})
+                        }.items():
       add(field, f'rope {name}', rope.get(name))
   problems += _unsupported(given, rope, kind)
   if problems:
@@ -86,29 +91,47 @@ def from_json(found: Mapping[str, Any], path: str) -> Config:
   return Config(**fields)
 
 
-def _rope_type(rope: Mapping[str, Any]) -> Any:
-  return rope.get('rope_type', rope.get('type', 'default'))
+def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
+  """The rotary settings, their type as 'rope_type'; 'default' if they scale nothing."""
+  found = given.get('rope_scaling') or given.get('rope_parameters') or {}
+  if not isinstance(found, Mapping):
+    found = {'rope_type': found}  # no type that is known
+  rope = {'rope_theta': given['rope_theta'],
+          'original_max_position_embeddings': given['max_position_embeddings'], **found}
+  # As Phi-3 writes it, which transformers prefers.
+  if 'original_max_position_embeddings' in given:
+    rope['original_max_position_embeddings'] = given['original_max_position_embeddings']
+  kind = rope.get('rope_type', rope.get('type')) or 'default'
+  if (kind in _ROPE_TYPES_OFF_AT_1 and rope.get('factor') == 1
+      and rope.get('attention_factor') in (None, 1)):
+    kind = 'default'
+  return rope | {'rope_type': kind}
 
 
 def _unsupported(given: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> list[str]:
   """Settings of a config.json that our model does not implement."""
   problems = []
-  architectures = given.get('architectures') or [_ARCHITECTURES[kind]]
-  if architectures != [_ARCHITECTURES[kind]]:
-    problems.append(f'architectures = {architectures}, not {[_ARCHITECTURES[kind]]}')
+  whole = _ARCHITECTURES[kind]
+  bare = whole.replace('ForCausalLM', 'Model')
+  architectures = given.get('architectures') or [whole]
+  if [str(each).lower() for each in architectures] not in ([whole.lower()], [bare.lower()]):
+    problems.append(f'architectures = {architectures}, not {[whole]} or {[bare]}')
   for name in ('attention_bias', 'mlp_bias'):
     if given.get(name):
       problems.append(f'{name} = {given[name]} (projections have no bias)')
   if given['hidden_act'] not in ('silu', 'swish'):
     problems.append(f'hidden_act = {given["hidden_act"]!r}, not silu')
-  window = given.get('sliding_window')
-  if window is not None and window < given['max_position_embeddings']:
+  window = given.get('sliding_window') if kind in _WINDOWED else None
+  length = given['max_position_embeddings']
+  if type(length) is not int:
+    problems.append(f'max_position_embeddings = {length!r}')
+  elif window is not None and not (type(window) is int and window >= length):
     problems.append(
-        f'sliding_window = {window} of max_position_embeddings = '
-        f'{given["max_position_embeddings"]} (attention here has no window; if no text is longer '
-        'than the window, set sliding_window to null)')
-  if _rope_type(rope) not in ('default', 'llama3'):
-    problems.append(f'rope_type = {_rope_type(rope)!r}, not default or llama3')
+        f'sliding_window = {window} of max_position_embeddings = {length} (attention here has no '
+        'window; if no text is longer than the window, set sliding_window to null)')
+  if rope['rope_type'] not in ('default', *ROPE_SCALINGS):
+    problems.append(f'rope_type = {rope["rope_type"]!r}, not default, '
+                    f'{" or ".join(ROPE_SCALINGS)}')
   if (rope.get('partial_rotary_factor') or given.get('partial_rotary_factor') or 1) != 1:
     problems.append('partial_rotary_factor is not 1 (all dimensions of a head are rotated here)')
   if given.get('quantization_config'):
@@ -117,7 +140,7 @@ def _unsupported(given: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -
 
 
 def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos_id: int | None,
-            eos_id: int | None) -> dict:
+            eos_id: int | list[int] | None) -> dict:
   """The config.json of a model, for transformers 4 and 5 alike.
 
   Args:
@@ -125,12 +148,10 @@ def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos
     dtype: dtype of the weights.
     max_length: the longest text the model is for, in tokens.
     balance_loss: weight of the balancing loss, used if the model is trained further.
-    bos_id, eos_id: the tokenizer's special tokens; None without a tokenizer.
+    bos_id, eos_id: what begins and what ends a text; None without a tokenizer.
   """
   kind = 'mixtral' if model.num_experts else 'llama'
-  rope = {'rope_type': 'default'}
-  if model.rope_factor != 1:
-    rope = {'rope_type': 'llama3', **{name: getattr(model, field) for field, name in _ROPE.items()}}
+  rope = _rope_json(model)
   result = {
       'architectures': [_ARCHITECTURES[kind]], 'model_type': kind,
       **{name: getattr(model, field) for field, name in _FIELDS.items()},
@@ -139,7 +160,7 @@ def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos
       # Null if unknown: without these keys, transformers assumes the ids of Llama's tokenizer.
       'bos_token_id': bos_id, 'eos_token_id': eos_id,
       'rope_theta': model.rope_theta,  # transformers 4
-      'rope_scaling': rope if model.rope_factor != 1 else None,
+      'rope_scaling': rope if rope['rope_type'] != 'default' else None,
       'rope_parameters': {'rope_theta': model.rope_theta, **rope},  # transformers 5
       'torch_dtype': dtype, 'dtype': dtype,
   }
@@ -150,6 +171,15 @@ def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos
       'num_local_experts': model.num_experts, 'num_experts_per_tok': mixtral_top_k(model),
       'output_router_logits': True, 'router_aux_loss_coef': balance_loss,
       'router_jitter_noise': 0.0, 'sliding_window': None}
+
+
+def _rope_json(model: Config) -> dict[str, Any]:
+  """The scaling of a model's rotary frequencies."""
+  if model.rope_factor == 1:
+    return {'rope_type': 'default'}
+  fields = _ROPE if model.rope_scaling == 'llama3' else {}
+  return {'rope_type': model.rope_scaling, 'factor': model.rope_factor,
+          **{name: getattr(model, field) for field, name in fields.items()}}
 
 
 def check(model: Config) -> None:

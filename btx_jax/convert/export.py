@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from btx_jax import files
-from btx_jax.convert import config_json, names, shards
+from btx_jax.convert import config_json, generation, names, shards
+from btx_jax.convert.generation import Generation
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import replacing
 from btx_jax.model.config import Config
@@ -18,16 +19,17 @@ from btx_jax.model.source import Extent, Source
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD = 5_000_000_000  # bytes per file
 _PIECE = 1 << 24  # working bytes to convert one piece; more is not faster
-# Working bytes per element of a piece: the float32 sum, one term, the term as stored, a copy if
-# rows are concatenated; and, of the previous piece, which is still being written, the value and
-# its transpose.
-_BYTES_PER_ELEMENT = 24
+# Working bytes per element of a piece: the float32 sum, one term, the term as stored (8 of
+# float64), a copy if rows are concatenated; and, of the previous piece, which is still being
+# written, the value and its transpose.
+_BYTES_PER_ELEMENT = 28
 _UNFINISHED = 'unfinished.json'  # says which export the shards of an unfinished folder belong to
 
 
 def export(folder: str, model: Config, source: Source, dtype: str, *, max_length: int,
            balance_loss: float, bos_id: int | None, eos_id: int | None,
-           tokenizer_files: Mapping[str, bytes], card: str, max_shard: int = MAX_SHARD,
+           tokenizer_files: Mapping[str, bytes], card: str,
+           descends_from: Generation = generation.UNKNOWN, max_shard: int = MAX_SHARD,
            ram: int = 4 * 10**9, identity: str = '') -> int:
   """Writes a folder that transformers and other readers of its format can load.
 
@@ -39,9 +41,11 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
     model: the model of the parameters.
     source: the parameters; read slice by slice.
     dtype: dtype of the weights, 'float32' or 'bfloat16'.
-    max_length, balance_loss, bos_id, eos_id: see config_json.to_json.
+    max_length, balance_loss: see config_json.to_json.
+    bos_id, eos_id: the tokenizer's special tokens; None without a tokenizer.
     tokenizer_files: name -> content.
     card: text of README.md.
+    descends_from: how the model that this one was made from generates, and where it stops.
     max_shard: bytes of weights per file.
     ram: bytes of memory that converting may take.
     identity: identifies the content of `source`; '' if unknown.
@@ -54,15 +58,16 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
       or `ram` is too small.
   """
   check(folder, model, dtype)
-  config = config_json.to_json(model, dtype, max_length, balance_loss, bos_id, eos_id)
+  config = config_json.to_json(model, dtype, max_length, balance_loss, bos_id,
+                               generation.stop_tokens(descends_from, eos_id))
   size = names.sizes(model)
   tensors = {name: (row, indices) for row in names.rows(model)
              for name, indices in names.tensors_of(row, size)}
   order = sorted(tensors, key=lambda name: _layer_order(*tensors[name]))
   rows = {row.path: _rows_at_once(row, size, source, ram) for row in names.rows(model)}
-  generation = {'_from_model_config': True, 'bos_token_id': bos_id, 'eos_token_id': eos_id}
+  generating = generation.to_json(descends_from, bos_id, eos_id)
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
-           'generation_config.json': json.dumps(generation, indent=2) + '\n', 'README.md': card}
+           generation.FILE: json.dumps(generating, indent=2) + '\n', 'README.md': card}
   partial = f'{os.path.normpath(folder)}.partial'
   with files.lock_folder(partial):
     check(folder, model, dtype)  # another process may have finished it just now

@@ -7,7 +7,7 @@ letter. If one tensor holds the gate and up projections, dimension '2' selects b
 sides rotate the same pairs of a head's dimensions, (i, i + H / 2), so heads are only transposed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 import itertools
 import math
 from typing import NamedTuple
@@ -33,18 +33,20 @@ class Row(NamedTuple):
   gate_or_up: int = 0
 
 
-_LAYER = 'model.layers.{L}.'
+_PREFIX = 'model.'  # of all names but the head's in a whole model; a bare LlamaModel has none
+_LAYER = _PREFIX + 'layers.{L}.'
+EMBED, HEAD = _PREFIX + 'embed_tokens.weight', 'lm_head.weight'
 _ALWAYS = (
-    Row('embed', 'VD', 'model.embed_tokens.weight', 'V D'),
+    Row('embed', 'VD', EMBED, 'V D'),
     Row('layers/attn_norm/scale', 'LD', _LAYER + 'input_layernorm.weight', 'D'),
     Row('layers/attn/q', 'LDNH', _LAYER + 'self_attn.q_proj.weight', 'NH D'),
     Row('layers/attn/k', 'LDKH', _LAYER + 'self_attn.k_proj.weight', 'KH D'),
     Row('layers/attn/v', 'LDKH', _LAYER + 'self_attn.v_proj.weight', 'KH D'),
     Row('layers/attn/o', 'LNHD', _LAYER + 'self_attn.o_proj.weight', 'D NH'),
     Row('layers/ffn_norm/scale', 'LD', _LAYER + 'post_attention_layernorm.weight', 'D'),
-    Row('norm/scale', 'D', 'model.norm.weight', 'D'),
+    Row('norm/scale', 'D', _PREFIX + 'norm.weight', 'D'),
 )
-_HEAD = (Row('head', 'DV', 'lm_head.weight', 'V D'),)
+_HEAD = (Row('head', 'DV', HEAD, 'V D'),)
 _DENSE = (
     Row('layers/ffn/gate', 'LDF', _LAYER + 'mlp.gate_proj.weight', 'F D'),
     Row('layers/ffn/up', 'LDF', _LAYER + 'mlp.up_proj.weight', 'F D'),
@@ -65,13 +67,25 @@ _FUSED = (
     Row('layers/ffn/experts/up', 'LEDF', _LAYER + 'mlp.experts.gate_up_proj', 'E 2F D', 1),
     Row('layers/ffn/experts/down', 'LEFD', _LAYER + 'mlp.experts.down_proj', 'E D F'),
 )
-HARMLESS = r'\.rotary_emb\.inv_freq$'  # computed from the config, but stored in some files
+# Computed from the config, but stored in some files; transformers does not read it either.
+HARMLESS = r'(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$'
 
 
 def rows(model: Config, fused: bool = False) -> tuple[Row, ...]:
   """The table for a model. `fused`: one tensor holds all experts."""
   ffn = _DENSE if not model.num_experts else _FUSED if fused else _MIXTURE
   return _ALWAYS + ffn + (() if model.tied_head else _HEAD)
+
+
+def expected_name(name: str, expected: Container[str]) -> str | None:
+  """The one of the `expected` names that a file may also store as `name`, if there is one.
+
+  transformers adds or drops the prefix of each tensor as its model needs.
+  """
+  stem = name
+  while stem.startswith(_PREFIX):
+    stem = stem.removeprefix(_PREFIX)
+  return next((each for each in (name, stem, _PREFIX + stem) if each in expected), None)
 
 
 def sizes(model: Config) -> dict[str, int]:
