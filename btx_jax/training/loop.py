@@ -272,15 +272,12 @@ def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> Ru
     norms: of its parameters before the step, by part of the model.
     problem: what is not finite.
   """
-  parts = [part for part, norm in norms.items() if not math.isfinite(norm)]
   origin = run.folder or ', '.join(source.name for source in run.sources) or 'random parameters'
-  if parts:
-    return RunError(f'{run.name}: {problem}, before any update: the parameters that it starts from '
-                    f'are not finite, in {", ".join(parts)}. It starts from {origin}: train or '
-                    'download that again.')
-  return RunError(f'{run.name}: {problem}, before any update. The parameters that it starts from, '
-                  f'{origin}, are finite, so their activations or gradients overflow: check that '
-                  "the model is whole, or set model.dtype = 'float32'.")
+  parts = [part for part, norm in norms.items() if not math.isfinite(norm)]
+  cause = (f'what it starts from, {origin}, is not finite, in {", ".join(parts)}' if parts else
+           f'what it starts from, {origin}, is finite, and overflows when it is computed with')
+  return RunError(f'{run.name}: {problem}, before any update, so no learning rate helps: {cause}. '
+                  "Check that model by itself, and set model.dtype = 'float32' if it is not.")
 
 
 @contextlib.contextmanager
