@@ -337,6 +337,8 @@ config.runs = {"new": config.runs.new,
     ('config.model.head_dim = 3', 'model.head_dim = 3 must be even and positive'),
     ('config.model.head_dim = -2', 'model.head_dim = -2 must be even and positive'),
     ('config.model.top_k = 9', 'runs.btx: model.top_k = 9 must lie between 1 and the number of'),
+    ('config.model.rope_scaling = "ntk"', "model.rope_scaling = 'ntk'; valid: 'linear', 'llama3'."),
+    ('config.model.rope_factor = 0.0', 'model.rope_factor = 0.0 must be positive; 1 is off.'),
     ('config.model.router = "topk"', "model.router = 'topk'; did you mean 'top_k'?"),
     ('config.model.update(router="switch", top_k=2)', "runs.btx: model.top_k = 2: the router "
      "'switch' sends a token to 1 of 4 experts; leave it at 0."),
@@ -579,6 +581,15 @@ def test_an_export_with_too_little_memory(run, config, tmp_path):
   assert not (tmp_path / 'out.partial').exists()
 
 
+def test_a_pretrained_model_with_numbers_that_are_not_finite(run, config, tmp_path):
+  lines = pretrained('''file = model / "model-00002-of-00002.safetensors"
+file.write_bytes(file.read_bytes()[:-4] + bytes([255] * 4))''' + f'\n{SMALL_TOKENIZER}',
+                     **UNTRAINED) + '\nconfig.runs = {"new": config.runs.new}'
+  check(run(config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
+            f'--to={tmp_path / "out"}', '--dtype=float32'),
+        'has numbers that are not finite (NaN or infinity), so no model made from it')
+
+
 def test_a_pretrained_model_that_is_cut_off_meanwhile(run, config, tmp_path):
   lines = pretrained(SMALL_TOKENIZER) + '''
 from btx_jax.convert import safetensors
@@ -603,6 +614,18 @@ def test_a_loss_that_is_not_finite(run, config, work):
              '--run=new')
   check(done, ' and the norm of its gradient nan at step ', code=1)
   assert f'delete {work / "new"} or use another --workdir.' in done.stderr
+
+
+def test_a_start_that_is_not_finite(run, config, work):
+  """Its message names the part of the model, and does not blame the learning rate."""
+  done = run(config('''from btx_jax.study import params
+initial = params.initial
+def harmed(*given):
+  found = initial(*given)
+  return {**found, "embed": found["embed"] * float("nan")}
+params.initial = harmed'''), f'--workdir={work}', '--run=new')
+  check(done, 'at step 1, before any update, so a lower optimizer.peak_lr cannot help: what it '
+        'starts from, seed, has numbers that are not finite, or far too large, in embed.', code=1)
 
 
 def test_extras_that_are_missing(run, config, work):

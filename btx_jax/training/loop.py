@@ -274,10 +274,11 @@ def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> Ru
   """
   origin = run.folder or ', '.join(source.name for source in run.sources) or 'random parameters'
   parts = [part for part, norm in norms.items() if not math.isfinite(norm)]
-  cause = (f'what it starts from, {origin}, is not finite, in {", ".join(parts)}' if parts else
-           f'what it starts from, {origin}, is finite, and overflows when it is computed with')
-  return RunError(f'{run.name}: {problem}, before any update, so no learning rate helps: {cause}. '
-                  "Check that model by itself, and set model.dtype = 'float32' if it is not.")
+  cause = (f'has numbers that are not finite, or far too large, in {", ".join(parts)}' if parts else
+           'is finite, and overflows when it is computed')
+  return RunError(f'{run.name}: {problem}, before any update, so a lower optimizer.peak_lr cannot '
+                  f'help: what it starts from, {origin}, {cause}. Replace that, or if it is sound, '
+                  "set model.dtype = 'float32'.")
 
 
 @contextlib.contextmanager
