@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import resource
 import time
 
-from btx_jax.convert import export, hugging_face
+from btx_jax.convert import config_json, export, hugging_face
 from btx_jax.data import text
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
@@ -32,7 +32,8 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
       export.export.
   """
   run = study.run(name)
-  export.check(folder, run.model, dtype)
+  origin = _origin(run)
+  export.check(folder, run.model, dtype, origin)
   if run.vocabulary:
     raise UsageError(f'{name!r} has a different vocabulary than the tokenizer of this config, '
                      f'which would be written with it. Its own folder is {run.folder}.')
@@ -51,11 +52,17 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
       max_length=max([*lengths, run.seq_len]), balance_loss=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
       card=''.join(_card(study, run)), ram=int(study.config.mix.ram_gb * 1e9),
-      identity=_identity(study, run))
+      identity=_identity(study, run), origin=origin)
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   say(f'{name} is in {folder}: {written:,} bytes of weights written in {seconds:.1f} s, '
       f'{written / seconds / 1e6:,.0f} MB/s; peak memory {peak / 1e9:.2f} GB')
+
+
+def _origin(run: Run) -> str:
+  """The model_type of the folders that a run descends from; '' if they are of several, or none."""
+  kinds = {hugging_face.Folder(each.folder).kind for each in lineage(run) if each.folder}
+  return kinds.pop() if len(kinds) == 1 else ''
 
 
 def _identity(study: Study, run: Run) -> str:
@@ -72,11 +79,11 @@ def _identity(study: Study, run: Run) -> str:
 
 def _card(study: Study, run: Run) -> Iterator[str]:
   """Yields the text of README.md: what the model is, how it was made, and its scores."""
-  kind = (f'mixture of {run.model.num_experts} experts (MixtralForCausalLM)'
-          if run.model.num_experts else 'dense model (LlamaForCausalLM)')
+  what = f'mixture of {run.model.num_experts} experts' if run.model.num_experts else 'dense model'
+  architecture = config_json.ARCHITECTURES[config_json.kind_of(run.model, _origin(run))]
   yield ('---\nlibrary_name: transformers\npipeline_tag: text-generation\n'
          'tags: [branch-train-mix]\n---\n\n'
-         f'# {run.name}\n\nA {kind}, made with btx_jax, which is Branch-Train-MiX '
+         f'# {run.name}\n\nA {what} ({architecture}), made with btx_jax, which is Branch-Train-MiX '
          '([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)) in JAX.\n\n'
          '## How it was trained\n\n'
          '| run | starts from | trained on | steps | tokens M | identity |\n'

@@ -26,6 +26,7 @@ class Folder:
 
   Attributes:
     path: path of the folder.
+    kind: its model_type in transformers.
     model: its sizes, router and rotary settings; other fields have their defaults.
     context_length: the longest text the model is for, in tokens.
     shapes: path of our parameter -> shape.
@@ -41,11 +42,12 @@ class Folder:
     where = os.path.join(path, 'config.json')
     self._json = config_json.read_json(where)
     self.model = config_json.from_json(self._json, where)
+    self.kind: str = self._json['model_type']
     self.context_length = config_json.context_length(self._json)
     self._shards = Shards(path)
     self._sizes = names.sizes(self.model)
-    fused = any(name.endswith('.mlp.experts.gate_up_proj') for name in self._shards.tensors)
-    self._rows = {row.path: row for row in names.rows(self.model, fused)}
+    layout = names.layout_of(self._shards.tensors)
+    self._rows = {row.path: row for row in names.rows(self.model, layout)}
     self._check()
     self.shapes = {path: names.shape(row.ours, self._sizes) for path, row in self._rows.items()}
     self.dtypes = {path: self._dtype(row) for path, row in self._rows.items()}
@@ -113,9 +115,13 @@ class Folder:
                 for row in self._rows.values() for name, _ in names.tensors_of(row, self._sizes)}
     extra = [name for name in tensors
              if name not in expected and not re.search(names.HARMLESS, name)]
+    extra, shared = _split(extra, names.SHARED_EXPERT if self.kind == 'qwen2_moe' else '$^')
     wrong = [f'{name} {list(tensors[name].shape)}, not {list(shape)}'
              for name, shape in expected.items()
              if name in tensors and tensors[name].shape != shape]
+    wrong += [f'{name} is not zero: this mixture has an expert that every token takes, and those '
+              'here have none' for name in shared
+              if name.endswith('.shared_expert.down_proj.weight') and self._shards.read(name).any()]
     types = [f'{name} ({tensors[name].dtype})' for name in expected
              if name in tensors and tensors[name].dtype not in DTYPES]
     if self.model.tied_head and 'lm_head.weight' in extra and not wrong:
@@ -141,6 +147,12 @@ class Folder:
 
     rows = range(0, self.model.vocab_size, max(1, self.model.vocab_size // 1000))
     return all(np.array_equal(row_bytes(name, row), row_bytes(embed, row)) for row in rows)
+
+
+def _split(found: list[str], pattern: str) -> tuple[list[str], list[str]]:
+  """The names without the pattern, and those with it."""
+  matching = [name for name in found if re.search(pattern, name)]
+  return [name for name in found if name not in matching], matching
 
 
 def _listed(found: list[str]) -> str:
