@@ -16,6 +16,8 @@ from btx_jax.model.config import Config
 
 MODEL = Config(vocab_size=48, dim=16, ffn_dim=20, num_layers=2, num_heads=4, num_kv_heads=2)
 TIED = dataclasses.replace(MODEL, tied_head=True)
+QWEN_2 = dataclasses.replace(TIED, qkv_bias=True)
+QWEN_3 = dataclasses.replace(MODEL, qk_norm=True, num_experts=3, top_k=2)
 LENGTH = 64  # max_position_embeddings
 _EMBED, _HEAD, _PREFIX = 'model.embed_tokens.weight', 'lm_head.weight', 'model.'
 
@@ -42,7 +44,7 @@ def tensors_of(model: Config, seed: int = 0) -> Tensors:
   rng, size = np.random.default_rng(seed), names.sizes(model)
   return {name: np.float32(row.path.endswith('scale') + 0.15 * rng.normal(
       size=names.stored_shape(row, size)))
-          for row in names.rows(model) for name, _ in names.tensors_of(row, size)}
+          for row in names.rows(model, names.QWEN) for name, _ in names.tensors_of(row, size)}
 
 
 def write(folder: pathlib.Path, tensors: Tensors, config: Mapping[str, object]) -> str:
@@ -116,6 +118,9 @@ SAME = {
     'prefixed twice': Odd(tensors=_renamed(lambda name: _PREFIX + name)),
     'called LlamaModel, with a head': Odd(config={'architectures': ['LlamaModel']}),
     'called LLaMAForCausalLM': Odd(config={'architectures': ['LLaMAForCausalLM']}),
+
+    'bare Qwen2': Odd(QWEN_2, _renamed(_bare), {'architectures': ['Qwen2Model']}),
+    'bare mixture of Qwen3, with a head': Odd(QWEN_3, _renamed(_bare)),
 
     'rotary frequencies': Odd(tensors=_layers('inv_freq')),
     'rotary caches': Odd(tensors=_layers('cos_cached', 'sin_cached', 'inv_freq')),

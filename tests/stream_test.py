@@ -225,7 +225,7 @@ def test_an_interrupted_export_continues(models, tmp_path):
   found, out = study(models[0], tmp_path), tmp_path / 'out'
   source, model = sources.final(found, found.runs['btx']), found.runs['btx'].model
   put = functools.partial(write, model=model, max_shard=3_000)
-  whole, cut, rest = Stops(source), Stops(source, 9), Stops(source)
+  whole, cut, rest = Stops(source), Stops(source, 12), Stops(source)
   total = put(tmp_path / 'straight', source=whole, identity='a')
   with pytest.raises(KeyboardInterrupt):
     put(out, source=cut, identity='a')

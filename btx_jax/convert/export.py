@@ -1,4 +1,4 @@
-"""Writes our parameters as a Hugging Face folder: LlamaForCausalLM or MixtralForCausalLM."""
+"""Writes our parameters as a Hugging Face folder, as config_json.kind_of says."""
 
 from collections.abc import Iterator, Mapping
 import json
@@ -30,7 +30,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
            balance_loss: float, bos_id: int | None, eos_id: int | None,
            tokenizer_files: Mapping[str, bytes], card: str,
            descends_from: Generation = generation.UNKNOWN, max_shard: int = MAX_SHARD,
-           ram: int = 4 * 10**9, identity: str = '') -> int:
+           ram: int = 4 * 10**9, identity: str = '', origin: str = '') -> int:
   """Writes a folder that transformers and other readers of its format can load.
 
   The files are written to FOLDER.partial, which is renamed to `folder` when it is complete. After
@@ -49,6 +49,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
     max_shard: bytes of weights per file.
     ram: bytes of memory that converting may take.
     identity: identifies the content of `source`; '' if unknown.
+    origin: the model_type that the model descends from, see config_json.kind_of.
 
   Returns:
     The bytes of weights that this call wrote.
@@ -57,26 +58,36 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
     UsageError: transformers has no such model, the folder exists, another process is writing it,
       or `ram` is too small.
   """
-  check(folder, model, dtype)
+  check(folder, model, dtype, origin)
   config = config_json.to_json(model, dtype, max_length, balance_loss, bos_id,
-                               generation.stop_tokens(descends_from, eos_id))
-  size = names.sizes(model)
-  tensors = {name: (row, indices) for row in names.rows(model)
+                               generation.stop_tokens(descends_from, eos_id), origin)
+  size, kind = names.sizes(model), config['model_type']
+  table = names.rows(model, names.MIXTRAL if kind == 'mixtral' else names.QWEN)
+  tensors = {name: (row, indices) for row in table
              for name, indices in names.tensors_of(row, size)}
   order = sorted(tensors, key=lambda name: _layer_order(*tensors[name]))
-  rows = {row.path: _rows_at_once(row, size, source, ram) for row in names.rows(model)}
+  rows = {row.path: _rows_at_once(row, size, source, ram) for row in table}
+  zeros = names.shared_expert(model) if kind == 'qwen2_moe' else {}
+
+  def pieces(name):
+    if name in zeros:
+      return iter([(np.zeros(zeros[name], DTYPES[dtype]), (), zeros[name])])
+    row, indices = tensors[name]
+    return _pieces(source, row, indices, size, DTYPES[dtype], rows[row.path])
+
+  def extent(name):
+    return None if name in zeros else _extent(source, *tensors[name], size, DTYPES[dtype])
+
   generating = generation.to_json(descends_from, bos_id, eos_id)
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
            generation.FILE: json.dumps(generating, indent=2) + '\n', 'README.md': card}
   partial = f'{os.path.normpath(folder)}.partial'
   with files.lock_folder(partial):
-    check(folder, model, dtype)  # another process may have finished it just now
+    check(folder, model, dtype, origin)  # another process may have finished it just now
     _keep_matching_shards(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
     written = shards.write(
-        partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
-        DTYPES[dtype], lambda name: _pieces(source, *tensors[name], size, DTYPES[dtype],
-                                            rows[tensors[name][0].path]),
-        max_shard, lambda name: _extent(source, *tensors[name], size, DTYPES[dtype]))
+        partial, {name: names.stored_shape(tensors[name][0], size) for name in order} | zeros,
+        DTYPES[dtype], pieces, max_shard, extent)
     encoded = {name: text.encode() for name, text in texts.items()}
     for name, content in {**tokenizer_files, **encoded}.items():
       with open(os.path.join(partial, name), 'wb') as file:
@@ -101,11 +112,11 @@ def _keep_matching_shards(partial: str, export_id: dict) -> None:
     json.dump(export_id, file)
 
 
-def check(folder: str, model: Config, dtype: str) -> None:
+def check(folder: str, model: Config, dtype: str, origin: str = '') -> None:
   """Raises UsageError if the export is not possible, before anything is read."""
   if dtype not in DTYPES:
     raise UsageError(f'dtype = {dtype!r}; {nearest(dtype, DTYPES)}')
-  config_json.check(model)
+  config_json.kind_of(model, origin)
   if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
     raise UsageError(f'{folder} already exists; name another folder, or delete it.')
 

@@ -26,6 +26,7 @@ class Folder:
 
   Attributes:
     path: path of the folder.
+    kind: its model_type in transformers.
     model: its sizes, router and rotary settings; other fields have their defaults.
     context_length: the longest text the model is for, in tokens.
     shapes: path of our parameter -> shape.
@@ -43,11 +44,12 @@ class Folder:
     where = os.path.join(path, 'config.json')
     self._json = config_json.read_json(where)
     self.model = config_json.from_json(self._json, where)
+    self.kind: str = self._json['model_type']
     self.context_length = config_json.context_length(self._json)
     self._shards = Shards(path)
     self._sizes = names.sizes(self.model)
-    fused = any(name.endswith('.mlp.experts.gate_up_proj') for name in self._shards.tensors)
-    self._rows = {row.path: row for row in names.rows(self.model, fused)}
+    layout = names.layout_of(self._shards.tensors)
+    self._rows = {row.path: row for row in names.rows(self.model, layout)}
     self._stored: dict[str, str] = {}  # name of a tensor in the table -> its name in the file
     self._match_tensors()
     self.shapes = {path: names.shape(row.ours, self._sizes) for path, row in self._rows.items()}
@@ -132,6 +134,10 @@ class Folder:
         extra.append(name)
     if self.model.tied_head:
       wrong += self._match_tied_head(extra)
+    extra, shared = _split(extra, names.SHARED_EXPERT if self.kind == 'qwen2_moe' else '$^')
+    wrong += [f'{name} is not zero: this mixture has an expert that every token takes, and those '
+              'here have none' for name in shared
+              if name.endswith('.shared_expert.down_proj.weight') and self._shards.read(name).any()]
     matched = {name: tensors[stored] for name, stored in self._stored.items()}
     wrong += [f'{self._stored[name]} {list(tensor.shape)}, not {list(expected[name])}'
               for name, tensor in matched.items() if tensor.shape != expected[name]]
@@ -175,6 +181,12 @@ class Folder:
 
     rows = range(0, shape[0], max(1, shape[0] // 1000))
     return all(np.array_equal(row_bytes(name, row), row_bytes(other, row)) for row in rows)
+
+
+def _split(found: list[str], pattern: str) -> tuple[list[str], list[str]]:
+  """The names without the pattern, and those with it."""
+  matching = [name for name in found if re.search(pattern, name)]
+  return [name for name in found if name not in matching], matching
 
 
 def _listed(found: list[str]) -> str:

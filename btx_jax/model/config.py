@@ -7,7 +7,8 @@ import dataclasses
 
 from btx_jax.errors import UsageError, nearest
 
-SIZES = ('dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'tied_head')
+SIZES = ('dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'qkv_bias',
+         'qk_norm', 'tied_head')
 ROPE = ('rope_theta', 'rope_scaling', 'rope_factor', 'rope_low_freq_factor',
         'rope_high_freq_factor', 'rope_original_length')
 # Fields that a mixture takes from the source `recipe.reference`.
@@ -42,6 +43,9 @@ class Config:
     num_kv_heads: K, key-value heads per layer; N / K query heads share one (grouped-query attention
       if K < N).
     head_dim: H, width of a head; 0 is dim / num_heads.
+    qkv_bias: whether the projections to queries, keys and values have biases (Qwen2).
+    qk_norm: whether the queries and keys of each head are normalised by RMSNorm before they are
+      rotated (Qwen3).
     rope_theta: base of the rotary frequencies.
     rope_scaling: which rotary frequencies rope_factor divides: 'linear' (all of them) or 'llama3'
       (the slow ones, by the three fields after it).
@@ -87,6 +91,8 @@ class Config:
   num_heads: int
   num_kv_heads: int
   head_dim: int = 0
+  qkv_bias: bool = False
+  qk_norm: bool = False
   rope_theta: float = 10_000.0
   rope_scaling: str = 'llama3'
   rope_factor: float = 1.0
@@ -181,7 +187,9 @@ class Config:
 
 def shared_paths(cfg: Config) -> tuple[str, ...]:
   """Paths of all parameters outside the feed-forward layers."""
-  attention = tuple(f'layers/attn/{name}' for name in 'qkvo')
+  attention = [f'layers/attn/{name}' for name in 'qkvo']
+  attention += [f'layers/attn/{name}_bias' for name in 'qkv' if cfg.qkv_bias]
+  attention += [f'layers/attn/{name}_norm/scale' for name in 'qk' if cfg.qk_norm]
   norms = ('layers/attn_norm/scale', 'layers/ffn_norm/scale', 'norm/scale')
   return ('embed', *attention, *norms, *(() if cfg.tied_head else ('head',)))
 
@@ -195,9 +203,10 @@ def param_paths(cfg: Config) -> tuple[str, ...]:
 
 def num_params(cfg: Config, active: bool = False) -> int:
   """The number of parameters of the whole model, or of those that one token uses (`active`)."""
-  return _weights(cfg, active) + cfg.dim * (2 * cfg.num_layers + 1) + (
-      cfg.num_layers * cfg.num_experts * cfg.router_bias) + (
-      0 if cfg.tied_head else cfg.vocab_size * cfg.dim)
+  heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.qkv_bias + 2 * cfg.qk_norm
+  of_layer = 2 * cfg.dim + heads * cfg.head_dim + cfg.num_experts * cfg.router_bias
+  head = 0 if cfg.tied_head else cfg.vocab_size * cfg.dim
+  return _weights(cfg, active) + cfg.num_layers * of_layer + cfg.dim + head
 
 
 def train_flops_per_token(cfg: Config, length: int) -> int:
