@@ -11,6 +11,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from btx_jax import base, btx, errors, recipe
 from btx_jax.commands import table
@@ -23,6 +24,7 @@ from btx_jax.pipeline import Pipeline
 from btx_jax.run import seed_of
 from btx_jax.study import context, sources
 from btx_jax.study.study import Study
+from btx_jax.training import checkpoint
 from tests import studies
 from tests.helpers import Arrays, assert_trees_equal, final_params, initial_params, random_params
 from tests.pretrained_test import MODEL, TOKENIZER
@@ -184,6 +186,15 @@ def test_numbers_that_are_not_finite_are_not_mixed(models, tmp_path, name):
     export_run(study(tmp_path / 'models', tmp_path / 'work'), 'btx', str(tmp_path / 'out'),
                'bfloat16')
   assert not (tmp_path / 'out').exists()
+
+
+def test_numbers_that_are_not_finite_are_found_in_a_checkpoint(tmp_path):
+  (tmp_path / '3').mkdir()
+  saved = checkpoint.Saved(str(tmp_path), 3)
+  saved._arrays['embed'] = tensorstore.array(np.float32([[1, 2], [3, np.inf]]))
+  saved.read('embed', (slice(0, 1),))
+  with pytest.raises(UsageError, match=r'/3: embed has numbers that are not finite'):
+    saved.read('embed', (slice(1, 2),))
 
 
 def test_a_mixture_keeps_the_context_and_the_stop_tokens_of_its_models(models, tmp_path):

@@ -167,7 +167,8 @@ class Folder:
     embed = self._stored.setdefault(names.EMBED, head)
     if embed == head or self._is_same(head, embed):
       return []
-    return [f'{head} is not the embedding, though tie_word_embeddings is true']
+    return [f'{head} is not the embedding, though tie_word_embeddings is true (false would use it '
+            'as the head)']
 
   def _is_same(self, name: str, other: str) -> bool:
     """Whether two tensors are the same; compares about a thousand of their rows."""
