@@ -549,6 +549,12 @@ def test_a_llama_that_transformers_refuses(run, config, tmp_path):
         'is not a multiple of model.num_heads = 3, and transformers refuses such a Llama.')
 
 
+def test_a_model_that_no_class_of_transformers_computes(run, config, tmp_path):
+  check(run(config(), f'--workdir={tmp_path / "work"}', 'export', '--run=seed', '--to=x',
+            '--config.model.qkv_bias=True', '--config.model.qk_norm=True'),
+        'A model with model.qkv_bias and model.qk_norm cannot be exported: ')
+
+
 def test_two_exports_into_one_folder(run, config, tmp_path):
   lines = SMALL_TOKENIZER + (
       '\nconfig.runs = {"new": base.run(base.hugging_face("tests/fixtures/llama2"))}')
