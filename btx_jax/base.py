@@ -35,6 +35,15 @@ def get_config() -> ConfigDict:
       'vocab_size': 32_000,
       # Characters of each domain that it is trained on.
       'sample_chars': 2_000_000,
+      # The token before each document: its name, or 'none'. If empty, the one that the tokenizer
+      # puts before a text, if it does (btx_jax/data/framing.py).
+      'bos': '',
+      # The token after each document: its name, or 'none'. If empty, the one that ends a text,
+      # not a turn of a chat.
+      'eos': '',
+      # What special tokens in the text (<|im_start|>) are: 'text', or with 'encode' those tokens,
+      # for text that is a rendered chat.
+      'special': 'text',
   })
 
   # How tokens become training rows, and what is held out.

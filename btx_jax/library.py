@@ -13,6 +13,7 @@ import sentencepiece as spm
 
 from btx_jax.convert import config_json, export, generation
 from btx_jax.convert.hugging_face import Folder
+from btx_jax.data.framing import CONFIG, NONE, Options
 from btx_jax.data.tokenizer import FILE, Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.devices import sharding
@@ -88,7 +89,8 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
   """
   check_params(config, params, 'save')
   beside = tokenizer if isinstance(tokenizer, str) else ''
-  opened = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+  opened = (load_tokenizer(tokenizer, Options(eos=NONE)) if isinstance(tokenizer, str)
+            else tokenizer)
   if not max_length:
     path = os.path.join(beside, 'config.json')
     max_length = 4096
@@ -142,17 +144,19 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
   """A tokenizer's files by name; a bare sentencepiece model gets what transformers must know."""
-  files = tokenizer.files
+  files = {name: content for name, content in tokenizer.files.items() if name != CONFIG}
   if FILE not in files or 'tokenizer_config.json' in files:
     return files
   model = spm.SentencePieceProcessor(model_proto=files[FILE])
+  name_of = {i: name for name, i in tokenizer.vocabulary().items()}
   config = {
-      'tokenizer_class': 'LlamaTokenizer', 'legacy': False, 'add_bos_token': True,
+      'tokenizer_class': 'LlamaTokenizer', 'legacy': False,
+      'add_bos_token': tokenizer.framing.begin is not None,
       'add_eos_token': False, 'clean_up_tokenization_spaces': False,
       'add_prefix_space': model.encode('a', out_type=str)[0].startswith('\u2581'),
-      'bos_token': model.id_to_piece(tokenizer.bos_id),
-      'eos_token': model.id_to_piece(tokenizer.eos_id),
-      'unk_token': model.id_to_piece(model.unk_id())}
+      **{f'{role}_token': name_of[i] for role, i in (
+          ('bos', tokenizer.bos_id), ('eos', tokenizer.eos_id), ('unk', model.unk_id()))
+         if i is not None}}
   return files | {'tokenizer_config.json': (json.dumps(config, indent=2) + '\n').encode()}
 
 

@@ -18,11 +18,12 @@ BEGIN, END = 1, 2
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def split(documents, dtype=np.uint16):
+def split(documents, dtype=np.uint16, begins=1, ends=1):
   """A split of documents, given as lists of ids, as its files hold it."""
-  marked = [[BEGIN, *document, END] for document in documents]
+  marked = [[BEGIN] * begins + document + [END] * ends for document in documents]
   starts = np.cumsum([0, *map(len, marked)])
-  return Tokens(np.array([i for ids in marked for i in ids], dtype), starts, starts, 'hash')
+  return Tokens(np.array([i for ids in marked for i in ids], dtype), starts, starts, 'hash', begins,
+                ends)
 
 
 def windows_of(document, size):
@@ -48,15 +49,16 @@ def test_overlaps_are_those_that_a_comparison_of_all_windows_finds(
   monkeypatch.setattr(duplicates, '_CHUNK', chunk)
   monkeypatch.setattr(duplicates, '_TOGETHER', together)
   rng = np.random.default_rng(seed)
+  marks = {'begins': seed % 2, 'ends': seed // 2}
 
   def documents(count):
     # Few distinct tokens, so that runs are shared by chance; some documents are too short.
-    return [rng.integers(3, 6 + seed, rng.integers(0, 25)).tolist() for _ in range(count)]
+    return [rng.integers(3, 6 + seed, rng.integers(1, 25)).tolist() for _ in range(count)]
 
   held_out = {'a': documents(8), 'b': documents(5), 'c': [[7, 7, 7]]}
   train = {'a': documents(20), 'b': documents(3)}
-  found = duplicates.overlaps({name: split(d) for name, d in held_out.items()},
-                              {name: split(d, np.uint32) for name, d in train.items()})
+  found = duplicates.overlaps({name: split(d, **marks) for name, d in held_out.items()},
+                              {name: split(d, np.uint32, **marks) for name, d in train.items()})
   shares = []
   for name in held_out:
     share, count = expected(held_out[name], train, size)
@@ -85,10 +87,11 @@ def test_50_shared_tokens_are_an_overlap_and_49_are_not():
   assert overlap.example.ids.tolist() == passage
 
 
-def test_an_overlap_ends_with_its_document():
+@pytest.mark.parametrize('begins, ends', [(1, 1), (0, 1), (1, 0), (0, 0)])
+def test_an_overlap_ends_with_its_document(begins, ends):
   passage = list(range(100, 160))
-  train = {'x': split([passage[:30], passage[30:]])}
-  held_out = {'x': split([passage, passage[:30], passage[30:]])}
+  train = {'x': split([passage[:30], passage[30:]], begins=begins, ends=ends)}
+  held_out = {'x': split([passage, passage[:30], passage[30:]], begins=begins, ends=ends)}
   assert duplicates.overlaps(held_out, train)['x'] == (0.0, 0, None)
 
 

@@ -317,14 +317,19 @@ def flat(num_documents, size, offset=100):
 
 def test_windows_cover_every_token_once_and_keep_documents_apart():
   part = flat(7, 5)
-  windows = mixture.Windows(part, 8, domain=3, keep_last=True)
+  windows = mixture.Windows(part, 8, domain=3, evaluation=True)
   rows = [windows[i] for i in range(len(windows))]
   together = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
   n = len(part.ids) - 1
   np.testing.assert_array_equal(together['tokens'][:n], part.ids[:-1])
   np.testing.assert_array_equal(together['targets'][:n], part.ids[1:])
-  # The target of an end mark is another document's begin mark: never counted.
-  np.testing.assert_array_equal(together['loss_mask'][:n], part.ids[:-1] != 2)
+  # The target of an end mark is another document's begin mark: never counted. The end mark itself
+  # is learned, but is no text to be scored.
+  np.testing.assert_array_equal(together['loss_mask'][:n],
+                                (part.ids[:-1] != 2) & (part.ids[1:] != 2))
+  trained = mixture.Windows(part, 8, domain=3)
+  for i in range(len(trained)):
+    np.testing.assert_array_equal(trained[i]['loss_mask'], trained[i]['tokens'] != 2)
   assert not together['loss_mask'][n:].any()
   assert not together['segment_ids'][n:].any()
   for row in rows:
@@ -406,7 +411,7 @@ def test_evaluation_reads_whole_documents_once():
       tuple(tokens.ids[a:b]) for a, b in zip(tokens.starts, tokens.starts[1:])}
   assert documents(part) < documents(whole)
   batches = list(mixture.evaluation_batches(part, 8, 4))
-  assert sum(batch['loss_mask'].sum() for batch in batches) == 3 * 8
+  assert sum(batch['loss_mask'].sum() for batch in batches) == 3 * 7
   assert all(batch['tokens'].shape == (4, 8) for batch in batches)
   assert whole.sample(2).num_documents == 1
   assert documents(whole.sample(1000)) == documents(whole)

@@ -18,7 +18,6 @@ from tests.helpers import TINY, random_params
 
 class Letters:
   """A tokenizer with one token per letter; 0 ends a document."""
-  eos_id = 0
 
   def decode(self, ids):
     return ''.join(chr(96 + i) if i else '' for i in ids)
@@ -38,7 +37,7 @@ EQUAL = np.full((len(TOKENS.ids), 3), -math.log(3))
 
 
 def score(weights, nll=NLL):
-  return ensemble.bits_per_byte(nll, weights, TOKENS, 0)['bits_per_byte']
+  return ensemble.bits_per_byte(nll, weights, TOKENS)['bits_per_byte']
 
 
 def similarity_of(cosines):
@@ -58,7 +57,7 @@ def scored():
 
 def test_one_expert_alone_scores_as_in_the_table(scored):
   nll, whole = scored
-  found = ensemble.bits_per_byte(nll[:, None], np.zeros((len(nll), 1)), TOKENS, 0)
+  found = ensemble.bits_per_byte(nll[:, None], np.zeros((len(nll), 1)), TOKENS)
   assert found == {'bits_per_byte': pytest.approx(whole['bits_per_byte'], rel=1e-5),
                    'tokens': whole['tokens'], 'bytes': whole['bytes']}
 

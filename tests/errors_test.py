@@ -226,6 +226,14 @@ spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab
 config.tokenizer.path = str(here / "x.model")'''
 
 
+# A tokenizer that normalises the text.
+NORMALISING = '''import json, os, shutil
+shutil.copytree("tests/fixtures/tokenizer", here / "own")
+found = json.loads((here / "own" / "tokenizer.json").read_text())
+(here / "own" / "tokenizer.json").write_text(json.dumps(found | {{"normalizer": {{"type": "{}"}}}}))
+config.tokenizer.path = str(here / "own")'''
+
+
 # A tokenizer in the model's folder, with other tokens.
 OTHER_TOKENIZER = f'''{SMALL_TOKENIZER}
 spm.SentencePieceTrainer.train(sentence_iterator=iter(["letters, others"] * 9), vocab_size=18,
@@ -434,13 +442,21 @@ config.runs = {"new": config.runs.new,
     ('import sentencepiece as spm\n'
      'spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab_size=16, '
      'model_prefix=str(here / "x"), hard_vocab_limit=False, eos_id=-1, minloglevel=9)\n'
-     'config.tokenizer.path = str(here / "x.model")', 'x.model has no end-of-sentence piece (eos)'),
+     'config.tokenizer.path = str(here / "x.model")', 'x.model has no eos_token. Set tokenizer.'),
     ('sys.modules["tokenizers"] = None\nconfig.tokenizer.path = "tests/fixtures/tokenizer"',
      "tokenizer.json needs the package 'tokenizers': pip install 'btx_jax[hf]'"),
     ('(here / "x.json").write_text("{}")\nconfig.tokenizer.path = str(here / "x.json")',
      'x.json is not a tokenizer of the package tokenizers'),
     ('import shutil\nshutil.copy("tests/fixtures/tokenizer/tokenizer.json", here)\n'
-     'config.tokenizer.path = str(here)', 'beside it must name an eos_token of its vocabulary'),
+     'config.tokenizer.path = str(here)', "to the token that ends documents, or to 'none'."),
+    ('config.tokenizer.special = "encoed"', "special = 'encoed'; did you mean 'encode'?"),
+    ('config.tokenizer.update(path="tests/fixtures/tokenizer", bos="<|begin|")',
+     "tokenizer.bos = '<|begin|' is not a token of tests/fixtures/tokenizer/tokenizer.json; did"),
+    (SMALL_TOKENIZER + '\nconfig.tokenizer.special = "encode"',
+     "tokenizer.special = 'encode' needs a tokenizer.json, and "),
+    ('(here / "x.model").write_text("IQ== 0\\nIg== 1\\n")\n'
+     'config.tokenizer.path = str(here / "x.model")', 'x.model is a tiktoken file, and no'),
+    (NORMALISING.format('Lowercase'), "tokenizer.json turns 'A' into 'a': a model cannot"),
     # Pretrained models
     (new(init='base.hugging_face("none")'), "runs.new starts from a pretrained model, which knows "
      "only the tokenizer that it was trained with: set tokenizer.path = 'none'."),
@@ -487,6 +503,9 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
      'spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab_size=16, '
      'model_prefix=str(here / "x"), hard_vocab_limit=False, minloglevel=9)\n'
      'config.tokenizer.path = str(here / "x.model")', 'The tokenizer loses text of domains.code'),
+    (NORMALISING.format('NFC') + '\n(here / "x.txt").write_text("e\\u0301 1\\ne\\u0301 2")\n'
+     'config.domains.code = base.domain(str(here / "x.txt"), separator="\\n")',
+     'The tokenizer changes every document of domains.code'),
 ])
 def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
@@ -599,13 +618,18 @@ file.write_bytes(file.read_bytes()[:-4] + bytes([255] * 4))''' + f'\n{SMALL_TOKE
 def test_a_pretrained_model_that_is_cut_off_meanwhile(run, config, tmp_path):
   lines = pretrained(SMALL_TOKENIZER) + '''
 from btx_jax.convert import safetensors
-from btx_jax.data import tokens
+from btx_jax.data import tokenizer
 fill = safetensors.File._fill
 def cut(file, *where):
   os.truncate(file.path, 5000)
   fill(file, *where)
 safetensors.File._fill = cut
-tokens._check_round_trip = lambda *_: None
+encode = tokenizer.Sentencepiece.encode
+def remember(self, texts):
+  self.texts = iter(texts)
+  return encode(self, texts)
+tokenizer.Sentencepiece.encode = remember
+tokenizer.Sentencepiece.spell = lambda self, ids: next(self.texts).encode() if ids else b""
 config.domains = {'code': config.domains.code}
 config.runs = {'new': config.runs.new}
 '''

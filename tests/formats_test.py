@@ -388,7 +388,7 @@ def test_a_folder_from_before_these_fields_stays_valid(tmp_path, model):
       'made_from': {
           'domain': {'name': 'some', 'source': 'files', 'paths': [path], 'text_field': 'text',
                      'separator': ''},
-          'tokenizer': model.hash, 'held_out': 0.2,
+          'framing': meta['made_from']['framing'], 'tokenizer': model.hash, 'held_out': 0.2,
           'text': f'1 files, {os.path.getsize(path)} bytes'},
       **{key: meta[key] for key in ('dtype', 'hash', 'train', 'held_out')}}
   assert meta['made_from'] == old['made_from']

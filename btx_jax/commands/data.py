@@ -75,7 +75,7 @@ def describe(config, folder: str) -> list[Description]:
   for name, tokens in held_out.items():
     path = os.path.join(folder, name)
     meta = read_meta(path)
-    first = tokens.ids[1:min(tokens.starts[1] - 1, 4 * _SAMPLE)]
+    first = tokens.ids[tokens.begins:min(tokens.starts[1] - tokens.ends, 4 * _SAMPLE)]
     result.append(Description(
         name, meta['train'], meta['held_out'], meta.get('skipped', {}).get('count'),
         duplicates.copies(train[name]), overlaps[name], _beginning(tokenizer, first),

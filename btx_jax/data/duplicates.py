@@ -123,11 +123,14 @@ def _hashes(tokens: Tokens, low: int) -> tuple[np.ndarray, np.ndarray]:
   sums = _sums(values * powers[:len(ids)])
   starts = tokens.starts[np.searchsorted(tokens.starts, low):
                          np.searchsorted(tokens.starts, low + len(ids), side='right')] - low
-  marks = np.zeros(len(ids) + 1, np.int64)
-  marks[starts] = 1  # the begin marks (and one after the last token, dropped below)
-  marks[starts[starts > 0] - 1] = 1  # the end marks
-  marks = _sums(marks[:-1])
-  return ((sums[RUN:] - sums[:count]) * inverses[:count], marks[RUN:] == marks[:count])
+  begins = np.zeros(len(ids) + 1, np.int64)
+  begins[starts] = 1
+  begins = _sums(begins)  # element i counts the documents that begin before token i
+  # A window holds no token at which a document begins, except its first if that is text; and none
+  # begins after it, if its last would be an end mark then.
+  first = 1 - tokens.begins
+  inside = begins[RUN + tokens.ends:][:count] == begins[first:first + count]
+  return (sums[RUN:] - sums[:count]) * inverses[:count], inside
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
@@ -151,7 +154,7 @@ def _overlap(tokens: Tokens, origin: np.ndarray, train, places) -> Overlap:
   # A run extends to the end of its last window, where it may overlap the next run.
   lasts = np.minimum(ends + RUN - 1, np.append(begins[1:], len(origin)))
   documents = np.searchsorted(tokens.starts, begins, side='right') - 1
-  text_tokens = len(tokens.ids) - 2 * tokens.num_documents
+  text_tokens = len(tokens.ids) - (tokens.begins + tokens.ends) * tokens.num_documents
   example = None
   for run in np.argsort(begins - ends, kind='stable'):  # the longest first
     at = int(begins[run])
@@ -166,12 +169,13 @@ def _example(tokens: Tokens, at: int, document: int, train, name: str, low: int
              ) -> Example | None:
   """The run that begins at token `at` and occurs in the chunk of training text at `low`; None if
   only the hashes agree."""
-  ours = np.asarray(tokens.ids[at:tokens.starts[document + 1] - 1])
+  ours = np.asarray(tokens.ids[at:tokens.starts[document + 1] - tokens.ends])
   hash_ = _hashes(tokens, at)[0][0]
   theirs, inside = _hashes(train[name], low)
   for place in low + np.flatnonzero(inside & (theirs == hash_)):
     source = np.searchsorted(train[name].starts, place, side='right') - 1
-    text = train[name].ids[place:train[name].starts[source + 1] - 1][:len(ours)]
+    end = train[name].starts[source + 1] - train[name].ends
+    text = train[name].ids[place:end][:len(ours)]
     differ = np.flatnonzero(text != ours[:len(text)])
     length = differ[0] if len(differ) else len(text)
     if length >= RUN:

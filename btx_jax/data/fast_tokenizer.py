@@ -1,103 +1,140 @@
 """Reads tokenizer.json, the format of Llama 3, SmolLM2 and most models, by `tokenizers`.
 
-The interface is data.tokenizer.Tokenizer. Such a file does not show whether it loses text, so
-data/tokens.py checks the text that it tokenizes.
+The interface is data.tokenizer.Tokenizer. Such a file describes steps (normalizer, pre-tokenizer,
+model, decoder), and transformers has written the same tokenizer in several ways. Two habits of
+theirs lose text that sentencepiece keeps, and are made up for here: a space is put before a text
+unless it begins with one, so a text that does gets another; and U+2581 is taken for a space (see
+spelling.py). What else a tokenizer changes is found by data/tokens.py in each document.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import hashlib
 import json
+import re
 from typing import Any
 
+from btx_jax.data import framing, spelling
 from btx_jax.errors import UsageError
 
-_SPACE_MARK = '\u2581'
-FILE = 'tokenizer.json'
-# Files that name the special tokens.
-_SPECIAL = ('tokenizer_config.json', 'special_tokens_map.json')
-# Files that belong to a tokenizer and are copied with it.
-COMPANIONS = (*_SPECIAL, 'tokenizer.model', FILE, 'added_tokens.json', 'chat_template.jinja',
-              'chat_template.json', 'vocab.json', 'merges.txt')
+FILE = framing.TOKENIZER_JSON
 
 
-class FastTokenizer:
+class FastTokenizer(spelling.Spelling):
   """A tokenizer.json; see data.tokenizer.Tokenizer for the attributes."""
 
-  def __init__(self, files: Mapping[str, bytes], path: str):
+  def __init__(self, files: Mapping[str, bytes], path: str,
+               options: framing.Options = framing.AUTOMATIC):
     """Reads `files`, tokenizer.json and its companions by name; `path` is for messages.
 
     Raises:
-      UsageError: tokenizer.json cannot be read, or no companion names an end-of-text token.
+      UsageError: tokenizer.json cannot be read, or see framing.decide.
     """
     try:
       import tokenizers
     except ImportError as error:
       raise UsageError(f"{path} needs the package 'tokenizers': pip install 'btx_jax[hf]'"
                        ) from error
+    found = framing.read_json(files[FILE])
+    added = _added_tokens(found, files)
     try:
-      self._model = tokenizers.Tokenizer.from_str(files[FILE].decode())
+      self._model = tokenizers.Tokenizer.from_str(json.dumps({**found, 'added_tokens': added}))
     except Exception as error:  # tokenizers raises nothing more specific
       raise UsageError(f'{path} is not a tokenizer of the package tokenizers: {error}') from error
     self._model.no_padding()
     self._model.no_truncation()
-    self._model.encode_special_tokens = True  # text that looks like a special token is text
-    self._byte_level = json.loads(files[FILE]).get('decoder', {}).get('type') == 'ByteLevel'
+    self._model.encode_special_tokens = options.special == framing.TEXT
+    self._vocabulary = self._model.get_vocab(with_added_tokens=True)
+    self.vocab_size = 1 + max(self._vocabulary.values())
     self.files = dict(files)
-    special = {key: value for file in reversed(_SPECIAL) if file in files
-               for key, value in _json(files[file]).items() if value}
-    eos_id = self._id(special.get('eos_token'))
-    if eos_id is None:
-      raise UsageError(f'{path}: {" or ".join(_SPECIAL)} beside it must name an eos_token of its '
-                       'vocabulary, which ends documents.')
-    bos_id = self._id(special.get('bos_token'))
-    self.eos_id = eos_id
-    self.bos_id = eos_id if bos_id is None else bos_id
-    self.unk_id = self._id(special.get('unk_token'))
-    vocabulary = self._model.get_vocab(with_added_tokens=True)
-    self.vocab_size = 1 + max(vocabulary.values())
-    self._special_ids = {i for i, token in self._model.get_added_tokens_decoder().items()
-                         if token.special}
-    identity = files[FILE] + f'{self.bos_id} {self.eos_id}'.encode()
+    names = {token['content']: token.get('special', False) for token in added}
+    special = framing.special_tokens(
+        files, self._vocabulary, [name for name, is_special in names.items() if is_special])
+    self.bos_id, self.eos_id = (self._vocabulary.get(name or '')
+                                for name in (special.bos, special.eos))
+    self.framing = framing.decide(options, files, found, self._vocabulary, special, False, path)
+    identity = files[FILE] + f'{self.vocab_size} {self.framing}'.encode()
     self.hash = hashlib.sha256(identity).hexdigest()[:16]
 
-  def _id(self, token: Any) -> int | None:
-    """The id of a special token, given as a string or as an object with a `content`."""
-    content = token.get('content') if isinstance(token, dict) else token
-    return self._model.token_to_id(content) if isinstance(content, str) else None
+    self._marks = spelling.Marks(self._vocabulary) if _writes_marks(found) else None
+    # Added tokens that can occur in text, and cut it.
+    cuts = [name for name, is_special in names.items()
+            if options.special == framing.ENCODE or not is_special]
+    before, after_cuts, self._missing = _space_before(found)
+    after = cuts if after_cuts else []
+    # Where a text begins with a space, or goes on with one after a cut, another has to be put.
+    self._cut = re.compile(f'({"|".join(map(re.escape, after))}) ') if after else None
+    super().__init__(_bytes_of(found, self._vocabulary, set(names), set(cuts)), before,
+                     [self._vocabulary[name] for name in after])
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
-    return [encoding.ids for encoding in self._model.encode_batch(
-        list(texts), add_special_tokens=False)]
+    if self._missing:
+      texts = [self._with_spaces(text) for text in texts]
+    hidden = [(text, '') for text in texts]
+    if self._marks:
+      hidden = [self._marks.hide(text) for text in texts]
+    found = [encoding.ids for encoding in self._model.encode_batch_fast(
+        [text for text, _ in hidden], add_special_tokens=False)]
+    return [self._marks.restore(ids, stand_in) if self._marks and stand_in else ids
+            for ids, (_, stand_in) in zip(found, hidden)]
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of token ids; special tokens are omitted."""
-    return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
-
-  def pieces(self, ids: Sequence[int]) -> list[str]:
-    """The text of each token, for display: '' for special tokens, U+FFFD for a part of a
-    character."""
-    return [self._piece(int(i)) for i in ids]
+  def _with_spaces(self, text: str) -> str:
+    if self._cut:
+      text = self._cut.sub(r'\1  ', text)
+    return f' {text}' if text.startswith(' ') else text
 
   def vocabulary(self) -> dict[str, int]:
     """Token name, as stored, to id."""
-    return self._model.get_vocab(with_added_tokens=True)
-
-  def _piece(self, i: int) -> str:
-    piece = self._model.id_to_token(i)
-    if piece is None or i in self._special_ids:
-      return ''
-    if self._byte_level:
-      return self._model.decode([i])
-    if len(piece) == 6 and piece.startswith('<0x'):
-      return bytes([int(piece[3:5], 16)]).decode('utf-8', errors='replace')
-    return piece.replace(_SPACE_MARK, ' ')
+    return dict(self._vocabulary)
 
 
-def _json(content: bytes) -> dict:
-  """The JSON object in a file, or {} if the file does not hold one."""
-  try:
-    found = json.loads(content)
-  except ValueError:
-    return {}
-  return found if isinstance(found, dict) else {}
+def _added_tokens(tokenizer: Mapping[str, Any], files: Mapping[str, bytes]) -> list[dict]:
+  """The added tokens that have a row in the embedding, as far as the model's config.json says.
+
+  (A padding token is often added to a tokenizer and not to the model.) Those that a file beside
+  names as bos_token, pad_token or the like are special, whatever tokenizer.json says.
+  """
+  size = framing.read_json(files.get(framing.CONFIG, b'')).get('vocab_size')
+  named = set(framing.named(files).values())
+  return [{**token, 'special': token.get('special', False) or token['content'] in named}
+          for token in tokenizer.get('added_tokens') or []
+          if not isinstance(size, int) or token['id'] < size]
+
+
+def _writes_marks(tokenizer: Mapping[str, Any]) -> bool:
+  """Whether a tokenizer writes U+2581 for a space."""
+  parts = [part for step in ('normalizer', 'pre_tokenizer') for part in
+           framing.components(tokenizer, step)]
+  return any(part.get('type') == 'Metaspace' or part.get('content') == spelling.MARK
+             for part in parts)
+
+
+def _space_before(tokenizer: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+  """Whether a space is put before a text, and after added tokens in it; and only if none is there.
+  """
+  if any(part.get('type') == 'Prepend' for part in framing.components(tokenizer, 'normalizer')):
+    return True, True, False
+  for part in framing.components(tokenizer, 'pre_tokenizer'):
+    if part.get('type') == 'Metaspace':
+      scheme = part.get('prepend_scheme', 'always')
+      return scheme != 'never', scheme == 'always', scheme != 'never'
+    if part.get('type') == 'ByteLevel' and part.get('add_prefix_space'):
+      return True, True, True
+  return False, False, False
+
+
+def _bytes_of(tokenizer: Mapping[str, Any], vocabulary: Mapping[str, int], added: set[str],
+              cuts: Collection[str]) -> list[bytes]:
+  """The bytes of each token by id; none for the unknown token, and added ones that never occur."""
+  parts = [part for step in ('normalizer', 'pre_tokenizer', 'decoder')
+           for part in framing.components(tokenizer, step)]
+  byte_level = any(part.get('type') == 'ByteLevel' for part in parts)
+  spell = spelling.of_byte_characters if byte_level else spelling.of_space_marks
+  unknown = (tokenizer.get('model') or {}).get('unk_token')
+  result = [b''] * (1 + max(vocabulary.values()))
+  for name, i in vocabulary.items():
+    if name in added:
+      result[i] = name.encode('utf-8') if name in cuts and name != unknown else b''
+    elif name != unknown:
+      result[i] = spell(name)
+  return result

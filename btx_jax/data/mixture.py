@@ -22,14 +22,17 @@ class Windows:
   """A split of a domain as rows of `length` tokens to predict.
 
   Row i holds tokens i * length to (i + 1) * length, with their successors as targets. Documents
-  follow one another; segment ids keep those in a row apart.
+  follow one another; segment ids keep those in a row apart. The first token of a document has
+  nothing to be predicted from, and no loss.
   """
 
-  def __init__(self, tokens: Tokens, length: int, domain: int, keep_last: bool = False):
-    """If `keep_last`, an incomplete last window is padded, not dropped (for evaluation)."""
+  def __init__(self, tokens: Tokens, length: int, domain: int, evaluation: bool = False):
+    """For `evaluation`, an incomplete last window is padded, not dropped, and end marks have no
+    loss: they are no text."""
     self._tokens, self._length, self._domain = tokens, length, domain
+    self._evaluation = evaluation
     rows = (len(tokens.ids) - 1) / length
-    self._len = int(np.ceil(rows) if keep_last else rows)
+    self._len = int(np.ceil(rows) if evaluation else rows)
 
   def __len__(self) -> int:
     return self._len
@@ -39,9 +42,11 @@ class Windows:
     low = index * T
     ids = np.asarray(self._tokens.ids[low:low + T + 1], np.int32)
     starts = self._tokens.starts
-    starts = starts[np.searchsorted(starts, low):np.searchsorted(starts, low + len(ids))] - low
-    begins = np.zeros(len(ids), np.int32)
+    starts = starts[np.searchsorted(starts, low):
+                    np.searchsorted(starts, low + len(ids), side='right')] - low
+    begins = np.zeros(len(ids) + 1, np.int32)
     begins[starts] = 1
+    begins, ends = begins[:-1], begins[2:]  # ends: of the targets
     at = np.arange(len(ids), dtype=np.int32)
     segment_ids = 1 + np.cumsum(begins, dtype=np.int32)  # 0 is padding
     positions = at - np.maximum.accumulate(at * begins)
@@ -52,6 +57,8 @@ class Windows:
         'positions': positions[:-1],
         'loss_mask': segment_ids[1:] == segment_ids[:-1],
     }
+    if self._evaluation and self._tokens.ends:
+      row['loss_mask'] &= ends == 0
     row = {name: np.pad(values, (0, T + 1 - len(ids))) for name, values in row.items()}
     return row | {'domain': np.array(self._domain, np.int32)}
 
@@ -137,7 +144,7 @@ def stack(rows: Sequence[Batch]) -> Batch:
 
 def evaluation_batches(tokens: Tokens, length: int, batch_size: int) -> Iterator[Batch]:
   """All windows of a split in order; empty rows fill the last batch."""
-  windows = Windows(tokens, length, 0, keep_last=True)
+  windows = Windows(tokens, length, 0, evaluation=True)
   for first in range(0, len(windows), batch_size):
     rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]
     empty = {name: np.zeros_like(values) for name, values in rows[0].items()}

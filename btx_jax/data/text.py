@@ -3,7 +3,8 @@
 import dataclasses
 import os
 
-from btx_jax.data import corpora, tokens
+from btx_jax.data import corpora, framing, tokens
+from btx_jax.data.changes import Changes
 from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.data.tokens import Tokens
@@ -36,6 +37,7 @@ def prepare(config, folder: str) -> Text:
   """
   domains = corpora.from_config(config.domains)
   tokenizer = _tokenizer(config, folder, domains)
+  say(f'tokenizer: {tokenizer.framing}')
   train, held_out = {}, {}
   for domain in domains:
     path = os.path.join(folder, domain.name)
@@ -53,6 +55,9 @@ def prepare(config, folder: str) -> Text:
       more = skipped['count'] - len(skipped['first'])
       say(f'{domain.name}: {skipped["count"]:,} record(s) skipped: '
           f'{"; ".join(skipped["first"])}{f"; and {more:,} more" if more else ""}')
+    kept = meta['train']['documents'] + meta['held_out']['documents']
+    for line in Changes(**meta['changes']).in_words(kept):
+      say(f'{domain.name}: {line}')
   return Text(tokenizer, train, held_out)
 
 
@@ -66,7 +71,8 @@ def open_prepared(config, folder: str) -> Text:
 
 def tokenizer(config, folder: str) -> Tokenizer:
   """The tokenizer that `prepare` used."""
-  return given(config, folder) or load_tokenizer(_kept(config, folder))
+  return given(config, folder) or load_tokenizer(
+      _kept(config, folder), framing.options(config.tokenizer))
 
 
 def given(config, folder: str) -> Tokenizer | None:
@@ -74,15 +80,19 @@ def given(config, folder: str) -> Tokenizer | None:
 
   If its file is missing, the copy in `folder` is read.
   """
+  options = framing.options(config.tokenizer)
   path, kept = config.tokenizer.path, _kept(config, folder)
   if not path:
     return None
-  return load_tokenizer(path if os.path.exists(path) or not os.path.exists(kept) else kept)
+  path = path if os.path.exists(path) or not os.path.exists(kept) else kept
+  return load_tokenizer(path, options)
 
 
 def _kept(config, folder: str) -> str:
   """Path of the tokenizer in `folder`, where its other files are too."""
-  return os.path.join(folder, file_name(config.tokenizer.path))
+  path = config.tokenizer.path
+  gone = path and not os.path.exists(path)
+  return os.path.join(folder, file_name(folder if gone else path, config.tokenizer.special))
 
 
 def _tokenizer(config, folder: str, domains) -> Tokenizer:
@@ -90,13 +100,13 @@ def _tokenizer(config, folder: str, domains) -> Tokenizer:
   kept, size = _kept(config, folder), config.tokenizer.vocab_size
   tokenizer = given(config, folder)
   if not tokenizer and os.path.exists(kept):
-    tokenizer = load_tokenizer(kept)
+    tokenizer = load_tokenizer(kept, framing.options(config.tokenizer))
     if tokenizer.vocab_size != size:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
                        f'= {size}. Set that, or use another --workdir.')
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
-    tokenizer = train_tokenizer(_sample(config, domains), size)
+    tokenizer = train_tokenizer(_sample(config, domains), size, framing.options(config.tokenizer))
   if not os.path.exists(kept):
     last = os.path.basename(kept)  # written last: if it exists, all do
     for name in sorted(tokenizer.files, key=lambda name: name == last):

@@ -1,11 +1,10 @@
-"""Text to token ids without loss: decode(encode(text)) == text.
+"""Text to token ids without loss: the bytes of the ids are those of the text.
 
 A tokenizer is a sentencepiece model, handled here, or a tokenizer.json (fast_tokenizer.py).
 
 Sentencepiece's defaults destroy newlines and indentation, so a model trained here does not
-normalise, keeps whitespace pieces and falls back to bytes. One case remains: sentencepiece writes
-a space as U+2581, so a U+2581 in the text itself would be decoded to a space. It is encoded as its
-three bytes instead.
+normalise, keeps whitespace pieces and falls back to bytes. One case remains, U+2581 in the text
+itself, which spelling.py handles.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +15,14 @@ from typing import Protocol
 
 import sentencepiece as spm
 
-from btx_jax.data import fast_tokenizer
+from btx_jax.data import fast_tokenizer, framing, spelling
 from btx_jax.errors import UsageError
+from btx_jax.files import check_no_lfs_pointer
 
 FILE = 'tokenizer.model'
-_SPACE_MARK = '\u2581'
+# Files that belong to a tokenizer and are kept with it. The config.json is the model's.
+COMPANIONS = (*framing.NAMING, framing.CONFIG, FILE, fast_tokenizer.FILE, 'added_tokens.json',
+              'chat_template.jinja', 'chat_template.json', 'vocab.json', 'merges.txt')
 _SENTENCE = 4000  # characters of a training sentence; sentencepiece skips longer ones
 
 
@@ -29,21 +31,24 @@ class Tokenizer(Protocol):
 
   Attributes:
     files: its files by name, to be kept with the tokens and exported with a model.
-    hash: identifies the tokenizer.
+    hash: identifies the tokenizer and the framing.
     vocab_size: all ids are below it.
-    bos_id: begins every document (eos_id, if there is no begin mark).
-    eos_id: ends every document.
-    unk_id: stands for unknown text, which is lost; None if there is no such token.
+    bos_id, eos_id: the tokens that it names so; None if it names none.
+    framing: what begins and ends a document; bos_id and eos_id alone do not decide it.
   """
   files: dict[str, bytes]
   hash: str
   vocab_size: int
-  bos_id: int
-  eos_id: int
-  unk_id: int | None
+  bos_id: int | None
+  eos_id: int | None
+  framing: framing.Framing
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
+    ...
+
+  def spell(self, ids: Sequence[int]) -> bytes:
+    """The bytes of the text that the ids stand for."""
     ...
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -59,98 +64,118 @@ class Tokenizer(Protocol):
     ...
 
 
-class Sentencepiece:
+class Sentencepiece(spelling.Spelling):
   """A sentencepiece model; see Tokenizer for the attributes."""
 
-  def __init__(self, files: Mapping[str, bytes], path: str):
+  def __init__(self, files: Mapping[str, bytes], path: str,
+               options: framing.Options = framing.AUTOMATIC):
     """Reads `files`, tokenizer.model and its companions by name; `path` is for messages.
 
     Raises:
-      UsageError: the model cannot be read, or has no end-of-sentence piece.
+      UsageError: the model cannot be read, cannot do what `options` ask for, or see
+        framing.decide.
     """
     proto = files[FILE]
     try:
-      self._model = spm.SentencePieceProcessor(model_proto=proto)
+      model = spm.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
       raise UsageError(f'{path} is not a sentencepiece model: {error}') from error
+    if options.special == framing.ENCODE:
+      raise UsageError(f"tokenizer.special = '{framing.ENCODE}' needs a tokenizer.json, and {path} "
+                       f"is a sentencepiece model. Set it to '{framing.TEXT}', or save the "
+                       'tokenizer with transformers, which writes a tokenizer.json.')
+    self._model = model
     self.files = dict(files)
-    self.hash = hashlib.sha256(proto).hexdigest()[:16]
-    self.vocab_size = self._model.vocab_size()
-    self.eos_id: int = self._model.eos_id()
-    self.unk_id: int | None = self._model.unk_id()
-    self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos_id
-    if self.eos_id < 0:
-      raise UsageError(f'{path} has no end-of-sentence piece (eos), which ends documents.')
-    self._mark_ids = [self._model.piece_to_id(f'<0x{b:02X}>') for b in _SPACE_MARK.encode()]
+    self.vocab_size = model.vocab_size()
+    self._vocabulary = {model.id_to_piece(i): i for i in range(self.vocab_size)}
+    bos, eos = (model.id_to_piece(i) if i >= 0 else None
+                for i in (model.bos_id(), model.eos_id()))
+    special = framing.special_tokens(
+        files, self._vocabulary,
+        [name for name, i in self._vocabulary.items() if model.is_control(i)], bos, eos)
+    self.bos_id, self.eos_id = (self._vocabulary.get(name or '')
+                                for name in (special.bos, special.eos))
+    self.framing = framing.decide(
+        options, files, framing.read_json(files.get(fast_tokenizer.FILE, b'')), self._vocabulary,
+        special, True, path)
+    self.hash = hashlib.sha256(proto + str(self.framing).encode()).hexdigest()[:16]
+    self._marks = spelling.Marks(self._vocabulary)
+    puts_space = model.encode('a', out_type=str)[0].startswith(spelling.MARK)
+    super().__init__([b'' if model.is_control(i) or model.is_unknown(i) else
+                      spelling.of_space_marks(name) for name, i in self._vocabulary.items()],
+                     puts_space)
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
-    if not any(_SPACE_MARK in text for text in texts):
-      return self._model.encode(list(texts), num_threads=-1)
-    return [self._encode_marked(text) if _SPACE_MARK in text else self._model.encode(text)
-            for text in texts]
-
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of token ids."""
-    return self._model.decode([int(i) for i in ids])
-
-  def pieces(self, ids: Sequence[int]) -> list[str]:
-    """The text of each token, for display: '' for marks, U+FFFD for a part of a character."""
-    def text(i: int) -> str:
-      if self._model.is_control(i) or self._model.is_unknown(i):
-        return ''
-      piece = self._model.id_to_piece(i)
-      if self._model.is_byte(i):
-        return bytes([int(piece[1:-1], 16)]).decode('utf-8', errors='replace')
-      return piece.replace(_SPACE_MARK, ' ')
-
-    return [text(int(i)) for i in ids]
+    hidden = [self._marks.hide(text) for text in texts]
+    found = self._model.encode([text for text, _ in hidden], num_threads=-1)
+    return [self._marks.restore(ids, stand_in) if stand_in else ids
+            for ids, (_, stand_in) in zip(found, hidden)]
 
   def vocabulary(self) -> dict[str, int]:
     """Token name, as stored, to id."""
-    return {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
-
-  def _encode_marked(self, text: str) -> list[int]:
-    # Replaces the mark by a character that is in neither the text nor the vocabulary: it is
-    # encoded as its three bytes, which are then replaced by those of the mark.
-    stand_in = next(c for c in map(chr, range(0xE000, 0xF900))
-                    if c not in text and self._model.piece_to_id(c) == self._model.unk_id())
-    stand_in_ids = self._model.encode(stand_in)[-3:]
-    ids, result = self._model.encode(text.replace(_SPACE_MARK, stand_in)), []
-    for i in ids:
-      result.append(i)
-      if result[-3:] == stand_in_ids:
-        result[-3:] = self._mark_ids
-    return result
+    return dict(self._vocabulary)
 
 
-def file_name(path: str) -> str:
-  """The kind of tokenizer at a path, as its file name: 'tokenizer.model' or 'tokenizer.json'."""
-  if os.path.isdir(path):
-    return FILE if os.path.exists(os.path.join(path, FILE)) else fast_tokenizer.FILE
-  return fast_tokenizer.FILE if path.endswith('.json') else FILE
+def file_name(path: str, special: str = framing.TEXT) -> str:
+  """The kind of tokenizer at a path, as its file name: 'tokenizer.model' or 'tokenizer.json'.
+
+  Of a folder with both it is the sentencepiece model, which needs no further package, unless that
+  is not one (beside Llama 3's tokenizer.json lies another format of that name), or `special` tokens
+  are to be encoded.
+  """
+  if not os.path.isdir(path):
+    return fast_tokenizer.FILE if path.endswith('.json') else FILE
+  model, fast = (os.path.join(path, name) for name in (FILE, fast_tokenizer.FILE))
+  if not os.path.exists(model):
+    return fast_tokenizer.FILE
+  if os.path.exists(fast) and (special == framing.ENCODE or _is_tiktoken(model)):
+    return fast_tokenizer.FILE
+  return FILE
 
 
-def load(path: str) -> Tokenizer:
-  """Reads a sentencepiece model, a tokenizer.json, or a folder with either.
+def _is_tiktoken(path: str) -> bool:
+  """Whether a file has lines of a token in base64 and its rank, as tiktoken's have."""
+  with open(path, 'rb') as file:
+    words = file.readline(1000).split()
+  return len(words) == 2 and words[1].isdigit()
 
-  From a folder with both it reads the sentencepiece model, which needs no further package. Other
-  files of the tokenizer in that folder are added to its `files`.
+
+def load(path: str, options: framing.Options = framing.AUTOMATIC) -> Tokenizer:
+  """Reads a sentencepiece model, a tokenizer.json, or a folder with either (see file_name).
+
+  Other files of the tokenizer in that folder are added to its `files`.
 
   Raises:
-    UsageError: the file cannot be read, or is not a tokenizer.
+    UsageError: the file cannot be read, is not a tokenizer, changes letters, or see
+      framing.decide.
   """
-  main = file_name(path)
+  main = file_name(path, options.special)
   where = os.path.join(path, main) if os.path.isdir(path) else path
-  files = {name: os.path.join(os.path.dirname(where), name) for name in fast_tokenizer.COMPANIONS}
+  files = {name: os.path.join(os.path.dirname(where), name) for name in COMPANIONS}
   files = {name: file for name, file in files.items() if os.path.exists(file)} | {main: where}
+  check_no_lfs_pointer(where)
   try:
     contents = {name: _read(file) for name, file in files.items()}
+    tiktoken = main == FILE and _is_tiktoken(where)
   except OSError as error:
     raise UsageError(f'tokenizer.path = {path!r} cannot be read: {error}') from error
-  if main == fast_tokenizer.FILE:
-    return fast_tokenizer.FastTokenizer(contents, where)
-  return Sentencepiece(contents, where)
+  if tiktoken:
+    raise UsageError(f'{where} is a tiktoken file, and no tokenizer.json lies beside it; save the '
+                     'tokenizer with transformers, which writes one.')
+  kind = fast_tokenizer.FastTokenizer if main == fast_tokenizer.FILE else Sentencepiece
+  tokenizer = kind(contents, where, options)
+  for letter, changed in (('A', 'a'), ('\u00e9', 'e')):  # what no share of documents would excuse
+    if tokenizer.decode(tokenizer.encode([letter])[0]) == changed:
+      raise UsageError(f'{where} turns {letter!r} into {changed!r}: a model cannot learn to write '
+                       'what its tokenizer changes. Use a tokenizer that keeps letters as they '
+                       'are, or leave tokenizer.path empty to train one.')
+  return tokenizer
+
+
+def vocabulary(path: str) -> dict[str, int]:
+  """The id of each token by name, of a tokenizer that encodes no text here; see load."""
+  return load(path, framing.Options(framing.NONE, framing.NONE)).vocabulary()
 
 
 def _read(path: str) -> bytes:
@@ -158,7 +183,8 @@ def _read(path: str) -> bytes:
     return file.read()
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Sentencepiece:
+def train_tokenizer(texts: Iterable[str], vocab_size: int,
+                    options: framing.Options = framing.AUTOMATIC) -> Sentencepiece:
   """Trains a byte-pair sentencepiece model with byte fallback on a sample of the text.
 
   Raises:
@@ -187,4 +213,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Sentencepiece:
       raise raised[0] from None
     raise UsageError(f'A tokenizer of tokenizer.vocab_size = {vocab_size} pieces cannot be '
                      f'trained from the text of the domains: {error}') from error
-  return Sentencepiece({FILE: proto.getvalue()}, 'the trained tokenizer')
+  return Sentencepiece({FILE: proto.getvalue()}, 'the trained tokenizer', options)

@@ -4,10 +4,12 @@ The hash of its text alone decides whether a document is held out, so exact copi
 both sides, and adding documents moves no other document. (One exception: if no document of a small
 domain has a hash below the threshold, the one with the smallest hash is held out.)
 
+Each document is compared with the text that its tokens stand for; see changes.py.
+
   DIR/train.bin, held_out.bin              token ids, uint16 or uint32; each document is
-                                          begin mark, text, end mark
-  DIR/train.documents.npy, held_out...     [documents + 1, 2] int64: first token, first byte of
-                                          the raw text; the last row holds the totals
+                                          begin mark, text, end mark (see framing.py)
+  DIR/train.documents.npy, held_out...     [documents + 1, 2] int64: first token, first scored
+                                          byte of the raw text; the last row holds the totals
   DIR/train.ids.jsonl, held_out.ids.jsonl  only if the domain has an id_field: the id of each
                                           document, one JSON string per line ("" if it has none)
   DIR/meta.json                           what they were made from, and the skipped records;
@@ -16,6 +18,7 @@ domain has a hash below the threshold, the one with the smallest hash is held ou
 The hash of the tokens does not cover the ids, so runs do not depend on them.
 """
 
+import array
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -28,14 +31,14 @@ import uuid
 
 import numpy as np
 
-from btx_jax.data import corpora
+from btx_jax.data import corpora, framing
+from btx_jax.data.changes import Changes
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 
 SPLITS = ('train', 'held_out')
 _BATCH = 256  # documents tokenized at a time
 _BATCH_CHARS = 16_000_000  # ends a batch early: as lists of ids, text takes many times its size
-_CHECKED = 256  # documents per domain whose round trip is checked, plus those with unknown tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +48,17 @@ class Tokens:
   Attributes:
     ids: [tokens], all documents one after another.
     starts: [documents + 1], first token of each document, then the number of tokens.
-    bytes: [documents + 1], bytes of raw text before each document, then the number of bytes.
+    bytes: [documents + 1], bytes of scored raw text before each document, then their number. If
+      documents have no begin mark, their first token is not scored, and its bytes do not count.
     hash: identifies the ids and boundaries.
+    begins, ends: 1 if each document has a begin mark, an end mark; else 0.
   """
   ids: np.ndarray
   starts: np.ndarray
   bytes: np.ndarray
   hash: str
+  begins: int = 1
+  ends: int = 1
 
   @property
   def num_documents(self) -> int:
@@ -70,7 +77,11 @@ class Tokens:
 
 def share(text: str) -> float:
   """The hash of a document as a number from 0 to 1; it is held out if that is below `held_out`."""
-  return int.from_bytes(hashlib.sha256(text.encode('utf-8')).digest()[:8], 'big') / 2**64
+  return _share(text.encode('utf-8'))
+
+
+def _share(raw: bytes) -> float:
+  return int.from_bytes(hashlib.sha256(raw).digest()[:8], 'big') / 2**64
 
 
 def load(folder: str, split: str) -> Tokens:
@@ -78,7 +89,8 @@ def load(folder: str, split: str) -> Tokens:
   meta = read_meta(folder)
   documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
   ids = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
-  return Tokens(ids, documents[:, 0], documents[:, 1], meta['hash'][split])
+  return Tokens(ids, documents[:, 0], documents[:, 1], meta['hash'][split],
+                *(int(meta['made_from']['framing'][mark] is not None) for mark in ('begin', 'end')))
 
 
 def document_id(folder: str, split: str, number: int) -> str:
@@ -97,20 +109,23 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
   Args:
     folder: the folder of this domain.
     domain: where the text comes from.
-    tokenizer: must be lossless.
+    tokenizer: encodes the text.
     held_out: the share of documents to hold out.
-    max_skipped: the largest share of records that may be unusable.
+    max_skipped: the largest share of records that may be unusable, and of documents that the
+      tokenizer may lose.
 
   Returns:
     The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
-    split, and `skipped`: the number of unusable records, in all and by reason, and the first
-    places. (Folders of earlier versions have no `skipped`.)
+    split, `changes`: the fields of Changes, and `skipped`: the number of unusable records, in all
+    and by reason, and the first places. (Folders of earlier versions have no `skipped`.)
 
   Raises:
     UsageError: the domain has fewer than two documents or too many unusable records, the
-      tokenizer loses text, or `folder` was made from something else.
+      tokenizer loses text or changes every document, or `folder` was made from something else.
   """
   made_from = {'domain': {**domain._asdict(), 'paths': list(domain.paths)},
+               'framing': {field: mark and str(mark)
+                           for field, mark in tokenizer.framing._asdict().items()},
                'tokenizer': tokenizer.hash, 'held_out': held_out}
   if not domain.id_field:
     del made_from['domain']['id_field']  # folders older than this field stay valid
@@ -136,15 +151,17 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
 
 def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from) -> dict:
   tally = corpora.Tally()
-  smallest = _write(partial, domain, tokenizer, held_out, max_skipped, tally)
+  sizes, smallest, changes = _write(partial, domain, tokenizer, held_out, max_skipped, tally)
   if smallest is not None:  # nothing was held out: hold out the document of the smallest hash
-    _write(partial, domain, tokenizer, np.nextafter(smallest, 1), max_skipped, corpora.Tally())
+    sizes, _, changes = _write(partial, domain, tokenizer, np.nextafter(smallest, 1), max_skipped,
+                               corpora.Tally())
   meta = {'made_from': made_from, 'dtype': _dtype(tokenizer).name, 'hash': {},
+          'changes': dataclasses.asdict(changes),
           'skipped': {'count': tally.skipped, 'reasons': tally.reasons, 'first': tally.first}}
   for split in SPLITS:
     totals = np.load(os.path.join(partial, f'{split}.documents.npy'))
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
-                   'bytes': int(totals[-1, 1])}
+                   'bytes': sizes[split]}
     meta['hash'][split] = _hash_files(partial, split)
   with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
@@ -158,41 +175,92 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
 
 
 def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
-           tally: corpora.Tally) -> float | None:
-  """Writes both splits. Returns the smallest hash if no document was held out, else None."""
+           tally: corpora.Tally) -> tuple[dict[str, int], float | None, Changes]:
+  """Writes both splits.
+
+  Returns:
+    The bytes of raw text of each split; the smallest hash if no document was held out, else None;
+    and the documents that the tokenizer changed.
+  """
   os.makedirs(folder, exist_ok=True)
-  dtype = _dtype(tokenizer)
-  boundaries = {split: [(0, 0)] for split in SPLITS}
-  smallest, count = 1.0, 0
+  smallest, changes = None, Changes()
   with contextlib.ExitStack() as stack:
-    files = {split: stack.enter_context(open(os.path.join(folder, f'{split}.bin'), 'wb'))
-             for split in SPLITS}
-    id_files = {split: stack.enter_context(
-        open(os.path.join(folder, f'{split}.ids.jsonl'), 'w', encoding='utf-8'))
-        for split in SPLITS if domain.id_field}
+    splits = {split: stack.enter_context(_Writer(folder, split, tokenizer, bool(domain.id_field)))
+              for split in SPLITS}
+    kept = lambda: sum(writer.documents for writer in splits.values())
     for batch in _batches(corpora.documents(domain, max_skipped, tally)):
       for (text, name, _), ids in zip(batch, tokenizer.encode([text for text, _, _ in batch])):
-        if count < _CHECKED or tokenizer.unk_id in ids:
-          _check_round_trip(text, tokenizer.decode(ids), domain)
-        raw = text.encode('utf-8')
-        place = share(text)
-        split = 'held_out' if place < threshold else 'train'
-        if id_files:
-          id_files[split].write(json.dumps(name) + '\n')
-        files[split].write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
-        tokens, size = boundaries[split][-1]
-        boundaries[split].append((tokens + len(ids) + 2, size + len(raw)))
-        smallest, count = min(smallest, place), count + 1
-  for split in SPLITS:
-    np.save(os.path.join(folder, f'{split}.documents.npy'),
-            np.array(boundaries[split], np.int64))
-  train_count, held_out_count = (len(boundaries[split]) - 1 for split in SPLITS)
+        raw, spelled = text.encode('utf-8'), tokenizer.spell(ids)
+        if spelled != raw:
+          decoded = spelled.decode('utf-8', errors='replace')
+          if not changes.is_normal_form(text, decoded):
+            changes.check(domain.name, max_skipped, kept())
+          elif _share(spelled) < threshold:  # on the side of a document of this form
+            changes.left_out += 1
+          else:
+            changes.normalised += 1
+            splits['train'].add(ids, len(raw), name)
+          continue
+        place = _share(raw)
+        smallest = place if smallest is None else min(smallest, place)
+        splits['held_out' if place < threshold else 'train'].add(ids, len(raw), name)
+  changes.check(domain.name, max_skipped, kept(), at_end=True)
+  train_count, held_out_count = (splits[split].documents for split in SPLITS)
+  if train_count > 1 and smallest is None:
+    raise UsageError(
+        f'The tokenizer changes every document of domains.{domain.name}, for example '
+        f'{changes.examples["normalised"]}, so none can be held out: bits per byte count the bytes '
+        'of the raw text. Normalise the files first.')
+  count = train_count + held_out_count
   if count == 1 or not train_count:
     raise UsageError(
         f'domains.{domain.name} has {count} document(s), and held-out text shares no document '
         f'with training: there must be at least two. Set domains.{domain.name}.separator '
         '(for example a blank line) to split text files into documents, or lower data.held_out.')
-  return None if held_out_count else smallest
+  sizes = {split: writer.raw_bytes for split, writer in splits.items()}
+  return sizes, None if held_out_count else smallest, changes
+
+
+class _Writer:
+  """Writes the files of a split.
+
+  Attributes:
+    documents: their number so far.
+    raw_bytes: of their text.
+  """
+
+  def __init__(self, folder: str, split: str, tokenizer: Tokenizer, has_ids: bool):
+    path = os.path.join(folder, split)
+    self._tokenizer, self._code = tokenizer, _dtype(tokenizer).char
+    self._boundaries, self._boundaries_file = [(0, 0)], f'{path}.documents.npy'
+    self.raw_bytes = 0
+    self._tokens_file = open(f'{path}.bin', 'wb')
+    self._ids_file = open(f'{path}.ids.jsonl', 'w', encoding='utf-8') if has_ids else None
+
+  @property
+  def documents(self) -> int:
+    return len(self._boundaries) - 1
+
+  def add(self, ids: list[int], size: int, name: str):
+    """Adds a document: the ids of its text, that text's bytes, and the id in its file."""
+    framed, unscored = framing.frame(self._tokenizer.framing, ids)
+    self._tokens_file.write(array.array(self._code, framed))
+    if self._ids_file:
+      self._ids_file.write(json.dumps(name) + '\n')
+    self.raw_bytes += size
+    for part in unscored:
+      size -= len(self._tokenizer.spell(part))
+    tokens, scored_bytes = self._boundaries[-1]
+    self._boundaries.append((tokens + len(framed), scored_bytes + size))
+
+  def __enter__(self) -> '_Writer':
+    return self
+
+  def __exit__(self, *error):
+    self._tokens_file.close()
+    if self._ids_file:
+      self._ids_file.close()
+    np.save(self._boundaries_file, np.array(self._boundaries, np.int64))
 
 
 def _batches(documents: Iterator[corpora.Document]) -> Iterator[list[corpora.Document]]:
@@ -205,16 +273,6 @@ def _batches(documents: Iterator[corpora.Document]) -> Iterator[list[corpora.Doc
       batch, chars = [], 0
   if batch:
     yield batch
-
-
-def _check_round_trip(text: str, decoded: str, domain: corpora.Domain):
-  if text != decoded:
-    at = next((i for i, (a, b) in enumerate(zip(text, decoded)) if a != b),
-              min(len(text), len(decoded)))
-    raise UsageError(
-        f'The tokenizer loses text of domains.{domain.name}: {text[at:at + 20]!r} comes back '
-        f'as {decoded[at:at + 20]!r}. Use a lossless tokenizer that has all bytes (like those '
-        'of Llama), or leave tokenizer.path empty to train one.')
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:

@@ -45,7 +45,8 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
   """Scores whole held-out documents, in windows of `length`.
 
   Bits per byte is the information of the documents' tokens, without end-of-document tokens,
-  divided by the bytes of their raw text, so the unit does not depend on the tokenizer.
+  divided by the bytes of their raw text, so the unit does not depend on the tokenizer. If
+  documents have no begin mark, their first token and its bytes do not count: nothing predicts it.
 
   Args:
     cfg: the model.
@@ -67,7 +68,6 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
     nll = scored = count = 0.0
     gates, sample = np.zeros(()), None
     for batch in mixture.evaluation_batches(tokens, length, batch_size):
-      batch['loss_mask'] &= batch['targets'] != tokenizer.eos_id
       first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN]
       batch = sharding.to_global({k: v[rows] for k, v in batch.items()}, mesh, batch_size)
       batch_nll, batch_tokens, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
@@ -78,7 +78,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
     size = int(tokens.bytes[-1])
-    result[domain] = {'bits_per_byte': nll / math.log(2) / size, 'tokens': int(scored),
+    result[domain] = {'bits_per_byte': nll / math.log(2) / max(size, 1), 'tokens': int(scored),
                       'bytes': size}
     if sample:
       result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}

@@ -52,7 +52,7 @@ def _token_nll(cfg: Config, mesh):
 def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int
               ) -> np.ndarray:
   """Negative log likelihood of each token of a split, [tokens] in nats; 0 for the first of each
-  document."""
+  document, and for end marks."""
   rows = sharding.local_rows(mesh, batch_size)
   parts = []
   for batch in mixture.evaluation_batches(tokens, length, batch_size):
@@ -143,15 +143,16 @@ def averaged_nll(nll_NE: np.ndarray, log_weights_NE: np.ndarray) -> np.ndarray:
   return -_logsumexp(log_weights_NE - nll_NE)[:, 0]
 
 
-def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens, eos_id: int
-                  ) -> dict:
+def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens) -> dict:
   """The score of the averaged probabilities, in the form of bits.evaluate."""
   counted = np.ones(len(tokens.ids), bool)
   counted[tokens.starts[:-1]] = False
-  counted &= np.asarray(tokens.ids) != eos_id
+  if tokens.ends:
+    counted[tokens.starts[1:] - 1] = False
   nll = averaged_nll(nll_NE, log_weights_NE)[counted].sum()
   size = int(tokens.bytes[-1])
-  return {'bits_per_byte': nll / math.log(2) / size, 'tokens': int(counted.sum()), 'bytes': size}
+  return {'bits_per_byte': nll / math.log(2) / max(size, 1), 'tokens': int(counted.sum()),
+          'bytes': size}
 
 
 def evaluate(forms: Sequence[str], nll: Mapping[str, np.ndarray],
@@ -175,7 +176,7 @@ def evaluate(forms: Sequence[str], nll: Mapping[str, np.ndarray],
         weights = posterior_log_weights(nll[domain], tokens.starts)
       else:
         weights = similarity_log_weights(blocks, MERGES[form], nll[domain].shape)
-      result[form][domain] = bits_per_byte(nll[domain], weights, tokens, tokenizer.eos_id)
+      result[form][domain] = bits_per_byte(nll[domain], weights, tokens)
   return result
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from btx_jax.convert.hugging_face import Folder
-from btx_jax.data.tokenizer import Tokenizer, file_name, load
+from btx_jax.data.tokenizer import Tokenizer, file_name, vocabulary
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model.config import ROPE, SIZES
 from btx_jax.run import Run, lineage
@@ -193,4 +193,4 @@ def vocabulary_of(folder: str, unless: Tokenizer) -> dict[str, int] | None:
   with open(file, 'rb') as opened:
     if opened.read() == unless.files.get(os.path.basename(file)):
       return None
-  return load(folder).vocabulary()
+  return vocabulary(folder)

@@ -251,8 +251,8 @@ def _vocabulary(name: str, config, runs: Mapping[str, Run], pretrained: Folder |
   if size < vocab_size:
     raise UsageError(
         f'runs.{name}: the model in {init.folder} has {size} tokens, and tokenizer.path = '
-        f"{config.tokenizer.path!r} has {vocab_size}; set tokenizer.path to the model's own "
-        'tokenizer.')
+        f"{config.tokenizer.path!r} has {vocab_size}. Set tokenizer.path to the model's own "
+        'tokenizer, beside its config.json: added tokens beyond the model are then text.')
   return ''
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import text
-from btx_jax.data.tokenizer import load
+from btx_jax.data.tokenizer import vocabulary
 from btx_jax.model.source import Extent, Index, Source
 from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, recipe_of, seed_of
 from btx_jax.study.study import Study
@@ -126,7 +126,7 @@ def aligned(study: Study, runs: Sequence[Run], sources: Sequence[Source], refere
   ours = text.tokenizer(study.config, study.data_folder).vocabulary()
   for i in differing:
     run = runs[i]
-    theirs = load(run.folder).vocabulary() if run.vocabulary else ours
+    theirs = vocabulary(run.folder) if run.vocabulary else ours
     rows = matching_rows(ours, size, theirs, run.model.vocab_size)
     result[i] = Aligned(sources[i], sources[reference], rows)
     shared = int((rows >= 0).sum())
