@@ -1,4 +1,5 @@
-"""Files: replaced as a whole, so that no reader sees half of one; ranges copied; folders locked."""
+"""Files: replaced as a whole, so that no reader sees half of one; ranges copied; folders locked;
+pointers of Git LFS recognised."""
 
 import contextlib
 import errno
@@ -12,6 +13,9 @@ from btx_jax.errors import UsageError
 
 LOCK = 'lock'
 _BLOCK = 1 << 18  # bytes; fits a core's cache
+# How a pointer begins: the URL of the specification, today's or that of the first release.
+_LFS_POINTER = re.compile(rb'version https://(git-lfs|hawser)\.github\.com/spec/v\d+\r?\n')
+LFS_POINTER_BYTES = 1024  # a pointer is shorter than this, by its specification
 # What copy_file_range raises if the system cannot copy between two files.
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -21,6 +25,32 @@ def check_path(name: str, path: str):
   if re.match(r'[a-z][a-z0-9]*://', path):
     raise UsageError(f'{name} = {path} is a URL, not a path. Mount the bucket, or copy it to disk '
                      'first; see docs/tpu_vm.md.')
+
+
+def is_lfs_pointer(beginning: bytes) -> bool:
+  """Whether a file that begins with these bytes is a Git LFS pointer in place of the file itself.
+
+  Args:
+    beginning: the first LFS_POINTER_BYTES bytes of the file, or all of it if it is shorter.
+  """
+  return (len(beginning) < LFS_POINTER_BYTES and bool(_LFS_POINTER.match(beginning))
+          and b'\noid ' in beginning)
+
+
+def check_no_lfs_pointer(path: str):
+  """Raises UsageError if a file is a Git LFS pointer in place of the file itself.
+
+  A repository cloned without git-lfs has such pointers, of some 130 bytes, for weights, tokenizers
+  and data. A file that cannot be opened passes: whoever reads it next says why.
+  """
+  try:
+    with open(path, 'rb') as file:
+      beginning = file.read(LFS_POINTER_BYTES)
+  except OSError:
+    return
+  if is_lfs_pointer(beginning):
+    raise UsageError(f'{path} is a Git LFS pointer, not the file itself; run git lfs pull in '
+                     'its repository.')
 
 
 @contextlib.contextmanager

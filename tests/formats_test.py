@@ -412,3 +412,24 @@ def test_what_was_skipped_is_told_once_a_domain_and_kept(tmp_path, capsys):
     skipped = json.load(file)['skipped']
   assert skipped['count'] == 5 and skipped['reasons'] == {'is not JSON': 5}
   assert len(skipped['first']) == 3
+
+
+# Git LFS pointers
+
+POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:' + b'4d' * 32 + b'\nsize 123\n'
+
+
+@pytest.mark.parametrize('content', [
+    POINTER, POINTER.replace(b'\n', b'\r\n'), POINTER.replace(b'git-lfs', b'hawser')])
+@pytest.mark.parametrize('name', ['x.jsonl.gz', 'x.parquet', 'x.txt'])
+def test_a_git_lfs_pointer_is_refused_by_name(tmp_path, name, content):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(UsageError, match=r'domains\.some: .*/x\.\S+ is a Git LFS pointer.* lfs pull'):
+    read(files(tmp_path))
+
+
+@pytest.mark.parametrize('content', [
+    POINTER[:40], POINTER[:43] + b'is how such a pointer begins', POINTER + b'x' * 1000])
+def test_text_about_git_lfs_pointers_is_text(tmp_path, content):
+  (tmp_path / 'x.txt').write_bytes(content)
+  assert read(files(tmp_path))[0] == [content.decode()]

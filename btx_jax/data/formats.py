@@ -14,6 +14,7 @@ import os
 from typing import Any, NamedTuple
 import zlib
 
+from btx_jax import files
 from btx_jax.errors import UsageError, nearest
 
 MAX_BYTES = 64_000_000  # per document, and per line
@@ -62,8 +63,10 @@ def read(path: str, text_field: str = 'text', id_field: str = '',
 
   Raises:
     OSError: the file cannot be opened.
-    UsageError: a Parquet file lacks these columns, or pyarrow is not installed.
+    UsageError: a Parquet file lacks these columns, pyarrow is not installed, or the file is a Git
+      LFS pointer.
   """
+  files.check_no_lfs_pointer(path)
   if path.endswith('.parquet'):
     records = _parquet(path, text_field, id_field)
   elif path.endswith(('.arrayrecord', '.array_record')):
