@@ -13,8 +13,8 @@ import pyarrow as pa
 from pyarrow import parquet
 import pytest
 
-from btx_jax.data import corpora, formats, text, tokenizer, tokens
-from btx_jax.data.formats import Document
+from btx_jax.data import corpora, formats, records, streams, tables, text, tokenizer, tokens
+from btx_jax.data.records import Document
 from btx_jax.errors import UsageError
 from btx_jax.study.study import Study
 from tests import studies
@@ -89,7 +89,7 @@ def test_every_kind_of_text_column_is_read(tmp_path, kind):
 @pytest.mark.parametrize('chunk', [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize('separator', ['', '\n', '\n\n\n', '--', '日'])
 def test_a_stream_is_cut_as_the_whole_text_would_be(tmp_path, monkeypatch, chunk, separator):
-  monkeypatch.setattr(formats, '_CHUNK', chunk)
+  monkeypatch.setattr(streams, 'CHUNK', chunk)
   content = 'a\n\n\n\nb--\n---c\n\n\n日本日\n\n\n\n\n\nend--'
   path = write(tmp_path / 'x.txt', content.encode())
   read = [doc for doc in formats.read(path, separator=separator) if doc.text]
@@ -179,8 +179,8 @@ def test_broken_text_in_a_plain_file_is_named_by_its_own_line(tmp_path):
 @pytest.mark.parametrize('chunk', [64, 1 << 20])
 @pytest.mark.parametrize('ending', ['jsonl', 'jsonl.gz', 'txt', 'arrayrecord', 'parquet'])
 def test_what_is_too_long_is_skipped(tmp_path, monkeypatch, ending, chunk):
-  monkeypatch.setattr(formats, 'MAX_BYTES', 1000)
-  monkeypatch.setattr(formats, '_CHUNK', chunk)
+  monkeypatch.setattr(records, 'MAX_BYTES', 1000)
+  monkeypatch.setattr(streams, 'CHUNK', chunk)
   around = 0 if ending in ('txt', 'parquet') else len(json.dumps({'text': ''}))
   # The second is as long as may be.
   texts = ['one', 'y' * (1000 - around), 'two', 'x' * (1001 - around), 'three']
@@ -193,8 +193,8 @@ def test_what_is_too_long_is_skipped(tmp_path, monkeypatch, ending, chunk):
 
 
 def test_lines_are_counted_in_what_is_too_long_too(tmp_path, monkeypatch):
-  monkeypatch.setattr(formats, 'MAX_BYTES', 50)
-  monkeypatch.setattr(formats, '_CHUNK', 16)
+  monkeypatch.setattr(records, 'MAX_BYTES', 50)
+  monkeypatch.setattr(streams, 'CHUNK', 16)
   write(tmp_path / 'x.txt', b'one\n\n\n' + b'long\n' * 40 + b'\n\ntwo')
   places = [record.place.rsplit(':', 1)[1]
             for record in formats.read(str(tmp_path / 'x.txt'), separator='\n\n\n')]
@@ -203,16 +203,17 @@ def test_lines_are_counted_in_what_is_too_long_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['x.jsonl', 'x.jsonl.gz', 'x.txt'])
 def test_a_line_that_is_too_long_is_never_held_in_memory(tmp_path, monkeypatch, name):
-  monkeypatch.setattr(formats, 'MAX_BYTES', 1_000_000)
+  monkeypatch.setattr(records, 'MAX_BYTES', 1_000_000)
   size = 30_000_000
-  write(tmp_path / name, b'{"text": "' + b'x' * size + b'"}\n{"text": "after"}')
+  beginning = b'' if name == 'x.txt' else b'{"text": "'
+  write(tmp_path / name, beginning + b'x' * size + b'"}\n{"text": "after"}')
   tracemalloc.start()
   try:
     found = list(formats.read(str(tmp_path / name)))
     assert tracemalloc.get_traced_memory()[1] < size / 4
   finally:
     tracemalloc.stop()
-  assert found[0].reason == formats.TOO_LONG
+  assert found[0].reason == records.TOO_LONG
   assert len(found) == (1 if name == 'x.txt' else 2)
 
 
@@ -229,7 +230,7 @@ def test_of_a_file_that_is_cut_off_what_came_before_counts(tmp_path, ending):
     assert len(texts) >= len(whole) * kept / len(raw) * 0.8
     assert texts[:-1] == whole[:len(texts) - 1]
     assert whole[len(texts) - 1].startswith(texts[-1])  # half a document of plain text is text
-    assert tally.reasons == {formats.CUT_OFF: 1}
+    assert tally.reasons == {records.CUT_OFF: 1}
     line = int(tally.first[0].removeprefix(f'{path}:').split(':')[0])
     assert len(texts) <= line <= len(texts) + 1
 
@@ -239,13 +240,13 @@ def test_a_file_that_is_cut_off_within_a_character_keeps_those_before(tmp_path):
   (tmp_path / 'x.txt.gz').write_bytes(raw[:-9])  # the checks at the end, and a byte
   texts, tally = read(files(tmp_path))
   assert texts == ['日']
-  assert tally.reasons == {formats.CUT_OFF: 1}
+  assert tally.reasons == {records.CUT_OFF: 1}
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flipped', 'empty'])
 @pytest.mark.parametrize('ending', ['jsonl.gz', 'parquet', 'arrayrecord'])
 def test_a_damaged_file_does_not_stop_the_others(tmp_path, monkeypatch, ending, damage):
-  monkeypatch.setattr(formats, '_ROWS', 5)
+  monkeypatch.setattr(tables, '_ROWS', 5)
   rng = random.Random(0)
   records = [{'text': rng.randbytes(900).hex()} for _ in range(99)]
   lines = [json.dumps(record) for record in records]
@@ -321,7 +322,7 @@ def test_nothing_usable_says_why(tmp_path):
   path = write(tmp_path / 'long.txt', b'x' * 100)
   with pytest.MonkeyPatch.context() as patch, pytest.raises(
       UsageError, match=r'is too long[^$]*by domains\.some\.separator'):
-    patch.setattr(formats, 'MAX_BYTES', 10)
+    patch.setattr(records, 'MAX_BYTES', 10)
     read(files(path))
 
 

@@ -53,6 +53,8 @@ def prepare(config, folder: str) -> Text:
       more = skipped['count'] - len(skipped['first'])
       say(f'{domain.name}: {skipped["count"]:,} record(s) skipped: '
           f'{"; ".join(skipped["first"])}{f"; and {more:,} more" if more else ""}')
+    for note in corpora.left_out(meta) + meta.get('notes', []):
+      say(f'{domain.name}: {note}')
   return Text(tokenizer, train, held_out)
 
 

@@ -104,7 +104,8 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
   Returns:
     The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
     split, and `skipped`: the number of unusable records, in all and by reason, and the first
-    places. (Folders of earlier versions have no `skipped`.)
+    places. `files`: what was read as what, and what was left out (corpora.Group). `notes`: what
+    is odd about that, in words. (Folders of earlier versions lack some of these.)
 
   Raises:
     UsageError: the domain has fewer than two documents or too many unusable records, the
@@ -140,7 +141,8 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
   if smallest is not None:  # nothing was held out: hold out the document of the smallest hash
     _write(partial, domain, tokenizer, np.nextafter(smallest, 1), max_skipped, corpora.Tally())
   meta = {'made_from': made_from, 'dtype': _dtype(tokenizer).name, 'hash': {},
-          'skipped': {'count': tally.skipped, 'reasons': tally.reasons, 'first': tally.first}}
+          'skipped': {'count': tally.skipped, 'reasons': tally.reasons, 'first': tally.first},
+          'files': tally.read_as(), 'notes': tally.notes(domain)}
   for split in SPLITS:
     totals = np.load(os.path.join(partial, f'{split}.documents.npy'))
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
