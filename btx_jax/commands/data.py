@@ -124,11 +124,12 @@ def files_table(domains: list[Description]) -> Table:
           sum(getattr(group, field) for group in more)
           for field in ('files', 'documents', 'skipped'))))
     for i, group in enumerate(shown):
-      rows.append(['' if i else domain.name, group.name,
-                   group.kind if group.is_read else f'left out: {group.kind}', f'{group.files:,}',
+      rows.append(['' if i else domain.name,
+                   f'{group.name} ({group.files:,})' if group.files > 1 else group.name,
+                   group.kind if group.is_read else f'left out: {group.kind}',
                    *(f'{count:,}' if group.is_read else '-'
                      for count in (group.documents, group.skipped))])
-  return terminal.table(['domain', 'file', 'read as', 'files', 'documents', 'skipped'], rows,
+  return terminal.table(['domain', 'files', 'read as', 'documents', 'skipped'], rows,
                         names=3)
 
 

@@ -78,8 +78,9 @@ def _first_value(text: str, start: int) -> tuple[object, int, bool]:
 
 
 def _is_object(line: str) -> bool:
+  line = line.lstrip().removeprefix('\ufeff')  # as where files were concatenated
   try:
-    return bool(line.lstrip().startswith('{') and json.loads(line))
+    return bool(line.startswith('{') and json.loads(line))
   except (ValueError, RecursionError):
     return False
 

@@ -4,7 +4,7 @@ The first bytes of a file decide whether it is compressed, and how. Its name doe
 """
 
 import bz2
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import gzip
 import lzma
 import re
@@ -15,6 +15,8 @@ from btx_jax.data.records import CUT_OFF, DAMAGED
 from btx_jax.errors import UsageError
 
 CHUNK = 1 << 20
+_READ = 1 << 16  # compressed bytes at a time
+_LEAST_READ = 1 << 8  # for zstd, as a byte can stand for more than 30,000
 _BOM = b'\xef\xbb\xbf'
 # Compression -> how a file begins. Text can begin with BZh, so more of bzip2's header must match.
 _BEGINNINGS = {
@@ -83,21 +85,45 @@ def compression(beginning: bytes) -> str:
 def _chunks(path: str, file: Any, kind: str) -> Iterator[bytes]:
   if kind == 'zstd':
     yield from _zstd(path, file)
-    return
-  if kind:
-    file = {'gzip': gzip.open, 'bzip2': bz2.open, 'xz': lzma.open}[kind](file)
+  elif kind in ('bzip2', 'xz'):
+    yield from _members(file, bz2.BZ2Decompressor if kind == 'bzip2' else lzma.LZMADecompressor)
+  else:
+    file = gzip.open(file) if kind else file
+    while True:
+      try:
+        chunk = file.read1(CHUNK)  # read() would lose the bytes before the damage
+      except EOFError:
+        raise Damage(CUT_OFF) from None
+      except (zlib.error, gzip.BadGzipFile) as error:
+        raise Damage(DAMAGED, f': {error}') from error
+      if not chunk:
+        return
+      yield chunk
+
+
+def _members(file: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
+  """What the streams in a file of bzip2 or xz hold. (The files of those modules end silently where
+  a stream after the first is damaged.)"""
+  decompressor, rest = None, b''
   while True:
+    if decompressor is None:
+      rest = (rest or file.read(_READ)).lstrip(b'\0')  # padding
+      if not rest:
+        return
+      decompressor = new()
+    elif decompressor.needs_input:
+      rest = file.read(_READ)
+      if not rest:
+        raise Damage(CUT_OFF)
     try:
-      chunk = file.read1(CHUNK)  # read() would lose the bytes before the damage
-    except EOFError:
-      raise Damage(CUT_OFF) from None
-    except (zlib.error, lzma.LZMAError, OSError) as error:
-      if isinstance(error, OSError) and (error.errno or not kind):
-        raise  # from the disk; those of decompressors have no number
+      chunk = decompressor.decompress(rest, CHUNK)
+    except (lzma.LZMAError, OSError) as error:  # bz2 raises an OSError
       raise Damage(DAMAGED, f': {error}') from error
-    if not chunk:
-      return
-    yield chunk
+    rest = b''
+    if decompressor.eof:
+      rest, decompressor = decompressor.unused_data, None
+    if chunk:
+      yield chunk
 
 
 def _zstd(path: str, file: IO[bytes]) -> Iterator[bytes]:
@@ -109,7 +135,7 @@ def _zstd(path: str, file: IO[bytes]) -> Iterator[bytes]:
   # Long windows (--long=31) are allowed, as some public corpora have them.
   decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
   frame = None
-  size = 1 << 10  # bytes read at a time: they can be thousands of times as many decompressed
+  size = _LEAST_READ
   while rest := file.read(size):
     produced = 0
     while rest:
@@ -124,6 +150,6 @@ def _zstd(path: str, file: IO[bytes]) -> Iterator[bytes]:
       if chunk:
         produced += len(chunk)
         yield chunk
-    size = min(max(1 << 10, size * CHUNK // (produced + 1)), 2 * size, CHUNK)
+    size = min(max(_LEAST_READ, size * CHUNK // (produced + 1)), 2 * size, CHUNK)
   if frame:
     raise Damage(CUT_OFF)
