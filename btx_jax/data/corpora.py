@@ -155,26 +155,22 @@ def documents(domain: Domain, max_skipped: float = 0.1,
       is no text at all, or no document has an id although id_field is set.
   """
   tally = tally if tally is not None else Tally()
-  for record in _records(domain, tally):
-    if isinstance(record, Unusable):
-      if tally.skipped >= _CHECK_AFTER:
-        _check_skipped(domain, tally, max_skipped)
-    else:
-      tally.documents += 1
-      tally.identified += bool(record.id)
-      if tally.documents == _CHECK_AFTER:
-        _check_ids(domain, tally)
-      yield record
+  for record in _documents(domain, max_skipped, tally):
+    tally.documents += 1
+    tally.identified += bool(record.id)
+    if tally.documents == _CHECK_AFTER:
+      _check_ids(domain, tally)
+    yield record
   if not tally.documents:
     raise UsageError(f'domains.{domain.name} is empty: there is no text in '
                      f'{", ".join(domain.paths) or domain.source}.{_why(domain, tally)}')
-  _check_skipped(domain, tally, max_skipped)
+  with errors.about(f'domains.{domain.name}'):
+    _check_skipped(domain, tally, max_skipped)
   _check_ids(domain, tally)
 
 
-def _records(domain: Domain, tally: Tally) -> Iterator[Document | Unusable]:
-  """The records of a domain without empty ones; `tally` counts those of each file that are
-  skipped."""
+def _documents(domain: Domain, max_skipped: float, tally: Tally) -> Iterator[Document]:
+  """The documents of a domain without empty ones; `tally` counts what is skipped."""
   if domain.source != 'files':
     for number, text in enumerate(demo.SOURCES[domain.source](), 1):
       if text.strip():
@@ -184,37 +180,38 @@ def _records(domain: Domain, tally: Tally) -> Iterator[Document | Unusable]:
   for name, reason in left_out:
     tally.group(name, reason, is_read=False)
   for path, explicit in found.items():
-    # Files of a folder need not all be records: settings of one object are left out.
-    lone = not explicit and domain.text_field == formats.TEXT_FIELD
-    about = formats.Reading()
     try:
       with errors.about(f'domains.{domain.name}'):
-        yield from _of_file(domain, path, explicit, lone, about, tally)
+        yield from _of_file(domain, path, explicit, max_skipped, tally)
     except OSError as error:
       raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
-    tally.plain += about.is_text
-    tally.separators += about.separators
 
 
-def _of_file(domain: Domain, path: str, explicit: bool, lone: bool, about: formats.Reading,
-             tally: Tally) -> Iterator[Document | Unusable]:
-  group = None
+def _of_file(domain: Domain, path: str, explicit: bool, max_skipped: float, tally: Tally
+             ) -> Iterator[Document]:
+  """The documents of a file; `explicit`: it was named, and not only its folder."""
+  about, group = formats.Reading(), None
+  # Files of a folder need not all be records: settings of one object are left out.
+  lone = not explicit and domain.text_field == formats.TEXT_FIELD
   for record in formats.read(path, domain.text_field, domain.id_field, domain.separator, about,
                              lone):
-    if isinstance(record, Unusable):
-      if record.reason == records.LFS_POINTER and (explicit or folders.is_data(path)):
-        files.check_no_lfs_pointer(path)
-      whole = record.reason in _WHOLE_FILES
-      group = group or tally.group(
-          path, _WHOLE_FILES[record.reason] if whole else about.kind, is_read=not whole)
-      group.skipped += not whole
-      tally.skip(record, harmless=whole)
-      yield record
+    if isinstance(record, Document):
+      group = group or tally.group(path, about.kind, is_read=True)
+      if record.text.strip():
+        group.documents += 1
+        yield record
       continue
-    group = group or tally.group(path, about.kind, is_read=True)
-    if record.text.strip():
-      group.documents += 1
-      yield record
+    if record.reason == records.LFS_POINTER and (explicit or folders.is_data(path)):
+      files.check_no_lfs_pointer(path)
+    whole = record.reason in _WHOLE_FILES
+    group = group or tally.group(
+        path, _WHOLE_FILES[record.reason] if whole else about.kind, is_read=not whole)
+    group.skipped += not whole
+    tally.skip(record, harmless=whole)
+    if tally.skipped >= _CHECK_AFTER:
+      _check_skipped(domain, tally, max_skipped)
+  tally.plain += about.is_text
+  tally.separators += about.separators
 
 
 def left_out(meta: Mapping) -> list[str]:
@@ -232,8 +229,7 @@ def _check_skipped(domain: Domain, tally: Tally, max_skipped: float):
   count = tally.documents + unusable
   if unusable > max_skipped * count:
     raise UsageError(
-        f'domains.{domain.name}: {unusable} of the {count} records read so far cannot be '
-        f'used, more than the share data.max_skipped = {max_skipped:g}.{_why(domain, tally)} '
+        f'{unusable} of the {count} records read so far cannot be used, more than the share data.max_skipped = {max_skipped:g}.{_why(domain, tally)} '
         'To continue without them, raise data.max_skipped.')
 
 

@@ -128,7 +128,7 @@ def _documents(path: str, found: Iterable[Piece | Unusable], fields: Fields
       yield piece
     elif piece.raw.strip():
       record = records.from_json(piece.raw, f'{path}:{piece.line}', fields)
-      if isinstance(record, Document) or not piece.cut:
+      if not piece.cut or isinstance(record, Document):
         yield record
 
 

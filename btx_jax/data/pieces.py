@@ -44,21 +44,20 @@ class Separator:
     self._pattern = re.compile(rb'(?:\r\n|\n|\r(?!\n))'.join(map(re.escape, raw[::2])))
     self._has_ends = len(parts) > 1
 
-  def find(self, buffer: bytearray, start: int, returns: bool, last: bool) -> tuple[int, int]:
-    """Where the next separator begins and ends; (-1, -1) if there is none.
+  def exact(self, returns: bool) -> bytes:
+    """The only bytes that match; b'' if several do, or none. `returns`: whether the text may have
+    carriage returns."""
+    return b'' if returns and self._has_ends else self._exact
+
+  def find(self, buffer: bytearray, start: int, last: bool) -> tuple[int, int]:
+    """Where the next separator in a buffer begins and ends, (-1, -1) if there is none.
 
     Args:
       buffer: is searched from `start`.
       start: an offset.
-      returns: whether there may be carriage returns in the buffer.
       last: whether nothing follows the buffer.
     """
-    if not self.text:
-      return -1, -1
-    if not (returns and self._has_ends):
-      begin = buffer.find(self._exact, start)
-      return begin, begin + len(self._exact) if begin >= 0 else -1
-    match = self._pattern.search(buffer, start)
+    match = self._pattern.search(buffer, start) if self.text else None
     if not match or (match.end() == len(buffer) and buffer.endswith(b'\r') and not last):
       return -1, -1  # a line feed may follow, as part of the same line end
     return match.span()
@@ -89,16 +88,21 @@ def pieces(path: str, chunks: Iterable[bytes], separator: Separator
       damage, chunk = error, b''
     rest += chunk
     returns = returns or b'\r' in chunk
-    begin = 0
+    begin, exact = 0, separator.exact(returns)
     while True:
-      end, after = separator.find(rest, max(begin, searched), returns, last=not chunk)
+      if exact:
+        end = rest.find(exact, max(begin, searched))
+        after = end + len(exact)
+      else:
+        end, after = separator.find(rest, max(begin, searched), last=not chunk)
       if end < 0:
         break
       if too_long or end - begin > records.MAX_BYTES:
         yield records.too_long(f'{path}:{line}')
       else:
         yield Piece(bytes(rest[begin:end]), line)
-      line += passed + count_lines(rest, begin, after, returns)
+      line += passed + (count_lines(rest, begin, after) if returns else
+                        rest.count(b'\n', begin, after))
       begin, passed, too_long = after, 0, False
     del rest[:begin]
     if not chunk:
@@ -109,7 +113,7 @@ def pieces(path: str, chunks: Iterable[bytes], separator: Separator
       if not separator.text:
         break  # the piece is the whole file
       searched -= rest[searched - 1:searched] == b'\r'  # a line end is not split
-      passed += count_lines(rest, 0, searched, returns)
+      passed += count_lines(rest, 0, searched)
       del rest[:searched]
       searched = 0
   if too_long or len(rest) > records.MAX_BYTES:
@@ -117,13 +121,11 @@ def pieces(path: str, chunks: Iterable[bytes], separator: Separator
   elif rest:
     yield Piece(bytes(rest), line, cut=damage is not None, last=True)
   if damage:
-    line += passed + count_lines(rest, 0, len(rest), returns)
+    line += passed + count_lines(rest, 0, len(rest))
     yield Unusable(f'{path}:{line}', damage.reason, damage.detail)
 
 
-def count_lines(buffer: bytes | bytearray, begin: int, end: int, returns: bool = True) -> int:
-  """Line ends of any convention between two offsets; `returns`: there may be carriage returns."""
-  count = buffer.count(b'\n', begin, end)
-  if returns:
-    count += buffer.count(b'\r', begin, end) - buffer.count(b'\r\n', begin, end)
-  return count
+def count_lines(buffer: bytes | bytearray, begin: int, end: int) -> int:
+  """The number of line ends, of any convention, between two offsets."""
+  return (buffer.count(b'\n', begin, end) + buffer.count(b'\r', begin, end)
+          - buffer.count(b'\r\n', begin, end))

@@ -65,14 +65,14 @@ def from_json(raw: bytes | bytearray, place: str, fields: Fields) -> Document | 
   if not isinstance(record, dict):
     return Unusable(place, NO_TEXT, f' {fields.text!r}: it is not an object but {_kind(record)}')
   found = record.get(fields.text)
-  if found is None and fields.text not in record:
-    found = _nested(record, fields.text)
+  if not isinstance(found, str):
+    found = found if fields.text in record else _nested(record, fields.text)
     if found is _MISSING:
       return Unusable(place, NO_TEXT, f' {fields.text!r}; {names_of(record)}')
-  if not isinstance(found, str):
-    return Unusable(place, LIST if isinstance(found, list) else NO_TEXT,
-                    f' {fields.text!r}' + ('' if isinstance(found, list) else
-                                           f' but {_kind(found)}'))
+    if isinstance(found, list):
+      return Unusable(place, LIST, f' {fields.text!r}')
+    if not isinstance(found, str):
+      return Unusable(place, NO_TEXT, f' {fields.text!r} but {_kind(found)}')
   try:
     found.encode('utf-8')
   except UnicodeEncodeError as error:

@@ -5,7 +5,6 @@ The first bytes of a file decide whether it is compressed, and how. Its name doe
 
 import bz2
 from collections.abc import Callable, Iterator
-import gzip
 import lzma
 import re
 from typing import IO, Any
@@ -85,25 +84,38 @@ def compression(beginning: bytes) -> str:
 def _chunks(path: str, file: Any, kind: str) -> Iterator[bytes]:
   if kind == 'zstd':
     yield from _zstd(path, file)
-  elif kind in ('bzip2', 'xz'):
-    yield from _members(file, bz2.BZ2Decompressor if kind == 'bzip2' else lzma.LZMADecompressor)
+  elif kind:
+    yield from _members(file, {'gzip': _Gzip, 'bzip2': bz2.BZ2Decompressor,
+                               'xz': lzma.LZMADecompressor}[kind])
   else:
-    file = gzip.open(file) if kind else file
-    while True:
-      try:
-        chunk = file.read1(CHUNK)  # read() would lose the bytes before the damage
-      except EOFError:
-        raise Damage(CUT_OFF) from None
-      except (zlib.error, gzip.BadGzipFile) as error:
-        raise Damage(DAMAGED, f': {error}') from error
-      if not chunk:
-        return
+    while chunk := file.read1(CHUNK):
       yield chunk
 
 
+class _Gzip:
+  """A decompressor of one member of a gzip file, with the methods of those of bz2 and lzma."""
+
+  def __init__(self):
+    self._inner = zlib.decompressobj(wbits=31)  # with the header and checks of gzip
+    self.needs_input = True
+
+  def decompress(self, data: bytes, most: int) -> bytes:
+    result = self._inner.decompress(self._inner.unconsumed_tail + data, most)
+    self.needs_input = not self._inner.unconsumed_tail
+    return result
+
+  @property
+  def eof(self) -> bool:
+    return self._inner.eof
+
+  @property
+  def unused_data(self) -> bytes:
+    return self._inner.unused_data
+
+
 def _members(file: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
-  """What the streams in a file of bzip2 or xz hold. (The files of those modules end silently where
-  a stream after the first is damaged.)"""
+  """What the members of a compressed file hold, which follow each other. (The files of the modules
+  bz2 and lzma end silently where a member after the first is damaged.)"""
   decompressor, rest = None, b''
   while True:
     if decompressor is None:
@@ -117,7 +129,7 @@ def _members(file: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
         raise Damage(CUT_OFF)
     try:
       chunk = decompressor.decompress(rest, CHUNK)
-    except (lzma.LZMAError, OSError) as error:  # bz2 raises an OSError
+    except (zlib.error, lzma.LZMAError, OSError) as error:  # bz2 raises an OSError
       raise Damage(DAMAGED, f': {error}') from error
     rest = b''
     if decompressor.eof:
