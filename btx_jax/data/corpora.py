@@ -229,7 +229,8 @@ def _check_skipped(domain: Domain, tally: Tally, max_skipped: float):
   count = tally.documents + unusable
   if unusable > max_skipped * count:
     raise UsageError(
-        f'{unusable} of the {count} records read so far cannot be used, more than the share data.max_skipped = {max_skipped:g}.{_why(domain, tally)} '
+        f'{unusable} of the {count} records read so far cannot be used, more than the share '
+        f'data.max_skipped = {max_skipped:g}.{_why(domain, tally)} '
         'To continue without them, raise data.max_skipped.')
 
 

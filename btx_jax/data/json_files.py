@@ -35,33 +35,36 @@ def layout_of(stream: Stream, named_json: bool) -> str:
     return LINES if named_json else ''
   lines = re.split('[\r\n]+', text, maxsplit=_LINES)[:_LINES]
   lines = [line for line in lines if line.strip()]
-  if len(lines) > 1 and not whole and text.count('\n') + text.count('\r') < _LINES:
+  several = len(lines) > 1
+  if several and not whole and text.count('\n') + text.count('\r') < _LINES:
     lines.pop()  # it may go on
   good = sum(map(_is_object, lines))
   first, after, cut = _first_value(text, int(text[0] == '['))
   if text[0] == '[':
-    follows = text[after:].lstrip()[:1] in (',', ']', '')
-    if named_json and after:
-      array = not (len(lines) > 1 and _is_complete(lines[0]))
-    elif after:
-      array = isinstance(first, dict) and follows
+    if after:
+      _, end, beyond = _first_value(text, 0)  # of the whole array
+      if isinstance(first, dict):
+        array = named_json or beyond or (end and text[end:].lstrip()[:1] in ('', '['))
+      else:
+        array = named_json and not (several and _is_complete(lines[0]))
     else:  # the first element is long or broken
       inside = sum(_is_object(line.strip().lstrip('[').rstrip('],')) for line in lines)
-      array = inside > good or (cut and re.match(r'\[\s*\{\s*"', text))
+      array = inside > good or (re.match(r'\[\s*\{\s*"', text)
+                                and (cut or (named_json and not good)))
     if array:
       return ARRAY
-  elif len(lines) > 1 and not _is_object(lines[0]):
+  elif several and not _is_object(lines[0]):
     if after:  # an object that ends on a later line
       alone = text[after:].lstrip()[:1] in ('{', '')
-      several = len(re.split('[\r\n]', text[:after])) > 1 and (alone or named_json)
+      objects = re.search('[\r\n]', text[:after]) and (alone or named_json)
     else:
-      several = cut and (named_json or not whole) and re.match(r'\{\s*"', text)
-    if several:
+      objects = cut and (named_json or not whole) and re.match(r'\{\s*"', text)
+    if objects:
       return OBJECTS
   if named_json or 2 * good > len(lines):
     return LINES
   # A single line, which goes on beyond what is known.
-  return LINES if len(lines) == 1 and not whole and cut and re.match(r'\{\s*"', text) else ''
+  return LINES if not (several or whole) and cut and re.match(r'\{\s*"', text) else ''
 
 
 def _first_value(text: str, start: int) -> tuple[object, int, bool]:
