@@ -49,7 +49,7 @@ def load(path: str, shardings: Any = None) -> tuple[Config, dict]:
     >>> params['embed'].shape == (config.vocab_size, config.dim)
     True
   """
-  source, config = _open(path)
+  source, config = _open(os.path.expanduser(path))
   shapes = llama.shapes(config)
   if isinstance(shardings, jax.sharding.Mesh):
     shardings = sharding.shardings(shapes, shardings)
@@ -88,6 +88,8 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     True
   """
   check_params(config, params, 'save')
+  folder = os.path.expanduser(folder)
+  tokenizer = os.path.expanduser(tokenizer) if isinstance(tokenizer, str) else tokenizer
   beside = tokenizer if isinstance(tokenizer, str) else ''
   opened = (load_tokenizer(tokenizer, Options(eos=NONE)) if isinstance(tokenizer, str)
             else tokenizer)

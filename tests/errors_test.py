@@ -149,6 +149,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
     ([DEMO, '--config.tokenizer.path=gs://b/t'], 'tokenizer.path = gs://b/t is a URL, not'),
     ([DEMO, "--config.domains.code.paths=('gs://b/*.txt',)"], 'domains.code.paths = gs://b/*.txt'),
+    ([DEMO, 'export', '--run=seed', '--to=~no-one/m'], '--to = ~no-one/m: there is no such home'),
     ([DEMO, 'export', '--run=seed', '--to=gs://b/m'], '--to = gs://b/m is a URL, not a path'),
 ])
 def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
@@ -435,6 +436,16 @@ config.runs = {"new": config.runs.new,
     ('import pyarrow as pa, pyarrow.parquet as pq\n'
      'pq.write_table(pa.table({"text": [5]}), here / "x.parquet")\n'
      'config.domains.code.paths = (str(here / "x.parquet"),)', "column 'text' holds int64, not"),
+    ('sys.modules["zstandard"] = None\n'
+     '(here / "x.zst").write_bytes(bytes.fromhex("28b52ffd") + bytes(9))\n'
+     'config.domains.code.paths = (str(here / "x.zst"),)', "need the package 'zstandard': pip"),
+    ('(here / "x.txt").write_text("prose")\n'
+     'config.domains.code = base.domain(str(here / "x.txt"), "body")',
+     "x.txt is plain text, which has no field 'body' (text_field). Narrow the paths"),
+    ('(here / "x.txt").write_text("prose")\n'
+     'config.domains.code = base.domain(str(here / "x.txt"), id_field="url")',
+     "x.txt is plain text, which has no field 'url' (id_field). Narrow the paths"),
+    ('config.domains.code.text_field = ""', "code.jsonl holds JSON, and text_field = '' is for"),
     # Tokenizer
     ('config.tokenizer.vocab_size = 5000', 'tokenizer.vocab_size = 5000 pieces cannot be trained'),
     ('(here / "x.model").write_text("x")\nconfig.tokenizer.path = str(here / "x.model")',

@@ -1,6 +1,6 @@
 """Model folders as people really have them, made from one plain folder by small changes.
 
-folders_test.py reads them; reference_test.py compares each with transformers.
+odd_folders_test.py reads them; reference_test.py compares each with transformers.
 """
 
 from collections.abc import Callable, Mapping
