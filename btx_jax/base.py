@@ -246,7 +246,7 @@ def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] |
 
 
 def hugging_face(folder: str) -> ConfigDict:
-  """Starts from a pretrained Llama, Mistral (without sliding window) or Mixtral.
+  """Starts from a pretrained Llama, Mistral (without sliding window), Mixtral, Qwen2 or Qwen3.
 
   Its sizes come from the folder, whatever the section `model` says. How it is computed, and how
   its mixtures route, come from that section. It needs the tokenizer that it was trained with:

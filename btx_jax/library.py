@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import sentencepiece as spm
 
-from btx_jax.convert import config_json, export
+from btx_jax.convert import config_json, export, generation
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data.framing import CONFIG, NONE, Options
 from btx_jax.data.tokenizer import FILE, Tokenizer
@@ -49,7 +49,7 @@ def load(path: str, shardings: Any = None) -> tuple[Config, dict]:
     >>> params['embed'].shape == (config.vocab_size, config.dim)
     True
   """
-  source, config = _open(path)
+  source, config = _open(os.path.expanduser(path))
   shapes = llama.shapes(config)
   if isinstance(shardings, jax.sharding.Mesh):
     shardings = sharding.shardings(shapes, shardings)
@@ -72,7 +72,8 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     config: the model's sizes.
     params: its parameters.
     tokenizer: a folder or file with the model's tokenizer, copied beside the weights; or one that
-      was loaded here. None writes none.
+      was loaded here. None writes none. Of a model's folder, the stop tokens and the settings of
+      generation_config.json are kept too.
     dtype: 'bfloat16' or 'float32', of the weights.
     max_length: longest text the model is for, in tokens; 0 takes it from the config.json in the
       folder `tokenizer`, or else 4096.
@@ -87,6 +88,8 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     True
   """
   check_params(config, params, 'save')
+  folder = os.path.expanduser(folder)
+  tokenizer = os.path.expanduser(tokenizer) if isinstance(tokenizer, str) else tokenizer
   beside = tokenizer if isinstance(tokenizer, str) else ''
   opened = (load_tokenizer(tokenizer, Options(eos=NONE)) if isinstance(tokenizer, str)
             else tokenizer)
@@ -101,6 +104,7 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
       balance_loss=Objective.balance_loss,
       bos_id=opened.bos_id if opened else None, eos_id=opened.eos_id if opened else None,
       tokenizer_files=tokenizer_files(opened) if opened else {},
+      descends_from=generation.read(beside) if os.path.isdir(beside) else generation.UNKNOWN,
       card=f'---\nlibrary_name: transformers\n---\n\nWritten by btx_jax: {experts}.\n')
 
 

@@ -150,7 +150,8 @@ def export_model(name: str, workdir: str):
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
   from btx_jax.commands.export import export_run
   from btx_jax.study.study import Study
-  export_run(Study(CONFIG.value, workdir), RUN.value, TO.value, DTYPE.value)
+  export_run(Study(CONFIG.value, workdir), RUN.value, files.local_path('--to', TO.value),
+             DTYPE.value)
 
 
 def compile_for_topology(name: str, workdir: str):
@@ -207,13 +208,13 @@ def run_command(argv: list[str]):
                      '--num_processes and --process_id.')
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = WORKDIR.value or os.path.join('runs', name)
-  for flag, path in (('--workdir', workdir), ('--to', TO.value or '')):
-    files.check_path(flag, path)
-  COMMANDS[command](name, workdir)
+  files.local_path('--to', TO.value or '')
+  COMMANDS[command](name, files.local_path('--workdir', workdir))
 
 
 def recipe_path(config: str) -> str:
-  """The file of a recipe given by name, like demo:full; anything else is returned unchanged."""
+  """The file of a recipe given by name, like demo:full; of anything else, only ~ is replaced."""
+  config = os.path.expanduser(config)
   name, colon, argument = config.partition(':')
   if os.path.sep in name or name.endswith('.py') or not name or os.path.isfile(name):
     return config

@@ -18,7 +18,7 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, scores
 from btx_jax.model.config import Config
 from btx_jax.run import MIX, Run, seed_of
-from btx_jax.study import compatibility, manifest, params, plan
+from btx_jax.study import compatibility, context, manifest, params, plan
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 from btx_jax.training import layout, loop
@@ -128,7 +128,9 @@ class Pipeline(Study):
                          'are; use another --workdir, or delete that folder to train it again.')
 
   def _say_remarks(self, wanted: Sequence[Run]):
-    for line in dict.fromkeys(line for run in wanted for line in layout.uneven(run, self.mesh)):
+    lines = [line for run in wanted for line in layout.uneven(run, self.mesh)]
+    lines += [line for run in wanted if (line := context.remark(run))]
+    for line in dict.fromkeys(lines):
       say(line)
     for run in wanted:
       for line in compatibility.remarks(run) if run.init == MIX else ():

@@ -194,6 +194,15 @@ def lineage(run: Run, until: Callable[[Run], bool] = lambda _: False) -> list[Ru
   return list(found.values())
 
 
+def descent(run: Run) -> list[Run]:
+  """The run, and those whose settings it keeps, nearest first: of a mixture, the reference."""
+  found = [run]
+  while found[-1].sources:
+    last = found[-1]
+    found.append(last.sources[last.recipe.reference if last.recipe else 0])
+  return found
+
+
 def recipe_of(run: Run) -> Recipe:
   """The recipe of a run that starts from a mixture; raises ValueError for any other run."""
   if run.recipe is None:

@@ -68,9 +68,10 @@ def say(text: str):
   sys.stdout.flush()
 
 
-def show(renderable: RenderableType):
-  """Prints a table, at least 160 columns wide: on a narrower terminal its lines wrap."""
-  wide = _VerbatimConsole(width=max(console.width, _LEAST_WIDTH), quiet=console.quiet)
+def show(renderable: RenderableType, width: int | None = None):
+  """Prints a table in `width` columns; if None, in as many as the terminal has, at least 160 (on a
+  narrower terminal its lines wrap)."""
+  wide = _VerbatimConsole(width=width or max(console.width, _LEAST_WIDTH), quiet=console.quiet)
   wide.print(renderable)
 
 

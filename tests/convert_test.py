@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from btx_jax.convert import config_json, export, hugging_face, names, safetensors, shards
+from btx_jax.devices import sharding
 from btx_jax.errors import RunError, UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from tests.helpers import Arrays, hidden_and_sums
+from tests.helpers import Arrays, hidden_and_sums, random_params
 
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
-KINDS = ('llama2', 'llama3', 'mixtral', 'mixtral_fused')
+KINDS = ('llama2', 'llama3', 'mixtral', 'qwen2', 'qwen3', 'mixtral_fused')
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +56,7 @@ def assert_same(source, other):
 # Models
 
 
-@pytest.mark.parametrize('kind', KINDS[:3])
+@pytest.mark.parametrize('kind', KINDS[:-1])
 def test_logits_are_those_of_transformers(folders, kind):
   expected = np.load(FIXTURES / kind / 'expected.npz')
   params, tokens = tree_of(folders[kind]), expected['tokens']
@@ -175,21 +176,64 @@ def test_without_a_tokenizer_the_special_tokens_are_null(folders, tmp_path):
   assert not list((tmp_path / 'out').glob('tokenizer*'))
 
 
+QWEN_2, QWEN_3, MIXED = {'qkv_bias': True}, {'qk_norm': True}, {'num_experts': 4, 'top_k': 2}
+
+
+@pytest.mark.parametrize('fields', [
+    QWEN_2 | {'router': 'softmax_top_k'}, QWEN_3, QWEN_3 | {'top_k': 3, 'tied_head': True}])
+def test_a_mixture_of_qwen_survives_export_and_import(tmp_path, fields):
+  model = Config(48, 16, 20, 2, 4, 2, num_experts=4, **({'top_k': 2} | fields))
+  params = random_params(model)
+  again = write_folder(tmp_path / 'out', model, Arrays(params))
+  assert again.model == model
+  assert again.kind == config_json.kind_of(model)
+  for path, leaf in jax.tree.leaves_with_path(params):
+    np.testing.assert_array_equal(again.read(sharding.path_of(path)), leaf)
+
+
+def test_a_mixture_with_a_real_shared_expert_is_refused(tmp_path):
+  model = Config(48, 16, 20, 2, 4, 2, num_experts=4, top_k=2, qkv_bias=True)
+  write_folder(tmp_path / 'out', model, Arrays(random_params(model)))
+  name = 'model.layers.1.mlp.shared_expert.down_proj.weight'
+  edit(tmp_path / 'out', lambda tensors: tensors.update({name: tensors[name] + 1}))
+  with pytest.raises(UsageError, match=rf'{name} is not zero: .* every token takes'):
+    hugging_face.Folder(str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('origin, fields, expected', [
+    ('', {}, 'llama'), ('mistral', {}, 'mistral'), ('', QWEN_2, 'qwen2'), ('', QWEN_3, 'qwen3'),
+    ('qwen2', MIXED, 'mixtral'), ('', QWEN_2 | MIXED, 'qwen2_moe'),
+    ('mistral', QWEN_3 | MIXED, 'qwen3_moe'),
+    ('', QWEN_2 | QWEN_3, 'model.qkv_bias and model.qk_norm cannot be exported')])
+def test_a_model_is_exported_as_what_it_is(tmp_path, origin, fields, expected):
+  model = Config(48, 16, 20, 2, 4, 4, **fields)
+  if ' ' in expected:
+    with pytest.raises(UsageError, match=expected):
+      config_json.kind_of(model, origin)
+    return
+  again = write_folder(tmp_path / 'out', model, Arrays(random_params(model)), origin=origin)
+  assert again.kind == expected
+  assert again.model == model
+
+
 @pytest.mark.parametrize('fields, expected', [
     ({}, 2), ({'top_k': 3}, 3), ({'router': 'soft'}, 4),
     ({'router': 'softmax_top_k', 'top_k': 4}, 4), ({'router_bias': True, 'top_k': 4}, 4),
+    (QWEN_2 | {'router': 'softmax_top_k'}, 2),
+    (QWEN_3 | {'router': 'switch'}, "Qwen's mixtures have the gates of"),
     ({'router': 'softmax_top_k'}, "model.router = 'softmax_top_k' cannot be exported"),
     ({'router': 'switch'}, "model.router = 'switch'"),
     ({'router': 'sample_top_1'}, "'sample_top_1'"), ({'router': 'hash'}, "'hash'"),
     ({'router_bias': True}, 'has a bias cannot be exported'),
 ])
-def test_only_what_mixtral_computes_is_exported(fields, expected):
+def test_only_gates_that_transformers_has_are_exported(fields, expected):
   model = Config(48, 16, 20, 2, 4, 4, num_experts=4, **fields)
   if isinstance(expected, int):
-    assert config_json.mixtral_top_k(model) == expected
+    written = config_json.to_json(model, 'float32', 64, 0.01, 1, 2)
+    assert written['num_experts_per_tok'] == expected
   else:
     with pytest.raises(UsageError, match=expected):
-      config_json.mixtral_top_k(model)
+      config_json.kind_of(model)
 
 
 # config.json
@@ -222,14 +266,23 @@ def test_configs_of_several_families(found, expected):
 
 
 @pytest.mark.parametrize('change, named', [
-    ({'model_type': 'qwen2'}, "model_type = 'qwen2'"),
+    ({'model_type': 'gemma2'}, "model_type = 'gemma2'"),
     ({'architectures': ['LlamaForSequenceClassification']}, 'LlamaForSequenceClassification'),
     ({'attention_bias': True}, 'attention_bias'),
     ({'mlp_bias': True}, 'mlp_bias'),
     ({'hidden_act': 'gelu'}, "hidden_act = 'gelu'"),
     ({'model_type': 'mistral', 'num_key_value_heads': 4}, 'sliding_window = 4096'),
-    ({'sliding_window': 512}, 'sliding_window = 512'),
-    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "rope_type = 'linear'"),
+    ({'model_type': 'mixtral', 'num_key_value_heads': 2, 'sliding_window': 512},
+     'sliding_window = 512'),
+    ({'model_type': 'mistral', 'num_key_value_heads': 4, 'sliding_window': 512,
+      'use_sliding_window': False}, 'sliding_window = 512'),  # which Mistral does not read
+    ({'max_position_embeddings': None}, 'max_position_embeddings = None'),
+    ({'rope_scaling': {'type': 'linear'}}, 'rope factor = None'),
+    ({'rope_scaling': {'type': 'linear', 'factor': 0}}, 'model.rope_factor = 0.0 must be positive'),
+    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "rope_type = 'dynamic'"),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 1.0, 'attention_factor': 1.2}}, "'yarn'"),
+    ({'rope_scaling': 'linear4'}, "rope_type = 'linear4'"),
+    ({'architectures': ['LlavaLlamaForCausalLM']}, 'LlavaLlamaForCausalLM'),
     ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, "rope_type = 'yarn'"),
     ({'rope_parameters': {'partial_rotary_factor': 0.5, 'rope_theta': 1e4}}, 'partial_rotary'),
     ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, 'rope low_freq_factor = None'),
@@ -471,9 +524,10 @@ def test_a_tensor_longer_than_a_shard_has_a_file_of_its_own(tmp_path):
 
 def test_no_name_stands_for_two_tensors():
   for model in (Config(48, 16, 20, 3, 4, 2, head_dim=6),
-                Config(48, 16, 20, 3, 4, 2, head_dim=6, num_experts=5)):
+                Config(48, 16, 20, 3, 4, 2, qkv_bias=True, qk_norm=True, num_experts=5)):
     size = names.sizes(model)
-    for row in names.rows(model):
-      assert sorted(row.theirs.replace(' ', '')) == sorted(names.tensor_dims(row))
-    found = [name for row in names.rows(model) for name, _ in names.tensors_of(row, size)]
-    assert len(found) == len(set(found))
+    for table in (names.rows(model, layout) for layout in (names.MIXTRAL, names.QWEN)):
+      for row in table:
+        assert sorted(row.theirs.replace(' ', '')) == sorted(names.tensor_dims(row))
+      found = [name for row in table for name, _ in names.tensors_of(row, size)]
+      assert len(found) == len(set(found))

@@ -149,6 +149,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
     ([DEMO, '--config.tokenizer.path=gs://b/t'], 'tokenizer.path = gs://b/t is a URL, not'),
     ([DEMO, "--config.domains.code.paths=('gs://b/*.txt',)"], 'domains.code.paths = gs://b/*.txt'),
+    ([DEMO, 'export', '--run=seed', '--to=~no-one/m'], '--to = ~no-one/m: there is no such home'),
     ([DEMO, 'export', '--run=seed', '--to=gs://b/m'], '--to = gs://b/m is a URL, not a path'),
 ])
 def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
@@ -345,6 +346,8 @@ config.runs = {"new": config.runs.new,
     ('config.model.head_dim = 3', 'model.head_dim = 3 must be even and positive'),
     ('config.model.head_dim = -2', 'model.head_dim = -2 must be even and positive'),
     ('config.model.top_k = 9', 'runs.btx: model.top_k = 9 must lie between 1 and the number of'),
+    ('config.model.rope_scaling = "ntk"', "model.rope_scaling = 'ntk'; valid: 'linear', 'llama3'."),
+    ('config.model.rope_factor = 0.0', 'model.rope_factor = 0.0 must be positive; 1 is off.'),
     ('config.model.router = "topk"', "model.router = 'topk'; did you mean 'top_k'?"),
     ('config.model.update(router="switch", top_k=2)', "runs.btx: model.top_k = 2: the router "
      "'switch' sends a token to 1 of 4 experts; leave it at 0."),
@@ -433,6 +436,16 @@ config.runs = {"new": config.runs.new,
     ('import pyarrow as pa, pyarrow.parquet as pq\n'
      'pq.write_table(pa.table({"text": [5]}), here / "x.parquet")\n'
      'config.domains.code.paths = (str(here / "x.parquet"),)', "column 'text' holds int64, not"),
+    ('sys.modules["zstandard"] = None\n'
+     '(here / "x.zst").write_bytes(bytes.fromhex("28b52ffd") + bytes(9))\n'
+     'config.domains.code.paths = (str(here / "x.zst"),)', "need the package 'zstandard': pip"),
+    ('(here / "x.txt").write_text("prose")\n'
+     'config.domains.code = base.domain(str(here / "x.txt"), "body")',
+     "x.txt is plain text, which has no field 'body' (text_field). Narrow the paths"),
+    ('(here / "x.txt").write_text("prose")\n'
+     'config.domains.code = base.domain(str(here / "x.txt"), id_field="url")',
+     "x.txt is plain text, which has no field 'url' (id_field). Narrow the paths"),
+    ('config.domains.code.text_field = ""', "code.jsonl holds JSON, and text_field = '' is for"),
     # Tokenizer
     ('config.tokenizer.vocab_size = 5000', 'tokenizer.vocab_size = 5000 pieces cannot be trained'),
     ('(here / "x.model").write_text("x")\nconfig.tokenizer.path = str(here / "x.model")',
@@ -566,6 +579,12 @@ def test_a_llama_that_transformers_refuses(run, config, tmp_path):
         'is not a multiple of model.num_heads = 3, and transformers refuses such a Llama.')
 
 
+def test_a_model_that_no_class_of_transformers_computes(run, config, tmp_path):
+  check(run(config(), f'--workdir={tmp_path / "work"}', 'export', '--run=seed', '--to=x',
+            '--config.model.qkv_bias=True', '--config.model.qk_norm=True'),
+        'A model with model.qkv_bias and model.qk_norm cannot be exported: ')
+
+
 def test_two_exports_into_one_folder(run, config, tmp_path):
   lines = SMALL_TOKENIZER + (
       '\nconfig.runs = {"new": base.run(base.hugging_face("tests/fixtures/llama2"))}')
@@ -598,6 +617,15 @@ def test_an_export_with_too_little_memory(run, config, tmp_path):
   assert not (tmp_path / 'out.partial').exists()
 
 
+def test_a_pretrained_model_with_numbers_that_are_not_finite(run, config, tmp_path):
+  lines = pretrained('''file = model / "model-00002-of-00002.safetensors"
+file.write_bytes(file.read_bytes()[:-4] + bytes([255] * 4))''' + f'\n{SMALL_TOKENIZER}',
+                     **UNTRAINED) + '\nconfig.runs = {"new": config.runs.new}'
+  check(run(config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
+            f'--to={tmp_path / "out"}', '--dtype=float32'),
+        'has numbers that are not finite (NaN or infinity), so no model made from it')
+
+
 def test_a_pretrained_model_that_is_cut_off_meanwhile(run, config, tmp_path):
   lines = pretrained(SMALL_TOKENIZER) + '''
 from btx_jax.convert import safetensors
@@ -627,6 +655,18 @@ def test_a_loss_that_is_not_finite(run, config, work):
              '--run=new')
   check(done, ' and the norm of its gradient nan at step ', code=1)
   assert f'delete {work / "new"} or use another --workdir.' in done.stderr
+
+
+def test_a_start_that_is_not_finite(run, config, work):
+  """Its message names the part of the model, and does not blame the learning rate."""
+  done = run(config('''from btx_jax.study import params
+initial = params.initial
+def harmed(*given):
+  found = initial(*given)
+  return {**found, "embed": found["embed"] * float("nan")}
+params.initial = harmed'''), f'--workdir={work}', '--run=new')
+  check(done, 'at step 1, before any update, so a lower optimizer.peak_lr cannot help: what it '
+        'starts from, seed, has numbers that are not finite, or far too large, in embed.', code=1)
 
 
 def test_extras_that_are_missing(run, config, work):

@@ -1,7 +1,9 @@
 """Whatever a text is kept in, its documents are the same; broken records do not stop the rest."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
 import subprocess
@@ -12,9 +14,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 import pyarrow as pa
 from pyarrow import parquet
 import pytest
+import zstandard
 
-from btx_jax.data import corpora, formats, text, tokenizer, tokens
-from btx_jax.data.formats import Document
+from btx_jax.data import corpora, formats, records, streams, tables, text, tokenizer, tokens
+from btx_jax.data.records import Document
 from btx_jax.errors import UsageError
 from btx_jax.study.study import Study
 from tests import studies
@@ -23,22 +26,26 @@ TEXTS = ['the first\nof them', '日本語 \U0001F389', '  \t spaces\r\n', 'x' * 
 RECORDS = [{'body': text, 'id': f'document {i}', 'size': i} for i, text in enumerate(TEXTS)]
 LINES = [json.dumps(record) for record in RECORDS]
 
+COMPRESS = {'gz': gzip.compress, 'bz2': bz2.compress, 'xz': lzma.compress,
+            'zst': zstandard.compress}
+
 
 def write(path, content):
   """A file of this ending that holds `content`: records, lines, or bytes."""
   name = str(path)
-  if name.endswith('.parquet'):
+  kind = name.lower()
+  if kind.endswith('.parquet'):
     parquet.write_table(pa.Table.from_pylist(content), name, row_group_size=2,
                         use_dictionary=False, compression='none', write_statistics=False,
                         write_page_checksum=True)
-  elif name.endswith('record'):
+  elif kind.endswith('record'):
     writer = ArrayRecordWriter(name, 'group_size:2')
     for record in content:
       writer.write(record if isinstance(record, bytes) else record.encode())
     writer.close()
   else:
     raw = content if isinstance(content, bytes) else '\n'.join(content).encode()
-    path.write_bytes(gzip.compress(raw) if name.endswith('.gz') else raw)
+    path.write_bytes(COMPRESS.get(kind.rpartition('.')[2], bytes)(raw))
   return name
 
 
@@ -61,15 +68,36 @@ def good(number):
 
 
 @pytest.mark.parametrize('name', [
-    'x.jsonl', 'x.jsonl.gz', 'x.parquet', 'x.arrayrecord', 'x.array_record'])
+    'x.jsonl', 'x.jsonl.gz', 'x.parquet', 'x.arrayrecord', 'x.array_record', 'x.json', 'x.ndjson',
+    'x.jsonlines', 'x.JSONL', 'x.json.gz', 'x.jsonl.zst', 'x.ndjson.bz2', 'x.JsonLines.xz',
+    'x.JSONL.GZ', 'x.PARQUET', 'x.ArrayRecord', 'x.txt', 'x.txt.zst', 'x'])
 def test_every_format_gives_the_same_documents(tmp_path, name):
-  path = write(tmp_path / name, RECORDS if name.endswith('.parquet') else LINES)
+  path = write(tmp_path / name, RECORDS if name.lower().endswith('.parquet') else LINES)
   read = list(formats.read(path, 'body', 'id'))
   assert read == [Document(text, f'document {i}', f'{path}:{i + 1}')
                   for i, text in enumerate(TEXTS)]
   numbers = [document.id for document in formats.read(path, 'body', 'size')]
   assert numbers == ['0', '1', '2', '3', '4']
   assert {document.id for document in formats.read(path, 'body')} == {''}
+
+
+@pytest.mark.parametrize('name, ending', [
+    ('x.jsonl', 'gz'), ('x.gz', 'jsonl'), ('x.jsonl.gz', 'xz'), ('x.json', 'parquet'),
+    ('blob', 'zst'), ('blob', 'parquet'), ('x.txt', 'arrayrecord')])
+def test_a_misleading_name_does_not_matter(tmp_path, name, ending):
+  content = RECORDS if ending == 'parquet' else LINES
+  os.rename(write(tmp_path / f'y.{ending}', content), tmp_path / name)
+  assert [doc.text for doc in formats.read(str(tmp_path / name), 'body', 'id')] == TEXTS
+
+
+@pytest.mark.parametrize('stream', [True, False])
+def test_arrow_files_as_datasets_saves_them_are_read(tmp_path, stream):
+  table = pa.table({'text': TEXTS, 'meta': [{'url': text[:3]} for text in TEXTS]})
+  new = pa.ipc.new_stream if stream else pa.ipc.new_file
+  with new(str(tmp_path / 'data-00000-of-00001.arrow'), table.schema) as writer:
+    writer.write_table(table, max_chunksize=2)
+  found = list(formats.read(str(tmp_path / 'data-00000-of-00001.arrow'), id_field='meta.url'))
+  assert [(doc.text, doc.id) for doc in found] == [(text, text[:3]) for text in TEXTS]
 
 
 def test_an_array_record_of_plain_text(tmp_path):
@@ -89,7 +117,7 @@ def test_every_kind_of_text_column_is_read(tmp_path, kind):
 @pytest.mark.parametrize('chunk', [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize('separator', ['', '\n', '\n\n\n', '--', '日'])
 def test_a_stream_is_cut_as_the_whole_text_would_be(tmp_path, monkeypatch, chunk, separator):
-  monkeypatch.setattr(formats, '_CHUNK', chunk)
+  monkeypatch.setattr(streams, 'CHUNK', chunk)
   content = 'a\n\n\n\nb--\n---c\n\n\n日本日\n\n\n\n\n\nend--'
   path = write(tmp_path / 'x.txt', content.encode())
   read = [doc for doc in formats.read(path, separator=separator) if doc.text]
@@ -99,6 +127,53 @@ def test_a_stream_is_cut_as_the_whole_text_would_be(tmp_path, monkeypatch, chunk
   for doc in read:  # the place is the line where the document begins
     line = int(doc.place.rsplit(':', 1)[1])
     assert '\n'.join(lines[line - 1:])[:200].find(doc.text) >= 0
+
+
+@pytest.mark.parametrize('chunk', [1, 2, 5, 1000])
+@pytest.mark.parametrize('separator', ['\n', '\n\n\n', '\r\n\r\n', '\n--\n', '--\n'])
+def test_line_ends_of_any_convention_separate(tmp_path, monkeypatch, chunk, separator):
+  monkeypatch.setattr(streams, 'CHUNK', chunk)
+  content = '\ufeffa\n\n\n\nb\n--\nc\nd\n\n\n日\n\n--\n\nend\n'
+  parts = [part for part in content[1:].split(separator.replace('\r\n', '\n')) if part]
+  for number, end in enumerate(['\n', '\r\n', '\r']):
+    path = write(tmp_path / f'{number}.txt', content.replace('\n', end).encode())
+    found = [doc for doc in formats.read(path, separator=separator) if doc.text]
+    assert [doc.text for doc in found] == [part.replace('\n', end) for part in parts]
+    lines = content[1:].split('\n')
+    for doc, part in zip(found, parts):
+      line = int(doc.place.rsplit(':', 1)[1])
+      assert '\n'.join(lines[line - 1:]).find(part) >= 0 and part[0] in (*lines[line - 1], '\n')
+  mixed = write(tmp_path / 'mixed.txt', b'a\r\n\nb\n\rc\r\rd\r\ne\n\n')
+  assert [doc.text for doc in formats.read(mixed, separator='\n\n') if doc.text] == [
+      'a', 'b', 'c', 'd\r\ne']
+
+
+@pytest.mark.parametrize('name', ['x.jsonl', 'x.txt', 'x.json.gz'])
+@pytest.mark.parametrize('end', ['\r\n', '\r', '\n\ufeff'])  # the last: files put together
+def test_a_byte_order_mark_and_line_ends_cost_no_record(tmp_path, name, end):
+  path = write(tmp_path / name, ('\ufeff' + end.join(LINES)).encode())
+  assert [doc.text for doc in formats.read(path, 'body')] == TEXTS
+  assert [doc.place for doc in formats.read(path, 'body')] == [f'{path}:{i}' for i in range(1, 6)]
+
+
+def test_plain_text_begins_after_its_byte_order_mark(tmp_path):
+  paths = [write(tmp_path / name, '\ufefftext'.encode()) for name in ('a.txt', 'b.txt.xz')]
+  paths.append(write(tmp_path / 'c.txt', b'\xef\xbb\xbf'))
+  texts, tally = read(files(*paths))
+  assert texts == ['text'] * 2
+  assert tally.first == [f'{paths[2]}: is empty']
+
+
+def test_a_separator_that_is_never_found_is_said(tmp_path):
+  paths = [write(tmp_path / f'{i}.txt', [f'text {i}\n\nmore']) for i in range(3)]
+  domain = files(*paths, separator='\n\n\n')
+  assert read(domain)[1].notes(domain) == [
+      "the separator '\\n\\n\\n' was found in none of the 3 plain text files, so each is one "
+      'document']
+  found = domain._replace(separator='\n\n')
+  assert read(found)[1].notes(found) == []
+  lines = files(write(tmp_path / 'x.jsonl', good(3)), separator='\n\n')
+  assert 'only plain text is cut' in read(lines)[1].notes(lines)[0]
 
 
 @pytest.mark.parametrize('fields, message', [
@@ -114,6 +189,48 @@ def test_a_parquet_file_without_the_column_is_refused(tmp_path, fields, message)
     read(files(path, **fields))
 
 
+@pytest.mark.parametrize('ending', ['jsonl', 'parquet'])
+def test_fields_within_fields_are_reached(tmp_path, ending):
+  rows = [{'meta': {'text': 'a', 'more': {'url': 'u'}}, 'meta.id': 1, 'n': 0},
+          {'meta': None, 'meta.id': 2, 'n': 1}, {'meta': {'text': 'c', 'more': None}, 'meta.id': 3}]
+  path = write(tmp_path / f'x.{ending}', rows if ending == 'parquet' else map(json.dumps, rows))
+  read = lambda **fields: [
+      (doc.text, doc.id) if isinstance(doc, Document) else doc.reason
+      for doc in formats.read(path, 'meta.text', **fields)]
+  assert read(id_field='meta.id') == [('a', '1'), records.NO_TEXT, ('c', '3')]  # as it is written
+  assert read(id_field='meta.more.url') == [('a', 'u'), records.NO_TEXT, ('c', '')]
+
+
+def test_a_column_within_a_struct_is_suggested(tmp_path):
+  path = write(tmp_path / 'x.parquet', [{'meta': {'text': 'a'}, 'tags': [{'t': 'x'}]}])
+  with pytest.raises(UsageError, match=r"its fields: 'meta', 'meta.text', 'tags'. Set text_field: "
+                                       r"did you mean 'meta.text'\?"):
+    read(files(path, text_field='meta.txt'))
+
+
+def test_lists_of_texts_are_refused_with_the_way_out(tmp_path):
+  path = write(tmp_path / 'x.jsonl', ['{"text": ["a", "b"]}'] * 9)
+  with pytest.raises(UsageError, match=r"has a list in field [^$]*join the items of each list"):
+    read(files(path))
+  path = write(tmp_path / 'x.parquet', [{'text': ['a', 'b']}])
+  with pytest.raises(UsageError, match=r'holds list<.*join the items of each list into one text'):
+    read(files(path))
+
+
+@pytest.mark.parametrize('name, content, fields, message', [
+    ('x.txt', 'some prose', {'text_field': 'body'}, r"x.txt is plain text.*'body' \(text_field"),
+    ('x.txt.gz', 'prose', {'id_field': 'url'}, r"x.txt.gz is plain text, .*'url' \(id_field\)"),
+    ('x.md', '[1] prose', {'text_field': 'meta.text'}, r"x.md is plain text, .*'meta.text'"),
+    ('x.jsonl', '{"text": "a"}', {'text_field': ''}, "x.jsonl holds JSON, and text_field = ''"),
+    ('x.arrayrecord', 'prose', {'text_field': '', 'id_field': 'url'}, "is plain text, .*'url'"),
+])
+def test_a_field_that_a_file_cannot_have_is_an_error(tmp_path, name, content, fields, message):
+  write(tmp_path / 'a.jsonl', ['{"body": "a", "meta": {"text": "b"}, "text": "", "url": "c"}'] * 9)
+  path = write(tmp_path / name, [content])
+  with pytest.raises(UsageError, match=rf'domains\.some: .*{message}'):
+    read(files(path, tmp_path / 'a.jsonl', **fields))
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'pyarrow', None)
   (tmp_path / 'x.parquet').write_bytes(b'any')
@@ -121,9 +238,16 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     read(files(tmp_path / 'x.parquet'))
 
 
+def test_zstd_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+  path = write(tmp_path / 'x.jsonl.zst', good(2))
+  monkeypatch.setitem(sys.modules, 'zstandard', None)
+  with pytest.raises(UsageError, match=r"x.jsonl.zst: .*pip install 'btx_jax\[zstd\]'"):
+    read(files(path))
+
+
 def test_optional_packages_are_not_imported_before_they_are_needed():
   code = ('import sys; from btx_jax.data import text; '
-          'print({"jax", "pyarrow", "array_record"} & set(sys.modules))')
+          'print({"jax", "pyarrow", "array_record", "zstandard"} & set(sys.modules))')
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.stdout.strip() == 'set()', done.stderr
 
@@ -179,8 +303,8 @@ def test_broken_text_in_a_plain_file_is_named_by_its_own_line(tmp_path):
 @pytest.mark.parametrize('chunk', [64, 1 << 20])
 @pytest.mark.parametrize('ending', ['jsonl', 'jsonl.gz', 'txt', 'arrayrecord', 'parquet'])
 def test_what_is_too_long_is_skipped(tmp_path, monkeypatch, ending, chunk):
-  monkeypatch.setattr(formats, 'MAX_BYTES', 1000)
-  monkeypatch.setattr(formats, '_CHUNK', chunk)
+  monkeypatch.setattr(records, 'MAX_BYTES', 1000)
+  monkeypatch.setattr(streams, 'CHUNK', chunk)
   around = 0 if ending in ('txt', 'parquet') else len(json.dumps({'text': ''}))
   # The second is as long as may be.
   texts = ['one', 'y' * (1000 - around), 'two', 'x' * (1001 - around), 'three']
@@ -193,8 +317,8 @@ def test_what_is_too_long_is_skipped(tmp_path, monkeypatch, ending, chunk):
 
 
 def test_lines_are_counted_in_what_is_too_long_too(tmp_path, monkeypatch):
-  monkeypatch.setattr(formats, 'MAX_BYTES', 50)
-  monkeypatch.setattr(formats, '_CHUNK', 16)
+  monkeypatch.setattr(records, 'MAX_BYTES', 50)
+  monkeypatch.setattr(streams, 'CHUNK', 16)
   write(tmp_path / 'x.txt', b'one\n\n\n' + b'long\n' * 40 + b'\n\ntwo')
   places = [record.place.rsplit(':', 1)[1]
             for record in formats.read(str(tmp_path / 'x.txt'), separator='\n\n\n')]
@@ -203,20 +327,21 @@ def test_lines_are_counted_in_what_is_too_long_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['x.jsonl', 'x.jsonl.gz', 'x.txt'])
 def test_a_line_that_is_too_long_is_never_held_in_memory(tmp_path, monkeypatch, name):
-  monkeypatch.setattr(formats, 'MAX_BYTES', 1_000_000)
+  monkeypatch.setattr(records, 'MAX_BYTES', 1_000_000)
   size = 30_000_000
-  write(tmp_path / name, b'{"text": "' + b'x' * size + b'"}\n{"text": "after"}')
+  beginning = b'' if name == 'x.txt' else b'{"text": "'
+  write(tmp_path / name, beginning + b'x' * size + b'"}\n{"text": "after"}')
   tracemalloc.start()
   try:
     found = list(formats.read(str(tmp_path / name)))
     assert tracemalloc.get_traced_memory()[1] < size / 4
   finally:
     tracemalloc.stop()
-  assert found[0].reason == formats.TOO_LONG
+  assert found[0].reason == records.TOO_LONG
   assert len(found) == (1 if name == 'x.txt' else 2)
 
 
-@pytest.mark.parametrize('ending', ['jsonl.gz', 'txt.gz'])
+@pytest.mark.parametrize('ending', ['jsonl.gz', 'txt.gz', 'txt.xz'])
 def test_of_a_file_that_is_cut_off_what_came_before_counts(tmp_path, ending):
   rng = random.Random(0)
   lines = [json.dumps({'text': rng.randbytes(30).hex()}) for _ in range(200)]
@@ -229,9 +354,38 @@ def test_of_a_file_that_is_cut_off_what_came_before_counts(tmp_path, ending):
     assert len(texts) >= len(whole) * kept / len(raw) * 0.8
     assert texts[:-1] == whole[:len(texts) - 1]
     assert whole[len(texts) - 1].startswith(texts[-1])  # half a document of plain text is text
-    assert tally.reasons == {formats.CUT_OFF: 1}
+    assert tally.reasons == {records.CUT_OFF: 1}
     line = int(tally.first[0].removeprefix(f'{path}:').split(':')[0])
     assert len(texts) <= line <= len(texts) + 1
+
+
+@pytest.mark.parametrize('ending', COMPRESS)
+def test_members_of_a_compressed_file_are_read_up_to_the_damage(tmp_path, ending):
+  members = [COMPRESS[ending]('\n'.join(good(9)).encode() + b'\n') for _ in range(3)]
+  path = tmp_path / f'x.jsonl.{ending}'
+  path.write_bytes(b''.join(members))
+  assert len(read(files(path))[0]) == 27
+  flipped = members[2][:20] + bytes(255 - byte for byte in members[2][20:])
+  for last, reason in ((members[2][:-5], records.CUT_OFF), (flipped, records.DAMAGED)):
+    path.write_bytes(b''.join(members[:2]) + last)
+    texts, tally = read(files(path))
+    assert len(texts) >= 18 and tally.reasons == {reason: 1}
+    assert tally.first[0].startswith(f'{path}:{len(texts) + 1}: {reason}')
+
+
+def test_zstd_of_long_windows_and_bombs_is_read_in_bounded_memory(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, 'MAX_BYTES', 1_000_000)
+  long = zstandard.ZstdCompressionParameters(window_log=28)
+  raw = b'\n'.join([b'{"text": "first"}', b'0' * 40_000_000, b'{"text": "last"}'])
+  (tmp_path / 'x.jsonl.zst').write_bytes(
+      zstandard.ZstdCompressor(compression_params=long).compress(raw))
+  tracemalloc.start()
+  try:
+    texts, tally = read(files(tmp_path))
+    assert tracemalloc.get_traced_memory()[1] < 25_000_000
+  finally:
+    tracemalloc.stop()
+  assert texts == ['first', 'last'] and tally.reasons == {records.TOO_LONG: 1}
 
 
 def test_a_file_that_is_cut_off_within_a_character_keeps_those_before(tmp_path):
@@ -239,13 +393,13 @@ def test_a_file_that_is_cut_off_within_a_character_keeps_those_before(tmp_path):
   (tmp_path / 'x.txt.gz').write_bytes(raw[:-9])  # the checks at the end, and a byte
   texts, tally = read(files(tmp_path))
   assert texts == ['日']
-  assert tally.reasons == {formats.CUT_OFF: 1}
+  assert tally.reasons == {records.CUT_OFF: 1}
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flipped', 'empty'])
 @pytest.mark.parametrize('ending', ['jsonl.gz', 'parquet', 'arrayrecord'])
 def test_a_damaged_file_does_not_stop_the_others(tmp_path, monkeypatch, ending, damage):
-  monkeypatch.setattr(formats, '_ROWS', 5)
+  monkeypatch.setattr(tables, '_ROWS', 5)
   rng = random.Random(0)
   records = [{'text': rng.randbytes(900).hex()} for _ in range(99)]
   lines = [json.dumps(record) for record in records]
@@ -321,7 +475,7 @@ def test_nothing_usable_says_why(tmp_path):
   path = write(tmp_path / 'long.txt', b'x' * 100)
   with pytest.MonkeyPatch.context() as patch, pytest.raises(
       UsageError, match=r'is too long[^$]*by domains\.some\.separator'):
-    patch.setattr(formats, 'MAX_BYTES', 10)
+    patch.setattr(records, 'MAX_BYTES', 10)
     read(files(path))
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -91,6 +92,14 @@ def test_what_is_saved_is_what_is_loaded(folders, tmp_path):
   described = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert described['bos_token_id'] is None and described['max_position_embeddings'] == 4096
   assert_trees_equal(btx_jax.load(str(folders / 'law'))[1], random_params(MODEL))
+
+
+def test_a_chat_model_that_is_saved_still_stops(tmp_path):
+  chat = shutil.copytree(TOKENIZER, tmp_path / 'chat')
+  (chat / 'generation_config.json').write_text('{"eos_token_id": [7, 1], "top_p": 0.9}')
+  btx_jax.save(str(tmp_path / 'out'), MODEL, random_params(MODEL), str(chat), 'float32')
+  found = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
+  assert (found['eos_token_id'], found['top_p']) == ([7, 1], 0.9)
 
 
 def test_a_model_is_loaded_into_given_shardings(folders):

@@ -173,7 +173,8 @@ def test_llama_3_frequency_scaling():
 
 @pytest.mark.parametrize('cfg', [
     TINY, TINY_MIXTURE, dataclasses.replace(TINY, tied_head=True),
-    dataclasses.replace(TINY, head_dim=10)])
+    dataclasses.replace(TINY, head_dim=10, qkv_bias=True),
+    dataclasses.replace(TINY_MIXTURE, qk_norm=True)])
 def test_counted_parameters_are_the_parameters(cfg):
   params = jax.eval_shape(lambda: llama.init(cfg, jax.random.key(0)))
   assert num_params(cfg) == sum(x.size for x in jax.tree.leaves(params))

@@ -34,7 +34,8 @@ from tests.helpers import (
 )
 
 TOKENIZER = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizer'
-MODEL = dataclasses.replace(TINY, vocab_size=272, num_layers=1, rope_theta=500.0)
+# As Qwen2 has it.
+MODEL = dataclasses.replace(TINY, vocab_size=272, num_layers=1, rope_theta=500.0, qkv_bias=True)
 
 
 # tokenizer.json

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
+import re
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported
 
@@ -11,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax.convert import export, hugging_face
+from btx_jax.convert import export, generation, hugging_face
 from btx_jax.data import tokenizer
 from btx_jax.devices import sharding
 from btx_jax.library import tokenizer_files
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from tests import studies
+from tests import odd_folders, studies
 from tests.helpers import Arrays, hidden_and_sums, random_params
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings('ignore')]
@@ -27,8 +29,15 @@ LLAMA_3 = dataclasses.replace(
     LLAMA_2, num_heads=8, num_kv_heads=2, head_dim=6, tied_head=True, rope_theta=5e4,
     rope_factor=8.0, rope_original_length=16)
 MIXTRAL = dataclasses.replace(LLAMA_2, num_kv_heads=2, num_experts=5, top_k=3, rope_theta=3e3)
+LINEAR = dataclasses.replace(LLAMA_2, rope_scaling='linear', rope_factor=4.0)
+QWEN_2 = dataclasses.replace(LLAMA_2, num_kv_heads=2, qkv_bias=True, tied_head=True)
+QWEN_3 = dataclasses.replace(LLAMA_2, num_kv_heads=2, qk_norm=True, head_dim=12)
 MODELS = {'llama2': (LLAMA_2, 'float32'), 'llama3': (LLAMA_3, 'bfloat16'),
-          'mixtral': (MIXTRAL, 'float32')}
+          'llama_linear': (LINEAR, 'float32'), 'mixtral': (MIXTRAL, 'float32'),
+          'qwen2': (QWEN_2, 'float32'), 'qwen3': (QWEN_3, 'bfloat16'),
+          'qwen2_moe': (dataclasses.replace(QWEN_2, num_experts=4, top_k=2), 'float32'),
+          'qwen3_moe': (dataclasses.replace(QWEN_3, num_experts=4, top_k=3,
+                                            router='softmax_top_k'), 'float32')}
 ROWS, LENGTH = 8, 24
 
 
@@ -46,6 +55,7 @@ def exported(request, tmp_path_factory):
   theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32, output_loading_info=True)
   assert not any(report.values()), report
+  assert theirs.config.model_type == re.sub('(llama).*', r'\1', request.param)
   return model, folder, params, theirs
 
 
@@ -91,7 +101,9 @@ def test_what_transformers_saves_is_read_back_the_same(exported, tmp_path):
     fused = tmp_path / 'fused'
     fused.mkdir()
     (fused / 'config.json').write_text((saved / 'config.json').read_text())
-    save_file(theirs.state_dict(), fused / 'model.safetensors')
+    tensors = {name: x for name, x in theirs.state_dict().items()
+               if not (model.tied_head and name == 'lm_head.weight')}  # the embedding once more
+    save_file(tensors, fused / 'model.safetensors')
     assert any('gate_up_proj' in name for name in theirs.state_dict())
     sources.append(fused)
   for source in sources:
@@ -100,6 +112,55 @@ def test_what_transformers_saves_is_read_back_the_same(exported, tmp_path):
     for path, leaf in jax.tree.leaves_with_path(params):
       path = sharding.path_of(path)
       np.testing.assert_array_equal(found.read(path).astype(np.float32), leaf, path)
+
+
+# Folders as people have them
+
+
+def load_by_transformers(folder):
+  """Transformers' model of a folder, in float32, and the tensors that it made up."""
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32, output_loading_info=True)
+  return theirs, report['missing_keys']
+
+
+@pytest.mark.parametrize('name', odd_folders.SAME)
+def test_an_odd_folder_has_the_logits_of_transformers(name, tmp_path):
+  torch = pytest.importorskip('torch')
+  folder = odd_folders.make(tmp_path / 'odd', odd_folders.SAME[name])
+  theirs, made_up = load_by_transformers(folder)
+  assert not made_up
+  found = hugging_face.Folder(folder)
+  params: dict = {}
+  for path in found.shapes:
+    *above, last = path.split('/')
+    functools.reduce(lambda at, key: at.setdefault(key, {}), above, params)[last] = found.read(path)
+  tokens = np.random.default_rng(0).integers(0, found.model.vocab_size, (ROWS, LENGTH), np.int32)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  assert np.abs(expected).max() > 1
+  logits = logits_of(found.model, jax.tree.map(jax.numpy.asarray, params), tokens)
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize('name', odd_folders.MADE_UP)
+def test_what_is_refused_here_transformers_makes_up(name, tmp_path):
+  odd, _ = odd_folders.MADE_UP[name]
+  _, made_up = load_by_transformers(odd_folders.make(tmp_path / 'odd', odd))
+  assert made_up
+
+
+def test_an_exported_chat_model_stops_where_its_folder_does(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  folder = hugging_face.Folder(odd_folders.plain(tmp_path / 'chat'))
+  settings = {'eos_token_id': [7, 2], 'temperature': 0.6, 'do_sample': True}
+  (tmp_path / 'chat' / generation.FILE).write_text(json.dumps(settings))
+  export.export(str(tmp_path / 'out'), folder.model, folder, 'float32', max_length=64,
+                balance_loss=0.0, bos_id=1, eos_id=2, tokenizer_files={}, card='',
+                descends_from=generation.read(folder.path))
+  found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').generation_config
+  assert (found.eos_token_id, found.temperature, found.do_sample) == ([7, 2], 0.6, True)
 
 
 def test_a_tokenizer_of_ours_gives_the_same_ids(tmp_path):

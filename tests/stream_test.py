@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import json
 import os
 import shutil
 import tracemalloc
@@ -10,6 +11,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from btx_jax import base, btx, errors, recipe
 from btx_jax.commands import table
@@ -20,8 +22,9 @@ from btx_jax.errors import UsageError
 from btx_jax.model.config import shared_paths
 from btx_jax.pipeline import Pipeline
 from btx_jax.run import seed_of
-from btx_jax.study import sources
+from btx_jax.study import context, sources
 from btx_jax.study.study import Study
+from btx_jax.training import checkpoint
 from tests import studies
 from tests.helpers import Arrays, assert_trees_equal, final_params, initial_params, random_params
 from tests.pretrained_test import MODEL, TOKENIZER
@@ -171,6 +174,47 @@ def test_layers_of_another_dtype_are_not_rounded_twice(models, tmp_path):
       found[:, 1], params['code']['layers']['ffn']['up'].astype(np.float32))
 
 
+@pytest.mark.parametrize('name', ['model.layers.0.mlp.down_proj.weight',  # copied
+                                  'model.layers.0.self_attn.o_proj.weight'])  # averaged
+def test_numbers_that_are_not_finite_are_not_mixed(models, tmp_path, name):
+  shutil.copytree(models[0], tmp_path / 'models')
+  tensor = safetensors.File(str(tmp_path / 'models' / 'code' / 'model.safetensors')).tensors[name]
+  with open(tmp_path / 'models' / 'code' / 'model.safetensors', 'r+b') as file:
+    file.seek(tensor.start)
+    file.write(b'\x80\x7f')  # infinity in bfloat16
+  with pytest.raises(UsageError, match=rf'models/code.*: {name} has numbers that are not finite'):
+    export_run(study(tmp_path / 'models', tmp_path / 'work'), 'btx', str(tmp_path / 'out'),
+               'bfloat16')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_numbers_that_are_not_finite_are_found_in_a_checkpoint(tmp_path):
+  (tmp_path / '3').mkdir()
+  saved = checkpoint.Saved(str(tmp_path), 3)
+  saved._arrays['embed'] = tensorstore.array(np.float32([[1, 2], [3, np.inf]]))
+  saved.read('embed', (slice(0, 1),))
+  with pytest.raises(UsageError, match=r'/3: embed has numbers that are not finite'):
+    saved.read('embed', (slice(1, 2),))
+
+
+def test_a_mixture_keeps_the_context_and_the_stop_tokens_of_its_models(models, tmp_path):
+  shutil.copytree(models[0], tmp_path / 'models')
+  for name, settings in (('seed', {'eos_token_id': [1, 5], 'top_p': 0.9}),
+                         ('math', {'eos_token_id': 7, 'top_p': 0.1})):
+    (tmp_path / 'models' / name / 'generation_config.json').write_text(json.dumps(settings))
+  found = study(tmp_path / 'models', tmp_path / 'work')
+  run = dataclasses.replace(found.runs['btx'], seq_len=512)
+  assert 'rows of data.seq_len = 512 tokens are longer than the 99 ' in context.remark(run)
+  assert not context.remark(dataclasses.replace(run, seq_len=99))
+  export_run(found, 'btx', str(tmp_path / 'out'), 'bfloat16')
+  assert found.runs['btx'].seq_len > 99  # which is not claimed
+  out = {name: json.loads((tmp_path / 'out' / f'{name}.json').read_text())
+         for name in ('config', 'generation_config')}
+  assert out['config']['max_position_embeddings'] == 99
+  assert out['config']['eos_token_id'] == out['generation_config']['eos_token_id'] == [1, 5, 7]
+  assert out['generation_config']['top_p'] == 0.9
+
+
 # Interrupted exports
 
 
@@ -192,7 +236,7 @@ def test_an_interrupted_export_continues(models, tmp_path):
   found, out = study(models[0], tmp_path), tmp_path / 'out'
   source, model = sources.final(found, found.runs['btx']), found.runs['btx'].model
   put = functools.partial(write, model=model, max_shard=3_000)
-  whole, cut, rest = Stops(source), Stops(source, 9), Stops(source)
+  whole, cut, rest = Stops(source), Stops(source, 12), Stops(source)
   total = put(tmp_path / 'straight', source=whole, identity='a')
   with pytest.raises(KeyboardInterrupt):
     put(out, source=cut, identity='a')

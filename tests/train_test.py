@@ -77,11 +77,11 @@ def gradient(params, new_params):
   return jax.tree.map(lambda a, b: np.asarray(a) - b, params, new_params)
 
 
-TIED = dataclasses.replace(TINY, tied_head=True)
+TIED = dataclasses.replace(TINY, tied_head=True, qkv_bias=True)
 # Nothing of it divides by 2 or 4; 4 * 3 rows do.
 UNEVEN = dataclasses.replace(
     TINY_MIXTURE, vocab_size=49, dim=15, ffn_dim=21, num_heads=3, num_kv_heads=1, head_dim=6,
-    num_experts=3, dispatch_factor=3.0)
+    num_experts=3, dispatch_factor=3.0, qk_norm=True)
 
 
 def test_a_step_gives_the_numbers_it_always_gave():
@@ -328,11 +328,12 @@ def test_norms_by_part_are_those_of_the_whole():
       np.sqrt(sum(x**2 for x in metrics['grad_norms'].values())), metrics['grad_norm'], rtol=1e-5)
 
 
-def test_adamw_against_numpy_and_norm_scales_do_not_decay():
+def test_adamw_against_numpy_and_norm_scales_and_biases_do_not_decay():
   cfg = Optimizer(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
   tx = optim.adamw(cfg, optim.schedule(cfg, 10))
   rng = np.random.default_rng(0)
-  params = {'norm': {'scale': rng.normal(size=(2, 3))}, 'ffn': {'up': rng.normal(size=(2, 3))}}
+  params = {'norm': {'scale': rng.normal(size=(2, 3))}, 'ffn': {'up': rng.normal(size=(2, 3))},
+            'attn': {'q_bias': rng.normal(size=(2, 3))}}
   grads = jax.tree.map(lambda x: 10 * rng.normal(size=x.shape), params)
   norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
 
@@ -346,6 +347,7 @@ def test_adamw_against_numpy_and_norm_scales_do_not_decay():
   new = optax.apply_updates(as32(params), updates)
   assert_trees_close(new, {
       'norm': {'scale': expected(params['norm']['scale'], grads['norm']['scale'], 0.0)},
+      'attn': {'q_bias': expected(params['attn']['q_bias'], grads['attn']['q_bias'], 0.0)},
       'ffn': {'up': expected(params['ffn']['up'], grads['ffn']['up'], 0.1)}}, rtol=1e-5)
 
 

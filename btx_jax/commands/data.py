@@ -11,11 +11,14 @@ from rich.table import Table
 
 from btx_jax import terminal
 from btx_jax.data import duplicates, text
+from btx_jax.data.corpora import Group
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import document_id, load, read_meta
 from btx_jax.study.study import Study
 
 _SAMPLE = 200  # characters
+_ROWS = 20  # of files of a domain; the others are summed up
+_WIDTH = 80  # columns of the table of files
 
 
 class Description(NamedTuple):
@@ -25,6 +28,8 @@ class Description(NamedTuple):
     name: of the domain.
     train, held_out: `documents`, `bytes` and `tokens` of each split.
     skipped: number of unusable records; None if the folder is too old to have this count.
+    groups: its files, by ending and by what they were read as.
+    notes: what is odd about how they were read, in words.
     copies: training documents that repeat an earlier one of this domain.
     overlap: held-out text that also occurs in the training text of any domain.
     sample: the beginning of the first held-out document.
@@ -35,6 +40,8 @@ class Description(NamedTuple):
   train: dict[str, int]
   held_out: dict[str, int]
   skipped: int | None
+  groups: list[Group]
+  notes: list[str]
   copies: int
   overlap: duplicates.Overlap
   sample: str
@@ -56,6 +63,8 @@ def print_description(study: Study):
   """
   domains = describe(study.config, study.data_folder)
   terminal.show(as_table(domains))
+  if any(domain.groups for domain in domains):
+    terminal.show(files_table(domains), _WIDTH)
   for domain in domains:
     terminal.say(f'{domain.name}, held-out {_document(0, domain.sample_id)}: {domain.sample!r}')
   for domain in domains:
@@ -78,6 +87,7 @@ def describe(config, folder: str) -> list[Description]:
     first = tokens.ids[tokens.begins:min(tokens.starts[1] - tokens.ends, 4 * _SAMPLE)]
     result.append(Description(
         name, meta['train'], meta['held_out'], meta.get('skipped', {}).get('count'),
+        [Group(**group) for group in meta.get('files', [])], meta.get('notes', []),
         duplicates.copies(train[name]), overlaps[name], _beginning(tokenizer, first),
         document_id(path, 'held_out', 0),
         _in_words(overlaps[name].example, name, folder, tokenizer)))
@@ -102,6 +112,25 @@ def as_table(domains: list[Description]) -> Table:
       caption='copies: training documents that repeat an earlier one. seen: held-out tokens in '
               f'runs of {duplicates.RUN} or more that also occur in the training text of any '
               'domain, and the number of documents with such a run.')
+
+
+def files_table(domains: list[Description]) -> Table:
+  """What was read as what, what of it was skipped, and what was left out; 80 columns wide."""
+  rows = []
+  for domain in domains:
+    shown, more = domain.groups[:_ROWS], domain.groups[_ROWS:]
+    if more:
+      shown.append(Group('others', 'of various kinds', True, *(
+          sum(getattr(group, field) for group in more)
+          for field in ('files', 'documents', 'skipped'))))
+    for i, group in enumerate(shown):
+      rows.append(['' if i else domain.name,
+                   f'{group.name} ({group.files:,})' if group.files > 1 else group.name,
+                   group.kind if group.is_read else f'left out: {group.kind}',
+                   *(f'{count:,}' if group.is_read else '-'
+                     for count in (group.documents, group.skipped))])
+  return terminal.table(['domain', 'files', 'read as', 'documents', 'skipped'], rows,
+                        names=3)
 
 
 def _in_words(example: duplicates.Example | None, name: str, folder: str,

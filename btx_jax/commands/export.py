@@ -4,13 +4,13 @@ from collections.abc import Iterator
 import resource
 import time
 
-from btx_jax.convert import export, hugging_face
+from btx_jax.convert import config_json, export, generation, hugging_face
 from btx_jax.data import text
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.library import tokenizer_files
-from btx_jax.run import HUGGING_FACE, MIX, RANDOM, Run, lineage
-from btx_jax.study import compatibility, manifest, sources
+from btx_jax.run import HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
+from btx_jax.study import compatibility, context, manifest, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -32,7 +32,8 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
       export.export.
   """
   run = study.run(name)
-  export.check(folder, run.model, dtype)
+  origin = _origin(run)
+  export.check(folder, run.model, dtype, origin)
   if run.vocabulary:
     raise UsageError(f'{name!r} has a different vocabulary than the tokenizer of this config, '
                      f'which would be written with it. Its own folder is {run.folder}.')
@@ -43,19 +44,35 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
   for line in compatibility.remarks(run) if run.init == MIX and not run.steps else ():
     say(line)
   tokenizer = text.tokenizer(study.config, study.data_folder)
-  lengths = [hugging_face.Folder(each.folder).context_length
-             for each in lineage(run) if each.folder]
   began = time.monotonic()
   written = export.export(
       folder, run.model, sources.final(study, run), dtype,
-      max_length=max([*lengths, run.seq_len]), balance_loss=run.objective.balance_loss,
+      max_length=context.length(run), balance_loss=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
-      card=''.join(_card(study, run)), ram=int(study.config.mix.ram_gb * 1e9),
-      identity=_identity(study, run))
+      card=''.join(_card(study, run)), descends_from=_generation(run),
+      ram=int(study.config.mix.ram_gb * 1e9), identity=_identity(study, run), origin=origin)
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   say(f'{name} is in {folder}: {written:,} bytes of weights written in {seconds:.1f} s, '
       f'{written / seconds / 1e6:,.0f} MB/s; peak memory {peak / 1e9:.2f} GB')
+
+
+def _generation(run: Run) -> generation.Generation:
+  """The settings of the folder that a run descends from, and the stop tokens of all its folders.
+
+  The experts of a mixture may end a text differently than the model whose settings it takes.
+  Folders with another vocabulary are left out, as their ids mean other tokens.
+  """
+  known = [each for each in descent(run) if each.folder]
+  known += [each for each in lineage(run) if each.folder and not each.vocabulary]
+  return generation.combine([generation.read(folder)
+                             for folder in dict.fromkeys(each.folder for each in known)])
+
+
+def _origin(run: Run) -> str:
+  """The model_type of the folders that a run descends from; '' if they are of several, or none."""
+  kinds = {hugging_face.Folder(each.folder).kind for each in lineage(run) if each.folder}
+  return kinds.pop() if len(kinds) == 1 else ''
 
 
 def _identity(study: Study, run: Run) -> str:
@@ -72,11 +89,11 @@ def _identity(study: Study, run: Run) -> str:
 
 def _card(study: Study, run: Run) -> Iterator[str]:
   """Yields the text of README.md: what the model is, how it was made, and its scores."""
-  kind = (f'mixture of {run.model.num_experts} experts (MixtralForCausalLM)'
-          if run.model.num_experts else 'dense model (LlamaForCausalLM)')
+  what = f'mixture of {run.model.num_experts} experts' if run.model.num_experts else 'dense model'
+  architecture = config_json.ARCHITECTURES[config_json.kind_of(run.model, _origin(run))]
   yield ('---\nlibrary_name: transformers\npipeline_tag: text-generation\n'
          'tags: [branch-train-mix]\n---\n\n'
-         f'# {run.name}\n\nA {kind}, made with btx_jax, which is Branch-Train-MiX '
+         f'# {run.name}\n\nA {what} ({architecture}), made with btx_jax, which is Branch-Train-MiX '
          '([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)) in JAX.\n\n'
          '## How it was trained\n\n'
          '| run | starts from | trained on | steps | tokens M | identity |\n'

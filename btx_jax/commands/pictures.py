@@ -1,7 +1,9 @@
 """The pictures of the report. Each function draws one and returns its PNG."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
 import io
+import itertools
 
 import numpy as np
 
@@ -22,7 +24,8 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
   panels = {domain: [row['bits_per_byte'][domain] for row in rows]
             for domain in rows[0]['bits_per_byte']}
   panels['mean'] = [row['mean'] for row in rows]
-  names = [row['name'] for row in rows]
+  write = _Writer([*panels, *(row['name'] for row in rows)])
+  names = [write(row['name']) for row in rows]
   longest = max(map(len, names))
   columns = min(len(panels), 3)
   figure, axes = _panels(len(panels), columns, 0.5 + 0.24 * len(rows), left=0.075 * longest,
@@ -32,10 +35,11 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
     bars = axis.barh(range(len(values)), values,
                      color=[BEST if value == best else OTHER for value in values])
     axis.bar_label(bars, fmt='%.2f', padding=2, fontsize=8)
-    axis.set_yticks(range(len(names)), names if i % columns == 0 else [''] * len(names))
+    axis.set_yticks(range(len(names)), names if i % columns == 0 else [''] * len(names),
+                    **write.style)
     axis.set_xlim(0, 1.25 * max(values))
     axis.invert_yaxis()
-    axis.set_title(panel, fontsize=9)
+    axis.set_title(write(panel), fontsize=9, **write.style)
     axis.spines[:].set_visible(False)
     axis.tick_params(bottom=False, labelbottom=False, left=False)
   return _png(figure)
@@ -50,13 +54,12 @@ def curves(runs: Mapping[str, Mapping]) -> bytes:
   figure, axes = _panels(2, 2, 3.0, legend=len(runs), above=0.1)
   for axis, by, unit in zip(axes, ('tokens', 'flops'), (' tokens', 'FLOP')):
     scale, prefix = _scale([run[by] for run in runs.values()])
-    for i, (name, run) in enumerate(runs.items()):
-      axis.plot(np.asarray(run[by]) / scale, run['loss'], color=color(i), linewidth=1.2,
-                label=name)
+    for i, run in enumerate(runs.values()):
+      axis.plot(np.asarray(run[by]) / scale, run['loss'], color=color(i), linewidth=1.2)
     axis.set_xlabel(f'{prefix}{unit}, all ancestors included')
     axis.set_ylabel('loss, nats per token')
   _limits(axes, [run['loss'] for run in runs.values()])
-  _legend(figure, axes[0])
+  _legend(figure, axes[0], list(runs))
   return _png(figure)
 
 
@@ -69,15 +72,16 @@ def curves_by_domain(runs: Mapping[str, Mapping], domains: Sequence[str]) -> byt
   """
   figure, axes = _panels(len(domains), 2, 2.4, legend=len(runs))
   scale, prefix = _scale([run['flops'] for run in runs.values()])
+  write = _Writer(domains)
   for axis, domain in zip(axes, domains):
-    for i, (name, run) in enumerate(runs.items()):
+    for i, run in enumerate(runs.values()):
       loss = [at.get(domain, np.nan) for at in run['loss_by_domain']]
-      axis.plot(np.asarray(run['flops']) / scale, loss, color=color(i), linewidth=1.2, label=name)
+      axis.plot(np.asarray(run['flops']) / scale, loss, color=color(i), linewidth=1.2)
     _limits([axis], [[at[domain] for at in run['loss_by_domain'] if domain in at]
                      for run in runs.values()])
-    axis.set_title(domain, fontsize=9)
+    axis.set_title(write(domain), fontsize=9, **write.style)
     axis.set_xlabel(f'{prefix}FLOP')
-  _legend(figure, axes[0])
+  _legend(figure, axes[0], list(runs))
   return _png(figure)
 
 
@@ -90,6 +94,8 @@ def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) 
   """
   domains = list(next(iter(stages.values())))
   layers = len(next(iter(stages.values()))[domains[0]])
+  write = _Writer([*domains, *names])
+  names = [write(name) for name in names]
   below = 0.15 + 0.075 * max(map(len, names))
   figure, axes = _panels(len(stages) * len(domains), len(domains),
                          0.3 + min(0.26 * layers, 4.5) + below, between=0.15, below=below)
@@ -101,8 +107,8 @@ def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) 
       for (layer, expert), gate in np.ndenumerate(gates):
         axis.text(expert, layer, f'{gate:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7,
                   color='white' if gate > 0.6 else 'black')
-    axis.set_title(f'{domain}, {title}', fontsize=8)
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axis.set_title(f'{write(domain)}, {title}', fontsize=8, **write.style)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, **write.style)
     axis.set_yticks(range(layers) if layers <= 16 else range(0, layers, 4))
     axis.set_ylabel('layer' if domain == domains[0] else '')
     axis.tick_params(length=0)
@@ -121,9 +127,9 @@ def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
     names: of the experts.
   """
   figure, axes = _panels(3, 3, 2.3, legend=len(names), between=0.6)
-  for i, name in enumerate(names):
+  for i in range(len(names)):
     share = load_SLE[:, :, i]
-    axes[0].plot(steps, share.mean(1), color=color(i), linewidth=1.2, label=f'{i} {name}')
+    axes[0].plot(steps, share.mean(1), color=color(i), linewidth=1.2)
     axes[0].fill_between(steps, share.min(1), share.max(1), color=color(i), alpha=0.15,
                          linewidth=0)
   axes[0].axhline(1 / len(names), color='black', linewidth=0.6, linestyle=':')
@@ -136,7 +142,7 @@ def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
     axis.set_ylim(0)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel('step')
-  _legend(figure, axes[0])
+  _legend(figure, axes[0], [f'{i} {name}' for i, name in enumerate(names)])
   return _png(figure)
 
 
@@ -147,6 +153,7 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
     runs: name -> names of the runs it starts from; sources come first.
     notes: name -> further lines of text in its box.
   """
+  write = _Writer([*runs, *notes.values()])
   depth: dict[str, int] = {}
   for name, sources in runs.items():
     depth[name] = 1 + max((depth[source] for source in sources), default=-1)
@@ -171,8 +178,9 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
           'arrowstyle': '-|>', 'color': '#999999', 'shrinkA': 42, 'shrinkB': 46,
           'connectionstyle': f'arc3,rad={swing}'})
   for i, (name, (x, y)) in enumerate(place.items()):
-    axis.text(x, y, f'{name}\n{notes[name]}', ha='center', va='center', fontsize=8, bbox={
-        'boxstyle': 'round,pad=0.5', 'facecolor': 'white', 'edgecolor': color(i), 'linewidth': 1.5})
+    axis.text(x, y, f'{write(name)}\n{notes[name]}', ha='center', va='center', fontsize=8, bbox={
+        'boxstyle': 'round,pad=0.5', 'facecolor': 'white', 'edgecolor': color(i),
+        'linewidth': 1.5}, **write.style)
   return _png(figure)
 
 
@@ -237,9 +245,58 @@ def _limits(axes, losses: Sequence[Sequence[float]]):
       axis.set_ylim(low - margin, high + margin)
 
 
-def _legend(figure, axis):
-  handles, labels = axis.get_legend_handles_labels()
-  figure.legend(handles, labels, loc='lower center', ncol=4, fontsize=8, frameon=False)
+def _legend(figure, axis, names: Sequence[str]):
+  """A legend of the first lines of an axis, below all panels."""
+  write = _Writer(names)
+  # The texts are set afterwards, since a label that begins with '_' is left out.
+  legend = figure.legend(axis.get_lines()[:len(names)], ['-'] * len(names), loc='lower center',
+                         ncol=4, fontsize=8, frameon=False)
+  for text, name in zip(legend.get_texts(), names):
+    text.set(text=write(name), **write.style)
+
+
+class _Writer:
+  """Makes names drawable: as they are, in a font that has their characters.
+
+  Attributes:
+    style: properties of a matplotlib text that shows names.
+  """
+
+  def __init__(self, names: Iterable[str]):
+    from matplotlib import font_manager
+    needed = {character for name in names for character in name if character.isprintable()}
+    families, self._drawn = [], set()
+    default = font_manager.findfont(font_manager.FontProperties())
+    for family, path in itertools.chain([('sans-serif', default)], _fallbacks(default)):
+      if not needed - self._drawn:
+        break
+      if has := _characters(path) & (needed - self._drawn):
+        self._drawn |= has
+        families.append(family)
+    self.style = {'parse_math': False, 'fontfamily': families or ['sans-serif']}
+
+  def __call__(self, name: str) -> str:
+    """The name, with characters that no font has as escapes: '\\u65e5'."""
+    return ''.join(character if character in self._drawn else
+                   character.encode('unicode_escape').decode() for character in name)
+
+
+def _fallbacks(default: str) -> Iterator[tuple[str, str]]:
+  """The family and file of the other upright fonts that are installed."""
+  from matplotlib import font_manager
+  fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist
+           if font.style == 'normal' and font.weight == 400 and font.fname != default}
+  yield from sorted(fonts.items())
+
+
+@functools.lru_cache(maxsize=64)
+def _characters(path: str) -> frozenset[str]:
+  """The characters that a font file has; none if it cannot be read."""
+  from matplotlib import font_manager
+  try:
+    return frozenset(map(chr, font_manager.get_font(path).get_charmap()))
+  except (OSError, RuntimeError, ValueError):
+    return frozenset()
 
 
 def _png(figure) -> bytes:

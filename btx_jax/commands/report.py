@@ -10,6 +10,7 @@ import functools
 import json
 import os
 from typing import Any, NamedTuple
+import urllib.parse
 
 import jinja2
 import numpy as np
@@ -150,6 +151,8 @@ def _mixture(study: Study, run: Run, lines: list[dict[str, Any]],
              save: SavePicture) -> dict[str, Any] | None:
   """Which experts serve which domain: their gates, their load over time, and a piece of text."""
   file_name = run.name.replace('/', '_')
+  if sum(name.replace('/', '_') == file_name for name in study.runs) > 1:
+    file_name = urllib.parse.quote(run.name, safe='')
   routed = [line for line in lines if 'routing' in line]
   start, final = scores.read(study, run, scores.START), scores.read(study, run, scores.FINAL)
   stages = {title: {domain: score['gates'] for domain, score in found.items()}

@@ -1,4 +1,4 @@
-"""Writes our parameters as a Hugging Face folder: LlamaForCausalLM or MixtralForCausalLM."""
+"""Writes our parameters as a Hugging Face folder, as config_json.kind_of says."""
 
 from collections.abc import Iterator, Mapping
 import json
@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from btx_jax import files
-from btx_jax.convert import config_json, names, shards
+from btx_jax.convert import config_json, generation, names, shards
+from btx_jax.convert.generation import Generation
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import replacing
 from btx_jax.model.config import Config
@@ -18,17 +19,18 @@ from btx_jax.model.source import Extent, Source
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD = 5_000_000_000  # bytes per file
 _PIECE = 1 << 24  # working bytes to convert one piece; more is not faster
-# Working bytes per element of a piece: the float32 sum, one term, the term as stored, a copy if
-# rows are concatenated; and, of the previous piece, which is still being written, the value and
-# its transpose.
-_BYTES_PER_ELEMENT = 24
+# Working bytes per element of a piece: the float32 sum, one term, the term as stored (8 of
+# float64), a copy if rows are concatenated; and, of the previous piece, which is still being
+# written, the value and its transpose.
+_BYTES_PER_ELEMENT = 28
 _UNFINISHED = 'unfinished.json'  # says which export the shards of an unfinished folder belong to
 
 
 def export(folder: str, model: Config, source: Source, dtype: str, *, max_length: int,
            balance_loss: float, bos_id: int | None, eos_id: int | None,
-           tokenizer_files: Mapping[str, bytes], card: str, max_shard: int = MAX_SHARD,
-           ram: int = 4 * 10**9, identity: str = '') -> int:
+           tokenizer_files: Mapping[str, bytes], card: str,
+           descends_from: Generation = generation.UNKNOWN, max_shard: int = MAX_SHARD,
+           ram: int = 4 * 10**9, identity: str = '', origin: str = '') -> int:
   """Writes a folder that transformers and other readers of its format can load.
 
   The files are written to FOLDER.partial, which is renamed to `folder` when it is complete. After
@@ -39,12 +41,15 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
     model: the model of the parameters.
     source: the parameters; read slice by slice.
     dtype: dtype of the weights, 'float32' or 'bfloat16'.
-    max_length, balance_loss, bos_id, eos_id: see config_json.to_json.
+    max_length, balance_loss: see config_json.to_json.
+    bos_id, eos_id: the tokenizer's special tokens; None without a tokenizer.
     tokenizer_files: name -> content.
     card: text of README.md.
+    descends_from: how the model that this one was made from generates, and where it stops.
     max_shard: bytes of weights per file.
     ram: bytes of memory that converting may take.
     identity: identifies the content of `source`; '' if unknown.
+    origin: the model_type that the model descends from, see config_json.kind_of.
 
   Returns:
     The bytes of weights that this call wrote.
@@ -53,25 +58,36 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
     UsageError: transformers has no such model, the folder exists, another process is writing it,
       or `ram` is too small.
   """
-  check(folder, model, dtype)
-  config = config_json.to_json(model, dtype, max_length, balance_loss, bos_id, eos_id)
-  size = names.sizes(model)
-  tensors = {name: (row, indices) for row in names.rows(model)
+  check(folder, model, dtype, origin)
+  config = config_json.to_json(model, dtype, max_length, balance_loss, bos_id,
+                               generation.stop_tokens(descends_from, eos_id), origin)
+  size, kind = names.sizes(model), config['model_type']
+  table = names.rows(model, names.MIXTRAL if kind == 'mixtral' else names.QWEN)
+  tensors = {name: (row, indices) for row in table
              for name, indices in names.tensors_of(row, size)}
   order = sorted(tensors, key=lambda name: _layer_order(*tensors[name]))
-  rows = {row.path: _rows_at_once(row, size, source, ram) for row in names.rows(model)}
-  generation = {'_from_model_config': True, 'bos_token_id': bos_id, 'eos_token_id': eos_id}
+  rows = {row.path: _rows_at_once(row, size, source, ram) for row in table}
+  zeros = names.shared_expert(model) if kind == 'qwen2_moe' else {}
+
+  def pieces(name):
+    if name in zeros:
+      return iter([(np.zeros(zeros[name], DTYPES[dtype]), (), zeros[name])])
+    row, indices = tensors[name]
+    return _pieces(source, row, indices, size, DTYPES[dtype], rows[row.path])
+
+  def extent(name):
+    return None if name in zeros else _extent(source, *tensors[name], size, DTYPES[dtype])
+
+  generating = generation.to_json(descends_from, bos_id, eos_id)
   texts = {'config.json': json.dumps(config, indent=2) + '\n',
-           'generation_config.json': json.dumps(generation, indent=2) + '\n', 'README.md': card}
+           generation.FILE: json.dumps(generating, indent=2) + '\n', 'README.md': card}
   partial = f'{os.path.normpath(folder)}.partial'
   with files.lock_folder(partial):
-    check(folder, model, dtype)  # another process may have finished it just now
+    check(folder, model, dtype, origin)  # another process may have finished it just now
     _keep_matching_shards(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
     written = shards.write(
-        partial, {name: names.stored_shape(tensors[name][0], size) for name in order},
-        DTYPES[dtype], lambda name: _pieces(source, *tensors[name], size, DTYPES[dtype],
-                                            rows[tensors[name][0].path]),
-        max_shard, lambda name: _extent(source, *tensors[name], size, DTYPES[dtype]))
+        partial, {name: names.stored_shape(tensors[name][0], size) for name in order} | zeros,
+        DTYPES[dtype], pieces, max_shard, extent)
     encoded = {name: text.encode() for name, text in texts.items()}
     for name, content in {**tokenizer_files, **encoded}.items():
       with open(os.path.join(partial, name), 'wb') as file:
@@ -96,11 +112,11 @@ def _keep_matching_shards(partial: str, export_id: dict) -> None:
     json.dump(export_id, file)
 
 
-def check(folder: str, model: Config, dtype: str) -> None:
+def check(folder: str, model: Config, dtype: str, origin: str = '') -> None:
   """Raises UsageError if the export is not possible, before anything is read."""
   if dtype not in DTYPES:
     raise UsageError(f'dtype = {dtype!r}; {nearest(dtype, DTYPES)}')
-  config_json.check(model)
+  config_json.kind_of(model, origin)
   if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
     raise UsageError(f'{folder} already exists; name another folder, or delete it.')
 

@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 
 DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16),
-          'BF16': np.dtype(ml_dtypes.bfloat16)}
+          'BF16': np.dtype(ml_dtypes.bfloat16), 'F64': np.dtype(np.float64)}
 # A file may contain these, but they are never read.
-_OTHER_SIZES = {'F64': 8, 'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2,
+_OTHER_SIZES = {'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2,
                 'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1, 'F8_E8M0': 1}
 _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 _INVALID_ENTRY = 'lacks a valid dtype, shape and data_offsets'

@@ -7,9 +7,10 @@ letter. If one tensor holds the gate and up projections, dimension '2' selects b
 sides rotate the same pairs of a head's dimensions, (i, i + H / 2), so heads are only transposed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 import itertools
 import math
+import re
 from typing import NamedTuple
 
 from btx_jax.model.config import Config
@@ -33,45 +34,99 @@ class Row(NamedTuple):
   gate_or_up: int = 0
 
 
-_LAYER = 'model.layers.{L}.'
+_PREFIX = 'model.'  # of all names but the head's in a whole model; a bare LlamaModel has none
+_LAYER = _PREFIX + 'layers.{L}.'
+EMBED, HEAD = _PREFIX + 'embed_tokens.weight', 'lm_head.weight'
 _ALWAYS = (
-    Row('embed', 'VD', 'model.embed_tokens.weight', 'V D'),
+    Row('embed', 'VD', EMBED, 'V D'),
     Row('layers/attn_norm/scale', 'LD', _LAYER + 'input_layernorm.weight', 'D'),
     Row('layers/attn/q', 'LDNH', _LAYER + 'self_attn.q_proj.weight', 'NH D'),
     Row('layers/attn/k', 'LDKH', _LAYER + 'self_attn.k_proj.weight', 'KH D'),
     Row('layers/attn/v', 'LDKH', _LAYER + 'self_attn.v_proj.weight', 'KH D'),
     Row('layers/attn/o', 'LNHD', _LAYER + 'self_attn.o_proj.weight', 'D NH'),
     Row('layers/ffn_norm/scale', 'LD', _LAYER + 'post_attention_layernorm.weight', 'D'),
-    Row('norm/scale', 'D', 'model.norm.weight', 'D'),
+    Row('norm/scale', 'D', _PREFIX + 'norm.weight', 'D'),
 )
-_HEAD = (Row('head', 'DV', 'lm_head.weight', 'V D'),)
+_BIASES = (
+    Row('layers/attn/q_bias', 'LNH', _LAYER + 'self_attn.q_proj.bias', 'NH'),
+    Row('layers/attn/k_bias', 'LKH', _LAYER + 'self_attn.k_proj.bias', 'KH'),
+    Row('layers/attn/v_bias', 'LKH', _LAYER + 'self_attn.v_proj.bias', 'KH'),
+)
+_NORMS = (
+    Row('layers/attn/q_norm/scale', 'LH', _LAYER + 'self_attn.q_norm.weight', 'H'),
+    Row('layers/attn/k_norm/scale', 'LH', _LAYER + 'self_attn.k_norm.weight', 'H'),
+)
+_HEAD = (Row('head', 'DV', HEAD, 'V D'),)
 _DENSE = (
     Row('layers/ffn/gate', 'LDF', _LAYER + 'mlp.gate_proj.weight', 'F D'),
     Row('layers/ffn/up', 'LDF', _LAYER + 'mlp.up_proj.weight', 'F D'),
     Row('layers/ffn/down', 'LFD', _LAYER + 'mlp.down_proj.weight', 'D F'),
 )
-_EXPERT = _LAYER + 'block_sparse_moe.experts.{E}.'
-# One tensor per expert: what transformers writes and other tools read.
-_MIXTURE = (
-    Row('layers/ffn/router', 'LDE', _LAYER + 'block_sparse_moe.gate.weight', 'E D'),
-    Row('layers/ffn/experts/gate', 'LEDF', _EXPERT + 'w1.weight', 'F D'),
-    Row('layers/ffn/experts/up', 'LEDF', _EXPERT + 'w3.weight', 'F D'),
-    Row('layers/ffn/experts/down', 'LEFD', _EXPERT + 'w2.weight', 'D F'),
-)
-# All experts in one tensor: how transformers 5 holds them in memory, and some tools write them.
-_FUSED = (
-    Row('layers/ffn/router', 'LDE', _LAYER + 'mlp.gate.weight', 'E D'),
-    Row('layers/ffn/experts/gate', 'LEDF', _LAYER + 'mlp.experts.gate_up_proj', 'E 2F D', 0),
-    Row('layers/ffn/experts/up', 'LEDF', _LAYER + 'mlp.experts.gate_up_proj', 'E 2F D', 1),
-    Row('layers/ffn/experts/down', 'LEFD', _LAYER + 'mlp.experts.down_proj', 'E D F'),
-)
-HARMLESS = r'\.rotary_emb\.inv_freq$'  # computed from the config, but stored in some files
 
 
-def rows(model: Config, fused: bool = False) -> tuple[Row, ...]:
-  """The table for a model. `fused`: one tensor holds all experts."""
-  ffn = _DENSE if not model.num_experts else _FUSED if fused else _MIXTURE
-  return _ALWAYS + ffn + (() if model.tied_head else _HEAD)
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+  """A mixture's rows with one tensor per expert: what transformers writes and tools read."""
+  expert = f'{_LAYER}{block}.experts.{{E}}.'
+  return (Row('layers/ffn/router', 'LDE', f'{_LAYER}{block}.gate.weight', 'E D'),
+          Row('layers/ffn/experts/gate', 'LEDF', f'{expert}{gate}.weight', 'F D'),
+          Row('layers/ffn/experts/up', 'LEDF', f'{expert}{up}.weight', 'F D'),
+          Row('layers/ffn/experts/down', 'LEFD', f'{expert}{down}.weight', 'D F'))
+
+
+# How the tensors of a mixture are named: as those of Mixtral or of Qwen; or all experts in one
+# tensor, as transformers 5 holds them in memory and some tools write them.
+MIXTRAL, QWEN, FUSED = 'mixtral', 'qwen', 'fused'
+_MIXTURES = {
+    MIXTRAL: _experts('block_sparse_moe', 'w1', 'w3', 'w2'),
+    QWEN: _experts('mlp', 'gate_proj', 'up_proj', 'down_proj'),
+    FUSED: (
+        Row('layers/ffn/router', 'LDE', _LAYER + 'mlp.gate.weight', 'E D'),
+        Row('layers/ffn/experts/gate', 'LEDF', _LAYER + 'mlp.experts.gate_up_proj', 'E 2F D', 0),
+        Row('layers/ffn/experts/up', 'LEDF', _LAYER + 'mlp.experts.gate_up_proj', 'E 2F D', 1),
+        Row('layers/ffn/experts/down', 'LEFD', _LAYER + 'mlp.experts.down_proj', 'E D F')),
+}
+# Computed from the config, but stored in some files; transformers does not read it either.
+HARMLESS = r'(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$'
+
+
+def rows(model: Config, layout: str = MIXTRAL) -> tuple[Row, ...]:
+  """The table for a model. `layout`: how a mixture's tensors are named; a key of _MIXTURES."""
+  return (_ALWAYS + _BIASES * model.qkv_bias + _NORMS * model.qk_norm
+          + (_MIXTURES[layout] if model.num_experts else _DENSE)
+          + _HEAD * (not model.tied_head))
+
+
+def layout_of(tensors: Iterable[str]) -> str:
+  """The layout of a mixture with tensors of these names."""
+  for name in tensors:
+    if '.mlp.experts.' in name:
+      return QWEN if re.search(r'\.experts\.\d', name) else FUSED
+  return MIXTRAL
+
+
+# The mixtures of Qwen2 have one expert more, which every token takes. Ours have none: it is zero.
+SHARED_EXPERT = r'\.mlp\.shared_expert(_gate)?\.'
+SHARED_EXPERT_WIDTH = 128  # what kernels and tensor parallelism divide
+
+
+def shared_expert(model: Config) -> dict[str, tuple[int, ...]]:
+  """The tensors of a shared expert that is zero: name -> shape."""
+  D, F = model.dim, SHARED_EXPERT_WIDTH
+  shapes = {'shared_expert.gate_proj': (F, D), 'shared_expert.up_proj': (F, D),
+            'shared_expert.down_proj': (D, F), 'shared_expert_gate': (1, D)}
+  return {f'{_LAYER}mlp.{name}.weight'.format(L=i): shape
+          for i in range(model.num_layers) for name, shape in shapes.items()}
+
+
+def expected_name(name: str, expected: Container[str]) -> str | None:
+  """The one of the `expected` names that a file may also store as `name`, if there is one.
+
+  transformers adds or drops the prefix of each tensor as its model needs.
+  """
+  stem = name
+  while stem.startswith(_PREFIX):
+    stem = stem.removeprefix(_PREFIX)
+  return next((each for each in (name, stem, _PREFIX + stem) if each in expected), None)
 
 
 def sizes(model: Config) -> dict[str, int]:

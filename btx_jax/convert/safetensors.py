@@ -18,13 +18,14 @@ import uuid
 import numpy as np
 
 from btx_jax import files
-from btx_jax.convert import header
+from btx_jax.convert import finite, header
 from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
 from btx_jax.model.source import Extent, Index
 
 _SMALL_RUN = 1 << 16  # bytes; for shorter runs, one read that spans the gaps is faster
 PIECE = 1 << 22  # bytes per read around short runs
+_COPIED = 1 << 24  # bytes that are checked before they are copied
 
 
 class File:
@@ -36,11 +37,12 @@ class File:
     header: bytes of the header.
 
   Raises:
-    UsageError: the file cannot be read, or is not a valid safetensors file.
+    UsageError: the file cannot be read, is a Git LFS pointer, or is not a valid safetensors file.
   """
 
   def __init__(self, path: str):
     self.path = path
+    files.check_no_lfs_pointer(path)
     try:
       with open(path, 'rb') as file:
         self.header, start, size = header.read(file)
@@ -87,7 +89,7 @@ class File:
     if len(runs) != 1:
       return None
     at, count = runs[0]
-    return Extent(self.path, tensor.start + at, count, dtype)
+    return Extent(self.path, name, tensor.start + at, count, dtype)
 
   def _fill(self, file, start: int, shape, ranges, out):
     """Reads the slice `ranges` of the tensor at byte `start` into `out`."""
@@ -215,15 +217,22 @@ class Writer:
     self._left[name] -= values.size
 
   def copy(self, name: str, extent: Extent):
-    """Copies a whole tensor from another file; may be called from any thread."""
+    """Copies a whole tensor from another file; may be called from any thread.
+
+    Raises UsageError if it has numbers that are not finite.
+    """
     dtype, shape, start = self._tensors[name]
     if extent.dtype != dtype or extent.count != math.prod(shape) * dtype.itemsize:
       raise ValueError(f'{name}: {extent} is not {dtype} {shape}.')
+    buffer = finite.scan_buffer()
     with open(extent.path, 'rb', buffering=0) as source, self._errors_naming_file():
-      copied = files.copy(source.fileno(), extent.start, extent.count, self._file.fileno(),
-                          self._start + start)
-    if copied < extent.count:
-      raise _truncated(extent.path)
+      for first in range(0, extent.count, _COPIED):
+        last = min(first + _COPIED, extent.count)
+        finite.check_extent(source.fileno(), extent, first, last, buffer)
+        copied = files.copy(source.fileno(), extent.start + first, last - first,
+                            self._file.fileno(), self._start + start + first)
+        if copied < last - first:
+          raise _truncated(extent.path)
     self._left[name] -= math.prod(shape)
 
   def _write(self, start: int, raw):

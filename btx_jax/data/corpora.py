@@ -4,19 +4,24 @@ Unusable records are skipped, and counted by reason. Too large a share of them i
 the config is then probably wrong for this text.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import dataclasses
-import glob
 import os
 from typing import NamedTuple
 
-from btx_jax import errors
-from btx_jax.data import demo, formats
-from btx_jax.data.formats import Document, Unusable
+from btx_jax import errors, files
+from btx_jax.data import demo, folders, formats, records
+from btx_jax.data.folders import LeftOut
+from btx_jax.data.records import Document, Unusable
 from btx_jax.errors import UsageError, nearest
 
 _CHECK_AFTER = 100  # records: a wrong config fails here, not after a whole corpus
 _EXAMPLES = 3  # places named for each reason
+_MOST_GROUPS = 100  # of files of one ending
+# Why a whole file is left out, which is not held against the domain; and that in a table.
+_WHOLE_FILES = {records.EMPTY: 'empty', records.NO_RECORDS: 'no field',
+                records.LFS_POINTER: 'LFS pointer'}
+_NAMED = 8  # groups of files that are left out, on one line
 
 
 class Domain(NamedTuple):
@@ -26,7 +31,7 @@ class Domain(NamedTuple):
     name: the domain's name.
     source: 'files', or a key of demo.SOURCES.
     paths: directories, globs or files, if the source is 'files'.
-    text_field: the JSON field or Parquet column that holds the text.
+    text_field: the JSON field or Parquet column that holds the text; 'a.b' is field b of a.
     separator: splits a plain text file into documents; if '', a file is one document.
     id_field: the field or column that holds a document's id; '' if there is none.
   """
@@ -39,6 +44,26 @@ class Domain(NamedTuple):
 
 
 @dataclasses.dataclass
+class Group:
+  """Files of a domain whose names end alike and that were read as the same.
+
+  Attributes:
+    name: the name of the file; of several, '*' and their ending.
+    kind: what they were read as, or why they were left out, in words.
+    is_read: whether they were not left out.
+    files: how many.
+    documents: documents in them, without empty ones.
+    skipped: records in them that are unusable.
+  """
+  name: str
+  kind: str
+  is_read: bool
+  files: int = 0
+  documents: int = 0
+  skipped: int = 0
+
+
+@dataclasses.dataclass
 class Tally:
   """Counts of the records of a domain read so far.
 
@@ -47,20 +72,54 @@ class Tally:
     identified: number of documents with an id.
     reasons: number of skipped records by reason.
     first: the first skipped records of each reason: place and reason.
+    harmless: number of skipped records that are not held against max_skipped.
+    groups: what was read as what, and what was left out, by ending and kind.
+    plain: number of plain text files.
+    separators: how often the separator was found in them.
   """
   documents: int = 0
   identified: int = 0
   reasons: dict[str, int] = dataclasses.field(default_factory=dict)
   first: list[str] = dataclasses.field(default_factory=list)
+  harmless: int = 0
+  groups: dict[tuple[str, str], Group] = dataclasses.field(default_factory=dict)
+  plain: int = 0
+  separators: int = 0
 
   @property
   def skipped(self) -> int:
     return sum(self.reasons.values())
 
-  def skip(self, record: Unusable):
+  def skip(self, record: Unusable, harmless: bool = False):
+    self.harmless += harmless
     count = self.reasons[record.reason] = self.reasons.get(record.reason, 0) + 1
     if count <= _EXAMPLES:
       self.first.append(str(record))
+
+  def group(self, path: str, kind: str, is_read: bool) -> Group:
+    """The group of a file, in which it is now counted; `is_read`: it is not left out."""
+    name = os.path.basename(path)
+    suffix = formats.suffix(path)
+    key = suffix.lower() if is_read else name
+    group = self.groups.setdefault(
+        (key if len(self.groups) < _MOST_GROUPS else '', kind), Group(name, kind, is_read))
+    group.files += 1
+    if name != group.name:
+      group.name = f'*{suffix}' if key else '*'
+    return group
+
+  def read_as(self) -> list[dict]:
+    """The groups as plain data, those that were read first."""
+    ordered = sorted(self.groups.values(), key=lambda group: not group.is_read)
+    return [dataclasses.asdict(group) for group in ordered]
+
+  def notes(self, domain: Domain) -> list[str]:
+    """What is odd about how the domain was read, in words."""
+    if not domain.separator or self.separators or domain.source != 'files':
+      return []
+    where = (f'in none of the {self.plain:,} plain text files, so each is one document'
+             if self.plain else 'nowhere: only plain text is cut, and there is none')
+    return [f'the separator {domain.separator!r} was found {where}']
 
 
 def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
@@ -95,45 +154,83 @@ def documents(domain: Domain, max_skipped: float = 0.1,
     UsageError: a file does not exist or cannot be opened, too many records are unusable, there
       is no text at all, or no document has an id although id_field is set.
   """
-  tally = tally or Tally()
-  for record in _records(domain):
-    if isinstance(record, Unusable):
-      tally.skip(record)
-      if tally.skipped >= _CHECK_AFTER:
-        _check_skipped(domain, tally, max_skipped)
-    elif record.text.strip():
-      tally.documents += 1
-      tally.identified += bool(record.id)
-      if tally.documents == _CHECK_AFTER:
-        _check_ids(domain, tally)
-      yield record
+  tally = tally if tally is not None else Tally()
+  for record in _documents(domain, max_skipped, tally):
+    tally.documents += 1
+    tally.identified += bool(record.id)
+    if tally.documents == _CHECK_AFTER:
+      _check_ids(domain, tally)
+    yield record
   if not tally.documents:
     raise UsageError(f'domains.{domain.name} is empty: there is no text in '
                      f'{", ".join(domain.paths) or domain.source}.{_why(domain, tally)}')
-  _check_skipped(domain, tally, max_skipped)
+  with errors.about(f'domains.{domain.name}'):
+    _check_skipped(domain, tally, max_skipped)
   _check_ids(domain, tally)
 
 
-def _records(domain: Domain) -> Iterator[Document | Unusable]:
+def _documents(domain: Domain, max_skipped: float, tally: Tally) -> Iterator[Document]:
+  """The documents of a domain without empty ones; `tally` counts what is skipped."""
   if domain.source != 'files':
     for number, text in enumerate(demo.SOURCES[domain.source](), 1):
-      yield Document(text, place=f'{domain.source}:{number}')
+      if text.strip():
+        yield Document(text, place=f'{domain.source}:{number}')
     return
-  for path in _files(domain):
+  found, left_out = _files(domain)
+  for name, reason in left_out:
+    tally.group(name, reason, is_read=False)
+  for path, explicit in found.items():
     try:
       with errors.about(f'domains.{domain.name}'):
-        yield from formats.read(path, domain.text_field, domain.id_field, domain.separator)
+        yield from _of_file(domain, path, explicit, max_skipped, tally)
     except OSError as error:
       raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
 
 
+def _of_file(domain: Domain, path: str, explicit: bool, max_skipped: float, tally: Tally
+             ) -> Iterator[Document]:
+  """The documents of a file; `explicit`: it was named, and not only its folder."""
+  about, group = formats.Reading(), None
+  # Files of a folder need not all be records: settings of one object are left out.
+  lone = not explicit and domain.text_field == formats.TEXT_FIELD
+  for record in formats.read(path, domain.text_field, domain.id_field, domain.separator, about,
+                             lone):
+    if isinstance(record, Document):
+      group = group or tally.group(path, about.kind, is_read=True)
+      if record.text.strip():
+        group.documents += 1
+        yield record
+      continue
+    if record.reason == records.LFS_POINTER and (explicit or folders.is_data(path)):
+      files.check_no_lfs_pointer(path)
+    whole = record.reason in _WHOLE_FILES
+    group = group or tally.group(
+        path, _WHOLE_FILES[record.reason] if whole else about.kind, is_read=not whole)
+    group.skipped += not whole
+    tally.skip(record, harmless=whole)
+    if tally.skipped >= _CHECK_AFTER:
+      _check_skipped(domain, tally, max_skipped)
+  tally.plain += about.is_text
+  tally.separators += about.separators
+
+
+def left_out(meta: Mapping) -> list[str]:
+  """A line for the files that were not read, or none, from the meta.json of a domain's tokens."""
+  groups = [Group(**group) for group in meta.get('files', [])]
+  parts = [f'{group.name}{f" ({group.files:,} files)" if group.files > 1 else ""}: '
+           f'{group.kind}' for group in groups if not group.is_read]
+  more = len(parts) - _NAMED
+  return [f'left out: {"; ".join(parts[:_NAMED])}{f"; and {more:,} more" if more > 0 else ""}'
+          ] if parts else []
+
+
 def _check_skipped(domain: Domain, tally: Tally, max_skipped: float):
-  unusable = tally.skipped - tally.reasons.get(formats.EMPTY, 0)  # empty files are harmless
+  unusable = tally.skipped - tally.harmless
   count = tally.documents + unusable
   if unusable > max_skipped * count:
     raise UsageError(
-        f'domains.{domain.name}: {unusable} of the {count} records read so far cannot be '
-        f'used, more than the share data.max_skipped = {max_skipped:g}.{_why(domain, tally)} '
+        f'{unusable} of the {count} records read so far cannot be used, more than the share '
+        f'data.max_skipped = {max_skipped:g}.{_why(domain, tally)} '
         'To continue without them, raise data.max_skipped.')
 
 
@@ -149,13 +246,16 @@ def _why(domain: Domain, tally: Tally) -> str:
   """The first skipped records and how to make them usable, or '' if none was skipped."""
   if not tally.skipped:
     return ''
+  field = f'set domains.{domain.name}.text_field to the field that holds the text'
   ways = {
-      formats.NO_TEXT: f'set domains.{domain.name}.text_field to the field that holds the text',
-      formats.TOO_LONG: f'split plain text into documents by domains.{domain.name}.separator '
+      records.NO_TEXT: field, records.NO_RECORDS: field,
+      records.TOO_LONG: f'split plain text into documents by domains.{domain.name}.separator '
                         '(for example a blank line)',
-      formats.NOT_UTF8: 'convert the text to UTF-8',
+      records.NOT_UTF8: 'convert the text to UTF-8',
+      records.LIST: 'join the items of each list into one text, or set '
+                    f'domains.{domain.name}.text_field to a field that holds text',
   }
-  ways = [way for reason, way in ways.items() if reason in tally.reasons]
+  ways = list(dict.fromkeys(way for reason, way in ways.items() if reason in tally.reasons))
   ways.append(f'repair the files, or narrow domains.{domain.name}.paths to the text files')
   more = tally.skipped - len(tally.first)
   return ' Skipped:' + ''.join(f'\n  {line}' for line in tally.first) + (
@@ -170,20 +270,20 @@ def describe(domain: Domain) -> str:
   """
   if domain.source != 'files':
     return domain.source
-  files = _files(domain)
-  return f'{len(files)} files, {sum(map(os.path.getsize, files))} bytes'
+  found, _ = _files(domain)
+  return f'{len(found)} files, {sum(map(os.path.getsize, found))} bytes'
 
 
-def _files(domain: Domain) -> Sequence[str]:
-  found = []
+def _files(domain: Domain) -> tuple[dict[str, bool], list[LeftOut]]:
+  """The files of a domain, each with whether its name was given, and those left out."""
+  result: dict[str, bool] = {}
+  left_out = []
   for path in domain.paths:
-    if os.path.isdir(path):
-      names = glob.glob(os.path.join(glob.escape(path), '**', '*'), recursive=True)
-    else:
-      names = glob.glob(path, recursive=True)
-    files = sorted(name for name in names if os.path.isfile(name))
-    if not files:
+    found = folders.find(path)
+    if not found.files:
       raise UsageError(f'domains.{domain.name}.paths: {path!r} matches no file (looked from '
                        f'{os.getcwd()}).')
-    found.extend(files)
-  return list(dict.fromkeys(found))
+    for name in found.files:
+      result[name] = result.get(name, False) or found.explicit
+    left_out.extend(found.left_out)
+  return result, [each for each in dict.fromkeys(left_out) if each.path not in result]

@@ -58,6 +58,8 @@ def prepare(config, folder: str) -> Text:
     kept = meta['train']['documents'] + meta['held_out']['documents']
     for line in Changes(**meta['changes']).in_words(kept):
       say(f'{domain.name}: {line}')
+    for note in corpora.left_out(meta) + meta.get('notes', []):
+      say(f'{domain.name}: {note}')
   return Text(tokenizer, train, held_out)
 
 

@@ -117,7 +117,8 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
   Returns:
     The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
     split, `changes`: the fields of Changes, and `skipped`: the number of unusable records, in all
-    and by reason, and the first places. (Folders of earlier versions have no `skipped`.)
+    and by reason, and the first places. `files`: what was read as what, and what was left out
+    (corpora.Group). `notes`: what is odd about that, in words.
 
   Raises:
     UsageError: the domain has fewer than two documents or too many unusable records, the
@@ -157,7 +158,8 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
                                corpora.Tally())
   meta = {'made_from': made_from, 'dtype': _dtype(tokenizer).name, 'hash': {},
           'changes': dataclasses.asdict(changes),
-          'skipped': {'count': tally.skipped, 'reasons': tally.reasons, 'first': tally.first}}
+          'skipped': {'count': tally.skipped, 'reasons': tally.reasons, 'first': tally.first},
+          'files': tally.read_as(), 'notes': tally.notes(domain)}
   for split in SPLITS:
     totals = np.load(os.path.join(partial, f'{split}.documents.npy'))
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),

@@ -34,6 +34,7 @@ RULES = (
     (r'(^|/)head$', P(_CUT, 'tensor')),
     (r'attn/[qkv]$', P(_CUT, 'tensor', None)),
     (r'attn/o$', P('tensor', None, _CUT)),
+    (r'attn/[qkv]_bias$', P('tensor', None)),
     (r'experts/(gate|up)$', P('expert', _CUT, 'tensor')),
     (r'experts/down$', P('expert', 'tensor', _CUT)),
     (r'ffn/(gate|up)$', P(_CUT, 'tensor')),

@@ -18,17 +18,19 @@ _LANES = 128  # TPU lane count: the splash kernel needs T to be a multiple
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:
-  """Angular frequency of each pair of dimensions, [H / 2], with Llama-3 scaling.
+  """Angular frequency of each pair of dimensions, [H / 2], scaled by `rope_scaling`.
 
-  Llama 3 lengthens its context by `rope_factor`: slow waves (longer than original_length /
-  low_freq_factor) are slowed by the factor, fast ones (shorter than original_length /
-  high_freq_factor) are kept, and those between are interpolated.
+  Scaling lengthens the context by `rope_factor`. Linear scaling slows all waves by it. Llama 3
+  slows only slow waves (longer than original_length / low_freq_factor), keeps fast ones (shorter
+  than original_length / high_freq_factor), and interpolates between them.
   """
   freq = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
   if cfg.rope_factor != 1:
-    turns = cfg.rope_original_length * freq / (2 * np.pi)  # over the original context
-    low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0, 1)
+    keep = 0.0
+    if cfg.rope_scaling == 'llama3':
+      turns = cfg.rope_original_length * freq / (2 * np.pi)  # over the original context
+      low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
+      keep = np.clip((turns - low) / (high - low), 0, 1)
     freq = keep * freq + (1 - keep) * freq / cfg.rope_factor
   return freq.astype(np.float32)
 

@@ -7,13 +7,15 @@ import dataclasses
 
 from btx_jax.errors import UsageError, nearest
 
-SIZES = ('dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'tied_head')
-ROPE = ('rope_theta', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor',
-        'rope_original_length')
+SIZES = ('dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'qkv_bias',
+         'qk_norm', 'tied_head')
+ROPE = ('rope_theta', 'rope_scaling', 'rope_factor', 'rope_low_freq_factor',
+        'rope_high_freq_factor', 'rope_original_length')
 # Fields that a mixture takes from the source `recipe.reference`.
 OF_REFERENCE = (*ROPE, 'norm_eps', 'vocab_size')
 
 DTYPES = ('float32', 'bfloat16')
+ROPE_SCALINGS = ('llama3', 'linear')
 ATTENTIONS = ('auto', 'xla', 'splash', 'cudnn')
 # Most memory first.
 REMATS = ('none', 'matmuls', 'projections', 'dispatch', 'attention', 'full', 'offload')
@@ -41,12 +43,18 @@ class Config:
     num_kv_heads: K, key-value heads per layer; N / K query heads share one (grouped-query attention
       if K < N).
     head_dim: H, width of a head; 0 is dim / num_heads.
+    qkv_bias: whether the projections to queries, keys and values have biases (Qwen2).
+    qk_norm: whether the queries and keys of each head are normalised by RMSNorm before they are
+      rotated (Qwen3).
     rope_theta: base of the rotary frequencies.
-    rope_factor: Llama-3 scaling of the rotary frequencies: the factor by which the context grew; 1
-      is off.
-    rope_low_freq_factor: wavelengths above rope_original_length / this are scaled in full.
-    rope_high_freq_factor: wavelengths below rope_original_length / this are left unchanged.
-    rope_original_length: context length before the scaling.
+    rope_scaling: which rotary frequencies rope_factor divides: 'linear' (all of them) or 'llama3'
+      (the slow ones, by the three fields after it).
+    rope_factor: the factor by which scaling lengthened the context; 1 is off.
+    rope_low_freq_factor: only 'llama3': wavelengths above rope_original_length / this are scaled in
+      full.
+    rope_high_freq_factor: only 'llama3': wavelengths below rope_original_length / this are left
+      unchanged.
+    rope_original_length: only 'llama3': context length before the scaling.
     norm_eps: epsilon of RMSNorm.
     tied_head: whether the output head is the transposed embedding.
     num_experts: E; 0 is a dense model.
@@ -83,7 +91,10 @@ class Config:
   num_heads: int
   num_kv_heads: int
   head_dim: int = 0
+  qkv_bias: bool = False
+  qk_norm: bool = False
   rope_theta: float = 10_000.0
+  rope_scaling: str = 'llama3'
   rope_factor: float = 1.0
   rope_low_freq_factor: float = 1.0
   rope_high_freq_factor: float = 4.0
@@ -116,6 +127,11 @@ class Config:
     if self.num_heads % self.num_kv_heads:
       raise UsageError(f'model.num_heads = {self.num_heads} is not a multiple of '
                        f'model.num_kv_heads = {self.num_kv_heads}.')
+    if self.rope_scaling not in ROPE_SCALINGS:
+      raise UsageError(f'model.rope_scaling = {self.rope_scaling!r}; '
+                       f'{nearest(self.rope_scaling, ROPE_SCALINGS)}')
+    if self.rope_factor <= 0:
+      raise UsageError(f'model.rope_factor = {self.rope_factor} must be positive; 1 is off.')
     if self.router not in ROUTERS:
       raise UsageError(f'model.router = {self.router!r}; {nearest(self.router, ROUTERS)}')
     if self.num_experts:
@@ -171,7 +187,9 @@ class Config:
 
 def shared_paths(cfg: Config) -> tuple[str, ...]:
   """Paths of all parameters outside the feed-forward layers."""
-  attention = tuple(f'layers/attn/{name}' for name in 'qkvo')
+  attention = [f'layers/attn/{name}' for name in 'qkvo']
+  attention += [f'layers/attn/{name}_bias' for name in 'qkv' if cfg.qkv_bias]
+  attention += [f'layers/attn/{name}_norm/scale' for name in 'qk' if cfg.qk_norm]
   norms = ('layers/attn_norm/scale', 'layers/ffn_norm/scale', 'norm/scale')
   return ('embed', *attention, *norms, *(() if cfg.tied_head else ('head',)))
 
@@ -185,9 +203,10 @@ def param_paths(cfg: Config) -> tuple[str, ...]:
 
 def num_params(cfg: Config, active: bool = False) -> int:
   """The number of parameters of the whole model, or of those that one token uses (`active`)."""
-  return _weights(cfg, active) + cfg.dim * (2 * cfg.num_layers + 1) + (
-      cfg.num_layers * cfg.num_experts * cfg.router_bias) + (
-      0 if cfg.tied_head else cfg.vocab_size * cfg.dim)
+  heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.qkv_bias + 2 * cfg.qk_norm
+  of_layer = 2 * cfg.dim + heads * cfg.head_dim + cfg.num_experts * cfg.router_bias
+  head = 0 if cfg.tied_head else cfg.vocab_size * cfg.dim
+  return _weights(cfg, active) + cfg.num_layers * of_layer + cfg.dim + head
 
 
 def train_flops_per_token(cfg: Config, length: int) -> int:

@@ -4,12 +4,15 @@ Parameters (`L` layers stacked on the first axis by scan):
 
   embed [V,D]    norm/scale [D]    head [D,V] (absent when tied)
   layers/attn/q [L,D,N,H]   layers/attn/{k,v} [L,D,K,H]   layers/attn/o [L,N,H,D]
+  layers/attn/q_bias [L,N,H]     layers/attn/{k,v}_bias [L,K,H]                   with qkv_bias
+  layers/attn/{q,k}_norm/scale [L,H]                                              with qk_norm
   layers/{attn_norm,ffn_norm}/scale [L,D]
   layers/ffn/{gate,up} [L,D,F]   layers/ffn/down [L,F,D]                          dense
   layers/ffn/router [L,D,E]      layers/ffn/experts/{gate,up,down} [L,E,...]      mixture
   layers/ffn/router_bias [L,E]                      mixture whose load is balanced by biases
 """
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -54,12 +57,21 @@ class Attention(nn.Module):
     w = {'q': self.param('q', _init, (D, N, H)), 'k': self.param('k', _init, (D, K, H)),
          'v': self.param('v', _init, (D, K, H)), 'o': self.param('o', _init, (N, H, D))}
     B, T, _ = x_BTD.shape
+    if cfg.qkv_bias:
+      zeros = nn.initializers.zeros
+      w |= {f'{name}_bias': self.param(f'{name}_bias', zeros, w[name].shape[1:]) for name in 'qkv'}
     w = jax.tree.map(lambda x: x.astype(x_BTD.dtype), w)
 
-    def heads(w_DNH):
-      return matmul(x_BTD, w_DNH.reshape(D, -1)).reshape(B, T, -1, H).swapaxes(1, 2)
+    def heads(name):
+      y_BTNH = matmul(x_BTD, w[name].reshape(D, -1)).reshape(B, T, -1, H)
+      if cfg.qkv_bias:
+        y_BTNH += w[f'{name}_bias'][None, None]
+      return y_BTNH.swapaxes(1, 2)
 
-    q_BNTH, k_BKTH, v_BKTH = (heads(w[name]) for name in 'qkv')
+    q_BNTH, k_BKTH, v_BKTH = (heads(name) for name in 'qkv')
+    if cfg.qk_norm:
+      norm = functools.partial(nn.RMSNorm, epsilon=cfg.norm_eps, dtype=x_BTD.dtype)
+      q_BNTH, k_BKTH = norm(name='q_norm')(q_BNTH), norm(name='k_norm')(k_BKTH)
     q_BNTH, k_BKTH = rotate(q_BNTH, rope), rotate(k_BKTH, rope)
     q_BNTH, k_BKTH, v_BKTH = (checkpoint_name(x, 'qkv') for x in (q_BNTH, k_BKTH, v_BKTH))
     y_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, cfg.attention, self.batch_axes)
@@ -195,7 +207,7 @@ def shapes(cfg: Config):
 
 
 def init(cfg: Config, rng: jax.Array):
-  """Random parameters: normal with standard deviation 0.02, norm scales 1."""
+  """Random parameters: normal with standard deviation 0.02; norm scales are 1, biases 0."""
   mesh = jax.sharding.get_abstract_mesh()
   rows = 1 if mesh.empty else mesh.size  # shard_map needs one for every device
   tokens = jnp.zeros((rows, 1), jnp.int32)

@@ -13,8 +13,9 @@ Index = tuple[slice, ...]
 
 
 class Extent(NamedTuple):
-  """Contiguous values in a file: `count` bytes from byte `start` on."""
+  """Contiguous values of the tensor `name` in a file: `count` bytes from byte `start` on."""
   path: str
+  name: str
   start: int
   count: int
   dtype: np.dtype

@@ -5,6 +5,7 @@ everything in `domains` and `runs`.
 """
 
 from collections.abc import Iterable
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,17 +21,17 @@ def check(config) -> None:
   """Raises UsageError for the first field that is missing, unknown or of the wrong type."""
   like = base.get_config()
   _check_section('', config, like)
-  files.check_path('tokenizer.path', config.tokenizer.path)
+  files.local_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
     _check_section(f'domains.{name}', domain, base.domain())
     for path in domain.paths:
-      files.check_path(f'domains.{name}.paths', path)
+      files.local_path(f'domains.{name}.paths', path)
   for name, run in config.runs.items():
     kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
     init = (base.mix(rules={'': ''}) if kind == MIX else
             base.hugging_face('') if kind == HUGGING_FACE else base.random())
     _check_section(f'runs.{name}', run, base.run(init, {}))
-    files.check_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
+    files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
     for section in _OVERRIDABLE:
@@ -39,6 +40,16 @@ def check(config) -> None:
         if field not in known:
           raise _unknown(f'runs.{name}.', f'{section}.{field}', known)
         _check_value(f'runs.{name}.{section}.{field}', value, known[field])
+
+
+def with_home(config) -> ConfigDict:
+  """A copy of a config in which ~ is replaced by the home directory in every path."""
+  result = config.copy_and_resolve_references()
+  result.tokenizer.path = os.path.expanduser(config.tokenizer.path)
+  for run in result.runs.values():
+    if 'folder' in run.init:
+      run.init.folder = os.path.expanduser(run.init.folder)
+  return result
 
 
 def _check_section(path: str, section: Any, like: ConfigDict) -> None:

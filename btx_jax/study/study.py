@@ -26,8 +26,9 @@ class Study:
 
   def __init__(self, config, workdir: str, at_hand: bool = True):
     """`at_hand`: the tokenizer and pretrained models must exist; if false, they may be missing."""
-    self.config, self.workdir = config, workdir
     fields.check(config)
+    self.config = config = fields.with_home(config)
+    self.workdir = os.path.expanduser(workdir)
     corpora.from_config(config.domains)
     if not 0 < config.data.held_out < 1:
       raise UsageError(f'data.held_out = {config.data.held_out} must be a share between 0 and 1.')

@@ -12,6 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
 
+from btx_jax.convert import finite
 from btx_jax.devices import distributed, sharding
 from btx_jax.errors import RunError
 from btx_jax.model.source import Index
@@ -111,8 +112,8 @@ class Saved:
     self._arrays = {}
 
   def read(self, path: str, index: Index) -> np.ndarray:
-    """A slice of the parameter at this path."""
-    return self._open(path)[index].read().result()
+    """A slice of the parameter at this path. Raises UsageError if a number is not finite."""
+    return finite.check(self._open(path)[index].read().result(), path, self._path)
 
   def extent(self, path: str, index: Index) -> None:
     """None: a checkpoint is compressed, so no slice of it is stored verbatim."""

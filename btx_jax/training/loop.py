@@ -6,6 +6,7 @@ It is the same for one run and for several branches in one program; program.py h
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from typing import Any
@@ -250,14 +251,34 @@ class Training:
     for i, branch in enumerate(self.branches):
       if not branch.takes(step):
         continue
+      own = self.program.branch_metrics(metrics, i)
       try:
-        branch.recorder.record_step(step, self.program.branch_metrics(metrics, i))
+        branch.recorder.record_step(step, own)
       except FloatingPointError as error:
+        if step == 1:
+          raise _not_finite_at_start(branch.run, own['param_norms'], str(error)) from error
         raise RunError(
             f'{branch.run.name}: {error}; the last checkpoint, of step '
             f'{branch.checkpoints.latest or 0}, is sound. To train it with a lower '
             f'optimizer.peak_lr, delete {branch.folder} or use another '
             '--workdir.') from error
+
+
+def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> RunError:
+  """The error of a run whose first step fails: no update came before, so none is to blame.
+
+  Args:
+    run: the run.
+    norms: of its parameters before the step, by part of the model.
+    problem: what is not finite.
+  """
+  origin = run.folder or ', '.join(source.name for source in run.sources) or 'random parameters'
+  parts = [part for part, norm in norms.items() if not math.isfinite(norm)]
+  cause = (f'has numbers that are not finite, or far too large, in {", ".join(parts)}' if parts else
+           'is finite, and overflows when it is computed')
+  return RunError(f'{run.name}: {problem}, before any update, so a lower optimizer.peak_lr cannot '
+                  f'help: what it starts from, {origin}, {cause}. Replace that, or if it is sound, '
+                  "set model.dtype = 'float32'.")
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ import optax
 from btx_jax.devices import sharding
 from btx_jax.run import Optimizer, trains
 
-# Norm scales do not decay. Selected by path, not by rank: layers are stacked, so the scales of
-# all layers are one matrix.
-_NO_DECAY = re.compile(r'scale$')
+# Norm scales and biases do not decay. Selected by path, not by rank: layers are stacked, so the
+# scales of all layers are one matrix.
+_NO_DECAY = re.compile(r'(scale|_bias)$')
 
 # The parts of a model whose norms are reported; first match wins.
 _PARTS = (

@@ -1,0 +1,55 @@
+"""Names are drawn as they are, whatever they look like to matplotlib; and nothing warns."""
+
+from matplotlib.text import Text
+import numpy as np
+import pytest
+
+from btx_jax.commands import pictures
+
+NAMES = ['a$x', '_hidden', '<b>&"\'', '$\\frac{1}{2}$', 'мат^{a}', '日\t']
+ROWS = [{'name': name, 'bits_per_byte': {other: 1.0 + i for other in NAMES}, 'mean': 1.0}
+        for i, name in enumerate(NAMES)]
+RUN = {'tokens': [1, 2], 'flops': [1e9, 2e9], 'loss': [3.0, 2.0],
+       'loss_by_domain': [dict.fromkeys(NAMES, 1.0)] * 2}
+GATES = {name: np.full((2, len(NAMES)), 0.1) for name in NAMES}
+FIGURES = np.full((3, 2, len(NAMES)), 0.1)
+PICTURES = {
+    'bits_per_byte': lambda: pictures.bits_per_byte(ROWS),
+    'curves': lambda: pictures.curves(dict.fromkeys(NAMES, RUN)),
+    'curves_by_domain': lambda: pictures.curves_by_domain(dict.fromkeys(NAMES, RUN), NAMES),
+    'experts': lambda: pictures.experts({'before': GATES}, NAMES),
+    'load': lambda: pictures.load([1, 2, 3], FIGURES, FIGURES[:, :, 0], FIGURES[:, :, 0], NAMES),
+    'graph': lambda: pictures.graph(
+        {name: NAMES[:i][-1:] for i, name in enumerate(NAMES)}, dict.fromkeys(NAMES, 'done')),
+}
+
+
+@pytest.mark.parametrize('name', PICTURES)
+def test_names_are_drawn_as_they_are(monkeypatch, name):
+  draw, shown = pictures._png, []
+
+  def png(figure):
+    result = draw(figure)
+    shown.extend(text.get_text() for text in figure.findobj(Text) if text.get_visible())
+    return result
+
+  monkeypatch.setattr(pictures, '_png', png)
+  monkeypatch.setattr(pictures, '_fallbacks', lambda default: iter(()))
+  assert PICTURES[name]().startswith(b'\x89PNG')  # and a warning would be an error
+  drawn = [*NAMES[:-1], '\\u65e5\\t']  # no font that matplotlib brings has the last
+  for each in drawn:
+    assert any(each in text for text in shown), each
+
+
+def test_another_font_is_used_for_what_the_first_lacks():
+  # A letter of STIX, which comes with matplotlib, that DejaVu Sans does not have.
+  stix, default = (pictures._characters(path) for path in _fonts('STIXGeneral', 'DejaVu Sans'))
+  letter = min(letter for letter in stix - default if letter.isalpha())
+  write = pictures._Writer([f'a{letter}'])
+  assert write(f'a{letter}') == f'a{letter}'
+  assert write.style['fontfamily'][0] == 'sans-serif' and len(write.style['fontfamily']) == 2
+
+
+def _fonts(*families):
+  from matplotlib import font_manager
+  return [font_manager.findfont(family) for family in families]
