@@ -197,7 +197,8 @@ def test_one_table_of_80_columns_shows_what_was_read_as_what(tmp_path):
   console.print(data.files_table(domains))
   rows = [' '.join(line.split()) for line in console.export_text().splitlines()]
   for row in ('code code.jsonl JSON lines 60 0', 'prose array.json JSON array 10 0',
-              '*.json.gz (2) JSON lines, gzip 20 2', 'prose.txt plain text 10 0', 'old.zip zip archive 0 1',
+              '*.json.gz (2) JSON lines, gzip 20 2', 'prose.txt plain text 10 0',
+              'old.zip zip archive 0 1',
               'README.md left out: not data - -', '.gitattributes left out: hidden - -',
               '_SUCCESS left out: not data - -', 'config.json left out: no field - -',
               'empty.txt left out: empty - -'):
