@@ -165,12 +165,14 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
   """Text of one kind.
 
   Args:
-    paths: directories, globs or files: .jsonl, .parquet (pip install 'btx_jax[parquet]'),
-      .arrayrecord or .array_record; all others are read as plain text. Plain text and .jsonl may
-      be compressed (.gz).
-    text_field: the field or column that holds the text. '': the records of an ArrayRecord file are
-      the text itself, not JSON.
-    separator: splits a plain text file into documents; '' makes it one document.
+    paths: directories, globs or files of plain text, JSON (an object a line, an array, or a
+      single object), Parquet or Arrow (pip install 'btx_jax[parquet]') or ArrayRecord. The content
+      of a file decides which. Text and JSON may be compressed with gzip, bzip2, xz or zstd (pip
+      install 'btx_jax[zstd]').
+    text_field: the field or column that holds the text; 'meta.text' is the field text of the
+      object or struct meta. '': the records of an ArrayRecord file are the text itself, not JSON.
+    separator: splits a plain text file into documents; '' makes it one document. Its line ends
+      match those of any convention.
     source: 'files', or the name of text that Python packages carry (btx_jax/data/demo.py).
     id_field: the field or column that holds the document's id, stored with the tokens; '' is none.
   """

@@ -1,5 +1,7 @@
 """The command `data`: it finds all held-out text that is also in training text, and no other."""
 
+import gzip
+import io
 import json
 import os
 import random
@@ -8,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from btx_jax.commands import data
 from btx_jax.data import duplicates, tokens
@@ -172,3 +175,34 @@ def test_folders_without_a_count_of_skipped_records_are_described(planted, tmp_p
   domains = data.describe(config, folder)
   assert domains[1].skipped is None
   assert data.as_table(domains).row_count == 3
+
+
+def test_one_table_of_80_columns_shows_what_was_read_as_what(tmp_path):
+  rng = random.Random(0)
+  texts = [' '.join(rng.choice(studies.WORDS['prose']) for _ in range(9)) for _ in range(30)]
+  lines = '\n'.join(json.dumps({'text': text}) for text in texts[:10])
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  for name in ('c4-train.00000-of-01024.json.gz', 'c4-train.00001-of-01024.json.gz'):
+    (folder / name).write_bytes(gzip.compress(f'{lines}\nbroken {name}'.encode()))
+  (folder / 'array.json').write_text(json.dumps([{'text': text} for text in texts[10:20]]))
+  (folder / 'prose.txt').write_text('\r\n\r\n'.join(texts[20:]))
+  (folder / 'config.json').write_text('{"a": 1}')
+  (folder / 'old.zip').write_bytes(b'PK\x03\x04')
+  for name in ('README.md', '.gitattributes', '_SUCCESS', 'empty.txt'):
+    (folder / name).write_text('')
+  config = studies.get_config(tmp_path)
+  studies.write_text(tmp_path)
+  config.data.max_skipped = 0.5
+  config.domains.prose.update(paths=(str(folder),), separator='\n\n')
+  domains = data.describe(config, str(tmp_path / 'data'))
+  console = Console(width=80, record=True, markup=False, file=io.StringIO())
+  console.print(data.files_table(domains))
+  rows = [' '.join(line.split()) for line in console.export_text().splitlines()]
+  for row in ('code code.jsonl JSON lines 60 0', 'prose array.json JSON array 10 0',
+              '*.json.gz (2) JSON lines, gzip 20 2', 'prose.txt plain text 10 0',
+              'old.zip zip archive 0 1',
+              'README.md left out: not data - -', '.gitattributes left out: hidden - -',
+              '_SUCCESS left out: not data - -', 'config.json left out: no field - -',
+              'empty.txt left out: empty - -'):
+    assert row in rows

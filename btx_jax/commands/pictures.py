@@ -282,10 +282,14 @@ class _Writer:
 
 
 def _fallbacks(default: str) -> Iterator[tuple[str, str]]:
-  """The family and file of the other upright fonts that are installed."""
+  """The family and file of the other upright fonts that are installed.
+
+  Last Resort, which comes with matplotlib, draws a box for any character, so it is none of them.
+  """
   from matplotlib import font_manager
   fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist
-           if font.style == 'normal' and font.weight == 400 and font.fname != default}
+           if font.style == 'normal' and font.weight == 400 and font.fname != default
+           and 'lastresort' not in font.name.replace(' ', '').lower()}
   yield from sorted(fonts.items())
 
 

@@ -131,8 +131,23 @@ def _documents(path: str, found: Iterable[Piece | Unusable], fields: Fields
       yield piece
     elif piece.raw.strip():
       record = records.from_json(piece.raw, f'{path}:{piece.line}', fields)
-      if not piece.cut or isinstance(record, Document):
+      if isinstance(record, Document):
         yield record
+      elif record.reason == NOT_JSON and b'\n' in piece.raw.strip():
+        yield from _swallowed(path, piece, fields)
+      elif not piece.cut:
+        yield record
+
+
+def _swallowed(path: str, piece: Piece, fields: Fields) -> Iterator[Document | Unusable]:
+  """A broken piece, and the records in its further lines, which it holds as its end is missing."""
+  lines = [line.strip().rstrip(b',') for line in piece.raw.strip().split(b'\n')]
+  found = [records.from_json(line, f'{path}:{piece.line + i}', fields)
+           for i, line in enumerate(lines) if i and line.startswith(b'{')]
+  found = [record for record in found if isinstance(record, Document)]
+  if found or not piece.cut:
+    yield Unusable(f'{path}:{piece.line}', NOT_JSON, ': a bracket or quote is missing')
+  yield from found
 
 
 # Elements of arrays, and objects that follow each other
@@ -224,21 +239,9 @@ class _Scanner:
     raw = bytes(self._rest[:self._at - without])
     if not self._too_long and raw.strip():
       line = self._line_of_element()
-      if raw.strip().count(b'\n') and not _is_complete(raw.decode('utf-8', errors='replace')):
-        yield from self._lines_of(raw.strip(), line, whole)
-      else:
-        yield Piece(raw, line, cut=not whole)
+      yield Piece(raw, line, cut=not whole)
     self._too_long = False
     self._drop(self._at)
-
-  def _lines_of(self, raw: bytes, line: int, whole: bool) -> Iterator[Piece | Unusable]:
-    """Of a broken element: itself, and the lines that are objects, which it has swallowed."""
-    lines = [part.strip().rstrip(b',') for part in raw.split(b'\n')]
-    good = [i for i, part in enumerate(lines) if i and _is_object(part.decode('utf-8', 'replace'))]
-    if whole or good:
-      yield Unusable(f'{self._path}:{line}', NOT_JSON, ': a bracket or quote is missing')
-    for i in good:
-      yield Piece(lines[i], line + i)
 
   def _line_of_element(self) -> int:
     """Where the first byte of the element is that is not a space."""
