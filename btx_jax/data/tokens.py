@@ -250,7 +250,7 @@ class _Writer:
   def add(self, ids: np.ndarray, size: int, name: str):
     """Adds a document: the ids of its text, that text's bytes, and the id in its file."""
     before, after, unscored = framing.marks(self._tokenizer.framing, ids)
-    for part in (array.array(self._code, before), ids, array.array(self._code, after)):
+    for part in (array.array(self._code, before), ids.data, array.array(self._code, after)):
       self._tokens_file.write(part)
     if self._ids_file:
       self._ids_file.write(json.dumps(name) + '\n')
