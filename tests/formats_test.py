@@ -1,7 +1,9 @@
 """Whatever a text is kept in, its documents are the same; broken records do not stop the rest."""
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -587,3 +589,42 @@ def test_a_git_lfs_pointer_is_refused_by_name(tmp_path, name, content):
 def test_text_about_git_lfs_pointers_is_text(tmp_path, content):
   (tmp_path / 'x.txt').write_bytes(content)
   assert read(files(tmp_path))[0] == [content.decode()]
+
+
+# CSV
+
+
+@pytest.mark.parametrize('name, delimiter', [
+    ('x.csv', ','), ('x.TSV', '\t'), ('x.csv', ';'), ('x.csv.gz', ',')])
+def test_rows_of_a_table_are_documents(tmp_path, name, delimiter):
+  rows = [['id', 'body'], ['1', f'two\nlines{delimiter} "quoted"'], ['2', 'caf\u00e9'], [], ['3'],
+          ['4', 'the last']]
+  text = io.StringIO(newline='')
+  csv.writer(text, delimiter=delimiter).writerows(rows)
+  raw = b'\xef\xbb\xbf' + text.getvalue().encode().replace(b'the', b'\xff')
+  path = tmp_path / name
+  path.write_bytes(gzip.compress(raw) if name.endswith('.gz') else raw)
+  assert list(formats.read(str(path), 'body', 'id')) == [
+      Document(rows[1][1], '1', f'{path}:2'), Document('caf\u00e9', '2', f'{path}:4'),
+      records.Unusable(f'{path}:6', records.NO_TEXT, " 'body': it has 1 of 2 cells"),
+      records.Unusable(f'{path}:7', records.NOT_UTF8, ' (character 0 of the cell)')]
+
+
+def test_a_table_without_the_column_is_refused_or_in_a_folder_left_out(tmp_path):
+  path = write(tmp_path / 'labels.csv', b'name,label\na,1\n')
+  with pytest.raises(UsageError, match=r"has no column 'text'; its fields: 'name', 'label'. Set"):
+    read(files(path))
+  write(tmp_path / 'x.txt', b'some text')
+  texts, tally = read(files(tmp_path))
+  assert texts == ['some text']
+  assert tally.first == [f"{path}: is a table without column 'text'; its fields: 'name', 'label'"]
+  assert [(group['name'], group['kind']) for group in tally.read_as()] == [
+      ('x.txt', 'plain text'), ('labels.csv', 'no column')]
+
+
+def test_a_cell_that_is_too_long_costs_its_row_only(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, 'MAX_BYTES', 1000)
+  path = write(tmp_path / 'x.csv', b'text\n' + b'x' * 999 + b'\n' + b'y' * 2500 + b'\nthe last')
+  texts, _ = read(files(path))
+  assert texts[0] == 'x' * 999 and texts[-1] == 'the last'
+  assert not any('y' * 1001 in text for text in texts)

@@ -20,7 +20,7 @@ _EXAMPLES = 3  # places named for each reason
 _MOST_GROUPS = 100  # of files of one ending
 # Why a whole file is left out, which is not held against the domain; and that in a table.
 _WHOLE_FILES = {records.EMPTY: 'empty', records.NO_RECORDS: 'no field',
-                records.LFS_POINTER: 'LFS pointer'}
+                records.NO_COLUMN: 'no column', records.LFS_POINTER: 'LFS pointer'}
 _NAMED = 8  # groups of files that are left out, on one line
 
 
@@ -248,7 +248,7 @@ def _why(domain: Domain, tally: Tally) -> str:
     return ''
   field = f'set domains.{domain.name}.text_field to the field that holds the text'
   ways = {
-      records.NO_TEXT: field, records.NO_RECORDS: field,
+      records.NO_TEXT: field, records.NO_RECORDS: field, records.NO_COLUMN: field,
       records.TOO_LONG: f'split plain text into documents by domains.{domain.name}.separator '
                         '(for example a blank line)',
       records.NOT_UTF8: 'convert the text to UTF-8',

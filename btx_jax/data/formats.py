@@ -1,10 +1,11 @@
-"""Reads documents from files: plain text, JSON, Parquet and ArrayRecord, compressed or not.
+"""Reads documents from files: text, JSON, CSV, Parquet and ArrayRecord, compressed or not.
 
 The content of a file decides its format, and what it is compressed with. Its name only helps where
-the content can be read in two ways: a file called .json or .jsonl is never plain text. A reader
-yields the records of a file in order: a Document, or an Unusable with the place and the reason; the
-caller decides what follows. Files are streamed, and no line or document longer than MAX_BYTES is
-kept, so memory stays bounded: a few times MAX_BYTES, or one block of an ArrayRecord file.
+the content can be read in two ways: a file called .json, .jsonl, .csv or .tsv is never plain text.
+A reader yields the records of a file in order: a Document, or an Unusable with the place and the
+reason; the caller decides what follows. Files are streamed, and no line or document longer than
+MAX_BYTES is kept, so memory stays bounded: a few times MAX_BYTES, or one block of an ArrayRecord
+file.
 """
 
 import codecs
@@ -14,7 +15,7 @@ import os
 from typing import IO
 
 from btx_jax import files
-from btx_jax.data import json_files, records, tables
+from btx_jax.data import csv_files, json_files, records, tables
 from btx_jax.data.pieces import count_lines, pieces, separator_of
 from btx_jax.data.records import (
   ARCHIVE,
@@ -30,7 +31,8 @@ from btx_jax.data.records import (
 from btx_jax.data.streams import Stream
 from btx_jax.errors import UsageError
 
-TEXT, PARQUET, ARROW, ARRAY_RECORD = 'plain text', 'Parquet', 'Arrow', 'ArrayRecord'
+TEXT, CSV = 'plain text', 'CSV'
+PARQUET, ARROW, ARRAY_RECORD = 'Parquet', 'Arrow', 'ArrayRecord'
 TEXT_FIELD = 'text'  # the default, which does not say that there are fields
 _COMPRESSED = ('.gz', '.gzip', '.bz2', '.xz', '.zst', '.zstd')
 _DECIDING = 8000  # bytes at the start of a file, among which text has no zero byte
@@ -86,7 +88,8 @@ def read(path: str, text_field: str = TEXT_FIELD, id_field: str = '', separator:
     separator: splits plain text into documents, its line ends being those of any convention; if
       '', a file is one document.
     about: is updated with what is found out about the file.
-    lone: whether a file of a single JSON object that lacks the field is NO_RECORDS.
+    lone: whether a file of a single JSON object that lacks the field is NO_RECORDS, and a CSV file
+      that lacks the column NO_COLUMN.
 
   Raises:
     OSError: the file cannot be opened.
@@ -140,6 +143,10 @@ def _stream(path: str, named: str, stream: Stream, fields: Fields, separator: st
   if b'\0' in beginning:  # as git decides, too
     about.kind = f'binary data{compressed}'
     yield Unusable(path, BINARY)
+    return
+  if named in csv_files.ENDINGS:
+    about.kind = CSV + compressed
+    yield from csv_files.read(path, stream, fields, lone)
     return
   is_lines = named in _LINE_ENDINGS
   layout = json_files.layout_of(stream, is_lines or named == '.json')

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 import json
 from typing import Any, NamedTuple
 
+from btx_jax.errors import UsageError, nearest
+
 MAX_BYTES = 64_000_000  # per document, and per line
 
 TOO_LONG, CUT_OFF, DAMAGED, EMPTY = 'is too long', 'is cut off', 'is damaged', 'is empty'
@@ -11,7 +13,7 @@ NOT_UTF8, NOT_JSON, ARCHIVE = 'is not UTF-8 text', 'is not JSON', 'is an archive
 BINARY = 'is not text but binary data'
 SURROGATE = 'holds half of a surrogate pair'
 NO_TEXT, LIST = 'has no text in field', 'has a list in field'
-NO_RECORDS = 'is a single JSON object without field'
+NO_RECORDS, NO_COLUMN = 'is a single JSON object without field', 'is a table without column'
 LFS_POINTER = 'is a Git LFS pointer'
 
 
@@ -115,6 +117,12 @@ def names_of(record: Iterable[str]) -> str:
   """The fields of an object or the columns of a table, in words."""
   names = [*map(repr, record)]
   return f'its fields: {", ".join(names[:20]) or "none"}{", ..." if len(names) > 20 else ""}'
+
+
+def no_column(path: str, key: str, name: str, columns: Iterable[str]) -> UsageError:
+  """The error of a table that lacks the column that the field `key` of a domain names."""
+  return UsageError(f'{path} has no column {name!r}; {names_of(columns)}. Set {key}: '
+                    f'{nearest(name, columns)}')
 
 
 def too_long(place: str) -> Unusable:

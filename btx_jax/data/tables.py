@@ -13,11 +13,12 @@ from btx_jax.data.records import (
   Unusable,
   id_text,
   names_of,
+  no_column,
   too_long,
   utf8,
 )
 from btx_jax.data.streams import CHUNK
-from btx_jax.errors import UsageError, nearest
+from btx_jax.errors import UsageError
 
 _ROWS = 64  # in memory at a time
 _TEXT = ('string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view')
@@ -102,8 +103,7 @@ def _check_columns(path: str, schema, fields: Fields) -> tuple[list[str], list[s
   columns |= {name: ([name], schema.field(name).type) for name in schema.names}
   for key, name in (('text_field', fields.text), ('id_field', fields.id)):
     if name not in columns and (name or key == 'text_field'):
-      raise UsageError(f'{path} has no column {name!r}; {names_of(columns)}. Set {key}: '
-                       f'{nearest(name, columns)}')
+      raise no_column(path, key, name, columns)
   names, kind = columns[fields.text]
   if hasattr(kind, 'index_type'):  # a dictionary
     kind = kind.value_type
