@@ -167,8 +167,8 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
   Args:
     paths: directories, globs or files of plain text, JSON (an object a line, an array, or a
       single object), CSV, Parquet or Arrow (pip install 'btx_jax[parquet]') or ArrayRecord. The
-      content of a file decides which. Text, JSON and CSV may be compressed with gzip, bzip2, xz or zstd (pip
-      install 'btx_jax[zstd]').
+      content of a file decides which. Text, JSON and CSV may be compressed with gzip, bzip2, xz or
+      zstd (pip install 'btx_jax[zstd]').
     text_field: the field or column that holds the text; 'meta.text' is the field text of the
       object or struct meta. '': the records of an ArrayRecord file are the text itself, not JSON.
     separator: splits a plain text file into documents; '' makes it one document. Its line ends
