@@ -251,7 +251,7 @@ class _Writer:
     """Adds a document: the ids of its text, that text's bytes, and the id in its file."""
     before, after, unscored = framing.marks(self._tokenizer.framing, ids)
     for part in (array.array(self._code, before), ids, array.array(self._code, after)):
-      self._tokens_file.write(part)
+      self._tokens_file.write(part.tobytes())
     if self._ids_file:
       self._ids_file.write(json.dumps(name) + '\n')
     self.raw_bytes += size
