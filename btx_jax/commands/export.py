@@ -6,6 +6,7 @@ import time
 
 from btx_jax.convert import config_json, export, generation, hugging_face
 from btx_jax.data import text
+from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.library import tokenizer_files
@@ -49,7 +50,7 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
       folder, run.model, sources.final(study, run), dtype,
       max_length=context.length(run), balance_loss=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
-      card=''.join(_card(study, run)), descends_from=_generation(run),
+      card=''.join(_card(study, run)), descends_from=_generation(run, tokenizer),
       ram=int(study.config.mix.ram_gb * 1e9), identity=_identity(study, run), origin=origin)
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -57,16 +58,18 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
       f'{written / seconds / 1e6:,.0f} MB/s; peak memory {peak / 1e9:.2f} GB')
 
 
-def _generation(run: Run) -> generation.Generation:
+def _generation(run: Run, tokenizer: Tokenizer) -> generation.Generation:
   """The settings of the folder that a run descends from, and the stop tokens of all its folders.
 
   The experts of a mixture may end a text differently than the model whose settings it takes.
-  Folders with another vocabulary are left out, as their ids mean other tokens.
+  Folders with another vocabulary are left out, as their ids mean other tokens. What ended the
+  documents in training ends a text too.
   """
   known = [each for each in descent(run) if each.folder]
   known += [each for each in lineage(run) if each.folder and not each.vocabulary]
-  return generation.combine([generation.read(folder)
-                             for folder in dict.fromkeys(each.folder for each in known)])
+  found = [generation.read(folder) for folder in dict.fromkeys(each.folder for each in known)]
+  end = tokenizer.framing.end
+  return generation.combine([*found, generation.Generation(stop_ids=(end.id,) if end else ())])
 
 
 def _origin(run: Run) -> str:
