@@ -104,8 +104,16 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
       balance_loss=Objective.balance_loss,
       bos_id=opened.bos_id if opened else None, eos_id=opened.eos_id if opened else None,
       tokenizer_files=tokenizer_files(opened) if opened else {},
+      origin=_origin(beside),
       descends_from=generation.read(beside) if os.path.isdir(beside) else generation.UNKNOWN,
       card=f'---\nlibrary_name: transformers\n---\n\nWritten by btx_jax: {experts}.\n')
+
+
+def _origin(folder: str) -> str:
+  """The model_type in a folder's config.json; '' if it has none."""
+  path = os.path.join(folder, 'config.json')
+  found = config_json.read_json(path) if folder and os.path.exists(path) else {}
+  return str(found.get('model_type', ''))
 
 
 def logits(config: Config, params: dict, tokens) -> jax.Array:

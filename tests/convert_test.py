@@ -198,12 +198,16 @@ def test_a_mixture_with_a_real_shared_expert_is_refused(tmp_path):
   edit(tmp_path / 'out', lambda tensors: tensors.update({name: tensors[name] + 1}))
   with pytest.raises(UsageError, match=rf'{name} is not zero: .* every token takes'):
     hugging_face.Folder(str(tmp_path / 'out'))
+  edit(tmp_path / 'out', lambda tensors: tensors.pop(name))
+  with pytest.raises(UsageError, match=f'missing: {name}'):  # transformers would make it up
+    hugging_face.Folder(str(tmp_path / 'out'))
 
 
 @pytest.mark.parametrize('origin, fields, expected', [
     ('', {}, 'llama'), ('mistral', {}, 'mistral'), ('', QWEN_2, 'qwen2'), ('', QWEN_3, 'qwen3'),
     ('qwen2', MIXED, 'mixtral'), ('', QWEN_2 | MIXED, 'qwen2_moe'),
     ('mistral', QWEN_3 | MIXED, 'qwen3_moe'),
+    ('', MIXED | {'router': 'softmax_top_k'}, 'qwen2_moe'),
     ('', QWEN_2 | QWEN_3, 'model.qkv_bias and model.qk_norm cannot be exported')])
 def test_a_model_is_exported_as_what_it_is(tmp_path, origin, fields, expected):
   model = Config(48, 16, 20, 2, 4, 4, **fields)
@@ -220,8 +224,8 @@ def test_a_model_is_exported_as_what_it_is(tmp_path, origin, fields, expected):
     ({}, 2), ({'top_k': 3}, 3), ({'router': 'soft'}, 4),
     ({'router': 'softmax_top_k', 'top_k': 4}, 4), ({'router_bias': True, 'top_k': 4}, 4),
     (QWEN_2 | {'router': 'softmax_top_k'}, 2),
-    (QWEN_3 | {'router': 'switch'}, "Qwen's mixtures have the gates of"),
-    ({'router': 'softmax_top_k'}, "model.router = 'softmax_top_k' cannot be exported"),
+    (QWEN_3 | {'router': 'switch'}, "transformers' mixtures have the gates of"),
+    ({'router': 'softmax_top_k'}, 2),
     ({'router': 'switch'}, "model.router = 'switch'"),
     ({'router': 'sample_top_1'}, "'sample_top_1'"), ({'router': 'hash'}, "'hash'"),
     ({'router_bias': True}, 'has a bias cannot be exported'),
@@ -270,6 +274,13 @@ def test_configs_of_several_families(found, expected):
     ({'architectures': ['LlamaForSequenceClassification']}, 'LlamaForSequenceClassification'),
     ({'attention_bias': True}, 'attention_bias'),
     ({'mlp_bias': True}, 'mlp_bias'),
+    ({'model_type': ['llama']}, "model_type = ['llama']"),
+    ({'architectures': 3}, 'architectures = [3]'),
+    ({'rope_parameters': {'full_attention': {'rope_type': 'linear', 'factor': 4}}}, 'of several'),
+    ({'model_type': 'qwen2', 'num_key_value_heads': 4, 'max_window_layers': None,
+      'use_sliding_window': True}, 'sliding_window = 4096'),
+    ({'model_type': 'qwen3', 'num_key_value_heads': 4, 'layer_types': ['sliding_attention']},
+     'sliding_window = 4096'),
     ({'hidden_act': 'gelu'}, "hidden_act = 'gelu'"),
     ({'model_type': 'mistral', 'num_key_value_heads': 4}, 'sliding_window = 4096'),
     ({'model_type': 'mixtral', 'num_key_value_heads': 2, 'sliding_window': 512},

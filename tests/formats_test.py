@@ -594,20 +594,57 @@ def test_text_about_git_lfs_pointers_is_text(tmp_path, content):
 # CSV
 
 
+def rows_of(path, raw, **fields):
+  """What a table gives: (text, id) of documents, reasons of the others with their lines."""
+  path.write_bytes(gzip.compress(raw) if path.name.endswith('.gz') else raw)
+  return [(each.text, each.id) if isinstance(each, Document)
+          else f'{each.place.rsplit(":", 1)[-1]}: {each.reason}{each.detail}'
+          for each in formats.read(str(path), **fields)]
+
+
 @pytest.mark.parametrize('name, delimiter', [
     ('x.csv', ','), ('x.TSV', '\t'), ('x.csv', ';'), ('x.csv.gz', ',')])
 def test_rows_of_a_table_are_documents(tmp_path, name, delimiter):
-  rows = [['id', 'body'], ['1', f'two\nlines{delimiter} "quoted"'], ['2', 'caf\u00e9'], [], ['3'],
-          ['4', 'the last']]
+  rows = [['id', 'body'], ['1', f'two\nlines{delimiter} "quoted"'], ['2', 'caf\u00e9'], [],
+          ['3'], ['4', 'the last']]
   text = io.StringIO(newline='')
   csv.writer(text, delimiter=delimiter).writerows(rows)
   raw = b'\xef\xbb\xbf' + text.getvalue().encode().replace(b'the', b'\xff')
-  path = tmp_path / name
-  path.write_bytes(gzip.compress(raw) if name.endswith('.gz') else raw)
-  assert list(formats.read(str(path), 'body', 'id')) == [
-      Document(rows[1][1], '1', f'{path}:2'), Document('caf\u00e9', '2', f'{path}:4'),
-      records.Unusable(f'{path}:6', records.NO_TEXT, " 'body': it has 1 of 2 cells"),
-      records.Unusable(f'{path}:7', records.NOT_UTF8, ' (character 0 of the cell)')]
+  assert rows_of(tmp_path / name, raw, text_field='body', id_field='id') == [
+      (rows[1][1], '1'), ('caf\u00e9', '2'),
+      '6: is not a row of the table: it has 1 of 2 cells',
+      '7: is not UTF-8 text (character 0 of the cell)']
+
+
+@pytest.mark.parametrize('raw, expected', [
+    # Commas that are not quoted, and quotes that do not match, cost their row only.
+    (b'text,n\nHello, world,1\nbye,0', ['2: is not a row of the table: it has 3 of 2 cells',
+                                       ('bye', '')]),
+    (b'n,text\n1,"never closed\n2,two\n3,three\n',
+     ['2: is not a row of the table: a quote is missing or out of place', ('two', ''),
+      ('three', '')]),
+    (b'n,text\n1,"said \\"hi\\" ok"\n2,two\n',
+     ['2: is not a row of the table: a quote is missing or out of place', ('two', '')]),
+    (b'text,n,,\nsome,1,,,,\n', [('some', '')]),
+    # Headers as they come, and what concatenating files leaves.
+    (b'\n n, text \n1,one\nn,text\n\xef\xbb\xbf"2","b, c"\n', [
+        ('one', ''), ('b, c', '')]),
+    (b'n,text\n1,a\nn,text\n2,b\n', [('a', ''), ('b', '')]),
+    (b'sep=;\nn;text\n1;a, b\n', [('a, b', '')]),
+    (b'text,"a;b;c;d"\nhello,x\n', [('hello', '')]),
+    (b'"n","text","a\nb"\n1,one,2\n', [('one', '')]),
+    (b'\xef\xbb\xbf\n', ['x.csv: is empty']),
+])
+def test_tables_as_people_have_them(tmp_path, raw, expected):
+  found = rows_of(tmp_path / 'x.csv', raw)
+  assert [each.replace(str(tmp_path) + '/', '') if isinstance(each, str) else each
+          for each in found] == expected
+
+
+def test_quotes_are_letters_in_a_table_with_tabs_that_does_not_quote(tmp_path):
+  raw = b'n\ttext\n1\t"starts no end\n2\t"Quoted" he said\n3\tabc\n4\t"a\tb"\n'
+  assert rows_of(tmp_path / 'x.tsv', raw) == [
+      ('"starts no end', ''), ('"Quoted" he said', ''), ('abc', ''), ('a\tb', '')]
 
 
 def test_a_table_without_the_column_is_refused_or_in_a_folder_left_out(tmp_path):
@@ -622,9 +659,32 @@ def test_a_table_without_the_column_is_refused_or_in_a_folder_left_out(tmp_path)
       ('x.txt', 'plain text'), ('labels.csv', 'no column')]
 
 
-def test_a_cell_that_is_too_long_costs_its_row_only(tmp_path, monkeypatch):
-  monkeypatch.setattr(records, 'MAX_BYTES', 1000)
-  path = write(tmp_path / 'x.csv', b'text\n' + b'x' * 999 + b'\n' + b'y' * 2500 + b'\nthe last')
-  texts, _ = read(files(path))
-  assert texts[0] == 'x' * 999 and texts[-1] == 'the last'
-  assert not any('y' * 1001 in text for text in texts)
+def test_a_row_that_is_too_long_is_one_record(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, 'MAX_BYTES', 100)
+  raw = b'n,text\n1,' + b'x' * 150 + b',zz\n2,ok\n3,' + '\u00e9'.encode() * 60 + b'\n4,fine'
+  assert rows_of(tmp_path / 'x.csv', raw) == [
+      '2: is too long: more than 0.0001 MB', ('ok', ''), '4: is too long: more than 0.0001 MB',
+      ('fine', '')]
+
+
+@pytest.mark.parametrize('kept', [12, 30])  # in the header, and after it
+def test_a_table_that_is_cut_off_does_not_stop_the_others(tmp_path, kept):
+  raw = gzip.compress(b'n,text\n1,aaa\n2,bbb\n', compresslevel=0)
+  (tmp_path / 'a.csv.gz').write_bytes(raw[:kept])
+  write(tmp_path / 'b.csv', b'n,text\n1,good\n')
+  texts, tally = read(files(tmp_path))
+  assert texts[-1] == 'good'
+  assert tally.reasons == {records.CUT_OFF: 1}
+
+
+def test_a_number_of_too_many_digits_is_no_crash(tmp_path):
+  path = write(tmp_path / 'x.jsonl', b'{"text": "a", "n": ' + b'9' * 5000 + b'}\n{"text": "b"}\n')
+  texts, tally = read(files(path))
+  assert texts == ['b'] and tally.reasons == {records.NOT_JSON: 1}
+
+
+@pytest.mark.parametrize('raw', [
+    b'{\n "a": 1\n}\n{\n "text": "bb"\n}\nThe above is JSON. Then prose follows\nand goes on.\n',
+    b'[{"text": "a"}]\n[see note] prose follows,\nand goes on.\n'])
+def test_prose_after_json_is_text(tmp_path, raw):
+  assert rows_of(tmp_path / 'x.md', raw) == [(raw.decode(), '')]

@@ -37,7 +37,9 @@ MODELS = {'llama2': (LLAMA_2, 'float32'), 'llama3': (LLAMA_3, 'bfloat16'),
           'qwen2': (QWEN_2, 'float32'), 'qwen3': (QWEN_3, 'bfloat16'),
           'qwen2_moe': (dataclasses.replace(QWEN_2, num_experts=4, top_k=2), 'float32'),
           'qwen3_moe': (dataclasses.replace(QWEN_3, num_experts=4, top_k=3,
-                                            router='softmax_top_k'), 'float32')}
+                                            router='softmax_top_k'), 'float32'),
+          'qwen2_moe without biases': (
+              dataclasses.replace(MIXTRAL, router='softmax_top_k'), 'float32')}
 ROWS, LENGTH = 8, 24
 
 
@@ -55,7 +57,7 @@ def exported(request, tmp_path_factory):
   theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32, output_loading_info=True)
   assert not any(report.values()), report
-  assert theirs.config.model_type == re.sub('(llama).*', r'\1', request.param)
+  assert theirs.config.model_type == re.sub('(llama).*| .*', r'\1', request.param)
   return model, folder, params, theirs
 
 

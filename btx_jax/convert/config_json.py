@@ -46,6 +46,8 @@ for _kind in ('qwen2', 'qwen3', 'qwen2_moe', 'qwen3_moe'):
   _DEFAULTS_BY_TYPE[_kind] |= {
       'max_position_embeddings': 32_768, 'use_sliding_window': False, 'sliding_window': 4096,
       'max_window_layers': 28, 'norm_topk_prob': False}
+# The types that read a key about biases; the others ignore it.
+_BIASED = {'attention_bias': ('llama', 'qwen3', 'qwen3_moe'), 'mlp_bias': ('llama',)}
 ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
                   'mixtral': 'MixtralForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
                   'qwen3': 'Qwen3ForCausalLM', 'qwen2_moe': 'Qwen2MoeForCausalLM',
@@ -76,7 +78,7 @@ def from_json(found: Mapping[str, Any], path: str) -> Config:
     UsageError: our model cannot compute this one, or a key is missing; names every problem.
   """
   kind = found.get('model_type')
-  if kind not in ARCHITECTURES:
+  if not isinstance(kind, str) or kind not in ARCHITECTURES:
     raise UsageError(f'{path}: model_type = {kind!r} is not supported; use one of '
                      f'{", ".join(map(repr, ARCHITECTURES))}.')
   given = {**_DEFAULTS, **_DEFAULTS_BY_TYPE[kind], **found}
@@ -121,6 +123,8 @@ def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
   found = given.get('rope_scaling') or given.get('rope_parameters') or {}
   if not isinstance(found, Mapping):
     found = {'rope_type': found}  # no type that is known
+  if any(isinstance(value, Mapping) for value in found.values()):
+    found = {'rope_type': 'of several kinds of layers'}
   rope = {'rope_theta': given['rope_theta'],
           'original_max_position_embeddings': given['max_position_embeddings'], **found}
   # As Phi-3 writes it, which transformers prefers.
@@ -139,10 +143,12 @@ def _unsupported(given: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -
   whole = ARCHITECTURES[kind]
   bare = whole.replace('ForCausalLM', 'Model')
   architectures = given.get('architectures') or [whole]
+  if not isinstance(architectures, list):
+    architectures = [architectures]
   if [str(each).lower() for each in architectures] not in ([whole.lower()], [bare.lower()]):
     problems.append(f'architectures = {architectures}, not {[whole]} or {[bare]}')
-  for name in ('attention_bias', 'mlp_bias'):
-    if given.get(name):
+  for name, kinds in _BIASED.items():
+    if given.get(name) and kind in kinds:
       problems.append(f'{name} = {given[name]} (only the biases of Qwen2, on queries, keys and '
                       'values, are implemented)')
   if given.get('mlp_only_layers') or given.get('decoder_sparse_step', 1) != 1:
@@ -171,12 +177,16 @@ def _unsupported(given: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -
 def _slides(given: Mapping[str, Any], kind: str) -> bool:
   """Whether some layer of a model applies its `sliding_window`."""
   # A Llama has no window, and a Mistral no switch for it, whatever their config.json says.
-  if kind == 'llama' or (kind.startswith('qwen') and not given['use_sliding_window']):
+  if kind == 'llama':
     return False
-  if kind in ('qwen2', 'qwen3'):  # the layers from max_window_layers on
-    types = given.get('layer_types')
-    return 'sliding_attention' in types if types else (
-        given['max_window_layers'] < given.get('num_hidden_layers', 0))
+  types = given.get('layer_types')
+  if kind in ('qwen2', 'qwen3', 'qwen2_moe') and isinstance(types, list) and types:
+    return 'sliding_attention' in types
+  if kind.startswith('qwen') and not given['use_sliding_window']:
+    return False
+  first, layers = given.get('max_window_layers'), given.get('num_hidden_layers')
+  if kind in ('qwen2', 'qwen3') and type(first) is int and type(layers) is int:
+    return first < layers  # the layers from the first on
   return True
 
 
@@ -255,7 +265,9 @@ def kind_of(model: Config, origin: str = '') -> str:
                      'model with both. Train one with only one of them.')
   kind = 'qwen2' if model.qkv_bias else 'qwen3' if model.qk_norm else ''
   if model.num_experts:
-    _check_gates(model, mixtral=not kind)
+    _check_gates(model)
+    if not kind and model.router == 'softmax_top_k' and model.k < model.num_experts:
+      kind = 'qwen2'  # Mixtral has no such gates, and biases are an option of Qwen2Moe
     return f'{kind}_moe' if kind else 'mixtral'
   kind = kind or ('mistral' if origin == 'mistral' else 'llama')
   if kind == 'llama' and model.dim % model.num_heads:
@@ -265,7 +277,7 @@ def kind_of(model: Config, origin: str = '') -> str:
   return kind
 
 
-def _check_gates(model: Config, mixtral: bool) -> None:
+def _check_gates(model: Config) -> None:
   """Raises UsageError unless a mixture of transformers has the gates of the model's router.
 
   Mixtral's are the softmax over the logits of the k chosen experts only. The mixtures of Qwen have
@@ -274,16 +286,19 @@ def _check_gates(model: Config, mixtral: bool) -> None:
   # If every expert is chosen, the gates are the softmax over all, and a bias changes no choice.
   if model.router in ('top_k', 'softmax_top_k', 'soft') and model.k == model.num_experts:
     return
-  if model.router != 'top_k' and (mixtral or model.router != 'softmax_top_k'):
-    which = ("Mixtral's gates are the softmax over the logits of its k experts, as with 'top_k' "
-             "(any k) and 'soft'" if mixtral else
-             "Qwen's mixtures have the gates of 'top_k', 'softmax_top_k' and 'soft'")
-    raise UsageError(f'model.router = {model.router!r} cannot be exported: {which}. Finetune the '
-                     "mixture with model.router = 'top_k'.")
+  if model.router not in ('top_k', 'softmax_top_k'):
+    raise UsageError(f"model.router = {model.router!r} cannot be exported: transformers' mixtures "
+                     "have the gates of 'top_k' (Mixtral, Qwen), 'softmax_top_k' (Qwen) and "
+                     "'soft'. Finetune the mixture with one of these.")
   if model.router_bias:
     raise UsageError("A mixture whose router has a bias cannot be exported: transformers' "
                      'mixtures have none. Finetune it with train.balance_bias = 0, from a model '
                      'without a bias.')
+
+
+def shared_expert_width(found: Mapping[str, Any]) -> int:
+  """The width of the expert that every token of a Qwen2Moe takes, by its config.json."""
+  return found.get('shared_expert_intermediate_size', 5632)
 
 
 def context_length(found: Mapping[str, Any]) -> int:

@@ -48,7 +48,7 @@ class Folder:
     self.context_length = config_json.context_length(self._json)
     self._shards = Shards(path)
     self._sizes = names.sizes(self.model)
-    layout = names.layout_of(self._shards.tensors)
+    layout = names.layout_of(self.kind, self._shards.tensors)
     self._rows = {row.path: row for row in names.rows(self.model, layout)}
     self._stored: dict[str, str] = {}  # name of a tensor in the table -> its name in the file
     self._match_tensors()
@@ -123,6 +123,8 @@ class Folder:
     tensors = self._shards.tensors
     expected = {name: names.stored_shape(row, self._sizes)
                 for row in self._rows.values() for name, _ in names.tensors_of(row, self._sizes)}
+    if self.kind == 'qwen2_moe':
+      expected |= names.shared_expert(self.model, config_json.shared_expert_width(self._json))
     extra, wrong = [], []
     for name in tensors:
       found = names.expected_name(name, expected)
@@ -134,15 +136,15 @@ class Folder:
         extra.append(name)
     if self.model.tied_head:
       wrong += self._match_tied_head(extra)
-    extra, shared = _split(extra, names.SHARED_EXPERT if self.kind == 'qwen2_moe' else '$^')
-    wrong += [f'{name} is not zero: this mixture has an expert that every token takes, and those '
-              'here have none' for name in shared
-              if name.endswith('.shared_expert.down_proj.weight') and self._shards.read(name).any()]
     matched = {name: tensors[stored] for name, stored in self._stored.items()}
     wrong += [f'{self._stored[name]} {list(tensor.shape)}, not {list(expected[name])}'
               for name, tensor in matched.items() if tensor.shape != expected[name]]
     types = [f'{self._stored[name]} ({tensor.dtype})' for name, tensor in matched.items()
              if tensor.dtype not in DTYPES]
+    wrong += [f'{self._stored[name]} is not zero: this mixture has an expert that every token '
+              'takes, and those here have none' for name, tensor in matched.items()
+              if name.endswith('.shared_expert.down_proj.weight') and tensor.dtype in DTYPES
+              and self._shards.read(self._stored[name]).any()]
     kinds = {'missing': [name for name in expected if name not in matched], 'unknown': extra,
              'wrong': wrong, f'dtype is none of {", ".join(DTYPES)}': types}
     lines = [f'  {kind}: {_listed(found)}' for kind, found in kinds.items() if found]
@@ -182,12 +184,6 @@ class Folder:
 
     rows = range(0, shape[0], max(1, shape[0] // 1000))
     return all(np.array_equal(row_bytes(name, row), row_bytes(other, row)) for row in rows)
-
-
-def _split(found: list[str], pattern: str) -> tuple[list[str], list[str]]:
-  """The names without the pattern, and those with it."""
-  matching = [name for name in found if re.search(pattern, name)]
-  return [name for name in found if name not in matching], matching
 
 
 def _listed(found: list[str]) -> str:

@@ -10,7 +10,6 @@ sides rotate the same pairs of a head's dimensions, (i, i + H / 2), so heads are
 from collections.abc import Container, Iterable, Iterator, Mapping
 import itertools
 import math
-import re
 from typing import NamedTuple
 
 from btx_jax.model.config import Config
@@ -96,22 +95,20 @@ def rows(model: Config, layout: str = MIXTRAL) -> tuple[Row, ...]:
           + _HEAD * (not model.tied_head))
 
 
-def layout_of(tensors: Iterable[str]) -> str:
-  """The layout of a mixture with tensors of these names."""
-  for name in tensors:
-    if '.mlp.experts.' in name:
-      return QWEN if re.search(r'\.experts\.\d', name) else FUSED
-  return MIXTRAL
+def layout_of(kind: str, tensors: Iterable[str]) -> str:
+  """The layout of a folder of this model_type with tensors of these names."""
+  if any(name.endswith('.mlp.experts.gate_up_proj') for name in tensors):
+    return FUSED
+  return QWEN if kind.startswith('qwen') else MIXTRAL
 
 
 # The mixtures of Qwen2 have one expert more, which every token takes. Ours have none: it is zero.
-SHARED_EXPERT = r'\.mlp\.shared_expert(_gate)?\.'
 SHARED_EXPERT_WIDTH = 128  # what kernels and tensor parallelism divide
 
 
-def shared_expert(model: Config) -> dict[str, tuple[int, ...]]:
-  """The tensors of a shared expert that is zero: name -> shape."""
-  D, F = model.dim, SHARED_EXPERT_WIDTH
+def shared_expert(model: Config, width: int = SHARED_EXPERT_WIDTH) -> dict[str, tuple[int, ...]]:
+  """The tensors of the expert that every token takes: name -> shape."""
+  D, F = model.dim, width
   shapes = {'shared_expert.gate_proj': (F, D), 'shared_expert.up_proj': (F, D),
             'shared_expert.down_proj': (D, F), 'shared_expert_gate': (1, D)}
   return {f'{_LAYER}mlp.{name}.weight'.format(L=i): shape

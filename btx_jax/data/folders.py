@@ -22,8 +22,8 @@ _ABOUT = re.compile(
 # Folders of which nothing is data.
 _ABOUT_FOLDERS = ('_temporary', '_delta_log', '__MACOSX')
 _RECORDS = ('.jsonl', '.ndjson', '.jsonlines', '.parquet', '.arrow', '.arrayrecord',
-            '.array_record')
-_DATA = (*_RECORDS, '.json', '.csv', '.tsv', '.txt', '.text', '.md')
+            '.array_record', '.csv', '.tsv')
+_DATA = (*_RECORDS, '.json', '.txt', '.text', '.md')
 
 
 class LeftOut(NamedTuple):

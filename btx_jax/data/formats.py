@@ -144,9 +144,9 @@ def _stream(path: str, named: str, stream: Stream, fields: Fields, separator: st
     about.kind = f'binary data{compressed}'
     yield Unusable(path, BINARY)
     return
-  if named in csv_files.ENDINGS:
+  if named in csv_files.DELIMITERS:
     about.kind = CSV + compressed
-    yield from csv_files.read(path, stream, fields, lone)
+    yield from csv_files.read(path, stream, csv_files.DELIMITERS[named], fields, lenient=lone)
     return
   is_lines = named in _LINE_ENDINGS
   layout = json_files.layout_of(stream, is_lines or named == '.json')

@@ -44,7 +44,7 @@ def layout_of(stream: Stream, named_json: bool) -> str:
     if after:
       _, end, beyond = _first_value(text, 0)  # of the whole array
       if isinstance(first, dict):
-        array = named_json or beyond or (end and text[end:].lstrip()[:1] in ('', '['))
+        array = named_json or beyond or (end and _all_json(text, whole))
       else:
         array = named_json and not (several and _is_complete(lines[0]))
     else:  # the first element is long or broken
@@ -55,7 +55,7 @@ def layout_of(stream: Stream, named_json: bool) -> str:
       return ARRAY
   elif several and not _is_object(lines[0]):
     if after:  # an object that ends on a later line
-      alone = text[after:].lstrip()[:1] in ('{', '')
+      alone = _all_json(text, whole)
       objects = re.search('[\r\n]', text[:after]) and (alone or named_json)
     else:
       objects = cut and (named_json or not whole) and re.match(r'\{\s*"', text)
@@ -76,8 +76,24 @@ def _first_value(text: str, start: int) -> tuple[object, int, bool]:
   except json.JSONDecodeError as error:
     cut = error.msg.startswith('Unterminated string') or error.pos >= len(text.rstrip()) - 8
     return None, 0, cut
-  except RecursionError:
+  except (ValueError, RecursionError):  # a number of too many digits, or too many brackets
     return None, 0, False
+
+
+def _all_json(text: str, whole: bool) -> bool:
+  """Whether no prose follows the JSON value at the start of a text, nor those after it.
+
+  Args:
+    text: begins with a JSON value.
+    whole: whether nothing follows the text.
+  """
+  at = 0
+  while (rest := text[at:].lstrip()) and rest[0] in '{[':
+    _, end, cut = _first_value(text, at)
+    if not end:  # a broken value is one if it begins like a record
+      return cut or not whole or bool(re.match(r'[\[\s]*\{\s*"', rest))
+    at = end
+  return not rest
 
 
 def _is_object(line: str) -> bool:

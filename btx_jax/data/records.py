@@ -13,6 +13,7 @@ NOT_UTF8, NOT_JSON, ARCHIVE = 'is not UTF-8 text', 'is not JSON', 'is an archive
 BINARY = 'is not text but binary data'
 SURROGATE = 'holds half of a surrogate pair'
 NO_TEXT, LIST = 'has no text in field', 'has a list in field'
+NOT_A_ROW = 'is not a row of the table'
 NO_RECORDS, NO_COLUMN = 'is a single JSON object without field', 'is a table without column'
 LFS_POINTER = 'is a Git LFS pointer'
 
