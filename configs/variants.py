@@ -3,7 +3,8 @@
 Each variant is the demo's mixture with one change, finetuned for 120 steps. `dense` and `upcycled`
 spend the FLOPs of everything that leads to `btx`. Branch-Train-Merge needs no finetuning. Expect
 all but `router_only` to be better than the seed, two experts per token to be better than one, and
-`blend` to be last of the rest. docs/variants.md has the table. About an hour on two CPU cores.
+`blend` to be the worst way of mixing. docs/variants.md has the table. About an hour on two CPU
+cores.
 
   python -m btx_jax.main --config=configs/variants.py
 """
