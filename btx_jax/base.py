@@ -35,14 +35,14 @@ def get_config() -> ConfigDict:
       'vocab_size': 32_000,
       # Characters of each domain that it is trained on.
       'sample_chars': 2_000_000,
-      # The token before each document: its name, or 'none'. If empty, the one that the tokenizer
-      # puts before a text, if it does (btx_jax/data/framing.py).
+      # Name of the token before each document, or 'none'. If empty, the tokenizer decides
+      # (btx_jax/data/framing.py).
       'bos': '',
-      # The token after each document: its name, or 'none'. If empty, the one that ends a text,
-      # not a turn of a chat.
+      # Name of the token after each document, or 'none'. If empty, the token that ends a text,
+      # rather than a chat turn.
       'eos': '',
-      # What special tokens in the text (<|im_start|>) are: 'text', or with 'encode' those tokens,
-      # for text that is a rendered chat.
+      # How special tokens in the text (<|im_start|>) are read: as 'text', or with 'encode' as
+      # those tokens, for rendered chats.
       'special': 'text',
   })
 

@@ -89,31 +89,22 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
   """
   check_params(config, params, 'save')
   folder = os.path.expanduser(folder)
-  tokenizer = os.path.expanduser(tokenizer) if isinstance(tokenizer, str) else tokenizer
-  beside = tokenizer if isinstance(tokenizer, str) else ''
-  opened = (load_tokenizer(tokenizer, Options(eos=NONE)) if isinstance(tokenizer, str)
-            else tokenizer)
+  found, descends_from = {}, generation.UNKNOWN
+  if isinstance(tokenizer, str):
+    beside = os.path.expanduser(tokenizer)
+    tokenizer = load_tokenizer(beside, Options(eos=NONE))
+    found, descends_from = config_json.of_folder(beside), generation.read(beside)
   if not max_length:
-    path = os.path.join(beside, 'config.json')
-    max_length = 4096
-    if beside and os.path.exists(path):
-      max_length = config_json.context_length(config_json.read_json(path))
+    max_length = config_json.context_length(found) if found else 4096
   experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
   export.export(
       folder, config, Arrays(params), dtype, max_length=max_length,
       balance_loss=Objective.balance_loss,
-      bos_id=opened.bos_id if opened else None, eos_id=opened.eos_id if opened else None,
-      tokenizer_files=tokenizer_files(opened) if opened else {},
-      origin=_origin(beside),
-      descends_from=generation.read(beside) if os.path.isdir(beside) else generation.UNKNOWN,
+      bos_id=tokenizer.bos_id if tokenizer else None,
+      eos_id=tokenizer.eos_id if tokenizer else None,
+      tokenizer_files=tokenizer_files(tokenizer) if tokenizer else {},
+      origin=found.get('model_type', ''), descends_from=descends_from,
       card=f'---\nlibrary_name: transformers\n---\n\nWritten by btx_jax: {experts}.\n')
-
-
-def _origin(folder: str) -> str:
-  """The model_type in a folder's config.json; '' if it has none."""
-  path = os.path.join(folder, 'config.json')
-  found = config_json.read_json(path) if folder and os.path.exists(path) else {}
-  return str(found.get('model_type', ''))
 
 
 def logits(config: Config, params: dict, tokens) -> jax.Array:
@@ -180,7 +171,7 @@ def _logits(config: Config, params, tokens_BT):
 
 
 def _open(path: str) -> tuple[Source, Config]:
-  if os.path.exists(os.path.join(path, 'config.json')):
+  if os.path.exists(os.path.join(path, config_json.FILE)):
     folder = Folder(path)
     return folder, folder.model
   found = manifest.read(path)

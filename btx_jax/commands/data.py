@@ -115,7 +115,7 @@ def as_table(domains: list[Description]) -> Table:
 
 
 def files_table(domains: list[Description]) -> Table:
-  """What was read as what, what of it was skipped, and what was left out; 80 columns wide."""
+  """How each file was read, its skipped records, and the files left out; 80 columns wide."""
   rows = []
   for domain in domains:
     shown, more = domain.groups[:_ROWS], domain.groups[_ROWS:]

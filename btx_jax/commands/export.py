@@ -1,10 +1,11 @@
 """Exports the model of a complete run as a Hugging Face folder: the command `export`."""
 
 from collections.abc import Iterator
+import os
 import resource
 import time
 
-from btx_jax.convert import config_json, export, generation, hugging_face
+from btx_jax.convert import config_json, export, generation
 from btx_jax.data import text
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
@@ -50,7 +51,7 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
       folder, run.model, sources.final(study, run), dtype,
       max_length=context.length(run), balance_loss=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
-      card=''.join(_card(study, run)), descends_from=_generation(run, tokenizer),
+      card=''.join(_card(study, run, origin)), descends_from=_generation(run, tokenizer),
       ram=int(study.config.mix.ram_gb * 1e9), identity=_identity(study, run), origin=origin)
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -59,11 +60,11 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
 
 
 def _generation(run: Run, tokenizer: Tokenizer) -> generation.Generation:
-  """The settings of the folder that a run descends from, and the stop tokens of all its folders.
+  """The settings of the folder that a run descends from, with the stop tokens of all its folders.
 
-  The experts of a mixture may end a text differently than the model whose settings it takes.
-  Folders with another vocabulary are left out, as their ids mean other tokens. What ended the
-  documents in training ends a text too.
+  The experts of a mixture may have other stop tokens than the model whose settings it takes.
+  Folders with another vocabulary are left out, as their ids mean other tokens. The token that
+  ended documents in training is a stop token too.
   """
   known = [each for each in descent(run) if each.folder]
   known += [each for each in lineage(run) if each.folder and not each.vocabulary]
@@ -74,7 +75,8 @@ def _generation(run: Run, tokenizer: Tokenizer) -> generation.Generation:
 
 def _origin(run: Run) -> str:
   """The model_type of the folders that a run descends from; '' if they are of several, or none."""
-  kinds = {hugging_face.Folder(each.folder).kind for each in lineage(run) if each.folder}
+  kinds = {config_json.read_json(os.path.join(each.folder, config_json.FILE))['model_type']
+           for each in lineage(run) if each.folder}
   return kinds.pop() if len(kinds) == 1 else ''
 
 
@@ -90,10 +92,10 @@ def _identity(study: Study, run: Run) -> str:
                             'tokenizer': tokenizer.hash})
 
 
-def _card(study: Study, run: Run) -> Iterator[str]:
+def _card(study: Study, run: Run, origin: str) -> Iterator[str]:
   """Yields the text of README.md: what the model is, how it was made, and its scores."""
   what = f'mixture of {run.model.num_experts} experts' if run.model.num_experts else 'dense model'
-  architecture = config_json.ARCHITECTURES[config_json.kind_of(run.model, _origin(run))]
+  architecture = config_json.ARCHITECTURES[config_json.kind_of(run.model, origin)]
   yield ('---\nlibrary_name: transformers\npipeline_tag: text-generation\n'
          'tags: [branch-train-mix]\n---\n\n'
          f'# {run.name}\n\nA {what} ({architecture}), made with btx_jax, which is Branch-Train-MiX '

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import json
+import os
 from typing import Any
 
 from btx_jax import files
@@ -9,6 +10,7 @@ from btx_jax.convert import names
 from btx_jax.errors import UsageError
 from btx_jax.model.config import ROPE_SCALINGS, Config
 
+FILE = 'config.json'
 _FIELDS = {
     'vocab_size': 'vocab_size', 'dim': 'hidden_size', 'ffn_dim': 'intermediate_size',
     'num_layers': 'num_hidden_layers', 'num_heads': 'num_attention_heads',
@@ -28,6 +30,8 @@ _ROPE_TYPES_OFF_AT_1 = ('linear', 'llama3', 'dynamic', 'yarn')
 # Values that transformers assumes for keys missing from config.json.
 _DEFAULTS = {'tie_word_embeddings': False, 'hidden_act': 'silu', 'head_dim': None,
              'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0, 'max_position_embeddings': 2048}
+_QWEN = {'max_position_embeddings': 32_768, 'use_sliding_window': False, 'sliding_window': 4096,
+         'max_window_layers': 28, 'norm_topk_prob': False}
 _DEFAULTS_BY_TYPE: dict[str, dict[str, Any]] = {
     'llama': {'num_key_value_heads': None},
     'mistral': {'num_key_value_heads': 8, 'sliding_window': 4096,
@@ -35,23 +39,31 @@ _DEFAULTS_BY_TYPE: dict[str, dict[str, Any]] = {
     'mixtral': {'num_key_value_heads': 8, 'rms_norm_eps': 1e-5, 'rope_theta': 1e6,
                 'max_position_embeddings': 131_072, 'num_local_experts': 8,
                 'num_experts_per_tok': 2},
-    'qwen2': {'num_key_value_heads': 32},
-    'qwen3': {'num_key_value_heads': 32, 'head_dim': 128},
-    'qwen2_moe': {'num_key_value_heads': 16, 'qkv_bias': True, 'num_experts_per_tok': 4,
+    'qwen2': {**_QWEN, 'num_key_value_heads': 32},
+    'qwen3': {**_QWEN, 'num_key_value_heads': 32, 'head_dim': 128},
+    'qwen2_moe': {**_QWEN, 'num_key_value_heads': 16, 'qkv_bias': True, 'num_experts_per_tok': 4,
                   'num_experts': 60, 'moe_intermediate_size': 1408},
-    'qwen3_moe': {'num_key_value_heads': 4, 'num_experts_per_tok': 8, 'num_experts': 128,
+    'qwen3_moe': {**_QWEN, 'num_key_value_heads': 4, 'num_experts_per_tok': 8, 'num_experts': 128,
                   'moe_intermediate_size': 768},
 }
-for _kind in ('qwen2', 'qwen3', 'qwen2_moe', 'qwen3_moe'):
-  _DEFAULTS_BY_TYPE[_kind] |= {
-      'max_position_embeddings': 32_768, 'use_sliding_window': False, 'sliding_window': 4096,
-      'max_window_layers': 28, 'norm_topk_prob': False}
+# What an exported config.json says in addition.
+_WRITTEN_BY_TYPE: dict[str, dict[str, Any]] = {
+    'llama': {'attention_bias': False, 'mlp_bias': False},
+    'mistral': {'sliding_window': None},
+    'mixtral': {'sliding_window': None, 'router_jitter_noise': 0.0},
+    'qwen2': {'use_sliding_window': False},
+    'qwen3': {'use_sliding_window': False, 'attention_bias': False},
+    'qwen2_moe': {'use_sliding_window': False, 'decoder_sparse_step': 1, 'mlp_only_layers': [],
+                  'shared_expert_intermediate_size': names.SHARED_EXPERT_WIDTH},
+    'qwen3_moe': {'use_sliding_window': False, 'decoder_sparse_step': 1, 'mlp_only_layers': [],
+                  'attention_bias': False},
+}
 # The types that read a key about biases; the others ignore it.
 _BIASED = {'attention_bias': ('llama', 'qwen3', 'qwen3_moe'), 'mlp_bias': ('llama',)}
 ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
-                  'mixtral': 'MixtralForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
-                  'qwen3': 'Qwen3ForCausalLM', 'qwen2_moe': 'Qwen2MoeForCausalLM',
-                  'qwen3_moe': 'Qwen3MoeForCausalLM'}
+                 'mixtral': 'MixtralForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
+                 'qwen3': 'Qwen3ForCausalLM', 'qwen2_moe': 'Qwen2MoeForCausalLM',
+                 'qwen3_moe': 'Qwen3MoeForCausalLM'}
 
 
 def read_json(path: str) -> dict:
@@ -65,6 +77,12 @@ def read_json(path: str) -> dict:
   except (OSError, ValueError) as error:
     raise UsageError(f'{path} cannot be read as JSON: {error}') from error
   return found
+
+
+def of_folder(folder: str) -> dict:
+  """The config.json of a folder; {} if it has none. Raises UsageError as `read_json` does."""
+  path = os.path.join(folder, FILE)
+  return read_json(path) if os.path.exists(path) else {}
 
 
 def from_json(found: Mapping[str, Any], path: str) -> Config:
@@ -199,7 +217,7 @@ def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos
     dtype: dtype of the weights.
     max_length: the longest text the model is for, in tokens.
     balance_loss: weight of the balancing loss, used if the model is trained further.
-    bos_id, eos_id: what begins and what ends a text; None without a tokenizer.
+    bos_id, eos_id: the tokens that begin and end a text; None without a tokenizer.
     origin: see `kind_of`.
   """
   kind, rope = kind_of(model, origin), _rope_json(model)
@@ -213,29 +231,18 @@ def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos
       'rope_theta': model.rope_theta,  # transformers 4
       'rope_scaling': rope if rope['rope_type'] != 'default' else None,
       'rope_parameters': {'rope_theta': model.rope_theta, **rope},  # transformers 5
-      'torch_dtype': dtype, 'dtype': dtype,
+      'torch_dtype': dtype, 'dtype': dtype, **_WRITTEN_BY_TYPE[kind],
   }
-  if kind == 'mixtral' or kind == 'mistral':
-    result['sliding_window'] = None
-  if kind.startswith('qwen'):
-    result['use_sliding_window'] = False
-  if kind in ('llama', 'qwen3', 'qwen3_moe'):
-    result['attention_bias'] = False
-  if kind == 'llama':
-    result['mlp_bias'] = False
   if not model.num_experts:
     return result
   result |= {name: getattr(model, field) for field, name in _MIXTURE_FIELDS[kind].items()}
   # Without output_router_logits, transformers trains mixtures without a balancing loss.
   result |= {'num_experts_per_tok': model.k, 'output_router_logits': True,
              'router_aux_loss_coef': balance_loss}
-  if kind == 'mixtral':
-    return result | {'router_jitter_noise': 0.0}
-  result |= {'norm_topk_prob': model.router == 'top_k', 'decoder_sparse_step': 1,
-             'mlp_only_layers': []}
+  if kind != 'mixtral':
+    result['norm_topk_prob'] = model.router == 'top_k'
   if kind == 'qwen2_moe':
-    result |= {'qkv_bias': model.qkv_bias,
-               'shared_expert_intermediate_size': names.SHARED_EXPERT_WIDTH}
+    result['qkv_bias'] = model.qkv_bias
   return result
 
 

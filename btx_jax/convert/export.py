@@ -79,7 +79,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
     return None if name in zeros else _extent(source, *tensors[name], size, DTYPES[dtype])
 
   generating = generation.to_json(descends_from, bos_id, eos_id)
-  texts = {'config.json': json.dumps(config, indent=2) + '\n',
+  texts = {config_json.FILE: json.dumps(config, indent=2) + '\n',
            generation.FILE: json.dumps(generating, indent=2) + '\n', 'README.md': card}
   partial = f'{os.path.normpath(folder)}.partial'
   with files.lock_folder(partial):

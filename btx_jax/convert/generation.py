@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 import os
 from typing import Any, NamedTuple
 
-from btx_jax.convert.config_json import read_json
+from btx_jax.convert.config_json import of_folder, read_json
 
 FILE = 'generation_config.json'
 # What transformers writes about itself.
@@ -29,9 +29,7 @@ def read(folder: str) -> Generation:
   """Reads what a Hugging Face folder says. Raises UsageError if a file there is not JSON."""
   path = os.path.join(folder, FILE)
   settings = read_json(path) if os.path.exists(path) else {}
-  path = os.path.join(folder, 'config.json')
-  model = read_json(path) if os.path.exists(path) else {}
-  return Generation(settings, _each_once([*_ids(settings), *_ids(model)]))
+  return Generation(settings, _each_once([*_ids(settings), *_ids(of_folder(folder))]))
 
 
 def combine(found: Sequence[Generation]) -> Generation:

@@ -41,7 +41,7 @@ class Folder:
 
   def __init__(self, path: str):
     self.path = path
-    where = os.path.join(path, 'config.json')
+    where = os.path.join(path, config_json.FILE)
     self._json = config_json.read_json(where)
     self.model = config_json.from_json(self._json, where)
     self.kind: str = self._json['model_type']

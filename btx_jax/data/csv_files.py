@@ -16,8 +16,8 @@ from btx_jax.data.records import (
   Document,
   Fields,
   Unusable,
+  check_columns,
   names_of,
-  no_column,
   too_long,
 )
 from btx_jax.data.streams import Damage
@@ -49,29 +49,26 @@ def read(path: str, stream: Iterable[bytes], delimiters: str, fields: Fields, le
     if fields.text not in names and lenient:
       yield Unusable(path, NO_COLUMN, f' {fields.text!r}; {names_of(names)}')
       return
-    for key, name in (('text_field', fields.text), ('id_field', fields.id)):
-      if name not in names and (name or key == 'text_field'):
-        raise no_column(path, key, name, names)
+    check_columns(path, fields, names)
+    text_at, id_at = names.index(fields.text), names.index(fields.id) if fields.id else None
     while (line := rows.skip_blank()) is not None:
       place, row = f'{path}:{line}', rows.next_row(len(names))
       if isinstance(row, str):
         yield too_long(place) if row == records.TOO_LONG else Unusable(place, NOT_A_ROW, row)
       elif row != names:  # the header once more, where files were concatenated
-        yield _document(row, names, place, fields)
+        yield _document(row[text_at], '' if id_at is None else row[id_at], place)
   except Damage as damage:
     yield Unusable(f'{path}:{rows.line}', damage.reason, damage.detail)
 
 
-def _document(row: list[str], names: list[str], place: str, fields: Fields
-              ) -> Document | Unusable:
-  text = row[names.index(fields.text)]
+def _document(text: str, identity: str, place: str) -> Document | Unusable:
   try:
     size = len(text.encode('utf-8'))
   except UnicodeEncodeError as error:
     return Unusable(place, NOT_UTF8, f' (character {error.start} of the cell)')
   if size > records.MAX_BYTES:
     return too_long(place)
-  return Document(text, row[names.index(fields.id)] if fields.id else '', place)
+  return Document(text, identity, place)
 
 
 class _TooLong(Exception):
@@ -148,10 +145,8 @@ class _Rows:
     if wrong and self._delimiter == '\t' and width:
       # Tables with tabs often do not quote: a quote is then a letter like any other.
       row = self._taken[0].rstrip('\r\n').split('\t')
-      if not _wrong_width(row, width):
-        wrong = ''
-        self._put_back(self._taken[1:])
-        return row[:width]
+      self._put_back(self._taken[1:])
+      return wrong if _wrong_width(row, width) else row[:width]
     if wrong:
       self._put_back(self._taken[1:])
       return wrong

@@ -70,13 +70,11 @@ class FastTokenizer(spelling.Spelling):
     """Token ids of each text, without begin and end marks."""
     if self._missing:
       texts = [self._with_spaces(text) for text in texts]
-    hidden = [(text, '') for text in texts]
-    if self._marks:
-      hidden = [self._marks.hide(text) for text in texts]
-    found = [encoding.ids for encoding in self._model.encode_batch_fast(
-        [text for text, _ in hidden], add_special_tokens=False)]
-    return [self._marks.restore(ids, stand_in) if self._marks and stand_in else ids
-            for ids, (_, stand_in) in zip(found, hidden)]
+    return self._marks.encode(self._ids, texts) if self._marks else self._ids(texts)
+
+  def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in self._model.encode_batch_fast(
+        list(texts), add_special_tokens=False)]
 
   def _with_spaces(self, text: str) -> str:
     if self._cut:

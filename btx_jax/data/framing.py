@@ -1,4 +1,4 @@
-"""What begins and ends a document, decided here for every kind of tokenizer.
+"""Decides which tokens begin and end a document, for every kind of tokenizer.
 
 Begin mark: what the tokenizer itself puts before a text. The first of these that applies:
 

@@ -44,7 +44,7 @@ def layout_of(stream: Stream, named_json: bool) -> str:
     if after:
       _, end, beyond = _first_value(text, 0)  # of the whole array
       if isinstance(first, dict):
-        array = named_json or beyond or (end and _all_json(text, whole))
+        array = named_json or beyond or (end and _all_json(text, end, whole))
       else:
         array = named_json and not (several and _is_complete(lines[0]))
     else:  # the first element is long or broken
@@ -55,7 +55,7 @@ def layout_of(stream: Stream, named_json: bool) -> str:
       return ARRAY
   elif several and not _is_object(lines[0]):
     if after:  # an object that ends on a later line
-      alone = _all_json(text, whole)
+      alone = _all_json(text, after, whole)
       objects = re.search('[\r\n]', text[:after]) and (alone or named_json)
     else:
       objects = cut and (named_json or not whole) and re.match(r'\{\s*"', text)
@@ -80,14 +80,14 @@ def _first_value(text: str, start: int) -> tuple[object, int, bool]:
     return None, 0, False
 
 
-def _all_json(text: str, whole: bool) -> bool:
-  """Whether no prose follows the JSON value at the start of a text, nor those after it.
+def _all_json(text: str, at: int, whole: bool) -> bool:
+  """Whether a text consists of JSON values from an offset on, with no prose after any of them.
 
   Args:
-    text: begins with a JSON value.
+    text: the beginning of a file.
+    at: the offset.
     whole: whether nothing follows the text.
   """
-  at = 0
   while (rest := text[at:].lstrip()) and rest[0] in '{[':
     _, end, cut = _first_value(text, at)
     if not end:  # a broken value is one if it begins like a record

@@ -1,6 +1,6 @@
 """Records of files: a Document, or an Unusable with the reason; and the fields of JSON objects."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 import json
 from typing import Any, NamedTuple
 
@@ -120,10 +120,12 @@ def names_of(record: Iterable[str]) -> str:
   return f'its fields: {", ".join(names[:20]) or "none"}{", ..." if len(names) > 20 else ""}'
 
 
-def no_column(path: str, key: str, name: str, columns: Iterable[str]) -> UsageError:
-  """The error of a table that lacks the column that the field `key` of a domain names."""
-  return UsageError(f'{path} has no column {name!r}; {names_of(columns)}. Set {key}: '
-                    f'{nearest(name, columns)}')
+def check_columns(path: str, fields: Fields, columns: Collection[str]) -> None:
+  """Raises UsageError if a table lacks the column of the text, or that of the id if one is set."""
+  for key, name in (('text_field', fields.text), ('id_field', fields.id)):
+    if name not in columns and (name or key == 'text_field'):
+      raise UsageError(f'{path} has no column {name!r}; {names_of(columns)}. Set {key}: '
+                       f'{nearest(name, columns)}')
 
 
 def too_long(place: str) -> Unusable:

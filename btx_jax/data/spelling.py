@@ -8,7 +8,7 @@ not belong to it. A U+2581 in the text itself would be decoded to a space, so it
 three bytes instead (Marks).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import itertools
 
@@ -115,7 +115,14 @@ class Marks:
     self._vocabulary = vocabulary
     self._mark_ids = self._ids(MARK)
 
-  def hide(self, text: str) -> tuple[str, str]:
+  def encode(self, encode: Callable[[list[str]], list[list[int]]], texts: Sequence[str]
+             ) -> list[list[int]]:
+    """What `encode` returns for the texts, with each U+2581 in them as its three bytes."""
+    hidden = [self._hide(text) for text in texts]
+    return [self._restore(ids, stand_in) if stand_in else ids
+            for ids, (_, stand_in) in zip(encode([text for text, _ in hidden]), hidden)]
+
+  def _hide(self, text: str) -> tuple[str, str]:
     """The text to encode, and the character in it that stands for U+2581; '' if there is none."""
     if MARK not in text or len(self._mark_ids) < 3:
       return text, ''
@@ -123,7 +130,7 @@ class Marks:
                     if c not in text and c not in self._vocabulary)
     return text.replace(MARK, stand_in), stand_in
 
-  def restore(self, ids: Sequence[int], stand_in: str) -> list[int]:
+  def _restore(self, ids: Sequence[int], stand_in: str) -> list[int]:
     """The ids with the bytes of U+2581 in place of those of `stand_in`."""
     wanted, result = self._ids(stand_in), []
     for i in ids:

@@ -1,8 +1,7 @@
 """Records of Parquet and Arrow files."""
 
-from collections.abc import Iterable, Iterator
-import dataclasses
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from btx_jax.data import records
 from btx_jax.data.records import (
@@ -11,9 +10,9 @@ from btx_jax.data.records import (
   Document,
   Fields,
   Unusable,
+  check_columns,
   id_text,
   names_of,
-  no_column,
   too_long,
   utf8,
 )
@@ -30,18 +29,7 @@ def read_parquet(path: str, fields: Fields) -> Iterator[Document | Unusable]:
   Raises:
     UsageError: the file lacks these columns, or pyarrow is not installed.
   """
-  pa, parquet = _packages(path)
-  count = _Count()
-  with open(path, 'rb') as file:
-    try:
-      table = parquet.ParquetFile(file, buffer_size=CHUNK, pre_buffer=False,
-                                  page_checksum_verification=True)
-      names = _check_columns(path, table.schema_arrow, fields)
-      columns = list(dict.fromkeys('.'.join(name) for name in names if name))
-      batches = table.iter_batches(_ROWS, columns=columns, use_threads=False)
-      yield from _rows(path, batches, names, fields, count)
-    except (pa.ArrowException, OSError) as error:  # the file itself was opened above
-      yield count.damage(path, error)
+  return _read(path, fields, _open_parquet)
 
 
 def read_arrow(path: str, fields: Fields) -> Iterator[Document | Unusable]:
@@ -50,60 +38,66 @@ def read_arrow(path: str, fields: Fields) -> Iterator[Document | Unusable]:
   Raises:
     UsageError: the file lacks these columns, or pyarrow is not installed.
   """
-  pa, _ = _packages(path)
-  count = _Count()
-  with open(path, 'rb') as file:
-    try:
-      if file.read(6) == b'ARROW1':
-        reader = pa.ipc.open_file(file)
-        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-      else:
-        file.seek(0)
-        batches = reader = pa.ipc.open_stream(file)
-      names = _check_columns(path, reader.schema, fields)
-      yield from _rows(path, batches, names, fields, count)
-    except (pa.ArrowException, OSError) as error:
-      yield count.damage(path, error)
+  return _read(path, fields, _open_arrow)
 
 
-def _packages(path: str):
-  """pyarrow and pyarrow.parquet."""
+class _Table(NamedTuple):
+  """An open table.
+
+  Attributes:
+    schema: its columns.
+    batches: yields batches of rows with at least the columns of these names.
+  """
+  schema: Any
+  batches: Callable[[list[str]], Iterable]
+
+
+def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
+          ) -> Iterator[Document | Unusable]:
   try:
     import pyarrow as pa
-    from pyarrow import parquet
   except ImportError as error:
     raise UsageError(f"{path}: Parquet and Arrow files need the package 'pyarrow': "
                      "pip install 'btx_jax[parquet]'") from error
-  return pa, parquet
+  row = 0
+  with open(path, 'rb') as file:
+    try:
+      table = open_table(file)
+      text_name, id_name = _check_columns(path, table.schema, fields)
+      columns = dict.fromkeys('.'.join(name) for name in (text_name, id_name) if name)
+      for batch in table.batches(list(columns)):
+        texts, ids = (_column(batch, name) for name in (text_name, id_name or text_name))
+        for text, identity in zip(texts, ids):
+          row += 1
+          yield _from_row(text, identity if fields.id else None, f'{path}:{row}', fields.text)
+    except (pa.ArrowException, OSError) as error:  # the file itself was opened above
+      yield Unusable(f'{path}:{row + 1}' if row else path, DAMAGED, f': {error}')
 
 
-@dataclasses.dataclass
-class _Count:
-  """How many rows of a file were read."""
-  rows: int = 0
-
-  def damage(self, path: str, error: Exception) -> Unusable:
-    """That the rows behind them cannot be read."""
-    return Unusable(f'{path}:{self.rows + 1}' if self.rows else path, DAMAGED, f': {error}')
+def _open_parquet(file) -> _Table:
+  from pyarrow import parquet
+  table = parquet.ParquetFile(file, buffer_size=CHUNK, pre_buffer=False,
+                              page_checksum_verification=True)
+  return _Table(table.schema_arrow, lambda columns: table.iter_batches(
+      _ROWS, columns=columns, use_threads=False))
 
 
-def _rows(path: str, batches: Iterable, names: tuple[list[str], list[str]], fields: Fields,
-          count: _Count) -> Iterator[Document | Unusable]:
-  """The records of batches of rows; `names`: see _check_columns."""
-  for batch in batches:
-    texts, ids = (_column(batch, name) for name in (names[0], names[1] or names[0]))
-    for text, identity in zip(texts, ids):
-      count.rows += 1
-      yield _from_row(text, identity if fields.id else None, f'{path}:{count.rows}', fields.text)
+def _open_arrow(file) -> _Table:
+  import pyarrow as pa
+  if file.read(6) == b'ARROW1':
+    reader = pa.ipc.open_file(file)
+    return _Table(reader.schema, lambda _: map(
+        reader.get_batch, range(reader.num_record_batches)))
+  file.seek(0)
+  reader = pa.ipc.open_stream(file)
+  return _Table(reader.schema, lambda _: reader)
 
 
 def _check_columns(path: str, schema, fields: Fields) -> tuple[list[str], list[str]]:
   """The names on the way to the text and to the id; [] if there is no id."""
   columns = {'.'.join(names): (names, kind) for names, kind in _columns([], schema)}
   columns |= {name: ([name], schema.field(name).type) for name in schema.names}
-  for key, name in (('text_field', fields.text), ('id_field', fields.id)):
-    if name not in columns and (name or key == 'text_field'):
-      raise no_column(path, key, name, columns)
+  check_columns(path, fields, columns)
   names, kind = columns[fields.text]
   if hasattr(kind, 'index_type'):  # a dictionary
     kind = kind.value_type

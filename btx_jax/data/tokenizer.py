@@ -8,6 +8,7 @@ itself, which spelling.py handles.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
 import hashlib
 import io
 import os
@@ -112,10 +113,7 @@ class Sentencepiece(spelling.Spelling):
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
-    hidden = [self._marks.hide(text) for text in texts]
-    found = self._model.encode([text for text, _ in hidden], num_threads=-1)
-    return [self._marks.restore(ids, stand_in) if stand_in else ids
-            for ids, (_, stand_in) in zip(found, hidden)]
+    return self._marks.encode(functools.partial(self._model.encode, num_threads=-1), texts)
 
   def vocabulary(self) -> dict[str, int]:
     """Token name, as stored, to id."""

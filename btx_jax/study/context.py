@@ -1,4 +1,4 @@
-"""How long a text a run's model is for, as export writes it, and rows that are longer."""
+"""The context length of a run's model, as export writes it, and rows that are longer."""
 
 import os
 
@@ -14,7 +14,8 @@ def length(run: Run) -> int:
   folder = _folder(run)
   if not folder:
     return run.seq_len
-  return config_json.context_length(config_json.read_json(os.path.join(folder, 'config.json')))
+  found = config_json.read_json(os.path.join(folder, config_json.FILE))
+  return config_json.context_length(found)
 
 
 def remark(run: Run) -> str:
