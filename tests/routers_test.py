@@ -48,7 +48,9 @@ def softmax(x):
 
 
 def best(scores, k):
-  return scores >= jnp.sort(scores, -1)[..., -k:][..., :1]
+  # By rank, not by `scores >= the k-th`: XLA may compute scores twice, and round them differently.
+  ids = jnp.argsort(-scores, -1)[..., :k]
+  return jax.nn.one_hot(ids, scores.shape[-1], dtype=bool).any(-2)
 
 
 def kept(first_choice, counted):

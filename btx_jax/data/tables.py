@@ -122,7 +122,8 @@ def _column(batch, names: list[str]):
   from pyarrow import compute
   column = batch.column(names[0])
   if len(names) > 1:
-    column = compute.struct_field(column, names[1:])  # null where one of its parents is
+    # Null where one of its parents is.
+    column = compute.struct_field(column, names[1:])  # pyright: ignore[reportAttributeAccessIssue]
   return column.dictionary_decode() if hasattr(column, 'dictionary_decode') else column
 
 

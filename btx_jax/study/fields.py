@@ -42,7 +42,7 @@ def check(config) -> None:
         _check_value(f'runs.{name}.{section}.{field}', value, known[field])
 
 
-def with_home(config) -> ConfigDict:
+def with_home(config) -> Any:
   """A copy of a config in which ~ is replaced by the home directory in every path."""
   result = config.copy_and_resolve_references()
   result.tokenizer.path = os.path.expanduser(config.tokenizer.path)
