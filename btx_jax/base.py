@@ -9,7 +9,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from btx_jax.model.config import Config
-from btx_jax.recipe import ROUTER_STD
+from btx_jax.recipe import NORMAL, ROUTER_STD
 from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, RANDOM, Objective, Optimizer
 
 # For a run's train={'freeze': ...}.
@@ -215,8 +215,8 @@ def checkpoint(run_name: str) -> ConfigDict:
 
 
 def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] | None = None,
-        arrangement: str = 'whole', chunks: int = 1,
-        allow: tuple[str, ...] = ()) -> ConfigDict:
+        arrangement: str = 'whole', chunks: int = 1, allow: tuple[str, ...] = (),
+        routers: ConfigDict | None = None) -> ConfigDict:
   """Starts from a mixture of these runs' models. Naming one run several times upcycles it.
 
   Args:
@@ -241,10 +241,34 @@ def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] |
       the first three from the first run that is averaged. Rows of embedding and head are matched
       by token: tokens that a run lacks take the first run's row, tokens that the first run lacks
       are dropped.
+    routers: how they begin: from_text(...), or None for random ones (the paper's).
   """
   return ConfigDict({'kind': MIX, 'runs': _names(run_names), 'averaged': _names(averaged),
                      'rules': tuple((rules or {}).items()), 'arrangement': arrangement,
-                     'chunks': chunks, 'allow': _names(allow)})
+                     'chunks': chunks, 'allow': _names(allow),
+                     'routers': routers or from_text(NORMAL)})
+
+
+def from_text(kind: str, rows: int = 64, ridge: float = 1e-3, temperature: float = 0.0,
+              labels: tuple[tuple[str, str], ...] = ()) -> ConfigDict:
+  """Routers that are set from text in one pass over it, without training.
+
+  Each layer's router is fitted to its true inputs, of text that has passed its own expert in all
+  earlier layers. Where the experts share all other weights (FREEZE_ALL_BUT_EXPERTS), such routers
+  can do without a finetune.
+
+  Args:
+    kind: 'ridge', a linear map fitted by ridge regression to tell the experts' texts apart
+      (DUME, arXiv 2603.29765); 'mean', the mean input of each expert's text; or 'normal', random.
+    rows: training rows of each domain that are read.
+    ridge: lambda of the regression, in units of the mean square of a router input's entries.
+    temperature: divides the logits, which have a deviation of 1; 0 chooses what gives the lowest
+      loss on a fifth of the rows.
+    labels: (run, domain) for experts that were not trained on a single domain here: a seed, or a
+      pretrained model. Two experts may have the same domain; they then share it.
+  """
+  return ConfigDict({'kind': kind, 'rows': rows, 'ridge': ridge, 'temperature': temperature,
+                     'labels': tuple(tuple(label) for label in labels)})
 
 
 def hugging_face(folder: str) -> ConfigDict:

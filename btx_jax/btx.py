@@ -119,7 +119,7 @@ def average(experts, weights: Sequence[float] | None = None):
   return jax.tree.map(lambda x: _stacked_mean(x, weights), experts)
 
 
-def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
+def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None, routers=None):
   """Dense models become one mixture of experts (paper 3.2).
 
   Each layer keeps every expert's whole feed-forward network and gains a router; everything else
@@ -131,6 +131,7 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
     model: the mixture's sizes.
     rng: key for the routers.
     recipe: what each source contributes; the paper's form if None.
+    routers: [L, D, E], to begin with instead of random ones.
 
   Returns:
     Parameters of `model`: means in float32, copies in the type of their source. For sources, a
@@ -150,11 +151,15 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
   if not model.num_experts:
     raise ValueError('mix: model.num_experts = 0 is a dense model; set it to the number of '
                      'experts.')
+  expected = (model.num_layers, model.dim, model.num_experts)
+  if routers is not None and (not model.has_router or tuple(routers.shape) != expected):
+    raise ValueError(f'mix: routers are {list(routers.shape)}, but this model has '
+                     f'{list(expected) if model.has_router else "none"}.')
   if _are_sources(experts):
     recipe = recipe or whole_experts(range(len(experts)), model.ffn_dim)
     _check_recipe(model, recipe, len(experts))
     _check_sources(experts, model, recipe)
-    return _Mixture(experts, model, recipe, rng)
+    return _Mixture(experts, model, recipe, rng, routers)
   leaves = leaves_of(experts, 'mix: experts')
   in_place = whole_experts(range(model.num_experts), model.ffn_dim)
   chosen = recipe or in_place
@@ -164,7 +169,7 @@ def mix(experts, model: Config, rng: jax.Array, recipe: Recipe | None = None):
   def make(key_path, like):
     path = path_of(key_path)
     if is_router(path):
-      return new_router(path, like.shape, chosen, rng)
+      return new_router(path, like.shape, chosen, rng, routers)
     if path in leaves:
       return _stacked_mean(leaves[path], chosen.weights(path))
     if chosen.pieces == in_place.pieces and _scale(chosen, path) == 1:
@@ -220,10 +225,12 @@ def is_router(path: str) -> bool:
   return path.endswith(('ffn/router', 'ffn/router_bias'))
 
 
-def new_router(path: str, shape, recipe: Recipe, rng: jax.Array) -> jax.Array:
-  """Routers [L, D, E] with random columns, or their biases [L, E], which are zero."""
+def new_router(path: str, shape, recipe: Recipe, rng: jax.Array, routers=None) -> jax.Array:
+  """Routers [L, D, E], random unless they are given, or their biases [L, E], which are zero."""
   if path.endswith('router_bias'):
     return jnp.zeros(shape)
+  if routers is not None:
+    return jnp.asarray(routers, jnp.float32)
   L, D, E = shape
   columns = recipe.router_std * jax.random.normal(rng, (L, D, E // recipe.tied))
   return jnp.repeat(columns, recipe.tied, axis=2)
@@ -232,8 +239,10 @@ def new_router(path: str, shape, recipe: Recipe, rng: jax.Array) -> jax.Array:
 class _Mixture:
   """A mixture of sources, as a Source."""
 
-  def __init__(self, sources: Sequence[Source], model: Config, recipe: Recipe, rng: jax.Array):
-    self._sources, self._model, self._recipe, self._rng = sources, model, recipe, rng
+  def __init__(self, sources: Sequence[Source], model: Config, recipe: Recipe, rng: jax.Array,
+               routers):
+    self._sources, self._model, self._recipe = sources, model, recipe
+    self._rng, self._given = rng, routers
 
   def read(self, path: str, index: Index) -> np.ndarray:
     if is_router(path):
@@ -266,7 +275,8 @@ class _Mixture:
     key = np.asarray(jax.random.key_data(self._rng))
     with jax.set_mesh(jax.sharding.Mesh(devices[:1], ('one',))):
       make = jax.jit(lambda: {
-          path: new_router(path, shape, self._recipe, jax.random.wrap_key_data(jnp.asarray(key)))
+          path: new_router(path, shape, self._recipe, jax.random.wrap_key_data(jnp.asarray(key)),
+                           self._given)
           for path, shape in shapes.items()})
       return jax.tree.map(np.asarray, make())
 

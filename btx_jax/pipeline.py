@@ -16,6 +16,7 @@ from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed, hardware
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, scores
+from btx_jax.fitting import fit
 from btx_jax.model.config import Config
 from btx_jax.run import MIX, Run, seed_of
 from btx_jax.study import compatibility, context, manifest, params, plan
@@ -61,6 +62,8 @@ class Pipeline(Study):
     self._check_processes_agree()
     distributed.on_process_0(self._check_manifests)
     self._say_remarks(wanted)
+    for run in wanted:
+      fit.check_text(run, self.prepare_text())
     orders = {run.name: self._order(run) for run in wanted if run.steps}
     branches = None
     with jax.set_mesh(self.mesh):
@@ -90,7 +93,7 @@ class Pipeline(Study):
     text = self.prepare_text()
     return run.spec() | {
         'tokenizer': text.tokenizer.hash,
-        'data': {domain: text.train[domain].hash for domain in run.weights},
+        'data': {domain: text.train[domain].hash for domain in run.domains},
         'sources': [[source.name, manifest.identity(self.spec(source))] for source in run.sources],
     }
 
@@ -151,6 +154,7 @@ class Pipeline(Study):
       found = distributed.broadcast(functools.partial(self._begin, run))
       if found:
         manifests[run.name] = found
+        fit.fit(self, run, self.prepare_text(), self.mesh)
         if run.steps:
           make = functools.partial(params.initial, self, run, self.mesh, branches)
           jobs.append(loop.Job(run, self.folder(run.name), make, orders[run.name]))

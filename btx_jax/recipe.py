@@ -4,7 +4,7 @@ An expert is assembled from hidden units of the sources' feed-forward layers: wh
 blended (paper 3.3). Everything else is a weighted mean of the sources, by rules on parameter paths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import re
 
@@ -13,6 +13,7 @@ from btx_jax.errors import UsageError, nearest
 WHOLE, SPLIT, PLAIN_SPLIT, BLEND = ARRANGEMENTS = ('whole', 'split', 'plain_split', 'blend')
 UNIFORM, TOKENS = 'uniform', 'tokens'
 ROUTER_STD = 0.02  # the default deviation of the routers' weights
+NORMAL, MEAN, RIDGE = ROUTER_KINDS = ('normal', 'mean', 'ridge')
 
 Pieces = tuple[tuple[tuple[int, int, int], ...], ...]
 
@@ -58,6 +59,31 @@ class Recipe:
   def weights(self, path: str) -> tuple[float, ...]:
     """The weight of each source in the mean that becomes the parameter at this path."""
     return next(weights for pattern, weights in self.rest if re.search(pattern, path))
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutersFromText:
+  """How a mixture's routers are set from text, before any training; see fitting/.
+
+  Attributes:
+    kind: 'mean', the mean router input of an expert's text; or 'ridge', the linear map that tells
+      the text of each expert from that of the others.
+    rows: training rows of each domain that are read. Four fifths set the routers, one fifth is
+      kept to choose the temperature and to measure.
+    ridge: lambda of the ridge regression, in units of the mean square of a router input's entries.
+    temperature: divides the logits, whose deviation is 1 over the text; 0 chooses it by the loss.
+    labels: for each expert, the domain whose text it should be sent.
+  """
+  kind: str
+  rows: int
+  ridge: float
+  temperature: float
+  labels: tuple[str, ...]
+
+  @property
+  def domains(self) -> tuple[str, ...]:
+    """The domains whose text is read, each once."""
+    return tuple(dict.fromkeys(self.labels))
 
 
 def whole_experts(sources: Sequence[int], width: int, router_std: float = ROUTER_STD) -> Recipe:
@@ -157,6 +183,56 @@ def from_config(init, names: Sequence[str], width: int, paths: Sequence[str],
   exact = init.arrangement == SPLIT
   return Recipe(pieces, tuple(rest), scale=float(init.chunks) if exact else 1.0,
                 tied=init.chunks if exact else 1, router_std=router_std)
+
+
+def routers_from_config(init, domain_of: Mapping[str, str], domains: Sequence[str],
+                        router: str) -> RoutersFromText | None:
+  """How `base.mix(..., routers=...)` sets the routers; None if they are random.
+
+  Args:
+    init: what base.mix returns.
+    domain_of: for each expert's run that was trained on a single domain, that domain.
+    domains: of the config.
+    router: the mixture's kind of router.
+
+  Raises:
+    UsageError: an unknown kind or label, an expert without a label, an arrangement whose experts
+      are not runs, or a number that is out of range.
+  """
+  given = init.routers
+  if given.kind not in ROUTER_KINDS:
+    raise UsageError(f'mix: routers: kind = {given.kind!r}; {nearest(given.kind, ROUTER_KINDS)}')
+  if given.kind == NORMAL:
+    return None
+  if router == 'hash':
+    raise UsageError(f"mix: routers: {given.kind!r} sets the routers' weights, and model.router = "
+                     "'hash' has none; use another router.")
+  if init.arrangement != WHOLE:
+    raise UsageError(f'mix: routers: {given.kind!r} sends the text of a run to its expert, and '
+                     f'arrangement = {init.arrangement!r} makes experts of parts of runs; use '
+                     f'{WHOLE!r}.')
+  for field, ok, range_ in (('rows', given.rows >= 5, 'at least 5'),
+                            ('ridge', given.ridge > 0, 'positive'),
+                            ('temperature', given.temperature >= 0, 'positive, or 0')):
+    if not ok:
+      raise UsageError(f'mix: routers: {field} = {given[field]} must be {range_}.')
+  named = {}
+  for name, domain in given.labels:
+    if name not in init.runs:
+      raise UsageError(f'mix: routers: labels names {name!r}, which is not an expert here; '
+                       f'{nearest(name, init.runs)}')
+    if domain not in domains:
+      raise UsageError(f'mix: routers: labels names {domain!r}, which is not a domain; '
+                       f'{nearest(domain, domains)}')
+    named[name] = domain
+  known = {**domain_of, **named}
+  for name in init.runs:
+    if name not in known:
+      raise UsageError(f'mix: routers: {name!r} was not trained on the text of a single domain '
+                       'here, so it is not known which text to send to it: name the domain, '
+                       f'labels=(({name!r}, {next(iter(domains))!r}),).')
+  return RoutersFromText(given.kind, given.rows, given.ridge, given.temperature,
+                         tuple(known[name] for name in init.runs))
 
 
 def sources_of(init) -> tuple[str, ...]:

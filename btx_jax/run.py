@@ -13,7 +13,7 @@ import zlib
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE
-from btx_jax.recipe import Recipe
+from btx_jax.recipe import Recipe, RoutersFromText
 
 # Initialisers.
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
@@ -138,6 +138,7 @@ class Run:
     content: a hash of what is in that folder, wherever it is.
     vocabulary: a hash of a pretrained model's vocabulary if it contradicts the tokenizer of the
       config, so that the model can only be mixed; else ''.
+    routers: how a mixture's routers are set from text; None if they are random.
   """
   name: str
   init: str
@@ -156,6 +157,7 @@ class Run:
   folder: str = ''
   content: str = ''
   vocabulary: str = ''
+  routers: RoutersFromText | None = None
 
   def spec(self) -> dict:
     """Everything in the run itself that decides its result, as plain data."""
@@ -165,10 +167,15 @@ class Run:
     for key in COMPUTE:
       del spec['model'][key]
     del spec['folder']
-    for key in ('content', 'vocabulary'):
+    for key in ('content', 'vocabulary', 'routers'):
       if not spec[key]:
         del spec[key]
     return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back
+
+  @property
+  def domains(self) -> tuple[str, ...]:
+    """The domains whose text decides the result: of the training, and of the routers."""
+    return tuple(dict.fromkeys([*self.weights, *(self.routers.domains if self.routers else ())]))
 
   @property
   def tokens(self) -> int:
@@ -208,6 +215,11 @@ def recipe_of(run: Run) -> Recipe:
   if run.recipe is None:
     raise ValueError(f'{run.name} starts from {run.init}, which has no recipe.')
   return run.recipe
+
+
+def dense_model(model: model_config.Config) -> model_config.Config:
+  """The sizes of one expert of a mixture beside the weights that all experts share."""
+  return dataclasses.replace(model, num_experts=0, router_bias=False)
 
 
 def averaged_model(run: Run) -> model_config.Config:

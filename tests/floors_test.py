@@ -19,7 +19,7 @@ FLOORS = (
     ('data', 'configs'),
     ('training',),
     ('study',),
-    ('evaluate', 'library', 'preflight'),
+    ('evaluate', 'fitting', 'library', 'preflight'),
     ('pipeline', 'commands'),
     ('main',),
     ('__init__', '__main__'),

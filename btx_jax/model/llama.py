@@ -30,6 +30,10 @@ from btx_jax.model.linear import matmul, swiglu
 
 _init = nn.initializers.normal(0.02)
 
+# The collection of what goes into the feed-forward layers, [L, B, T, D]: what a router would read.
+# It is empty, and costs nothing, unless `apply` has it as `mutable`.
+FFN_INPUTS = 'ffn_inputs'
+
 _keep = jax.checkpoint_policies.save_only_these_names
 # Activations that the forward pass keeps of a layer in addition to its input, by `cfg.remat`. The
 # names are those given to checkpoint_name; 'none' recomputes nothing and has no policy.
@@ -134,6 +138,7 @@ class Block(nn.Module):
     attn = Attention(cfg, self.batch_axes, name='attn')
     x_BTD += attn(norm('attn_norm')(x_BTD), rope, segment_ids_BT)
     h_BTD = norm('ffn_norm')(x_BTD)
+    self.sow(FFN_INPUTS, 'h', h_BTD)
     if cfg.num_experts:
       context = routers.Context(tokens_BT, segment_ids_BT > 0, layer, noise=noise)
       y_BTD, routed = Mixture(cfg, self.batch_axes, name='ffn')(h_BTD, context)
@@ -188,7 +193,7 @@ class Llama(nn.Module):
     # Any, because flax does not annotate in_axes, and its default is an int.
     in_axes: Any = (0, *(nn.broadcast,) * 4)
     layers = nn.scan(
-        block, variable_axes={'params': 0}, split_rngs={'params': True},
+        block, variable_axes={'params': 0, FFN_INPUTS: 0}, split_rngs={'params': True},
         in_axes=in_axes, length=cfg.num_layers)
     x_BTD, routed = layers(cfg, self.batch_axes, name='layers')(
         x_BTD, jnp.arange(cfg.num_layers), rope, segment_ids_BT, tokens_BT, noise)

@@ -28,7 +28,8 @@ def check(config) -> None:
       files.local_path(f'domains.{name}.paths', path)
   for name, run in config.runs.items():
     kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
-    init = (base.mix(rules={'': ''}) if kind == MIX else
+    pairs = base.from_text('', labels=(('', ''),))
+    init = (base.mix(rules={'': ''}, routers=pairs) if kind == MIX else
             base.hugging_face('') if kind == HUGGING_FACE else base.random())
     _check_section(f'runs.{name}', run, base.run(init, {}))
     files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))

@@ -14,8 +14,8 @@ from btx_jax.devices import hardware, sharding
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Source
-from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, averaged_model, seed_of
-from btx_jax.study import sources
+from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, averaged_model, dense_model, seed_of
+from btx_jax.study import routers, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 from btx_jax.training import checkpoint
@@ -48,7 +48,7 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
   if run.init == MIX:
     if branches and mixes(run, branches.runs):
       return _timed(run, functools.partial(_mix_branches, study, run, mesh, branches))
-    return _timed(run, functools.partial(_mix_sources, study, run, mesh))
+    return _timed(run, lambda: _read(sources.start(study, run), run.model, mesh))
   if run.init == CHECKPOINT:
     params, biased = final(study, run.sources[0], mesh), run.sources[0].model.router_bias
   else:
@@ -72,6 +72,28 @@ def average(study: Study, run: Run, mesh: Mesh):
   return _timed(run, lambda: _read(sources.average(study, run), averaged_model(run), mesh))
 
 
+def unrouted(study: Study, run: Run, mesh: Mesh):
+  """The mixture that a run starts from, with random routers."""
+  return _timed(run, lambda: _read(sources.mixture(study, run), run.model, mesh))
+
+
+def expert(study: Study, run: Run, number: int, mesh: Mesh):
+  """A mixture's expert of this number beside the weights that all share: a dense model.
+
+  Only these weights are read.
+  """
+  mixed = sources.mixture(study, run)
+
+  def read(path, index):
+    if not path.startswith('layers/ffn/'):
+      return mixed.read(path, index)
+    layers, *matrix = index
+    path = path.replace('/ffn/', '/ffn/experts/')
+    return mixed.read(path, (layers, slice(number, number + 1), *matrix))[:, 0]
+
+  return sharding.tree_from_slices(_like(dense_model(run.model), mesh), read)
+
+
 def mixes(run: Run, branches: Sequence[Run]) -> bool:
   """Whether a run mixes all of these branches, each of its sources in the same vocabulary."""
   names = {source.name for source in run.sources}
@@ -81,19 +103,19 @@ def mixes(run: Run, branches: Sequence[Run]) -> bool:
 
 
 def mix_stacked(run: Run, slots: Sequence[int | None], mesh: Mesh):
-  """The jitted (branches, others) -> parameters of the mixture; see `_mix_branches`.
+  """The jitted (branches, others, routers) -> parameters of the mixture; see `_mix_branches`.
 
   Args:
     run: the mixture.
     slots: for each source, its slot among the stacked branches; None if it is one of the others.
     mesh: where branches lie along the axis `expert`, and the mixture by sharding.RULES.
   """
-  def mix(branches, others):
+  def mix(branches, others, routers):
     rest = iter(others)
     trees = [next(rest) if slot is None else jax.tree.map(lambda x, at=slot: x[at], branches)
              for slot in slots]
     rng = jax.random.key(seed_of(run.name, run.seed))
-    return btx.mix(btx.stack(trees), run.model, rng, run.recipe)
+    return btx.mix(btx.stack(trees), run.model, rng, run.recipe, routers)
 
   return _jitted(mix, run.model, mesh)
 
@@ -109,15 +131,11 @@ def _mix_branches(study: Study, run: Run, mesh: Mesh, branches: Branches):
   slots = slots_of(run, branches.runs)
   others = [_read(sources.final(study, source), source.model, mesh)
             for source, slot in zip(run.sources, slots) if slot is None]
-  mixed = jax.block_until_ready(mix_stacked(run, slots, mesh)(branches.params, others))
+  mix = mix_stacked(run, slots, mesh)
+  mixed = jax.block_until_ready(mix(branches.params, others, routers.of(study, run)))
   for leaf in jax.tree.leaves((branches.params, others)):
     leaf.delete()
   return mixed
-
-
-def _mix_sources(study: Study, run: Run, mesh: Mesh):
-  """A mixture of runs that are read slice by slice; each process reads what its devices hold."""
-  return _read(sources.mixture(study, run), run.model, mesh)
 
 
 def _timed(run: Run, make):

@@ -15,7 +15,7 @@ from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE, ROPE, SIZES
-from btx_jax.recipe import Recipe, expert_names, sources_of
+from btx_jax.recipe import Recipe, expert_names, routers_from_config, sources_of
 from btx_jax.recipe import from_config as recipe_from_config
 from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, RANDOM, Objective, Optimizer, Run, lineage
 from btx_jax.study import compatibility
@@ -148,6 +148,9 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
         model.router_bias or (objective.balance_bias > 0 and not untrained))
     model = dataclasses.replace(model, router_bias=biased)
     objective.check(model)
+    routers = None if recipe is None else routers_from_config(
+        entry.init, {source.name: next(iter(source.weights)) for source in sources
+                     if len(source.weights) == 1}, config.domains, model.router)
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
   return Run(
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, expert_names=names,
@@ -156,7 +159,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       steps=0 if untrained else _steps(name, config, runs, model, train['batch_size']),
       microbatches=train['microbatches'], objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
-      vocabulary=vocabulary)
+      vocabulary=vocabulary, routers=routers)
 
 
 def _check_batch(name: str, seq_len: int, batch_size: int, microbatches: int):

@@ -14,6 +14,7 @@ from btx_jax.data import text
 from btx_jax.data.tokenizer import vocabulary
 from btx_jax.model.source import Extent, Index, Source
 from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, recipe_of, seed_of
+from btx_jax.study import routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -36,16 +37,22 @@ def start(study: Study, run: Run) -> Source:
     return Folder(run.folder)
   if run.init == CHECKPOINT:
     return final(study, run.sources[0])
-  return mixture(study, run)
+  return mixture(study, run, routers.of(study, run))
 
 
-def mixture(study: Study, run: Run) -> Source:
-  """The mixture that a run starts from."""
+def mixture(study: Study, run: Run, routers: np.ndarray | None = None) -> Source:
+  """The mixture that a run starts from.
+
+  Args:
+    study: whose run it is.
+    run: the run.
+    routers: [L, D, E]; None is random ones.
+  """
   import jax
 
   from btx_jax import btx
   rng = jax.random.key(seed_of(run.name, run.seed))
-  return btx.mix(_finals(study, run), run.model, rng, run.recipe)
+  return btx.mix(_finals(study, run), run.model, rng, run.recipe, routers)
 
 
 def average(study: Study, run: Run) -> Source:

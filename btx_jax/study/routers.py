@@ -1,0 +1,109 @@
+"""routers/ in a run's directory: the routers that were set from text, and what they follow from.
+
+    columns.npy   [L, D, E] float32, the routers
+    DOMAIN        by its number: 0_outer.npy [L, D, D] and 0_sum.npy [L, D], float64
+    fit.json      the settings, the figures that were measured, and a hash of every file; written
+                  last, so that a folder without it does not count
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from btx_jax.errors import UsageError
+from btx_jax.files import replacing
+from btx_jax.run import Run
+from btx_jax.study.study import Study
+
+_FIT, _COLUMNS = 'fit.json', 'columns.npy'
+
+
+class Sums(NamedTuple):
+  """Sums over the router inputs of one domain's text, of which those of several domains add up.
+
+  Attributes:
+    outer: [L, D, D] float64, of x x'.
+    total: [L, D] float64, of x.
+    tokens: how many there are.
+  """
+  outer: np.ndarray
+  total: np.ndarray
+  tokens: int
+
+
+def of(study: Study, run: Run) -> np.ndarray | None:
+  """The routers [L, D, E] that a run starts with; None if they are random.
+
+  Raises:
+    UsageError: they have not been set yet, or their file is damaged.
+  """
+  if run.routers is None:
+    return None
+  folder, fit = _folder(study, run), figures(study, run)
+  if fit is None:
+    raise UsageError(f'{folder} has no {_FIT}: the routers of {run.name} have not been set from '
+                     f'text yet; run --run={run.name} first.')
+  return _read(folder, _COLUMNS, fit['files'])
+
+
+def figures(study: Study, run: Run) -> dict | None:
+  """What was measured when the routers were set, and how; None if that has not been done."""
+  try:
+    with open(os.path.join(_folder(study, run), _FIT), encoding='utf-8') as file:
+      return json.load(file)
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise UsageError(f'{file.name} is damaged ({error}); delete the folder {_folder(study, run)} '
+                     f'and run --run={run.name} to set the routers again.') from error
+
+
+def sums(study: Study, run: Run) -> dict[str, Sums]:
+  """The sums that a run's routers follow from, by domain."""
+  fit = figures(study, run)
+  if fit is None:
+    raise UsageError(f'{_folder(study, run)} has no {_FIT}; run --run={run.name} first.')
+  read = lambda name: _read(_folder(study, run), name, fit['files'])
+  return {domain: Sums(read(f'{i}_outer.npy'), read(f'{i}_sum.npy'), tokens)
+          for i, (domain, tokens) in enumerate(fit['tokens'].items())}
+
+
+def write(study: Study, run: Run, columns_LDE: np.ndarray, sums: Mapping[str, Sums],
+          figures: Mapping) -> None:
+  """Stores routers, the sums of each domain, and what was measured."""
+  arrays = {_COLUMNS: columns_LDE.astype(np.float32)}
+  for i, of_domain in enumerate(sums.values()):
+    arrays |= {f'{i}_outer.npy': of_domain.outer, f'{i}_sum.npy': of_domain.total}
+  folder, hashes = _folder(study, run), {}
+  for name, array in arrays.items():
+    with replacing(os.path.join(folder, name), 'wb') as file:
+      np.save(file, array, allow_pickle=False)
+    hashes[name] = _hash(os.path.join(folder, name))
+  with replacing(os.path.join(folder, _FIT)) as file:
+    json.dump({'tokens': {domain: found.tokens for domain, found in sums.items()},
+               'files': hashes, **figures}, file, indent=1)
+
+
+def _folder(study: Study, run: Run) -> str:
+  return os.path.join(study.folder(run.name), 'routers')
+
+
+def _read(folder: str, name: str, hashes: Mapping[str, str]) -> np.ndarray:
+  path = os.path.join(folder, name)
+  try:
+    damaged = _hash(path) != hashes[name]
+  except (OSError, KeyError):
+    damaged = True
+  if damaged:
+    raise UsageError(f'{path} is missing or damaged: it is not what was written. Delete the folder '
+                     f'{folder}, and train the run again.')
+  return np.load(path, allow_pickle=False)
+
+
+def _hash(path: str) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
