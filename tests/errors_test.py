@@ -208,6 +208,11 @@ def new(**fields):
   return f'config.runs.new = base.run({given})'
 
 
+def routers(arguments, **fields):
+  """A line that adds a mixture whose routers are set from text with these arguments."""
+  return new(init=f'base.mix("seed", routers=base.from_text({arguments}))', **fields)
+
+
 def pretrained(harm, **fields):
   """Lines that start a run from a copy of a model that the lines `harm` have changed."""
   return f'''
@@ -333,6 +338,16 @@ config.runs = {"new": config.runs.new,
      "mix: arrangement = 'whole' and chunks = 2; 'split' and"),
     (new(init='base.mix("seed", arrangement="split", chunks=5)'),
      'ffn_dim = 24 is not divisible by 5 pieces'),
+    (routers('"rigde"'), "mix: routers: kind = 'rigde'; did you mean 'ridge'?"),
+    (routers('"mean"', model='{"router": "hash"}'), "model.router = 'hash' has none"),
+    (new(init='base.mix("seed", arrangement="split", chunks=2, routers=base.from_text("ridge"))'),
+     "arrangement = 'split' makes experts of parts of runs; use 'whole'."),
+    (routers('"ridge", rows=4'), 'mix: routers: rows = 4 must be at least 5.'),
+    (routers('"ridge", temperature=-1'), 'temperature = -1 must be positive, or 0.'),
+    (routers('"ridge", labels=(("sed", "code"),)'), "labels names 'sed', which is not an expert"),
+    (routers('"ridge", labels=(("seed", "cod"),)'), "labels names 'cod', which is not a domain;"),
+    (routers('"ridge"'), "'seed' was not trained on the text of a single domain here, so it is not"
+     " known which text to send to it: name the domain, labels=(('seed', 'code'),)."),
     (new(domains='{"cod": 1}'), "runs.new.domains names 'cod', which is not a domain; did"),
     (new(domains='{"code": -1}'), 'runs.new.domains.code = -1.0; weights are finite'),
     (new(domains='{"code": 0}'), 'at least one weight must be positive'),
@@ -645,6 +660,29 @@ config.domains = {'code': config.domains.code}
 config.runs = {'new': config.runs.new}
 '''
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), 'has become shorter since', code=1)
+
+
+def test_routers_from_text_that_are_gone_or_damaged(run, config, work):
+  """Of a mixture that is not trained, so that only its routers are stored."""
+  config = config('config.runs.new = base.run(base.mix("seed", routers=base.from_text('
+                  '"mean", rows=9, labels=(("seed", "code"),))))')
+  export = (config, f'--workdir={work}', 'export', '--run=new', f'--to={work / "out"}')
+  done = run(config, f'--workdir={work}', '--run=new')
+  assert done.code == 0, done.stderr
+  folder = work / 'new' / 'routers'
+  written = (folder / 'columns.npy').read_bytes()
+  (folder / 'columns.npy').write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+  check(run(*export), 'columns.npy is missing or damaged: it is not what was written.')
+  (folder / 'fit.json').write_text('{')
+  check(run(*export), 'fit.json is damaged (Expecting property name')
+  (folder / 'fit.json').unlink()
+  check(run(*export), 'routers has no fit.json: the routers of new have not been set from text')
+
+
+def test_too_little_text_for_routers(run, config, work):
+  config = config('config.data.seq_len = 900\nconfig.runs.new = base.run(base.mix('
+                  '"seed", routers=base.from_text("mean", labels=(("seed", "code"),))))')
+  check(run(config, f'--workdir={work / "other"}'), "runs.new: 'code' has ")
 
 
 # While training

@@ -20,10 +20,10 @@ from btx_jax.training.step import forward
 
 def router_inputs(cfg: Config, params, batch) -> jax.Array:
   """What a router in each layer of a dense model would read, [L, B, T, D] in float32."""
-  _, kept = llama.Llama(cfg).apply(
+  outputs: Any = llama.Llama(cfg).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'],
       mutable=[llama.FFN_INPUTS])
-  h_LBTD, = kept[llama.FFN_INPUTS]['layers']['h']
+  h_LBTD, = outputs[1][llama.FFN_INPUTS]['layers']['h']
   return h_LBTD.astype(jnp.float32)
 
 
@@ -111,7 +111,7 @@ def _right(cfg: Config, mesh):
     counted_BT = batch['segment_ids'] > 0
     logits_LBTE = jnp.einsum('lbtd,lde->lbte', router_inputs(cfg, params, batch), columns_LDE,
                              precision=jax.lax.Precision.HIGHEST)
-    right_LBT = own_E[logits_LBTE.argmax(-1)] & counted_BT
+    right_LBT = own_E[logits_LBTE.argmax(-1)] & counted_BT[None]
     return {'right': right_LBT.sum((1, 2)), 'tokens': counted_BT.sum()}
   return _jitted(count, mesh)
 
@@ -123,7 +123,7 @@ def _routed(cfg: Config, mesh):
     counted_BT = batch['segment_ids'] > 0
     gates, ids = found.routed.gates, found.routed.ids
     best_LBT = jnp.take_along_axis(ids, gates.argmax(-1, keepdims=True), -1)[..., 0]
-    right_LBT = own_GE[batch['domain'][:, None], best_LBT] & counted_BT
+    right_LBT = own_GE[batch['domain'][None, :, None], best_LBT] & counted_BT[None]
     of_rows = found.routed.sums
     return {'nll': found.nll, 'targets': found.tokens, 'right': right_LBT.sum((1, 2)),
             'entropy': of_rows.entropy.sum(1), 'picks': of_rows.picks.sum(1),

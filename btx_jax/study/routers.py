@@ -43,11 +43,7 @@ def of(study: Study, run: Run) -> np.ndarray | None:
   """
   if run.routers is None:
     return None
-  folder, fit = _folder(study, run), figures(study, run)
-  if fit is None:
-    raise UsageError(f'{folder} has no {_FIT}: the routers of {run.name} have not been set from '
-                     f'text yet; run --run={run.name} first.')
-  return _read(folder, _COLUMNS, fit['files'])
+  return _read(_folder(study, run), _COLUMNS, _fit(study, run)['files'])
 
 
 def figures(study: Study, run: Run) -> dict | None:
@@ -58,17 +54,15 @@ def figures(study: Study, run: Run) -> dict | None:
   except FileNotFoundError:
     return None
   except ValueError as error:
-    raise UsageError(f'{file.name} is damaged ({error}); delete the folder {_folder(study, run)} '
-                     f'and run --run={run.name} to set the routers again.') from error
+    raise UsageError(f'{os.path.join(_folder(study, run), _FIT)} is damaged ({error}). Delete the '
+                     f'directory of the run, and run --run={run.name} again.') from error
 
 
 def sums(study: Study, run: Run) -> dict[str, Sums]:
   """The sums that a run's routers follow from, by domain."""
-  fit = figures(study, run)
-  if fit is None:
-    raise UsageError(f'{_folder(study, run)} has no {_FIT}; run --run={run.name} first.')
-  read = lambda name: _read(_folder(study, run), name, fit['files'])
-  return {domain: Sums(read(f'{i}_outer.npy'), read(f'{i}_sum.npy'), tokens)
+  folder, fit = _folder(study, run), _fit(study, run)
+  return {domain: Sums(*(_read(folder, f'{i}_{what}.npy', fit['files'])
+                         for what in ('outer', 'sum')), tokens=tokens)
           for i, (domain, tokens) in enumerate(fit['tokens'].items())}
 
 
@@ -88,6 +82,15 @@ def write(study: Study, run: Run, columns_LDE: np.ndarray, sums: Mapping[str, Su
                'files': hashes, **figures}, file, indent=1)
 
 
+def _fit(study: Study, run: Run) -> dict:
+  fit = figures(study, run)
+  if fit is None:
+    raise UsageError(f'{_folder(study, run)} has no {_FIT}: the routers of {run.name} have not '
+                     'been set from text, or have been deleted. Delete the directory of the run, '
+                     f'and run --run={run.name} again.')
+  return fit
+
+
 def _folder(study: Study, run: Run) -> str:
   return os.path.join(study.folder(run.name), 'routers')
 
@@ -99,8 +102,8 @@ def _read(folder: str, name: str, hashes: Mapping[str, str]) -> np.ndarray:
   except (OSError, KeyError):
     damaged = True
   if damaged:
-    raise UsageError(f'{path} is missing or damaged: it is not what was written. Delete the folder '
-                     f'{folder}, and train the run again.')
+    raise UsageError(f'{path} is missing or damaged: it is not what was written. Delete the '
+                     'directory of the run, and train the run again.')
   return np.load(path, allow_pickle=False)
 
 
