@@ -14,6 +14,8 @@ from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, RANDOM, Objective, Optimi
 
 # For a run's train={'freeze': ...}.
 FREEZE_EXPERTS = ('/experts/',)
+# Leaves the feed-forward layers, of a mixture its experts: branches that need no averaging.
+FREEZE_ALL_BUT_EXPERTS = ('^(?!.*/(gate|up|down)$)',)
 FREEZE_ALL_BUT_ROUTER = ('^(?!.*/router)',)  # leaves the router's bias free too, if it has one
 
 
