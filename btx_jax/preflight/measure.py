@@ -236,7 +236,7 @@ def _check_mixing(run: Run, branches: Sequence[Run], mesh) -> Finding:
   return Finding(not wide, (
       f'mixing {run.name} from branches along mesh.expert moves '
       f'{"feed-forward weights" if wide else "no feed-forward weight"}; {len(found)} collectives '
-      'sum what is averaged'))
+      'combine the rest'))
 
 
 def _mixes_in_place(run: Run, branches: Sequence[Run], mesh) -> bool:
