@@ -14,6 +14,8 @@ from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, RANDOM, Objective, Optimi
 
 # For a run's train={'freeze': ...}.
 FREEZE_EXPERTS = ('/experts/',)
+# Leaves the feed-forward layers, of a mixture its experts: branches that need no averaging.
+FREEZE_ALL_BUT_EXPERTS = ('^(?!.*/(gate|up|down)$)',)
 FREEZE_ALL_BUT_ROUTER = ('^(?!.*/router)',)  # leaves the router's bias free too, if it has one
 
 
@@ -191,7 +193,8 @@ def run(init: ConfigDict, domains: dict[str, float] | None = None, steps: int = 
     init: how it starts: random(), checkpoint(RUN), mix(RUNS) or hugging_face(FOLDER).
     domains: weight of each domain in the rows; weights need not add up to 1.
     steps: optimizer steps.
-    match_flops_of: instead of `steps`: train for the FLOPs that these runs take together.
+    match_flops_of: instead of `steps`: train for the FLOPs that these runs take together. What a
+      run freezes saves FLOPs: the gradients that are not computed do not count.
     model, optimizer, train: fields of the section of that name that differ in this run.
   """
   return ConfigDict({

@@ -60,6 +60,17 @@ class Recipe:
     """The weight of each source in the mean that becomes the parameter at this path."""
     return next(weights for pattern, weights in self.rest if re.search(pattern, path))
 
+  def copying(self, paths: Sequence[str]) -> 'Recipe':
+    """This recipe where the averaged sources have equal parameters at `paths`: one is copied.
+
+    A mean of equal numbers need not have their bits. A rule that takes one source stays.
+    """
+    means = [path for path in paths if sum(map(bool, self.weights(path))) > 1]
+    if not means:
+      return self
+    copy = uniform([self.reference], len(self.mean))
+    return dataclasses.replace(self, rest=((f'^({"|".join(means)})$', copy), *self.rest))
+
 
 @dataclasses.dataclass(frozen=True)
 class RoutersFromText:

@@ -71,7 +71,7 @@ class Objective:
       which only the choice of experts uses, moves by this much towards an even load (arXiv
       2408.15664 uses 0.001); 0 is off.
     freeze: regular expressions; a parameter in whose path one of them is found does not change.
-      base.FREEZE_EXPERTS and base.FREEZE_ALL_BUT_ROUTER are two such lists for mixtures.
+      Such lists: base.FREEZE_EXPERTS, base.FREEZE_ALL_BUT_EXPERTS, base.FREEZE_ALL_BUT_ROUTER.
   """
   balance_loss: float = 0.01
   balance_scope: str = 'microbatch'
@@ -112,6 +112,11 @@ class Objective:
     if not any(trains(path, self.freeze) for path in paths):
       raise UsageError(f'train.freeze = {self.freeze} leaves nothing to train of '
                        f'{", ".join(paths)}.')
+
+  def frozen_paths(self, model: model_config.Config) -> tuple[str, ...]:
+    """The paths of a model's parameters that have no gradient."""
+    return tuple(path for path in model_config.param_paths(model)
+                 if not trains(path, self.freeze))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +188,19 @@ class Run:
     return self.steps * self.batch_size * self.seq_len
 
   @property
+  def flops_per_token(self) -> int:
+    """Model FLOPs of training, without the gradients that frozen parameters save."""
+    return model_config.train_flops_per_token(
+        self.model, self.seq_len, self.objective.frozen_paths(self.model))
+
+  @property
   def flops(self) -> int:
     """Model FLOPs that the whole run takes."""
+    return self.tokens * self.flops_per_token
+
+  @property
+  def flops_unfrozen(self) -> int:
+    """Model FLOPs that the whole run would take if nothing were frozen."""
     return self.tokens * model_config.train_flops_per_token(self.model, self.seq_len)
 
 
@@ -199,6 +215,27 @@ def lineage(run: Run, until: Callable[[Run], bool] = lambda _: False) -> list[Ru
   for source in () if until(run) else run.sources:
     found |= {each.name: each for each in lineage(source, until)}
   return list(found.values())
+
+
+def dense_ancestors(run: Run) -> dict[str, Run]:
+  """A dense run and its ancestors, nearest first, by name; pretrained folders by their content.
+
+  A run that trains a pretrained model is there twice: under its name, and with 0 steps under the
+  content of the folder.
+  """
+  found = {}
+  for each in lineage(run):
+    if each.steps or not each.folder:
+      found[each.name] = each
+    if each.folder:
+      found[each.content] = dataclasses.replace(each, steps=0)
+  return found
+
+
+def common_ancestors(runs: Sequence[Run]) -> dict[str, Run]:
+  """What all of these dense runs descend from or are, nearest first; keys as dense_ancestors."""
+  first, *others = (dense_ancestors(run) for run in runs)
+  return {key: found for key, found in first.items() if all(key in other for other in others)}
 
 
 def descent(run: Run) -> list[Run]:

@@ -13,7 +13,7 @@ from btx_jax.model.config import param_paths
 from btx_jax.run import frozen
 from btx_jax.study import plan
 from tests import studies
-from tests.helpers import TINY_MIXTURE
+from tests.helpers import TINY, TINY_MIXTURE
 
 
 def config_of(tmp_path, **runs):
@@ -77,6 +77,10 @@ def test_ready_lists_of_what_is_frozen():
       'layers/ffn/experts/down', 'layers/ffn/experts/gate', 'layers/ffn/experts/up'}
   assert of(base.FREEZE_ALL_BUT_ROUTER) == set(paths) - {
       'layers/ffn/router', 'layers/ffn/router_bias'}
+  assert of(base.FREEZE_ALL_BUT_EXPERTS) == set(paths) - of(base.FREEZE_EXPERTS)
+  dense = param_paths(TINY)
+  assert [path for path in dense if not frozen(path, base.FREEZE_ALL_BUT_EXPERTS)] == [
+      'layers/ffn/down', 'layers/ffn/gate', 'layers/ffn/up']
 
 
 def edit(**fields):

@@ -272,6 +272,9 @@ def test_folders_of_several_seeds_are_recognized_by_their_weights(text, tmp_path
       **{name: base.run(base.hugging_face(str(tmp_path / name))) for name in ('0', '1', 'copy')},
       'trained': base.run(base.checkpoint('1'), {'code': 1}, steps=1),
       'near': base.run(base.mix('0', 'copy'), {'code': 1}, steps=1),
+      'tuned': base.run(base.hugging_face(str(tmp_path / 'copy')), {'code': 1}, steps=1,
+                        train={'freeze': base.FREEZE_ALL_BUT_EXPERTS}),
+      'tunes': base.run(base.mix('0', 'tuned'), {'code': 1}, steps=1),
       'far': base.run(base.mix('0', 'trained', allow='seed'), {'code': 1}, steps=1)}
   assert set(plan.make_plan(config, 270)) == set(config.runs)
   sizes = {field: getattr(MODEL, field)
@@ -281,7 +284,9 @@ def test_folders_of_several_seeds_are_recognized_by_their_weights(text, tmp_path
   runs = plan.make_plan(config, 270)
   assert 'seed: it is unknown whether the folders and the runs' in compatibility.remarks(
       runs['beside'])[-1]
-  assert not compatibility.remarks(runs['near'])
+  for name in ('near', 'tunes'):
+    assert compatibility.remarks(runs[name]) == [
+        f'{name}: nothing is averaged: outside the feed-forward layers its sources are equal to 0']
   config.runs.far.init.allow = ()
   told = r'unknown  unknown\n +cosine of weights +1.000 +-?0.0\d+\nseed: the weights are unrelated'
   with pytest.raises(UsageError, match=told):

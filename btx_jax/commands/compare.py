@@ -32,7 +32,7 @@ from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model.config import Config
 from btx_jax.model.source import Source
-from btx_jax.run import Run, lineage
+from btx_jax.run import Run, common_ancestors
 from btx_jax.study import compatibility, manifest, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import format_number, say, show, table
@@ -147,22 +147,9 @@ def seed_of(run: Run) -> tuple[Run, str]:
 
   It is the nearest common ancestor of all sources, or the first source if none is known.
   """
-  first, *others = (_ancestors(source) for source in run.sources)
-  common = [found for key, found in first.items() if all(key in other for other in others)]
-  if common:
-    return common[0], 'their nearest common ancestor'
+  if common := common_ancestors(run.sources):
+    return next(iter(common.values())), 'their nearest common ancestor'
   return run.sources[0], 'the first source, because no common ancestor is known'
-
-
-def _ancestors(run: Run) -> dict[str, Run]:
-  """A dense run and its ancestors, nearest first, by name; pretrained folders by their content."""
-  found = {}
-  for each in lineage(run):
-    if each.steps or not each.folder:
-      found[each.name] = each
-    if each.folder:
-      found[each.content] = dataclasses.replace(each, steps=0)
-  return found
 
 
 def compare_sources(study: Study, name: str) -> dict:

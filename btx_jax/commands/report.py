@@ -114,10 +114,8 @@ def _models(rows: list[table.Row], save: SavePicture) -> dict[str, Any]:
   """The comparison of all models."""
   return {
       'headings': ['model', *table.headings(rows)],
-      'rows': [{'name': row['name'], 'scores': scored,
-                'costs': [f'{row[field] / unit:,.{digits}f}'
-                          for _, field, unit, digits in table.COSTS]}
-               for row, scored in zip(rows, table.scored(rows))],
+      'rows': [{'name': row['name'], 'scores': scored, 'costs': costs}
+               for row, scored, costs in zip(rows, table.scored(rows), table.costs(rows))],
       'picture': save('bits_per_byte', pictures.bits_per_byte(rows),
                       'Bits per byte of every model'),
   }

@@ -12,17 +12,21 @@ from btx_jax.run import CHECKPOINT, MIX, Run
 from btx_jax.study.study import Study
 
 Row = dict[str, Any]
-# The columns of costs: heading, field of a row, unit, digits.
-COSTS = (('active M', 'active_params', 1e6, 2), ('total M', 'total_params', 1e6, 2),
-         ('tokens M', 'tokens', 1e6, 2), ('train TFLOP', 'train_flops', 1e12, 1))
+# A column of costs: heading, field of a row, unit, digits.
+Cost = tuple[str, str, float, int]
+_COSTS: tuple[Cost, ...] = (
+    ('active M', 'active_params', 1e6, 2), ('total M', 'total_params', 1e6, 2),
+    ('tokens M', 'tokens', 1e6, 2), ('train TFLOP', 'train_flops', 1e12, 1))
+# Shown where something was frozen.
+_UNFROZEN: Cost = ('TFLOP if unfrozen', 'train_flops_unfrozen', 1e12, 1)
 
 
 def rows(study: Study) -> list[Row]:
   """A row for every measured model of scores.models.
 
-  A row has name, bits_per_byte by domain, their mean, active_params, total_params, tokens and
-  train_flops (both include every run the model descends from), and gates by domain ({} for a
-  dense model).
+  A row has name, bits_per_byte by domain, their mean, active_params, total_params; tokens,
+  train_flops and train_flops_unfrozen (as if nothing had been frozen), which include every run the
+  model descends from; and gates by domain ({} for a dense model).
   """
   result = []
   for model in scores.models(study):
@@ -38,6 +42,7 @@ def rows(study: Study) -> list[Row]:
         'total_params': model.count * num_params(model.sizes),
         'tokens': sum(run.tokens for run in model.trained),
         'train_flops': sum(run.flops for run in model.trained),
+        'train_flops_unfrozen': sum(run.flops_unfrozen for run in model.trained),
         'gates': {domain: score['gates'] for domain, score in found.items() if 'gates' in score},
     })
   return result
@@ -117,7 +122,19 @@ def _mean_gates(gates_LE) -> list[float]:
 
 def headings(rows: list[Row]) -> list[str]:
   """Headings of the columns of scores and costs."""
-  return [*rows[0]['bits_per_byte'], 'mean', *(heading for heading, *_ in COSTS)]
+  return [*rows[0]['bits_per_byte'], 'mean', *(heading for heading, *_ in _costs(rows))]
+
+
+def costs(rows: list[Row]) -> list[list[str]]:
+  """The cells of each row's costs."""
+  return [[f'{row[field] / unit:,.{digits}f}' for _, field, unit, digits in _costs(rows)]
+          for row in rows]
+
+
+def _costs(rows: list[Row]) -> list[Cost]:
+  """The columns of costs that these rows need."""
+  differ = any(row['train_flops'] != row['train_flops_unfrozen'] for row in rows)
+  return [*_COSTS, *([_UNFROZEN] if differ else [])]
 
 
 def scored(rows: list[Row]) -> list[list[tuple[float, bool]]]:
@@ -131,7 +148,7 @@ def as_table(rows: list[Row]) -> Table:
   """The comparison for the terminal."""
   cells = [
       [row['name'], *(Text(f'{x:.3f}', style='bold' if best else '') for x, best in scores_of_row),
-       *(f'{row[field] / unit:.{digits}f}' for _, field, unit, digits in COSTS)]
-      for row, scores_of_row in zip(rows, scored(rows))]
+       *costs_of_row]
+      for row, scores_of_row, costs_of_row in zip(rows, scored(rows), costs(rows))]
   return terminal.table(['model', *headings(rows)], cells,
                         title='Bits per byte on held-out text (lower is better; the best is bold)')

@@ -3,6 +3,7 @@
 Nothing here imports jax, so that planning and reporting start fast.
 """
 
+from collections.abc import Collection
 import dataclasses
 
 from btx_jax.errors import UsageError, nearest
@@ -201,32 +202,64 @@ def param_paths(cfg: Config) -> tuple[str, ...]:
   return (*shared_paths(cfg), *(f'layers/ffn/{name}' for name in ffn))
 
 
+def param_sizes(cfg: Config, active: bool = False) -> dict[str, int]:
+  """The number of parameters at each path, all of them or those that one token uses (`active`)."""
+  heads = {'q': cfg.num_heads, 'k': cfg.num_kv_heads, 'v': cfg.num_kv_heads}
+  layers, dim, experts = cfg.num_layers, cfg.dim, cfg.num_experts
+  networks = layers * (1 if not experts else cfg.k if active else experts)
+  if active and experts and cfg.router == 'sample_top_1':
+    networks += experts - 1  # the first layer is soft
+  sizes = {
+      'embed': cfg.vocab_size * dim, 'head': cfg.vocab_size * dim, 'norm/scale': dim,
+      'layers/attn_norm/scale': layers * dim, 'layers/ffn_norm/scale': layers * dim,
+      'layers/attn/o': layers * cfg.num_heads * cfg.head_dim * dim,
+      'layers/ffn/router': layers * dim * experts, 'layers/ffn/router_bias': layers * experts}
+  for name, count in heads.items():
+    sizes |= {f'layers/attn/{name}': layers * dim * count * cfg.head_dim,
+              f'layers/attn/{name}_bias': layers * count * cfg.head_dim,
+              f'layers/attn/{name}_norm/scale': layers * cfg.head_dim}
+  for name in ('down', 'gate', 'up'):
+    sizes |= dict.fromkeys((f'layers/ffn/{name}', f'layers/ffn/experts/{name}'),
+                           networks * dim * cfg.ffn_dim)
+  return {path: sizes[path] for path in param_paths(cfg)}
+
+
 def num_params(cfg: Config, active: bool = False) -> int:
   """The number of parameters of the whole model, or of those that one token uses (`active`)."""
-  heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.qkv_bias + 2 * cfg.qk_norm
-  of_layer = 2 * cfg.dim + heads * cfg.head_dim + cfg.num_experts * cfg.router_bias
-  head = 0 if cfg.tied_head else cfg.vocab_size * cfg.dim
-  return _weights(cfg, active) + cfg.num_layers * of_layer + cfg.dim + head
+  return sum(param_sizes(cfg, active).values())
 
 
-def train_flops_per_token(cfg: Config, length: int) -> int:
-  """FLOPs of forward and backward per token: those of its matmuls, two per multiply-add, times 3.
+def train_flops_per_token(cfg: Config, length: int, frozen: Collection[str] = ()) -> int:
+  """FLOPs of the matmuls of forward and backward per token, two per multiply-add.
 
-  Counts all weights active per token (router and output head included, the embedding lookup not)
-  and attention over `length` positions without the masked half. Recomputation (remat) and the
-  padding of expert buffers do not count, because they are not useful work; tokens that 'switch'
-  drops do, and so do gradients of frozen parameters.
+  With w the weights of a matmul that a token uses, a step computes
+
+    its output                    2 w
+    the gradient of its input     2 w, if something trains below it
+    the gradient of its weights   2 w, if they train
+
+  The layers are one scan, so if anything in them or the embedding trains, all of them pay for the
+  gradients of their inputs. The head pays for its input's if anything but itself trains; a tied
+  head trains with the embedding. Attention over `length` positions, without the masked half, costs
+  three times its forward pass if the layers pay for gradients of inputs, and once otherwise.
+
+  Routers count; the embedding lookup is not a matmul. Recomputation (remat), the forward pass that
+  balance_scope 'batch' adds and the padding of expert buffers do not count, because they are not
+  useful work; tokens that 'switch' drops do.
+
+  Args:
+    cfg: of the model.
+    length: T, positions of a row.
+    frozen: paths of the parameters without a gradient, see Objective.frozen_paths.
   """
+  sizes = param_sizes(cfg, active=True)
+  trained = set(sizes).difference(frozen)
+  through_layers = any(path == 'embed' or path.startswith('layers/') for path in trained)
+  through_head = bool(trained - {'head'})
+  head = 'embed' if cfg.tied_head else 'head'
+  total = sizes[head] * (1 + through_head + (head in trained))
+  for path, size in sizes.items():
+    if path.startswith('layers/') and not path.endswith(('scale', '_bias')):
+      total += size * (1 + through_layers + (path in trained))
   scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * length  # QK and AV, half of each
-  return 3 * 2 * (_weights(cfg, active=True) + scores)
-
-
-def _weights(cfg: Config, active: bool) -> int:
-  """The number of weights in matmuls, all or active per token; the head counts, tied or not."""
-  attention = 2 * cfg.dim * (cfg.num_heads + cfg.num_kv_heads) * cfg.head_dim
-  router = cfg.dim * cfg.num_experts * cfg.has_router
-  networks = cfg.num_layers * (1 if not cfg.num_experts else cfg.k if active else cfg.num_experts)
-  if active and cfg.num_experts and cfg.router == 'sample_top_1':
-    networks += cfg.num_experts - 1  # the first layer is soft
-  return (cfg.num_layers * (attention + router) + networks * 3 * cfg.dim * cfg.ffn_dim +
-          cfg.vocab_size * cfg.dim)
+  return 2 * (total + scores * (3 if through_layers else 1))

@@ -13,7 +13,7 @@ from btx_jax import btx
 from btx_jax.devices import sharding
 from btx_jax.devices.hardware import UNKNOWN, Chip
 from btx_jax.model import llama
-from btx_jax.model.config import num_params, train_flops_per_token
+from btx_jax.model.config import num_params
 from btx_jax.preflight import hlo
 from btx_jax.preflight.cost import Cost, CostModel
 from btx_jax.preflight.topology import Topology, link_speed
@@ -86,7 +86,7 @@ class Measured:
   @property
   def flops_per_token(self) -> int:
     """FLOPs of the model, forward and backward, without recomputation."""
-    return train_flops_per_token(self.runs[0].model, self.runs[0].seq_len)
+    return self.runs[0].flops_per_token
 
   @property
   def tokens(self) -> int:
@@ -236,7 +236,7 @@ def _check_mixing(run: Run, branches: Sequence[Run], mesh) -> Finding:
   return Finding(not wide, (
       f'mixing {run.name} from branches along mesh.expert moves '
       f'{"feed-forward weights" if wide else "no feed-forward weight"}; {len(found)} collectives '
-      'sum what is averaged'))
+      'combine the rest'))
 
 
 def _mixes_in_place(run: Run, branches: Sequence[Run], mesh) -> bool:

@@ -15,8 +15,8 @@ import numpy as np
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data.tokenizer import Tokenizer, file_name, vocabulary
 from btx_jax.errors import UsageError, nearest
-from btx_jax.model.config import ROPE, SIZES
-from btx_jax.run import Run, lineage
+from btx_jax.model.config import ROPE, SIZES, param_sizes, shared_paths
+from btx_jax.run import Run, common_ancestors, dense_ancestors, frozen, lineage, recipe_of
 
 # What each difference costs.
 COSTS = {
@@ -76,7 +76,48 @@ def check(name: str, sources: Sequence[Run], allow: Sequence[str]) -> None:
                      + f'\nTo mix them all the same: base.mix(..., allow={tuple(kinds)}).')
 
 
+def unchanged(averaged: Sequence[Run]) -> list[str]:
+  """Paths outside the feed-forward layers at which these runs equal their common ancestor.
+
+  Every run that was trained between it and them must have frozen the parameter.
+  """
+  nearest_common = next(iter(common_ancestors(averaged)), None)
+  if nearest_common is None:
+    return []
+  since = []
+  for run in averaged:
+    for key, each in dense_ancestors(run).items():
+      if key == nearest_common:
+        break
+      since += [each] * (each.steps > 0)
+  return [path for path in shared_paths(averaged[0].model)
+          if all(frozen(path, each.objective.freeze) for each in since)]
+
+
 def remarks(run: Run) -> list[str]:
+  """Lines about a mixture's sources: what they share, and what their differences cost."""
+  return [*_copies(run), *_costs(run)]
+
+
+def _copies(run: Run) -> list[str]:
+  """The line about parameters that are copied because the averaged sources never changed them."""
+  recipe = recipe_of(run)
+  averaged = [source for source, weight in zip(run.sources, recipe.mean) if weight]
+  if len(averaged) == 1 or not (copied := unchanged(averaged)):
+    return []
+  model = averaged[0].model
+  all_sizes = param_sizes(model)
+  sizes = {path: all_sizes[path] for path in shared_paths(model)}
+  origin = next(iter(common_ancestors(averaged).values())).name
+  if len(copied) == len(sizes):
+    return [f'{run.name}: nothing is averaged: outside the feed-forward layers its sources are '
+            f'equal to {origin}']
+  return [f'{run.name}: {sum(sizes[path] for path in copied):,} of {sum(sizes.values()):,} '
+          'parameters outside the feed-forward layers are copied, because there its sources are '
+          f'equal to {origin}']
+
+
+def _costs(run: Run) -> list[str]:
   """Lines about the allowed differences of a mixture's sources, and what each costs."""
   found = differences(run.sources)
   if not found:

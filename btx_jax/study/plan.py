@@ -156,7 +156,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, expert_names=names,
       weights={} if untrained else _weights(name, entry.domains, config.domains), model=model,
       optimizer=optimizer, seq_len=config.data.seq_len, batch_size=train['batch_size'],
-      steps=0 if untrained else _steps(name, config, runs, model, train['batch_size']),
+      steps=0 if untrained else _steps(name, config, runs, model, objective, train['batch_size']),
       microbatches=train['microbatches'], objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
       vocabulary=vocabulary, routers=routers)
@@ -173,14 +173,15 @@ def _check_batch(name: str, seq_len: int, batch_size: int, microbatches: int):
 
 
 def _steps(name: str, config, runs: Mapping[str, Run], model: model_config.Config,
-           batch_size: int) -> int:
+           objective: Objective, batch_size: int) -> int:
   """The steps of a run that is trained."""
   entry, seq_len = config.runs[name], config.data.seq_len
   steps = entry.steps
   if entry.match_flops_of:
     if steps:
       raise UsageError(f'runs.{name} has both steps = {steps} and match_flops_of; give one.')
-    per_step = batch_size * seq_len * model_config.train_flops_per_token(model, seq_len)
+    per_step = batch_size * seq_len * model_config.train_flops_per_token(
+        model, seq_len, objective.frozen_paths(model))
     steps = round(sum(runs[other].flops for other in entry.match_flops_of) / per_step)
   if steps < 1:
     raise UsageError(f'runs.{name}.steps = {steps} must be at least 1.')
@@ -208,6 +209,7 @@ def _start(name: str, config, runs: Mapping[str, Run]):
   with errors.about(f'runs.{name}'):
     recipe = recipe_from_config(init, names, model.ffn_dim, model_config.shared_paths(model),
                                 _tokens_apart(averaged, sources), config.mix.router_std)
+    recipe = recipe.copying(compatibility.unchanged(averaged))
   compatibility.check_reference(name, sources[recipe.reference])
   return sources, recipe, expert_names(init.arrangement, init.runs, init.chunks)
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from btx_jax.devices import distributed, hardware
-from btx_jax.model.config import train_flops_per_token
 from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
 from btx_jax.training import optim, routing_figures
@@ -120,8 +119,7 @@ class Recorder(contextlib.ExitStack):
       return {}
     run, seconds = self._run, now - self._since
     rate = self._steps * run.batch_size * run.seq_len / seconds
-    flops = train_flops_per_token(run.model, run.seq_len)
-    return {'tokens_per_second': rate, 'mfu': rate * flops / self._peak_flops,
+    return {'tokens_per_second': rate, 'mfu': rate * run.flops_per_token / self._peak_flops,
             'input_wait': self._input_wait / seconds}
 
   def _new_warnings(self, step: int, sums: Mapping[str, np.ndarray]) -> dict[str, list]:
