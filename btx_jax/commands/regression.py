@@ -46,8 +46,8 @@ def effects_table(effect: dict[str, Any]) -> Table:
   rows = [[cell if not marked else Text(cell, style='bold') for cell, marked in row]
           for row in effects_cells(effect)]
   return terminal.table(
-      effects_headings(effect), rows, title=f'{effect["name"]} without each expert, in bits per byte '
-      '(+ is worse; the most missed is bold)')
+      effects_headings(effect), rows,
+      title=f'{effect["name"]} without each expert: bits per byte added (most is bold)')
 
 
 def effects_headings(effect: dict[str, Any]) -> list[str]:
