@@ -119,6 +119,10 @@ def get_config() -> ConfigDict:
       # 'btx_jax[merge]'); 'posterior' takes all, weighted by the probability that each gave to the
       # text so far. () is none.
       'merge': (),
+      # Also measures each mixture without each of its experts in turn, which shows which expert
+      # helps which domain. It takes as long as measuring the mixture once per expert. Mixtures of
+      # the router 'hash' are left out.
+      'mask_experts': False,
   })
 
   # Steps between lines of metrics.jsonl.

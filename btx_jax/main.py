@@ -73,7 +73,7 @@ def train_runs(name: str, workdir: str):
        '--workdir': os.path.realpath(workdir)}, COORDINATOR_TIMEOUT.value)
   import jax
 
-  from btx_jax.commands import report, table
+  from btx_jax.commands import regression, report, table
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
@@ -92,6 +92,7 @@ def train_runs(name: str, workdir: str):
   def print_results():
     rows = table.rows(pipeline)
     show(table.as_table(rows))
+    regression.show(pipeline)
     for check in table.checks(pipeline, rows):
       say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
     say(f'Report: {report.write_report(pipeline, name)}. To use your own text, write a config '

@@ -15,7 +15,7 @@ from btx_jax.data import mixture
 from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed, hardware
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import bits, ensemble, scores
+from btx_jax.evaluate import bits, ensemble, regression, scores
 from btx_jax.fitting import fit
 from btx_jax.model.config import Config
 from btx_jax.run import MIX, Run, seed_of
@@ -209,21 +209,37 @@ class Pipeline(Study):
   def _measure(self, run: Run) -> None:
     """Measures the models of a complete run that were not measured yet."""
     def missing() -> list[list[str]]:
-      return [[model.name, model.stage] for model in scores.models(self)
-              if model.run is run and scores.read(self, run, model.stage) is None]
+      stages = [(model.name, model.stage) for model in scores.models(self) if model.run is run]
+      if stages and self.config.evaluation.mask_experts and not regression.why_unmasked(run.model):
+        stages.append((run.name, scores.MASKED))
+      return [[name, stage] for name, stage in stages if scores.read(self, run, stage) is None]
 
-    make = {scores.FINAL: params.final, scores.START: params.initial,
-            scores.AVERAGE: params.average}
+    make = {scores.START: params.initial, scores.AVERAGE: params.average,
+            scores.FINAL: params.final, scores.MASKED: params.final}
     wanted = distributed.broadcast(missing)
+    made = parameters = None
     for name, stage in wanted:
       if stage in make:
-        say(f'{name}: measuring')
-        found = self.evaluate(scores.sizes(run, stage), make[stage](self, run, self.mesh))
+        if made is not make[stage]:  # the final model serves two stages
+          made, parameters = make[stage], None  # one model at a time
+          parameters = made(self, run, self.mesh)
+        if stage == scores.MASKED:
+          say(f'{name}: measuring without each of its {run.model.num_experts} experts')
+          found = self._without_each_expert(run.model, parameters)
+        else:
+          say(f'{name}: measuring')
+          found = self.evaluate(scores.sizes(run, stage), parameters)
         distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
+    del parameters
     forms = [stage.removeprefix(scores.MERGE) for _, stage in wanted if stage not in make]
     for form, found in self._merge(run, forms).items() if forms else ():
       distributed.on_process_0(
           functools.partial(scores.write, self, run, scores.MERGE + form, found))
+
+  def _without_each_expert(self, model: Config, parameters) -> dict[str, dict]:
+    return bits.without_each_expert(
+        model, parameters, self.prepare_text().held_out, self.mesh, self.config.data.seq_len,
+        self.config.evaluation.batch_size)
 
   def _merge(self, run: Run, forms: list[str]) -> dict[str, dict[str, dict]]:
     """Bits per byte, by form and domain, of a mixture's sources as Branch-Train-Merge uses them.

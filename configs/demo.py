@@ -8,7 +8,8 @@ be as good as each specialist on its domain and nearly as good as the seed on pr
   python -m btx_jax.main --config=configs/demo.py
 
 :full adds the rivals that spend the same compute differently: `dense`, the seed trained further,
-and `upcycled`, four copies of the seed's feed-forward layers instead of four experts.
+and `upcycled`, four copies of the seed's feed-forward layers instead of four experts. It also
+measures both mixtures without each of their experts in turn, which takes about a minute.
 
   python -m btx_jax.main --config=configs/demo.py:full
 """
@@ -52,6 +53,7 @@ def get_config(form: str = ''):
           optimizer={'peak_lr': 2e-3}),
   }
   if form == 'full':
+    config.evaluation.mask_experts = True
     rival = dict(domains=BLEND, match_flops_of=(*experts, 'btx'), optimizer={'peak_lr': 2e-3})
     config.runs['dense'] = base.run(init=base.checkpoint('seed'), **rival)
     config.runs['upcycled'] = base.run(init=base.mix(*['seed'] * 4), **rival)

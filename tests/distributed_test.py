@@ -29,7 +29,7 @@ from tests import studies
 
 def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
-  config.evaluation.every = 0
+  config.evaluation.update(every=0, mask_experts=True)
   config.mesh.tensor = 1
   data = {{'prose': 2, 'code': 1, 'math': 1}}
   config.runs = {{'seed': base.run(base.random(), data, steps=3),
@@ -87,6 +87,9 @@ def test_two_processes_come_to_the_same_table(study):
       'seed', 'code', 'math', 'average of btx', 'btx unfinetuned', 'btx'}
   for name, row in one.items():
     assert two[name]['bits_per_byte'] == pytest.approx(row['bits_per_byte'], abs=1e-5)
+  (one,), (two,) = (report['without_each_expert'] for report in reports)
+  for domain, change in one['change'].items():
+    assert two['change'][domain] == pytest.approx(change, abs=1e-5)
   assert 'Bits per byte' in ended[2][0][1]
 
 

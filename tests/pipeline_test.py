@@ -34,7 +34,9 @@ from tests.helpers import assert_trees_equal, final_params, initial_params
 @pytest.fixture(scope='module')
 def study(text, tmp_path_factory):
   """A study that ran without interruption."""
-  pipeline = Pipeline(studies.get_config(text), str(tmp_path_factory.mktemp('study') / 'work'))
+  config = studies.get_config(text)
+  config.evaluation.mask_experts = True
+  pipeline = Pipeline(config, str(tmp_path_factory.mktemp('study') / 'work'))
   assert pipeline.train()
   return pipeline
 
@@ -188,7 +190,17 @@ def test_the_table_has_every_model_and_its_figures_are_right(study, copy):
 
   report.write_report(Study(study.config, str(copy)), 'tiny')
   with open(os.path.join(copy, 'report', 'report.json'), encoding='utf-8') as file:
-    assert json.load(file)['rows'] == rows
+    found = json.load(file)
+  assert found['rows'] == rows
+  trained, = found['regressions']
+  assert (trained['name'], trained['since']) == ('btx', 'btx unfinetuned')
+  for change in trained['changes']:
+    for when, name in (('before', 'btx unfinetuned'), ('after', 'btx')):
+      assert change[when] == by_name[name]['bits_per_byte'][change['domain']]
+  effect, = found['without_each_expert']
+  assert effect['experts'] == ['seed', 'expert/code', 'expert/math', 'expert/code']
+  assert {name: len(change) for name, change in effect['change'].items()} == dict.fromkeys(
+      studies.WORDS, 4)
   with open(os.path.join(copy, 'report', 'bits_per_byte.png'), 'rb') as file:
     assert file.read(4) == b'\x89PNG'
 
@@ -264,6 +276,8 @@ def test_the_report_of_a_finished_study(study, copy):
     assert row['name'] in page
   assert page.count('<b class="') == len(table.checks(study, table.rows(study)))
   assert page.count('data:image/png') == 6
+  assert '<td class="name">btx unfinetuned</td><td class="name">' in page  # before and after
+  assert '<td class="name">2 expert/math</td>' in page  # the mixture without it
   sample = scores.read(study, study.runs['btx'], scores.FINAL)['code']['sample']
   text = study.prepare_text()
   assert ''.join(sample['pieces']) in text.tokenizer.decode(text.held_out['code'].ids)

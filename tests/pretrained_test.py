@@ -299,6 +299,8 @@ def test_a_pretrained_mixture_keeps_its_experts(text):
   config.runs = {'seed': base.run(base.hugging_face(
       str(TOKENIZER.parent / 'mixtral')), {'code': 1}, steps=3)}
   config.model.update(router='switch', top_k=1)  # applies to mixtures made here
+  assert plan.make_plan(config, 40)['seed'].expert_names == (
+      'expert 0', 'expert 1', 'expert 2', 'expert 3')  # the report needs them
   found = plan.make_plan(config, 40)['seed'].model
   assert (found.num_experts, found.router, found.k, found.router_bias) == (4, 'top_k', 2, False)
   config.train.balance_bias = 0.1

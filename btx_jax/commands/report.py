@@ -16,9 +16,10 @@ import jinja2
 import numpy as np
 
 from btx_jax.commands import pictures, status, table
+from btx_jax.commands import regression as regression_table
 from btx_jax.data.tokens import read_meta
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import scores
+from btx_jax.evaluate import regression, scores
 from btx_jax.files import replacing
 from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, Run, lineage
 from btx_jax.study import manifest
@@ -55,8 +56,9 @@ def write_report(study: Study, config_name: str) -> str:
   checks = table.checks(study, rows)
   folder = os.path.join(study.workdir, 'report')
   with replacing(os.path.join(folder, 'report.json')) as file:
-    json.dump({'config': config_name, 'rows': rows, 'checks': checks, 'runs': found['runs']},
-              file, indent=1)
+    json.dump({'config': config_name, 'rows': rows, 'checks': checks, 'runs': found['runs'],
+               'regressions': regression.regressions(study),
+               'without_each_expert': regression.effects(study)}, file, indent=1)
   save = functools.partial(_save_picture, folder)
   page = _template().render(
       config_name=config_name, **_contents(study, found['runs'], rows, checks, save))
@@ -94,16 +96,21 @@ def _contents(study: Study, runs: list[dict[str, Any]], rows: list[table.Row],
   lines = {name: [line for line in metrics.read(study.folder(name)) if 'loss' in line]
            for name in study.runs}
   mixtures = [run for run in study.runs.values() if run.model.num_experts]
+  effects = {effect['name']: effect for effect in regression.effects(study)}
   return {
       'workdir': study.workdir,
       'written': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
       'runs': runs,
       'complete': sum(run['state'] == manifest.COMPLETE for run in runs),
       'models': _models(rows, save) if rows else None,
+      'changes': {'headings': regression_table.CHANGES, 'rows': list(
+          regression_table.changes_cells(regression.regressions(study)))},
       'checks': checks,
       'training': _training(study, lines, save),
       'mixtures': list(filter(None, (
-          _mixture(study, run, lines[run.name], save) for run in mixtures))),
+          _mixture(study, run, lines[run.name], effects.get(run.name), save)
+          for run in mixtures))),
+      'remarks': regression.remarks(study),
       'graph': _graph(study, runs, save),
       'costs': [_cost(study, found, lines[found['name']]) for found in runs],
       'texts': _texts(study),
@@ -145,9 +152,10 @@ def _curve(study: Study, run: Run, lines: list[dict[str, Any]]) -> dict[str, lis
           'loss_by_domain': [line.get('loss_by_domain', {}) for line in lines]}
 
 
-def _mixture(study: Study, run: Run, lines: list[dict[str, Any]],
+def _mixture(study: Study, run: Run, lines: list[dict[str, Any]], effect: dict[str, Any] | None,
              save: SavePicture) -> dict[str, Any] | None:
-  """Which experts serve which domain: their gates, their load over time, and a piece of text."""
+  """Which experts serve which domain: their gates, what each one's absence costs (`effect`, see
+  regression.effects), their load over time, and a piece of text."""
   file_name = run.name.replace('/', '_')
   if sum(name.replace('/', '_') == file_name for name in study.runs) > 1:
     file_name = urllib.parse.quote(run.name, safe='')
@@ -159,6 +167,8 @@ def _mixture(study: Study, run: Run, lines: list[dict[str, Any]],
   if not stages and not routed:
     return None
   result = {'name': run.name, 'stages': list(stages), 'gates': None, 'load': None, 'dropped': None,
+            'effects': effect and {'headings': regression_table.effects_headings(effect),
+                                   'rows': regression_table.effects_cells(effect)},
             'experts': [{'name': name, 'color': _tint(i, 0.6)}
                         for i, name in enumerate(run.expert_names)],
             'samples': {domain: _sample(run, score['sample']['pieces'], score['sample']['gates'])

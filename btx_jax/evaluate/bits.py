@@ -1,6 +1,6 @@
-"""Measures bits per byte on held-out text by domain, and which experts each domain uses."""
+"""Measures bits per byte on held-out text by domain, and which experts a domain uses and needs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import functools
 import math
 
@@ -40,6 +40,15 @@ def _eval_step(cfg: Config, mesh):
   return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
 
+@functools.cache
+def _masked_step(cfg: Config, mesh):
+  """Compiles (params, batch [B, T], masked [E]) -> summed loss in nats without those experts."""
+  def score(params, batch, masked_E):
+    return forward(cfg, params, batch, masked_E=masked_E).nll
+
+  return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
+
+
 def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
              batch_size: int, tokenizer: Tokenizer) -> dict[str, dict]:
   """Scores whole held-out documents, in windows of `length`.
@@ -62,14 +71,11 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
     each expert in each layer, [L][E], and `sample`, the first tokens of the text: their `pieces`,
     and their `gates` averaged over layers, [pieces][E].
   """
-  rows = sharding.local_rows(mesh, batch_size)
   result = {}
   for domain, tokens in held_out.items():
     nll = scored = count = 0.0
     gates, sample = np.zeros(()), None
-    for batch in mixture.evaluation_batches(tokens, length, batch_size):
-      first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN]
-      batch = sharding.to_global({k: v[rows] for k, v in batch.items()}, mesh, batch_size)
+    for first, batch in _batches(tokens, mesh, length, batch_size):
       batch_nll, batch_tokens, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
       nll, scored = nll + float(batch_nll), scored + int(batch_tokens)
       if routed is not None:
@@ -77,9 +83,50 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
         count += float(routed[1])
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
-    size = int(tokens.bytes[-1])
-    result[domain] = {'bits_per_byte': nll / math.log(2) / max(size, 1), 'tokens': int(scored),
-                      'bytes': size}
+    result[domain] = {'bits_per_byte': _per_byte(nll, tokens), 'tokens': int(scored),
+                      'bytes': int(tokens.bytes[-1])}
     if sample:
       result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}
   return result
+
+
+def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
+                        batch_size: int) -> dict[str, dict]:
+  """Scores a mixture as `evaluate` does, once without each of its experts.
+
+  A masked expert is never chosen, in any layer, and the others' gates are formed as if it did not
+  exist. All masks run the same compiled program.
+
+  Args:
+    cfg: a mixture of at least 2 experts whose router has logits.
+    params: its parameters.
+    held_out: domain -> documents.
+    mesh: the devices to use.
+    length: T, tokens per window.
+    batch_size: rows per batch.
+
+  Returns:
+    domain -> `bits_per_byte`, [E]: entry e is the score without expert e.
+  """
+  step, masks_EE = _masked_step(cfg, mesh), np.eye(cfg.num_experts, dtype=bool)
+  result = {}
+  for domain, tokens in held_out.items():
+    nll_E = np.zeros(cfg.num_experts)
+    for _, batch in _batches(tokens, mesh, length, batch_size):
+      nll_E += jax.device_get([step(params, batch, masked_E) for masked_E in masks_EE])
+    result[domain] = {'bits_per_byte': [_per_byte(nll, tokens) for nll in nll_E.tolist()]}
+  return result
+
+
+def _batches(tokens: Tokens, mesh, length: int, batch_size: int
+             ) -> Iterator[tuple[list[int], dict[str, jax.Array]]]:
+  """Yields the first tokens of each batch's first row, and the batch over the mesh."""
+  rows = sharding.local_rows(mesh, batch_size)
+  for batch in mixture.evaluation_batches(tokens, length, batch_size):
+    first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN].tolist()
+    yield first, sharding.to_global({k: v[rows] for k, v in batch.items()}, mesh, batch_size)
+
+
+def _per_byte(nll: float, tokens: Tokens) -> float:
+  """Bits per byte of raw text, from the negative log likelihood in nats."""
+  return nll / math.log(2) / max(int(tokens.bytes[-1]), 1)

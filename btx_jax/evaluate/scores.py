@@ -14,6 +14,7 @@ from btx_jax.study import manifest
 from btx_jax.study.study import MERGES, Study
 
 FINAL, START, AVERAGE, MERGE = 'final', 'start', 'average', 'merge_'
+MASKED = 'masked'  # the final model without each of its experts; no row of the results table
 
 
 class Model(NamedTuple):
@@ -80,7 +81,7 @@ def sizes(run: Run, stage: str) -> Config:
 
 
 def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
-  """Reads the scores by domain, as `bits.evaluate` returns them.
+  """Reads the scores by domain, as `bits` returns them.
 
   None if there are none, or if they were measured on different text.
   """
@@ -93,7 +94,7 @@ def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
 
 
 def write(study: Study, run: Run, stage: str, scores: dict) -> None:
-  """Stores the scores by domain that `bits.evaluate` returned."""
+  """Stores the scores by domain that `bits` returned."""
   with replacing(_path(study, run, stage)) as file:
     json.dump({'measured_on': _measured_on(study, run), 'domains': scores}, file)
 

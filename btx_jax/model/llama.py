@@ -116,6 +116,7 @@ class Mixture(nn.Module):
     if cfg.router_bias:
       bias_E = self.param('router_bias', nn.initializers.zeros, (E,))
       context = context._replace(bias=bias_E)
+    logits_BTE, context = routers.mask(cfg, logits_BTE, context)
     choice = routers.route(cfg, logits_BTE, context)
     ids_BTk = choice.kept_ids
     y_BTD = moe.sparse_experts(x_BTD, experts, choice.gates, ids_BTk, cfg.dispatch,
@@ -130,8 +131,8 @@ class Block(nn.Module):
   batch_axes: tuple[str, ...] = BATCH_AXES
 
   @nn.compact
-  def __call__(self, x_BTD, layer, rope, segment_ids_BT, tokens_BT, noise):
-    """`layer` counts from 0; only the routers of a mixture read `tokens_BT` and `noise`."""
+  def __call__(self, x_BTD, layer, rope, segment_ids_BT, tokens_BT, noise, masked_E):
+    """`layer` counts from 0; only the routers of a mixture read what follows `segment_ids_BT`."""
     cfg = self.cfg
     x_BTD = checkpoint_name(x_BTD, 'layer')
     norm = lambda name: nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name=name)
@@ -140,7 +141,7 @@ class Block(nn.Module):
     h_BTD = norm('ffn_norm')(x_BTD)
     self.sow(FFN_INPUTS, 'h', h_BTD)
     if cfg.num_experts:
-      context = routers.Context(tokens_BT, segment_ids_BT > 0, layer, noise=noise)
+      context = routers.Context(tokens_BT, segment_ids_BT > 0, layer, noise=noise, masked=masked_E)
       y_BTD, routed = Mixture(cfg, self.batch_axes, name='ffn')(h_BTD, context)
     else:
       y_BTD, routed = swiglu(h_BTD, SwiGLU(cfg, name='ffn')(h_BTD.dtype)), None
@@ -165,7 +166,7 @@ class Llama(nn.Module):
 
   @nn.compact
   def __call__(self, tokens_BT, segment_ids_BT, positions_BT,
-               noise: routers.NoiseKey | None = None):
+               noise: routers.NoiseKey | None = None, masked_E=None):
     """The final hidden states of packed documents, which do not see each other.
 
     Args:
@@ -173,6 +174,7 @@ class Llama(nn.Module):
       segment_ids_BT: the document of each position, from 1 within its row; 0 is padding.
       positions_BT: position within the document.
       noise: seeds the routers' noise in training; None in evaluation.
+      masked_E: True for experts of a mixture that are left out of every layer; None is none.
 
     Returns:
       hidden states [B, T, D] in the compute dtype, and for a mixture the `Routing` of its
@@ -191,12 +193,12 @@ class Llama(nn.Module):
     if cfg.remat != 'none':
       block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[cfg.remat])
     # Any, because flax does not annotate in_axes, and its default is an int.
-    in_axes: Any = (0, *(nn.broadcast,) * 4)
+    in_axes: Any = (0, *(nn.broadcast,) * 5)
     layers = nn.scan(
         block, variable_axes={'params': 0, FFN_INPUTS: 0}, split_rngs={'params': True},
         in_axes=in_axes, length=cfg.num_layers)
     x_BTD, routed = layers(cfg, self.batch_axes, name='layers')(
-        x_BTD, jnp.arange(cfg.num_layers), rope, segment_ids_BT, tokens_BT, noise)
+        x_BTD, jnp.arange(cfg.num_layers), rope, segment_ids_BT, tokens_BT, noise, masked_E)
     return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name='norm')(x_BTD), routed
 
 

@@ -38,12 +38,14 @@ class Context(NamedTuple):
     layer: counts from 0.
     bias: [E], added to the scores for the choice alone; None is no bias.
     noise: None in evaluation.
+    masked: [E], True for experts that do not exist for this pass; None is none. See `mask`.
   """
   tokens: jax.Array
   counted: jax.Array
   layer: jax.Array | int = 0
   bias: jax.Array | None = None
   noise: NoiseKey | None = None
+  masked: jax.Array | None = None
 
   @property
   def training(self) -> bool:
@@ -68,6 +70,27 @@ class Choice(NamedTuple):
   def kept_ids(self) -> jax.Array:
     """`ids`, and -1 for choices that are not kept."""
     return self.ids if self.kept is None else jnp.where(self.kept, self.ids, -1)
+
+
+def mask(cfg: Config, logits_BTE: jax.Array | None, context: Context
+         ) -> tuple[jax.Array | None, Context]:
+  """The logits, and the context, of a model without the experts that `context.masked` marks.
+
+  With logits and biases of minus infinity a router computes what it would without these experts,
+  in evaluation exactly. Where fewer than k are left, a masked one is chosen with a gate of 0.
+
+  Raises:
+    ValueError: experts are masked, and the router has no logits.
+  """
+  if context.masked is None:
+    return logits_BTE, context
+  if logits_BTE is None:
+    raise ValueError(f'The router {cfg.router!r} has no logits, so no expert can be masked.')
+  bias_E = context.bias
+  if bias_E is not None:
+    bias_E = jnp.where(context.masked, -jnp.inf, bias_E)
+  return (jnp.where(context.masked[None, None], -jnp.inf, logits_BTE),
+          context._replace(bias=bias_E))
 
 
 def route(cfg: Config, logits_BTE: jax.Array | None, context: Context) -> Choice:

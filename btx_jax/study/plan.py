@@ -137,6 +137,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       entry.domains or entry.steps or entry.match_flops_of)
   vocabulary = _vocabulary(name, config, runs, pretrained, untrained, vocab_size, tokenizer)
   model = _model(name, config, runs, recipe, pretrained, vocab_size)
+  names = names or tuple(f'expert {e}' for e in range(model.num_experts))  # of a pretrained mixture
   if model.vocab_size < vocab_size and not vocabulary:
     raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
                      f"tokenizer's {vocab_size}; set it to 0 to take the tokenizer's.")

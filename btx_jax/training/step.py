@@ -68,7 +68,7 @@ class Scores(NamedTuple):
 
 
 def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
-            noise: NoiseKey | None = None) -> Scores:
+            noise: NoiseKey | None = None, masked_E=None) -> Scores:
   """Runs the model on a batch.
 
   Args:
@@ -77,10 +77,11 @@ def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
     batch: arrays [B, T] as data/mixture.py makes them.
     batch_axes: the mesh axes over which rows are sharded.
     noise: seeds the routers' noise in training; None in evaluation.
+    masked_E: True for experts of a mixture that are left out; None is none.
   """
   outputs: Any = llama.Llama(cfg, batch_axes).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'],
-      noise)
+      noise, masked_E)
   hidden_BTD, routed = outputs
   nll, row_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
                                  batch['targets'], batch['loss_mask'], batch_axes)

@@ -1,0 +1,63 @@
+"""Tables of evaluate/regression.py for the terminal."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from btx_jax import terminal
+from btx_jax.evaluate import regression
+from btx_jax.study.study import Study
+
+WIDTH = 100  # columns
+CHANGES = ('run', 'since', 'domain', 'before', 'after', 'change %')
+Cells = list[list[tuple[str, bool]]]  # rows of (text, whether it is marked)
+
+
+def show(study: Study) -> None:
+  """Prints what training changed in each mixture, and which expert helps whom."""
+  if found := regression.regressions(study):
+    terminal.show(changes_table(found), WIDTH)
+  for effect in regression.effects(study):
+    terminal.show(effects_table(effect), WIDTH)
+  for remark in regression.remarks(study):
+    terminal.say(remark)
+
+
+def changes_table(found: Sequence[dict[str, Any]]) -> Table:
+  """The changes of all runs, each run's name on its first line only."""
+  return terminal.table(CHANGES, changes_cells(found), names=3, title=(
+      'Bits per byte before and after training a mixture, worst first'))
+
+
+def changes_cells(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+  """A row for each run and domain, in the columns CHANGES."""
+  for each in found:
+    names = [each['name'], each['since']]
+    for change in each['changes']:
+      yield [*names, change['domain'], f'{change["before"]:.3f}', f'{change["after"]:.3f}',
+             terminal.format_number(change['percent'], '+.2f')]
+      names = ['', '']
+
+
+def effects_table(effect: dict[str, Any]) -> Table:
+  """A mixture without each of its experts: a row for each expert, a column for each domain."""
+  rows = [[cell if not marked else Text(cell, style='bold') for cell, marked in row]
+          for row in effects_cells(effect)]
+  return terminal.table(
+      effects_headings(effect), rows,
+      title=f'{effect["name"]} without each expert: bits per byte added (most is bold)')
+
+
+def effects_headings(effect: dict[str, Any]) -> list[str]:
+  """Headings of the columns of `effects_cells`."""
+  return ['without', *effect['change']]
+
+
+def effects_cells(effect: dict[str, Any]) -> Cells:
+  """A row for each expert; marked where a domain misses no expert more."""
+  columns = effect['change'].values()
+  return [[(f'{e} {name}', False),
+           *((f'{change[e]:+.3f}', change[e] == max(change)) for change in columns)]
+          for e, name in enumerate(effect['experts'])]
