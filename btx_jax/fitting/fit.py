@@ -19,7 +19,7 @@ from btx_jax.study import params, routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
-TEMPERATURES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
+TEMPERATURES = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
 # Of the temperatures whose loss is within this share of the lowest, the highest is taken: routers
 # that are less certain cost nothing, and a finetune can still move them.
 _CLOSE = 1e-3
@@ -29,7 +29,7 @@ def check_text(run: Run, text: Text) -> None:
   """Raises UsageError if there is too little text to set a run's routers from."""
   for domain in run.routers.domains if run.routers else ():
     rows = _available(run, text, domain)
-    tokens = len(_to_fit(range(rows))) * run.seq_len
+    tokens = len(to_fit(range(rows))) * run.seq_len
     if rows < 5 or tokens < run.model.dim:
       raise UsageError(
           f'runs.{run.name}: {domain!r} has {rows} training rows of {run.seq_len} tokens, too few '
@@ -56,7 +56,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
     number = settings.labels.index(domain)
     say(f'{run.name}: reading {domain} with the expert of {run.expert_names[number]}')
     parameters = params.expert(study, run, number, mesh)
-    batches = _batches(study, _to_fit(of_domain))
+    batches = _batches(study, to_fit(of_domain))
     sums[domain] = passes.sums(dense_model(run.model), parameters, batches, mesh)
   columns_LDE = solve.columns(settings.kind, sums, settings.labels, settings.ridge)
   columns_LDE, figures = _choose_temperature(study, run, rows, columns_LDE, mesh)
@@ -91,7 +91,7 @@ def _choose_temperature(study: Study, run: Run, rows: dict[str, list[Batch]],
                         columns_LDE: np.ndarray, mesh) -> tuple[np.ndarray, dict[str, Any]]:
   """The routers divided by the temperature, and what they do on the rows that are kept for it."""
   settings = _settings(run)
-  kept = {domain: _kept(of_domain) for domain, of_domain in rows.items()}
+  kept = {domain: kept_rows(of_domain) for domain, of_domain in rows.items()}
   own_GE = np.array([[label == domain for label in settings.labels] for domain in kept])
   everything = [row | {'domain': np.array(i, np.int32)}
                 for i, of_domain in enumerate(kept.values()) for row in of_domain]
@@ -135,12 +135,12 @@ def _rows(run: Run, text: Text, domain: str) -> list[Batch]:
   return [order[i] for i in range(min(_settings(run).rows, _available(run, text, domain)))]
 
 
-def _to_fit(rows: Sequence) -> list:
+def to_fit(rows: Sequence) -> list:
   """Four of five rows."""
   return [row for i, row in enumerate(rows) if i % 5]
 
 
-def _kept(rows: Sequence) -> list:
+def kept_rows(rows: Sequence) -> list:
   """The others."""
   return list(rows[::5])
 

@@ -40,7 +40,7 @@ def sums(cfg: Config, params, batches: Iterable[Batch], mesh) -> Sums:
   """
   outer, total, tokens = np.zeros(()), np.zeros(()), 0
   for batch in batches:
-    found = jax.device_get(_sums(cfg, mesh)(params, _placed(batch, mesh)))
+    found = jax.device_get(sums_program(cfg, mesh)(params, _placed(batch, mesh)))
     outer, total = outer + found[0].astype(np.float64), total + found[1].astype(np.float64)
     tokens += int(found[2])
   return Sums(outer, total, tokens)
@@ -79,7 +79,7 @@ def routed(cfg: Config, params, columns_LDE, own_GE, batches: Iterable[Batch], m
     is that of an expert of their domain, `entropy` [L] of the softmax over all logits in nats,
     `picks` [L, E]; and `tokens`.
   """
-  return _added_up(_routed(cfg, mesh), (params, columns_LDE, own_GE), batches, mesh)
+  return _added_up(routed_program(cfg, mesh), (params, columns_LDE, own_GE), batches, mesh)
 
 
 def expert_of(params, number: int):
@@ -96,7 +96,8 @@ def with_routers(params, columns_LDE):
 
 
 @functools.cache
-def _sums(cfg: Config, mesh):
+def sums_program(cfg: Config, mesh):
+  """Compiles (params of a dense model, batch [B, T]) -> outer [L, D, D], total [L, D], tokens."""
   def add_up(params, batch):
     counted_BT = batch['segment_ids'] > 0
     x_LBTD = jnp.where(counted_BT[None, ..., None], router_inputs(cfg, params, batch), 0)
@@ -117,7 +118,8 @@ def _right(cfg: Config, mesh):
 
 
 @functools.cache
-def _routed(cfg: Config, mesh):
+def routed_program(cfg: Config, mesh):
+  """Compiles (params of a mixture, routers, own_GE, batch [B, T]) -> what `routed` adds up."""
   def score(params, columns_LDE, own_GE, batch):
     found: Any = forward(cfg, with_routers(params, columns_LDE), batch)
     counted_BT = batch['segment_ids'] > 0

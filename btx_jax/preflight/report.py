@@ -9,7 +9,7 @@ from rich.table import Table
 from btx_jax import terminal
 from btx_jax.devices.hardware import Chip
 from btx_jax.model.config import REMATS
-from btx_jax.preflight import measure
+from btx_jax.preflight import measure, routers
 from btx_jax.preflight.cost import Cost
 from btx_jax.preflight.measure import Measured
 from btx_jax.preflight.topology import Topology
@@ -36,12 +36,17 @@ def print_report(study: Study, topology: Topology, as_json: bool, only: str | No
     if not as_json:
       say(f'{_names(program)}: compiled in {program.compile_seconds:.0f} s'
           + (f'; {program.error}' if program.error else ''))
+  passes = routers.measured(study, topology, only)
+  fits = all(each.fits for each in (*found, *passes))
   if as_json:
-    print(json.dumps(as_data(found, topology), indent=1))
-    return all(program.fits for program in found)
+    data = as_data(found, topology) | {'routers': [each.as_data() for each in passes]}
+    print(json.dumps(data, indent=1))
+    return fits
+  for each in passes:
+    say(each.in_words())
   if not found:
-    say('This config trains no run, so there is nothing to compile.')
-    return True
+    say('This config trains no run, so there is no train step to compile.')
+    return fits
   for line in missing_models(study):
     say(line)
   say(f'{topology.name}: {found[0].devices} devices, compiled by {topology.compiler}. Times assume '
@@ -54,7 +59,7 @@ def print_report(study: Study, topology: Topology, as_json: bool, only: str | No
       say(f'{"proven " if finding.holds else "REFUTED"}  {finding.text}')
     for line in advice(program):
       say(line)
-  return all(program.fits for program in found)
+  return fits
 
 
 def missing_models(study: Study) -> list[str]:
