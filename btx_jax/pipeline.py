@@ -17,7 +17,7 @@ from btx_jax.devices import distributed, hardware
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, scores
 from btx_jax.model.config import Config
-from btx_jax.run import MIX, Run, seed_of
+from btx_jax.run import MIX, Run
 from btx_jax.study import compatibility, context, manifest, params, plan
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -91,7 +91,8 @@ class Pipeline(Study):
     return run.spec() | {
         'tokenizer': text.tokenizer.hash,
         'data': {domain: text.train[domain].hash for domain in run.weights},
-        'sources': [[source.name, manifest.identity(self.spec(source))] for source in run.sources],
+        'sources': [[source.plain_name, manifest.identity(self.spec(source))]
+                    for source in run.sources],
     }
 
   def evaluate(self, model: Config, parameters) -> dict[str, dict]:
@@ -138,7 +139,7 @@ class Pipeline(Study):
 
   def _order(self, run: Run):
     return mixture.training_order(
-        self.prepare_text().train, run.weights, run.seq_len, seed_of(run.name, run.seed))
+        self.prepare_text().train, run.weights, run.seq_len, run.rng_seed)
 
   # Training
 
@@ -213,7 +214,7 @@ class Pipeline(Study):
     wanted = distributed.broadcast(missing)
     for name, stage in wanted:
       if stage in make:
-        say(f'{name}: measuring')
+        say(f'{os.path.join(run.series, name)}: measuring')
         found = self.evaluate(scores.sizes(run, stage), make[stage](self, run, self.mesh))
         distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
     forms = [stage.removeprefix(scores.MERGE) for _, stage in wanted if stage not in make]

@@ -24,6 +24,7 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
   panels = {domain: [row['bits_per_byte'][domain] for row in rows]
             for domain in rows[0]['bits_per_byte']}
   panels['mean'] = [row['mean'] for row in rows]
+  spreads = [row.get('spread') for row in rows]
   write = _Writer([*panels, *(row['name'] for row in rows)])
   names = [write(row['name']) for row in rows]
   longest = max(map(len, names))
@@ -34,6 +35,10 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
     best = min(values)
     bars = axis.barh(range(len(values)), values,
                      color=[BEST if value == best else OTHER for value in values])
+    if any(spreads):
+      axis.errorbar(values, range(len(values)), fmt='none', ecolor='black', elinewidth=0.8, xerr=[
+          {**spread['bits_per_byte'], 'mean': spread['mean']}[panel] if spread else 0.0
+          for spread in spreads])
     axis.bar_label(bars, fmt='%.2f', padding=2, fontsize=8)
     axis.set_yticks(range(len(names)), names if i % columns == 0 else [''] * len(names),
                     **write.style)
@@ -49,7 +54,8 @@ def curves(runs: Mapping[str, Mapping]) -> bytes:
   """Training loss of all runs by tokens and by FLOPs; each curve begins where its sources ended.
 
   Args:
-    runs: name -> `tokens`, `flops` and `loss`, sequences of equal length.
+    runs: name -> `tokens`, `flops` and `loss`, sequences of equal length. A loss of NaN ends one
+      line and begins the next.
   """
   figure, axes = _panels(2, 2, 3.0, legend=len(runs), above=0.1)
   for axis, by, unit in zip(axes, ('tokens', 'flops'), (' tokens', 'FLOP')):
@@ -238,6 +244,7 @@ def _limits(axes, losses: Sequence[Sequence[float]]):
   The first steps of a random model would leave no room for the rest.
   """
   flat = np.concatenate([np.asarray(loss, float) for loss in losses] or [np.zeros(1)])
+  flat = flat[~np.isnan(flat)]
   if len(flat):
     low, high = flat.min(), np.quantile(flat, 0.97)
     margin = 0.05 * (high - low) or 0.5
