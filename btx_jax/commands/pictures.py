@@ -20,7 +20,11 @@ def color(index: int) -> str:
 
 
 def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
-  """A panel for each domain and one for the mean, a bar for each model."""
+  """A panel for each domain and one for the mean, a bar for each model.
+
+  Args:
+    rows: see table.rows; those with `spread` (seeds.mean_row) get an error bar.
+  """
   panels = {domain: [row['bits_per_byte'][domain] for row in rows]
             for domain in rows[0]['bits_per_byte']}
   panels['mean'] = [row['mean'] for row in rows]
@@ -33,12 +37,10 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
                          below=0.15)
   for i, (axis, (panel, values)) in enumerate(zip(axes, panels.items())):
     best = min(values)
-    bars = axis.barh(range(len(values)), values,
+    errors = [{**spread['bits_per_byte'], 'mean': spread['mean']}[panel] if spread else 0.0
+              for spread in spreads]
+    bars = axis.barh(range(len(values)), values, xerr=errors if any(spreads) else None,
                      color=[BEST if value == best else OTHER for value in values])
-    if any(spreads):
-      axis.errorbar(values, range(len(values)), fmt='none', ecolor='black', elinewidth=0.8, xerr=[
-          {**spread['bits_per_byte'], 'mean': spread['mean']}[panel] if spread else 0.0
-          for spread in spreads])
     axis.bar_label(bars, fmt='%.2f', padding=2, fontsize=8)
     axis.set_yticks(range(len(names)), names if i % columns == 0 else [''] * len(names),
                     **write.style)

@@ -70,7 +70,7 @@ def _names(program: Measured) -> str:
   names = (' | ' if program.stacked else ', ').join(
       run.plain_name for run in program.of_one_seed)
   seeds = len(program.runs) // len(program.of_one_seed)
-  return names if seeds == 1 else f'{names}: each of {seeds} seeds'
+  return names if seeds == 1 else f'{names} (each of {seeds} seeds)'
 
 
 def as_table(found: list[Measured], topology: Topology) -> Table:
