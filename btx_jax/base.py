@@ -24,6 +24,11 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   # Everything random derives from this and from the name of the run.
   config.seed = 0
+  # () trains each run once, with config.seed. Seeds, as in (0, 1, 2), train every run once for each
+  # of them instead, in directories seed-0/RUN, seed-1/RUN and so on; the table then has the mean
+  # and the spread over the seeds. The text, its tokenizer and what is held out are the same for
+  # all of them.
+  config.seeds = ()
 
   # The text: name -> domain(...), see below.
   config.domains = ConfigDict()

@@ -73,7 +73,7 @@ def train_runs(name: str, workdir: str):
        '--workdir': os.path.realpath(workdir)}, COORDINATOR_TIMEOUT.value)
   import jax
 
-  from btx_jax.commands import regression, report, table
+  from btx_jax.commands import regression, report, seeds, table
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
@@ -90,10 +90,10 @@ def train_runs(name: str, workdir: str):
     say('Every run is complete already.')
 
   def print_results():
-    rows = table.rows(pipeline)
-    show(table.as_table(rows))
+    results = seeds.results(pipeline)
+    show(table.as_table(results.rows, results.note))
     regression.show(pipeline)
-    for check in table.checks(pipeline, rows):
+    for check in results.checks:
       say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
     say(f'Report: {report.write_report(pipeline, name)}. To use your own text, write a config '
         'like configs/demo.py with domains of your files: docs/your_data.md')

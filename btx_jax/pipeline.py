@@ -18,7 +18,7 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, regression, scores
 from btx_jax.fitting import fit
 from btx_jax.model.config import Config
-from btx_jax.run import MIX, Run, seed_of
+from btx_jax.run import MIX, Run
 from btx_jax.study import compatibility, context, manifest, params, plan
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -94,7 +94,8 @@ class Pipeline(Study):
     return run.spec() | {
         'tokenizer': text.tokenizer.hash,
         'data': {domain: text.train[domain].hash for domain in run.domains},
-        'sources': [[source.name, manifest.identity(self.spec(source))] for source in run.sources],
+        'sources': [[source.plain_name, manifest.identity(self.spec(source))]
+                    for source in run.sources],
     }
 
   def evaluate(self, model: Config, parameters) -> dict[str, dict]:
@@ -141,7 +142,7 @@ class Pipeline(Study):
 
   def _order(self, run: Run):
     return mixture.training_order(
-        self.prepare_text().train, run.weights, run.seq_len, seed_of(run.name, run.seed))
+        self.prepare_text().train, run.weights, run.seq_len, run.rng_seed)
 
   # Training
 
@@ -223,11 +224,12 @@ class Pipeline(Study):
         if made is not make[stage]:  # the final model serves two stages
           made, parameters = make[stage], None  # one model at a time
           parameters = made(self, run, self.mesh)
+        shown = os.path.join(run.series, name)
         if stage == scores.MASKED:
-          say(f'{name}: measuring without each of its {run.model.num_experts} experts')
+          say(f'{shown}: measuring without each of its {run.model.num_experts} experts')
           found = self._without_each_expert(run.model, parameters)
         else:
-          say(f'{name}: measuring')
+          say(f'{shown}: measuring')
           found = self.evaluate(scores.sizes(run, stage), parameters)
         distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
     del parameters

@@ -124,7 +124,8 @@ class Run:
   """One training run.
 
   Attributes:
-    name: also the name of its directory in the working directory.
+    name: also the name of its directory in the working directory: the config's name for it, after
+      its series and a slash if it has one.
     init: 'random'; 'checkpoint', the end of another run; 'mix', a mixture of several; or
       'hugging_face', a pretrained model.
     sources: the runs that it starts from, each once.
@@ -138,12 +139,14 @@ class Run:
     batch_size: B, rows per step.
     microbatches: microbatches per step.
     objective: the losses, and what is frozen.
-    seed: the config's; seed_of makes each run's own from it and the run's name.
+    seed: the config's, or one of its seeds; `rng_seed` is made from it.
     folder: the folder of a pretrained model.
     content: a hash of what is in that folder, wherever it is.
     vocabulary: a hash of a pretrained model's vocabulary if it contradicts the tokenizer of the
       config, so that the model can only be mixed; else ''.
     routers: how a mixture's routers are set from text; None if they are random.
+    series: the directory of all runs with this seed, if the config has several seeds and the run
+      depends on them; else ''.
   """
   name: str
   init: str
@@ -163,12 +166,17 @@ class Run:
   content: str = ''
   vocabulary: str = ''
   routers: RoutersFromText | None = None
+  series: str = ''
 
   def spec(self) -> dict:
-    """Everything in the run itself that decides its result, as plain data."""
+    """Everything in the run itself that decides its result, as plain data.
+
+    The series does not: a run has the same spec whether its seed is the only one or one of several.
+    """
     spec = dataclasses.asdict(dataclasses.replace(self, sources=()))
-    spec['sources'] = [source.name for source in self.sources]
-    del spec['expert_names']
+    spec['name'] = self.plain_name
+    spec['sources'] = [source.plain_name for source in self.sources]
+    del spec['expert_names'], spec['series']
     for key in COMPUTE:
       del spec['model'][key]
     del spec['folder']
@@ -181,6 +189,16 @@ class Run:
   def domains(self) -> tuple[str, ...]:
     """The domains whose text decides the result: of the training, and of the routers."""
     return tuple(dict.fromkeys([*self.weights, *(self.routers.domains if self.routers else ())]))
+
+  @property
+  def plain_name(self) -> str:
+    """The config's name for the run, the same in every series."""
+    return self.name.removeprefix(f'{self.series}/') if self.series else self.name
+
+  @property
+  def rng_seed(self) -> int:
+    """The seed of everything random in the run: different for each run and each seed."""
+    return seed_of(self.plain_name, self.seed)
 
   @property
   def tokens(self) -> int:

@@ -62,7 +62,8 @@ case $experts in
   stacked)
     read -ra names <<< "${stages[*]}"
     for name in "${names[@]}"; do
-      [[ $name != expert/* ]] || stacked+="'$name', "
+      [[ ! $name =~ ^seed-[0-9]+/ ]] || name=${name#*/}  # config.stacked has it once for all seeds
+      [[ $name != expert/* || $stacked == *"'$name', "* ]] || stacked+="'$name', "
     done
     [[ $stacked ]] || fail "EXPERTS=stacked needs runs called expert/*; there are only: ${names[*]}"
     command+=("--config.stacked=(${stacked% })")

@@ -140,10 +140,11 @@ def test_stages_leave_out_what_is_complete(text, tmp_path):
 def test_what_can_only_be_one_job_is_one(tmp_path):
   done = launch('gpu_node.sh', '--dry-run', '--one-job', *FLAGS, env=environment(tmp_path))
   assert commands_in(done.stdout) == [list(FLAGS)]
-  done = launch('gpu_node.sh', '--dry-run', '--config=configs/demo.py',
-                env=environment(tmp_path, EXPERTS='stacked'))
-  [[_, stacked]] = commands_in(done.stdout)
-  assert sorted(re.findall("'(.+?)'", stacked)) == RUNS[1][1:-1]
+  for seeds in ([], ['--config.seeds=0,1']):
+    done = launch('gpu_node.sh', '--dry-run', '--config=configs/demo.py', *seeds,
+                  env=environment(tmp_path, EXPERTS='stacked'))
+    [[*_, stacked]] = commands_in(done.stdout)
+    assert sorted(re.findall("'(.+?)'", stacked)) == RUNS[1][1:-1]
   done = launch('gpu_node.sh', '--run=seed', *FLAGS, env=environment(tmp_path))
   assert done.returncode == 2 and '--run=seed is set by this script; omit it' in done.stderr
 

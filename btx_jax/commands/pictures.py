@@ -20,10 +20,15 @@ def color(index: int) -> str:
 
 
 def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
-  """A panel for each domain and one for the mean, a bar for each model."""
+  """A panel for each domain and one for the mean, a bar for each model.
+
+  Args:
+    rows: see table.rows; those with `spread` (seeds.mean_row) get an error bar.
+  """
   panels = {domain: [row['bits_per_byte'][domain] for row in rows]
             for domain in rows[0]['bits_per_byte']}
   panels['mean'] = [row['mean'] for row in rows]
+  spreads = [row.get('spread') for row in rows]
   write = _Writer([*panels, *(row['name'] for row in rows)])
   names = [write(row['name']) for row in rows]
   longest = max(map(len, names))
@@ -32,7 +37,9 @@ def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
                          below=0.15)
   for i, (axis, (panel, values)) in enumerate(zip(axes, panels.items())):
     best = min(values)
-    bars = axis.barh(range(len(values)), values,
+    errors = [{**spread['bits_per_byte'], 'mean': spread['mean']}[panel] if spread else 0.0
+              for spread in spreads]
+    bars = axis.barh(range(len(values)), values, xerr=errors if any(spreads) else None,
                      color=[BEST if value == best else OTHER for value in values])
     axis.bar_label(bars, fmt='%.2f', padding=2, fontsize=8)
     axis.set_yticks(range(len(names)), names if i % columns == 0 else [''] * len(names),
@@ -49,7 +56,8 @@ def curves(runs: Mapping[str, Mapping]) -> bytes:
   """Training loss of all runs by tokens and by FLOPs; each curve begins where its sources ended.
 
   Args:
-    runs: name -> `tokens`, `flops` and `loss`, sequences of equal length.
+    runs: name -> `tokens`, `flops` and `loss`, sequences of equal length. A loss of NaN ends one
+      line and begins the next.
   """
   figure, axes = _panels(2, 2, 3.0, legend=len(runs), above=0.1)
   for axis, by, unit in zip(axes, ('tokens', 'flops'), (' tokens', 'FLOP')):
@@ -238,6 +246,7 @@ def _limits(axes, losses: Sequence[Sequence[float]]):
   The first steps of a random model would leave no room for the rest.
   """
   flat = np.concatenate([np.asarray(loss, float) for loss in losses] or [np.zeros(1)])
+  flat = flat[~np.isnan(flat)]
   if len(flat):
     low, high = flat.min(), np.quantile(flat, 0.97)
     margin = 0.05 * (high - low) or 0.5

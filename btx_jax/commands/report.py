@@ -15,7 +15,7 @@ import urllib.parse
 import jinja2
 import numpy as np
 
-from btx_jax.commands import pictures, status, table
+from btx_jax.commands import pictures, seeds, status, table
 from btx_jax.commands import regression as regression_table
 from btx_jax.data.tokens import read_meta
 from btx_jax.errors import UsageError
@@ -52,20 +52,29 @@ def write_report(study: Study, config_name: str) -> str:
   found = status.collect(study)
   if found['notes']:
     raise UsageError(f'There is nothing to report: {found["notes"][0]}')
-  rows = table.rows(study)
-  checks = table.checks(study, rows)
+  results = seeds.results(study)
   folder = os.path.join(study.workdir, 'report')
   with replacing(os.path.join(folder, 'report.json')) as file:
-    json.dump({'config': config_name, 'rows': rows, 'checks': checks, 'runs': found['runs'],
+    json.dump({'config': config_name, 'rows': results.rows, 'checks': results.checks,
+               'runs': found['runs'], **_by_seed(results),
                'regressions': regression.regressions(study),
                'without_each_expert': regression.effects(study)}, file, indent=1)
   save = functools.partial(_save_picture, folder)
   page = _template().render(
-      config_name=config_name, **_contents(study, found['runs'], rows, checks, save))
+      config_name=config_name, **_contents(study, found['runs'], results, save))
   path = os.path.join(folder, 'report.html')
   with replacing(path) as file:
     file.write(page)
   return path
+
+
+def _by_seed(results: seeds.Results) -> dict[str, Any]:
+  """The rows of each seed for report.json; {} without config.seeds."""
+  if not results.by_series:
+    return {}
+  return {'note': results.note,
+          'seeds': {series: {'complete': series in results.complete, 'rows': rows}
+                    for series, rows in results.by_series.items()}}
 
 
 def _template() -> jinja2.Template:
@@ -82,34 +91,29 @@ def _save_picture(folder: str, name: str, png: bytes, alt: str) -> Picture:
   return Picture(f'data:image/png;base64,{base64.b64encode(png).decode()}', alt)
 
 
-def _contents(study: Study, runs: list[dict[str, Any]], rows: list[table.Row],
-              checks: list[dict[str, Any]], save: SavePicture) -> dict[str, Any]:
+def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
+              save: SavePicture) -> dict[str, Any]:
   """The data that report.html renders; sections without results yet are empty.
 
   Args:
     study: whose report it is.
     runs: see status.collect.
-    rows: see table.rows.
-    checks: see table.checks.
+    results: see seeds.results.
     save: saves a picture.
   """
   lines = {name: [line for line in metrics.read(study.folder(name)) if 'loss' in line]
            for name in study.runs}
-  mixtures = [run for run in study.runs.values() if run.model.num_experts]
-  effects = {effect['name']: effect for effect in regression.effects(study)}
   return {
       'workdir': study.workdir,
       'written': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
       'runs': runs,
       'complete': sum(run['state'] == manifest.COMPLETE for run in runs),
-      'models': _models(rows, save) if rows else None,
+      'models': _models(results, save) if results.rows else None,
       'changes': {'headings': regression_table.CHANGES, 'rows': list(
           regression_table.changes_cells(regression.regressions(study)))},
-      'checks': checks,
+      'checks': results.checks,
       'training': _training(study, lines, save),
-      'mixtures': list(filter(None, (
-          _mixture(study, run, lines[run.name], effects.get(run.name), save)
-          for run in mixtures))),
+      'mixtures': _mixtures(study, lines, save),
       'remarks': regression.remarks(study),
       'graph': _graph(study, runs, save),
       'costs': [_cost(study, found, lines[found['name']]) for found in runs],
@@ -117,9 +121,16 @@ def _contents(study: Study, runs: list[dict[str, Any]], rows: list[table.Row],
   }
 
 
-def _models(rows: list[table.Row], save: SavePicture) -> dict[str, Any]:
+def _models(results: seeds.Results, save: SavePicture) -> dict[str, Any]:
   """The comparison of all models."""
+  rows = results.rows
+  means = {series: {row['name']: row['mean'] for row in of_seed}
+           for series, of_seed in results.by_series.items()}
   return {
+      'note': results.note,
+      'seeds': list(means),
+      'by_seed': [[row['name'], *(format_number(of_seed.get(row['name']), '.3f')
+                                  for of_seed in means.values())] for row in rows],
       'headings': ['model', *table.headings(rows)],
       'rows': [{'name': row['name'], 'scores': scored, 'costs': costs}
                for row, scored, costs in zip(rows, table.scored(rows), table.costs(rows))],
@@ -129,8 +140,13 @@ def _models(rows: list[table.Row], save: SavePicture) -> dict[str, Any]:
 
 
 def _training(study: Study, lines: dict[str, list], save: SavePicture) -> dict[str, Picture] | None:
-  """The loss curves of all runs that have one."""
-  curves = {name: _curve(study, study.runs[name], lines[name]) for name in lines if lines[name]}
+  """The loss curves of all runs that have one; those of several seeds have one name and colour."""
+  curves: dict[str, dict[str, list]] = {}
+  for name in lines:
+    if lines[name]:
+      run = study.runs[name]
+      before, curve = curves.get(run.plain_name), _curve(run, lines[name])
+      curves[run.plain_name] = _after(before, curve) if before else curve
   if not curves:
     return None
   return {
@@ -141,7 +157,7 @@ def _training(study: Study, lines: dict[str, list], save: SavePicture) -> dict[s
           'Training loss by domain')}
 
 
-def _curve(study: Study, run: Run, lines: list[dict[str, Any]]) -> dict[str, list]:
+def _curve(run: Run, lines: list[dict[str, Any]]) -> dict[str, list]:
   """A run's losses, and the tokens and FLOPs spent until then, those of its ancestors included."""
   before = lineage(run)[1:]
   tokens_before, flops_before = sum(r.tokens for r in before), sum(r.flops for r in before)
@@ -150,6 +166,23 @@ def _curve(study: Study, run: Run, lines: list[dict[str, Any]]) -> dict[str, lis
           'flops': [flops_before + share * run.flops for share in done],
           'loss': [line['loss'] for line in lines],
           'loss_by_domain': [line.get('loss_by_domain', {}) for line in lines]}
+
+
+def _after(before: dict[str, list], curve: dict[str, list]) -> dict[str, list]:
+  """A curve with another before it; the NaN between them interrupts the line."""
+  gap = {'tokens': curve['tokens'][:1], 'flops': curve['flops'][:1], 'loss': [float('nan')],
+         'loss_by_domain': [{}]}
+  return {key: [*before[key], *gap[key], *values] for key, values in curve.items()}
+
+
+def _mixtures(study: Study, lines: dict[str, list], save: SavePicture) -> list[dict[str, Any]]:
+  """See `_mixture`. Of several seeds only the first with results: the others look alike."""
+  effects = {effect['name']: effect for effect in regression.effects(study)}
+  found = {}
+  for run in study.runs.values():
+    if run.model.num_experts and not found.get(run.plain_name):
+      found[run.plain_name] = _mixture(study, run, lines[run.name], effects.get(run.name), save)
+  return list(filter(None, found.values()))
 
 
 def _mixture(study: Study, run: Run, lines: list[dict[str, Any]], effect: dict[str, Any] | None,
@@ -210,14 +243,21 @@ def _tint(expert: int, strength: float) -> str:
 
 
 def _graph(study: Study, runs: list[dict[str, Any]], save: SavePicture) -> Picture:
-  """The graph of the runs, each with its state and cost."""
-  notes = {
-      name: f'{found["state"]}\n{run.tokens / 1e6:,.1f} M tokens, '
-            f'{_manifest(study, run).get("seconds", 0) / 60:,.0f} min'
-      for (name, run), found in zip(study.runs.items(), runs)}
-  return save('graph', pictures.graph(
-      {name: [source.name for source in run.sources] for name, run in study.runs.items()},
-      notes), 'The graph of the runs')
+  """The graph of the runs, each with its state and cost; those of several seeds are one."""
+  of_name: dict[str, list[tuple[Run, str]]] = {}
+  for run, found in zip(study.runs.values(), runs):
+    of_name.setdefault(run.plain_name, []).append((run, found['state']))
+  sources, notes = {}, {}
+  for name, found in of_name.items():
+    run, state = found[0]
+    if len(found) > 1:
+      done = sum(each == manifest.COMPLETE for _, each in found)
+      state = f'complete in {done} of {len(found)} seeds'
+    minutes = sum(_manifest(study, each).get('seconds', 0) for each, _ in found) / 60
+    sources[name] = [source.plain_name for source in run.sources]
+    notes[name] = (f'{state}\n{sum(each.tokens for each, _ in found) / 1e6:,.1f} M tokens, '
+                   f'{minutes:,.0f} min')
+  return save('graph', pictures.graph(sources, notes), 'The graph of the runs')
 
 
 def _cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:

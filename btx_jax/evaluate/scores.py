@@ -21,7 +21,7 @@ class Model(NamedTuple):
   """One measured model: a row of the results table.
 
   Attributes:
-    name: name of its row.
+    name: name of its row, the same in every series.
     run: the run whose directory holds its scores.
     stage: 'final'. Mixtures of several models also have 'start', before finetuning; 'average',
       the plain average of these models; and 'merge_...', see evaluate.ensemble.
@@ -47,26 +47,31 @@ def models(study: Study) -> Iterator[Model]:
         continue
     except UsageError:
       continue
-    if run.vocabulary:
-      continue  # the held-out text is tokenized with a different vocabulary
-    before = lineage(run)[1:]
-    if run.init == MIX and len(run.sources) > 1:
-      dense = averaged_model(run)
-      if first_equivalent(study, run) is run:
-        yield Model(f'average of {run.name}', run, AVERAGE, dense, before)
-        for form in study.config.evaluation.merge:
-          used = MERGES[form] or len(run.sources)
-          yield Model(f'merge of {run.name}: {form}', run, MERGE + form, dense, before,
-                      len(run.sources), min(used, len(run.sources)))
-      if run.steps:
-        yield Model(f'{run.name} unfinetuned', run, START, run.model, before)
-    yield Model(run.name, run, FINAL, run.model, [*before, run])
+    yield from models_of(study, run)
+
+
+def models_of(study: Study, run: Run) -> Iterator[Model]:
+  """Yields the models of a run that are measured once it is complete."""
+  if run.vocabulary:
+    return  # the held-out text is tokenized with a different vocabulary
+  name, before = run.plain_name, lineage(run)[1:]
+  if run.init == MIX and len(run.sources) > 1:
+    dense = averaged_model(run)
+    if first_equivalent(study, run) is run:
+      yield Model(f'average of {name}', run, AVERAGE, dense, before)
+      for form in study.config.evaluation.merge:
+        used = MERGES[form] or len(run.sources)
+        yield Model(f'merge of {name}: {form}', run, MERGE + form, dense, before,
+                    len(run.sources), min(used, len(run.sources)))
+    if run.steps:
+      yield Model(f'{name} unfinetuned', run, START, run.model, before)
+  yield Model(name, run, FINAL, run.model, [*before, run])
 
 
 def first_equivalent(study: Study, run: Run) -> Run:
-  """The first mixture with the same average; only it gets the `average` and `merge` rows."""
-  return next(other for other in study.runs.values()
-              if _shares(other) == _shares(run))
+  """The first mixture of the same series with the same average; only it gets the `average` and
+  `merge` rows."""
+  return next(other for other in study.of_series(run.series) if _shares(other) == _shares(run))
 
 
 def _shares(run: Run) -> dict[str, float]:

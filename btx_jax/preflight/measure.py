@@ -74,6 +74,11 @@ class Measured:
   uneven: tuple[str, ...] = ()
 
   @property
+  def of_one_seed(self) -> list[Run]:
+    """Its runs, each once if the config trains it with several seeds."""
+    return [run for run in self.runs if run.series == self.runs[0].series]
+
+  @property
   def params(self) -> int:
     """Parameters of the model."""
     return num_params(self.runs[0].model)
@@ -92,7 +97,7 @@ class Measured:
   def tokens(self) -> int:
     """Tokens per step, of all branches together."""
     run = self.runs[0]
-    return (len(self.runs) if self.stacked else 1) * run.batch_size * run.seq_len
+    return (len(self.of_one_seed) if self.stacked else 1) * run.batch_size * run.seq_len
 
   @property
   def peak(self) -> float:

@@ -1,5 +1,6 @@
 """Prints what preflight found: a table, and advice where a program does not fit; or JSON."""
 
+from collections.abc import Sequence
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from btx_jax.preflight import measure, routers
 from btx_jax.preflight.cost import Cost
 from btx_jax.preflight.measure import Measured
 from btx_jax.preflight.topology import Topology
-from btx_jax.run import HUGGING_FACE
+from btx_jax.run import HUGGING_FACE, Run
 from btx_jax.study.study import Study
 from btx_jax.terminal import say, show
 
@@ -64,14 +65,17 @@ def print_report(study: Study, topology: Topology, as_json: bool, only: str | No
 
 def missing_models(study: Study) -> list[str]:
   """A line for each pretrained model whose folder does not exist."""
-  inits = [study.config.runs[name].init for name in study.runs]
+  inits = [run.init for run in study.config.runs.values()]
   folders = {init.folder for init in inits if init.kind == HUGGING_FACE}
   return [f"{folder} does not exist: its sizes are assumed to be those of the config's section "
           'model' for folder in sorted(folders) if not os.path.exists(folder)]
 
 
 def _names(program: Measured) -> str:
-  return (' | ' if program.stacked else ', ').join(run.name for run in program.runs)
+  names = (' | ' if program.stacked else ', ').join(
+      run.plain_name for run in program.of_one_seed)
+  seeds = len(program.runs) // len(program.of_one_seed)
+  return names if seeds == 1 else f'{names} (each of {seeds} seeds)'
 
 
 def as_table(found: list[Measured], topology: Topology) -> Table:
@@ -119,7 +123,8 @@ def _times(program: Measured, chip: Chip | None) -> dict[str, str]:
   cost = program.cost
   if not cost or not chip:
     return dict.fromkeys(_TIMES, '-')
-  days = (f'{days:.1f}, {days * 24 * program.devices:,.0f}' for days in _days(program, cost))
+  days = (f'{days:.1f}, {days * 24 * program.devices:,.0f}'
+          for days in _days(program, program.of_one_seed, cost))
   return dict(zip(_TIMES, (
       _seconds(cost.compute), _seconds(cost.memory),
       f'{_seconds(cost.network)} ({_seconds(cost.waiting)})', _seconds(cost.seconds),
@@ -127,9 +132,9 @@ def _times(program: Measured, chip: Chip | None) -> dict[str, str]:
       strict=True))
 
 
-def _days(program: Measured, cost: Cost) -> list[float]:
+def _days(program: Measured, runs: Sequence[Run], cost: Cost) -> list[float]:
   """The days that each run takes, or all branches of a stacked program together."""
-  steps = [run.steps for run in program.runs]
+  steps = [run.steps for run in runs]
   if program.stacked:
     steps = [max(steps)]
   return [n * cost.seconds / 86400 for n in steps]
@@ -197,7 +202,7 @@ def _as_data(program: Measured, topology: Topology) -> dict:
       result['seconds'] = {name: getattr(cost, name) for name in (
           'compute', 'memory', 'network', 'waiting')} | {'step': cost.seconds}
       result['mfu'] = program.mfu(topology.chip)
-      result['days'] = _days(program, cost)
+      result['days'] = _days(program, program.runs, cost)
   return result
 
 

@@ -60,14 +60,18 @@ class RouterPass:
 
 
 def measured(study: Study, topology: Topology, only: str | None) -> list[RouterPass]:
-  """Compiles the passes for each run whose routers are set from text; `only` is a single run."""
-  runs = [run for run in study.runs.values() if run.routers and only in (None, run.name)]
+  """Compiles the passes for each run whose routers are set from text; `only` is a single run.
+
+  They take the same with every seed, so one of them stands for all.
+  """
+  runs = {run.plain_name: run for run in study.runs.values()
+          if run.routers and only in (None, run.name)}
   if not runs:
     return []
   chip = topology.chip
   mesh = layout.mesh(study.config, study.runs, topology.devices, chip.memory if chip else None)
   with jax.set_mesh(mesh):
-    return [_measure(run, study, topology, mesh) for run in runs]
+    return [_measure(run, study, topology, mesh) for run in runs.values()]
 
 
 def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:

@@ -15,6 +15,7 @@ from btx_jax.errors import RENAMED, UsageError, nearest
 from btx_jax.run import HUGGING_FACE, MIX
 
 _OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
+_INTEGERS = ('seeds',)  # lists of integers; the others hold strings, or pairs of strings
 
 
 def check(config) -> None:
@@ -66,6 +67,8 @@ def _check_section(path: str, section: Any, like: ConfigDict) -> None:
                        'and runs by base.run(...).')
     if isinstance(expected, ConfigDict):
       _check_section(inner, section[field], expected)
+    elif inner in _INTEGERS:
+      _check_value(inner, section[field], (0,))
     else:
       _check_value(inner, section[field], expected)
 
@@ -79,23 +82,34 @@ def _unknown(owner: str, path: str, like: Iterable[str]) -> UsageError:
 
 
 def _check_value(path: str, value: Any, like: Any) -> None:
-  """Checks that a value has the type of `like`; lists hold strings, or pairs if `like` does."""
+  """Checks that a value has the type of `like`; lists hold strings, unless `like` has an item."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  fits, wanted = {
+  fits, wanted = _fits_list(value, like) if isinstance(like, tuple) else {
       bool: (isinstance(value, bool), 'True or False'),
       int: (is_number and isinstance(value, int), 'an integer'),
       float: (is_number, 'a number'),
       str: (isinstance(value, str), 'a string'),
-      tuple: (_is_pairs(value), 'a list of pairs of strings') if like else (
-          _is_strings(value), 'a list of strings'),
   }.get(type(like), (isinstance(value, ConfigDict), 'a section'))
   if not fits:
     raise UsageError(f'{path} = {value!r} is of type {type(value).__name__}, and must be '
                      f'{wanted}.')
 
 
+def _fits_list(value: Any, like: tuple) -> tuple[bool, str]:
+  """Whether a value is a list of what `like` holds, by its first item, and what that is."""
+  if not like:
+    return _is_strings(value), 'a list of strings'
+  if isinstance(like[0], int):
+    return _is_integers(value), 'a list of integers'
+  return _is_pairs(value), 'a list of pairs of strings'
+
+
 def _is_strings(value: Any) -> bool:
   return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+
+
+def _is_integers(value: Any) -> bool:
+  return isinstance(value, tuple | list) and all(type(v) is int for v in value)
 
 
 def _is_pairs(value: Any) -> bool:

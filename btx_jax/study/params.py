@@ -14,7 +14,7 @@ from btx_jax.devices import hardware, sharding
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Source
-from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, averaged_model, dense_model, seed_of
+from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, averaged_model, dense_model
 from btx_jax.study import routers, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -43,7 +43,7 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
       then, so that they take no memory while the mixture trains.
   """
   if run.init == RANDOM:
-    rng = jax.random.key(seed_of(run.name, run.seed))
+    rng = jax.random.key(run.rng_seed)
     return _jitted(functools.partial(llama.init, run.model), run.model, mesh)(rng)
   if run.init == MIX:
     if branches and mixes(run, branches.runs):
@@ -114,7 +114,7 @@ def mix_stacked(run: Run, slots: Sequence[int | None], mesh: Mesh):
     rest = iter(others)
     trees = [next(rest) if slot is None else jax.tree.map(lambda x, at=slot: x[at], branches)
              for slot in slots]
-    rng = jax.random.key(seed_of(run.name, run.seed))
+    rng = jax.random.key(run.rng_seed)
     return btx.mix(btx.stack(trees), run.model, rng, run.recipe, routers)
 
   return _jitted(mix, run.model, mesh)

@@ -33,6 +33,9 @@ def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None,
               at_hand: bool = True) -> dict[str, Run]:
   """The runs of a config by name, each after the runs that it starts from.
 
+  With config.seeds they are all runs of the first seed, then all of the second, and so on, so that
+  a study that is stopped has whole seeds. Nothing in a plan depends on a seed, so it is made once.
+
   Args:
     config: a ConfigDict from base.get_config.
     vocab_size: of the tokenizer.
@@ -48,18 +51,63 @@ def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None,
     if name not in config.runs:
       raise UsageError(f'stacked names {name!r}, which is not a run; '
                        f'{nearest(name, config.runs)}')
+  _check_seeds(config)
   runs: dict[str, Run] = {}
   for name in _ordered(config.runs, config.stacked):
     runs[name] = _make_run(name, config, runs, vocab_size, tokenizer, at_hand)
   _check_stacked([runs[name] for name in config.stacked])
-  return runs
+  if not config.seeds:
+    return runs
+  return {run.name: run for seed in config.seeds for run in _series(runs.values(), seed)}
+
+
+def _check_seeds(config):
+  """Raises UsageError unless each seed can have a directory of its own."""
+  seeds = list(config.seeds)
+  for seed in seeds:
+    if seed < 0:
+      raise UsageError(f'config.seeds has {seed}, and seeds cannot be negative.')
+    if seeds.count(seed) > 1:
+      raise UsageError(f'config.seeds has {seed} twice; every run is trained once for each seed.')
+  for name in config.runs:
+    if name.split('/')[0] in map(_series_name, seeds):
+      raise UsageError(f'{name!r} cannot be the name of a run while config.seeds = '
+                       f'{tuple(seeds)}: {name.split("/")[0]} is the directory of the runs with '
+                       'that seed. Rename the run.')
+
+
+def _series(runs: Iterable[Run], seed: int) -> list[Run]:
+  """The runs with this seed, in a series of their own.
+
+  A pretrained model that is not trained depends on no seed: all series share it as it is.
+  """
+  series, made = _series_name(seed), {}
+  for run in runs:
+    if run.init == HUGGING_FACE and not run.steps:
+      made[run.name] = run
+    else:
+      made[run.name] = dataclasses.replace(
+          run, name=f'{series}/{run.name}', series=series, seed=seed,
+          sources=tuple(made[source.name] for source in run.sources))
+  return list(made.values())
+
+
+def _series_name(seed: int) -> str:
+  return f'seed-{seed}'
 
 
 def groups(runs: Iterable[Run], stacked: Sequence[str]) -> list[list[Run]]:
-  """The runs in their order, grouped into those that one program trains together."""
+  """The runs in their order, grouped into those that one program trains together.
+
+  Args:
+    runs: in the order of a plan.
+    stacked: the config's names of the runs that one program trains; of each series.
+  """
   result: list[list[Run]] = []
   for run in runs:
-    if result and run.name in stacked and result[-1][0].name in stacked:
+    before = result[-1][0] if result else None
+    if before and run.plain_name in stacked and before.plain_name in stacked and (
+        run.series == before.series):
       result[-1].append(run)
     else:
       result.append([run])

@@ -13,7 +13,7 @@ from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import text
 from btx_jax.data.tokenizer import vocabulary
 from btx_jax.model.source import Extent, Index, Source
-from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, recipe_of, seed_of
+from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, recipe_of
 from btx_jax.study import routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -51,7 +51,7 @@ def mixture(study: Study, run: Run, routers: np.ndarray | None = None) -> Source
   import jax
 
   from btx_jax import btx
-  rng = jax.random.key(seed_of(run.name, run.seed))
+  rng = jax.random.key(run.rng_seed)
   return btx.mix(_finals(study, run), run.model, rng, run.recipe, routers)
 
 

@@ -71,6 +71,15 @@ class Study:
     """The directory of a run."""
     return os.path.join(self.workdir, name)
 
+  @property
+  def series(self) -> list[str]:
+    """The series of runs, one for each of config.seeds; [''] without these."""
+    return list(dict.fromkeys(run.series for run in self.runs.values() if run.series)) or ['']
+
+  def of_series(self, series: str) -> list[Run]:
+    """The runs of a series, and those that all series share."""
+    return [run for run in self.runs.values() if run.series in ('', series)]
+
   def state(self, name: str) -> str:
     """The state of a run, from its manifest; 'missing' if it has none."""
     found = manifest.read(self.folder(name))
@@ -78,6 +87,10 @@ class Study:
 
   def run(self, name: str) -> Run:
     """The run of this name. Raises UsageError if the config has none."""
+    named = [run.name for run in self.runs.values() if run.plain_name == name]
+    if named and name not in self.runs:
+      raise UsageError(f'--run={name} is trained once for each of config.seeds; name one of '
+                       f'{", ".join(named)}.')
     if name not in self.runs:
       raise UsageError(f'--run={name} is not a run of this config; {nearest(name, self.runs)}')
     return self.runs[name]

@@ -49,13 +49,13 @@ def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):
   """Raises UsageError if the run cannot train on the mesh, `stacked` if as one of several."""
   check_rows(
       mesh, run.batch_size // run.microbatches,
-      f'runs.{run.name}: train.batch_size / train.microbatches',
+      f'runs.{run.plain_name}: train.batch_size / train.microbatches',
       BRANCH_BATCH_AXES if stacked else BATCH_AXES)
   if run.model.num_experts:
     sharding.holds_experts(mesh.shape['expert'], run.model.num_experts)
   platform = mesh.devices.flat[0].platform
   if run.model.attention == 'cudnn' and platform not in ('gpu', 'cuda'):
-    raise UsageError(f"runs.{run.name}: model.attention = 'cudnn' needs an NVIDIA GPU, and "
+    raise UsageError(f"runs.{run.plain_name}: model.attention = 'cudnn' needs an NVIDIA GPU, and "
                      f"this is a {platform}; use 'auto'.")
 
 
@@ -67,6 +67,7 @@ def uneven(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
   lines = sharding.undivided_arrays(llama.shapes(run.model), mesh)
   experts, devices = run.model.num_experts, mesh.shape['expert']
   if experts and not sharding.holds_experts(devices, experts):
-    lines.append(f'runs.{run.name}: {experts} experts are fewer than mesh.expert = {devices} '
-                 'devices: their weights are gathered when they are used, as with mesh.fsdp')
+    lines.append(f'runs.{run.plain_name}: {experts} experts are fewer than mesh.expert = '
+                 f'{devices} devices: their weights are gathered when they are used, as with '
+                 'mesh.fsdp')
   return lines

@@ -21,7 +21,7 @@ from btx_jax.data import mixture
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BRANCH_BATCH_AXES
 from btx_jax.model import llama
-from btx_jax.run import Run, seed_of
+from btx_jax.run import Run
 from btx_jax.training import optim
 from btx_jax.training.step import TrainState, create_state, make_train_step
 
@@ -111,8 +111,7 @@ class SingleRun:
     tx = optim.adamw(run.optimizer, optim.schedule(run.optimizer, run.steps))
     self.state_shapes, self._create = _state_of(run, tx, mesh)
     self._step = jax.jit(
-        make_train_step(run.model, tx, run.objective, num_domains,
-                        seed=seed_of(run.name, run.seed)),
+        make_train_step(run.model, tx, run.objective, num_domains, seed=run.rng_seed),
         donate_argnums=0,
         # The metrics whole on every device, so that each process can read them.
         out_shardings=(_shardings(self.state_shapes), NamedSharding(mesh, P())))
