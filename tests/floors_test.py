@@ -19,8 +19,8 @@ FLOORS = (
     ('data', 'configs'),
     ('training',),
     ('study',),
-    ('evaluate', 'fitting', 'library'),
-    ('preflight',),
+    ('fitting',),
+    ('evaluate', 'library', 'preflight'),
     ('pipeline', 'commands'),
     ('main',),
     ('__init__', '__main__'),
@@ -88,7 +88,7 @@ def test_an_import_that_goes_up_is_named(tmp_path):
       '  return step, mix\n')
   assert upward(imports(tmp_path)) == [
       'btx_jax/model/llama.py:2: model (floor 2) imports training (floor 6)',
-      'btx_jax/model/llama.py:3: model (floor 2) imports __init__ (floor 11)']
+      'btx_jax/model/llama.py:3: model (floor 2) imports __init__ (floor 12)']
 
 
 if __name__ == '__main__':
