@@ -164,7 +164,8 @@ def test_copies_have_the_bits_of_the_seed_in_memory_and_by_slices():
 def test_the_recipe_has_mixtures_of_both_kinds_of_branches():
   runs = plan.make_plan(modular.get_config(), 4096)
   assert compatibility.remarks(runs['mixed/ridge']) == [
-      'mixed/ridge: nothing is averaged: outside the feed-forward layers its sources are equal to seed']
+      'mixed/ridge: nothing is averaged: outside the feed-forward layers its sources are equal to '
+      'seed']
   assert not compatibility.remarks(runs['btx/normal'])
   assert runs['mixed/ridge'].steps == runs['btx/normal'].steps == 0
   assert runs['ffn/code'].flops < runs['whole/code'].flops == runs['whole/code'].flops_unfrozen
