@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from btx_jax.devices import distributed, rollcall
@@ -35,7 +36,8 @@ def get_config():
   config.runs = {{'seed': base.run(base.random(), data, steps=3),
                  'code': base.run(base.checkpoint('seed'), {{'code': 1}}, steps=3),
                  'math': base.run(base.checkpoint('seed'), {{'math': 1}}, steps=2),
-                 'btx': base.run(base.mix('code', 'math'), data, steps=4)}}
+                 'btx': base.run(base.mix('code', 'math', routers=base.from_text(
+                     'ridge', rows=8, ridge=0.1)), data, steps=4)}}
   config.stacked = ('code', 'math')
   return config
 '''
@@ -91,6 +93,14 @@ def test_two_processes_come_to_the_same_table(study):
   for domain, change in one['change'].items():
     assert two['change'][domain] == pytest.approx(change, abs=1e-5)
   assert 'Bits per byte' in ended[2][0][1]
+
+
+def test_two_processes_set_the_same_routers_from_text(study):
+  folder, _, _ = study
+  one, two = (folder / f'by{n}' / 'btx' / 'routers' for n in (1, 2))
+  for name, tolerance in (('0_outer.npy', 1e-5), ('1_sum.npy', 1e-5), ('columns.npy', 1e-3)):
+    ours, theirs = np.load(one / name), np.load(two / name)
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
 
 
 def test_process_0_alone_writes_and_speaks(study):
