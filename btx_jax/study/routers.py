@@ -86,8 +86,8 @@ def _fit(study: Study, run: Run) -> dict:
   fit = figures(study, run)
   if fit is None:
     raise UsageError(f'{_folder(study, run)} has no {_FIT}: the routers of {run.name} have not '
-                     'been set from text, or have been deleted. Delete the directory of the run, '
-                     f'and run --run={run.name} again.')
+                     f'been set from text. Run --run={run.name}; if its directory exists, delete '
+                     'it first.')
   return fit
 
 
