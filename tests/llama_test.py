@@ -75,7 +75,7 @@ def test_scan_and_remat_change_nothing(cfg):
     for i in range(cfg.num_layers):
       layer = jax.tree.map(lambda w, i=i: w[i], params['layers'])
       x, _ = llama.Block(cfg).apply(
-          {'params': layer}, x, i, rope, batch['segment_ids'], batch['tokens'], None)
+          {'params': layer}, x, i, rope, batch['segment_ids'], batch['tokens'], None, None)
     return nn.RMSNorm(epsilon=cfg.norm_eps).apply({'params': params['norm']}, x)
 
   value_and_grad = lambda f: jax.jit(jax.value_and_grad(lambda p: (f(p) ** 2).mean()))(params)
