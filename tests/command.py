@@ -27,8 +27,7 @@ class Commands:
 
   def __init__(self, folder: str):
     environment = {**os.environ, 'PYTHONPATH': ROOT, 'JAX_PLATFORMS': 'cpu', 'COLUMNS': '160',
-                   'JAX_NUM_CPU_DEVICES': '2', 'NPROC': '4',
-                   'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+                   'JAX_NUM_CPU_DEVICES': '2', 'NPROC': '4'}
     self._out, self._err = os.path.join(folder, 'stdout'), os.path.join(folder, 'stderr')
     self._process = subprocess.Popen(
         [sys.executable, '-c', 'from tests import command; command.serve()'], cwd=ROOT, text=True,

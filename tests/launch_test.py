@@ -57,7 +57,7 @@ def stand_in(folder, name: str, text: str):
 def environment(folder, **settings) -> dict[str, str]:
   """Where programs in `folder` come first, `python` is this one, and nothing compiles twice."""
   return {**os.environ, 'PATH': f'{folder}:{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
-          'PYTHONPATH': ROOT, 'XLA_FLAGS': '--xla_backend_optimization_level=0',
+          'PYTHONPATH': ROOT,
           'JAX_COMPILATION_CACHE_DIR': os.path.join(folder, 'cache'),
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', **settings}
 
