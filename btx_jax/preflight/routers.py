@@ -80,12 +80,12 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
   dense, size = dense_model(model), study.config.evaluation.batch_size
   batch = _batch(mesh, size, run.seq_len)
   columns = jax.ShapeDtypeStruct((model.num_layers, model.dim, model.num_experts), np.float32)
-  domains = len(settings.domains)
+  domains, read = len(settings.domains), len(fit.to_read(run))
   own = jax.ShapeDtypeStruct((domains, model.num_experts), np.bool_)
   kept = len(fit.kept_rows(range(settings.rows)))
   tried = 1 if settings.temperature else len(fit.TEMPERATURES)
   times_and_programs: list[tuple[int, Callable]] = [
-      (domains * math.ceil((settings.rows - kept) / size),
+      (read * math.ceil((settings.rows - kept) / size),
        lambda: passes.sums_program(dense, mesh).lower(_like(dense, mesh), batch)),
       (tried * math.ceil(domains * kept / size),
        lambda: passes.routed_program(model, mesh).lower(_like(model, mesh), columns, own, batch))]
@@ -101,7 +101,7 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
       seconds += times * CostModel(module, chip or UNKNOWN, mesh, link_speed(topology, mesh),
                                    filled).total().seconds
   return RouterPass(
-      run.name, domains, settings.rows, seconds if chip else None, peak,
+      run.name, read, settings.rows, seconds if chip else None, peak,
       chip.memory if chip else None,
       8 * domains * model.num_layers * model.dim * (model.dim + 1))
 
