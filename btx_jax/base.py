@@ -287,13 +287,12 @@ def replace(mixture: str, pairs: tuple[tuple[str, str], ...], allow: tuple[str, 
 
   Args:
     mixture: the run to start from.
-    pairs: (old, new): an expert of the mixture, by the name of the run that it was made from, and
-      the run that takes its place. The experts of a pretrained mixture are 'expert 0', 'expert 1'
-      and so on.
+    pairs: (old, new) for each: an expert of the mixture, by the name of the run that it was made
+      from, and the run that takes its place. The experts of a pretrained mixture are 'expert 0',
+      'expert 1' and so on.
     allow, routers: as in extend.
   """
-  pairs = tuple((old, new) for old, new in pairs)
-  return _edit(mixture, replaced=pairs, allow=allow, routers=routers)
+  return _edit(mixture, replaced=tuple(tuple(pair) for pair in pairs), allow=allow, routers=routers)
 
 
 def drop(mixture: str, *expert_names: str, routers: ConfigDict | None = None) -> ConfigDict:
@@ -308,7 +307,7 @@ def drop(mixture: str, *expert_names: str, routers: ConfigDict | None = None) ->
 
 
 def _edit(mixture: str, added=(), replaced=(), dropped=(), allow=(), routers=None) -> ConfigDict:
-  new = dict.fromkeys([*added, *(new for _, new in replaced)])
+  new = dict.fromkeys([*added, *(name for pair in replaced for name in pair[1:])])
   return ConfigDict({'kind': EDIT, 'runs': (mixture, *new), 'added': added, 'replaced': replaced,
                      'dropped': dropped, 'allow': _names(allow),
                      'routers': routers or from_text(AS_BEFORE)})
@@ -324,7 +323,8 @@ def from_text(kind: str, rows: int = 64, ridge: float = 1e-3, temperature: float
 
   Args:
     kind: 'ridge', a linear map fitted by ridge regression to tell the experts' texts apart
-      (DUME, arXiv 2603.29765); 'mean', the mean input of each expert's text; or 'normal', random.
+      (DUME, arXiv 2603.29765); 'mean', the mean input of each expert's text; 'normal', random; or
+      '', of extend and replace only: kind, rows, ridge and temperature are as the mixture's were.
     rows: training rows of each domain that are read.
     ridge: lambda of the regression, in units of the mean square of a router input's entries.
     temperature: divides the logits, which have a deviation of 1; 0 chooses what gives the lowest

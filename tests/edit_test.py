@@ -17,6 +17,7 @@ from btx_jax.study import compatibility, edits, plan, routers, sources
 from btx_jax.study.study import Study
 from tests import studies
 from tests.helpers import assert_trees_equal, initial_params, use_mesh
+from tests.pretrained_test import MODEL, write_model
 
 WORDS = {**studies.WORDS, 'law': ['whereas it', 'the party', 'shall be', 'hereby so', 'of law']}
 RIDGE = base.from_text('ridge', rows=20, labels=(('seed', 'prose'),))
@@ -26,7 +27,8 @@ def get_config(folder):
   config = studies.modular_config(folder)
   config.domains.law = base.domain(str(folder / 'law.jsonl'))
   config.stacked = ('code', 'math', 'law', 'math2')  # one program compiles sooner than four
-  config.runs.seed.steps = 5
+  config.tokenizer.path = str(folder / 'seed')
+  config.runs.seed = base.run(base.hugging_face(str(folder / 'seed')))
   config.runs.update({
       **{name: studies.modular_expert(name.rstrip('2'), steps=5) for name in config.stacked},
       'three': base.run(base.mix('seed', 'code', 'math', routers=RIDGE)),
@@ -44,6 +46,7 @@ def get_config(folder):
 def folder(tmp_path_factory):
   found = tmp_path_factory.mktemp('text')
   studies.write_text(found, all_words=WORDS)
+  write_model(found / 'seed')
   return found
 
 
@@ -170,10 +173,10 @@ def test_old_text_need_not_be_at_hand(study, folder):
       late.train('other')
 
 
-def test_an_edit_of_a_folder_copies_its_bytes(study, tmp_path):
+def test_an_edit_of_a_folder_copies_its_bytes(study, folder, tmp_path):
   for name in ('extended', 'law'):
     export_run(study, name, str(tmp_path / name), 'bfloat16')
-  config = get_config(tmp_path)
+  config = get_config(folder)
   config.tokenizer.path = str(tmp_path / 'extended')
   config.stacked = ()
   config.runs = {
@@ -197,14 +200,14 @@ def test_an_edit_of_a_folder_copies_its_bytes(study, tmp_path):
   assert after.read('layers/ffn/experts/up')[:, 0].tobytes() == Folder(
       str(tmp_path / 'law')).read('layers/ffn/up').tobytes()
   # Experts are copied from file to file.
-  index = (slice(0, 1), slice(0, 1), slice(0, 16), slice(0, 24))
+  index = (slice(0, 1), slice(0, 1), slice(0, MODEL.dim), slice(0, MODEL.ffn_dim))
   assert sources.final(edited, edited.runs['fewer']).extent('layers/ffn/experts/up', index)
   # With text and labels all domains are read.
   labels = (('expert 0', 'prose'), ('expert 1', 'code'), ('expert 2', 'math'),
             ('expert 3', 'law'), ('law', 'law'))
   config.runs.edited.init = base.extend(
       'mixtral', 'law', allow=('shared',), routers=base.from_text('mean', labels=labels))
-  run = plan.make_plan(config, 330)['edited']
+  run = plan.make_plan(config, 270)['edited']
   assert run.routers.labels == ('prose', 'code', 'math', 'law', 'law') and not run.edit.stored
 
 
@@ -212,7 +215,7 @@ def planned(folder, **runs):
   """The plan with these runs too."""
   config = get_config(folder)
   config.runs.update(runs)
-  return plan.make_plan(config, 330)
+  return plan.make_plan(config, 270)
 
 
 def test_sums_are_kept_while_nothing_but_routers_has_changed(folder):
@@ -229,7 +232,7 @@ def test_experts_belong_beside_the_shared_weights(folder):
   free = base.run(base.checkpoint('seed'), {'law': 1}, steps=1)
   with pytest.raises(UsageError, match=r"'free' was not trained beside the shared weights of "
                      r"'three': embed, .*and \d+ more are not known to be equal \(embed is from "
-                     r'seed there and from free here\)'):
+                     r'a pretrained folder there and from free here\)'):
     planned(folder, free=free, more=base.run(base.extend('three', 'free')))
   allowed = planned(folder, free=free, more=base.run(
       base.extend('three', 'free', allow=('shared',))))['more']

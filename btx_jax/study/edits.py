@@ -43,10 +43,11 @@ def resolve(name: str, init, sources: Sequence[Run], router_std: float
                      f'the mixture as it is, use base.checkpoint({mixture.name!r}).')
   place = {each.name: i for i, each in enumerate(sources)}
   parts: dict[int, tuple[int, int]] = {i: (0, i) for i in range(len(mixture.expert_names))}
-  for old, _ in [*init.replaced, *((old, '') for old in init.dropped)]:
-    _number(name, mixture, old)
   for old, run in init.replaced:
-    parts[_number(name, mixture, old)] = (place[run], OWN)
+    number = _number(name, mixture, old)
+    if parts[number][0]:
+      raise UsageError(f'runs.{name}.init replaces {old!r} twice; name it once.')
+    parts[number] = (place[run], OWN)
   for old in init.dropped:
     parts.pop(_number(name, mixture, old), None)
   parts |= {len(mixture.expert_names) + i: (place[run], OWN) for i, run in enumerate(init.added)}

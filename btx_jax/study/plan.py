@@ -262,7 +262,7 @@ def _start(name: str, config, runs: Mapping[str, Run]):
   if init.kind not in INITIALISERS:
     raise UsageError(f'runs.{name}.init.kind = {init.kind!r}; '
                      f'{nearest(init.kind, INITIALISERS)}')
-  if init.kind in (CHECKPOINT, MIX) and not init.runs:
+  if init.kind in (CHECKPOINT, MIX, EDIT) and not init.runs:
     raise UsageError(f'runs.{name}.init: {init.kind} names no run to start from.')
   if init.kind == CHECKPOINT and len(init.runs) > 1:
     raise UsageError(f'runs.{name}.init: a checkpoint has one source, not {len(init.runs)}.')
