@@ -95,8 +95,8 @@ def get_config() -> ConfigDict:
   config.stacked = ()
 
   # Devices along each axis. -1 takes all that are left. 0 is chosen automatically: for `expert` as
-  # many as divide the experts of the largest mixture, for `fsdp` as many as the training state
-  # needs to fit in memory.
+  # many as divide the experts of the largest mixture and suit the others, for `fsdp` as many as the
+  # training state needs to fit in memory.
   config.mesh = ConfigDict({
       # Copies of the model.
       'data': -1,
