@@ -232,7 +232,7 @@ def test_experts_belong_beside_the_shared_weights(folder):
   free = base.run(base.checkpoint('seed'), {'law': 1}, steps=1)
   with pytest.raises(UsageError, match=r"'free' was not trained beside the shared weights of "
                      r"'three': embed, .*and \d+ more are not known to be equal \(embed is from "
-                     r'a pretrained folder there and from free here\)'):
+                     r'the folder \S+/seed there and from free here\)'):
     planned(folder, free=free, more=base.run(base.extend('three', 'free')))
   allowed = planned(folder, free=free, more=base.run(
       base.extend('three', 'free', allow=('shared',))))['more']

@@ -61,6 +61,8 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
   rows = {domain: _rows(run, text, domain) for domain in rows}
   before = edits.fitted(run.sources[0]) if run.edit and run.edit.stored else None
   kept = routers.sums(study, before) if before else {}
+  if run.edit and before:
+    say(f'{run.name}: sums of {", ".join(run.edit.stored)} are those of {before.name}')
   sums, reading = {}, to_read(run)
   for domain in settings.domains:
     if domain not in reading:

@@ -27,7 +27,7 @@ class RouterPass:
 
   Attributes:
     run: its name.
-    domains: whose text is read.
+    domains: whose text is read for sums.
     rows: of each domain.
     seconds: of the devices, for all passes, reading of parameters excluded; None if the chip is
       unknown.
@@ -50,10 +50,11 @@ class RouterPass:
   def in_words(self) -> str:
     took = '' if self.seconds is None else f' take {self.seconds:.1f} s'
     limit = '' if self.memory is None else f' of {self.memory / 1e9:.1f}'
-    return (f'{self.run}: routers from text: {self.rows} rows of each of {self.domains} domains'
-            f'{took}; a device needs {self.peak / 1e9:.2f} GB{limit}'
-            f'{"" if self.fits else ", which DOES NOT FIT"}; the sums are {self.sums / 1e9:.2f} GB '
-            'in the memory of process 0 and on disk')
+    read = (f'{self.rows} rows of each of {self.domains} domain(s)' if self.domains else
+            'no sums, only passes to choose a temperature')
+    return (f'{self.run}: routers from text: {read}{took}; a device needs '
+            f'{self.peak / 1e9:.2f} GB{limit}{"" if self.fits else ", which DOES NOT FIT"}; '
+            f'the sums are {self.sums / 1e9:.2f} GB in the memory of process 0 and on disk')
 
   def as_data(self) -> dict[str, Any]:
     return {**dataclasses.asdict(self), 'fits': self.fits}

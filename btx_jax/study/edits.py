@@ -11,7 +11,7 @@ from typing import Any
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model.config import ROPE, SIZES, param_paths, shared_paths
 from btx_jax.recipe import AS_BEFORE, OWN, Edit, RoutersFromText, routers_from_config
-from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, frozen, parts_of, trains
+from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, frozen, lineage, parts_of, trains
 
 SHARED = 'shared'  # what `allow` may name
 _LISTED = 3  # parameters that a message names
@@ -149,8 +149,9 @@ def _where(run: Run, path: str) -> str:
   match origin(run, path):
     case ('mean', _):
       return 'an average'
-    case ('folder', _):
-      return 'a pretrained folder'
+    case ('folder', content):
+      return 'the folder ' + next(each.folder for each in lineage(run)
+                                  if content in (each.content, each.folder))
     case name:
       return str(name)
 
@@ -237,8 +238,4 @@ def remarks(run: Run) -> list[str]:
            f'weights, are those of {mixture.name}']
   lines += [f'{run.name}: {source.name} was not trained beside these shared weights: {found}'
             for source in run.sources[1:] if (found := beside_other(mixture, source))]
-  if run.routers:
-    read = [domain for domain in run.routers.domains if domain not in edit.stored]
-    lines.append(f'{run.name}: routers: sums of {", ".join(edit.stored) or "no domain"} are kept; '
-                 f'text is read of {", ".join(read) or "none"}')
   return lines
