@@ -219,13 +219,14 @@ def planned(folder, **runs):
 
 
 def test_sums_are_kept_while_nothing_but_routers_has_changed(folder):
-  def stored(freeze):
+  def stored(freeze, **model):
     return planned(
         folder, tuned=base.run(base.checkpoint('three'), {'code': 1}, steps=1,
                                train={'freeze': freeze}),
-        more=base.run(base.drop('tuned', 'code')))['more'].edit.stored
+        more=base.run(base.drop('tuned', 'code'), model=model))['more'].edit.stored
   assert stored(base.FREEZE_ALL_BUT_ROUTER) == ('prose', 'math')
   assert stored(base.FREEZE_EXPERTS) == stored(()) == ()
+  assert stored(base.FREEZE_ALL_BUT_ROUTER, norm_eps=1e-3) == ()
 
 
 def test_experts_belong_beside_the_shared_weights(folder):

@@ -14,6 +14,7 @@ from btx_jax.recipe import AS_BEFORE, OWN, Edit, RoutersFromText, routers_from_c
 from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, frozen, lineage, parts_of, trains
 
 SHARED = 'shared'  # what `allow` may name
+_READ_WITH = (*ROPE, 'norm_eps', 'dtype')  # fields of a model that change its activations
 _LISTED = 3  # parameters that a message names
 
 
@@ -184,7 +185,7 @@ def routers(init, run: Run, domains: Sequence[str]) -> tuple[RoutersFromText | N
   if found is None or before is None or before.routers is None:
     return found, edit
   earlier = before.routers.labels
-  if not _only_routers_since(run.sources[0], before):
+  if not _only_routers_since(run, before):
     return found, edit
   stored = tuple(
       domain for domain in found.domains if domain in earlier
@@ -205,8 +206,11 @@ def fitted(mixture: Run) -> Run | None:
   return mixture
 
 
-def _only_routers_since(mixture: Run, before: Run) -> bool:
-  """Whether nothing that the router inputs depend on has changed since routers were set."""
+def _only_routers_since(run: Run, before: Run) -> bool:
+  """Whether nothing that an edit's router inputs depend on has changed since routers were set."""
+  if any(getattr(run.model, field) != getattr(before.model, field) for field in _READ_WITH):
+    return False
+  mixture = run.sources[0]
   while True:
     if mixture.steps and any(trains(path, mixture.objective.freeze)
                              for path in param_paths(mixture.model) if '/router' not in path):
