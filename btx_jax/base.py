@@ -9,8 +9,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from btx_jax.model.config import Config
-from btx_jax.recipe import NORMAL, ROUTER_STD
-from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, RANDOM, Objective, Optimizer
+from btx_jax.recipe import AS_BEFORE, NORMAL, ROUTER_STD
+from btx_jax.run import CHECKPOINT, EDIT, HUGGING_FACE, MIX, RANDOM, Objective, Optimizer
 
 # For a run's train={'freeze': ...}.
 FREEZE_EXPERTS = ('/experts/',)
@@ -95,8 +95,8 @@ def get_config() -> ConfigDict:
   config.stacked = ()
 
   # Devices along each axis. -1 takes all that are left. 0 is chosen automatically: for `expert` as
-  # many as divide the experts of the largest mixture, for `fsdp` as many as the training state
-  # needs to fit in memory.
+  # many as divide the experts of the largest mixture and suit the others, for `fsdp` as many as the
+  # training state needs to fit in memory.
   config.mesh = ConfigDict({
       # Copies of the model.
       'data': -1,
@@ -199,7 +199,8 @@ def run(init: ConfigDict, domains: dict[str, float] | None = None, steps: int = 
   space of its own.
 
   Args:
-    init: how it starts: random(), checkpoint(RUN), mix(RUNS) or hugging_face(FOLDER).
+    init: how it starts: random(), checkpoint(RUN), mix(RUNS), hugging_face(FOLDER), or from a
+      mixture by extend, replace or drop.
     domains: weight of each domain in the rows; weights need not add up to 1.
     steps: optimizer steps.
     match_flops_of: instead of `steps`: train for the FLOPs that these runs take together. What a
@@ -261,6 +262,57 @@ def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] |
                      'routers': routers or from_text(NORMAL)})
 
 
+def extend(mixture: str, *run_names: str, allow: tuple[str, ...] = (),
+           routers: ConfigDict | None = None) -> ConfigDict:
+  """Starts from a mixture with further experts, after those that it has.
+
+  The old experts and all shared weights keep their bits. Of the new ones only the feed-forward
+  layers are taken, so they must have been trained beside the same shared weights
+  (FREEZE_ALL_BUT_EXPERTS).
+
+  Args:
+    mixture: the run to start from: any run whose model is a mixture.
+    run_names: the runs that become the new experts, in order; lists of names work too.
+    allow: ('shared',) accepts experts that were trained beside other shared weights.
+    routers: from_text(...), or None for routers as the mixture's own were made: from text again,
+      where the sums of old domains that are kept are used again; or random, where the old experts
+      keep their columns.
+  """
+  return _edit(mixture, added=_names(run_names), allow=allow, routers=routers)
+
+
+def replace(mixture: str, pairs: tuple[tuple[str, str], ...], allow: tuple[str, ...] = (),
+            routers: ConfigDict | None = None) -> ConfigDict:
+  """Starts from a mixture with some experts replaced, each in its place; see extend.
+
+  Args:
+    mixture: the run to start from.
+    pairs: (old, new) for each: an expert of the mixture, by the name of the run that it was made
+      from, and the run that takes its place. The experts of a pretrained mixture are 'expert 0',
+      'expert 1' and so on.
+    allow, routers: as in extend.
+  """
+  return _edit(mixture, replaced=tuple(tuple(pair) for pair in pairs), allow=allow, routers=routers)
+
+
+def drop(mixture: str, *expert_names: str, routers: ConfigDict | None = None) -> ConfigDict:
+  """Starts from a mixture without some of its experts; see extend.
+
+  Args:
+    mixture: the run to start from.
+    expert_names: the experts to leave out, by the names that `replace` takes.
+    routers: as in extend.
+  """
+  return _edit(mixture, dropped=_names(expert_names), routers=routers)
+
+
+def _edit(mixture: str, added=(), replaced=(), dropped=(), allow=(), routers=None) -> ConfigDict:
+  new = dict.fromkeys([*added, *(name for pair in replaced for name in pair[1:])])
+  return ConfigDict({'kind': EDIT, 'runs': (mixture, *new), 'added': added, 'replaced': replaced,
+                     'dropped': dropped, 'allow': _names(allow),
+                     'routers': routers or from_text(AS_BEFORE)})
+
+
 def from_text(kind: str, rows: int = 64, ridge: float = 1e-3, temperature: float = 0.0,
               labels: tuple[tuple[str, str], ...] = ()) -> ConfigDict:
   """Routers that are set from text in one pass over it, without training.
@@ -271,7 +323,8 @@ def from_text(kind: str, rows: int = 64, ridge: float = 1e-3, temperature: float
 
   Args:
     kind: 'ridge', a linear map fitted by ridge regression to tell the experts' texts apart
-      (DUME, arXiv 2603.29765); 'mean', the mean input of each expert's text; or 'normal', random.
+      (DUME, arXiv 2603.29765); 'mean', the mean input of each expert's text; 'normal', random; or
+      '', of extend and replace only: kind, rows, ridge and temperature are as the mixture's were.
     rows: training rows of each domain that are read.
     ridge: lambda of the regression, in units of the mean square of a router input's entries.
     temperature: divides the logits, which have a deviation of 1; 0 chooses what gives the lowest

@@ -18,7 +18,7 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, regression, scores
 from btx_jax.fitting import fit
 from btx_jax.model.config import Config
-from btx_jax.run import MIX, Run
+from btx_jax.run import Run
 from btx_jax.study import compatibility, context, manifest, params, plan
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -137,7 +137,7 @@ class Pipeline(Study):
     for line in dict.fromkeys(lines):
       say(line)
     for run in wanted:
-      for line in compatibility.remarks(run) if run.init == MIX else ():
+      for line in compatibility.remarks(run):
         say(line)
 
   def _order(self, run: Run):

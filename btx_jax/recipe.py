@@ -14,6 +14,9 @@ WHOLE, SPLIT, PLAIN_SPLIT, BLEND = ARRANGEMENTS = ('whole', 'split', 'plain_spli
 UNIFORM, TOKENS = 'uniform', 'tokens'
 ROUTER_STD = 0.02  # the default deviation of the routers' weights
 NORMAL, MEAN, RIDGE = ROUTER_KINDS = ('normal', 'mean', 'ridge')
+AS_BEFORE = ''  # the kind of an edited mixture's routers that follows the mixture's own
+
+OWN = -1  # the number of the only expert of a dense run
 
 Pieces = tuple[tuple[tuple[int, int, int], ...], ...]
 
@@ -95,6 +98,35 @@ class RoutersFromText:
   def domains(self) -> tuple[str, ...]:
     """The domains whose text is read, each once."""
     return tuple(dict.fromkeys(self.labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+  """Which experts a mixture has that is made from another one by exchanging experts.
+
+  Attributes:
+    parts: for each expert, the run that it is from, as an index into the sources, and its number
+      among that run's experts; OWN for the expert that a dense run is. Source 0 is the mixture.
+    router_std: standard deviation of the routers' weights of new experts.
+    stored: the domains whose sums over router inputs an earlier run has kept; see fitting/.
+  """
+  parts: tuple[tuple[int, int], ...]
+  router_std: float = ROUTER_STD
+  stored: tuple[str, ...] = ()
+
+  @property
+  def kept(self) -> dict[int, int]:
+    """The number of each old expert here -> its number in the mixture."""
+    return {i: number for i, (source, number) in enumerate(self.parts) if source == 0}
+
+  def recipe(self, width: int) -> Recipe:
+    """How the parts, each a dense model of its own, become the mixture.
+
+    All but the experts is that of the first old expert, which is the mixture's, as it is.
+    """
+    count = len(self.parts)
+    return Recipe(arrange(WHOLE, range(count), width), (('', uniform([min(self.kept)], count)),),
+                  router_std=self.router_std)
 
 
 def whole_experts(sources: Sequence[int], width: int, router_std: float = ROUTER_STD) -> Recipe:
@@ -196,54 +228,56 @@ def from_config(init, names: Sequence[str], width: int, paths: Sequence[str],
                 tied=init.chunks if exact else 1, router_std=router_std)
 
 
-def routers_from_config(init, domain_of: Mapping[str, str], domains: Sequence[str],
-                        router: str) -> RoutersFromText | None:
+def routers_from_config(given, names: Sequence[str], domain_of: Mapping[str, str],
+                        domains: Sequence[str], router: str, arrangement: str = WHOLE
+                        ) -> RoutersFromText | None:
   """How `base.mix(..., routers=...)` sets the routers; None if they are random.
 
   Args:
-    init: what base.mix returns.
-    domain_of: for each expert's run that was trained on a single domain, that domain.
+    given: what base.from_text returns.
+    names: of the experts.
+    domain_of: the domain of each expert for which it is known, by name.
     domains: of the config.
     router: the mixture's kind of router.
+    arrangement: of the experts.
 
   Raises:
     UsageError: an unknown kind or label, an expert without a label, an arrangement whose experts
       are not runs, or a number that is out of range.
   """
-  given = init.routers
   if given.kind not in ROUTER_KINDS:
-    raise UsageError(f'mix: routers: kind = {given.kind!r}; {nearest(given.kind, ROUTER_KINDS)}')
+    raise UsageError(f'routers: kind = {given.kind!r}; {nearest(given.kind, ROUTER_KINDS)}')
   if given.kind == NORMAL:
     return None
   if router == 'hash':
-    raise UsageError(f"mix: routers: {given.kind!r} sets the routers' weights, and model.router = "
+    raise UsageError(f"routers: {given.kind!r} sets the routers' weights, and model.router = "
                      "'hash' has none; use another router.")
-  if init.arrangement != WHOLE:
-    raise UsageError(f'mix: routers: {given.kind!r} sends the text of a run to its expert, and '
-                     f'arrangement = {init.arrangement!r} makes experts of parts of runs; use '
+  if arrangement != WHOLE:
+    raise UsageError(f'routers: {given.kind!r} sends the text of a run to its expert, and '
+                     f'arrangement = {arrangement!r} makes experts of parts of runs; use '
                      f'{WHOLE!r}.')
   for field, ok, range_ in (('rows', given.rows >= 5, 'at least 5'),
                             ('ridge', given.ridge > 0, 'positive'),
                             ('temperature', given.temperature >= 0, 'positive, or 0')):
     if not ok:
-      raise UsageError(f'mix: routers: {field} = {given[field]} must be {range_}.')
+      raise UsageError(f'routers: {field} = {given[field]} must be {range_}.')
   named = {}
   for name, domain in given.labels:
-    if name not in init.runs:
-      raise UsageError(f'mix: routers: labels names {name!r}, which is not an expert here; '
-                       f'{nearest(name, init.runs)}')
+    if name not in names:
+      raise UsageError(f'routers: labels names {name!r}, which is not an expert here; '
+                       f'{nearest(name, names)}')
     if domain not in domains:
-      raise UsageError(f'mix: routers: labels names {domain!r}, which is not a domain; '
+      raise UsageError(f'routers: labels names {domain!r}, which is not a domain; '
                        f'{nearest(domain, domains)}')
     named[name] = domain
   known = {**domain_of, **named}
-  for name in init.runs:
+  for name in names:
     if name not in known:
-      raise UsageError(f'mix: routers: {name!r} was not trained on the text of a single domain '
+      raise UsageError(f'routers: {name!r} was not trained on the text of a single domain '
                        'here, so it is not known which text to send to it: name the domain, '
                        f'labels=(({name!r}, {next(iter(domains))!r}),).')
   return RoutersFromText(given.kind, given.rows, given.ridge, given.temperature,
-                         tuple(known[name] for name in init.runs))
+                         tuple(known[name] for name in names))
 
 
 def sources_of(init) -> tuple[str, ...]:

@@ -13,10 +13,12 @@ import zlib
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE
-from btx_jax.recipe import Recipe, RoutersFromText
+from btx_jax.recipe import Edit, Recipe, RoutersFromText
 
 # Initialisers.
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
+EDIT = 'edit'
+INITIALISERS = (RANDOM, CHECKPOINT, MIX, EDIT, HUGGING_FACE)
 BALANCE_SCOPES = ('microbatch', 'batch')
 # Fields of a model that change how it is computed, not what it computes.
 COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
@@ -126,9 +128,9 @@ class Run:
   Attributes:
     name: also the name of its directory in the working directory: the config's name for it, after
       its series and a slash if it has one.
-    init: 'random'; 'checkpoint', the end of another run; 'mix', a mixture of several; or
-      'hugging_face', a pretrained model.
-    sources: the runs that it starts from, each once.
+    init: 'random'; 'checkpoint', the end of another run; 'mix', a mixture of several; 'edit', a
+      mixture with other experts; or 'hugging_face', a pretrained model.
+    sources: the runs that it starts from, each once; of an edit, the mixture first.
     recipe: how they are mixed, if init is 'mix'.
     expert_names: what to call a mixture's experts.
     weights: each domain's share of the rows; they add up to 1.
@@ -147,6 +149,8 @@ class Run:
     routers: how a mixture's routers are set from text; None if they are random.
     series: the directory of all runs with this seed, if the config has several seeds and the run
       depends on them; else ''.
+    edit: which experts it has, if init is 'edit'. Its recipe is None, as the mixture of an edit is
+      not averaged with the other sources.
   """
   name: str
   init: str
@@ -167,6 +171,7 @@ class Run:
   vocabulary: str = ''
   routers: RoutersFromText | None = None
   series: str = ''
+  edit: Edit | None = None
 
   def spec(self) -> dict:
     """Everything in the run itself that decides its result, as plain data.
@@ -180,7 +185,7 @@ class Run:
     for key in COMPUTE:
       del spec['model'][key]
     del spec['folder']
-    for key in ('content', 'vocabulary', 'routers'):
+    for key in ('content', 'vocabulary', 'routers', 'edit'):
       if not spec[key]:
         del spec[key]
     return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back
@@ -257,12 +262,22 @@ def common_ancestors(runs: Sequence[Run]) -> dict[str, Run]:
 
 
 def descent(run: Run) -> list[Run]:
-  """The run, and those whose settings it keeps, nearest first: of a mixture, the reference."""
+  """The run, and those whose settings it keeps, nearest first.
+
+  Of a mixture, that is the reference; of an edit, the mixture.
+  """
   found = [run]
   while found[-1].sources:
     last = found[-1]
     found.append(last.sources[last.recipe.reference if last.recipe else 0])
   return found
+
+
+def parts_of(run: Run) -> Edit:
+  """Which experts an edit has; raises ValueError for any other run."""
+  if run.edit is None:
+    raise ValueError(f'{run.name} starts from {run.init}, and edits no mixture.')
+  return run.edit
 
 
 def recipe_of(run: Run) -> Recipe:

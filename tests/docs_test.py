@@ -71,7 +71,7 @@ def test_a_section_has_the_fields_and_defaults_of_its_dataclass(section, cls, un
     ('evaluation.merge', study.MERGES), ('arrangement', recipe.ARRANGEMENTS),
     ('allow', compatibility.COSTS)])
 def test_every_choice_of_a_field_is_described(field, choices):
-  row, = re.findall(rf'^\| `{re.escape(field)}` \|.*', generate.config_page(), re.MULTILINE)
+  row, *_ = re.findall(rf'^\| `{re.escape(field)}` \|.*', generate.config_page(), re.MULTILINE)
   assert {choice for choice in choices if f"'{choice}'" not in row} == set()
 
 

@@ -218,6 +218,11 @@ def routers(arguments, **fields):
   return new(init=f'base.mix("seed", routers=base.from_text({arguments}))', **fields)
 
 
+def edit(init, lines='config.runs.two = base.run(base.mix("seed", "expert/math"))', **fields):
+  """Lines that add a run which exchanges experts of a mixture."""
+  return lines + '\n' + new(init=f'base.{init}', **fields)
+
+
 def pretrained(harm, **fields):
   """Lines that start a run from a copy of a model that the lines `harm` have changed."""
   return f'''
@@ -347,16 +352,36 @@ config.runs = {"new": config.runs.new,
      "mix: arrangement = 'whole' and chunks = 2; 'split' and"),
     (new(init='base.mix("seed", arrangement="split", chunks=5)'),
      'ffn_dim = 24 is not divisible by 5 pieces'),
-    (routers('"rigde"'), "mix: routers: kind = 'rigde'; did you mean 'ridge'?"),
+    (routers('"rigde"'), "routers: kind = 'rigde'; did you mean 'ridge'?"),
     (routers('"mean"', model='{"router": "hash"}'), "model.router = 'hash' has none"),
     (new(init='base.mix("seed", arrangement="split", chunks=2, routers=base.from_text("ridge"))'),
      "arrangement = 'split' makes experts of parts of runs; use 'whole'."),
-    (routers('"ridge", rows=4'), 'mix: routers: rows = 4 must be at least 5.'),
+    (routers('"ridge", rows=4'), 'routers: rows = 4 must be at least 5.'),
     (routers('"ridge", temperature=-1'), 'temperature = -1 must be positive, or 0.'),
     (routers('"ridge", labels=(("sed", "code"),)'), "labels names 'sed', which is not an expert"),
     (routers('"ridge", labels=(("seed", "cod"),)'), "labels names 'cod', which is not a domain;"),
     (routers('"ridge"'), "'seed' was not trained on the text of a single domain here, so it is not"
      " known which text to send to it: name the domain, labels=(('seed', 'code'),)."),
+    # Experts exchanged
+    (edit('drop("seed", "seed")'), "runs.new.init: 'seed' is not a mixture, so it has no experts"),
+    (edit('extend("btx")'), "an edit of 'btx' names no expert; to continue the mixture as it is"),
+    (edit('drop("btx", "expert/cod")'), "'btx' has no expert 'expert/cod'; did you mean 'expert/"),
+    (edit('drop("btx", "expert/code")'), "'expert/code' names 2 experts of 'btx', so it is not"),
+    (edit('drop("two", "seed", "expert/math")'), "runs.new.init keeps no expert of 'two'; make a"),
+    (edit('replace("two", (("seed", "seed"), ("seed", "expert/code")), allow="shared")'),
+     "runs.new.init replaces 'seed' twice; name it once."),
+    (edit('drop("two", "seed")', model='{"top_k": 2}'),
+     "runs.new: model.top_k = 2, and 'two' is left with 1; keep more experts, or set model={"),
+    (edit('drop("two", "seed")', model='{"router": "hash"}'), "the router 'hash' sends a token to"),
+    (edit('extend("btx", "two")'), "'two' is a mixture, and an expert is made from a dense run."),
+    (edit('extend("two", "wide")',
+          lines='config.runs.two = base.run(base.mix("seed"))\n' + new(
+              init='base.random()', model='{"ffn_dim": 32}').replace('runs.new', 'runs.wide')),
+     "'wide' cannot be an expert of 'two': ffn_dim = 32, not 24."),
+    (edit('extend("two", "expert/code", allow="share")'), "allow = 'share'; did you mean 'shar"),
+    (edit('extend("two", "expert/code")'), "'expert/code' was not trained beside the shared weights"
+     " of 'two': embed, layers/attn/q, layers/attn/k and 6 more are not known to be equal (embed is"
+     ' from an average there and from expert/code here). Train it from the run that these are fro'),
     (new(domains='{"cod": 1}'), "runs.new.domains names 'cod', which is not a domain; did"),
     (new(domains='{"code": -1}'), 'runs.new.domains.code = -1.0; weights are finite'),
     (new(domains='{"code": 0}'), 'at least one weight must be positive'),

@@ -120,21 +120,13 @@ def test_text_of_an_expert_goes_through_no_other():
 @pytest.fixture(scope='module')
 def study(text, tmp_path_factory):
   """Experts beside frozen shared weights, and mixtures of them that differ in their routers."""
-  config = studies.get_config(text)
-  config.mesh.update(fsdp=1, expert=1, tensor=1)
-  config.evaluation.update(every=0, tokens=400)
-  config.train.microbatches = 1
-  config.data.seq_len = 31
-  config.checkpoint_every = 100
-  experts = {name: base.run(base.checkpoint('seed'), {name: 1}, steps=60,
-                            train={'freeze': ('^(?!.*/ffn/)',)}) for name in ('code', 'math')}
+  config = studies.modular_config(text)
+  experts = ('code', 'math')
   set_from_text = base.from_text('ridge', rows=20, labels=(('seed', 'prose'),))
-  config.runs = {
-      'seed': base.run(base.random(), {'prose': 2, 'code': 1, 'math': 1}, steps=60),
-      **experts,
+  config.runs.update({
       'normal': base.run(base.mix('seed', *experts)),
       'ridge': base.run(base.mix('seed', *experts, routers=set_from_text)),
-  }
+  })
   pipeline = Pipeline(config, str(tmp_path_factory.mktemp('fitting')))
   pipeline.train()
   return pipeline

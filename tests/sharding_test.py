@@ -160,14 +160,20 @@ CHOSEN = {'data': -1, 'fsdp': 0, 'expert': 0, 'tensor': 1}
     (8, 3, 60, (4, 1)), (8, 3, 1, (8, 1)),  # does not fit at all: as little as there can be
 ])
 def test_a_mesh_chosen_for_the_experts_and_the_memory(devices, experts, memory, expected):
-  sizes = choose_sizes(CHOSEN, devices, experts, 100, memory)
+  sizes = choose_sizes(CHOSEN, devices, [experts], 100, memory)
   assert (sizes['fsdp'], sizes['expert']) == expected
-  assert choose_sizes(dict(CHOSEN, data=1), devices, experts, 100, memory)['fsdp'] == (
+  assert choose_sizes(dict(CHOSEN, data=1), devices, [experts], 100, memory)['fsdp'] == (
       devices // expected[1])  # nothing may be left over
 
 
+def test_a_mesh_chosen_for_mixtures_of_several_sizes_holds_all():
+  def expert(devices, *experts):
+    return choose_sizes(CHOSEN, devices, experts, 100, None)['expert']
+  assert (expert(2, 4, 3), expert(4, 4, 3), expert(8, 8, 6), expert(8)) == (1, 4, 8, 1)
+
+
 def test_a_mesh_chosen_for_slices_keeps_all_but_data_within_one():
-  sizes = choose_sizes(CHOSEN, 8, 16, 100, None, slices=2)
+  sizes = choose_sizes(CHOSEN, 8, [16], 100, None, slices=2)
   assert (sizes['data'], sizes['expert']) == (-1, 4)
 
 

@@ -12,9 +12,9 @@ WORDS = {
 }
 
 
-def write_text(folder, documents: int = 60):
+def write_text(folder, documents: int = 60, all_words=WORDS):
   """One JSONL file a domain; the same text every time."""
-  for domain, words in WORDS.items():
+  for domain, words in all_words.items():
     rng = random.Random(domain)
     with open(folder / f'{domain}.jsonl', 'w', encoding='utf-8') as file:
       for _ in range(documents):
@@ -45,3 +45,23 @@ def get_config(folder):
                       {'prose': 2, 'code': 1, 'math': 1}, steps=6),
   }
   return config
+
+
+def modular_config(folder):
+  """A seed, and two experts that trained only their feed-forward layers, without a mixture."""
+  config = get_config(folder)
+  config.mesh.update(fsdp=1, expert=1, tensor=1)
+  config.evaluation.update(every=0, tokens=400)
+  config.train.microbatches = 1
+  config.data.seq_len = 31
+  config.checkpoint_every = 100
+  config.runs = {
+      'seed': base.run(base.random(), {'prose': 2, 'code': 1, 'math': 1}, steps=60),
+      **{name: modular_expert(name) for name in ('code', 'math')}}
+  return config
+
+
+def modular_expert(domain: str, seed: str = 'seed', steps: int = 60):
+  """A run that trains the feed-forward layers of a seed on one domain."""
+  return base.run(base.checkpoint(seed), {domain: 1}, steps=steps,
+                  train={'freeze': ('^(?!.*/ffn/)',)})

@@ -11,7 +11,7 @@ from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.library import tokenizer_files
-from btx_jax.run import HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
+from btx_jax.run import EDIT, HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
 from btx_jax.study import compatibility, context, manifest, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -43,7 +43,7 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
     if (state := study.state(needed.name)) != manifest.COMPLETE:
       raise UsageError(f'export writes complete runs, and {needed.name!r} is {state}; run '
                        f'--run={needed.name} first.')
-  for line in compatibility.remarks(run) if run.init == MIX and not run.steps else ():
+  for line in compatibility.remarks(run) if not run.steps else ():
     say(line)
   tokenizer = text.tokenizer(study.config, study.data_folder)
   began = time.monotonic()
@@ -105,7 +105,7 @@ def _card(study: Study, run: Run, origin: str) -> Iterator[str]:
          '|---|---|---|--:|--:|---|\n')
   ancestors = {each.name for each in lineage(run)}
   for each in (each for each in study.runs.values() if each.name in ancestors):
-    start = {MIX: 'a mixture of ', RANDOM: 'random parameters',
+    start = {MIX: 'a mixture of ', EDIT: 'an edit of ', RANDOM: 'random parameters',
              HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
     start += ', '.join(source.name for source in each.sources)
     domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in each.weights.items())

@@ -85,10 +85,17 @@ def _share(raw: bytes) -> float:
 
 
 def load(folder: str, split: str) -> Tokens:
-  """Opens a split that `prepare` wrote."""
+  """Opens a split that `prepare` wrote.
+
+  A split whose tokens were deleted is empty: the runs that it was used for stay what they are.
+  """
   meta = read_meta(folder)
+  tokens = os.path.join(folder, f'{split}.bin')
+  if not os.path.exists(tokens):
+    nothing = np.zeros(1, np.int64)
+    return Tokens(np.zeros(0, meta['dtype']), nothing, nothing, meta['hash'][split])
   documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
-  ids = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=meta['dtype'], mode='r')
+  ids = np.memmap(tokens, dtype=meta['dtype'], mode='r')
   return Tokens(ids, documents[:, 0], documents[:, 1], meta['hash'][split],
                 *(int(meta['made_from']['framing'][mark] is not None) for mark in ('begin', 'end')))
 

@@ -1,6 +1,6 @@
 """The mesh of devices: its axes, their sizes, and which devices are neighbours along them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import math
 
 import jax
@@ -15,18 +15,18 @@ BATCH_AXES = AXES[:3]  # the axes that rows are sharded over
 BRANCH_BATCH_AXES = AXES[:2]  # the same while several branches are stacked along `expert`
 
 
-def choose_sizes(sizes: Mapping[str, int], devices: int, num_experts: int, state_bytes: int,
-                 memory: float | None, slices: int = 1) -> dict[str, int]:
+def choose_sizes(sizes: Mapping[str, int], devices: int, num_experts: Collection[int],
+                 state_bytes: int, memory: float | None, slices: int = 1) -> dict[str, int]:
   """The sizes of a mesh, with those that are 0 chosen.
 
-  First `expert`: as large as the number of experts allows, because sending tokens costs less
-  than sending weights. Then `fsdp`: just large enough for the state to fill at most half of the
-  memory, because `data` needs the least traffic.
+  First `expert`: as large as the largest mixture allows and no other refuses, because sending
+  tokens costs less than sending weights. Then `fsdp`: just large enough for the state to fill at
+  most half of the memory, because `data` needs the least traffic.
 
   Args:
     sizes: of the axes; -1 takes all remaining devices, 0 is to be chosen.
     devices: number of devices.
-    num_experts: of the largest mixture; 0 if there is none.
+    num_experts: of each mixture.
     state_bytes: parameters, gradients and optimizer state of the largest model.
     memory: bytes per device; None if unknown or unlimited.
     slices: number of TPU slices; only `data` may cross them.
@@ -42,7 +42,9 @@ def choose_sizes(sizes: Mapping[str, int], devices: int, num_experts: int, state
     named = ', '.join(f'mesh.{axis} = {size}' for axis, size in sizes.items() if size > 1)
     raise UsageError(f'{named} cannot be laid on {devices} device(s): {given} are needed.')
   if sizes['expert'] == 0:
-    sizes['expert'] = math.gcd(num_experts or 1, left)
+    most = math.gcd(max(num_experts, default=0) or 1, left)
+    sizes['expert'] = max(n for n in range(1, most + 1) if most % n == 0 and all(
+        experts % n == 0 or experts < n for experts in num_experts))
     left //= sizes['expert']
   if sizes['fsdp'] == 0:
     share = state_bytes / (max(sizes['expert'], 1) * max(sizes['tensor'], 1))

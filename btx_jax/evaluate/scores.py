@@ -24,7 +24,8 @@ class Model(NamedTuple):
     name: name of its row, the same in every series.
     run: the run whose directory holds its scores.
     stage: 'final'. Mixtures of several models also have 'start', before finetuning; 'average',
-      the plain average of these models; and 'merge_...', see evaluate.ensemble.
+      the plain average of these models; and 'merge_...', see evaluate.ensemble. Edits of a mixture
+      also have 'start'.
     sizes: sizes of the model, or of each model of a merge.
     trained: the runs whose training went into it.
     count: how many separate models the row stands for.
@@ -63,8 +64,8 @@ def models_of(study: Study, run: Run) -> Iterator[Model]:
         used = MERGES[form] or len(run.sources)
         yield Model(f'merge of {name}: {form}', run, MERGE + form, dense, before,
                     len(run.sources), min(used, len(run.sources)))
-    if run.steps:
-      yield Model(f'{name} unfinetuned', run, START, run.model, before)
+  if run.steps and (run.edit or (run.init == MIX and len(run.sources) > 1)):
+    yield Model(f'{name} unfinetuned', run, START, run.model, before)
   yield Model(name, run, FINAL, run.model, [*before, run])
 
 

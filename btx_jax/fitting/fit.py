@@ -15,7 +15,7 @@ from btx_jax.errors import UsageError
 from btx_jax.fitting import passes, solve
 from btx_jax.recipe import RoutersFromText
 from btx_jax.run import Run, dense_model, seed_of
-from btx_jax.study import params, routers
+from btx_jax.study import edits, params, routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -27,7 +27,7 @@ _CLOSE = 1e-3
 
 def check_text(run: Run, text: Text) -> None:
   """Raises UsageError if there is too little text to set a run's routers from."""
-  for domain in run.routers.domains if run.routers else ():
+  for domain in to_read(run):
     rows = _available(run, text, domain)
     tokens = len(to_fit(range(rows))) * run.seq_len
     if rows < 5 or tokens < run.model.dim:
@@ -35,6 +35,12 @@ def check_text(run: Run, text: Text) -> None:
           f'runs.{run.name}: {domain!r} has {rows} training rows of {run.seq_len} tokens, too few '
           f'to set routers of width {run.model.dim} from; it takes 5 rows, and as many tokens as '
           'the width in four fifths of them. Give it more text, or use random routers.')
+
+
+def to_read(run: Run) -> list[str]:
+  """The domains of which sums are made; an edit has those of the others already."""
+  stored = run.edit.stored if run.edit else ()
+  return [domain for domain in run.routers.domains if domain not in stored] if run.routers else []
 
 
 def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
@@ -49,17 +55,30 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
   if run.routers is None or distributed.broadcast(lambda: routers.figures(study, run)):
     return
   began, settings = time.monotonic(), run.routers
-  rows = {domain: _rows(run, text, domain) for domain in settings.domains}
-  sums = {}
-  for domain, of_domain in rows.items():
+  # Text of domains whose sums are kept may be gone.
+  rows = distributed.broadcast(
+      lambda: [domain for domain in settings.domains if _available(run, text, domain)])
+  rows = {domain: _rows(run, text, domain) for domain in rows}
+  before = edits.fitted(run.sources[0]) if run.edit and run.edit.stored else None
+  kept = routers.sums(study, before) if before else {}
+  if run.edit and before:
+    say(f'{run.name}: sums of {", ".join(run.edit.stored)} are those of {before.name}')
+  sums, reading = {}, to_read(run)
+  for domain in settings.domains:
+    if domain not in reading:
+      sums[domain] = kept[domain]
+      continue
     # Experts with one label share it: text passes the first of them.
     number = settings.labels.index(domain)
     say(f'{run.name}: reading {domain} with the expert of {run.expert_names[number]}')
     parameters = params.expert(study, run, number, mesh)
-    batches = _batches(study, to_fit(of_domain))
+    batches = _batches(study, to_fit(rows[domain]))
     sums[domain] = passes.sums(dense_model(run.model), parameters, batches, mesh)
   columns_LDE = solve.columns(settings.kind, sums, settings.labels, settings.ridge)
-  columns_LDE, figures = _choose_temperature(study, run, rows, columns_LDE, mesh)
+  tried = (settings.temperature,) if settings.temperature else TEMPERATURES
+  if before and len(rows) < len(settings.domains) and not settings.temperature:
+    tried = (_temperature(study, before),)
+  columns_LDE, figures = _choose_temperature(study, run, rows, columns_LDE, tried, mesh)
   figures |= {'kind': settings.kind, 'ridge': settings.ridge, 'labels': settings.labels,
               'rows': {domain: len(of_domain) for domain, of_domain in rows.items()},
               'seconds': time.monotonic() - began}
@@ -73,6 +92,9 @@ def in_words(figures: dict[str, Any]) -> list[str]:
   def percent(shares) -> str:
     return ' '.join(f'{100 * share:.1f}' for share in shares)
 
+  if not figures['losses']:
+    return [f'routers by {figures["kind"]} from the sums that are kept, temperature '
+            f'{figures["temperature"]:g}; no text is at hand to measure them on']
   losses = ', '.join(f'{loss:.4f} at {t:g}' for t, loss in figures['losses'].items())
   loads = [max(load) * len(load) for load in figures['load']]
   return [
@@ -87,16 +109,23 @@ def in_words(figures: dict[str, Any]) -> list[str]:
       f'balanced one: {" ".join(f"{load:.2f}" for load in loads)}']
 
 
+def _temperature(study: Study, run: Run) -> float:
+  """The temperature of routers that have been set."""
+  return (routers.figures(study, run) or {})['temperature']
+
+
 def _choose_temperature(study: Study, run: Run, rows: dict[str, list[Batch]],
-                        columns_LDE: np.ndarray, mesh) -> tuple[np.ndarray, dict[str, Any]]:
+                        columns_LDE: np.ndarray, tried: Sequence[float], mesh
+                        ) -> tuple[np.ndarray, dict[str, Any]]:
   """The routers divided by the temperature, and what they do on the rows that are kept for it."""
   settings = _settings(run)
+  if not rows:
+    return columns_LDE / tried[0], {'temperature': tried[0], 'losses': {}}
   kept = {domain: kept_rows(of_domain) for domain, of_domain in rows.items()}
   own_GE = np.array([[label == domain for label in settings.labels] for domain in kept])
   everything = [row | {'domain': np.array(i, np.int32)}
                 for i, of_domain in enumerate(kept.values()) for row in of_domain]
   parameters = params.unrouted(study, run, mesh)
-  tried = (settings.temperature,) if settings.temperature else TEMPERATURES
   found = {t: passes.routed(run.model, parameters, (columns_LDE / t).astype(np.float32), own_GE,
                             _batches(study, everything), mesh) for t in tried}
   losses = {t: float(of['nll'] / of['targets']) for t, of in found.items()}

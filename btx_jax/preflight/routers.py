@@ -27,7 +27,7 @@ class RouterPass:
 
   Attributes:
     run: its name.
-    domains: whose text is read.
+    domains: whose text is read for sums.
     rows: of each domain.
     seconds: of the devices, for all passes, reading of parameters excluded; None if the chip is
       unknown.
@@ -50,10 +50,11 @@ class RouterPass:
   def in_words(self) -> str:
     took = '' if self.seconds is None else f' take {self.seconds:.1f} s'
     limit = '' if self.memory is None else f' of {self.memory / 1e9:.1f}'
-    return (f'{self.run}: routers from text: {self.rows} rows of each of {self.domains} domains'
-            f'{took}; a device needs {self.peak / 1e9:.2f} GB{limit}'
-            f'{"" if self.fits else ", which DOES NOT FIT"}; the sums are {self.sums / 1e9:.2f} GB '
-            'in the memory of process 0 and on disk')
+    read = (f'{self.rows} rows of each of {self.domains} domain(s)' if self.domains else
+            'no sums, only passes to choose a temperature')
+    return (f'{self.run}: routers from text: {read}{took}; a device needs '
+            f'{self.peak / 1e9:.2f} GB{limit}{"" if self.fits else ", which DOES NOT FIT"}; '
+            f'the sums are {self.sums / 1e9:.2f} GB in the memory of process 0 and on disk')
 
   def as_data(self) -> dict[str, Any]:
     return {**dataclasses.asdict(self), 'fits': self.fits}
@@ -80,12 +81,12 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
   dense, size = dense_model(model), study.config.evaluation.batch_size
   batch = _batch(mesh, size, run.seq_len)
   columns = jax.ShapeDtypeStruct((model.num_layers, model.dim, model.num_experts), np.float32)
-  domains = len(settings.domains)
+  domains, read = len(settings.domains), len(fit.to_read(run))
   own = jax.ShapeDtypeStruct((domains, model.num_experts), np.bool_)
   kept = len(fit.kept_rows(range(settings.rows)))
   tried = 1 if settings.temperature else len(fit.TEMPERATURES)
   times_and_programs: list[tuple[int, Callable]] = [
-      (domains * math.ceil((settings.rows - kept) / size),
+      (read * math.ceil((settings.rows - kept) / size),
        lambda: passes.sums_program(dense, mesh).lower(_like(dense, mesh), batch)),
       (tried * math.ceil(domains * kept / size),
        lambda: passes.routed_program(model, mesh).lower(_like(model, mesh), columns, own, batch))]
@@ -101,7 +102,7 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
       seconds += times * CostModel(module, chip or UNKNOWN, mesh, link_speed(topology, mesh),
                                    filled).total().seconds
   return RouterPass(
-      run.name, domains, settings.rows, seconds if chip else None, peak,
+      run.name, read, settings.rows, seconds if chip else None, peak,
       chip.memory if chip else None,
       8 * domains * model.num_layers * model.dim * (model.dim + 1))
 

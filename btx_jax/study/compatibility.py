@@ -17,6 +17,7 @@ from btx_jax.data.tokenizer import Tokenizer, file_name, vocabulary
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model.config import ROPE, SIZES, param_sizes, shared_paths
 from btx_jax.run import Run, common_ancestors, dense_ancestors, frozen, lineage, recipe_of
+from btx_jax.study import edits
 
 # What each difference costs.
 COSTS = {
@@ -96,6 +97,10 @@ def unchanged(averaged: Sequence[Run]) -> list[str]:
 
 def remarks(run: Run) -> list[str]:
   """Lines about a mixture's sources: what they share, and what their differences cost."""
+  if run.edit:
+    return edits.remarks(run)
+  if run.recipe is None:
+    return []
   return [*_copies(run), *_costs(run)]
 
 

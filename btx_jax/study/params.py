@@ -14,7 +14,7 @@ from btx_jax.devices import hardware, sharding
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Source
-from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, averaged_model, dense_model
+from btx_jax.run import CHECKPOINT, EDIT, MIX, RANDOM, Run, averaged_model, dense_model
 from btx_jax.study import routers, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -45,9 +45,9 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
   if run.init == RANDOM:
     rng = jax.random.key(run.rng_seed)
     return _jitted(functools.partial(llama.init, run.model), run.model, mesh)(rng)
-  if run.init == MIX:
-    if branches and mixes(run, branches.runs):
-      return _timed(run, functools.partial(_mix_branches, study, run, mesh, branches))
+  if branches and mixes(run, branches.runs):
+    return _timed(run, functools.partial(_mix_branches, study, run, mesh, branches))
+  if run.init in (MIX, EDIT):
     return _timed(run, lambda: _read(sources.start(study, run), run.model, mesh))
   if run.init == CHECKPOINT:
     params, biased = final(study, run.sources[0], mesh), run.sources[0].model.router_bias
@@ -82,16 +82,8 @@ def expert(study: Study, run: Run, number: int, mesh: Mesh):
 
   Only these weights are read.
   """
-  mixed = sources.mixture(study, run)
-
-  def read(path, index):
-    if not path.startswith('layers/ffn/'):
-      return mixed.read(path, index)
-    layers, *matrix = index
-    path = path.replace('/ffn/', '/ffn/experts/')
-    return mixed.read(path, (layers, slice(number, number + 1), *matrix))[:, 0]
-
-  return sharding.tree_from_slices(_like(dense_model(run.model), mesh), read)
+  source = sources.Expert(sources.mixture(study, run), number)
+  return _read(source, dense_model(run.model), mesh)
 
 
 def mixes(run: Run, branches: Sequence[Run]) -> bool:

@@ -15,10 +15,21 @@ from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE, ROPE, SIZES
-from btx_jax.recipe import Recipe, expert_names, routers_from_config, sources_of
+from btx_jax.recipe import Edit, Recipe, expert_names, routers_from_config, sources_of
 from btx_jax.recipe import from_config as recipe_from_config
-from btx_jax.run import CHECKPOINT, HUGGING_FACE, MIX, RANDOM, Objective, Optimizer, Run, lineage
-from btx_jax.study import compatibility
+from btx_jax.run import (
+  CHECKPOINT,
+  EDIT,
+  HUGGING_FACE,
+  INITIALISERS,
+  MIX,
+  RANDOM,
+  Objective,
+  Optimizer,
+  Run,
+  lineage,
+)
+from btx_jax.study import compatibility, edits
 
 _RESERVED = ('data', 'report')
 # The fields of a model that its parameters depend on; the others may change between runs.
@@ -178,13 +189,13 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
   entry = config.runs[name]
   train = {**config.train, **entry.train}
   _check_batch(name, config.data.seq_len, train['batch_size'], train['microbatches'])
-  sources, recipe, names = _start(name, config, runs)
+  sources, recipe, edit, names = _start(name, config, runs)
   pretrained = _pretrained(name, config, at_hand)
   # A run without domains and steps is what it starts from.
   untrained = entry.init.kind != RANDOM and not (
       entry.domains or entry.steps or entry.match_flops_of)
   vocabulary = _vocabulary(name, config, runs, pretrained, untrained, vocab_size, tokenizer)
-  model = _model(name, config, runs, recipe, pretrained, vocab_size)
+  model = _model(name, config, runs, recipe, edit, pretrained, vocab_size)
   names = names or tuple(f'expert {e}' for e in range(model.num_experts))  # of a pretrained mixture
   if model.vocab_size < vocab_size and not vocabulary:
     raise UsageError(f'runs.{name}: model.vocab_size = {model.vocab_size} is smaller than the '
@@ -198,17 +209,25 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
     model = dataclasses.replace(model, router_bias=biased)
     objective.check(model)
     routers = None if recipe is None else routers_from_config(
-        entry.init, {source.name: next(iter(source.weights)) for source in sources
-                     if len(source.weights) == 1}, config.domains, model.router)
+        entry.init.routers, entry.init.runs, {
+            source.name: next(iter(source.weights)) for source in sources
+            if len(source.weights) == 1}, config.domains, model.router, entry.init.arrangement)
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
-  return Run(
+  run = Run(
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, expert_names=names,
       weights={} if untrained else _weights(name, entry.domains, config.domains), model=model,
       optimizer=optimizer, seq_len=config.data.seq_len, batch_size=train['batch_size'],
       steps=0 if untrained else _steps(name, config, runs, model, objective, train['batch_size']),
       microbatches=train['microbatches'], objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
-      vocabulary=vocabulary, routers=routers)
+      vocabulary=vocabulary, routers=routers, edit=edit)
+  if edit is None:
+    return run
+  with errors.about(f'runs.{name}'):
+    routers, edit = edits.routers(entry.init, run, config.domains)
+  biased = model.router_bias and (routers is None or objective.balance_bias > 0)
+  return dataclasses.replace(run, routers=routers, edit=edit,
+                             model=dataclasses.replace(model, router_bias=biased))
 
 
 def _check_batch(name: str, seq_len: int, batch_size: int, microbatches: int):
@@ -238,18 +257,21 @@ def _steps(name: str, config, runs: Mapping[str, Run], model: model_config.Confi
 
 
 def _start(name: str, config, runs: Mapping[str, Run]):
-  """The sources, recipe and expert names of a run."""
+  """The sources, recipe, edit and expert names of a run."""
   init = config.runs[name].init
-  if init.kind not in (RANDOM, CHECKPOINT, MIX, HUGGING_FACE):
+  if init.kind not in INITIALISERS:
     raise UsageError(f'runs.{name}.init.kind = {init.kind!r}; '
-                     f'{nearest(init.kind, (RANDOM, CHECKPOINT, MIX, HUGGING_FACE))}')
-  if init.kind in (CHECKPOINT, MIX) and not init.runs:
+                     f'{nearest(init.kind, INITIALISERS)}')
+  if init.kind in (CHECKPOINT, MIX, EDIT) and not init.runs:
     raise UsageError(f'runs.{name}.init: {init.kind} names no run to start from.')
   if init.kind == CHECKPOINT and len(init.runs) > 1:
     raise UsageError(f'runs.{name}.init: a checkpoint has one source, not {len(init.runs)}.')
   if init.kind != MIX:
     sources = tuple(runs[source] for source in init.runs)
-    return sources, None, sources[0].expert_names if sources else ()
+    if init.kind == EDIT:
+      edit, names = edits.resolve(name, init, sources, config.mix.router_std)
+      return sources, None, edit, names
+    return sources, None, None, sources[0].expert_names if sources else ()
   names = sources_of(init)
   sources = tuple(runs[source] for source in names)
   compatibility.check(name, sources, init.allow)
@@ -260,7 +282,7 @@ def _start(name: str, config, runs: Mapping[str, Run]):
                                 _tokens_apart(averaged, sources), config.mix.router_std)
     recipe = recipe.copying(compatibility.unchanged(averaged))
   compatibility.check_reference(name, sources[recipe.reference])
-  return sources, recipe, expert_names(init.arrangement, init.runs, init.chunks)
+  return sources, recipe, None, expert_names(init.arrangement, init.runs, init.chunks)
 
 
 def _tokens_apart(averaged: Sequence[Run], sources: Sequence[Run]) -> list[int]:
@@ -286,7 +308,7 @@ def _vocabulary(name: str, config, runs: Mapping[str, Run], pretrained: Folder |
                 untrained: bool, vocab_size: int, tokenizer: Tokenizer | None) -> str:
   """`Run.vocabulary`. Raises UsageError if a run is trained in another vocabulary than the text."""
   init = config.runs[name].init
-  if init.kind == CHECKPOINT and runs[init.runs[0]].vocabulary:
+  if init.kind in (CHECKPOINT, EDIT) and runs[init.runs[0]].vocabulary:
     raise UsageError(f'runs.{name} starts from {init.runs[0]!r}, whose vocabulary is not that of '
                      f'tokenizer.path = {config.tokenizer.path!r}: such a model can only be mixed.')
   if not pretrained:
@@ -310,7 +332,7 @@ def _vocabulary(name: str, config, runs: Mapping[str, Run], pretrained: Folder |
   return ''
 
 
-def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
+def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None, edit: Edit | None,
            pretrained: Folder | None, vocab_size: int) -> model_config.Config:
   """The model of a run: the sizes of the config, or of what it starts from, with its overrides."""
   entry = config.runs[name]
@@ -328,6 +350,9 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None,
     fields |= {field: getattr(reference, field) for field in OF_REFERENCE}
     fields['num_experts'] = len(recipe.pieces)
     fields['ffn_dim'] = sum(end - first for _, first, end in recipe.pieces[0])
+  if edit:
+    fields['num_experts'] = len(edit.parts)
+    edits.check_model(name, runs[entry.init.runs[0]], {**fields, **entry.model}, len(edit.parts))
   sizes = dict(fields)
   with errors.about(f'runs.{name}'):
     model = model_config.Config(**{**fields, **entry.model})

@@ -4,7 +4,7 @@ A pretrained folder is read in place, and a trained run from its checkpoint. A r
 what it starts from: a mixture is computed slice by slice when it is read, and stored nowhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import os
 
 import numpy as np
@@ -12,14 +12,16 @@ import numpy as np
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import text
 from btx_jax.data.tokenizer import vocabulary
+from btx_jax.model.config import param_paths
 from btx_jax.model.source import Extent, Index, Source
-from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, recipe_of
+from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, parts_of, recipe_of
 from btx_jax.study import routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
 # What needs jax or orbax is imported late: `status` and reading folders need neither.
 
+_FEED_FORWARD, _ROUTER = 'layers/ffn/', 'layers/ffn/router'
 _VOCABULARY_AXIS = {'embed': 0, 'head': 1}  # parameters with a row per token, and its dimension
 
 
@@ -46,13 +48,27 @@ def mixture(study: Study, run: Run, routers: np.ndarray | None = None) -> Source
   Args:
     study: whose run it is.
     run: the run.
-    routers: [L, D, E]; None is random ones.
+    routers: [L, D, E]; None is random ones, of an edit for the new experts only.
   """
   import jax
 
   from btx_jax import btx
   rng = jax.random.key(run.rng_seed)
-  return btx.mix(_finals(study, run), run.model, rng, run.recipe, routers)
+  if run.edit is None:
+    return btx.mix(_finals(study, run), run.model, rng, run.recipe, routers)
+  recipe = run.edit.recipe(run.model.ffn_dim)
+  mixed = btx.mix(_parts(study, run), run.model, rng, recipe, routers)
+  if routers is not None:
+    return mixed
+  before = run.sources[0]
+  return KeptRouters(mixed, final(study, before), param_paths(before.model), run.edit.kept)
+
+
+def _parts(study: Study, run: Run) -> list[Source]:
+  """The experts of an edit, each as a dense model."""
+  finals = [final(study, source) for source in run.sources]
+  return [Expert(finals[source], number) if source == 0 else finals[source]
+          for source, number in parts_of(run).parts]
 
 
 def average(study: Study, run: Run) -> Source:
@@ -75,6 +91,62 @@ def trained(run: Run) -> list[Run]:
 def checkpoints(study: Study, run: Run) -> str:
   """The directory of a run's checkpoints."""
   return os.path.join(study.folder(run.name), 'checkpoints')
+
+
+class Expert:
+  """One expert of a mixture beside the weights that all share: a dense model."""
+
+  def __init__(self, mixture: Source, number: int):
+    self._mixture, self._number = mixture, number
+
+  def read(self, path: str, index: Index) -> np.ndarray:
+    if not path.startswith(_FEED_FORWARD):
+      return self._mixture.read(path, index)
+    return self._mixture.read(*self._inside(path, index))[:, 0]
+
+  def extent(self, path: str, index: Index) -> Extent | None:
+    if path.startswith(_FEED_FORWARD):
+      path, index = self._inside(path, index)
+    return self._mixture.extent(path, index)
+
+  def scratch_bytes(self, path: str) -> int:
+    if path.startswith(_FEED_FORWARD):
+      path = _in_mixture(path)
+    return self._mixture.scratch_bytes(path)
+
+  def _inside(self, path: str, index: Index) -> tuple[str, Index]:
+    """A slice of the expert's feed-forward layers as one of the mixture's."""
+    layers, *matrix = index
+    return _in_mixture(path), (layers, slice(self._number, self._number + 1), *matrix)
+
+
+def _in_mixture(path: str) -> str:
+  return path.replace(_FEED_FORWARD, f'{_FEED_FORWARD}experts/')
+
+
+class KeptRouters:
+  """A mixture in which some experts have the routers of another one, bit for bit."""
+
+  def __init__(self, mixture: Source, before: Source, paths: Collection[str],
+               kept: Mapping[int, int]):
+    """`before`, `paths`: the other mixture, and the paths of its parameters; `kept`: the number of
+    an expert in the mixture -> its number in the other one."""
+    self._mixture, self._before, self._paths, self._kept = mixture, before, paths, kept
+
+  def read(self, path: str, index: Index) -> np.ndarray:
+    # A bias may be new here.
+    if not path.startswith(_ROUTER) or path not in self._paths:
+      return self._mixture.read(path, index)
+    whole = (slice(None),) * len(index)
+    values, old = np.array(self._mixture.read(path, whole)), self._before.read(path, whole)
+    values[..., list(self._kept)] = old[..., list(self._kept.values())]
+    return values[index]
+
+  def extent(self, path: str, index: Index) -> Extent | None:
+    return self._mixture.extent(path, index)
+
+  def scratch_bytes(self, path: str) -> int:
+    return self._mixture.scratch_bytes(path)
 
 
 class Aligned:

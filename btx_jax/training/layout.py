@@ -36,7 +36,7 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
   sizes = dict(config.mesh)
   if 0 in sizes.values():
     models = [run.model for run in runs.values()]
-    experts = max((model.num_experts for model in models), default=0)
+    experts = {model.num_experts for model in models if model.num_experts}
     # Float32 parameters, gradients and the two moments of Adam.
     state = 16 * max((num_params(model) for model in models), default=0)
     sizes = choose_sizes(sizes, len(devices), experts, state, memory, count_slices(devices))
