@@ -87,11 +87,12 @@ def _share(raw: bytes) -> float:
 def load(folder: str, split: str) -> Tokens:
   """Opens a split that `prepare` wrote.
 
-  A split whose tokens were deleted is empty: the runs that it was used for stay what they are.
+  Training tokens that were deleted are none: the runs that they were used for stay what they are,
+  and a run that needs them says that it has too few.
   """
   meta = read_meta(folder)
   tokens = os.path.join(folder, f'{split}.bin')
-  if not os.path.exists(tokens):
+  if split == 'train' and not os.path.exists(tokens):
     nothing = np.zeros(1, np.int64)
     return Tokens(np.zeros(0, meta['dtype']), nothing, nothing, meta['hash'][split])
   documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
