@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from btx_jax import base, files
 from btx_jax.errors import RENAMED, UsageError, nearest
-from btx_jax.run import HUGGING_FACE, MIX
+from btx_jax.run import ENSEMBLE, HUGGING_FACE, MIX
 
 _OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
 _INTEGERS = ('seeds',)  # lists of integers; the others hold strings, or pairs of strings
@@ -31,6 +31,7 @@ def check(config) -> None:
     kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
     pairs = base.from_text('', labels=(('', ''),))
     init = (base.mix(rules={'': ''}, routers=pairs) if kind == MIX else
+            base.ensemble(selector=pairs) if kind == ENSEMBLE else
             base.hugging_face('') if kind == HUGGING_FACE else base.random())
     _check_section(f'runs.{name}', run, base.run(init, {}))
     files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
