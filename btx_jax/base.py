@@ -305,7 +305,7 @@ def ensemble(*run_names: str, selector: ConfigDict | None = None, reader: str = 
   """
   return ConfigDict({'kind': ENSEMBLE, 'runs': _names(run_names), 'reader': reader,
                      'selector': selector or from_text('ridge'), 'layers': layers,
-                     'forget': forget, 'hysteresis': hysteresis})
+                     'forget': float(forget), 'hysteresis': float(hysteresis)})
 
 
 def hugging_face(folder: str) -> ConfigDict:

@@ -101,4 +101,4 @@ def from_config(init, sources: Sequence[str], domain_of: Mapping[str, str],
   reader = sources.index(init.reader) if init.reader else 0
   layers = init.layers if init.layers < num_layers else 0
   return Selector(given.kind, given.rows, given.ridge, labels, reader, layers,
-                  float(init.forget), float(init.hysteresis))
+                  init.forget, init.hysteresis)

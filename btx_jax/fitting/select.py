@@ -90,7 +90,8 @@ def choices(study: Study, run: Run, parameters, tokens: Tokens, mesh) -> np.ndar
   return np.concatenate([[0], chosen])
 
 
-def in_documents(logits_NE: np.ndarray, starts: Sequence[int], settings: Selector) -> np.ndarray:
+def in_documents(logits_NE: np.ndarray, starts: Sequence[int] | np.ndarray, settings: Selector
+                 ) -> np.ndarray:
   """`choose` for each of several documents that follow one another, [N].
 
   Args:
@@ -102,7 +103,7 @@ def in_documents(logits_NE: np.ndarray, starts: Sequence[int], settings: Selecto
                          for first, end in itertools.pairwise(starts)])
 
 
-def switches(chosen_N: np.ndarray, starts: Sequence[int]) -> np.ndarray:
+def switches(chosen_N: np.ndarray, starts: Sequence[int] | np.ndarray) -> np.ndarray:
   """Where another expert is chosen than for the position before it in its document, [N] bool."""
   result = np.diff(chosen_N, prepend=chosen_N[:1]) != 0
   result[np.asarray(starts[:-1])] = False
