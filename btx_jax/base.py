@@ -293,7 +293,7 @@ def ensemble(*run_names: str, selector: ConfigDict | None = None, reader: str = 
 
   Args:
     run_names: the experts: dense models of one vocabulary, at least two.
-    selector: from_text(...), the text of each expert and the kind of map; None is 'ridge'.
+    selector: how it is fitted: from_text(...), without a temperature; None is from_text('ridge').
     reader: the run whose hidden states the selector reads; '' is the first expert. It need not be
       an expert.
     layers: how many of the reader's layers are computed; the selector reads what comes out of the

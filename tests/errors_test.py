@@ -366,18 +366,19 @@ config.runs = {"new": config.runs.new,
     (routers('"ridge", labels=(("seed", "cod"),)'), "labels names 'cod', which is not a domain;"),
     (routers('"ridge"'), "'seed' was not trained on the text of a single domain here, so it is not"
      " known which text to send to it: name the domain, labels=(('seed', 'code'),)."),
-    (ensemble(EXPERTS, domains='{"code": 1}', steps=1), 'runs.new is an ensemble, which is several'),
+    (ensemble(EXPERTS, domains='{"code": 1}', steps=1), 'runs.new is an ensemble, which is'),
     (f'{ensemble(EXPERTS)}\nconfig.runs.more = base.run(base.checkpoint("new"))',
      "runs.more.init: 'new' is an ensemble, and no run can start from several models; name one of "
      'its experts, expert/code, expert/math.'),
     (ensemble('"seed", "seed"'), 'chooses from at least two runs, and this one has 1; name more.'),
     (ensemble('"seed", "btx"'), "runs.new: 'btx' is a mixture, and an ensemble is made of dense"),
-    (ensemble(EXPERTS, 'selector=base.from_text("normal")'), "kind = 'normal'; valid: 'mean', 'ridge'"),
+    (ensemble(EXPERTS, 'selector=base.from_text("normal")'),
+     "kind = 'normal'; valid: 'mean', 'ridge'"),
     (ensemble(EXPERTS, 'selector=base.from_text("mean", temperature=2.0)'),
      'ensemble: selector: temperature = 2.0 changes nothing, because the expert with the largest'),
-    (ensemble(EXPERTS, 'layers=2'), 'layers = 2 must lie between 1 and the 1 layers of the reader;'),
+    (ensemble(EXPERTS, 'layers=2'), 'layers = 2 must lie between 1 and the 1 layers of the'),
     (ensemble(EXPERTS, 'forget=-1'), 'ensemble: forget = -1.0 cannot be negative.'),
-    (ensemble('"seed", "expert/code"'), "ensemble: selector: 'seed' was not trained on the text of"),
+    (ensemble('"seed", "expert/code"'), "ensemble: selector: 'seed' was not trained on the text"),
     (ensemble(EXPERTS, 'reader="sed"'), "runs.new.init names 'sed', which is not a run; did you"),
     (new(domains='{"cod": 1}'), "runs.new.domains names 'cod', which is not a domain; did"),
     (new(domains='{"code": -1}'), 'runs.new.domains.code = -1.0; weights are finite'),
@@ -548,7 +549,7 @@ config.runs = {"new": config.runs.new,
      "evaluation.merge: 'new' has another vocabulary"),
     (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + ensemble('"seed", "new"').replace(
         'runs.new', 'runs.more'),
-     "runs.more: 'new' has another vocabulary than the tokenizer of this config, so it cannot read"),
+     "runs.more: 'new' has another vocabulary than the tokenizer of this config, so it cannot"),
 ])
 def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
