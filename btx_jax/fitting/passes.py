@@ -134,7 +134,7 @@ def routed_program(cfg: Config, mesh):
 
 
 def added_up(compiled: Callable, inputs: tuple, batches: Iterable[Batch], mesh
-              ) -> dict[str, np.ndarray]:
+             ) -> dict[str, np.ndarray]:
   """The sum of what a compiled pass returns for each batch, in float64."""
   result: dict[str, np.ndarray] = {}
   for batch in batches:
