@@ -10,7 +10,16 @@ from ml_collections import ConfigDict
 
 from btx_jax.model.config import Config
 from btx_jax.recipe import AS_BEFORE, NORMAL, ROUTER_STD
-from btx_jax.run import CHECKPOINT, EDIT, HUGGING_FACE, MIX, RANDOM, Objective, Optimizer
+from btx_jax.run import (
+  CHECKPOINT,
+  EDIT,
+  ENSEMBLE,
+  HUGGING_FACE,
+  MIX,
+  RANDOM,
+  Objective,
+  Optimizer,
+)
 
 # For a run's train={'freeze': ...}.
 FREEZE_EXPERTS = ('/experts/',)
@@ -199,8 +208,8 @@ def run(init: ConfigDict, domains: dict[str, float] | None = None, steps: int = 
   space of its own.
 
   Args:
-    init: how it starts: random(), checkpoint(RUN), mix(RUNS), hugging_face(FOLDER), or from a
-      mixture by extend, replace or drop.
+    init: how it starts: random(), checkpoint(RUN), mix(RUNS), hugging_face(FOLDER), ensemble(RUNS),
+      or from a mixture by extend, replace or drop.
     domains: weight of each domain in the rows; weights need not add up to 1.
     steps: optimizer steps.
     match_flops_of: instead of `steps`: train for the FLOPs that these runs take together. What a
@@ -315,7 +324,7 @@ def _edit(mixture: str, added=(), replaced=(), dropped=(), allow=(), routers=Non
 
 def from_text(kind: str, rows: int = 64, ridge: float = 1e-3, temperature: float = 0.0,
               labels: tuple[tuple[str, str], ...] = ()) -> ConfigDict:
-  """Routers that are set from text in one pass over it, without training.
+  """Routers, or an ensemble's selector, that are set from text in one pass, without training.
 
   Each layer's router is fitted to its true inputs, of text that has passed its own expert in all
   earlier layers. Where the experts share all other weights (FREEZE_ALL_BUT_EXPERTS), such routers
@@ -334,6 +343,30 @@ def from_text(kind: str, rows: int = 64, ridge: float = 1e-3, temperature: float
   """
   return ConfigDict({'kind': kind, 'rows': rows, 'ridge': ridge, 'temperature': temperature,
                      'labels': tuple(tuple(label) for label in labels)})
+
+
+def ensemble(*run_names: str, selector: ConfigDict | None = None, reader: str = '',
+             layers: int = 0, forget: float = 0.0, hysteresis: float = 0.0) -> ConfigDict:
+  """Whole models beside each other, one of which predicts each token.
+
+  A selector chooses it: a linear map of the mean hidden state, in one of the models, of the
+  document so far. An ensemble is measured and exported, not trained: train its experts instead.
+
+  Args:
+    run_names: the experts: dense models of one vocabulary, at least two.
+    selector: how it is fitted: from_text(...), without a temperature; None is from_text('ridge').
+    reader: the run whose hidden states the selector reads; '' is the first expert. It need not be
+      an expert.
+    layers: how many of the reader's layers are computed; the selector reads what comes out of the
+      last of them, after the final norm. 0 is all.
+    forget: half-life in tokens of a hidden state in the mean; 0 keeps all of them equally. Shorter
+      ones follow changes within a document sooner.
+    hysteresis: how far the logit of another expert must lead before it takes over; logits have a
+      deviation of 1. A switch costs the new expert a pass over the text so far.
+  """
+  return ConfigDict({'kind': ENSEMBLE, 'runs': _names(run_names), 'reader': reader,
+                     'selector': selector or from_text('ridge'), 'layers': layers,
+                     'forget': float(forget), 'hysteresis': float(hysteresis)})
 
 
 def hugging_face(folder: str) -> ConfigDict:

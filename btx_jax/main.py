@@ -150,9 +150,11 @@ def export_model(name: str, workdir: str):
   if not RUN.value or not TO.value:
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
   from btx_jax.commands.export import export_run
+  from btx_jax.commands.export_ensemble import export_ensemble
   from btx_jax.study.study import Study
-  export_run(Study(CONFIG.value, workdir), RUN.value, files.local_path('--to', TO.value),
-             DTYPE.value)
+  study = Study(CONFIG.value, workdir)
+  export = export_ensemble if study.run(RUN.value).selector else export_run
+  export(study, RUN.value, files.local_path('--to', TO.value), DTYPE.value)
 
 
 def compile_for_topology(name: str, workdir: str):

@@ -15,8 +15,8 @@ from btx_jax.data import mixture
 from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed, hardware
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import bits, ensemble, regression, scores
-from btx_jax.fitting import fit
+from btx_jax.evaluate import bits, ensemble, regression, scores, selected
+from btx_jax.fitting import fit, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import Run
 from btx_jax.study import compatibility, context, manifest, params, plan
@@ -63,7 +63,7 @@ class Pipeline(Study):
     distributed.on_process_0(self._check_manifests)
     self._say_remarks(wanted)
     for run in wanted:
-      fit.check_text(run, self.prepare_text())
+      samples.check(run, self.prepare_text())
     orders = {run.name: self._order(run) for run in wanted if run.steps}
     branches = None
     with jax.set_mesh(self.mesh):
@@ -156,6 +156,7 @@ class Pipeline(Study):
       if found:
         manifests[run.name] = found
         fit.fit(self, run, self.prepare_text(), self.mesh)
+        select.fit(self, run, self.prepare_text(), self.mesh)
         if run.steps:
           make = functools.partial(params.initial, self, run, self.mesh, branches)
           jobs.append(loop.Job(run, self.folder(run.name), make, orders[run.name]))
@@ -218,6 +219,10 @@ class Pipeline(Study):
     make = {scores.START: params.initial, scores.AVERAGE: params.average,
             scores.FINAL: params.final, scores.MASKED: params.final}
     wanted = distributed.broadcast(missing)
+    if run.selector and wanted:
+      found = selected.evaluate(self, run, self.prepare_text(), self.mesh)
+      distributed.on_process_0(lambda: scores.write(self, run, scores.FINAL, found))
+      return
     made = parameters = None
     for name, stage in wanted:
       if stage in make:

@@ -256,34 +256,52 @@ def routers_from_config(given, names: Sequence[str], domain_of: Mapping[str, str
     raise UsageError(f'routers: {given.kind!r} sends the text of a run to its expert, and '
                      f'arrangement = {arrangement!r} makes experts of parts of runs; use '
                      f'{WHOLE!r}.')
+  labels = labels_from_config('routers', given, names, domain_of, domains)
+  return RoutersFromText(given.kind, given.rows, given.ridge, given.temperature, labels)
+
+
+def labels_from_config(where: str, given, experts: Sequence[str], domain_of: Mapping[str, str],
+                       domains: Sequence[str]) -> tuple[str, ...]:
+  """The domain of each expert, once what `base.from_text` returns has been checked.
+
+  Args:
+    where: what is set from text, for messages.
+    given: what base.from_text returns.
+    experts: names of the experts' runs.
+    domain_of: for each expert's run that was trained on a single domain, that domain.
+    domains: of the config.
+
+  Raises:
+    UsageError: a number that is out of range, an unknown label, or an expert without one.
+  """
   for field, ok, range_ in (('rows', given.rows >= 5, 'at least 5'),
                             ('ridge', given.ridge > 0, 'positive'),
                             ('temperature', given.temperature >= 0, 'positive, or 0')):
     if not ok:
-      raise UsageError(f'routers: {field} = {given[field]} must be {range_}.')
+      raise UsageError(f'{where}: {field} = {given[field]} must be {range_}.')
   named = {}
   for name, domain in given.labels:
-    if name not in names:
-      raise UsageError(f'routers: labels names {name!r}, which is not an expert here; '
-                       f'{nearest(name, names)}')
+    if name not in experts:
+      raise UsageError(f'{where}: labels names {name!r}, which is not an expert here; '
+                       f'{nearest(name, experts)}')
     if domain not in domains:
-      raise UsageError(f'routers: labels names {domain!r}, which is not a domain; '
+      raise UsageError(f'{where}: labels names {domain!r}, which is not a domain; '
                        f'{nearest(domain, domains)}')
     named[name] = domain
   known = {**domain_of, **named}
-  for name in names:
+  for name in experts:
     if name not in known:
-      raise UsageError(f'routers: {name!r} was not trained on the text of a single domain '
+      raise UsageError(f'{where}: {name!r} was not trained on the text of a single domain '
                        'here, so it is not known which text to send to it: name the domain, '
                        f'labels=(({name!r}, {next(iter(domains))!r}),).')
-  return RoutersFromText(given.kind, given.rows, given.ridge, given.temperature,
-                         tuple(known[name] for name in names))
+  return tuple(known[name] for name in experts)
 
 
 def sources_of(init) -> tuple[str, ...]:
   """Every run that an initialiser names, each once, experts first."""
+  reader = [init.reader] if init.get('reader') else []
   ruled = [how for _, how in init.get('rules', ()) if how not in (UNIFORM, TOKENS)]
-  return tuple(dict.fromkeys([*init.runs, *init.get('averaged', ()), *ruled]))
+  return tuple(dict.fromkeys([*init.runs, *init.get('averaged', ()), *ruled, *reader]))
 
 
 def _divisors(n: int) -> str:

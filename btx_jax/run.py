@@ -14,11 +14,12 @@ from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE
 from btx_jax.recipe import Edit, Recipe, RoutersFromText
+from btx_jax.selector import Selector
 
 # Initialisers.
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
-EDIT = 'edit'
-INITIALISERS = (RANDOM, CHECKPOINT, MIX, EDIT, HUGGING_FACE)
+EDIT, ENSEMBLE = 'edit', 'ensemble'
+INITIALISERS = (RANDOM, CHECKPOINT, MIX, EDIT, HUGGING_FACE, ENSEMBLE)
 BALANCE_SCOPES = ('microbatch', 'batch')
 # Fields of a model that change how it is computed, not what it computes.
 COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
@@ -129,12 +130,13 @@ class Run:
     name: also the name of its directory in the working directory: the config's name for it, after
       its series and a slash if it has one.
     init: 'random'; 'checkpoint', the end of another run; 'mix', a mixture of several; 'edit', a
-      mixture with other experts; or 'hugging_face', a pretrained model.
+      mixture with other experts; 'hugging_face', a pretrained model; or 'ensemble', several models
+      beside each other.
     sources: the runs that it starts from, each once; of an edit, the mixture first.
     recipe: how they are mixed, if init is 'mix'.
-    expert_names: what to call a mixture's experts.
+    expert_names: what to call the experts of a mixture or an ensemble.
     weights: each domain's share of the rows; they add up to 1.
-    model: the model's sizes.
+    model: the model's sizes; of an ensemble, those of its selector's reader.
     optimizer: its settings.
     steps: optimizer steps; a run of 0 steps is what it starts from.
     seq_len: T.
@@ -147,6 +149,7 @@ class Run:
     vocabulary: a hash of a pretrained model's vocabulary if it contradicts the tokenizer of the
       config, so that the model can only be mixed; else ''.
     routers: how a mixture's routers are set from text; None if they are random.
+    selector: how an ensemble chooses an expert for each token; None for any other run.
     series: the directory of all runs with this seed, if the config has several seeds and the run
       depends on them; else ''.
     edit: which experts it has, if init is 'edit'. Its recipe is None, as the mixture of an edit is
@@ -170,6 +173,7 @@ class Run:
   content: str = ''
   vocabulary: str = ''
   routers: RoutersFromText | None = None
+  selector: Selector | None = None
   series: str = ''
   edit: Edit | None = None
 
@@ -185,15 +189,26 @@ class Run:
     for key in COMPUTE:
       del spec['model'][key]
     del spec['folder']
-    for key in ('content', 'vocabulary', 'routers', 'edit'):
+    for key in ('content', 'vocabulary', 'routers', 'edit', 'selector'):
       if not spec[key]:
         del spec[key]
     return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back
 
   @property
   def domains(self) -> tuple[str, ...]:
-    """The domains whose text decides the result: of the training, and of the routers."""
-    return tuple(dict.fromkeys([*self.weights, *(self.routers.domains if self.routers else ())]))
+    """The domains whose text decides the result: of the training, and of what is fitted to it."""
+    fitted = self.routers or self.selector
+    return tuple(dict.fromkeys([*self.weights, *(fitted.domains if fitted else ())]))
+
+  @property
+  def reader(self) -> 'Run':
+    """The run whose hidden states an ensemble's selector reads; ValueError for any other run."""
+    return self.sources[selector_of(self).reader]
+
+  @property
+  def experts(self) -> tuple['Run', ...]:
+    """The models that an ensemble chooses from; ValueError for any other run."""
+    return self.sources[:len(selector_of(self).labels)]
 
   @property
   def plain_name(self) -> str:
@@ -285,6 +300,19 @@ def recipe_of(run: Run) -> Recipe:
   if run.recipe is None:
     raise ValueError(f'{run.name} starts from {run.init}, which has no recipe.')
   return run.recipe
+
+
+def selector_of(run: Run) -> Selector:
+  """The selector of an ensemble; raises ValueError for any other run."""
+  if run.selector is None:
+    raise ValueError(f'{run.name} starts from {run.init}, which has no selector.')
+  return run.selector
+
+
+def reader_model(run: Run) -> model_config.Config:
+  """The sizes of that part of its reader which an ensemble's selector computes."""
+  layers = selector_of(run).layers or run.model.num_layers
+  return dataclasses.replace(run.model, num_layers=layers)
 
 
 def dense_model(model: model_config.Config) -> model_config.Config:

@@ -30,7 +30,7 @@ def test_every_field_is_on_the_page_with_its_default():
       shown = re.search(rf'^\| `{name}\.{field}` \| `(.+?)` \|', page, re.MULTILINE)
       assert shown and eval(shown[1]) == default
     assert fields or f'| `{name}` |' in page
-  for function in (base.domain, base.run, base.random, base.checkpoint, base.mix):
+  for function in (base.domain, base.run, base.random, base.checkpoint, base.mix, base.ensemble):
     assert f'## base.{function.__name__}()' in page
 
 

@@ -223,6 +223,15 @@ def edit(init, lines='config.runs.two = base.run(base.mix("seed", "expert/math")
   return lines + '\n' + new(init=f'base.{init}', **fields)
 
 
+def ensemble(runs, arguments='', **fields):
+  """A line that adds an ensemble of these runs."""
+  fields = {'domains': '{}', 'steps': '0'} | fields
+  return new(init=f'base.ensemble({runs}, {arguments})', **fields)
+
+
+EXPERTS = '"expert/code", "expert/math"'
+
+
 def pretrained(harm, **fields):
   """Lines that start a run from a copy of a model that the lines `harm` have changed."""
   return f'''
@@ -382,6 +391,20 @@ config.runs = {"new": config.runs.new,
     (edit('extend("two", "expert/code")'), "'expert/code' was not trained beside the shared weights"
      " of 'two': embed, layers/attn/q, layers/attn/k and 6 more are not known to be equal (embed is"
      ' from an average there and from expert/code here). Train it from the run that these are fro'),
+    (ensemble(EXPERTS, domains='{"code": 1}', steps=1), 'runs.new is an ensemble, which is'),
+    (f'{ensemble(EXPERTS)}\nconfig.runs.more = base.run(base.checkpoint("new"))',
+     "runs.more.init: 'new' is an ensemble, and no run can start from several models; name one of "
+     'its experts, expert/code, expert/math.'),
+    (ensemble('"seed", "seed"'), 'chooses from at least two runs, and this one has 1; name more.'),
+    (ensemble('"seed", "btx"'), "runs.new: 'btx' is a mixture, and an ensemble is made of dense"),
+    (ensemble(EXPERTS, 'selector=base.from_text("normal")'),
+     "kind = 'normal'; valid: 'mean', 'ridge'"),
+    (ensemble(EXPERTS, 'selector=base.from_text("mean", temperature=2.0)'),
+     'ensemble: selector: temperature = 2.0 changes nothing, because the expert with the largest'),
+    (ensemble(EXPERTS, 'layers=2'), 'layers = 2 must lie between 1 and the 1 layers of the'),
+    (ensemble(EXPERTS, 'forget=-1'), 'ensemble: forget = -1.0 cannot be negative.'),
+    (ensemble('"seed", "expert/code"'), "ensemble: selector: 'seed' was not trained on the text"),
+    (ensemble(EXPERTS, 'reader="sed"'), "runs.new.init names 'sed', which is not a run; did you"),
     (new(domains='{"cod": 1}'), "runs.new.domains names 'cod', which is not a domain; did"),
     (new(domains='{"code": -1}'), 'runs.new.domains.code = -1.0; weights are finite'),
     (new(domains='{"code": 0}'), 'at least one weight must be positive'),
@@ -549,6 +572,9 @@ config.runs = {"new": config.runs.new,
      "runs.both: 'new', the first run that is averaged, has another vocabulary than the tokenizer"),
     (pretrained(OTHER_TOKENIZER, **UNTRAINED) + FOREIGN,
      "evaluation.merge: 'new' has another vocabulary"),
+    (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + ensemble('"seed", "new"').replace(
+        'runs.new', 'runs.more'),
+     "runs.more: 'new' has another vocabulary than the tokenizer of this config, so it cannot"),
 ])
 def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
@@ -710,7 +736,7 @@ def test_routers_from_text_that_are_gone_or_damaged(run, config, work):
   (folder / 'fit.json').write_text('{')
   check(run(*export), 'fit.json is damaged (Expecting property name')
   (folder / 'fit.json').unlink()
-  check(run(*export), 'routers has no fit.json: the routers of new have not been set from text')
+  check(run(*export), 'routers has no fit.json: what belongs there has not been set from text,')
 
 
 def test_too_little_text_for_routers(run, config, work):

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
     ('errors', 'terminal'),
     ('devices', 'recipe', 'files'),
-    ('model',),
+    ('model', 'selector'),
     ('convert', 'run', 'btx'),
     ('base',),
     ('data', 'configs'),

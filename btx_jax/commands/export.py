@@ -39,10 +39,7 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
   if run.vocabulary:
     raise UsageError(f'{name!r} has a different vocabulary than the tokenizer of this config, '
                      f'which would be written with it. Its own folder is {run.folder}.')
-  for needed in sources.trained(run):
-    if (state := study.state(needed.name)) != manifest.COMPLETE:
-      raise UsageError(f'export writes complete runs, and {needed.name!r} is {state}; run '
-                       f'--run={needed.name} first.')
+  check_complete(study, run)
   for line in compatibility.remarks(run) if not run.steps else ():
     say(line)
   tokenizer = text.tokenizer(study.config, study.data_folder)
@@ -52,11 +49,19 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
       max_length=context.length(run), balance_loss=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
       card=''.join(_card(study, run, origin)), descends_from=_generation(run, tokenizer),
-      ram=int(study.config.mix.ram_gb * 1e9), identity=_identity(study, run), origin=origin)
+      ram=int(study.config.mix.ram_gb * 1e9), identity=identity(study, run), origin=origin)
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   say(f'{name} is in {folder}: {written:,} bytes of weights written in {seconds:.1f} s, '
       f'{written / seconds / 1e6:,.0f} MB/s; peak memory {peak / 1e9:.2f} GB')
+
+
+def check_complete(study: Study, run: Run) -> None:
+  """Raises UsageError unless everything that is read to export a run is complete."""
+  for needed in sources.trained(run):
+    if (state := study.state(needed.name)) != manifest.COMPLETE:
+      raise UsageError(f'export writes complete runs, and {needed.name!r} is {state}; run '
+                       f'--run={needed.name} first.')
 
 
 def _generation(run: Run, tokenizer: Tokenizer) -> generation.Generation:
@@ -80,7 +85,7 @@ def _origin(run: Run) -> str:
   return kinds.pop() if len(kinds) == 1 else ''
 
 
-def _identity(study: Study, run: Run) -> str:
+def identity(study: Study, run: Run) -> str:
   """Identifies the parameters by the run's lineage and every trained run or folder in it."""
   trained = {}
   for each in sources.trained(run):
@@ -112,6 +117,11 @@ def _card(study: Study, run: Run, origin: str) -> Iterator[str]:
     found = manifest.read(study.folder(each.name)) or {}
     yield (f'| {each.name} | {start} | {domains} | {each.steps:,} | {each.tokens / 1e6:,.2f} | '
            f'{found.get("identity", "")} |\n')
+  yield from scores_section(study, run)
+
+
+def scores_section(study: Study, run: Run) -> Iterator[str]:
+  """Yields a section of a README.md with the run's scores, if it has been measured."""
   measured = scores.read(study, run, scores.FINAL)
   if measured:
     yield '\n## Bits per byte on held-out text\n\n| domain | bits per byte |\n|---|--:|\n'

@@ -21,7 +21,7 @@ from btx_jax.data.tokens import read_meta
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import regression, scores
 from btx_jax.files import replacing
-from btx_jax.run import CHECKPOINT, EDIT, HUGGING_FACE, MIX, Run, lineage
+from btx_jax.run import CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX, Run, lineage
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.terminal import format_number
@@ -270,7 +270,7 @@ def _cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> l
   done = found['step'] / max(run.steps, 1)
   sources = ', '.join(source.name for source in run.sources) or '-'
   start = {MIX: f'mix of {sources}', EDIT: f'edit of {sources}', CHECKPOINT: sources,
-           HUGGING_FACE: run.folder}.get(run.init, run.init)
+           HUGGING_FACE: run.folder, ENSEMBLE: f'ensemble of {sources}'}.get(run.init, run.init)
   domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in run.weights.items())
   return [
       run.name, found['state'], start, domains, f'{found["step"]:,}/{run.steps:,}',

@@ -69,7 +69,7 @@ def _is_complete(study: Study, series: str, rows: Sequence[Row]) -> bool:
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-  """The means and the spread of one model's rows, at least two; its costs are the same in all."""
+  """The means and the spread of one model's rows, at least two; training costs the same in all."""
   bits = {domain: [row['bits_per_byte'][domain] for row in rows]
           for domain in rows[0]['bits_per_byte']}
   means = [row['mean'] for row in rows]
@@ -79,8 +79,9 @@ def mean_row(rows: Sequence[Row]) -> Row:
       'spread': {
           'bits_per_byte': {domain: statistics.stdev(values) for domain, values in bits.items()},
           'mean': statistics.stdev(means)},
-      'gates': {domain: np.mean([row['gates'][domain] for row in rows], 0).tolist()
-                for domain in rows[0]['gates']}}
+      'forward_flops': statistics.fmean(row['forward_flops'] for row in rows),
+      **{kind: {domain: np.mean([row[kind][domain] for row in rows], 0).tolist()
+                for domain in rows[0][kind]} for kind in ('gates', 'share')}}
 
 
 def _in_all_seeds(of_means: list[dict[str, Any]], by_seed: Sequence[list[dict[str, Any]]]

@@ -7,7 +7,6 @@ from rich.text import Text
 
 from btx_jax import terminal
 from btx_jax.evaluate import scores
-from btx_jax.model.config import num_params
 from btx_jax.run import CHECKPOINT, MIX, Run
 from btx_jax.study.study import Study
 
@@ -24,9 +23,10 @@ _UNFROZEN: Cost = ('TFLOP if unfrozen', 'train_flops_unfrozen', 1e12, 1)
 def rows(study: Study, series: str = '') -> list[Row]:
   """A row for every measured model of scores.models in a series of runs.
 
-  A row has name, bits_per_byte by domain, their mean, active_params, total_params; tokens,
-  train_flops and train_flops_unfrozen (as if nothing had been frozen), which include every run the
-  model descends from; and gates by domain ({} for a dense model).
+  A row has name, bits_per_byte by domain, their mean, active_params, total_params; forward_flops
+  per token (scores.Model); tokens, train_flops and train_flops_unfrozen (as if nothing had been
+  frozen), which include every run the model descends from; gates by domain ({} for a dense model);
+  and share, of the tokens that each expert of an ensemble predicted, by domain ({} for others).
   """
   result = []
   for model in scores.models(study):
@@ -40,12 +40,14 @@ def rows(study: Study, series: str = '') -> list[Row]:
         'name': model.name,
         'bits_per_byte': bits,
         'mean': sum(bits.values()) / len(bits),
-        'active_params': model.used * num_params(model.sizes, active=True),
-        'total_params': model.count * num_params(model.sizes),
+        'active_params': model.active_params,
+        'total_params': model.total_params,
+        'forward_flops': model.forward_flops(found),
         'tokens': sum(run.tokens for run in model.trained),
         'train_flops': sum(run.flops for run in model.trained),
         'train_flops_unfrozen': sum(run.flops_unfrozen for run in model.trained),
-        'gates': {domain: score['gates'] for domain, score in found.items() if 'gates' in score},
+        **{kind: {domain: score[kind] for domain, score in found.items() if kind in score}
+           for kind in ('gates', 'share')},
     })
   return result
 

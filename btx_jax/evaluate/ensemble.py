@@ -143,15 +143,22 @@ def averaged_nll(nll_NE: np.ndarray, log_weights_NE: np.ndarray) -> np.ndarray:
   return -_logsumexp(log_weights_NE - nll_NE)[:, 0]
 
 
+def counted(tokens: Tokens) -> np.ndarray:
+  """Which tokens of a split have a score, [tokens]: all but the first of each document, and end
+  marks."""
+  result = np.ones(len(tokens.ids), bool)
+  result[tokens.starts[:-1]] = False
+  if tokens.ends:
+    result[tokens.starts[1:] - 1] = False
+  return result
+
+
 def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens) -> dict:
   """The score of the averaged probabilities, in the form of bits.evaluate."""
-  counted = np.ones(len(tokens.ids), bool)
-  counted[tokens.starts[:-1]] = False
-  if tokens.ends:
-    counted[tokens.starts[1:] - 1] = False
-  nll = averaged_nll(nll_NE, log_weights_NE)[counted].sum()
+  scored = counted(tokens)
+  nll = averaged_nll(nll_NE, log_weights_NE)[scored].sum()
   size = int(tokens.bytes[-1])
-  return {'bits_per_byte': nll / math.log(2) / max(size, 1), 'tokens': int(counted.sum()),
+  return {'bits_per_byte': nll / math.log(2) / max(size, 1), 'tokens': int(scored.sum()),
           'bytes': size}
 
 

@@ -1,15 +1,16 @@
 """Reads and writes the held-out scores of a study's models, stored in the run directories."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import json
 import os
+import statistics
 from typing import NamedTuple
 
 from btx_jax.data import tokens
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
-from btx_jax.model.config import Config
-from btx_jax.run import MIX, Run, averaged_model, lineage
+from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
+from btx_jax.run import MIX, Run, averaged_model, lineage, reader_model
 from btx_jax.study import manifest
 from btx_jax.study.study import MERGES, Study
 
@@ -26,7 +27,7 @@ class Model(NamedTuple):
     stage: 'final'. Mixtures of several models also have 'start', before finetuning; 'average',
       the plain average of these models; and 'merge_...', see evaluate.ensemble. Edits of a mixture
       also have 'start'.
-    sizes: sizes of the model, or of each model of a merge.
+    sizes: sizes of the model, or of each model of a merge; of an ensemble's reader.
     trained: the runs whose training went into it.
     count: how many separate models the row stands for.
     used: the number of them that are active per token.
@@ -38,6 +39,32 @@ class Model(NamedTuple):
   trained: list[Run]
   count: int = 1
   used: int = 1
+
+  @property
+  def total_params(self) -> int:
+    """Parameters of all models together."""
+    if self.run.selector:
+      return sum(num_params(source.model) for source in self.run.sources)
+    return self.count * num_params(self.sizes)
+
+  @property
+  def active_params(self) -> int:
+    """Parameters that one token uses; of an ensemble, its largest expert and what it reads with."""
+    if self.run.selector:
+      sizes = param_sizes(reader_model(self.run))
+      sizes.pop('head', None)
+      return sum(sizes.values()) + max(num_params(each.model) for each in self.run.experts)
+    return self.used * num_params(self.sizes, active=True)
+
+  def forward_flops(self, measured: Mapping[str, dict]) -> float:
+    """FLOPs of predicting a token: measured for an ensemble, as the mean of the domains.
+
+    Args:
+      measured: its scores by domain.
+    """
+    if self.run.selector:
+      return statistics.fmean(score['forward_flops'] for score in measured.values())
+    return self.used * forward_flops_per_token(self.sizes, self.run.seq_len)
 
 
 def models(study: Study) -> Iterator[Model]:

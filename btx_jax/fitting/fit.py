@@ -7,14 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from btx_jax.data import mixture
 from btx_jax.data.mixture import Batch
 from btx_jax.data.text import Text
 from btx_jax.devices import distributed
-from btx_jax.errors import UsageError
-from btx_jax.fitting import passes, solve
+from btx_jax.fitting import passes, samples, solve
 from btx_jax.recipe import RoutersFromText
-from btx_jax.run import Run, dense_model, seed_of
+from btx_jax.run import Run, dense_model
 from btx_jax.study import edits, params, routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -23,24 +21,6 @@ TEMPERATURES = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
 # Of the temperatures whose loss is within this share of the lowest, the highest is taken: routers
 # that are less certain cost nothing, and a finetune can still move them.
 _CLOSE = 1e-3
-
-
-def check_text(run: Run, text: Text) -> None:
-  """Raises UsageError if there is too little text to set a run's routers from."""
-  for domain in to_read(run):
-    rows = _available(run, text, domain)
-    tokens = len(to_fit(range(rows))) * run.seq_len
-    if rows < 5 or tokens < run.model.dim:
-      raise UsageError(
-          f'runs.{run.name}: {domain!r} has {rows} training rows of {run.seq_len} tokens, too few '
-          f'to set routers of width {run.model.dim} from; it takes 5 rows, and as many tokens as '
-          'the width in four fifths of them. Give it more text, or use random routers.')
-
-
-def to_read(run: Run) -> list[str]:
-  """The domains of which sums are made; an edit has those of the others already."""
-  stored = run.edit.stored if run.edit else ()
-  return [domain for domain in run.routers.domains if domain not in stored] if run.routers else []
 
 
 def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
@@ -56,14 +36,14 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
     return
   began, settings = time.monotonic(), run.routers
   # Text of domains whose sums are kept may be gone.
-  rows = distributed.broadcast(
-      lambda: [domain for domain in settings.domains if _available(run, text, domain)])
-  rows = {domain: _rows(run, text, domain) for domain in rows}
+  at_hand = distributed.broadcast(
+      lambda: [domain for domain in settings.domains if samples.available(run, text, domain)])
+  rows = {domain: samples.rows(run, text, domain) for domain in at_hand}
   before = edits.fitted(run.sources[0]) if run.edit and run.edit.stored else None
   kept = routers.sums(study, before) if before else {}
   if run.edit and before:
     say(f'{run.name}: sums of {", ".join(run.edit.stored)} are those of {before.name}')
-  sums, reading = {}, to_read(run)
+  sums, reading = {}, samples.to_read(run)
   for domain in settings.domains:
     if domain not in reading:
       sums[domain] = kept[domain]
@@ -72,7 +52,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
     number = settings.labels.index(domain)
     say(f'{run.name}: reading {domain} with the expert of {run.expert_names[number]}')
     parameters = params.expert(study, run, number, mesh)
-    batches = _batches(study, to_fit(rows[domain]))
+    batches = samples.batches(study, samples.to_fit(rows[domain]))
     sums[domain] = passes.sums(dense_model(run.model), parameters, batches, mesh)
   columns_LDE = solve.columns(settings.kind, sums, settings.labels, settings.ridge)
   tried = (settings.temperature,) if settings.temperature else TEMPERATURES
@@ -121,13 +101,13 @@ def _choose_temperature(study: Study, run: Run, rows: dict[str, list[Batch]],
   settings = _settings(run)
   if not rows:
     return columns_LDE / tried[0], {'temperature': tried[0], 'losses': {}}
-  kept = {domain: kept_rows(of_domain) for domain, of_domain in rows.items()}
+  kept = {domain: samples.kept(of_domain) for domain, of_domain in rows.items()}
   own_GE = np.array([[label == domain for label in settings.labels] for domain in kept])
   everything = [row | {'domain': np.array(i, np.int32)}
                 for i, of_domain in enumerate(kept.values()) for row in of_domain]
   parameters = params.unrouted(study, run, mesh)
   found = {t: passes.routed(run.model, parameters, (columns_LDE / t).astype(np.float32), own_GE,
-                            _batches(study, everything), mesh) for t in tried}
+                            samples.batches(study, everything), mesh) for t in tried}
   losses = {t: float(of['nll'] / of['targets']) for t, of in found.items()}
   chosen = max(t for t, loss in losses.items() if loss <= (1 + _CLOSE) * min(losses.values()))
   columns_LDE = (columns_LDE / chosen).astype(np.float32)
@@ -135,7 +115,7 @@ def _choose_temperature(study: Study, run: Run, rows: dict[str, list[Batch]],
   for i, (domain, of_domain) in enumerate(kept.items()):
     alone = passes.expert_of(parameters, settings.labels.index(domain))
     counted = passes.right(dense_model(run.model), alone, columns_LDE, own_GE[i],
-                           _batches(study, of_domain), mesh)
+                           samples.batches(study, of_domain), mesh)
     right, tokens = right + counted['right'], tokens + counted['tokens']
   best = found[chosen]
   return columns_LDE, {
@@ -150,33 +130,3 @@ def _settings(run: Run) -> RoutersFromText:
   if run.routers is None:
     raise ValueError(f'The routers of {run.name} are random.')
   return run.routers
-
-
-def _available(run: Run, text: Text, domain: str) -> int:
-  """The training rows of a domain."""
-  return len(mixture.Windows(text.train[domain], run.seq_len, 0))
-
-
-def _rows(run: Run, text: Text, domain: str) -> list[Batch]:
-  """Rows of a domain, the same for every mixture of a seed: sums of several can be added."""
-  order: Any = mixture.training_order(
-      text.train, {domain: 1.0}, run.seq_len, seed_of('routers', run.seed))
-  return [order[i] for i in range(min(_settings(run).rows, _available(run, text, domain)))]
-
-
-def to_fit(rows: Sequence) -> list:
-  """Four of five rows."""
-  return [row for i, row in enumerate(rows) if i % 5]
-
-
-def kept_rows(rows: Sequence) -> list:
-  """The others."""
-  return list(rows[::5])
-
-
-def _batches(study: Study, rows: Sequence[Batch]) -> list[Batch]:
-  """Batches of one size on any devices; empty rows fill the last."""
-  size = study.config.evaluation.batch_size
-  empty = {name: np.zeros_like(values) for name, values in rows[0].items()}
-  filled = [*rows, *[empty] * (-len(rows) % size)]
-  return [mixture.stack(filled[first:first + size]) for first in range(0, len(filled), size)]

@@ -40,7 +40,7 @@ def sums(cfg: Config, params, batches: Iterable[Batch], mesh) -> Sums:
   """
   outer, total, tokens = np.zeros(()), np.zeros(()), 0
   for batch in batches:
-    found = jax.device_get(sums_program(cfg, mesh)(params, _placed(batch, mesh)))
+    found = jax.device_get(sums_program(cfg, mesh)(params, placed(batch, mesh)))
     outer, total = outer + found[0].astype(np.float64), total + found[1].astype(np.float64)
     tokens += int(found[2])
   return Sums(outer, total, tokens)
@@ -60,7 +60,7 @@ def right(cfg: Config, params, columns_LDE, own_E, batches: Iterable[Batch], mes
   Returns:
     `right` [L], tokens whose largest logit is that of such an expert; and `tokens`.
   """
-  return _added_up(_right(cfg, mesh), (params, columns_LDE, own_E), batches, mesh)
+  return added_up(_right(cfg, mesh), (params, columns_LDE, own_E), batches, mesh)
 
 
 def routed(cfg: Config, params, columns_LDE, own_GE, batches: Iterable[Batch], mesh
@@ -79,7 +79,7 @@ def routed(cfg: Config, params, columns_LDE, own_GE, batches: Iterable[Batch], m
     is that of an expert of their domain, `entropy` [L] of the softmax over all logits in nats,
     `picks` [L, E]; and `tokens`.
   """
-  return _added_up(routed_program(cfg, mesh), (params, columns_LDE, own_GE), batches, mesh)
+  return added_up(routed_program(cfg, mesh), (params, columns_LDE, own_GE), batches, mesh)
 
 
 def expert_of(params, number: int):
@@ -103,7 +103,7 @@ def sums_program(cfg: Config, mesh):
     x_LBTD = jnp.where(counted_BT[None, ..., None], router_inputs(cfg, params, batch), 0)
     outer_LDD = jnp.einsum('lbtd,lbte->lde', x_LBTD, x_LBTD, precision=jax.lax.Precision.HIGHEST)
     return outer_LDD, x_LBTD.sum((1, 2)), counted_BT.sum()
-  return _jitted(add_up, mesh)
+  return jitted(add_up, mesh)
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def _right(cfg: Config, mesh):
                              precision=jax.lax.Precision.HIGHEST)
     right_LBT = own_E[logits_LBTE.argmax(-1)] & counted_BT[None]
     return {'right': right_LBT.sum((1, 2)), 'tokens': counted_BT.sum()}
-  return _jitted(count, mesh)
+  return jitted(count, mesh)
 
 
 @functools.cache
@@ -130,26 +130,27 @@ def routed_program(cfg: Config, mesh):
     return {'nll': found.nll, 'targets': found.tokens, 'right': right_LBT.sum((1, 2)),
             'entropy': of_rows.entropy.sum(1), 'picks': of_rows.picks.sum(1),
             'tokens': counted_BT.sum()}
-  return _jitted(score, mesh)
+  return jitted(score, mesh)
 
 
-def _added_up(compiled: Callable, inputs: tuple, batches: Iterable[Batch], mesh
-              ) -> dict[str, np.ndarray]:
+def added_up(compiled: Callable, inputs: tuple, batches: Iterable[Batch], mesh
+             ) -> dict[str, np.ndarray]:
   """The sum of what a compiled pass returns for each batch, in float64."""
   result: dict[str, np.ndarray] = {}
   for batch in batches:
-    found = jax.device_get(compiled(*inputs, _placed(batch, mesh)))
+    found = jax.device_get(compiled(*inputs, placed(batch, mesh)))
     result = {name: result.get(name, 0) + np.asarray(value, np.float64)
               for name, value in found.items()}
   return result
 
 
-def _jitted(function: Callable, mesh):
+def jitted(function: Callable, mesh):
   """Compiled, with results that are whole on every device, so that each process can read them."""
   return jax.jit(function, out_shardings=NamedSharding(mesh, P()))
 
 
-def _placed(batch: Batch, mesh) -> dict[str, jax.Array]:
+def placed(batch: Batch, mesh) -> dict[str, jax.Array]:
+  """A batch, whole on every process, with its rows over the mesh."""
   size = len(batch['tokens'])
   rows = sharding.local_rows(mesh, size)
   return sharding.to_global({name: x[rows] for name, x in batch.items()}, mesh, size)

@@ -229,6 +229,18 @@ def num_params(cfg: Config, active: bool = False) -> int:
   return sum(param_sizes(cfg, active).values())
 
 
+def forward_flops_per_token(cfg: Config, length: int, head: bool = True) -> int:
+  """FLOPs of the matmuls of a forward pass per token, see train_flops_per_token.
+
+  Args:
+    cfg: of the model.
+    length: T, positions of a row; attention is counted as their mean.
+    head: whether logits are computed.
+  """
+  whole = train_flops_per_token(cfg, length, param_paths(cfg))
+  return whole if head else whole - 2 * cfg.vocab_size * cfg.dim
+
+
 def train_flops_per_token(cfg: Config, length: int, frozen: Collection[str] = ()) -> int:
   """FLOPs of the matmuls of forward and backward per token, two per multiply-add.
 

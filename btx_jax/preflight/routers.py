@@ -10,7 +10,7 @@ import numpy as np
 
 from btx_jax.devices import sharding
 from btx_jax.devices.hardware import UNKNOWN
-from btx_jax.fitting import fit, passes
+from btx_jax.fitting import fit, passes, samples
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.preflight import hlo
@@ -81,9 +81,9 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
   dense, size = dense_model(model), study.config.evaluation.batch_size
   batch = _batch(mesh, size, run.seq_len)
   columns = jax.ShapeDtypeStruct((model.num_layers, model.dim, model.num_experts), np.float32)
-  domains, read = len(settings.domains), len(fit.to_read(run))
+  domains, read = len(settings.domains), len(samples.to_read(run))
   own = jax.ShapeDtypeStruct((domains, model.num_experts), np.bool_)
-  kept = len(fit.kept_rows(range(settings.rows)))
+  kept = len(samples.kept(range(settings.rows)))
   tried = 1 if settings.temperature else len(fit.TEMPERATURES)
   times_and_programs: list[tuple[int, Callable]] = [
       (read * math.ceil((settings.rows - kept) / size),

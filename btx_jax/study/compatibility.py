@@ -77,6 +77,27 @@ def check(name: str, sources: Sequence[Run], allow: Sequence[str]) -> None:
                      + f'\nTo mix them all the same: base.mix(..., allow={tuple(kinds)}).')
 
 
+def check_ensemble(name: str, sources: Sequence[Run], experts: Sequence[str]) -> None:
+  """Raises UsageError unless the sources can be an ensemble: dense models that read one text.
+
+  Args:
+    name: of the ensemble.
+    sources: its experts and its reader.
+    experts: the names of its experts.
+  """
+  if len(set(experts)) < 2:
+    raise UsageError(f'runs.{name}: an ensemble chooses from at least two runs, and this one has '
+                     f'{len(set(experts))}; name more.')
+  for source in sources:
+    if source.model.num_experts:
+      raise UsageError(f'runs.{name}: {source.name!r} is a mixture, and an ensemble is made of '
+                       'dense models; name the experts that it was mixed from.')
+    if source.vocabulary:
+      raise UsageError(f'runs.{name}: {source.name!r} has another vocabulary than the tokenizer '
+                       'of this config, so it cannot read the text that the others read; leave it '
+                       'out.')
+
+
 def unchanged(averaged: Sequence[Run]) -> list[str]:
   """Paths outside the feed-forward layers at which these runs equal their common ancestor.
 

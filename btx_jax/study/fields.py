@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from btx_jax import base, files
 from btx_jax.errors import RENAMED, UsageError, nearest
-from btx_jax.run import EDIT, HUGGING_FACE, MIX
+from btx_jax.run import EDIT, ENSEMBLE, HUGGING_FACE, MIX
 
 _OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
 _INTEGERS = ('seeds',)  # lists of integers; the others hold strings, or pairs of strings
@@ -31,8 +31,8 @@ def check(config) -> None:
     kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
     pairs = base.from_text('', labels=(('', ''),))
     init = {MIX: base.mix(rules={'': ''}, routers=pairs), HUGGING_FACE: base.hugging_face(''),
-            EDIT: ConfigDict({**base.drop('', routers=pairs), 'runs': (), 'replaced': (('', ''),)})
-            }.get(str(kind), base.random())
+            EDIT: ConfigDict({**base.drop('', routers=pairs), 'runs': (), 'replaced': (('', ''),)}),
+            ENSEMBLE: base.ensemble(selector=pairs)}.get(str(kind), base.random())
     _check_section(f'runs.{name}', run, base.run(init, {}))
     files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 
-from btx_jax import errors
+from btx_jax import errors, selector
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError, nearest
@@ -20,6 +20,7 @@ from btx_jax.recipe import from_config as recipe_from_config
 from btx_jax.run import (
   CHECKPOINT,
   EDIT,
+  ENSEMBLE,
   HUGGING_FACE,
   INITIALISERS,
   MIX,
@@ -194,6 +195,10 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
   # A run without domains and steps is what it starts from.
   untrained = entry.init.kind != RANDOM and not (
       entry.domains or entry.steps or entry.match_flops_of)
+  if entry.init.kind == ENSEMBLE and not untrained:
+    raise UsageError(f'runs.{name} is an ensemble, which is several models and not trained as one: '
+                     'give it no domains and steps. Train an expert further by a run that starts '
+                     'from base.checkpoint(EXPERT), and name that run in the ensemble.')
   vocabulary = _vocabulary(name, config, runs, pretrained, untrained, vocab_size, tokenizer)
   model = _model(name, config, runs, recipe, edit, pretrained, vocab_size)
   names = names or tuple(f'expert {e}' for e in range(model.num_experts))  # of a pretrained mixture
@@ -208,10 +213,14 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
         model.router_bias or (objective.balance_bias > 0 and not untrained))
     model = dataclasses.replace(model, router_bias=biased)
     objective.check(model)
+    domain_of = {source.name: next(iter(source.weights)) for source in sources
+                 if len(source.weights) == 1}
     routers = None if recipe is None else routers_from_config(
-        entry.init.routers, entry.init.runs, {
-            source.name: next(iter(source.weights)) for source in sources
-            if len(source.weights) == 1}, config.domains, model.router, entry.init.arrangement)
+        entry.init.routers, entry.init.runs, domain_of, config.domains, model.router,
+        entry.init.arrangement)
+    selects = selector.from_config(
+        entry.init, [source.name for source in sources], domain_of, config.domains,
+        model.num_layers) if entry.init.kind == ENSEMBLE else None
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
   run = Run(
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, expert_names=names,
@@ -220,7 +229,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       steps=0 if untrained else _steps(name, config, runs, model, objective, train['batch_size']),
       microbatches=train['microbatches'], objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
-      vocabulary=vocabulary, routers=routers, edit=edit)
+      vocabulary=vocabulary, routers=routers, edit=edit, selector=selects)
   if edit is None:
     return run
   with errors.about(f'runs.{name}'):
@@ -262,10 +271,19 @@ def _start(name: str, config, runs: Mapping[str, Run]):
   if init.kind not in INITIALISERS:
     raise UsageError(f'runs.{name}.init.kind = {init.kind!r}; '
                      f'{nearest(init.kind, INITIALISERS)}')
+  for source in sources_of(init):
+    if runs[source].init == ENSEMBLE:
+      raise UsageError(f'runs.{name}.init: {source!r} is an ensemble, and no run can start from '
+                       'several models; name one of its experts, '
+                       f'{", ".join(runs[source].expert_names)}.')
   if init.kind in (CHECKPOINT, MIX, EDIT) and not init.runs:
     raise UsageError(f'runs.{name}.init: {init.kind} names no run to start from.')
   if init.kind == CHECKPOINT and len(init.runs) > 1:
     raise UsageError(f'runs.{name}.init: a checkpoint has one source, not {len(init.runs)}.')
+  if init.kind == ENSEMBLE:
+    sources = tuple(runs[source] for source in sources_of(init))
+    compatibility.check_ensemble(name, sources, init.runs)
+    return sources, None, None, tuple(dict.fromkeys(init.runs))
   if init.kind != MIX:
     sources = tuple(runs[source] for source in init.runs)
     if init.kind == EDIT:
@@ -344,7 +362,7 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None, ed
     known = (*_SHAPES, *_PRETRAINED, *(_ROUTING if pretrained.model.num_experts else ()))
     fields = {**config.model, **{key: getattr(pretrained.model, key) for key in known}}
   else:
-    fields = dataclasses.asdict(runs[entry.init.runs[0]].model)
+    fields = dataclasses.asdict(runs[entry.init.get('reader') or entry.init.runs[0]].model)
   if recipe:
     reference = runs[sources_of(entry.init)[recipe.reference]].model
     fields |= {field: getattr(reference, field) for field in OF_REFERENCE}

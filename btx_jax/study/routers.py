@@ -1,6 +1,6 @@
-"""routers/ in a run's directory: the routers that were set from text, and what they follow from.
+"""What was set from text, and what it follows from: in a run's directory, as routers/ or selector/.
 
-    columns.npy   [L, D, E] float32, the routers
+    columns.npy   [L, D, E] float32, the routers; of a selector L is 1
     DOMAIN        by its number: 0_outer.npy [L, D, D] and 0_sum.npy [L, D], float64
     fit.json      the settings, the figures that were measured, and a hash of every file; written
                   last, so that a folder without it does not count
@@ -23,7 +23,7 @@ _FIT, _COLUMNS = 'fit.json', 'columns.npy'
 
 
 class Sums(NamedTuple):
-  """Sums over the router inputs of one domain's text, of which those of several domains add up.
+  """Sums over what routers or a selector read of one domain's text; those of several add up.
 
   Attributes:
     outer: [L, D, D] float64, of x x'.
@@ -36,18 +36,18 @@ class Sums(NamedTuple):
 
 
 def of(study: Study, run: Run) -> np.ndarray | None:
-  """The routers [L, D, E] that a run starts with; None if they are random.
+  """The routers [L, D, E] that a run starts with, or [1, D, E] of its selector; None without.
 
   Raises:
     UsageError: they have not been set yet, or their file is damaged.
   """
-  if run.routers is None:
+  if not run.routers and not run.selector:
     return None
   return _read(_folder(study, run), _COLUMNS, _fit(study, run)['files'])
 
 
 def figures(study: Study, run: Run) -> dict | None:
-  """What was measured when the routers were set, and how; None if that has not been done."""
+  """What was measured when they were set, and how; None if that has not been done."""
   try:
     with open(os.path.join(_folder(study, run), _FIT), encoding='utf-8') as file:
       return json.load(file)
@@ -59,7 +59,7 @@ def figures(study: Study, run: Run) -> dict | None:
 
 
 def sums(study: Study, run: Run) -> dict[str, Sums]:
-  """The sums that a run's routers follow from, by domain."""
+  """The sums that a run's routers or its selector follow from, by domain."""
   folder, fit = _folder(study, run), _fit(study, run)
   return {domain: Sums(*(_read(folder, f'{i}_{what}.npy', fit['files'])
                          for what in ('outer', 'sum')), tokens=tokens)
@@ -68,7 +68,7 @@ def sums(study: Study, run: Run) -> dict[str, Sums]:
 
 def write(study: Study, run: Run, columns_LDE: np.ndarray, sums: Mapping[str, Sums],
           figures: Mapping) -> None:
-  """Stores routers, the sums of each domain, and what was measured."""
+  """Stores routers or a selector, the sums of each domain, and what was measured."""
   arrays = {_COLUMNS: columns_LDE.astype(np.float32)}
   for i, of_domain in enumerate(sums.values()):
     arrays |= {f'{i}_outer.npy': of_domain.outer, f'{i}_sum.npy': of_domain.total}
@@ -85,14 +85,13 @@ def write(study: Study, run: Run, columns_LDE: np.ndarray, sums: Mapping[str, Su
 def _fit(study: Study, run: Run) -> dict:
   fit = figures(study, run)
   if fit is None:
-    raise UsageError(f'{_folder(study, run)} has no {_FIT}: the routers of {run.name} have not '
-                     f'been set from text. Run --run={run.name}; if its directory exists, delete '
-                     'it first.')
+    raise UsageError(f'{_folder(study, run)} has no {_FIT}: what belongs there has not been set '
+                     f'from text. Run --run={run.name}; if its directory exists, delete it first.')
   return fit
 
 
 def _folder(study: Study, run: Run) -> str:
-  return os.path.join(study.folder(run.name), 'routers')
+  return os.path.join(study.folder(run.name), 'selector' if run.selector else 'routers')
 
 
 def _read(folder: str, name: str, hashes: Mapping[str, str]) -> np.ndarray:

@@ -1,0 +1,272 @@
+"""Ensembles: what their selector reads and chooses, against NumPy, and a study that has one."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece as spm
+
+from btx_jax import base, library
+from btx_jax.commands import export_ensemble, table
+from btx_jax.convert.hugging_face import Folder
+from btx_jax.convert.safetensors import File
+from btx_jax.errors import UsageError
+from btx_jax.evaluate import ensemble, scores, selected
+from btx_jax.fitting import reading, select, solve
+from btx_jax.model import llama
+from btx_jax.model.config import num_params
+from btx_jax.pipeline import Pipeline
+from btx_jax.selector import choose
+from btx_jax.study import params, routers
+from btx_jax.study.study import Study
+from tests import studies
+from tests.helpers import TINY, normal, random_batch, random_params, use_mesh
+
+DOMAINS = ('prose', 'code', 'math')
+
+
+def means_by_loop(x_BTD, segments_BT, decay) -> np.ndarray:
+  """What a selector reads, from its definition in float64; 0 for padding."""
+  result = np.zeros(x_BTD.shape)
+  for b, t in np.argwhere(segments_BT > 0):
+    at = [i for i in range(t + 1) if segments_BT[b, i] == segments_BT[b, t]]
+    weights = decay ** np.float64([t - i for i in at])
+    result[b, t] = weights @ x_BTD[b, at].astype(np.float64) / weights.sum()
+  return result
+
+
+@pytest.mark.parametrize('decay', [1.0, 0.6])
+def test_the_selector_is_fitted_to_means_of_the_document_so_far(decay):
+  dense, batches = random_params(TINY), [random_batch(TINY, seed=i, padding=3) for i in range(2)]
+  with use_mesh((2, 2, 1, 1)) as mesh:
+    found = {str(i): reading.sums(TINY, dense, decay, [batch], mesh)
+             for i, batch in enumerate(batches)}
+  x_ND = []
+  for batch, sums in zip(batches, found.values()):
+    hidden, _ = llama.Llama(TINY).apply(
+        {'params': dense}, batch['tokens'], batch['segment_ids'], batch['positions'])
+    counted = batch['segment_ids'] > 0
+    x_ND.append(means_by_loop(np.asarray(hidden), batch['segment_ids'], decay)[counted])
+    outer = x_ND[-1].T @ x_ND[-1]
+    assert sums.tokens == counted.sum()
+    assert np.abs(sums.outer[0] - outer).max() < 1e-5 * np.abs(outer).max()
+    assert np.abs(sums.total[0] - x_ND[-1].sum(0)).max() < 1e-5 * np.abs(outer).max()
+  columns = solve.columns('ridge', found, ('0', '1'), ridge=0.1)[0]
+  x_ND, y_NE = np.concatenate(x_ND), np.repeat(np.eye(2), [len(x) for x in x_ND], 0)
+  penalty = 0.1 * (x_ND**2).sum() / TINY.dim * np.eye(TINY.dim)
+  expected = np.linalg.solve(x_ND.T @ x_ND + penalty, x_ND.T @ y_NE)
+  expected /= (x_ND @ expected).std(0)
+  assert np.abs(columns - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_later_tokens_change_nothing_that_is_read_before():
+  dense, batch = random_params(TINY), random_batch(TINY)
+  changed = batch | {'tokens': batch['tokens'].copy()}
+  changed['tokens'][:, 9:] = (batch['tokens'][:, 9:] + 7) % TINY.vocab_size
+  first, second = (np.asarray(reading.means_so_far(
+      reading.hidden_states(TINY, dense, each), each['segment_ids'], 0.8))
+                   for each in (batch, changed))
+  np.testing.assert_array_equal(first[:, :9], second[:, :9])
+  assert np.abs(first[:, 9:] - second[:, 9:]).max() > 0.01
+
+
+def test_layers_that_are_left_out_are_not_computed():
+  dense, batch = random_params(TINY), random_batch(TINY)
+  layers = dense['layers']
+  silent = {**dense, 'layers': {
+      **layers, 'attn': {**layers['attn'], 'o': layers['attn']['o'].at[1].set(0)},
+      'ffn': {**layers['ffn'], 'down': layers['ffn']['down'].at[1].set(0)}}}
+  one = dataclasses.replace(TINY, num_layers=1)
+  np.testing.assert_allclose(reading.hidden_states(one, dense, batch),
+                             reading.hidden_states(TINY, silent, batch), atol=1e-6)
+
+
+@pytest.mark.parametrize('decay', [1.0, 0.7])
+@pytest.mark.parametrize('hysteresis', [0.0, 0.4])
+def test_choices_follow_from_their_definition_and_not_from_later_text(decay, hysteresis):
+  logits = normal((60, 3))
+  found = choose(logits, decay, hysteresis)
+  expected = []
+  for t in range(60):
+    weights = decay ** np.arange(t, -1.0, -1.0)
+    mean = weights @ logits[:t + 1] / weights.sum()
+    stays = expected and mean.max() - mean[expected[-1]] <= hysteresis
+    expected.append(expected[-1] if stays else int(mean.argmax()))
+  assert found.tolist() == expected
+  assert len(set(expected)) > 1
+  later = np.concatenate([logits[:30], -logits[30:]])
+  np.testing.assert_array_equal(choose(later, decay, hysteresis)[:30], found[:30])
+
+
+@pytest.fixture(scope='module')
+def config(text, tmp_path_factory):
+  """A model for each kind of text, which knows how frequent its tokens are; and two ensembles."""
+  folder = tmp_path_factory.mktemp('models')
+  texts = {domain: [json.loads(line)['text']
+                    for line in (text / f'{domain}.jsonl').read_text().splitlines()]
+           for domain in DOMAINS}
+  spm.SentencePieceTrainer.train(
+      sentence_iterator=itertools.chain(*texts.values()), model_prefix=str(folder / 'tokenizer'),
+      vocab_size=330, model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
+      add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=9)
+  tokenizer = spm.SentencePieceProcessor(model_file=str(folder / 'tokenizer.model'))
+  model = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size())
+  weights = random_params(model)
+  # Every hidden state has this in its first dimension, and a token's own numbers in the others.
+  weights['embed'] = weights['embed'].at[:, 0].set(2.0)
+  config = studies.get_config(text)
+  for domain, of_domain in texts.items():
+    ids = np.concatenate(tokenizer.encode(of_domain))
+    counts = 1.0 + np.bincount(ids, minlength=model.vocab_size)
+    head = 0.05 * normal((model.dim, model.vocab_size))
+    head[0] = np.log(counts / counts.sum()) / 3
+    library.save(str(folder / domain), model, {**weights, 'head': head}, str(folder), 'float32')
+    config.runs[domain] = base.run(base.hugging_face(str(folder / domain)))
+  config.tokenizer.path = str(folder / 'prose')
+  config.mesh.update(fsdp=1, expert=1, tensor=1)
+  config.evaluation.update(tokens=400)
+  config.data.seq_len = 31
+  labels = tuple((domain, domain) for domain in DOMAINS)
+  config.runs = {
+      **{domain: config.runs[domain] for domain in DOMAINS},
+      'all': base.run(base.ensemble(*DOMAINS, forget=20, hysteresis=0.1, selector=base.from_text(
+          'ridge', rows=20, labels=labels))),
+      'two': base.run(base.ensemble('code', 'math', reader='prose', layers=1,
+                                    selector=base.from_text('mean', labels=labels[1:])))}
+  return config
+
+
+def test_an_ensemble_counts_all_models_and_uses_an_expert_and_what_it_reads(config, tmp_path):
+  study = Study(config, str(tmp_path))
+  dense = study.runs['prose'].model
+  for name, layers in (('all', 2), ('two', 1)):
+    model, = scores.models_of(study, study.runs[name])
+    read = dataclasses.replace(dense, num_layers=layers)
+    assert model.total_params == 3 * num_params(dense)
+    assert model.active_params == (
+        num_params(dense) + num_params(read) - dense.vocab_size * dense.dim)
+
+
+@pytest.fixture(scope='module')
+def study(config, tmp_path_factory):
+  config = config.copy_and_resolve_references()
+  del config.runs['two']
+  pipeline = Pipeline(config, str(tmp_path_factory.mktemp('select')))
+  pipeline.train()
+  return pipeline
+
+
+def test_an_ensemble_is_better_than_each_of_its_models(study):
+  rows = {row['name']: row for row in table.rows(study)}
+  assert rows['all']['mean'] < min(rows[name]['mean'] for name in DOMAINS) - 0.1
+  figures = routers.figures(study, study.runs['all'])
+  assert min(figures['accuracy'].values()) > 0.5
+  assert figures['labels'] == [*DOMAINS]
+  shares = rows['all']['share']
+  assert [max(range(3), key=shares[domain].__getitem__) for domain in DOMAINS] == [0, 1, 2]
+  assert rows['all']['forward_flops'] > rows['prose']['forward_flops'] * 1.3
+
+
+def test_its_score_and_costs_are_those_of_the_chosen_experts(study):
+  run, T = study.runs['all'], study.config.data.seq_len
+  found = scores.read(study, run, scores.FINAL)
+  with jax.set_mesh(study.mesh):
+    reader = params.final(study, run.reader, study.mesh)
+    experts = [params.final(study, expert, study.mesh) for expert in run.experts]
+    for domain, tokens in study.prepare_text().held_out.items():
+      chosen = select.choices(study, run, reader, tokens, study.mesh)
+      nll = [ensemble.token_nll(run.model, expert, tokens, study.mesh, T, 8) for expert in experts]
+      bits = count = switches = prefill = 0
+      for first, end in zip(tokens.starts, tokens.starts[1:]):
+        for i in range(first + 1, end - 1):  # after the begin mark, before the end mark
+          bits, count = bits + nll[chosen[i]][i] / math.log(2), count + 1
+          if i > first + 1 and chosen[i] != chosen[i - 1]:
+            window = (i - 1) // T * T
+            switches, prefill = switches + 1, prefill + i - 1 - max(first, window)
+      assert found[domain]['bits_per_byte'] == pytest.approx(bits / tokens.bytes[-1], rel=1e-6)
+      assert found[domain]['tokens'] == count
+      assert found[domain]['switches'] == pytest.approx(1000 * switches / count)
+      head = 2 * run.model.vocab_size * run.model.dim
+      forward = next(scores.models_of(study, run.reader)).forward_flops({})
+      assert found[domain]['forward_flops'] == pytest.approx(
+          2 * forward - head + 2 * run.model.dim * 3 + prefill / count * (forward - head))
+
+
+def test_choices_are_made_from_the_document_before_the_token(study):
+  """Document by document: hidden states by window, their mean over the whole document so far."""
+  run, tokens, T = study.runs['all'], study.prepare_text().held_out['math'], 31
+  settings, columns = run.selector, routers.of(study, run)[0].astype(np.float64)
+  apply = jax.jit(llama.Llama(run.model).apply)
+  with jax.set_mesh(study.mesh):
+    reader = params.final(study, run.reader, study.mesh)
+    found = select.choices(study, run, reader, tokens, study.mesh)
+  local = jax.device_get(reader)
+  for first, end in zip(tokens.starts, tokens.starts[1:]):
+    logits, last = [], None
+    for i in range(first + 1, end):
+      if not logits or (i - 1) % T == 0:  # a document or a window begins
+        part = np.asarray(tokens.ids[i - 1:min(end, (i - 1) // T * T + T)], np.int32)
+        padded = np.pad(part, (0, T - len(part)))[None]
+        seen = (np.arange(T) < len(part)).astype(np.int32)[None]
+        states, _ = apply({'params': local}, padded, seen, np.arange(T, dtype=np.int32)[None])
+        logits += list(np.asarray(states[0, :len(part)], np.float64) @ columns)
+      weights = settings.decay ** np.arange(i - first - 1, -1.0, -1.0)
+      mean = weights @ logits[:i - first] / weights.sum()
+      if last is None or mean.max() - mean[last] > settings.hysteresis:
+        last = int(mean.argmax())
+      assert found[i] == last
+
+
+def test_later_text_changes_no_earlier_choice(study):
+  """Through windows, documents and their marks, as they are scored."""
+  run, tokens = study.runs['all'], study.prepare_text().held_out['code']
+  at = int(tokens.starts[2] + 5)
+  ids = np.array(tokens.ids)
+  ids[at:] = np.random.default_rng(0).integers(3, 300, len(ids) - at)
+  with jax.set_mesh(study.mesh):
+    reader = params.final(study, run.reader, study.mesh)
+    before, after = (select.choices(study, run, reader, each, study.mesh)
+                     for each in (tokens, dataclasses.replace(tokens, ids=ids)))
+  np.testing.assert_array_equal(before[:at + 1], after[:at + 1])
+  assert (before[at + 1:] != after[at + 1:]).any()
+
+
+def test_an_ensemble_with_other_settings_is_another_run(study):
+  config = study.config.copy_and_resolve_references()
+  config.runs['all'].init.forget = 5.0
+  with pytest.raises(UsageError, match=r'all belongs to another config:\n.*selector.forget: 20'):
+    Pipeline(config, study.workdir).train()
+
+
+def test_it_is_exported_as_its_models_and_its_selector(study, tmp_path, monkeypatch):
+  out = tmp_path / 'out'
+  with monkeypatch.context() as patch, pytest.raises(OSError, match='disk'):
+    def fail(*_):
+      raise OSError('disk')
+    patch.setattr(export_ensemble, 'Writer', fail)
+    export_ensemble.export_ensemble(study, 'all', str(out), 'float32')
+  monkeypatch.setattr(export_ensemble, 'export_run', None)  # the models are complete
+  export_ensemble.export_ensemble(study, 'all', str(out), 'float32')
+  assert sorted(os.listdir(out)) == ['README.md', 'code', 'math', 'prose', 'selector.json',
+                                     'selector.safetensors']
+  about = json.loads((out / 'selector.json').read_text())
+  assert about == {'reader': 'prose', 'layers': 2, 'experts': [*DOMAINS],
+                   'domains': [*DOMAINS], 'decay': 0.5**0.05, 'hysteresis': 0.1,
+                   'kind': 'ridge'}
+  weight = File(str(out / 'selector.safetensors')).read('weight')
+  np.testing.assert_array_equal(weight, routers.of(study, study.runs['all'])[0].T)
+  with jax.set_mesh(study.mesh):
+    math_params = params.final(study, study.runs['math'], study.mesh)
+  np.testing.assert_array_equal(Folder(str(out / 'math')).read('embed'), math_params['embed'])
+
+
+def test_the_line_on_a_domain_names_the_experts_that_it_used(study):
+  found = {'share': [0.25, 0.0, 0.75], 'switches': 3.0, 'forward_flops': 2e6}
+  assert selected.in_words(study.runs['all'], 'code', found) == (
+      'tokens of code by prose 25.0%, math 75.0%; 3.0 switches per 1,000 tokens; '
+      '2.00 MFLOP per token')
