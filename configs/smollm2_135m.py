@@ -3,7 +3,7 @@
 The seed is read from a Hugging Face folder. Three experts are trained briefly on code, math and
 facts, mixed with the seed, and finetuned. `export` writes a Mixtral that transformers loads.
 This is so short that it shows the path and not the method: for real use, give it your own text, a
-thousand times the steps, and an accelerator. About 20 minutes and 16 GB on two CPU cores;
+thousand times the steps, and an accelerator. About half an hour and 16 GB on two CPU cores;
 docs/pretrained.md has the results. Also compiled for v5e:2x2.
 
   python -m btx_jax.main --config=configs/smollm2_135m.py:/models/SmolLM2-135M
