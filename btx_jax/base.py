@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
   config.stacked = ()
 
   # Devices along each axis. -1 takes all that are left. 0 is chosen automatically: for `expert` as
-  # many as divide the experts of the largest mixture and suit the others, for `fsdp` as many as the
+  # many as divide the experts of the largest mixture and fit the others, for `fsdp` as many as the
   # training state needs to fit in memory.
   config.mesh = ConfigDict({
       # Copies of the model.
@@ -283,9 +283,9 @@ def extend(mixture: str, *run_names: str, allow: tuple[str, ...] = (),
     mixture: the run to start from: any run whose model is a mixture.
     run_names: the runs that become the new experts, in order; lists of names work too.
     allow: ('shared',) accepts experts that were trained beside other shared weights.
-    routers: from_text(...), or None for routers as the mixture's own were made: from text again,
-      where the sums of old domains that are kept are used again; or random, where the old experts
-      keep their columns.
+    routers: how they begin: from_text(...), or None for routers as the mixture's own were made. If
+      those were set from text, so are these, reusing the stored sums of old domains; if they were
+      random, the old experts keep their columns.
   """
   return _edit(mixture, added=_names(run_names), allow=allow, routers=routers)
 

@@ -73,9 +73,11 @@ class Pipeline(Study):
             lock = files.lock_folder(self.folder(run.name))
             distributed.on_process_0(functools.partial(stack.enter_context, lock))
           branches = self._train(left, orders, branches)
-        # They stay in memory for the run that mixes them, if it comes next, and for no other.
+        # They stay in memory for the run that mixes and trains them, if it comes next, and for no
+        # other; setting routers from text needs the memory.
         follows = to_train[i + 1] if i + 1 < len(groups) else []
-        if branches and not (len(follows) == 1 and params.mixes(follows[0], branches.runs)):
+        if branches and not (len(follows) == 1 and params.mixes(follows[0], branches.runs)
+                             and follows[0].steps and not follows[0].routers):
           branches = None
         for run in group:
           self._measure(run)
@@ -155,8 +157,6 @@ class Pipeline(Study):
       found = distributed.broadcast(functools.partial(self._begin, run))
       if found:
         manifests[run.name] = found
-        fit.fit(self, run, self.prepare_text(), self.mesh)
-        select.fit(self, run, self.prepare_text(), self.mesh)
         if run.steps:
           make = functools.partial(params.initial, self, run, self.mesh, branches)
           jobs.append(loop.Job(run, self.folder(run.name), make, orders[run.name]))
@@ -181,6 +181,10 @@ class Pipeline(Study):
         checkpoints_kept=self.config.checkpoints_kept,
         tensorboard=self.config.tensorboard, profile=self.profile)
     try:
+      for run in runs:
+        if run.name in manifests:
+          fit.fit(self, run, self.prepare_text(), self.mesh)
+          select.fit(self, run, self.prepare_text(), self.mesh)
       stacked = loop.run(jobs, self.mesh, list(self.prepare_text().train), settings,
                          self.evaluate, on_checkpoint) if jobs else None
       note(state=manifest.COMPLETE)

@@ -248,6 +248,7 @@ def routers_from_config(given, names: Sequence[str], domain_of: Mapping[str, str
   if given.kind not in ROUTER_KINDS:
     raise UsageError(f'routers: kind = {given.kind!r}; {nearest(given.kind, ROUTER_KINDS)}')
   if given.kind == NORMAL:
+    refuse_labels(given)
     return None
   if router == 'hash':
     raise UsageError(f"routers: {given.kind!r} sets the routers' weights, and model.router = "
@@ -258,6 +259,13 @@ def routers_from_config(given, names: Sequence[str], domain_of: Mapping[str, str
                      f'{WHOLE!r}.')
   labels = labels_from_config('routers', given, names, domain_of, domains)
   return RoutersFromText(given.kind, given.rows, given.ridge, given.temperature, labels)
+
+
+def refuse_labels(given) -> None:
+  """Raises UsageError if random routers are given the domains of experts."""
+  if given.labels:
+    raise UsageError(f'routers: labels = {tuple(given.labels)} have no effect, because the routers '
+                     f'are random; omit them, or use {MEAN!r} or {RIDGE!r}.')
 
 
 def labels_from_config(where: str, given, experts: Sequence[str], domain_of: Mapping[str, str],

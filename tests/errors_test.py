@@ -369,6 +369,7 @@ config.runs = {"new": config.runs.new,
     (routers('"ridge", temperature=-1'), 'temperature = -1 must be positive, or 0.'),
     (routers('"ridge", labels=(("sed", "code"),)'), "labels names 'sed', which is not an expert"),
     (routers('"ridge", labels=(("seed", "cod"),)'), "labels names 'cod', which is not a domain;"),
+    (routers('"normal", labels=(("seed", "code"),)'), 'have no effect, because the routers are ra'),
     (routers('"ridge"'), "'seed' was not trained on the text of a single domain here, so it is not"
      " known which text to send to it: name the domain, labels=(('seed', 'code'),)."),
     # Experts exchanged
@@ -390,7 +391,7 @@ config.runs = {"new": config.runs.new,
     (edit('extend("two", "expert/code", allow="share")'), "allow = 'share'; did you mean 'shar"),
     (edit('extend("two", "expert/code")'), "'expert/code' was not trained beside the shared weights"
      " of 'two': embed, layers/attn/q, layers/attn/k and 6 more are not known to be equal (embed is"
-     ' from an average there and from expert/code here). Train it from the run that these are fro'),
+     ' from an average there and from expert/code here). Train it from a run that has these'),
     (ensemble(EXPERTS, domains='{"code": 1}', steps=1), 'runs.new is an ensemble, which is'),
     (f'{ensemble(EXPERTS)}\nconfig.runs.more = base.run(base.checkpoint("new"))',
      "runs.more.init: 'new' is an ensemble, and no run can start from several models; name one of "
@@ -742,7 +743,7 @@ def test_routers_from_text_that_are_gone_or_damaged(run, config, work):
 def test_too_little_text_for_routers(run, config, work):
   config = config('config.data.seq_len = 900\nconfig.runs.new = base.run(base.mix('
                   '"seed", routers=base.from_text("mean", labels=(("seed", "code"),))))')
-  check(run(config, f'--workdir={work / "other"}'), "runs.new: 'code' has ")
+  check(run(config, f'--workdir={work / "other"}'), "of 'code', which has ")
 
 
 # While training

@@ -12,7 +12,7 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.library import tokenizer_files
 from btx_jax.run import EDIT, HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
-from btx_jax.study import compatibility, context, manifest, sources
+from btx_jax.study import compatibility, context, manifest, routers, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -93,8 +93,9 @@ def identity(study: Study, run: Run) -> str:
     trained[each.name] = [found['identity'], found['started'], found['seconds']]
   # The tokenizer decides how vocabularies are aligned.
   tokenizer = text.tokenizer(study.config, study.data_folder)
+  fitted = [(routers.figures(study, each) or {}).get('files') for each in lineage(run)]
   return manifest.identity({'lineage': [each.spec() for each in lineage(run)], 'trained': trained,
-                            'tokenizer': tokenizer.hash})
+                            'fitted': fitted, 'tokenizer': tokenizer.hash})
 
 
 def _card(study: Study, run: Run, origin: str) -> Iterator[str]:

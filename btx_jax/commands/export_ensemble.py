@@ -65,7 +65,7 @@ def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
 
 
 def about(run: Run) -> dict:
-  """What selector.json has: all that choosing an expert takes but the weights."""
+  """The contents of selector.json: all that is needed to choose an expert but the weights."""
   settings = selector_of(run)
   return {'reader': run.reader.plain_name, 'layers': reader_model(run).num_layers,
           'experts': [expert.plain_name for expert in run.experts],

@@ -56,7 +56,7 @@ def effects_headings(effect: dict[str, Any]) -> list[str]:
 
 
 def effects_cells(effect: dict[str, Any]) -> Cells:
-  """A row for each expert; marked where a domain misses no expert more."""
+  """A row for each expert; the one whose absence hurts a domain most is marked."""
   columns = effect['change'].values()
   return [[(f'{e} {name}', False),
            *((f'{change[e]:+.3f}', change[e] == max(change)) for change in columns)]

@@ -43,6 +43,7 @@ def results(study: Study) -> Results:
     return Results(rows, table.checks(study, rows), {}, [], '')
   complete = [series for series in study.series if _is_complete(study, series, by_series[series])]
   others = [series for series in study.series if series not in complete]
+  shown = ''
   if len(complete) < 2:
     shown = complete[0] if complete else max(others, key=lambda series: len(by_series[series]))
     rows = by_series[shown]
@@ -57,7 +58,7 @@ def results(study: Study) -> Results:
     checks = _in_all_seeds(
         table.checks(study, rows, complete[0]),
         [table.checks(study, by_series[series], series) for series in complete])
-  rest = [series for series in others if series not in note]
+  rest = [series for series in others if series != shown]
   note += (f'. Not complete: {", ".join(rest)}' if rest else '') + '.'
   return Results(rows, checks, by_series, complete, note)
 

@@ -184,4 +184,4 @@ def as_table(rows: list[Row], note: str = '') -> RenderableType:
                      title=title, caption=note),
       terminal.table(['model', *headings(rows)[split:]],
                      [name + cost for name, cost in zip(names, costs(rows))],
-                     title='What each took, for one seed'))
+                     title='Cost per seed'))

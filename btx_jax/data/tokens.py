@@ -87,8 +87,8 @@ def _share(raw: bytes) -> float:
 def load(folder: str, split: str) -> Tokens:
   """Opens a split that `prepare` wrote.
 
-  Training tokens that were deleted are none: the runs that they were used for stay what they are,
-  and a run that needs them says that it has too few.
+  If the training tokens were deleted, the split is empty. Finished runs are unaffected; a run that
+  needs the tokens is refused, because there are too few.
   """
   meta = read_meta(folder)
   tokens = os.path.join(folder, f'{split}.bin')

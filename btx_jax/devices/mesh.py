@@ -19,7 +19,7 @@ def choose_sizes(sizes: Mapping[str, int], devices: int, num_experts: Collection
                  state_bytes: int, memory: float | None, slices: int = 1) -> dict[str, int]:
   """The sizes of a mesh, with those that are 0 chosen.
 
-  First `expert`: as large as the largest mixture allows and no other refuses, because sending
+  First `expert`: as large as the largest mixture allows and divides the others, because sending
   tokens costs less than sending weights. Then `fsdp`: just large enough for the state to fill at
   most half of the memory, because `data` needs the least traffic.
 

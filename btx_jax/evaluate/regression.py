@@ -33,10 +33,11 @@ def _percent(before: float, after: float) -> float | None:
 
 
 def regressions(study: Study) -> list[dict[str, Any]]:
-  """The changes of every complete run that trained a mixture, in the order of the runs.
+  """The changes of every complete run that changed a mixture, in the order of the runs.
 
-  A mixture of several models is compared with itself before its finetuning, and a run that
-  continues a mixture with the run it starts from. A run is left out while one of the two scores is
+  A mixture of several models is compared with itself before its finetuning, a run that continues a
+  mixture with the run it starts from, and an edit that is not trained with the mixture it is of. A
+  run is left out while one of the two scores is
   missing.
 
   Returns:
@@ -56,6 +57,8 @@ def regressions(study: Study) -> list[dict[str, Any]]:
 
 def _start(run: Run) -> tuple[str, Run | None, str]:
   """The row, run and stage of the scores that a trained mixture had before; else no run."""
+  if run.edit and not run.steps:
+    return run.sources[0].name, run.sources[0], scores.FINAL
   if not run.steps or not run.model.num_experts:
     return '', None, ''
   if run.init == CHECKPOINT:
@@ -95,7 +98,7 @@ def why_unmasked(model: Config) -> str:
 
 
 def remarks(study: Study) -> list[str]:
-  """A line for each complete mixture that has no table of effects though the config wants one."""
+  """A line for each complete mixture for which mask_experts was set but no expert can be masked."""
   if not study.config.evaluation.mask_experts:
     return []
   return [f'{run.name}: no expert is masked, because {why}.'

@@ -49,7 +49,8 @@ class Model(NamedTuple):
 
   @property
   def active_params(self) -> int:
-    """Parameters that one token uses; of an ensemble, its largest expert and what it reads with."""
+    """Parameters that one token uses; of an ensemble, those of its largest expert and of the layers
+    that its selector runs."""
     if self.run.selector:
       sizes = param_sizes(reader_model(self.run))
       sizes.pop('head', None)

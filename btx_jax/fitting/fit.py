@@ -32,7 +32,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
     text: the tokenized text.
     mesh: the devices to use.
   """
-  if run.routers is None or distributed.broadcast(lambda: routers.figures(study, run)):
+  if run.routers is None or routers.are_set(study, run):
     return
   began, settings = time.monotonic(), run.routers
   # Text of domains whose sums are kept may be gone.
@@ -54,6 +54,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
     parameters = params.expert(study, run, number, mesh)
     batches = samples.batches(study, samples.to_fit(rows[domain]))
     sums[domain] = passes.sums(dense_model(run.model), parameters, batches, mesh)
+    del parameters  # one expert at a time
   columns_LDE = solve.columns(settings.kind, sums, settings.labels, settings.ridge)
   tried = (settings.temperature,) if settings.temperature else TEMPERATURES
   if before and len(rows) < len(settings.domains) and not settings.temperature:
@@ -62,7 +63,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
   figures |= {'kind': settings.kind, 'ridge': settings.ridge, 'labels': settings.labels,
               'rows': {domain: len(of_domain) for domain, of_domain in rows.items()},
               'seconds': time.monotonic() - began}
-  distributed.on_process_0(lambda: routers.write(study, run, columns_LDE, sums, figures))
+  routers.write(study, run, columns_LDE, sums, figures)
   for line in in_words(figures):
     say(f'{run.name}: {line}')
 
@@ -116,6 +117,7 @@ def _choose_temperature(study: Study, run: Run, rows: dict[str, list[Batch]],
     alone = passes.expert_of(parameters, settings.labels.index(domain))
     counted = passes.right(dense_model(run.model), alone, columns_LDE, own_GE[i],
                            samples.batches(study, of_domain), mesh)
+    del alone
     right, tokens = right + counted['right'], tokens + counted['tokens']
   best = found[chosen]
   return columns_LDE, {

@@ -65,7 +65,7 @@ def right(cfg: Config, params, columns_LDE, own_E, batches: Iterable[Batch], mes
 
 def routed(cfg: Config, params, columns_LDE, own_GE, batches: Iterable[Batch], mesh
            ) -> dict[str, np.ndarray]:
-  """How a mixture does with these routers.
+  """Scores a mixture with these routers.
 
   Args:
     cfg: the mixture.

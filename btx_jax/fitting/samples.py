@@ -18,17 +18,19 @@ def check(run: Run, text: Text) -> None:
   what = 'routers' if run.routers else 'a selector'
   for domain in to_read(run):
     found = available(run, text, domain)
-    tokens = len(to_fit(range(found))) * run.seq_len
+    fitted = run.routers or run.selector
+    read = min(found, fitted.rows) if fitted else found
+    tokens = len(to_fit(range(read))) * run.seq_len
     if found < 5 or tokens < run.model.dim:
       raise UsageError(
-          f'runs.{run.name}: {domain!r} has {found} training rows of {run.seq_len} tokens, too '
-          f'few to set {what} of width {run.model.dim} from; it takes 5 rows, and as many tokens '
-          'as the width in four fifths of them. Give it more text'
-          + (', or use random routers.' if run.routers else '.'))
+          f'runs.{run.plain_name}: {read} rows of {run.seq_len} tokens of {domain!r}, which has '
+          f'{found} to train on, are too few to set {what} of width {run.model.dim} from; it takes '
+          '5 rows, and as many tokens as the width in four fifths of them. Raise rows, or give it '
+          'more text.')
 
 
 def to_read(run: Run) -> list[str]:
-  """The domains of which sums are made; an edit has those of the others already."""
+  """The domains whose sums must be computed; an edit reuses the stored sums of the others."""
   fitted, stored = run.routers or run.selector, run.edit.stored if run.edit else ()
   return [domain for domain in fitted.domains if domain not in stored] if fitted else []
 

@@ -12,7 +12,6 @@ from btx_jax.data import mixture
 from btx_jax.data.mixture import Batch
 from btx_jax.data.text import Text
 from btx_jax.data.tokens import Tokens
-from btx_jax.devices import distributed
 from btx_jax.fitting import reading, samples, solve
 from btx_jax.run import Run, reader_model, selector_of
 from btx_jax.selector import Selector, choose
@@ -30,7 +29,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
     text: the tokenized text.
     mesh: the devices to use.
   """
-  if run.selector is None or distributed.broadcast(lambda: routers.figures(study, run)):
+  if run.selector is None or routers.are_set(study, run):
     return
   began, settings, model = time.monotonic(), run.selector, reader_model(run)
   say(f'{run.name}: reading {", ".join(settings.domains)} with {run.reader.name}')
@@ -51,7 +50,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
   figures |= {'kind': settings.kind, 'ridge': settings.ridge, 'labels': settings.labels,
               'rows': {domain: len(of_domain) for domain, of_domain in rows.items()},
               'seconds': time.monotonic() - began}
-  distributed.on_process_0(lambda: routers.write(study, run, columns_1DE, sums, figures))
+  routers.write(study, run, columns_1DE, sums, figures)
   for line in in_words(figures):
     say(f'{run.name}: {line}')
 

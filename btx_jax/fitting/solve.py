@@ -1,6 +1,6 @@
 """Routers from sums over router inputs, in NumPy and float64."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,28 +20,28 @@ def columns(kind: str, sums: Mapping[str, Sums], labels: Sequence[str], ridge: f
     labels: the domain of each expert.
     ridge: lambda, in units of the mean square of an input's entries.
   """
-  outer_LDD = _over_domains(of.outer for of in sums.values())
-  total_LD = _over_domains(of.total for of in sums.values())
+  layers = range(len(next(iter(sums.values())).total))
+  return np.stack([_of_layer(kind, sums, labels, ridge, layer) for layer in layers])
+
+
+def _of_layer(kind: str, sums: Mapping[str, Sums], labels: Sequence[str], ridge: float, layer: int
+              ) -> np.ndarray:
+  """The router [D, E] of one layer; only its sums are added up at once."""
+  outer_DD = _sum(of.outer[layer] for of in sums.values())
+  total_D = _sum(of.total[layer] for of in sums.values())
   tokens = sum(of.tokens for of in sums.values())
+  own_DE = np.stack([sums[label].total[layer] for label in labels], -1)
   if kind == MEAN:
-    w_LDE = np.stack([sums[label].total / sums[label].tokens for label in labels], -1)
+    w_DE = own_DE / [sums[label].tokens for label in labels]
   else:
-    w_LDE = np.linalg.solve(_damped(outer_LDD, ridge),
-                            np.stack([sums[label].total for label in labels], -1))
-  mean_LE = np.einsum('ld,lde->le', total_LD / tokens, w_LDE)
-  square_LE = np.einsum('lde,lde->le', w_LDE, outer_LDD / tokens @ w_LDE)
-  deviation_LE = np.sqrt(np.maximum(square_LE - mean_LE**2, 0))
-  return w_LDE / np.maximum(deviation_LE, 1e-30)[:, None]
+    damping = ridge * np.trace(outer_DD) / len(outer_DD)
+    w_DE = np.linalg.solve(outer_DD + damping * np.eye(len(outer_DD)), own_DE)
+  mean_E = total_D @ w_DE / tokens
+  square_E = (w_DE * (outer_DD @ w_DE)).sum(0) / tokens
+  return w_DE / np.sqrt(np.maximum(square_E - mean_E**2, 1e-60))
 
 
-def _damped(outer_LDD: np.ndarray, ridge: float) -> np.ndarray:
-  """The sums of x x' plus lambda on the diagonal, in units of its mean."""
-  D = outer_LDD.shape[-1]
-  mean_L = np.trace(outer_LDD, axis1=1, axis2=2) / D
-  return outer_LDD + (ridge * mean_L)[:, None, None] * np.eye(D)
-
-
-def _over_domains(values) -> np.ndarray:
+def _sum(values: Iterable[np.ndarray]) -> np.ndarray:
   """The sum, added in the order of the domains."""
   total, *others = (np.array(value, np.float64) for value in values)
   for value in others:

@@ -33,7 +33,7 @@ class RouterPass:
       unknown.
     peak: bytes of a device.
     memory: bytes that a device has; None if unknown.
-    sums: bytes of the sums of all domains, on process 0 and on disk.
+    sums: bytes of the sums of all domains, in the memory of each process and on disk.
   """
   run: str
   domains: int
@@ -54,7 +54,7 @@ class RouterPass:
             'no sums, only passes to choose a temperature')
     return (f'{self.run}: routers from text: {read}{took}; a device needs '
             f'{self.peak / 1e9:.2f} GB{limit}{"" if self.fits else ", which DOES NOT FIT"}; '
-            f'the sums are {self.sums / 1e9:.2f} GB in the memory of process 0 and on disk')
+            f'the sums are {self.sums / 1e9:.2f} GB in the memory of each process and on disk')
 
   def as_data(self) -> dict[str, Any]:
     return {**dataclasses.asdict(self), 'fits': self.fits}
@@ -102,7 +102,7 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
       seconds += times * CostModel(module, chip or UNKNOWN, mesh, link_speed(topology, mesh),
                                    filled).total().seconds
   return RouterPass(
-      run.name, read, settings.rows, seconds if chip else None, peak,
+      run.plain_name, read, settings.rows, seconds if chip else None, peak,
       chip.memory if chip else None,
       8 * domains * model.num_layers * model.dim * (model.dim + 1))
 

@@ -10,7 +10,14 @@ from typing import Any
 
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model.config import ROPE, SIZES, param_paths, shared_paths
-from btx_jax.recipe import AS_BEFORE, OWN, Edit, RoutersFromText, routers_from_config
+from btx_jax.recipe import (
+  AS_BEFORE,
+  OWN,
+  Edit,
+  RoutersFromText,
+  refuse_labels,
+  routers_from_config,
+)
 from btx_jax.run import CHECKPOINT, MIX, RANDOM, Run, frozen, lineage, parts_of, trains
 
 SHARED = 'shared'  # what `allow` may name
@@ -107,9 +114,9 @@ def _check_new(name: str, mixture: Run, run: Run, allowed: bool):
   if not allowed and (found := beside_other(mixture, run)):
     raise UsageError(
         f'runs.{name}.init: {run.name!r} was not trained beside the shared weights of '
-        f'{mixture.name!r}: {found}. Train it from the run that these are from, with '
-        "train={'freeze': base.FREEZE_ALL_BUT_EXPERTS}, or accept it with "
-        f"allow=({SHARED!r},).")
+        f'{mixture.name!r}: {found}. Train it from a run that has these shared weights, with '
+        "train={'freeze': base.FREEZE_ALL_BUT_EXPERTS} (and finetune the mixture with the same, if "
+        f"it is finetuned), or accept it with allow=({SHARED!r},).")
 
 
 def beside_other(mixture: Run, run: Run) -> str:
@@ -168,6 +175,7 @@ def routers(init, run: Run, domains: Sequence[str]) -> tuple[RoutersFromText | N
   edit, before = parts_of(run), fitted(run.sources[0])
   given = init.routers
   if given.kind == AS_BEFORE and before is None:
+    refuse_labels(given)
     return None, edit
   known = {}
   for name, (source, number) in zip(run.expert_names, edit.parts):
@@ -185,7 +193,7 @@ def routers(init, run: Run, domains: Sequence[str]) -> tuple[RoutersFromText | N
   if found is None or before is None or before.routers is None:
     return found, edit
   earlier = before.routers.labels
-  if not _only_routers_since(run, before):
+  if found.rows != before.routers.rows or not _only_routers_since(run, before):
     return found, edit
   stored = tuple(
       domain for domain in found.domains if domain in earlier

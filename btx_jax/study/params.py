@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
+import numpy as np
 
 from btx_jax import btx
 from btx_jax.devices import hardware, sharding
@@ -73,8 +74,9 @@ def average(study: Study, run: Run, mesh: Mesh):
 
 
 def unrouted(study: Study, run: Run, mesh: Mesh):
-  """The mixture that a run starts from, with random routers."""
-  return _timed(run, lambda: _read(sources.mixture(study, run), run.model, mesh))
+  """The mixture that a run starts from, with routers of zeros."""
+  zeros = np.zeros((run.model.num_layers, run.model.dim, run.model.num_experts), np.float32)
+  return _timed(run, lambda: _read(sources.mixture(study, run, zeros), run.model, mesh))
 
 
 def expert(study: Study, run: Run, number: int, mesh: Mesh):

@@ -234,7 +234,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
     return run
   with errors.about(f'runs.{name}'):
     routers, edit = edits.routers(entry.init, run, config.domains)
-  biased = model.router_bias and (routers is None or objective.balance_bias > 0)
+  biased = model.router_bias and (
+      routers is None or (objective.balance_bias > 0 and not untrained))
   return dataclasses.replace(run, routers=routers, edit=edit,
                              model=dataclasses.replace(model, router_bias=biased))
 

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.run import Run
+from btx_jax.study import manifest
 from btx_jax.study.study import Study
 
 _FIT, _COLUMNS = 'fit.json', 'columns.npy'
@@ -46,14 +48,23 @@ def of(study: Study, run: Run) -> np.ndarray | None:
   return _read(_folder(study, run), _COLUMNS, _fit(study, run)['files'])
 
 
+def are_set(study: Study, run: Run) -> bool:
+  """Whether they have been set, for all processes: those waiting for shared storage wait here."""
+  done = distributed.broadcast(lambda: figures(study, run) is not None)
+  if done:
+    distributed.wait_for(os.path.join(_folder(study, run), _FIT))
+  return done
+
+
 def figures(study: Study, run: Run) -> dict | None:
-  """What was measured when they were set, and how; None if that has not been done."""
+  """What was measured when they were set, and how; None if that has not been done for this run."""
   try:
     with open(os.path.join(_folder(study, run), _FIT), encoding='utf-8') as file:
-      return json.load(file)
+      fit = json.load(file)
+    return fit if fit['run'] == _identity(study, run) else None
   except FileNotFoundError:
     return None
-  except ValueError as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise UsageError(f'{os.path.join(_folder(study, run), _FIT)} is damaged ({error}). Delete the '
                      f'directory of the run, and run --run={run.name} again.') from error
 
@@ -68,7 +79,16 @@ def sums(study: Study, run: Run) -> dict[str, Sums]:
 
 def write(study: Study, run: Run, columns_LDE: np.ndarray, sums: Mapping[str, Sums],
           figures: Mapping) -> None:
-  """Stores routers or a selector, the sums of each domain, and what was measured."""
+  """Stores routers or a selector, the sums of each domain, and what was measured.
+
+  Process 0 writes; all return once they see it.
+  """
+  distributed.on_process_0(lambda: _write(study, run, columns_LDE, sums, figures))
+  distributed.wait_for(os.path.join(_folder(study, run), _FIT))
+
+
+def _write(study: Study, run: Run, columns_LDE: np.ndarray, sums: Mapping[str, Sums],
+           figures: Mapping) -> None:
   arrays = {_COLUMNS: columns_LDE.astype(np.float32)}
   for i, of_domain in enumerate(sums.values()):
     arrays |= {f'{i}_outer.npy': of_domain.outer, f'{i}_sum.npy': of_domain.total}
@@ -78,8 +98,9 @@ def write(study: Study, run: Run, columns_LDE: np.ndarray, sums: Mapping[str, Su
       np.save(file, array, allow_pickle=False)
     hashes[name] = _hash(os.path.join(folder, name))
   with replacing(os.path.join(folder, _FIT)) as file:
-    json.dump({'tokens': {domain: found.tokens for domain, found in sums.items()},
-               'files': hashes, **figures}, file, indent=1)
+    tokens = {domain: found.tokens for domain, found in sums.items()}
+    json.dump({'run': _identity(study, run), 'tokens': tokens, 'files': hashes, **figures}, file,
+              indent=1)
 
 
 def _fit(study: Study, run: Run) -> dict:
@@ -88,6 +109,12 @@ def _fit(study: Study, run: Run) -> dict:
     raise UsageError(f'{_folder(study, run)} has no {_FIT}: what belongs there has not been set '
                      f'from text. Run --run={run.name}; if its directory exists, delete it first.')
   return fit
+
+
+def _identity(study: Study, run: Run) -> str:
+  """The identity in the run's manifest: what was set for another run does not count."""
+  found = manifest.read(study.folder(run.name))
+  return found['identity'] if found else ''
 
 
 def _folder(study: Study, run: Run) -> str:
