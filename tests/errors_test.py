@@ -737,7 +737,7 @@ def test_routers_from_text_that_are_gone_or_damaged(run, config, work):
   (folder / 'fit.json').write_text('{')
   check(run(*export), 'fit.json is damaged (Expecting property name')
   (folder / 'fit.json').unlink()
-  check(run(*export), 'routers has no fit.json: what belongs there has not been set from text,')
+  check(run(*export), 'routers has no fit.json: what belongs there has not been set from text.')
 
 
 def test_too_little_text_for_routers(run, config, work):

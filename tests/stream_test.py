@@ -15,7 +15,7 @@ import tensorstore
 
 from btx_jax import base, btx, errors, recipe
 from btx_jax.commands import table
-from btx_jax.commands.export import _identity, export_run
+from btx_jax.commands.export import export_run, identity
 from btx_jax.convert import export, hugging_face, safetensors
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
@@ -271,10 +271,10 @@ def test_a_different_export_starts_from_scratch(models, tmp_path, change):
 def test_identities_depend_on_what_is_mixed_and_how(models, tmp_path):
   made = [study(models[0], tmp_path, **mix) for mix in (
       {}, {'averaged': ('code',)}, {'rules': {'embed': 'code'}})]
-  found = [_identity(each, each.runs['btx']) for each in made]
+  found = [identity(each, each.runs['btx']) for each in made]
   assert len(set(found)) == 3
   again = study(models[0], tmp_path / 'elsewhere')
-  assert _identity(again, again.runs['btx']) == found[0]
+  assert identity(again, again.runs['btx']) == found[0]
 
 
 @pytest.mark.parametrize('name,left', [('pwrite', 20_000), ('copy_file_range', 1_000)])
