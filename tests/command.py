@@ -52,8 +52,7 @@ class Commands:
 
 def serve():
   """Forks for each line of stdin; answers with the exit code."""
-  from btx_jax import main
-  from btx_jax import pipeline  # noqa: F401
+  from btx_jax import main, pipeline  # noqa: F401
   from btx_jax.commands import data, report, status  # noqa: F401
   for line in sys.stdin:
     child = os.fork()
