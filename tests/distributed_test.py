@@ -57,7 +57,8 @@ def study(tmp_path_factory):
   jobs = {n: Job(n, 4 // n, config, f'--workdir={folder / f"by{n}"}') for n in (1, 2)}
   ended = {n: job.end() for n, job in jobs.items()}
   for processes in ended.values():
-    assert [code for code, _, _ in processes] == [0] * len(processes), processes
+    errors = '\n'.join(errors[-4000:] for _, _, errors in processes)
+    assert [code for code, _, _ in processes] == [0] * len(processes), errors
   return folder, config, ended
 
 
