@@ -54,8 +54,8 @@ def get_config() -> ConfigDict:
       # Name of the token before each document, or 'none'. If empty, the tokenizer decides
       # (btx_jax/data/framing.py).
       'bos': '',
-      # Name of the token after each document, or 'none'. If empty, the token that ends a text,
-      # rather than a chat turn.
+      # Name of the token after each document, or 'none'. If empty, the end-of-text token, not
+      # the one that ends a chat turn.
       'eos': '',
       # How special tokens in the text (<|im_start|>) are read: as 'text', or with 'encode' as
       # those tokens, for rendered chats.

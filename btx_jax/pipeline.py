@@ -73,11 +73,9 @@ class Pipeline(Study):
             lock = files.lock_folder(self.folder(run.name))
             distributed.on_process_0(functools.partial(stack.enter_context, lock))
           branches = self._train(left, orders, branches)
-        # They stay in memory for the run that mixes and trains them, if it comes next, and for no
-        # other; setting routers from text needs the memory.
+        # They stay in memory for the run that mixes them, if it comes next, and for no other.
         follows = to_train[i + 1] if i + 1 < len(groups) else []
-        if branches and not (len(follows) == 1 and params.mixes(follows[0], branches.runs)
-                             and follows[0].steps and not follows[0].routers):
+        if branches and not (len(follows) == 1 and params.mixes(follows[0], branches.runs)):
           branches = None
         for run in group:
           self._measure(run)

@@ -197,8 +197,12 @@ class Run:
   @property
   def domains(self) -> tuple[str, ...]:
     """The domains whose text decides the result: of the training, and of what is fitted to it."""
-    fitted = self.routers or self.selector
-    return tuple(dict.fromkeys([*self.weights, *(fitted.domains if fitted else ())]))
+    return tuple(dict.fromkeys([*self.weights, *(self.fitted.domains if self.fitted else ())]))
+
+  @property
+  def fitted(self) -> RoutersFromText | Selector | None:
+    """What is set from text before any training: a mixture's routers, or an ensemble's selector."""
+    return self.routers or self.selector
 
   @property
   def reader(self) -> 'Run':

@@ -13,7 +13,7 @@ from btx_jax.convert.hugging_face import Folder
 from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
-from btx_jax.fitting import fit, passes, solve
+from btx_jax.fitting import fit, passes, samples, solve
 from btx_jax.model import llama
 from btx_jax.model.attention import rope_tables
 from btx_jax.model.linear import swiglu
@@ -25,6 +25,7 @@ from tests import studies
 from tests.helpers import (
   TINY,
   TINY_MIXTURE,
+  final_params,
   initial_params,
   normal,
   random_batch,
@@ -144,6 +145,19 @@ def test_routers_from_text_beat_random_ones(study):
   assert figures['labels'] == ['prose', 'code', 'math']
   assert figures['temperature'] in fit.TEMPERATURES
   assert np.allclose(np.sum(figures['load'], -1), 1)
+
+
+def test_text_of_a_domain_was_read_by_its_own_expert(study):
+  run, text = study.runs['ridge'], study.prepare_text()
+  kept = routers.sums(study, run)
+  for name in ('math', 'code'):
+    batches = samples.batches(study, samples.to_fit(samples.rows(run, text, name)))
+    with jax.set_mesh(study.mesh):
+      own, other = (passes.sums(study.runs[each].model, final_params(study, each), batches,
+                                study.mesh).outer for each in (name, 'seed'))
+    largest = np.abs(own).max()
+    assert np.abs(kept[name].outer - own).max() < 1e-6 * largest
+    assert np.abs(kept[name].outer - other).max() > 1e-3 * largest
 
 
 def test_routers_follow_from_the_sums_that_are_kept(study):

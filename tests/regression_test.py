@@ -43,6 +43,7 @@ def study(text, tmp_path, monkeypatch):
   config.runs.update({
       'longer': base.run(base.checkpoint('btx'), blend, steps=2),
       'same': base.run(base.checkpoint('btx'), {}, steps=0),
+      'edited': base.run(base.drop('btx', 'seed')),
       'dense': base.run(base.checkpoint('expert/code'), blend, steps=2),
       'unscored': base.run(base.mix('seed', 'expert/code'), blend, steps=2),
       'hashed': base.run(base.mix('seed', 'expert/math'), blend, steps=2,
@@ -55,6 +56,7 @@ def study(text, tmp_path, monkeypatch):
       ('btx', 'masked'): of(code=[1.0, 1.5, 1.0, 0.9], math=[2.2, 2.2, 3.2, 2.2],
                             prose=[2.5, 2.0, 2.0, 2.0]),
       ('longer', 'final'): of(code=1.1, math=2.2, prose=1.8), ('same', 'final'): dense,
+      ('edited', 'final'): of(code=1.0, math=2.2, prose=3.0),
       ('unscored', 'final'): dense}
   monkeypatch.setattr(Study, 'state', lambda self, name: manifest.COMPLETE)
   monkeypatch.setattr(scores, 'read', lambda study, run, stage: stored.get((run.name, stage)))
@@ -63,12 +65,16 @@ def study(text, tmp_path, monkeypatch):
 
 def test_a_mixture_is_compared_with_its_start_and_what_continues_it_with_its_end(study):
   found = {each['name']: each for each in regression.regressions(study)}
-  assert found.keys() == {'btx', 'longer'}  # trained mixtures with both scores
+  # Trained mixtures with both scores, and what exchanges their experts.
+  assert found.keys() == {'btx', 'longer', 'edited'}
   assert found['btx']['since'] == 'btx unfinetuned'
   assert [(c['domain'], round(c['percent'], 6)) for c in found['btx']['changes']] == [
       ('math', 10), ('prose', 0), ('code', -50)]
   assert found['longer']['since'] == 'btx'
   assert [c['before'] for c in found['longer']['changes']] == [1.0, 2.2, 2.0]
+  assert found['edited']['since'] == 'btx'
+  assert [(c['domain'], c['before'], c['after']) for c in found['edited']['changes']] == [
+      ('prose', 2.0, 3.0), ('code', 1.0, 1.0), ('math', 2.2, 2.2)]
 
 
 def test_the_effect_of_an_expert_is_what_the_mixture_loses_without_it(study):

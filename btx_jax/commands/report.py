@@ -53,15 +53,16 @@ def write_report(study: Study, config_name: str) -> str:
   if found['notes']:
     raise UsageError(f'There is nothing to report: {found["notes"][0]}')
   results = seeds.results(study)
+  changes, effects = regression.regressions(study), regression.effects(study)
   folder = os.path.join(study.workdir, 'report')
   with replacing(os.path.join(folder, 'report.json')) as file:
     json.dump({'config': config_name, 'rows': results.rows, 'checks': results.checks,
                'runs': found['runs'], **_by_seed(results),
-               'regressions': regression.regressions(study),
-               'without_each_expert': regression.effects(study)}, file, indent=1)
+               'regressions': changes, 'without_each_expert': effects}, file, indent=1)
   save = functools.partial(_save_picture, folder)
   page = _template().render(
-      config_name=config_name, **_contents(study, found['runs'], results, save))
+      config_name=config_name,
+      **_contents(study, found['runs'], results, changes, effects, save))
   path = os.path.join(folder, 'report.html')
   with replacing(path) as file:
     file.write(page)
@@ -92,13 +93,16 @@ def _save_picture(folder: str, name: str, png: bytes, alt: str) -> Picture:
 
 
 def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
-              save: SavePicture) -> dict[str, Any]:
+              changes: list[dict[str, Any]], effects: list[dict[str, Any]], save: SavePicture
+              ) -> dict[str, Any]:
   """The data that report.html renders; sections without results yet are empty.
 
   Args:
     study: whose report it is.
     runs: see status.collect.
     results: see seeds.results.
+    changes: see regression.regressions.
+    effects: see regression.effects.
     save: saves a picture.
   """
   lines = {name: [line for line in metrics.read(study.folder(name)) if 'loss' in line]
@@ -110,10 +114,10 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'complete': sum(run['state'] == manifest.COMPLETE for run in runs),
       'models': _models(results, save) if results.rows else None,
       'changes': {'headings': regression_table.CHANGES, 'rows': list(
-          regression_table.changes_cells(regression.regressions(study)))},
+          regression_table.changes_cells(changes))},
       'checks': results.checks,
       'training': _training(study, lines, save),
-      'mixtures': _mixtures(study, lines, save),
+      'mixtures': _mixtures(study, lines, {each['name']: each for each in effects}, save),
       'remarks': regression.remarks(study),
       'graph': _graph(study, runs, save),
       'costs': [_cost(study, found, lines[found['name']]) for found in runs],
@@ -175,9 +179,9 @@ def _after(before: dict[str, list], curve: dict[str, list]) -> dict[str, list]:
   return {key: [*before[key], *gap[key], *values] for key, values in curve.items()}
 
 
-def _mixtures(study: Study, lines: dict[str, list], save: SavePicture) -> list[dict[str, Any]]:
+def _mixtures(study: Study, lines: dict[str, list], effects: dict[str, dict[str, Any]],
+              save: SavePicture) -> list[dict[str, Any]]:
   """See `_mixture`. Of several seeds only the first with results: the others look alike."""
-  effects = {effect['name']: effect for effect in regression.effects(study)}
   found = {}
   for run in study.runs.values():
     if run.model.num_experts and not found.get(run.plain_name):

@@ -17,7 +17,7 @@ from btx_jax.study.study import Study
 
 
 class Results(NamedTuple):
-  """What a study has measured so far.
+  """The results of a study so far.
 
   Attributes:
     rows: see table.rows; means over the seeds where there are several. Rows then have `spread`,

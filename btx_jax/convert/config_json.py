@@ -217,7 +217,7 @@ def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos
     dtype: dtype of the weights.
     max_length: the longest text the model is for, in tokens.
     balance_loss: weight of the balancing loss, used if the model is trained further.
-    bos_id, eos_id: the tokens that begin and end a text; None without a tokenizer.
+    bos_id, eos_id: the beginning-of-text and end-of-text tokens; None without a tokenizer.
     origin: see `kind_of`.
   """
   kind, rope = kind_of(model, origin), _rope_json(model)

@@ -96,7 +96,7 @@ def rows(model: Config, layout: str = MIXTRAL) -> tuple[Row, ...]:
 
 
 def layout_of(kind: str, tensors: Iterable[str]) -> str:
-  """The layout of a folder of this model_type with tensors of these names."""
+  """How a folder with this model_type and these tensor names is laid out."""
   if any(name.endswith('.mlp.experts.gate_up_proj') for name in tensors):
     return FUSED
   return QWEN if kind.startswith('qwen') else MIXTRAL

@@ -177,7 +177,7 @@ class _Rows:
 
 
 def _wrong_width(row: list[str], width: int) -> str:
-  """What is wrong with the number of a row's cells, in words; '' if nothing is."""
+  """What is wrong with the number of cells in a row, in words; '' if it is right."""
   if not width or (len(row) >= width and not any(row[width:])):
     return ''
   return f': it has {len(row)} of {width} cells'

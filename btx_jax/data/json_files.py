@@ -81,7 +81,7 @@ def _first_value(text: str, start: int) -> tuple[object, int, bool]:
 
 
 def _all_json(text: str, at: int, whole: bool) -> bool:
-  """Whether a text consists of JSON values from an offset on, with no prose after any of them.
+  """Whether a text, from an offset on, is nothing but JSON values, with no prose after them.
 
   Args:
     text: the beginning of a file.

@@ -142,10 +142,15 @@ def stack(rows: Sequence[Batch]) -> Batch:
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def filled(rows: Sequence[Batch], size: int) -> Batch:
+  """A batch of `size` rows: these, then empty ones."""
+  empty = {name: np.zeros_like(values) for name, values in rows[0].items()}
+  return stack([*rows, *[empty] * (size - len(rows))])
+
+
 def evaluation_batches(tokens: Tokens, length: int, batch_size: int) -> Iterator[Batch]:
   """All windows of a split in order; empty rows fill the last batch."""
   windows = Windows(tokens, length, 0, evaluation=True)
   for first in range(0, len(windows), batch_size):
     rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]
-    empty = {name: np.zeros_like(values) for name, values in rows[0].items()}
-    yield stack(rows + [empty] * (batch_size - len(rows)))
+    yield filled(rows, batch_size)

@@ -117,7 +117,7 @@ class Marks:
 
   def encode(self, encode: Callable[[list[str]], list[list[int]]], texts: Sequence[str]
              ) -> list[list[int]]:
-    """What `encode` returns for the texts, with each U+2581 in them as its three bytes."""
+    """Encodes texts like `encode`, but each U+2581 in them as its three bytes."""
     hidden = [self._hide(text) for text in texts]
     return [self._restore(ids, stand_in) if stand_in else ids
             for ids, (_, stand_in) in zip(encode([text for text, _ in hidden]), hidden)]

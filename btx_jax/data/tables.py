@@ -46,7 +46,7 @@ class _Table(NamedTuple):
 
   Attributes:
     schema: its columns.
-    batches: yields batches of rows with at least the columns of these names.
+    batches: yields batches of rows that have at least these columns.
   """
   schema: Any
   batches: Callable[[list[str]], Iterable]

@@ -240,6 +240,23 @@ def to_global(batch, mesh, rows: int, leading: int = 0, slots: int = 0):
   return jax.tree.map(place, batch)
 
 
+def from_whole(batch, mesh):
+  """Global arrays over the mesh, from a batch that every process has whole.
+
+  Args:
+    batch: arrays whose first dimension are the rows.
+    mesh: where the arrays will live.
+  """
+  size = len(next(iter(batch.values())))
+  rows = local_rows(mesh, size)
+  return to_global({name: x[rows] for name, x in batch.items()}, mesh, size)
+
+
+def jit_replicated(function: Callable, mesh):
+  """`function` jitted, with results that are whole on every device: each process can read them."""
+  return jax.jit(function, out_shardings=NamedSharding(mesh, P()))
+
+
 def abstract(tree, shardings):
   """The shapes and types of `tree` with `shardings`, as jax.ShapeDtypeStructs."""
   return jax.tree.map(

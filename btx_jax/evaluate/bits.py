@@ -5,8 +5,6 @@ import functools
 import math
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from btx_jax.data import mixture
@@ -36,8 +34,7 @@ def _eval_step(cfg: Config, mesh):
     sums = scores.routed.sums
     return scores.nll, scores.tokens, (sums.gates.sum(1), sums.count[0].sum(), first_TE)
 
-  # Replicated on every device, so that each of several processes can read them.
-  return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
+  return sharding.jit_replicated(score, mesh)
 
 
 @functools.cache
@@ -46,7 +43,7 @@ def _masked_step(cfg: Config, mesh):
   def score(params, batch, masked_E):
     return forward(cfg, params, batch, masked_E=masked_E).nll
 
-  return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
+  return sharding.jit_replicated(score, mesh)
 
 
 def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
@@ -121,10 +118,9 @@ def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mes
 def _batches(tokens: Tokens, mesh, length: int, batch_size: int
              ) -> Iterator[tuple[list[int], dict[str, jax.Array]]]:
   """Yields the first tokens of each batch's first row, and the batch over the mesh."""
-  rows = sharding.local_rows(mesh, batch_size)
   for batch in mixture.evaluation_batches(tokens, length, batch_size):
     first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN].tolist()
-    yield first, sharding.to_global({k: v[rows] for k, v in batch.items()}, mesh, batch_size)
+    yield first, sharding.from_whole(batch, mesh)
 
 
 def _per_byte(nll: float, tokens: Tokens) -> float:

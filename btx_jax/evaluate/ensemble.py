@@ -12,9 +12,6 @@ import math
 import re
 from typing import Any
 
-import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from btx_jax.data import mixture
@@ -46,17 +43,16 @@ def _token_nll(cfg: Config, mesh):
         one_per_row(batch['targets']), one_per_row(batch['loss_mask']))
     return nll.reshape(batch['targets'].shape)
 
-  return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
+  return sharding.jit_replicated(score, mesh)
 
 
 def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int
               ) -> np.ndarray:
   """Negative log likelihood of each token of a split, [tokens] in nats; 0 for the first of each
   document, and for end marks."""
-  rows = sharding.local_rows(mesh, batch_size)
   parts = []
   for batch in mixture.evaluation_batches(tokens, length, batch_size):
-    batch = sharding.to_global({k: v[rows] for k, v in batch.items()}, mesh, batch_size)
+    batch = sharding.from_whole(batch, mesh)
     parts.append(np.asarray(_token_nll(cfg, mesh)(params, batch), np.float64).reshape(-1))
   return np.concatenate([[0.0], *parts])[:len(tokens.ids)]
 

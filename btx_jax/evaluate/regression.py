@@ -1,4 +1,4 @@
-"""What training a mixture changed on each domain, and which of its experts helps which domain.
+"""How training a mixture changed its score on each domain, and which expert helps which domain.
 
 Computed from stored scores alone, so it needs no devices.
 """

@@ -11,14 +11,13 @@ from btx_jax.data.mixture import Batch
 from btx_jax.data.text import Text
 from btx_jax.devices import distributed
 from btx_jax.fitting import passes, samples, solve
-from btx_jax.recipe import RoutersFromText
 from btx_jax.run import Run, dense_model
 from btx_jax.study import edits, params, routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
 TEMPERATURES = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
-# Of the temperatures whose loss is within this share of the lowest, the highest is taken: routers
+# The highest temperature is taken whose loss exceeds the lowest by no more than this share: routers
 # that are less certain cost nothing, and a finetune can still move them.
 _CLOSE = 1e-3
 
@@ -60,9 +59,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
   if before and len(rows) < len(settings.domains) and not settings.temperature:
     tried = (_temperature(study, before),)
   columns_LDE, figures = _choose_temperature(study, run, rows, columns_LDE, tried, mesh)
-  figures |= {'kind': settings.kind, 'ridge': settings.ridge, 'labels': settings.labels,
-              'rows': {domain: len(of_domain) for domain, of_domain in rows.items()},
-              'seconds': time.monotonic() - began}
+  figures |= samples.about(run, rows, began)
   routers.write(study, run, columns_LDE, sums, figures)
   for line in in_words(figures):
     say(f'{run.name}: {line}')
@@ -99,22 +96,22 @@ def _choose_temperature(study: Study, run: Run, rows: dict[str, list[Batch]],
                         columns_LDE: np.ndarray, tried: Sequence[float], mesh
                         ) -> tuple[np.ndarray, dict[str, Any]]:
   """The routers divided by the temperature, and what they do on the rows that are kept for it."""
-  settings = _settings(run)
+  labels = samples.settings(run).labels
   if not rows:
     return columns_LDE / tried[0], {'temperature': tried[0], 'losses': {}}
   kept = {domain: samples.kept(of_domain) for domain, of_domain in rows.items()}
-  own_GE = np.array([[label == domain for label in settings.labels] for domain in kept])
+  own_GE = np.array([[label == domain for label in labels] for domain in kept])
   everything = [row | {'domain': np.array(i, np.int32)}
                 for i, of_domain in enumerate(kept.values()) for row in of_domain]
-  parameters = params.unrouted(study, run, mesh)
+  batches, parameters = samples.batches(study, everything), params.unrouted(study, run, mesh)
   found = {t: passes.routed(run.model, parameters, (columns_LDE / t).astype(np.float32), own_GE,
-                            samples.batches(study, everything), mesh) for t in tried}
+                            batches, mesh) for t in tried}
   losses = {t: float(of['nll'] / of['targets']) for t, of in found.items()}
   chosen = max(t for t, loss in losses.items() if loss <= (1 + _CLOSE) * min(losses.values()))
   columns_LDE = (columns_LDE / chosen).astype(np.float32)
   right, tokens = np.zeros(run.model.num_layers), 0
   for i, (domain, of_domain) in enumerate(kept.items()):
-    alone = passes.expert_of(parameters, settings.labels.index(domain))
+    alone = passes.expert_of(parameters, labels.index(domain))
     counted = passes.right(dense_model(run.model), alone, columns_LDE, own_GE[i],
                            samples.batches(study, of_domain), mesh)
     del alone
@@ -126,9 +123,3 @@ def _choose_temperature(study: Study, run: Run, rows: dict[str, list[Batch]],
       'accuracy': (best['right'] / best['tokens']).tolist(),
       'entropy': (best['entropy'] / best['tokens']).tolist(),
       'load': (best['picks'] / best['picks'].sum(-1, keepdims=True)).tolist()}
-
-
-def _settings(run: Run) -> RoutersFromText:
-  if run.routers is None:
-    raise ValueError(f'The routers of {run.name} are random.')
-  return run.routers

@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from btx_jax.data.mixture import Batch
@@ -38,12 +36,7 @@ def sums(cfg: Config, params, batches: Iterable[Batch], mesh) -> Sums:
     batches: arrays [B, T], the whole batch on every process.
     mesh: the devices to use.
   """
-  outer, total, tokens = np.zeros(()), np.zeros(()), 0
-  for batch in batches:
-    found = jax.device_get(sums_program(cfg, mesh)(params, placed(batch, mesh)))
-    outer, total = outer + found[0].astype(np.float64), total + found[1].astype(np.float64)
-    tokens += int(found[2])
-  return Sums(outer, total, tokens)
+  return as_sums(added_up(sums_program(cfg, mesh), (params,), batches, mesh))
 
 
 def right(cfg: Config, params, columns_LDE, own_E, batches: Iterable[Batch], mesh
@@ -97,13 +90,13 @@ def with_routers(params, columns_LDE):
 
 @functools.cache
 def sums_program(cfg: Config, mesh):
-  """Compiles (params of a dense model, batch [B, T]) -> outer [L, D, D], total [L, D], tokens."""
+  """Compiles (params of a dense model, batch [B, T]) -> what `as_sums` takes, for one batch."""
   def add_up(params, batch):
     counted_BT = batch['segment_ids'] > 0
     x_LBTD = jnp.where(counted_BT[None, ..., None], router_inputs(cfg, params, batch), 0)
     outer_LDD = jnp.einsum('lbtd,lbte->lde', x_LBTD, x_LBTD, precision=jax.lax.Precision.HIGHEST)
-    return outer_LDD, x_LBTD.sum((1, 2)), counted_BT.sum()
-  return jitted(add_up, mesh)
+    return {'outer': outer_LDD, 'total': x_LBTD.sum((1, 2)), 'tokens': counted_BT.sum()}
+  return sharding.jit_replicated(add_up, mesh)
 
 
 @functools.cache
@@ -114,7 +107,7 @@ def _right(cfg: Config, mesh):
                              precision=jax.lax.Precision.HIGHEST)
     right_LBT = own_E[logits_LBTE.argmax(-1)] & counted_BT[None]
     return {'right': right_LBT.sum((1, 2)), 'tokens': counted_BT.sum()}
-  return jitted(count, mesh)
+  return sharding.jit_replicated(count, mesh)
 
 
 @functools.cache
@@ -130,7 +123,12 @@ def routed_program(cfg: Config, mesh):
     return {'nll': found.nll, 'targets': found.tokens, 'right': right_LBT.sum((1, 2)),
             'entropy': of_rows.entropy.sum(1), 'picks': of_rows.picks.sum(1),
             'tokens': counted_BT.sum()}
-  return jitted(score, mesh)
+  return sharding.jit_replicated(score, mesh)
+
+
+def as_sums(found: dict[str, np.ndarray]) -> Sums:
+  """Sums from `outer` [L, D, D], `total` [L, D] and `tokens`, as `added_up` returns them."""
+  return Sums(found['outer'], found['total'], int(found['tokens']))
 
 
 def added_up(compiled: Callable, inputs: tuple, batches: Iterable[Batch], mesh
@@ -138,19 +136,7 @@ def added_up(compiled: Callable, inputs: tuple, batches: Iterable[Batch], mesh
   """The sum of what a compiled pass returns for each batch, in float64."""
   result: dict[str, np.ndarray] = {}
   for batch in batches:
-    found = jax.device_get(compiled(*inputs, placed(batch, mesh)))
+    found = jax.device_get(compiled(*inputs, sharding.from_whole(batch, mesh)))
     result = {name: result.get(name, 0) + np.asarray(value, np.float64)
               for name, value in found.items()}
   return result
-
-
-def jitted(function: Callable, mesh):
-  """Compiled, with results that are whole on every device, so that each process can read them."""
-  return jax.jit(function, out_shardings=NamedSharding(mesh, P()))
-
-
-def placed(batch: Batch, mesh) -> dict[str, jax.Array]:
-  """A batch, whole on every process, with its rows over the mesh."""
-  size = len(batch['tokens'])
-  rows = sharding.local_rows(mesh, size)
-  return sharding.to_global({name: x[rows] for name, x in batch.items()}, mesh, size)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btx_jax.data.mixture import Batch
+from btx_jax.devices import sharding
 from btx_jax.fitting import passes
 from btx_jax.model import llama
 from btx_jax.model.config import Config
@@ -55,8 +56,8 @@ def sums(cfg: Config, params, decay: float, batches: Iterable[Batch], mesh) -> S
     batches: arrays [B, T], the whole batch on every process.
     mesh: the devices to use.
   """
-  found = passes.added_up(_sums_program(cfg, mesh), (params, np.float32(decay)), batches, mesh)
-  return Sums(found['outer'], found['total'], int(found['tokens']))
+  return passes.as_sums(passes.added_up(
+      _sums_program(cfg, mesh), (params, np.float32(decay)), batches, mesh))
 
 
 def logits(cfg: Config, params, columns_DE, batches: Iterable[Batch], mesh) -> np.ndarray:
@@ -65,7 +66,8 @@ def logits(cfg: Config, params, columns_DE, batches: Iterable[Batch], mesh) -> n
   Those of a mean of hidden states are the mean of these.
   """
   program = _logits_program(cfg, mesh)
-  parts = [np.asarray(program(params, columns_DE, passes.placed(batch, mesh))) for batch in batches]
+  parts = [np.asarray(program(params, columns_DE, sharding.from_whole(batch, mesh)))
+           for batch in batches]
   return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
@@ -77,11 +79,11 @@ def _sums_program(cfg: Config, mesh):
     x_BTD = jnp.where(counted_BT[..., None], means_BTD, 0)
     outer_DD = jnp.einsum('btd,bte->de', x_BTD, x_BTD, precision=_EXACT)
     return {'outer': outer_DD[None], 'total': x_BTD.sum((0, 1))[None], 'tokens': counted_BT.sum()}
-  return passes.jitted(add_up, mesh)
+  return sharding.jit_replicated(add_up, mesh)
 
 
 @functools.cache
 def _logits_program(cfg: Config, mesh):
   def logits_of(params, columns_DE, batch):
     return jnp.dot(hidden_states(cfg, params, batch), columns_DE, precision=_EXACT)
-  return passes.jitted(logits_of, mesh)
+  return sharding.jit_replicated(logits_of, mesh)

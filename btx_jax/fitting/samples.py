@@ -1,15 +1,16 @@
 """The training text that routers and selectors are fitted to: rows to fit, and rows kept apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import time
 from typing import Any
-
-import numpy as np
 
 from btx_jax.data import mixture
 from btx_jax.data.mixture import Batch
 from btx_jax.data.text import Text
 from btx_jax.errors import UsageError
+from btx_jax.recipe import RoutersFromText
 from btx_jax.run import Run, seed_of
+from btx_jax.selector import Selector
 from btx_jax.study.study import Study
 
 
@@ -18,8 +19,7 @@ def check(run: Run, text: Text) -> None:
   what = 'routers' if run.routers else 'a selector'
   for domain in to_read(run):
     found = available(run, text, domain)
-    fitted = run.routers or run.selector
-    read = min(found, fitted.rows) if fitted else found
+    read = min(found, settings(run).rows)
     tokens = len(to_fit(range(read))) * run.seq_len
     if found < 5 or tokens < run.model.dim:
       raise UsageError(
@@ -31,18 +31,15 @@ def check(run: Run, text: Text) -> None:
 
 def to_read(run: Run) -> list[str]:
   """The domains whose sums must be computed; an edit reuses the stored sums of the others."""
-  fitted, stored = run.routers or run.selector, run.edit.stored if run.edit else ()
-  return [domain for domain in fitted.domains if domain not in stored] if fitted else []
+  stored = run.edit.stored if run.edit else ()
+  return [domain for domain in run.fitted.domains if domain not in stored] if run.fitted else []
 
 
 def rows(run: Run, text: Text, domain: str) -> list[Batch]:
   """Rows of a domain, the same for every run of a seed: sums of several can be added."""
-  fitted = run.routers or run.selector
-  if fitted is None:
-    raise ValueError(f'Nothing of {run.name} is set from text.')
   order: Any = mixture.training_order(
       text.train, {domain: 1.0}, run.seq_len, seed_of('routers', run.seed))
-  return [order[i] for i in range(min(fitted.rows, available(run, text, domain)))]
+  return [order[i] for i in range(min(settings(run).rows, available(run, text, domain)))]
 
 
 def to_fit(rows: Sequence) -> list:
@@ -58,9 +55,22 @@ def kept(rows: Sequence) -> list:
 def batches(study: Study, rows: Sequence[Batch]) -> list[Batch]:
   """Batches of one size on any devices; empty rows fill the last."""
   size = study.config.evaluation.batch_size
-  empty = {name: np.zeros_like(values) for name, values in rows[0].items()}
-  filled = [*rows, *[empty] * (-len(rows) % size)]
-  return [mixture.stack(filled[first:first + size]) for first in range(0, len(filled), size)]
+  return [mixture.filled(rows[first:first + size], size) for first in range(0, len(rows), size)]
+
+
+def settings(run: Run) -> RoutersFromText | Selector:
+  """How a run's routers or its selector are set; ValueError if it has none that are."""
+  if run.fitted is None:
+    raise ValueError(f'Nothing of {run.name} is set from text.')
+  return run.fitted
+
+
+def about(run: Run, rows: Mapping[str, Sequence[Batch]], began: float) -> dict[str, Any]:
+  """How routers or a selector were set, for fit.json; `began` is of time.monotonic."""
+  fitted = settings(run)
+  return {'kind': fitted.kind, 'ridge': fitted.ridge, 'labels': fitted.labels,
+          'rows': {domain: len(of_domain) for domain, of_domain in rows.items()},
+          'seconds': time.monotonic() - began}
 
 
 def available(run: Run, text: Text, domain: str) -> int:

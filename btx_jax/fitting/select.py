@@ -47,9 +47,7 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
                                mesh)
     figures['accuracy'][domain], figures['switches'][domain] = _measure(
         logits_NE, kept, settings, domain)
-  figures |= {'kind': settings.kind, 'ridge': settings.ridge, 'labels': settings.labels,
-              'rows': {domain: len(of_domain) for domain, of_domain in rows.items()},
-              'seconds': time.monotonic() - began}
+  figures |= samples.about(run, rows, began)
   routers.write(study, run, columns_1DE, sums, figures)
   for line in in_words(figures):
     say(f'{run.name}: {line}')

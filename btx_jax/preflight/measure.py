@@ -235,7 +235,7 @@ def _check_mixing(run: Run, branches: Sequence[Run], mesh) -> Finding:
       llama.init(branches[0].model, jax.random.key(0)), len(branches)))
   like = sharding.abstract(like, sharding.shardings(like, mesh, stacked=True))
   mix = params.mix_stacked(run, params.slots_of(run, branches), mesh)
-  module = hlo.parse(mix.lower(like, [], None).compile().as_text() or '')
+  module = hlo.parse(mix.lower(like, []).compile().as_text() or '')
   found = hlo.collectives(module, mesh)
   wide = [c for c in found if any(run.model.ffn_dim in shape for shape in c.shapes)]
   return Finding(not wide, (

@@ -9,16 +9,15 @@ import jax
 import numpy as np
 
 from btx_jax.devices import sharding
-from btx_jax.devices.hardware import UNKNOWN
 from btx_jax.fitting import fit, passes, samples
-from btx_jax.model import llama
-from btx_jax.model.config import Config
 from btx_jax.preflight import hlo
 from btx_jax.preflight.cost import CostModel
 from btx_jax.preflight.topology import Topology, link_speed
 from btx_jax.run import Run, dense_model
+from btx_jax.study import params
 from btx_jax.study.study import Study
 from btx_jax.training import layout
+from btx_jax.training.program import batch_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
   settings, model, chip = run.routers, run.model, topology.chip
   assert settings is not None
   dense, size = dense_model(model), study.config.evaluation.batch_size
-  batch = _batch(mesh, size, run.seq_len)
+  batch = batch_shapes((size,), run.seq_len, sharding.batch_sharding(mesh))
   columns = jax.ShapeDtypeStruct((model.num_layers, model.dim, model.num_experts), np.float32)
   domains, read = len(settings.domains), len(samples.to_read(run))
   own = jax.ShapeDtypeStruct((domains, model.num_experts), np.bool_)
@@ -87,9 +86,10 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
   tried = 1 if settings.temperature else len(fit.TEMPERATURES)
   times_and_programs: list[tuple[int, Callable]] = [
       (read * math.ceil((settings.rows - kept) / size),
-       lambda: passes.sums_program(dense, mesh).lower(_like(dense, mesh), batch)),
+       lambda: passes.sums_program(dense, mesh).lower(params.like(dense, mesh), batch)),
       (tried * math.ceil(domains * kept / size),
-       lambda: passes.routed_program(model, mesh).lower(_like(model, mesh), columns, own, batch))]
+       lambda: passes.routed_program(model, mesh).lower(
+           params.like(model, mesh), columns, own, batch))]
   seconds, peak = 0.0, 0.0
   for times, lower in times_and_programs:
     compiled = lower().compile()
@@ -99,22 +99,9 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> RouterPass:
     if chip:
       module = hlo.parse(compiled.as_text() or '')
       filled = 1 / model.dispatch_factor
-      seconds += times * CostModel(module, chip or UNKNOWN, mesh, link_speed(topology, mesh),
+      seconds += times * CostModel(module, chip, mesh, link_speed(topology, mesh),
                                    filled).total().seconds
   return RouterPass(
       run.plain_name, read, settings.rows, seconds if chip else None, peak,
       chip.memory if chip else None,
       8 * domains * model.num_layers * model.dim * (model.dim + 1))
-
-
-def _like(model: Config, mesh):
-  shapes = llama.shapes(model)
-  return sharding.abstract(shapes, sharding.shardings(shapes, mesh))
-
-
-def _batch(mesh, size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-  at = sharding.batch_sharding(mesh)
-  kinds = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), np.int32)
-  rows = {name: jax.ShapeDtypeStruct((size, length), dtype, sharding=at)
-          for name, dtype in (kinds | {'loss_mask': np.bool_}).items()}
-  return rows | {'domain': jax.ShapeDtypeStruct((size,), np.int32, sharding=at)}

@@ -16,7 +16,7 @@ from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Source
 from btx_jax.run import CHECKPOINT, EDIT, MIX, RANDOM, Run, averaged_model, dense_model
-from btx_jax.study import routers, sources
+from btx_jax.study import sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 from btx_jax.training import checkpoint
@@ -65,7 +65,7 @@ def final(study: Study, run: Run, mesh: Mesh):
   if not run.steps:
     return initial(study, run, mesh)
   return checkpoint.load_params(
-      sources.checkpoints(study, run), run.steps, _like(run.model, mesh))
+      sources.checkpoints(study, run), run.steps, like(run.model, mesh))
 
 
 def average(study: Study, run: Run, mesh: Mesh):
@@ -89,27 +89,31 @@ def expert(study: Study, run: Run, number: int, mesh: Mesh):
 
 
 def mixes(run: Run, branches: Sequence[Run]) -> bool:
-  """Whether a run mixes all of these branches, each of its sources in the same vocabulary."""
+  """Whether a run is trained from a mixture of all of these branches while they are in memory.
+
+  All of its sources must have the same vocabulary. Setting routers from text needs the memory.
+  """
   names = {source.name for source in run.sources}
-  return (run.init == MIX and all(branch.name in names for branch in branches)
+  return (run.init == MIX and run.steps > 0 and run.routers is None
+          and all(branch.name in names for branch in branches)
           and len({source.model.vocab_size for source in run.sources}) == 1
           and not any(source.vocabulary for source in run.sources))
 
 
 def mix_stacked(run: Run, slots: Sequence[int | None], mesh: Mesh):
-  """The jitted (branches, others, routers) -> parameters of the mixture; see `_mix_branches`.
+  """The jitted (branches, others) -> parameters of the mixture; see `_mix_branches`.
 
   Args:
     run: the mixture.
     slots: for each source, its slot among the stacked branches; None if it is one of the others.
     mesh: where branches lie along the axis `expert`, and the mixture by sharding.RULES.
   """
-  def mix(branches, others, routers):
+  def mix(branches, others):
     rest = iter(others)
     trees = [next(rest) if slot is None else jax.tree.map(lambda x, at=slot: x[at], branches)
              for slot in slots]
     rng = jax.random.key(run.rng_seed)
-    return btx.mix(btx.stack(trees), run.model, rng, run.recipe, routers)
+    return btx.mix(btx.stack(trees), run.model, rng, run.recipe)
 
   return _jitted(mix, run.model, mesh)
 
@@ -125,8 +129,7 @@ def _mix_branches(study: Study, run: Run, mesh: Mesh, branches: Branches):
   slots = slots_of(run, branches.runs)
   others = [_read(sources.final(study, source), source.model, mesh)
             for source, slot in zip(run.sources, slots) if slot is None]
-  mix = mix_stacked(run, slots, mesh)
-  mixed = jax.block_until_ready(mix(branches.params, others, routers.of(study, run)))
+  mixed = jax.block_until_ready(mix_stacked(run, slots, mesh)(branches.params, others))
   for leaf in jax.tree.leaves((branches.params, others)):
     leaf.delete()
   return mixed
@@ -143,7 +146,7 @@ def _timed(run: Run, make):
 
 def _read(source: Source, model: Config, mesh: Mesh):
   """A source's parameters, of which each process reads only what its devices hold."""
-  return sharding.tree_from_slices(_like(model, mesh), source.read)
+  return sharding.tree_from_slices(like(model, mesh), source.read)
 
 
 def _jitted(make, model: Config, mesh: Mesh):
@@ -151,6 +154,7 @@ def _jitted(make, model: Config, mesh: Mesh):
   return jax.jit(make, out_shardings=sharding.shardings(llama.shapes(model), mesh))
 
 
-def _like(model: Config, mesh: Mesh):
+def like(model: Config, mesh: Mesh):
+  """The parameters of a model as shapes over the mesh."""
   shapes = llama.shapes(model)
   return sharding.abstract(shapes, sharding.shardings(shapes, mesh))

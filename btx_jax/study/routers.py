@@ -43,7 +43,7 @@ def of(study: Study, run: Run) -> np.ndarray | None:
   Raises:
     UsageError: they have not been set yet, or their file is damaged.
   """
-  if not run.routers and not run.selector:
+  if run.fitted is None:
     return None
   return _read(_folder(study, run), _COLUMNS, _fit(study, run)['files'])
 

@@ -260,10 +260,16 @@ def _state_of(run: Run, tx: optax.GradientTransformation, mesh):
 def _batch_shapes(run: Run, mesh, slots: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
   """A global batch as shapes over the mesh; `slots` if it is one of stacked branches."""
   rows = ((slots,) if slots else ()) + (run.microbatches, run.batch_size // run.microbatches)
-  over = sharding.batch_sharding(mesh, leading=1, stacked=bool(slots))
+  return batch_shapes(rows, run.seq_len,
+                      sharding.batch_sharding(mesh, leading=1, stacked=bool(slots)))
+
+
+def batch_shapes(rows: tuple[int, ...], length: int, over: NamedSharding
+                 ) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch as shapes: `rows`, its leading dimensions; T; and how it lies on devices."""
   ids = ('tokens', 'targets', 'segment_ids', 'positions')
   kinds = dict.fromkeys(ids, np.int32) | {'loss_mask': np.bool_}
-  shapes = {name: jax.ShapeDtypeStruct((*rows, run.seq_len), dtype, sharding=over)
+  shapes = {name: jax.ShapeDtypeStruct((*rows, length), dtype, sharding=over)
             for name, dtype in kinds.items()}
   return shapes | {'domain': jax.ShapeDtypeStruct(rows, np.int32, sharding=over)}
 
