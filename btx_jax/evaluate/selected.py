@@ -48,7 +48,7 @@ def evaluate(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dic
   result = {}
   for domain, tokens in text.held_out.items():
     alone = np.zeros((len(tokens.ids), 1))
-    result[domain] = (ensemble.bits_per_byte(nll[domain][:, None], alone, tokens)
+    result[domain] = (ensemble.bits_per_byte(nll[domain][:, None], alone, tokens, text.tokenizer)
                       | usage(run, chosen[domain], tokens))
     say(f'{run.name}: {in_words(run, domain, result[domain])}')
   return result
