@@ -29,11 +29,11 @@ def scored(hardness, size, shift=0.0, noise=0.02, seed=1):
   return {'nll': (rates * size).tolist(), 'bytes': size.tolist()}
 
 
-def bootstrap(nll, size, draws=2000):
-  """The standard deviation of bits per byte over samples of the units."""
-  nll, size, rng = np.asarray(nll), np.asarray(size), np.random.default_rng(2)
-  drawn = rng.integers(0, len(size), (draws, len(size)))
-  return (nll[drawn].sum(1) / size[drawn].sum(1)).std() / math.log(2)
+def bootstrap(top, bottom, draws=2000):
+  """The standard deviation of a ratio of sums over samples of the units."""
+  top, bottom, rng = np.asarray(top), np.asarray(bottom), np.random.default_rng(2)
+  drawn = rng.integers(0, len(bottom), (draws, len(bottom)))
+  return (top[drawn].sum(1) / bottom[drawn].sum(1)).std()
 
 
 # The jackknife
@@ -44,64 +44,70 @@ def bootstrap(nll, size, draws=2000):
 def test_errors_are_those_of_a_bootstrap(count, seed):
   size, hardness = text_of(count, seed)
   a, b = (scored(hardness, size, shift, seed=i) for i, shift in enumerate((0.0, 0.1)))
-  assert error_bars.error_of(a) == pytest.approx(bootstrap(a['nll'], size), rel=0.1)
+  nll_a, nll_b = (np.divide(each['nll'], math.log(2)) for each in (a, b))  # in bits
+  assert error_bars.error_of(a) == pytest.approx(bootstrap(nll_a, size), rel=0.1)
   paired = error_bars.error_of_difference(a, b)
-  assert paired == pytest.approx(bootstrap(np.subtract(a['nll'], b['nll']), size), rel=0.1)
+  assert paired == pytest.approx(bootstrap(nll_a - nll_b, size), rel=0.1)
+  assert error_bars.error_of_percent(b, a) == pytest.approx(100 * bootstrap(nll_b, nll_a), rel=0.1)
   unpaired = math.hypot(error_bars.error_of(a), error_bars.error_of(b))
   assert paired < unpaired / 5
 
 
 def test_of_equal_units_the_error_is_that_of_their_mean():
-  nll = np.random.default_rng(0).gamma(9, size=40)
-  expected = (nll / 100 / math.log(2)).std(ddof=1) / math.sqrt(40)
-  assert error_bars.standard_error(nll, [100] * 40) == pytest.approx(expected, rel=1e-12)
+  nll = np.random.default_rng(0).gamma(9, size=40).tolist()
+  expected = np.divide(nll, 100 * math.log(2)).std(ddof=1) / math.sqrt(40)
+  assert error_bars.error_of({'nll': nll, 'bytes': [100] * 40}) == pytest.approx(
+      expected, rel=1e-12)
   assert error_bars.error_of_mean([3.0, 4.0]) == 2.5
   assert error_bars.error_of_mean([3.0, None]) is None
 
 
 def test_an_error_that_cannot_be_known_is_none():
-  assert error_bars.standard_error([1.0], [10]) is None
-  assert error_bars.standard_error([1.0, 2.0], [10, 0]) is None
+  assert error_bars.error_of_ratio([1.0], [10]) is None
+  assert error_bars.error_of_ratio([1.0, 2.0], [10, 0]) is None
   a, b = {'nll': [1.0, 2.0], 'bytes': [10, 20]}, {'nll': [1.0, 2.0], 'bytes': [20, 10]}
   assert error_bars.error_of_difference(a, b) is None
+  assert error_bars.error_of_percent(a, b) is None
 
 
 # Units
 
 
-def prefix_bytes(found, ids, part):
-  """The bytes of the scored text in the first i tokens of a document, for each i."""
-  ids, end = ids.tolist(), len(ids) - part.ends
-  result = [len(found.spell(ids[part.begins:max(i, part.begins)])) for i in range(end + 1)]
-  if not part.begins:
-    result = [0] + [each - result[1] for each in result[1:]]
-  return np.array(result + result[-1:] * part.ends)
+ENCODE = {'special': 'encode', 'bos': '<s>'}  # so marks in the text are tokens, and may frame it
+KINDS = [*((kind, {}) for kind in make.LOSSLESS),
+         *((kind, ENCODE) for kind in make.LOSSLESS if 'sentencepiece' not in kind)]
 
 
-@pytest.mark.parametrize('kind', make.LOSSLESS)
-def test_blocks_of_long_documents_have_the_bytes_of_their_text(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize('kind, options', KINDS)
+def test_blocks_of_documents_have_the_bytes_of_their_text(tmp_path, monkeypatch, kind, options):
   monkeypatch.setattr(units, 'BLOCK', 16)
-  found, rng = make.load(tmp_path, make.LOSSLESS[kind]()), random.Random(0)
-  texts = [' ' * (i % 3) + '<s> '.join(make.random_text(rng) for _ in range(1 + i % 8))
-           for i in range(40)] + [' a', 'b', 'the', '<s>', ' d', '  e', 'f', 'g']
+  found, rng = make.load(tmp_path, make.LOSSLESS[kind](), **options), random.Random(0)
+  texts = ['<s>' * (i % 2) + ' ' * (i % 3)
+           + '<s>  '.join(make.random_text(rng) for _ in range(1 + i % 8)) + '</s>' * (i % 5 // 4)
+           for i in range(60)] + [' a', 'b', 'the', '<s>', ' d', '  e', 'f', 'g']
   path = tmp_path / 'text.jsonl'
   path.write_text('\n'.join(json.dumps({'text': text}) for text in texts))
   tokens.prepare(str(tmp_path / 'x'), corpora.Domain('x', paths=(str(path),)), found, 0.5)
   part = tokens.load(str(tmp_path / 'x'), 'held_out')
   starts, sizes = units.cut(part, found)
-  lengths = np.diff(part.starts)
-  assert len(starts) > 1.5 * part.num_documents and (lengths <= 16).any()
-  ends = np.append(starts[1:], len(part.ids))
+  lengths, ends = np.diff(part.starts), np.append(starts[1:], len(part.ids))
+  whole = np.isin(starts, part.starts) == np.isin(ends, part.starts)
+  assert (~whole).sum() > 20 and (lengths <= 16).any()
+  assert (ends - starts)[~whole].min() >= 8 and (ends - starts).max() < 24 + lengths.min()
   assert np.array_equal(starts[np.isin(starts, part.starts)],
                         part.starts[:-1][lengths > 1 + part.ends])  # others have no score
-  long = np.isin(starts, part.starts) == np.isin(ends, part.starts)
-  assert (ends - starts)[~long].min() >= 8 and (ends - starts).max() < 24
-  for first, end, before, after in zip(part.starts, part.starts[1:], part.bytes, part.bytes[1:]):
-    expected = prefix_bytes(found, part.ids[first:end], part)
-    assert expected[-1] == after - before
-    inside = (starts >= first) & (starts < end)
-    bounds = np.append(starts[inside], end) - first
-    np.testing.assert_array_equal(sizes[inside], np.diff(expected[bounds]))
+  held_out = [text for text in texts if tokens.share(text) < 0.5]
+  for text, first, end, size in zip(
+      held_out, part.starts[:-1], part.starts[1:], np.diff(part.bytes), strict=True):
+    inside = np.flatnonzero((starts >= first) & (starts < end))
+    assert sizes[inside].sum() == (size if len(inside) else 0)
+    left = text.encode()
+    if options and len(inside) > 1:
+      left = left.removesuffix(b'</s>')  # its own end mark
+    for unit in inside[:0:-1]:  # from the end: each block has the bytes before those after it
+      ids = part.ids[starts[unit]:min(ends[unit], end - part.ends)].tolist()
+      left, own = left[:len(left) - sizes[unit]], left[len(left) - sizes[unit]:]
+      assert own.lstrip(b' ') == found.spell(ids).lstrip(b' ')
 
 
 def test_units_add_up_to_the_score():
@@ -211,7 +217,8 @@ def test_the_mean_over_seeds_has_the_error_of_its_text_and_their_spread(make_stu
   nll = [scores.read(study, study.runs[f'seed-{s}/btx'], 'final')['code']['units']['nll']
          for s in (0, 1)]
   size = btx['units']['code']['bytes']
-  assert btx['error']['bits_per_byte']['code'] == error_bars.standard_error(np.mean(nll, 0), size)
+  assert btx['error']['bits_per_byte']['code'] == error_bars.error_of(
+      {'nll': np.mean(nll, 0).tolist(), 'bytes': size})
   check = check_of(results.checks, 'btx beats seed on code')
   assert check['name'].endswith(f'±{check["error"]:.3f}): met in 2 of 2 seeds')
   assert 'The ± beside a score is another' in measured.about(results.rows)

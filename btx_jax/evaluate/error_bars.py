@@ -42,19 +42,22 @@ def bits_per_byte(nll: float, size: int) -> float:
   return nll / math.log(2) / max(size, 1)
 
 
-def standard_error(nll_U: ArrayLike, bytes_U: ArrayLike) -> float | None:
-  """The jackknife's standard error of bits per byte; None for fewer than two units with text."""
-  nll, size = np.asarray(nll_U, np.float64), np.asarray(bytes_U, np.float64)
-  rest = size.sum() - size  # bytes without each unit
-  if len(size) < 2 or rest.min() <= 0:
+def error_of_ratio(top_U: ArrayLike, bottom_U: ArrayLike) -> float | None:
+  """The jackknife's standard error of sum(top) / sum(bottom) over units.
+
+  None if it is not known: there are fewer than two units, or one has all of `bottom`.
+  """
+  top, bottom = np.asarray(top_U, np.float64), np.asarray(bottom_U, np.float64)
+  rest = bottom.sum() - bottom
+  if len(rest) < 2 or rest.min() <= 0:
     return None
-  without = (nll.sum() - nll) / rest / math.log(2)
-  return math.sqrt((len(size) - 1) * without.var())
+  without = (top.sum() - top) / rest
+  return math.sqrt((len(rest) - 1) * without.var())
 
 
 def error_of(units: Units) -> float | None:
   """The standard error of a score."""
-  return standard_error(units['nll'], units['bytes'])
+  return error_of_ratio(np.divide(units['nll'], math.log(2)), units['bytes'])
 
 
 def error_of_difference(units: Units, other: Units) -> float | None:
@@ -64,7 +67,19 @@ def error_of_difference(units: Units, other: Units) -> float | None:
   """
   if not np.array_equal(units['bytes'], other['bytes']):
     return None
-  return standard_error(np.subtract(units['nll'], other['nll']), units['bytes'])
+  return error_of({'nll': np.subtract(units['nll'], other['nll']).tolist(),
+                   'bytes': units['bytes']})
+
+
+def error_of_percent(units: Units, other: Units) -> float | None:
+  """The standard error of by how many percent a score differs from another, paired by unit.
+
+  None if they were not measured on the same units.
+  """
+  if not np.array_equal(units['bytes'], other['bytes']):
+    return None
+  error = error_of_ratio(units['nll'], other['nll'])
+  return None if error is None else 100 * error
 
 
 def error_of_mean(errors: Iterable[float | None]) -> float | None:

@@ -31,9 +31,9 @@ def changes(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping
     was, units = before[domain]['bits_per_byte'], before[domain].get('units')
     percent, error = _percent(was, score['bits_per_byte']), None
     if percent is not None and units and 'units' in score:
-      error = error_bars.error_of_difference(score['units'], units)
+      error = error_bars.error_of_percent(score['units'], units)
     rows.append({'domain': domain, 'before': was, 'after': score['bits_per_byte'],
-                 'percent': percent, 'percent_error': error and 100 * error / was})
+                 'percent': percent, 'percent_error': error})
   return sorted(rows, key=lambda row: (
       row['percent'] is not None, -(row['percent'] or 0)))
 
