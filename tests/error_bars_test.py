@@ -220,6 +220,7 @@ def test_the_mean_over_seeds_has_the_error_of_its_text_and_their_spread(make_stu
   assert btx['error']['bits_per_byte']['code'] == error_bars.error_of(
       {'nll': np.mean(nll, 0).tolist(), 'bytes': size})
   check = check_of(results.checks, 'btx beats seed on code')
+  assert check['error'] == table.difference(btx, results.rows[0], 'code').error
   assert check['name'].endswith(f'±{check["error"]:.3f}): met in 2 of 2 seeds')
   assert 'The ± beside a score is another' in measured.about(results.rows)
   few = seeds.results(make_study(19, shifts, seeds=(0, 1))).checks
