@@ -74,9 +74,11 @@ def train_runs(name: str, workdir: str):
   import jax
 
   from btx_jax.commands import regression, report, seeds, table
+  from btx_jax.devices import compiled
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
+  compiled.keep()
   pipeline = Pipeline(CONFIG.value, workdir, PROFILE.value)
   say(f'{name} in {workdir}: {len(pipeline.runs)} runs, on {jax.device_count()} '
       f'{jax.devices()[0].platform} device(s)'
@@ -257,6 +259,9 @@ def _flag_names() -> list[str]:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags, and reads the config file; returns the other arguments."""
+  if {'--help', '-help', '-h', '-?'} & set(argv[1:]):  # absl's own help ends with 1
+    app.usage(shorthelp=True, writeto_stdout=True)
+    sys.exit(0)
   flags.FLAGS.set_gnu_getopt(True)  # flags may come after the command
   argv = _with_recipe_path(argv)
   try:

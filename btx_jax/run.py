@@ -245,6 +245,12 @@ class Run:
     """Model FLOPs that the whole run would take if nothing were frozen."""
     return self.tokens * model_config.train_flops_per_token(self.model, self.seq_len)
 
+  def seconds_left(self, step: int, tokens_per_second: float | None) -> float | None:
+    """The time that its steps after `step` take at this rate; None if the rate is unknown."""
+    if not tokens_per_second:
+      return None
+    return max(self.steps - step, 0) * self.batch_size * self.seq_len / tokens_per_second
+
 
 def seed_of(name: str, seed: int) -> int:
   """A seed for the run or domain of this name, different for each."""
