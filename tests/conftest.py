@@ -12,7 +12,7 @@ os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + (
     else ''))
 
 # Commands that tests start keep nothing in the user's cache.
-os.environ.setdefault('JAX_ENABLE_COMPILATION_CACHE', '0')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
 
 import jax
 import pytest

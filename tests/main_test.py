@@ -36,6 +36,7 @@ def config(tmp_path_factory):
 
 def command(*arguments, cwd=ROOT, **variables):
   environment = {**os.environ, 'PYTHONPATH': ROOT, **variables}
+  environment = {name: value for name, value in environment.items() if value is not None}
   return subprocess.run([sys.executable, '-m', 'btx_jax.main', *arguments], cwd=cwd,
                         env=environment, capture_output=True, text=True, timeout=300)
 
@@ -47,7 +48,7 @@ def compiled_programs(folder) -> set[str]:
 def test_a_study_from_the_command_line_and_the_same_command_again(config, tmp_path):
   arguments = [f'--config={config}', f'--workdir={tmp_path / "work"}',
                '--config.evaluation.every=0']
-  cache = {'XDG_CACHE_HOME': str(tmp_path / 'cache'), 'JAX_ENABLE_COMPILATION_CACHE': '1',
+  cache = {'XDG_CACHE_HOME': str(tmp_path / 'cache'), 'JAX_COMPILATION_CACHE_DIR': None,
            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   one = command(*arguments, '--run=seed', **cache)
   assert one.returncode == 0, one.stderr

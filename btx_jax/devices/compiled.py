@@ -12,10 +12,13 @@ from btx_jax.terminal import say
 def keep() -> None:
   """Turns jax's cache on, in the user's cache directory, unless the environment has decided.
 
-  JAX_COMPILATION_CACHE_DIR names another directory, and JAX_ENABLE_COMPILATION_CACHE=0 keeps
-  nothing.
+  JAX_COMPILATION_CACHE_DIR names another directory, and keeps nothing if it is empty. Nothing is
+  kept for several CPU devices either: programs that XLA 0.10 reads back from disk can wait for each
+  other in their collectives, until XLA ends the process.
   """
-  if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+  if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+    return
+  if jax.default_backend() == 'cpu' and jax.device_count() > 1:
     return
   folder = default_folder()
   if not os.path.isdir(folder):
