@@ -102,8 +102,8 @@ def test_a_run_of_one_of_several_seeds_is_that_of_its_seed_alone(text, tmp_path,
 
 @pytest.fixture
 def measured(text, tmp_path, monkeypatch):
-  """A study of three seeds, and its scores by run, stage and domain: bits per byte, gates [L][E] of a
-  mixture, and how an ensemble was used.
+  """A study of three seeds, and its scores by run, stage and domain: bits per byte, gates [L][E] of
+  mixtures, and how an ensemble was used.
 
   What is not in the scores is not complete.
   """
