@@ -23,7 +23,8 @@ from btx_jax.evaluate import ensemble, selected
 from btx_jax.fitting import select
 from btx_jax.model.config import forward_flops_per_token
 from btx_jax.pipeline import Pipeline
-from btx_jax.run import ENSEMBLE, Run, selector_of
+from btx_jax.run import Run, linear_of
+from btx_jax.selector import Linear
 from btx_jax.study import params
 
 SPANS = 10
@@ -63,7 +64,7 @@ def measure(pipeline: Pipeline, run: Run, tokens: Tokens, domain_N: np.ndarray,
   """The figures of one ensemble; `nll` has the loss of each expert for each token."""
   reader = params.final(pipeline, run.reader, pipeline.mesh)
   chosen_N = select.choices(pipeline, run, reader, tokens, pipeline.mesh)
-  labels = np.array(selector_of(run).labels)
+  labels = np.array(linear_of(run).labels)
   counted_N = ensemble.counted(tokens)
   right_N = labels[chosen_N] == domain_N
   changes = np.flatnonzero(domain_N[1:] != domain_N[:-1]) + 1
@@ -74,7 +75,8 @@ def measure(pipeline: Pipeline, run: Run, tokens: Tokens, domain_N: np.ndarray,
   at = np.arange(len(chosen_N))
   right_expert_N = np.array([list(labels).index(domain) for domain in domain_N])
   loss, least = (nll_NE[at, of][counted_N].mean() for of in (chosen_N, right_expert_N))
-  usage = selected.usage(run, chosen_N, tokens)
+  chosen_NE = np.eye(len(run.experts), dtype=bool)[chosen_N]
+  usage = selected.usage(run, chosen_NE, chosen_NE, tokens)
   alone = np.mean([forward_flops_per_token(expert.model, run.seq_len) for expert in run.experts])
   return {'right': right_N[counted_N].mean(), 'late': np.median(late),
           'late 90 %': np.quantile(late, 0.9), 'switches': usage['switches'],
@@ -87,7 +89,7 @@ def main(workdir: str, seed: str = '0', size: str = '200'):
   pipeline = Pipeline(config, workdir)
   text = pipeline.prepare_text()
   tokens, domain_N = in_turn(text.held_out, int(size))
-  ensembles = [run for run in pipeline.runs.values() if run.init == ENSEMBLE]
+  ensembles = [run for run in pipeline.runs.values() if isinstance(run.selector, Linear)]
   with jax.set_mesh(pipeline.mesh):
     experts = {expert.name: expert for run in ensembles for expert in run.experts}
     nll = {name: ensemble.token_nll(
