@@ -7,8 +7,9 @@ a document is made of held-out text: `tokens` (200) of one, as many of the other
 spans in all. Prints for each ensemble of the config, over all pairs: the share of tokens for which
 an expert of their domain is chosen; how many tokens after a change of domain such an expert is
 first chosen (median, and 90th percentile); switches per 1,000 tokens (the text has 4.5 at spans of
-200); how much more the chosen experts lose per token than the right ones; and the forward FLOPs of
-a token, with the passes at switches, relative to those of the right expert alone.
+200); how much higher the loss per token is than that of the right experts; and the forward FLOPs of
+a token, with the passes at switches, relative to those of the right expert alone. Then, for the
+seed, the dense rival and the mixture of feed-forward experts: how much higher their loss is.
 """
 
 import itertools
@@ -28,6 +29,7 @@ from btx_jax.selector import Linear
 from btx_jax.study import params
 
 SPANS = 10
+RIVALS = 'seed', 'dense/1e-3', 'mixed/ridge'
 
 
 def in_turn(held_out: dict[str, Tokens], size: int) -> tuple[Tokens, np.ndarray]:
@@ -60,47 +62,52 @@ def _without_marks(tokens: Tokens) -> np.ndarray:
 
 
 def measure(pipeline: Pipeline, run: Run, tokens: Tokens, domain_N: np.ndarray,
-            nll: dict[str, np.ndarray]) -> dict[str, float]:
-  """The figures of one ensemble; `nll` has the loss of each expert for each token."""
+            nll_NE: np.ndarray) -> dict[str, float]:
+  """The figures of one ensemble; `nll_NE` has the loss of each of its experts for each token."""
   reader = params.final(pipeline, run.reader, pipeline.mesh)
   chosen_N = select.choices(pipeline, run, reader, tokens, pipeline.mesh)
-  labels = np.array(linear_of(run).labels)
-  counted_N = ensemble.counted(tokens)
-  right_N = labels[chosen_N] == domain_N
+  right_N = np.array(linear_of(run).labels)[chosen_N] == domain_N
   changes = np.flatnonzero(domain_N[1:] != domain_N[:-1]) + 1
   changes = changes[~np.isin(changes, tokens.starts)]
   ends = np.append(changes[1:], len(domain_N))
   late = [int(np.argmax(np.append(right_N[first:end], True))) for first, end in zip(changes, ends)]
-  nll_NE = np.stack([nll[expert.name] for expert in run.experts], 1)
-  at = np.arange(len(chosen_N))
-  right_expert_N = np.array([list(labels).index(domain) for domain in domain_N])
-  loss, least = (nll_NE[at, of][counted_N].mean() for of in (chosen_N, right_expert_N))
   chosen_NE = np.eye(len(run.experts), dtype=bool)[chosen_N]
   usage = selected.usage(run, chosen_NE, chosen_NE, tokens)
   alone = np.mean([forward_flops_per_token(expert.model, run.seq_len) for expert in run.experts])
+  counted_N = ensemble.counted(tokens)
   return {'right': right_N[counted_N].mean(), 'late': np.median(late),
           'late 90 %': np.quantile(late, 0.9), 'switches': usage['switches'],
-          'loss': loss / least - 1, 'FLOPs': usage['forward_flops'] / alone}
+          'loss': nll_NE[chosen_NE & counted_N[:, None]].mean(),
+          'FLOPs': usage['forward_flops'] / alone}
 
 
 def main(workdir: str, seed: str = '0', size: str = '200'):
   config = modular.get_config()
   config.seeds = (int(seed),)
   pipeline = Pipeline(config, workdir)
-  text = pipeline.prepare_text()
-  tokens, domain_N = in_turn(text.held_out, int(size))
+  tokens, domain_N = in_turn(pipeline.prepare_text().held_out, int(size))
   ensembles = [run for run in pipeline.runs.values() if isinstance(run.selector, Linear)]
+  experts, labels = ensembles[0].experts, list(linear_of(ensembles[0]).labels)
+  right_NE = domain_N[:, None] == np.array(labels)
+  counted_N = ensemble.counted(tokens)
+
+  def loss(run: Run) -> np.ndarray:
+    return ensemble.token_nll(run.model, params.final(pipeline, run, pipeline.mesh), tokens,
+                              pipeline.mesh, run.seq_len, config.evaluation.batch_size)
+
   with jax.set_mesh(pipeline.mesh):
-    experts = {expert.name: expert for run in ensembles for expert in run.experts}
-    nll = {name: ensemble.token_nll(
-        expert.model, params.final(pipeline, expert, pipeline.mesh), tokens, pipeline.mesh,
-        config.data.seq_len, config.evaluation.batch_size) for name, expert in experts.items()}
+    nll_NE = np.stack([loss(expert) for expert in experts], 1)
+    least = nll_NE[right_NE & counted_N[:, None]].mean()
     print(f'{len(domain_N):,} tokens in {tokens.num_documents} documents, spans of {size}')
     for run in ensembles:
-      found = measure(pipeline, run, tokens, domain_N, nll)
+      assert run.experts == experts
+      found = measure(pipeline, run, tokens, domain_N, nll_NE)
       print(f'{run.plain_name:24} right {found["right"]:.1%}; late by {found["late"]:.0f} tokens '
             f'({found["late 90 %"]:.0f}); {found["switches"]:.1f} switches per 1,000; '
-            f'loss +{found["loss"]:.1%}; {found["FLOPs"]:.1f} times the FLOPs')
+            f'loss {found["loss"] / least - 1:+.1%}; {found["FLOPs"]:.1f} times the FLOPs')
+    for name in RIVALS:
+      mean = loss(pipeline.run(f'seed-{seed}/{name}'))[counted_N].mean()
+      print(f'{name:24} loss {mean / least - 1:+.1%}')
 
 
 if __name__ == '__main__':
