@@ -9,7 +9,8 @@ other commands:
 
   status     shows the progress of every run (--watch: every two seconds; --json: as JSON)
   jobs       lists the runs that are not complete, for scripts: those on one line can be trained
-             at the same time, once those on the lines above are complete
+             at the same time, once those on the lines above are complete; what then needs no
+             training is left to the command without --run
   report     writes the report with the results so far
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
