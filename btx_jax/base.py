@@ -126,8 +126,8 @@ def get_config() -> ConfigDict:
       'every': 0,
       # Held-out tokens of each domain, in whole documents (at least one).
       'tokens': 65_536,
-      # Rows per batch.
-      'batch_size': 32,
+      # Rows per batch. 0 is 32, or as few more as the devices can share evenly.
+      'batch_size': 0,
       # Also measures each mixture without each of its experts in turn, which shows which expert
       # helps which domain. It takes as long as measuring the mixture once per expert. Mixtures of
       # the router 'hash' are left out.

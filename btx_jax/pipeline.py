@@ -40,6 +40,7 @@ class Pipeline(Study):
            for run in self.runs.values()):
       ensemble.tfidf_vectorizer()  # notices a missing package now, not after training
     self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
+    self.config.evaluation.batch_size = layout.evaluation_rows(config, self.mesh)
 
   def train(self, only: str | None = None) -> bool:
     """Trains and measures every run that is not complete, or only the one named.

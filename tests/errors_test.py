@@ -478,7 +478,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.mesh.fsdp = 3', 'mesh.tensor = 1 cannot be laid on 2 device(s)'),
     ('config.mesh.update(tensor=16, fsdp=0)', 'mesh.tensor = 16 cannot be laid on 2 device(s): 16 '
      'are needed.'),
-    ('config.evaluation.batch_size = 0', 'evaluation.batch_size = 0 must be at least 1.'),
+    ('config.evaluation.batch_size = -1', 'evaluation.batch_size = -1 must be at least 1.'),
     ('config.evaluation.batch_size = 3', 'evaluation.batch_size: 3 rows cannot be shared evenly by '
      '2 (mesh.data x mesh.fsdp x mesh.expert); the nearest that can: 2 or 4.'),
     ('config.mesh.expert = 2\n' + new(init='base.mix("seed", "expert/code", "expert/math")'),

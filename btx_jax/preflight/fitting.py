@@ -143,5 +143,5 @@ def _counts(rows: int) -> tuple[int, int]:
 
 def _batch(run: Run, study: Study, mesh):
   """The rows of a batch, and its shapes."""
-  size = study.config.evaluation.batch_size
+  size = layout.evaluation_rows(study.config, mesh)
   return size, batch_shapes((size,), run.seq_len, sharding.batch_sharding(mesh))
