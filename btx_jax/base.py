@@ -20,6 +20,7 @@ from btx_jax.run import (
   Objective,
   Optimizer,
 )
+from btx_jax.selector import POSTERIOR, TFIDF
 
 # For a run's train={'freeze': ...}.
 FREEZE_EXPERTS = ('/experts/',)
@@ -126,14 +127,8 @@ def get_config() -> ConfigDict:
       # Held-out tokens of each domain, in whole documents (at least one). Claims below the table
       # need 20 documents, or blocks of 1,024 tokens of longer ones.
       'tokens': 65_536,
-      # Rows per batch.
-      'batch_size': 32,
-      # Also evaluates Branch-Train-Merge: for each mixture, the weighted mean of its unmixed
-      # experts' next-token probabilities. 'top_1', 'top_2' and 'all' take that many experts,
-      # weighted by how similar the text so far is to what each was trained on (tf-idf; pip install
-      # 'btx_jax[merge]'); 'posterior' takes all, weighted by the probability that each gave to the
-      # text so far. () is none.
-      'merge': (),
+      # Rows per batch. 0 is 32, or as few more as the devices can share evenly.
+      'batch_size': 0,
       # Also measures each mixture without each of its experts in turn, which shows which expert
       # helps which domain. It takes as long as measuring the mixture once per expert. Mixtures of
       # the router 'hash' are left out.
@@ -346,16 +341,47 @@ def from_text(kind: str, rows: int = 64, ridge: float = 1e-3, temperature: float
                      'labels': tuple(tuple(label) for label in labels)})
 
 
+def tfidf(top: int = 1) -> ConfigDict:
+  """An ensemble's selector as in Branch-Train-Merge: by the words of the text so far.
+
+  The mean of the experts' next-token probabilities predicts a token. Their weights follow from how
+  similar the text so far is, by tf-idf, to the text that each expert was trained on here. It is
+  compared every 64 tokens; until the first time, all experts have the same weight. It needs
+  pip install 'btx_jax[tfidf]'.
+
+  Args:
+    top: how many experts have a weight, the most similar ones; 0 is all.
+  """
+  return ConfigDict({'kind': TFIDF, 'top': top})
+
+
+def posterior(top: int = 0) -> ConfigDict:
+  """An ensemble's selector as in Branch-Train-Merge: by the likelihood of the text so far.
+
+  The mean of the experts' next-token probabilities predicts a token. An expert's weight is
+  proportional to the probability that it gave to the document so far, so all of them read all of
+  it.
+
+  Args:
+    top: how many experts have a weight, the most probable ones; 0 is all. All are computed in any
+      case.
+  """
+  return ConfigDict({'kind': POSTERIOR, 'top': top})
+
+
 def ensemble(*run_names: str, selector: ConfigDict | None = None, reader: str = '',
              layers: int = 0, forget: float = 0.0, hysteresis: float = 0.0) -> ConfigDict:
-  """Whole models beside each other, one of which predicts each token.
+  """Whole models beside each other, from which a selector predicts each token.
 
-  A selector chooses it: a linear map of the mean hidden state, in one of the models, of the
-  document so far. An ensemble is measured and exported, not trained: train its experts instead.
+  A selector made by from_text chooses one of them: it is a linear map of the mean hidden state, in
+  one of the models, of the document so far. The others, tfidf and posterior, average the models'
+  probabilities. An ensemble is measured, and with a linear selector exported. It is not trained:
+  train its experts instead.
 
   Args:
     run_names: the experts: dense models of one vocabulary, at least two.
-    selector: how it is fitted: from_text(...), without a temperature; None is from_text('ridge').
+    selector: from_text(...), without a temperature; tfidf(...); or posterior(...). None is
+      from_text('ridge'). The arguments below are for from_text alone.
     reader: the run whose hidden states the selector reads; '' is the first expert. It need not be
       an expert.
     layers: how many of the reader's layers are computed; the selector reads what comes out of the

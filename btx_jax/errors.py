@@ -17,7 +17,9 @@ from absl import flags
 
 # What was called otherwise before version 0.1.0: fields of the config, and a command.
 RENAMED = {'data.length': 'data.seq_len', 'train.accumulation': 'train.microbatches',
-           'train.balance': 'train.balance_loss', 'fit': 'compare'}
+           'train.balance': 'train.balance_loss', 'fit': 'compare',
+           'evaluation.merge': 'a run of its own, base.run(base.ensemble(EXPERTS, selector='
+                               'base.posterior())) or base.tfidf()'}
 
 
 class UsageError(Exception):

@@ -9,7 +9,8 @@ other commands:
 
   status     shows the progress of every run (--watch: every two seconds; --json: as JSON)
   jobs       lists the runs that are not complete, for scripts: those on one line can be trained
-             at the same time, once those on the lines above are complete
+             at the same time, once those on the lines above are complete; what then needs no
+             training is left to the command without --run
   report     writes the report with the results so far
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
@@ -74,9 +75,11 @@ def train_runs(name: str, workdir: str):
   import jax
 
   from btx_jax.commands import claims, measured, regression, report, seeds, table
+  from btx_jax.devices import compiled
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
+  compiled.keep()
   pipeline = Pipeline(CONFIG.value, workdir, PROFILE.value)
   say(f'{name} in {workdir}: {len(pipeline.runs)} runs, on {jax.device_count()} '
       f'{jax.devices()[0].platform} device(s)'
@@ -260,6 +263,9 @@ def _flag_names() -> list[str]:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags, and reads the config file; returns the other arguments."""
+  if {'--help', '-help', '-h', '-?'} & set(argv[1:]):  # absl's own help ends with 1
+    app.usage(shorthelp=True, writeto_stdout=True)
+    sys.exit(0)
   flags.FLAGS.set_gnu_getopt(True)  # flags may come after the command
   argv = _with_recipe_path(argv)
   try:

@@ -5,10 +5,8 @@ import contextlib
 import functools
 import os
 import time
-from typing import Any
 
 import jax
-import numpy as np
 
 from btx_jax import files
 from btx_jax.data import mixture
@@ -19,6 +17,7 @@ from btx_jax.evaluate import bits, ensemble, regression, scores, selected
 from btx_jax.fitting import fit, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import Run
+from btx_jax.selector import TFIDF, Merge
 from btx_jax.study import compatibility, context, manifest, params, plan
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -37,9 +36,11 @@ class Pipeline(Study):
     super().__init__(config, workdir)
     self.profile = profile
     self._text: Text | None = None
-    if set(config.evaluation.merge) - {ensemble.POSTERIOR}:
+    if any(isinstance(run.selector, Merge) and run.selector.kind == TFIDF
+           for run in self.runs.values()):
       ensemble.tfidf_vectorizer()  # notices a missing package now, not after training
     self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
+    self.config.evaluation.batch_size = layout.evaluation_rows(config, self.mesh)
 
   def train(self, only: str | None = None) -> bool:
     """Trains and measures every run that is not complete, or only the one named.
@@ -227,56 +228,19 @@ class Pipeline(Study):
       return
     made = parameters = None
     for name, stage in wanted:
-      if stage in make:
-        if made is not make[stage]:  # the final model serves two stages
-          made, parameters = make[stage], None  # one model at a time
-          parameters = made(self, run, self.mesh)
-        shown = os.path.join(run.series, name)
-        if stage == scores.MASKED:
-          say(f'{shown}: measuring without each of its {run.model.num_experts} experts')
-          found = self._without_each_expert(run.model, parameters)
-        else:
-          say(f'{shown}: measuring')
-          found = self.evaluate(scores.sizes(run, stage), parameters)
-        distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
-    del parameters
-    forms = [stage.removeprefix(scores.MERGE) for _, stage in wanted if stage not in make]
-    for form, found in self._merge(run, forms).items() if forms else ():
-      distributed.on_process_0(
-          functools.partial(scores.write, self, run, scores.MERGE + form, found))
+      if made is not make[stage]:  # the final model serves two stages
+        made, parameters = make[stage], None  # one model at a time
+        parameters = made(self, run, self.mesh)
+      shown = os.path.join(run.series, name)
+      if stage == scores.MASKED:
+        say(f'{shown}: measuring without each of its {run.model.num_experts} experts')
+        found = self._without_each_expert(run.model, parameters)
+      else:
+        say(f'{shown}: measuring')
+        found = self.evaluate(scores.sizes(run, stage), parameters)
+      distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
 
   def _without_each_expert(self, model: Config, parameters) -> dict[str, dict]:
     return bits.without_each_expert(
         model, parameters, self.prepare_text().held_out, self.mesh, self.config.data.seq_len,
         self.config.evaluation.batch_size)
-
-  def _merge(self, run: Run, forms: list[str]) -> dict[str, dict[str, dict]]:
-    """Bits per byte, by form and domain, of a mixture's sources as Branch-Train-Merge uses them.
-
-    See evaluate.ensemble.
-    """
-    text, similarity = self.prepare_text(), None
-    if set(forms) != {ensemble.POSTERIOR}:
-      similarity = ensemble.Similarity([self._seen(source) for source in run.sources])
-      for domain, tokens in text.held_out.items():
-        taken = ensemble.nearest_expert_shares(similarity, tokens, text.tokenizer)
-        say(f'{run.name}: by tf-idf, documents of {domain} are most like those of ' + ', '.join(
-            f'{source.name} {share:.0%}' for source, share in zip(run.sources, taken)))
-    nll = {domain: [] for domain in text.held_out}
-    for source in run.sources:
-      say(f'{source.name}: measuring for the merge of {run.name}')
-      parameters = params.final(self, source, self.mesh)
-      for domain, tokens in text.held_out.items():
-        nll[domain].append(ensemble.token_nll(
-            source.model, parameters, tokens, self.mesh, self.config.data.seq_len,
-            self.config.evaluation.batch_size))
-      del parameters  # one at a time
-    return ensemble.evaluate(forms, {domain: np.stack(of_one, 1) for domain, of_one in nll.items()},
-                             text.held_out, similarity, text.tokenizer)
-
-  def _seen(self, run: Run, rows: int = 1000) -> list[str]:
-    """Some of the text that a run was trained on."""
-    order: Any = self._order(run)
-    tokenizer = self.prepare_text().tokenizer
-    return [tokenizer.decode(order[i]['tokens'].tolist())
-            for i in range(min(rows, run.steps * run.batch_size))]

@@ -14,7 +14,7 @@ from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE
 from btx_jax.recipe import Edit, Recipe, RoutersFromText
-from btx_jax.selector import Selector
+from btx_jax.selector import Linear, Selector
 
 # Initialisers.
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
@@ -136,7 +136,8 @@ class Run:
     recipe: how they are mixed, if init is 'mix'.
     expert_names: what to call the experts of a mixture or an ensemble.
     weights: each domain's share of the rows; they add up to 1.
-    model: the model's sizes; of an ensemble, those of its selector's reader.
+    model: the model's sizes; of an ensemble, those of the reader of a linear selector, and
+      otherwise of the first expert.
     optimizer: its settings.
     steps: optimizer steps; a run of 0 steps is what it starts from.
     seq_len: T.
@@ -149,7 +150,7 @@ class Run:
     vocabulary: a hash of a pretrained model's vocabulary if it contradicts the tokenizer of the
       config, so that the model can only be mixed; else ''.
     routers: how a mixture's routers are set from text; None if they are random.
-    selector: how an ensemble chooses an expert for each token; None for any other run.
+    selector: how an ensemble predicts a token from its experts; None for any other run.
     series: the directory of all runs with this seed, if the config has several seeds and the run
       depends on them; else ''.
     edit: which experts it has, if init is 'edit'. Its recipe is None, as the mixture of an edit is
@@ -200,19 +201,21 @@ class Run:
     return tuple(dict.fromkeys([*self.weights, *(self.fitted.domains if self.fitted else ())]))
 
   @property
-  def fitted(self) -> RoutersFromText | Selector | None:
-    """What is set from text before any training: a mixture's routers, or an ensemble's selector."""
-    return self.routers or self.selector
+  def fitted(self) -> RoutersFromText | Linear | None:
+    """What is set from text before any training: a mixture's routers, or a linear selector."""
+    return self.selector if isinstance(self.selector, Linear) else self.routers
 
   @property
   def reader(self) -> 'Run':
-    """The run whose hidden states an ensemble's selector reads; ValueError for any other run."""
-    return self.sources[selector_of(self).reader]
+    """The run whose hidden states a linear selector reads; ValueError without one."""
+    return self.sources[linear_of(self).reader]
 
   @property
   def experts(self) -> tuple['Run', ...]:
-    """The models that an ensemble chooses from; ValueError for any other run."""
-    return self.sources[:len(selector_of(self).labels)]
+    """The models that an ensemble predicts with; ValueError for any other run."""
+    if self.selector is None:
+      raise ValueError(f'{self.name} starts from {self.init}, and is one model.')
+    return self.sources[:len(self.expert_names)]
 
   @property
   def plain_name(self) -> str:
@@ -244,6 +247,12 @@ class Run:
   def flops_unfrozen(self) -> int:
     """Model FLOPs that the whole run would take if nothing were frozen."""
     return self.tokens * model_config.train_flops_per_token(self.model, self.seq_len)
+
+  def seconds_left(self, step: int, tokens_per_second: float | None) -> float | None:
+    """The time that its steps after `step` take at this rate; None if the rate is unknown."""
+    if not tokens_per_second:
+      return None
+    return max(self.steps - step, 0) * self.batch_size * self.seq_len / tokens_per_second
 
 
 def seed_of(name: str, seed: int) -> int:
@@ -306,16 +315,16 @@ def recipe_of(run: Run) -> Recipe:
   return run.recipe
 
 
-def selector_of(run: Run) -> Selector:
-  """The selector of an ensemble; raises ValueError for any other run."""
-  if run.selector is None:
-    raise ValueError(f'{run.name} starts from {run.init}, which has no selector.')
+def linear_of(run: Run) -> Linear:
+  """The linear selector of an ensemble; raises ValueError for any other run."""
+  if not isinstance(run.selector, Linear):
+    raise ValueError(f'{run.name} has no linear selector, but {run.selector}.')
   return run.selector
 
 
 def reader_model(run: Run) -> model_config.Config:
-  """The sizes of that part of its reader which an ensemble's selector computes."""
-  layers = selector_of(run).layers or run.model.num_layers
+  """The sizes of that part of its reader which a linear selector computes."""
+  layers = linear_of(run).layers or run.model.num_layers
   return dataclasses.replace(run.model, num_layers=layers)
 
 

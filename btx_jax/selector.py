@@ -1,11 +1,14 @@
-"""How an ensemble chooses an expert for each token, as plain data; fitting/select.py fits it.
+"""How an ensemble predicts a token from its experts, as plain data.
 
-The selector reads the text so far, never the token that is to be predicted. Its logits are linear
-in the mean of the reader's hidden states, so the mean of each position's logits is the same thing:
-`choose` needs no hidden states.
+Either a linear map of hidden states chooses one expert for each token (Linear, which
+fitting/select.py fits), or the experts' probabilities are averaged with weights (Merge). Both
+follow from the text so far, never from the token that is to be predicted.
+
+The logits of a linear selector are linear in the mean of the reader's hidden states, so the mean of
+each position's logits is the same thing: `choose` needs no hidden states.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 
 import numpy as np
@@ -14,10 +17,11 @@ from btx_jax.errors import UsageError, nearest
 from btx_jax.recipe import ROUTER_KINDS, labels_from_config
 
 KINDS = ROUTER_KINDS[1:]  # random numbers choose nothing
+TFIDF, POSTERIOR = MERGES = ('tfidf', 'posterior')
 
 
 @dataclasses.dataclass(frozen=True)
-class Selector:
+class Linear:
   """A linear map from a mean hidden state of the text so far to a logit for each expert.
 
   The experts are the first sources of the ensemble, as many as there are labels.
@@ -52,12 +56,33 @@ class Selector:
     return 0.5 ** (1 / self.forget) if self.forget else 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Merge:
+  """Branch-Train-Merge: the weighted mean of the experts' probabilities predicts a token.
+
+  The experts are the sources of the ensemble.
+
+  Attributes:
+    kind: what the weights follow from, 'tfidf' or 'posterior'; see base.tfidf and base.posterior.
+    top: how many experts have a weight; 0 is all.
+  """
+  kind: str
+  top: int
+
+  def computed(self, experts: int) -> int:
+    """How many of the experts are computed for a token, once there is text to compare."""
+    return self.top if self.top and self.kind == TFIDF else experts
+
+
+Selector = Linear | Merge
+
+
 def choose(logits_TE: np.ndarray, decay: float, hysteresis: float) -> np.ndarray:
   """The expert for the token after each position of one document, [T].
 
   Args:
     logits_TE: of each position's own hidden state.
-    decay: see Selector.decay.
+    decay: see Linear.decay.
     hysteresis: how far the mean logit of another expert must lead before it is chosen.
   """
   total, weight, chosen = np.zeros(logits_TE.shape[1]), 0.0, np.zeros(len(logits_TE), np.int32)
@@ -70,20 +95,48 @@ def choose(logits_TE: np.ndarray, decay: float, hysteresis: float) -> np.ndarray
 
 
 def from_config(init, sources: Sequence[str], domain_of: Mapping[str, str],
-                domains: Sequence[str], num_layers: int) -> Selector:
+                trained: Collection[str], domains: Sequence[str], num_layers: int) -> Selector:
   """The selector that `base.ensemble(...)` describes.
 
   Args:
     init: what base.ensemble returns.
     sources: names of the ensemble's sources, experts first.
     domain_of: for each expert's run that was trained on a single domain, that domain.
+    trained: names of the sources that are trained here.
     domains: of the config.
     num_layers: of the reader.
 
   Raises:
-    UsageError: an unknown kind or label, an expert without a label, or a number that is out of
-      range or has no effect.
+    UsageError: an unknown kind or label, an expert without a label or without the text that it is
+      compared by, or a number that is out of range or has no effect.
   """
+  if 'top' in init.selector:
+    return _merge(init, sources, trained)
+  return _linear(init, sources, domain_of, domains, num_layers)
+
+
+def _merge(init, sources: Sequence[str], trained: Collection[str]) -> Merge:
+  given = init.selector
+  if given.kind not in MERGES:
+    raise UsageError(f'ensemble: selector: kind = {given.kind!r}; {nearest(given.kind, MERGES)}')
+  for field in ('reader', 'layers', 'forget', 'hysteresis'):
+    if init[field]:
+      raise UsageError(f'ensemble: {field} = {init[field]!r} has no effect with '
+                       f'base.{given.kind}(...), which reads no hidden states; omit it, or use '
+                       'base.from_text(...).')
+  if not 0 <= given.top <= len(sources):
+    raise UsageError(f'ensemble: selector: top = {given.top} must lie between 1 and the number of '
+                     f'experts, {len(sources)}; 0 is all of them.')
+  for name in sources if given.kind == TFIDF else ():
+    if name not in trained:
+      raise UsageError(f'ensemble: selector: {name!r} is not trained here, so it has no training '
+                       'text to compare with; use base.posterior(...), or base.from_text(...) with '
+                       'labels.')
+  return Merge(given.kind, given.top)
+
+
+def _linear(init, sources: Sequence[str], domain_of: Mapping[str, str], domains: Sequence[str],
+            num_layers: int) -> Linear:
   given = init.selector
   if given.kind not in KINDS:
     raise UsageError(f'ensemble: selector: kind = {given.kind!r}; {nearest(given.kind, KINDS)}')
@@ -100,5 +153,5 @@ def from_config(init, sources: Sequence[str], domain_of: Mapping[str, str],
       raise UsageError(f'ensemble: {field} = {init[field]} cannot be negative.')
   reader = sources.index(init.reader) if init.reader else 0
   layers = init.layers if init.layers < num_layers else 0
-  return Selector(given.kind, given.rows, given.ridge, labels, reader, layers,
-                  init.forget, init.hysteresis)
+  return Linear(given.kind, given.rows, given.ridge, labels, reader, layers,
+                init.forget, init.hysteresis)

@@ -23,14 +23,13 @@ class Progress:
   def __init__(self, runs: Mapping[str, tuple[int, int]]):
     """`runs` maps names to (steps done, steps in total)."""
     self._runs = runs
-    self._began = time.monotonic()
-    self._printed = dict.fromkeys(runs, self._began)  # when each run's last line was printed
+    self._printed = dict.fromkeys(runs, time.monotonic())  # when each run's last line was printed
     self._bars = None
     if console.is_terminal:
       self._bars = progress.Progress(
           progress.TextColumn('{task.description}', markup=False), progress.BarColumn(),
           progress.MofNCompleteColumn(), progress.TextColumn('{task.fields[text]}'),
-          progress.TimeRemainingColumn(), console=console)
+          console=console)
 
   def __enter__(self):
     self._tasks = {}
@@ -48,18 +47,34 @@ class Progress:
     if self._bars:
       self._bars.stop()
 
-  def update(self, name: str, step: int, loss: float, tokens_per_second: float | None):
+  def update(self, name: str, step: int, loss: float, tokens_per_second: float | None,
+             seconds_left: float | None):
     """Shows that the run `name` has finished `step`."""
-    speed = f'  {tokens_per_second:,.0f} tokens/s' if tokens_per_second else ''
-    text = f'loss {loss:.3f}{speed}'
+    text = f'loss {loss:.3f}'
+    if tokens_per_second:
+      text += f'  {tokens_per_second:,.0f} tokens/s'
+    if seconds_left is not None:
+      text += f'  {duration(seconds_left)} left'
     if self._bars:
       self._bars.update(self._tasks[name], completed=step, text=text)
       return
-    now, (start, steps) = time.monotonic(), self._runs[name]
+    now, (_, steps) = time.monotonic(), self._runs[name]
     if now - self._printed[name] >= _PLAIN_EVERY or step == steps:
       self._printed[name] = now
-      left = (now - self._began) / (step - start) * (steps - step)
-      console.print(f'{name}: {step} of {steps}  {text}  {left:.0f} s left')
+      console.print(f'{name}: {step} of {steps}  {text}')
+
+
+def duration(seconds: float | None) -> str:
+  """A time in the unit that suits it, as in '90 s', '45 min', '7.5 h' or '12.0 days'; or '-'."""
+  if seconds is None:
+    return '-'
+  if seconds < 100:
+    return f'{seconds:.0f} s'
+  if seconds < 100 * 60:
+    return f'{seconds / 60:.0f} min'
+  if seconds < 100 * 3600:
+    return f'{seconds / 3600:.1f} h'
+  return f'{seconds / 86400:.1f} days'
 
 
 def say(text: str):

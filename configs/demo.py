@@ -3,7 +3,8 @@
 A seed that learned mostly prose is branched into three experts (code, math, knowledge). These and
 the seed itself are mixed into four experts per layer, and finetuned on all four domains. Expect
 each expert to be far better than the seed on its own domain and worse elsewhere, and the mixture to
-be as good as each specialist on its domain and nearly as good as the seed on prose.
+be as good as each specialist on its domain and nearly as good as the seed on prose. `routed` keeps
+the same four models whole, and chooses one of them for each token.
 
   python -m btx_jax.main --config=configs/demo.py
 
@@ -51,6 +52,9 @@ def get_config(form: str = ''):
       'btx': base.run(
           init=base.mix('seed', *experts), domains=BLEND, steps=400,
           optimizer={'peak_lr': 2e-3}),
+      'routed': base.run(
+          init=base.ensemble('seed', *experts, layers=1,
+                             selector=base.from_text('ridge', labels=(('seed', 'prose'),)))),
   }
   if form == 'full':
     config.evaluation.mask_experts = True

@@ -9,8 +9,8 @@ Where that table's shares do not add up to 100, they are used as they are, as we
   python -m btx_jax.main --config=configs/llama2_7b.py preflight --topology=v5p:4x4x4
   python -m btx_jax.main --config=configs/llama2_7b.py:/models/Llama-2-7b-hf --run=expert/math
 
-Compiled for v5p:4x4x4 (v5p-128). With --config.model.remat=full also compiled for v5e:16x16 (adding
---config.evaluation.batch_size=256) and h100:8 (adding --config.train.microbatches=128).
+Compiled for v5p:4x4x4 (v5p-128). With --config.model.remat=full also compiled for v5e:16x16, and
+for h100:8 (adding --config.train.microbatches=128).
 docs/preflight.md has the figures.
 """
 
@@ -52,7 +52,6 @@ def get_config(folder: str = '/models/Llama-2-7b-hf'):
   config.mesh.update(data=1, fsdp=-1)
   config.optimizer.update(peak_lr=1e-4, warmup=0.0, final_lr=0.1, weight_decay=0.1)
   config.train.update(batch_size=1024, microbatches=4)
-  config.evaluation.batch_size = 64  # one row per chip
   config.checkpoint_every = 500
   steps = {'math': 48_000, 'code': 50_000, 'wikipedia': 10_000}
   text = {'math': MATH, 'code': CODE, 'wikipedia': WIKIPEDIA}

@@ -9,7 +9,9 @@ A seed that learned all four domains of the demo's text is branched twice into a
   btx/...     the whole experts as one mixture, as in the paper: everything outside the feed-forward
               layers is an average.
   routed/...  the whole experts left whole. A linear map of the first layers of the seed reads the
-              text so far and chooses one expert for each token.
+              text so far and chooses one expert for each token; for `routed/forget`, mostly the
+              last tokens of it. `posterior` is Branch-Train-Merge: it runs all experts on every
+              token.
   dense/...   the rival: the seed trained on for the FLOPs of the whole experts, at three learning
               rates. The experts have only one, so the comparison favours the rival.
 
@@ -52,6 +54,9 @@ def get_config(form: str = ''):
       **whole, **mixtures('btx', whole, ('normal', 'ridge')),
       **{f'routed/{layers}_layers': base.run(base.ensemble(*whole, reader='seed', layers=layers))
          for layers in (1, 2, 4)},
+      'routed/forget': base.run(
+          base.ensemble(*whole, reader='seed', layers=1, forget=8, hysteresis=0.5)),
+      'routed/posterior': base.run(base.ensemble(*whole, selector=base.posterior())),
       **{f'dense/{rate}': base.run(base.checkpoint('seed'), demo.BLEND, match_flops_of=(*whole,),
                                    optimizer={'peak_lr': float(rate)})
          for rate in ('3e-4', '1e-3', '3e-3')},

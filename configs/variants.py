@@ -1,10 +1,10 @@
 """Every way of routing, balancing, mixing and freezing, side by side on the demo's experts.
 
 Each variant is the demo's mixture with one change, finetuned for 120 steps. `dense` and `upcycled`
-spend the FLOPs of everything that leads to `btx`. Branch-Train-Merge needs no finetuning. Expect
-all but `router_only` to be better than the seed, two experts per token to be better than one, and
-`blend` to be the worst way of mixing. docs/variants.md has the table. About an hour on two CPU
-cores.
+spend the FLOPs of everything that leads to `btx`. `merge/...` are Branch-Train-Merge: ensembles of
+the unmixed experts, without any finetuning. Expect all but `router_only` to be better than the
+seed, two experts per token to be better than one, and `blend` to be the worst way of mixing.
+docs/variants.md has the table. About an hour on two CPU cores.
 
   python -m btx_jax.main --config=configs/variants.py
 """
@@ -17,7 +17,6 @@ STEPS = 120
 
 def get_config():
   config = demo.get_config()
-  config.evaluation.merge = ('top_1', 'top_2', 'all', 'posterior')
   experts = tuple(f'expert/{domain}' for domain in demo.SPECIALISTS)
   sources = ('seed', *experts)
 
@@ -53,5 +52,10 @@ def get_config():
       'plain_split': variant(init=base.mix(*sources, arrangement='plain_split', chunks=2),
                              model={'top_k': 4}),
       'blend': variant(init=base.mix(*sources, arrangement='blend')),
+      # Unmixed
+      'merge/tfidf_1': base.run(base.ensemble(*sources, selector=base.tfidf(top=1))),
+      'merge/tfidf_2': base.run(base.ensemble(*sources, selector=base.tfidf(top=2))),
+      'merge/tfidf_all': base.run(base.ensemble(*sources, selector=base.tfidf(top=0))),
+      'merge/posterior': base.run(base.ensemble(*sources, selector=base.posterior())),
   }
   return config

@@ -26,10 +26,3 @@ export XLA_FLAGS="${gpu[*]} ${XLA_FLAGS:-}"
 # considers them safe. The flags that are often added for all-gathers
 # (--xla_enable_async_all_gather, --xla_tpu_enable_async_collective_fusion_fuse_all_gather) change
 # nothing on v5e, and libtpu 0.0.52 refuses them elsewhere because results may be wrong.
-
-# The compilation cache: a job that resumes does not compile again, nor do experts that differ only
-# in text, which share one program. It is best on storage that the hosts share. It is not used on
-# CPUs, because a program compiled on one CPU may not run on another.
-if [[ ${JAX_PLATFORMS:-} != cpu ]]; then
-  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/btx_jax}"
-fi

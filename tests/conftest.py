@@ -11,6 +11,9 @@ os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + (
     ' --xla_cpu_use_fusion_emitters=false' if metadata.version('jaxlib').startswith('0.10.')
     else ''))
 
+# Commands that tests start keep nothing in the user's cache.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
+
 import jax
 import pytest
 

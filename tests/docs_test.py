@@ -12,7 +12,7 @@ import yaml
 from btx_jax import base, recipe, run
 from btx_jax.model import config as model_config
 from btx_jax.model import dispatch, routers
-from btx_jax.study import compatibility, study
+from btx_jax.study import compatibility
 from docs import generate
 
 
@@ -68,8 +68,7 @@ def test_a_section_has_the_fields_and_defaults_of_its_dataclass(section, cls, un
     ('model.router', model_config.ROUTERS), ('model.dtype', model_config.DTYPES),
     ('model.remat', model_config.REMATS), ('model.attention', model_config.ATTENTIONS),
     ('model.dispatch', model_config.DISPATCHES), ('train.balance_scope', run.BALANCE_SCOPES),
-    ('evaluation.merge', study.MERGES), ('arrangement', recipe.ARRANGEMENTS),
-    ('allow', compatibility.COSTS)])
+    ('arrangement', recipe.ARRANGEMENTS), ('allow', compatibility.COSTS)])
 def test_every_choice_of_a_field_is_described(field, choices):
   row, *_ = re.findall(rf'^\| `{re.escape(field)}` \|.*', generate.config_page(), re.MULTILINE)
   assert {choice for choice in choices if f"'{choice}'" not in row} == set()

@@ -1,5 +1,6 @@
-"""Branch-Train-Merge: averages of the predictions of unmixed experts."""
+"""What several models predict together, weighted as in Branch-Train-Merge."""
 
+import itertools
 import math
 
 import numpy as np
@@ -23,8 +24,8 @@ class Letters:
     return ''.join(chr(96 + i) if i else '' for i in ids)
 
 
-def documents(*texts, end=True):
-  ids = [[*(ord(c) - 96 for c in text), *([0] * end)] for text in texts]
+def documents(*texts):
+  ids = [[*(ord(c) - 96 for c in text), 0] for text in texts]
   starts = np.cumsum([0, *map(len, ids)])
   sizes = np.cumsum([0, *map(len, texts)])
   return Tokens(np.array([i for one in ids for i in one]), starts, sizes, 'x')
@@ -64,18 +65,27 @@ def test_one_expert_alone_scores_as_in_the_table(scored):
   assert whole['units']['bytes'] == np.diff(TOKENS.bytes).tolist()
 
 
-@pytest.mark.parametrize('form', ['top_1', 'top_2', 'all', 'posterior'])
-def test_identical_experts_score_as_one(form):
+def similarities(cosines=(0.1, 0.3, 0.2)):
+  return ensemble.similarities(similarity_of(cosines), TOKENS, Letters(), 3)
+
+
+def log_weights(kind, top, nll=NLL):
+  if kind == 'posterior':
+    return ensemble.posterior_log_weights(nll, TOKENS.starts, top)
+  return ensemble.similarity_log_weights(similarities(), top)
+
+
+@pytest.mark.parametrize('top', [0, 1, 2])
+@pytest.mark.parametrize('kind', ['tfidf', 'posterior'])
+def test_identical_experts_score_as_one(kind, top):
   same = np.repeat(NLL[:, :1], 3, 1)
-  found = ensemble.evaluate([form], {'x': same}, {'x': TOKENS}, similarity_of([0.1, 0.3, 0.2]),
-                            Letters())[form]['x']
-  assert found['bits_per_byte'] == pytest.approx(score(np.zeros((len(NLL), 1)), NLL[:, :1]))
+  found = score(log_weights(kind, top, same), same)
+  assert found == pytest.approx(score(np.zeros((len(NLL), 1)), NLL[:, :1]))
 
 
-def test_top_1_is_exactly_the_chosen_expert():
+def test_the_most_similar_expert_alone_is_exactly_that_expert():
   """From the second block on; in the first block the weights are uniform."""
-  blocks = ensemble.block_similarities(similarity_of([0.1, 0.3, 0.2]), TOKENS, Letters())
-  weights = ensemble.similarity_log_weights(blocks, 1, NLL.shape)
+  weights = log_weights('tfidf', 1)
   place = np.concatenate([np.arange(b - a) for a, b in zip(TOKENS.starts, TOKENS.starts[1:])])
   known = place >= ensemble.BLOCK
   assert known.any() and (~known).any()
@@ -85,11 +95,13 @@ def test_top_1_is_exactly_the_chosen_expert():
 
 
 def test_weights_are_a_softmax_over_the_most_similar():
-  cosines = np.array([0.1, 0.4, 0.3])
+  cosines = np.array([[0.1, 0.4, 0.3], [0.1, 0.1, 0.0]])
   expected = np.exp(-(2 - 2 * cosines) / 0.1)
-  np.testing.assert_allclose(ensemble.similarity_weights(cosines, 0), expected / expected.sum())
-  expected[0] = 0
-  np.testing.assert_allclose(ensemble.similarity_weights(cosines, 2), expected / expected.sum())
+  for top, left_out in ((0, []), (2, [(0, 0), (1, 2)]), (1, [(0, 0), (0, 2), (1, 2)])):
+    for at in left_out:  # those that equal the last are kept
+      expected[at] = 0
+    found = np.exp(ensemble.similarity_log_weights(cosines, top))
+    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True))
 
 
 def test_weights_of_a_token_depend_only_on_the_tokens_before():
@@ -99,18 +111,29 @@ def test_weights_of_a_token_depend_only_on_the_tokens_before():
     seen.extend(texts)
     return np.tile([0.1, 0.3, 0.2], (len(texts), 1))
 
-  ensemble.block_similarities(similarity, TOKENS, Letters())
+  found = ensemble.similarities(similarity, TOKENS, Letters(), 3)
   whole = Letters().decode(TOKENS.ids[TOKENS.starts[2]:].tolist())
   assert seen[-1] == whole[:192] and len(seen) == 2 + 3
+  assert [np.flatnonzero(found[first:end, 1])[0] for first, end in itertools.pairwise(
+      TOKENS.starts) if end - first > 64] == [64, 64]
   other = NLL.copy()
   other[150:] += 5
-  before, after = (ensemble.posterior_log_weights(nll, TOKENS.starts) for nll in (NLL, other))
+  before, after = (ensemble.posterior_log_weights(nll, TOKENS.starts, 0) for nll in (NLL, other))
   np.testing.assert_allclose(before[:151], after[:151], rtol=1e-12)
+
+
+def test_the_most_probable_expert_is_that_of_the_largest_product_so_far():
+  weights = log_weights('posterior', 1)
+  for first, end in itertools.pairwise(TOKENS.starts):
+    np.testing.assert_allclose(weights[first], EQUAL[0])  # no text yet: all experts
+    for i in range(first + 1, end):
+      products = [math.prod(math.exp(-x) for x in NLL[first:i, e]) for e in range(3)]
+      assert weights[i].tolist() == [0 if p == max(products) else -math.inf for p in products]
 
 
 def test_the_posterior_gives_a_document_the_mean_of_its_probabilities():
   """By the chain rule, for the probabilities that the experts give to the whole document."""
-  weights = ensemble.posterior_log_weights(NLL, TOKENS.starts)
+  weights = ensemble.posterior_log_weights(NLL, TOKENS.starts, 0)
   for first, end in zip(TOKENS.starts, TOKENS.starts[1:]):
     found = np.log(np.exp(weights[first:end] - NLL[first:end]).sum(1)).sum()
     whole = np.log(np.exp(-NLL[first:end].sum(0)).mean())
@@ -122,21 +145,14 @@ def test_texts_are_similar_by_their_words():
       ['def f(x): return x + 17', 'import os'], ['the king said to the queen', 'a royal house']])
   close = similarity(['def g(y): return y + 33', 'the queen of the house', ''])
   assert close[0].argmax() == 0 and close[1].argmax() == 1 and not close[2].any()
-  tokens = documents('king', 'queen', 'import', end=False)
-  assert ensemble.nearest_expert_shares(
-      similarity, tokens, Letters()).tolist() == pytest.approx([1 / 3, 2 / 3])
 
 
-def test_mixtures_of_the_same_models_share_their_average_and_their_merge(text, tmp_path,
-                                                                         monkeypatch):
+def test_mixtures_of_the_same_models_share_their_average(text, tmp_path, monkeypatch):
   config = studies.get_config(text)
-  config.evaluation.merge = ('posterior',)
   sources = 'seed', 'expert/code', 'expert/math'
   mixture = lambda *names, **kwargs: base.run(base.mix(*names, **kwargs), {'code': 1}, steps=1)
   config.runs.again = mixture(*sources[::-1], arrangement='split', chunks=2)
   config.runs.other = mixture(*sources, averaged=('seed', 'expert/code'))
   monkeypatch.setattr(Study, 'state', lambda self, name: manifest.COMPLETE)
   names = [model.name for model in scores.models(Study(config, str(tmp_path)))]
-  assert [name for name in names if ' of ' in name] == [
-      'average of again', 'merge of again: posterior',
-      'average of other', 'merge of other: posterior']
+  assert [name for name in names if ' of ' in name] == ['average of again', 'average of other']

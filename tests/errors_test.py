@@ -265,12 +265,6 @@ spm.SentencePieceTrainer.train(sentence_iterator=iter(["letters, others"] * 9), 
                                model_prefix=str(here / "model" / "tokenizer"),
                                hard_vocab_limit=False, minloglevel=9)'''
 UNTRAINED = {'domains': '{}', 'steps': '0'}
-FOREIGN = '''
-config.evaluation.merge = ("posterior",)
-config.runs = {"new": config.runs.new,
-               "plain": base.run(base.hugging_face("tests/fixtures/llama2")),
-               "both": base.run(base.mix("plain", "new", allow="vocabulary"), {"code": 1}, steps=1)}
-'''
 
 
 @pytest.mark.parametrize('lines, message', [
@@ -402,6 +396,13 @@ config.runs = {"new": config.runs.new,
      "kind = 'normal'; valid: 'mean', 'ridge'"),
     (ensemble(EXPERTS, 'selector=base.from_text("mean", temperature=2.0)'),
      'ensemble: selector: temperature = 2.0 changes nothing, because the expert with the largest'),
+    (ensemble(EXPERTS, 'selector=base.tfidf(top=3)'),
+     'ensemble: selector: top = 3 must lie between 1 and the number of experts, 2; 0 is all of'),
+    (ensemble(EXPERTS, 'selector=base.posterior(), forget=4'), 'ensemble: forget = 4.0 has no '
+     'effect with base.posterior(...), which reads no hidden states; omit it'),
+    (ensemble(EXPERTS, 'selector=base.tfidf(top=1.5)'), 'init.selector.top = 1.5 is of type float'),
+    (ensemble(EXPERTS, 'selector=ConfigDict({"kind": "tf-idf", "top": 1})'),
+     "kind = 'tf-idf'; did you mean 'tfidf'?"),
     (ensemble(EXPERTS, 'layers=2'), 'layers = 2 must lie between 1 and the 1 layers of the'),
     (ensemble(EXPERTS, 'forget=-1'), 'ensemble: forget = -1.0 cannot be negative.'),
     (ensemble('"seed", "expert/code"'), "ensemble: selector: 'seed' was not trained on the text"),
@@ -458,7 +459,8 @@ config.runs = {"new": config.runs.new,
     ('config.log_every = 0', 'log_every = 0 must be at least 1.'),
     ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
     ('config.mix.ram_gb = 0.0', 'mix.ram_gb = 0.0 must be positive.'),
-    ('config.evaluation.merge = ("top_3",)', "evaluation.merge names 'top_3'; did you mean 'top_"),
+    ('config.evaluation.merge = ("all",)', 'line 17: evaluation.merge is now a run of its own, '
+     'base.run(base.ensemble(EXPERTS, selector=base.posterior())) or base.tfidf().'),
     ('config.data.held_out = 1.5', 'data.held_out = 1.5 must be a share between 0 and 1.'),
     ('config.data.max_skipped = 2.0', 'data.max_skipped = 2.0 must be a share from 0 to 1.'),
     ('config.stacked = ("seed", "expert/maths")', "'expert/maths', which is not a run; did you"),
@@ -476,7 +478,7 @@ config.runs = {"new": config.runs.new,
     ('config.mesh.fsdp = 3', 'mesh.tensor = 1 cannot be laid on 2 device(s)'),
     ('config.mesh.update(tensor=16, fsdp=0)', 'mesh.tensor = 16 cannot be laid on 2 device(s): 16 '
      'are needed.'),
-    ('config.evaluation.batch_size = 0', 'evaluation.batch_size = 0 must be at least 1.'),
+    ('config.evaluation.batch_size = -1', 'evaluation.batch_size = -1 must be at least 1.'),
     ('config.evaluation.batch_size = 3', 'evaluation.batch_size: 3 rows cannot be shared evenly by '
      '2 (mesh.data x mesh.fsdp x mesh.expert); the nearest that can: 2 or 4.'),
     ('config.mesh.expert = 2\n' + new(init='base.mix("seed", "expert/code", "expert/math")'),
@@ -561,9 +563,9 @@ config.runs = {"new": config.runs.new,
     (pretrained(SMALL_TOKENIZER, model='{"dim": 32}'), 'parameters: dim = 32 (it starts from 16).'),
     (pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + '\nconfig.stacked = ("new", "new")',
      "stacked names 'new', which is not trained."),
-    (pretrained(SMALL_TOKENIZER, domains='{}', steps='0') + '\nconfig.evaluation.merge = ("all",)\n'
-     'config.runs = {"new": config.runs.new, "both": base.run(base.mix("new", "new"), '
-     '{"code": 1}, steps=1)}', "evaluation.merge: 'new' is not trained here, so"),
+    (pretrained(SMALL_TOKENIZER, **UNTRAINED) + '\n' + ensemble(
+        '"seed", "new"', 'selector=base.tfidf()').replace('runs.new', 'runs.more'),
+     "runs.more: ensemble: selector: 'new' is not trained here, so it has no training text to"),
     (pretrained(OTHER_TOKENIZER), "is not the tokenizer of the model in"),
     (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + new(
         init='base.checkpoint("new")').replace('runs.new', 'runs.more'),
@@ -571,8 +573,6 @@ config.runs = {"new": config.runs.new,
     (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + new(
         init='base.mix("new", "new")').replace('runs.new', 'runs.both'),
      "runs.both: 'new', the first run that is averaged, has another vocabulary than the tokenizer"),
-    (pretrained(OTHER_TOKENIZER, **UNTRAINED) + FOREIGN,
-     "evaluation.merge: 'new' has another vocabulary"),
     (pretrained(OTHER_TOKENIZER, **UNTRAINED) + '\n' + ensemble('"seed", "new"').replace(
         'runs.new', 'runs.more'),
      "runs.more: 'new' has another vocabulary than the tokenizer of this config, so it cannot"),
@@ -740,6 +740,12 @@ def test_routers_from_text_that_are_gone_or_damaged(run, config, work):
   check(run(*export), 'routers has no fit.json: what belongs there has not been set from text.')
 
 
+def test_an_ensemble_whose_selector_cannot_be_exported(run, config, work):
+  check(run(config(ensemble(EXPERTS, 'selector=base.posterior()')), f'--workdir={work}', 'export',
+            '--run=new', f'--to={work / "out"}'),
+        "'new' weights its experts by base.posterior, and only a linear selector can be exported: ")
+
+
 def test_too_little_text_for_routers(run, config, work):
   config = config('config.data.seq_len = 900\nconfig.runs.new = base.run(base.mix('
                   '"seed", routers=base.from_text("mean", labels=(("seed", "code"),))))')
@@ -770,7 +776,7 @@ params.initial = harmed'''), f'--workdir={work}', '--run=new')
 
 def test_extras_that_are_missing(run, config, work):
   check(run(config('sys.modules["sklearn.feature_extraction.text"] = None\n'
-                   'config.evaluation.merge = ("all",)'), f'--workdir={work}'),
+                   + ensemble(EXPERTS, 'selector=base.tfidf()')), f'--workdir={work}'),
         'needs scikit-learn: pip ')
   check(run(config('sys.modules["tensorboardX"] = None\nconfig.tensorboard = True'),
             f'--workdir={work}', '--run=new'), "pip install 'btx_jax[tensorboard]'")

@@ -90,7 +90,8 @@ def test_matched_flops_are_those_computed(tmp_path):
 
 def test_the_table_shows_both_counts_where_they_differ():
   row = {'name': 'a', 'bits_per_byte': {'code': 1.0}, 'mean': 1.0, 'active_params': 1e6,
-         'total_params': 1e6, 'tokens': 1e6, 'train_flops': 2e12, 'train_flops_unfrozen': 2e12}
+         'total_params': 1e6, 'tokens': 1e6, 'train_flops': 2e12, 'train_flops_unfrozen': 2e12,
+         'share': {}}
   frozen = row | {'train_flops_unfrozen': 3e12}
   assert table.headings([row]) == [
       'code', 'mean', 'active M', 'total M', 'tokens M', 'train TFLOP']

@@ -34,20 +34,32 @@ def config(tmp_path_factory):
   return str(path)
 
 
-def command(*arguments, cwd=ROOT):
-  environment = {**os.environ, 'PYTHONPATH': ROOT}
+def command(*arguments, cwd=ROOT, **variables):
+  environment = {**os.environ, 'PYTHONPATH': ROOT, **variables}
+  environment = {name: value for name, value in environment.items() if value is not None}
   return subprocess.run([sys.executable, '-m', 'btx_jax.main', *arguments], cwd=cwd,
                         env=environment, capture_output=True, text=True, timeout=300)
+
+
+def compiled_programs(folder) -> set[str]:
+  return {path.name for path in folder.glob('btx_jax/*/*-cache')}
 
 
 def test_a_study_from_the_command_line_and_the_same_command_again(config, tmp_path):
   arguments = [f'--config={config}', f'--workdir={tmp_path / "work"}',
                '--config.evaluation.every=0']
-  one = command(*arguments, '--run=seed')
+  cache = {'XDG_CACHE_HOME': str(tmp_path / 'cache'), 'JAX_COMPILATION_CACHE_DIR': None,
+           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  one = command(*arguments, '--run=seed', **cache)
   assert one.returncode == 0, one.stderr
   assert 'seed is complete' in one.stdout
-  done = command(*arguments)
+  kept = compiled_programs(tmp_path / 'cache')
+  assert any('train_step' in name for name in kept)
+  done = command(*arguments, **cache)
   assert done.returncode == 0, done.stderr
+  assert ['compiled programs are kept in' in each.stdout for each in (one, done)] == [True, False]
+  steps = lambda names: sum('train_step' in name for name in names)
+  assert steps(compiled_programs(tmp_path / 'cache') - kept) <= 2  # the experts' and the mixture's
   for line in ('expert/code', 'average of btx', 'btx unfinetuned', 'Report: '):
     assert line in done.stdout
   assert (tmp_path / 'work' / 'report' / 'report.json').exists()
@@ -66,6 +78,7 @@ def test_a_study_from_the_command_line_and_the_same_command_again(config, tmp_pa
 def test_help_describes_every_command_and_flag(module):
   done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, capture_output=True,
                         text=True, timeout=60)
+  assert done.returncode == 0
   described = re.findall(r'^  (\w+)  +[a-z]', done.stdout, re.MULTILINE)
   assert described == [name for name in main.COMMANDS if name != 'train']
   assert all(f'--{name}:' in done.stdout or f'--[no]{name}:' in done.stdout

@@ -409,7 +409,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
     (change(('evaluation', 'batch_size'), 3), r'evaluation.batch_size: 3 rows'),
     (change(('data', 'held_out'), 1.5), r'data.held_out = 1.5'),
     (change(('log_every',), 0), r'log_every = 0'),
-    (change(('evaluation', 'batch_size'), 0), r'evaluation.batch_size = 0'),
+    (change(('evaluation', 'batch_size'), -1), r'evaluation.batch_size = -1'),
     (change(('evaluation', 'every'), -1), r'evaluation.every = -1'),
     (change(('model', 'num_heads'), 0), r'num_heads = 0'),
 ])

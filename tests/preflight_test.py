@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from btx_jax import base
 from btx_jax.configs import llama2_7b
 from btx_jax.devices import hardware, sharding
 from btx_jax.devices.hardware import CHIPS, Chip
 from btx_jax.devices.mesh import AXES
 from btx_jax.errors import UsageError
 from btx_jax.model import config as model_config
-from btx_jax.preflight import cost, hlo, measure, report, topology
+from btx_jax.preflight import cost, fitting, hlo, measure, report, topology
 from btx_jax.preflight.topology import Topology
 from btx_jax.study.study import Study
 from tests import studies
@@ -224,6 +225,29 @@ def test_a_program_for_what_differs_and_one_for_branches_of_a_program(tmp_path, 
   data = report.as_data(found, here)
   assert data['programs'][2]['memory']['checkpoint'] == mixture.state
   assert any(sent['axes'] == ('expert',) for sent in data['programs'][2]['sent'])
+
+
+def test_what_it_takes_to_fit_a_selector(tmp_path, here):
+  config = studies.get_config(tmp_path)
+  config.mesh.update(data=-1, fsdp=1, expert=2, tensor=1)
+  experts, dim = ('expert/code', 'expert/math'), 16
+  ensemble = lambda selector, **fields: base.run(
+      base.ensemble(*experts, selector=selector, **fields))
+  config.runs = {name: config.runs[name] for name in ('seed', *experts)} | {
+      'few': ensemble(base.from_text('ridge', rows=10), reader='seed', layers=1),
+      'many': ensemble(base.from_text('ridge', rows=64), reader='seed', layers=1),
+      'posterior': ensemble(base.posterior())}
+  study = Study(config, str(tmp_path / 'work'), at_hand=False)
+  few, many = fitting.measured(study, here._replace(chip=CHIP), None)  # nothing for the posterior
+  assert [(each.run, each.what, each.domains, each.rows, each.fits) for each in (few, many)] == [
+      ('few', 'selector', 2, 10, True), ('many', 'selector', 2, 64, True)]
+  assert few.sums == 8 * 2 * dim * (dim + 1)  # in float64 by domain
+  # Two devices share the weights.
+  assert few.peak > 4 * model_config.num_params(study.runs['seed'].model) / 2
+  # Batches of 8 rows of a domain: 1 to fit and 1 kept apart, or 7 and 2.
+  assert 2 < many.seconds / few.seconds < 7
+  assert few.in_words().startswith(
+      f'few: selector from text: 10 rows of each of 2 domain(s) take {few.seconds:.1f} s; a dev')
 
 
 def test_one_run_alone(tmp_path, here):

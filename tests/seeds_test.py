@@ -10,6 +10,7 @@ from btx_jax import base
 from btx_jax.commands import claims, report, seeds, status, table
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
+from btx_jax.model.config import forward_flops_per_token
 from btx_jax.pipeline import Pipeline
 from btx_jax.preflight import measure, topology
 from btx_jax.study import manifest, plan, sources
@@ -101,11 +102,14 @@ def test_a_run_of_one_of_several_seeds_is_that_of_its_seed_alone(text, tmp_path,
 
 @pytest.fixture
 def measured(text, tmp_path, monkeypatch):
-  """A study of three seeds, and its scores: bits per byte and gates [L][E] by run, stage, domain.
+  """A study of three seeds, and its scores by run, stage and domain: bits per byte, gates [L][E] of
+  mixtures, and how an ensemble was used.
 
   What is not in the scores is not complete.
   """
-  study = Study(config_of(text, 0, 1, 2), str(tmp_path / 'work'))
+  config = config_of(text, 0, 1, 2)
+  config.runs.both = base.run(base.ensemble(*BOTH, selector=base.posterior()))
+  study = Study(config, str(tmp_path / 'work'))
   rng = np.random.default_rng(0)
   found = {}
   for run in study.runs.values():
@@ -113,7 +117,9 @@ def measured(text, tmp_path, monkeypatch):
       found[run.name, model.stage] = {domain: {
           'bits_per_byte': rng.uniform(1, 2),
           'sample': {'pieces': ['a', 'b'], 'gates': [[0.4, 0.3, 0.2, 0.1]] * 2},
-          **({'gates': rng.dirichlet([1] * 4, 2).tolist()} if model.sizes.num_experts else {})}
+          **({'gates': rng.dirichlet([1] * 4, 2).tolist()} if model.sizes.num_experts else {}),
+          **({'share': rng.dirichlet([1] * 2).tolist(), 'switches': rng.uniform(0, 9),
+              'forward_flops': rng.uniform(1e6, 2e6)} if run.selector else {})}
           for domain in studies.WORDS}
   monkeypatch.setattr(scores, 'read', lambda _, run, stage: found.get((run.name, stage)))
   monkeypatch.setattr(Study, 'state', lambda _, name: (
@@ -124,7 +130,7 @@ def measured(text, tmp_path, monkeypatch):
 def test_rows_are_means_over_seeds_with_their_spread(measured):
   study, found = measured
   results = seeds.results(study)
-  names = ['seed', *BOTH, 'average of btx', 'btx unfinetuned', 'btx']
+  names = ['seed', *BOTH, 'both', 'average of btx', 'btx unfinetuned', 'btx']
   assert [row['name'] for row in results.rows] == names
   stages = {'average of btx': ('btx', 'average'), 'btx unfinetuned': ('btx', 'start')}
   texts = table.scored(results.rows)
@@ -177,6 +183,8 @@ def test_the_report_has_means_and_the_rows_of_each_seed(measured):
   study, _ = measured
   for run in study.runs.values():
     manifest.write(study.folder(run.name), manifest.begin(run.name, run.spec()))
+    if not run.steps:
+      continue
     with open(os.path.join(study.folder(run.name), 'metrics.jsonl'), 'w', encoding='utf-8') as file:
       for step in (1, 2):
         file.write(json.dumps({'step': step, 'time': 0, 'loss': 2.0}) + '\n')
@@ -190,4 +198,26 @@ def test_the_report_has_means_and_the_rows_of_each_seed(measured):
     page = file.read()
   for cells in table.scored(results.rows):
     assert all(f'>{text}</td>' in page for text, _ in cells)
-  assert page.count('<h2>Experts of ') == 1  # of the first seed
+  assert page.count('<h2>Experts of seed-') == 1  # mixtures of the first seed
+  both = next(row for row in results.rows if row['name'] == 'both')
+  cells = [f'{share:.1%}' for share in both['share']['code']] + [f'{both["switches"]["code"]:.1f}']
+  assert '<h2>Experts of both</h2>' in page
+  assert '<td class="name">code</td>' + ''.join(f'<td>{cell}</td>' for cell in cells) in page
+
+
+def test_ensembles_have_their_mean_use_and_all_rows_what_a_token_costs(measured):
+  study, found = measured
+  rows = {row['name']: row for row in seeds.results(study).rows}
+  of_seeds = [found[f'seed-{s}/both', 'final'] for s in (0, 1, 2)]
+  for domain in studies.WORDS:
+    for kind in ('share', 'switches'):
+      mean = np.mean([scored[domain][kind] for scored in of_seeds], 0)
+      np.testing.assert_allclose(rows['both'][kind][domain], mean)
+  flops = np.mean([[score['forward_flops'] for score in scored.values()] for scored in of_seeds])
+  sizes = study.runs['seed-0/seed'].model
+  column = table.headings([*rows.values()])[4:].index('MFLOP per token')
+  assert column == 2  # after active and total parameters
+  shown = {name: cells[column] for name, cells in zip(rows, table.costs([*rows.values()]))}
+  assert shown['both'] == f'{flops / 1e6:,.2f}'
+  assert shown['seed'] == f'{forward_flops_per_token(sizes, 15) / 1e6:,.2f}'
+  assert 'MFLOP per token' not in table.headings([rows['seed'], rows['btx']])

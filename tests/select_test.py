@@ -17,11 +17,11 @@ from btx_jax.convert.hugging_face import Folder
 from btx_jax.convert.safetensors import File
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import ensemble, scores, selected
-from btx_jax.fitting import reading, select, solve
+from btx_jax.fitting import reading, samples, select, solve
 from btx_jax.model import llama
 from btx_jax.model.config import num_params
 from btx_jax.pipeline import Pipeline
-from btx_jax.selector import choose
+from btx_jax.selector import Merge, choose
 from btx_jax.study import params, routers
 from btx_jax.study.study import Study
 from tests import studies
@@ -137,7 +137,8 @@ def config(text, tmp_path_factory):
       'all': base.run(base.ensemble(*DOMAINS, forget=20, hysteresis=0.1, selector=base.from_text(
           'ridge', rows=20, labels=labels))),
       'two': base.run(base.ensemble('code', 'math', reader='prose', layers=1,
-                                    selector=base.from_text('mean', labels=labels[1:])))}
+                                    selector=base.from_text('mean', labels=labels[1:]))),
+      'posterior': base.run(base.ensemble(*DOMAINS, selector=base.posterior()))}
   return config
 
 
@@ -150,6 +151,13 @@ def test_an_ensemble_counts_all_models_and_uses_an_expert_and_what_it_reads(conf
     assert model.total_params == 3 * num_params(dense)
     assert model.active_params == (
         num_params(dense) + num_params(read) - dense.vocab_size * dense.dim)
+  model, = scores.models_of(study, study.runs['posterior'])
+  for kind, top, computed in (('posterior', 0, 3), ('posterior', 1, 3), ('tfidf', 0, 3),
+                              ('tfidf', 1, 1), ('tfidf', 2, 2)):
+    run = dataclasses.replace(model.run, selector=Merge(kind, top))
+    of_kind = model._replace(run=run)
+    assert of_kind.total_params == 3 * num_params(dense)
+    assert of_kind.active_params == computed * num_params(dense)
 
 
 @pytest.fixture(scope='module')
@@ -170,6 +178,8 @@ def test_an_ensemble_is_better_than_each_of_its_models(study):
   shares = rows['all']['share']
   assert [max(range(3), key=shares[domain].__getitem__) for domain in DOMAINS] == [0, 1, 2]
   assert rows['all']['forward_flops'] > rows['prose']['forward_flops'] * 1.3
+  assert rows['posterior']['mean'] < min(rows[name]['mean'] for name in DOMAINS) - 0.1
+  assert rows['posterior']['forward_flops'] == 3 * rows['prose']['forward_flops']
 
 
 def test_its_score_and_costs_are_those_of_the_chosen_experts(study):
@@ -195,6 +205,92 @@ def test_its_score_and_costs_are_those_of_the_chosen_experts(study):
       forward = next(scores.models_of(study, run.reader)).forward_flops({})
       assert found[domain]['forward_flops'] == pytest.approx(
           2 * forward - head + 2 * run.model.dim * 3 + prefill / count * (forward - head))
+
+
+def test_the_posterior_predicts_a_document_as_the_mean_of_its_experts_would(study):
+  """By the chain rule: the experts' probabilities of the whole document are averaged."""
+  run, T = study.runs['posterior'], study.config.data.seq_len
+  found = scores.read(study, run, scores.FINAL)
+  with jax.set_mesh(study.mesh):
+    experts = [params.final(study, expert, study.mesh) for expert in run.experts]
+    for domain, tokens in study.prepare_text().held_out.items():
+      nll = [ensemble.token_nll(run.model, expert, tokens, study.mesh, T, 8) for expert in experts]
+      bits = 0.0
+      for first, end in itertools.pairwise(tokens.starts):
+        wholes = [of_expert[first:end].sum() for of_expert in nll]
+        bits -= (np.logaddexp.reduce([-whole for whole in wholes]) - math.log(3)) / math.log(2)
+      assert found[domain]['bits_per_byte'] == pytest.approx(bits / tokens.bytes[-1], rel=1e-6)
+      assert found[domain]['switches'] == 0 and sum(found[domain]['share']) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('top', [1, 2])
+def test_tf_idf_predicts_with_the_experts_whose_text_is_most_similar(study, monkeypatch, top):
+  """Block by block of each document; before the first comparison, with all experts."""
+  monkeypatch.setattr(ensemble, 'BLOCK', 16)
+  text, T = study.prepare_text(), study.config.data.seq_len
+  trained = {domain: text.tokenizer.decode(tokens.ids[:900].tolist())
+             for domain, tokens in text.train.items()}
+  monkeypatch.setattr(samples, 'seen', lambda expert, _: [trained[expert.name]])
+  run = dataclasses.replace(study.runs['posterior'], selector=Merge('tfidf', top))
+  with jax.set_mesh(study.mesh):
+    found = selected.evaluate(study, run, text, study.mesh)
+    experts = [params.final(study, expert, study.mesh) for expert in run.experts]
+    tokens = text.held_out['code']
+    nll = [ensemble.token_nll(run.model, expert, tokens, study.mesh, T, 8) for expert in experts]
+  similarity = ensemble.Similarity([[trained[domain]] for domain in DOMAINS])
+  forward = next(scores.models_of(study, run.experts[0])).forward_flops({})
+  bits = count = flops = 0
+  for first, end in zip(tokens.starts, tokens.starts[1:]):
+    last = None
+    for i in range(first + 1, end - 1):  # after the begin mark, before the end mark
+      block = (i - first) // 16 * 16
+      weights = np.full(3, 1 / 3)
+      if block:
+        cosines = similarity([text.tokenizer.decode(tokens.ids[first:first + block].tolist())])[0]
+        weights = np.where(cosines >= sorted(cosines)[-top], np.exp(20 * cosines), 0)
+        weights /= weights.sum()
+      bits -= math.log2(sum(w * math.exp(-of_one[i]) for w, of_one in zip(weights, nll)))
+      count += 1
+      flops += forward * (weights > 0).sum()
+      if last is not None:
+        begins = ((weights > 0) & (last == 0)).sum()
+        flops += begins * (i - 1 - max(first, (i - 1) // T * T)) * (
+            forward - 2 * run.model.vocab_size * run.model.dim)
+      last = weights
+  assert found['code']['bits_per_byte'] == pytest.approx(bits / tokens.bytes[-1], rel=1e-6)
+  assert found['code']['forward_flops'] == pytest.approx(flops / count)
+  assert max(range(3), key=found['code']['share'].__getitem__) == DOMAINS.index('code')
+
+
+def test_experts_that_take_over_read_the_text_before(study):
+  """For any experts computed, token by token."""
+  run, T = study.runs['posterior'], study.config.data.seq_len
+  tokens = study.prepare_text().held_out['math']
+  rng = np.random.default_rng(0)
+  computed = rng.random((len(tokens.ids), 3)) < 0.6
+  weights = rng.dirichlet([1] * 3, len(tokens.ids))
+  found = selected.usage(run, weights, computed, tokens)
+  forward = next(scores.models_of(study, run.experts[0])).forward_flops({})
+  flops, shares, switches = [], [], 0
+  for first, end in zip(tokens.starts, tokens.starts[1:]):
+    for i in range(first + 1, end - 1):
+      shares.append(weights[i])
+      begin = [e for e in range(3) if i > first + 1 and computed[i, e] and not computed[i - 1, e]]
+      switches += bool(begin)
+      read = i - 1 - max(first, (i - 1) // T * T)
+      flops.append(forward * computed[i].sum() + len(begin) * read * (
+          forward - 2 * run.model.vocab_size * run.model.dim))
+  assert found['forward_flops'] == pytest.approx(np.mean(flops))
+  assert found['switches'] == pytest.approx(1000 * switches / len(flops))
+  np.testing.assert_allclose(found['share'], np.mean(shares, 0))
+
+
+def test_texts_are_compared_with_those_that_an_expert_was_trained_on(study):
+  text = study.prepare_text()
+  run = dataclasses.replace(study.runs['prose'], weights={'code': 1.0}, steps=2, batch_size=3)
+  found, whole = samples.seen(run, text), text.tokenizer.decode(text.train['code'].ids.tolist())
+  assert len(found) == 6
+  assert all(''.join(row.split())[5:25] in ''.join(whole.split()) for row in found)
 
 
 def test_choices_are_made_from_the_document_before_the_token(study):

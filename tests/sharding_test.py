@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from btx_jax import base
 from btx_jax import run as run_lib
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import (
@@ -23,7 +24,7 @@ from btx_jax.devices.mesh import (
 from btx_jax.errors import UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from btx_jax.training import optim
+from btx_jax.training import layout, optim
 from btx_jax.training import step as train
 from tests.helpers import MESHES, TINY, TINY_MIXTURE, random_params, use_mesh
 
@@ -63,9 +64,9 @@ def test_parameters_and_moments_are_cut_alike():
 def test_no_large_parameter_is_whole_anywhere(mesh_shape, num_experts):
   tree = shapes_of(dataclasses.replace(LLAMA_7B, num_experts=num_experts))
   with use_mesh(mesh_shape) as mesh:
-    layout = sharding.shardings(tree, mesh)
+    placed = sharding.shardings(tree, mesh)
     assert not sharding.undivided_arrays(tree, mesh)
-  for leaf, at in zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True):
+  for leaf, at in zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True):
     if 4 * leaf.size > 2**21:  # norm scales and routers are smaller
       assert leaf.size == math.prod(at.shard_shape(leaf.shape)) * mesh.size // mesh_shape[0]
 
@@ -199,3 +200,11 @@ def test_values_vary_over_what_others_vary_over():
                                 out_specs=jax.P(('expert', 'tensor'))))(
         jnp.ones(2), jnp.ones(4))
   assert out.shape == (8,)
+
+
+@pytest.mark.parametrize('devices, asked, rows', [(1, 0, 32), (6, 0, 36), (8, 0, 32), (6, 12, 12)])
+def test_an_evaluation_has_as_many_rows_as_the_devices_can_share(devices, asked, rows):
+  config = base.get_config()
+  config.evaluation.batch_size = asked
+  with_so_many = make_mesh(data=devices, devices=jax.devices()[:devices])
+  assert layout.evaluation_rows(config, with_so_many) == rows

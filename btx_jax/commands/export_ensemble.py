@@ -1,4 +1,4 @@
-"""Exports an ensemble: a Hugging Face folder for each model, and its selector beside them."""
+"""Exports an ensemble: a Hugging Face folder for each model, and a linear selector beside them."""
 
 from collections.abc import Iterator
 import json
@@ -11,7 +11,9 @@ from btx_jax import files
 from btx_jax.commands.export import check_complete, export_run, identity, scores_section
 from btx_jax.convert import export
 from btx_jax.convert.safetensors import Writer
-from btx_jax.run import Run, reader_model, selector_of
+from btx_jax.errors import UsageError
+from btx_jax.run import Run, linear_of, reader_model
+from btx_jax.selector import Merge
 from btx_jax.study import routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -34,9 +36,15 @@ def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
     dtype: dtype of the models' weights; the selector's are float32.
 
   Raises:
-    UsageError: a model is not complete or the selector not fitted, or see export_run.
+    UsageError: the selector is not linear or not fitted, a model is not complete, or see
+      export_run.
   """
   run = study.run(name)
+  if isinstance(run.selector, Merge):
+    raise UsageError(f'{name!r} weights its experts by base.{run.selector.kind}, and only a linear '
+                     'selector can be exported: make an ensemble with '
+                     "selector=base.from_text('ridge'), or export each expert, "
+                     f'{", ".join(run.expert_names)}.')
   export.check(folder, run.model, dtype)
   check_complete(study, run)
   columns_1DE = routers.of(study, run)
@@ -66,7 +74,7 @@ def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
 
 def about(run: Run) -> dict:
   """The contents of selector.json: all that is needed to choose an expert but the weights."""
-  settings = selector_of(run)
+  settings = linear_of(run)
   return {'reader': run.reader.plain_name, 'layers': reader_model(run).num_layers,
           'experts': [expert.plain_name for expert in run.experts],
           'domains': list(settings.labels), 'decay': settings.decay,
@@ -93,7 +101,7 @@ def _keep_matching_models(partial: str, export_id: dict) -> None:
 def _card(study: Study, run: Run) -> Iterator[str]:
   """Yields the text of README.md."""
   yield f'# {run.name}\n\n{_USE}\n| expert | chosen for text like |\n|---|---|\n'
-  for expert, domain in zip(run.experts, selector_of(run).labels):
+  for expert, domain in zip(run.experts, linear_of(run).labels):
     yield f'| {expert.plain_name} | {domain} |\n'
   yield from scores_section(study, run)
 

@@ -115,6 +115,7 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'runs': runs,
       'complete': sum(run['state'] == manifest.COMPLETE for run in runs),
       'models': _models(results, save) if results.rows else None,
+      'ensembles': _ensembles(study, results.rows),
       'changes': {'headings': regression_table.CHANGES, 'rows': list(
           regression_table.changes_cells(changes))},
       'checks': [{'verdict': claims.verdict(check), **check} for check in results.checks],
@@ -147,6 +148,16 @@ def _models(results: seeds.Results, save: SavePicture) -> dict[str, Any]:
       'picture': save('bits_per_byte', pictures.bits_per_byte(rows),
                       'Bits per byte of every model'),
   }
+
+
+def _ensembles(study: Study, rows: list[table.Row]) -> list[dict[str, Any]]:
+  """Which experts each ensemble predicts a domain with, a table for each."""
+  names = {run.plain_name: run.expert_names for run in study.runs.values()}
+  return [{'name': row['name'],
+           'headings': ['domain', *names[row['name']], 'switches per 1,000 tokens'],
+           'rows': [[domain, *(f'{share:.1%}' for share in shares),
+                     f'{row["switches"][domain]:.1f}'] for domain, shares in row['share'].items()]}
+          for row in rows if row['share']]
 
 
 def _training(study: Study, lines: dict[str, list], save: SavePicture) -> dict[str, Picture] | None:

@@ -90,7 +90,7 @@ def mean_row(rows: Sequence[Row]) -> Row:
           'mean': statistics.stdev(means)},
       'forward_flops': statistics.fmean(row['forward_flops'] for row in rows),
       **{kind: {domain: np.mean([row[kind][domain] for row in rows], 0).tolist()
-                for domain in rows[0][kind]} for kind in ('gates', 'share')}})
+                for domain in rows[0][kind]} for kind in ('gates', 'share', 'switches')}})
 
 
 def _in_all_seeds(of_means: list[dict[str, Any]], by_seed: Sequence[list[dict[str, Any]]]

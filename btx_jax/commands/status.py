@@ -13,7 +13,7 @@ from rich.text import Text
 from btx_jax import files, terminal
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
-from btx_jax.run import Run
+from btx_jax.run import Run, lineage
 from btx_jax.study import manifest
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import format_number
@@ -44,11 +44,15 @@ def stages(study: Study) -> list[list[str]]:
   """Names of the runs that are not complete, in stages.
 
   A run starts from complete runs and runs of earlier stages only, so those of a stage can be
-  trained at the same time.
+  trained at the same time. Runs without steps are left out unless a run that is trained descends
+  from them: the command without --run makes them last, on one machine.
   """
   depth: dict[str, int] = {}
   found: dict[int, list[str]] = {}
+  needed = {each.name for run in study.runs.values() if run.steps for each in lineage(run)}
   for run in study.runs.values():
+    if run.name not in needed:
+      continue
     depth[run.name] = 1 + max((depth[source.name] for source in run.sources), default=0)
     if study.state(run.name) != manifest.COMPLETE:
       found.setdefault(depth[run.name], []).append(run.name)
@@ -92,7 +96,8 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
     elif not measured:
       state = STARTING
     elif now - last.get('time', now) > _SILENT:
-      warnings.append(f'running, but without new metrics for {_duration(now - last["time"])}')
+      silent = terminal.duration(now - last['time'])
+      warnings.append(f'running, but without new metrics for {silent}')
   spec = {key: value for key, value in run.spec().items() if key != 'sources'}
   changed = manifest.differences(found, spec)
   if changed:
@@ -100,9 +105,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   done = found.get('steps_done', 0)
   step = max(done, last.get('step', 0))
   rate = last.get('tokens_per_second')
-  left = None
-  if state == manifest.RUNNING and rate:
-    left = max(run.steps - step, 0) * run.batch_size * run.seq_len / rate
+  left = run.seconds_left(step, rate) if state == manifest.RUNNING else None
   return result | {
       'state': state, 'step': step, 'loss': last.get('loss'), 'tokens_per_second': rate,
       'mfu': last.get('mfu'), 'seconds_left': left, 'bits_per_byte': _bits(study, run, lines),
@@ -137,8 +140,8 @@ def as_table(found: dict[str, Any]) -> Group:
         run['name'], Text(run['state'], style=_STYLES.get(run['state'], 'dim')),
         f'{run["step"]:,}/{run["steps"]:,}', format_number(run['loss'], '.3f'),
         format_number(mean, '.3f'), format_number(run['tokens_per_second'], ',.0f'),
-        format_number(run['mfu'], '.1%'), _duration(run['seconds_left']),
-        saved if age is None else f'{saved}, {_duration(age)} ago'])
+        format_number(run['mfu'], '.1%'), terminal.duration(run['seconds_left']),
+        saved if age is None else f'{saved}, {terminal.duration(age)} ago'])
   lines = [Text(note) for note in found['notes']]
   for run in found['runs']:
     if run['error']:
@@ -147,17 +150,6 @@ def as_table(found: dict[str, Any]) -> Group:
   return Group(terminal.table(
       ['run', 'state', 'step', 'loss', 'bits/byte', 'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
       names=2), *lines)
-
-
-def _duration(seconds: float | None) -> str:
-  if seconds is None:
-    return '-'
-  if seconds < 100:
-    return f'{seconds:.0f} s'
-  for unit, size in (('min', 60), ('h', 3600)):
-    if seconds < 100 * size:
-      return f'{seconds / size:.0f} {unit}' if unit == 'min' else f'{seconds / size:.1f} h'
-  return f'{seconds / 86400:.1f} days'
 
 
 def print_status(study: Study, as_json: bool, watch: bool):

@@ -14,9 +14,12 @@ Row = dict[str, Any]
 MEASURED = ('documents', 'bytes', 'tokens')
 # A column of costs: heading, field of a row, unit, digits.
 Cost = tuple[str, str, float, int]
-_COSTS: tuple[Cost, ...] = (
-    ('active M', 'active_params', 1e6, 2), ('total M', 'total_params', 1e6, 2),
+_PARAMS: tuple[Cost, ...] = (
+    ('active M', 'active_params', 1e6, 2), ('total M', 'total_params', 1e6, 2))
+_TRAINING: tuple[Cost, ...] = (
     ('tokens M', 'tokens', 1e6, 2), ('train TFLOP', 'train_flops', 1e12, 1))
+# Shown beside ensembles, whose active parameters alone do not say what a token costs.
+_FORWARD: Cost = ('MFLOP per token', 'forward_flops', 1e6, 2)
 # Shown where something was frozen.
 _UNFROZEN: Cost = ('TFLOP if unfrozen', 'train_flops_unfrozen', 1e12, 1)
 
@@ -27,9 +30,9 @@ def rows(study: Study, series: str = '') -> list[Row]:
   A row has name, bits_per_byte by domain, their mean, active_params, total_params; forward_flops
   per token (scores.Model); tokens, train_flops and train_flops_unfrozen (as if nothing had been
   frozen), which include every run the model descends from; gates by domain ({} for a dense model);
-  and share, of the tokens that each expert of an ensemble predicted, by domain ({} for others).
-  And by domain: measured, the documents, bytes and tokens of the text that was measured, and units,
-  see units.score; and error, see with_errors. Scores that an earlier version measured have neither
+  by domain of an ensemble ({} for others) share and switches, see selected.usage; by domain
+  measured, the documents, bytes and tokens of the text that was measured, and units, see
+  units.score; and error, see with_errors. Scores that an earlier version measured have neither
   documents nor units.
   """
   result = []
@@ -53,7 +56,7 @@ def rows(study: Study, series: str = '') -> list[Row]:
         'measured': {domain: {kind: score.get(kind) for kind in MEASURED}
                      for domain, score in found.items()},
         **{kind: {domain: score[kind] for domain, score in found.items() if kind in score}
-           for kind in ('gates', 'share', 'units')},
+           for kind in ('gates', 'share', 'switches', 'units')},
     }))
   return result
 
@@ -105,7 +108,9 @@ def costs(rows: list[Row]) -> list[list[str]]:
 def _costs(rows: list[Row]) -> list[Cost]:
   """The columns of costs that these rows need."""
   differ = any(row['train_flops'] != row['train_flops_unfrozen'] for row in rows)
-  return [*_COSTS, *([_UNFROZEN] if differ else [])]
+  ensembles = any(row['share'] for row in rows)
+  return [*_PARAMS, *([_FORWARD] if ensembles else []), *_TRAINING,
+          *([_UNFROZEN] if differ else [])]
 
 
 def scored(rows: list[Row]) -> list[list[tuple[str, bool]]]:

@@ -1,14 +1,13 @@
-"""Branch-Train-Merge: averages the predictions of unmixed experts (paper 4.1.1, "BTM").
+"""What an ensemble predicts: the weighted mean of its experts' next-token probabilities.
 
-This is the baseline without mixing or finetuning. The experts' next-token probabilities are
-averaged, weighted by how well each expert suits the text so far. The weights for a token depend
-only on the tokens before it. One expert is in memory at a time.
+The weights of Branch-Train-Merge (paper 4.1.1, "BTM") follow from how well each expert suits the
+text so far, by tf-idf or by likelihood. The weights for a token depend only on the tokens before
+it. selected.py carries out the whole.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import functools
 import itertools
-import math
 import re
 from typing import Any
 
@@ -22,10 +21,8 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import units
 from btx_jax.model import llama
 from btx_jax.model.config import Config
-from btx_jax.study.study import MERGES
 from btx_jax.training.loss import next_token_loss
 
-POSTERIOR = 'posterior'
 BLOCK = 64  # tokens between comparisons of the text so far
 TEMPERATURE = 0.1  # c-BTM's (Gururangan et al. 2023), of squared distances
 
@@ -81,53 +78,57 @@ def tfidf_vectorizer() -> type[Any]:
   try:
     from sklearn.feature_extraction.text import TfidfVectorizer
   except ImportError as error:
-    raise UsageError("evaluation.merge needs scikit-learn: pip install 'btx_jax[merge]', or set "
-                     f"it to () or ('{POSTERIOR}',).") from error
+    raise UsageError("base.tfidf needs scikit-learn: pip install 'btx_jax[tfidf]', or use "
+                     'base.posterior or base.from_text.') from error
   return TfidfVectorizer
 
 
-def similarity_weights(cosines_E: np.ndarray, k: int) -> np.ndarray:
-  """Weights of the k most similar experts (all if k is 0): a softmax of squared distances."""
-  logits = 2 * cosines_E / TEMPERATURE  # |a - b|^2 = 2 - 2 cos
-  if k and k < len(logits):
-    logits = np.where(logits >= np.sort(logits)[-k], logits, -np.inf)
-  weights = np.exp(logits - logits.max())
-  return weights / weights.sum()
+def similarities(similarity: Callable[[Sequence[str]], np.ndarray], tokens: Tokens,
+                 tokenizer: Tokenizer, experts: int) -> np.ndarray:
+  """Similarity of the text before each token to each expert's text, [tokens, E].
 
+  It is compared at the beginning of each block of a document. In the first block, which no text
+  precedes, it is 0.
 
-def block_similarities(similarity: Callable[[Sequence[str]], np.ndarray], tokens: Tokens,
-                       tokenizer: Tokenizer) -> list[tuple[slice, np.ndarray]]:
-  """Each block's token slice, and the similarity of the text before it to each expert's [E].
-
-  The first block of a document is left out, because no text precedes it.
+  Args:
+    similarity: such as Similarity.
+    tokens: the documents.
+    tokenizer: the tokenizer of the tokens.
+    experts: E.
   """
-  result = []
+  result = np.zeros((len(tokens.ids), experts))
   for first, end in itertools.pairwise(tokens.starts):
     begins = range(first + BLOCK, end, BLOCK)
     if begins:
       before = [tokenizer.decode(tokens.ids[first:begin].tolist()) for begin in begins]
-      result += [(slice(begin, min(begin + BLOCK, end)), cosines)
-                 for begin, cosines in zip(begins, similarity(before))]
+      for begin, cosines_E in zip(begins, similarity(before)):
+        result[begin:min(begin + BLOCK, end)] = cosines_E
   return result
 
 
-def similarity_log_weights(blocks: Sequence[tuple[slice, np.ndarray]], k: int, shape
-                           ) -> np.ndarray:
-  """Log weights of `shape` [tokens, E] from `block_similarities`; uniform outside these blocks."""
-  result = np.full(shape, -math.log(shape[1]))
-  for block, cosines in blocks:
-    with np.errstate(divide='ignore'):
-      result[block] = np.log(similarity_weights(cosines, k))
-  return result
+def similarity_log_weights(cosines_NE: np.ndarray, top: int) -> np.ndarray:
+  """Log weights [tokens, E] of the most similar experts: a softmax of squared distances."""
+  return log_softmax_of_top(2 * cosines_NE / TEMPERATURE, top)  # |a - b|^2 = 2 - 2 cos
 
 
-def posterior_log_weights(nll_NE: np.ndarray, starts: np.ndarray) -> np.ndarray:
-  """Log posterior [tokens, E] of each expert, given the likelihoods of the tokens before."""
-  result = np.empty_like(nll_NE)
+def posterior_log_weights(nll_NE: np.ndarray, starts: np.ndarray, top: int) -> np.ndarray:
+  """Log posterior [tokens, E] of the most probable experts, given what each gave to the tokens
+  before."""
+  before_NE = np.empty_like(nll_NE)
   for first, end in itertools.pairwise(starts):
-    before = np.cumsum(nll_NE[first:end], 0) - nll_NE[first:end]
-    result[first:end] = -before - _logsumexp(-before)
-  return result
+    before_NE[first:end] = np.cumsum(nll_NE[first:end], 0) - nll_NE[first:end]
+  return log_softmax_of_top(-before_NE, top)
+
+
+def log_softmax_of_top(logits_NE: np.ndarray, top: int) -> np.ndarray:
+  """Log softmax over the `top` largest logits of each token, all if 0; -inf for the others.
+
+  All that equal the last of the largest are kept.
+  """
+  if top:
+    least_N1 = np.sort(logits_NE, 1)[:, -top, None]
+    logits_NE = np.where(logits_NE >= least_N1, logits_NE, -np.inf)
+  return logits_NE - _logsumexp(logits_NE)
 
 
 def averaged_nll(nll_NE: np.ndarray, log_weights_NE: np.ndarray) -> np.ndarray:
@@ -150,40 +151,6 @@ def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens
   """The score of the averaged probabilities, see units.score."""
   nll_N = np.where(counted(tokens), averaged_nll(nll_NE, log_weights_NE), 0.0)
   return units.score(nll_N, tokens, tokenizer)
-
-
-def evaluate(forms: Sequence[str], nll: Mapping[str, np.ndarray],
-             held_out: Mapping[str, Tokens],
-             similarity: Callable[[Sequence[str]], np.ndarray] | None,
-             tokenizer: Tokenizer) -> dict[str, dict[str, dict]]:
-  """Scores of the merged experts, form -> domain -> score.
-
-  Args:
-    forms: keys of study.MERGES.
-    nll: domain -> each expert's negative log likelihood of each token, [tokens, E] in nats.
-    held_out: domain -> documents.
-    similarity: a Similarity to the experts' texts; None is enough for 'posterior'.
-    tokenizer: the tokenizer of the tokens.
-  """
-  result = {form: {} for form in forms}
-  for domain, tokens in held_out.items():
-    blocks = block_similarities(similarity, tokens, tokenizer) if similarity else []
-    for form in forms:
-      if form == POSTERIOR:
-        weights = posterior_log_weights(nll[domain], tokens.starts)
-      else:
-        weights = similarity_log_weights(blocks, MERGES[form], nll[domain].shape)
-      result[form][domain] = bits_per_byte(nll[domain], weights, tokens, tokenizer)
-  return result
-
-
-def nearest_expert_shares(similarity: Similarity, tokens: Tokens, tokenizer: Tokenizer
-                          ) -> np.ndarray:
-  """For each expert, the share of whole documents that are most similar to its text, [E]."""
-  texts = [tokenizer.decode(tokens.ids[first:end].tolist())
-           for first, end in itertools.pairwise(tokens.starts)]
-  cosines = similarity(texts)
-  return np.bincount(cosines.argmax(1), minlength=cosines.shape[1]) / len(texts)
 
 
 def _logsumexp(x_NE: np.ndarray) -> np.ndarray:

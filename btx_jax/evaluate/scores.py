@@ -11,10 +11,11 @@ from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
 from btx_jax.run import MIX, Run, averaged_model, lineage, reader_model
+from btx_jax.selector import Merge
 from btx_jax.study import manifest
-from btx_jax.study.study import MERGES, Study
+from btx_jax.study.study import Study
 
-FINAL, START, AVERAGE, MERGE = 'final', 'start', 'average', 'merge_'
+FINAL, START, AVERAGE = 'final', 'start', 'average'
 MASKED = 'masked'  # the final model without each of its experts; no row of the results table
 
 
@@ -24,38 +25,36 @@ class Model(NamedTuple):
   Attributes:
     name: name of its row, the same in every series.
     run: the run whose directory holds its scores.
-    stage: 'final'. Mixtures of several models also have 'start', before finetuning; 'average',
-      the plain average of these models; and 'merge_...', see evaluate.ensemble. Edits of a mixture
-      also have 'start'.
-    sizes: sizes of the model, or of each model of a merge; of an ensemble's reader.
+    stage: 'final'. Mixtures of several models also have 'start', before finetuning, and 'average',
+      the plain average of these models. Edits of a mixture also have 'start'.
+    sizes: sizes of the model; of an ensemble, Run.model.
     trained: the runs whose training went into it.
-    count: how many separate models the row stands for.
-    used: the number of them that are active per token.
   """
   name: str
   run: Run
   stage: str
   sizes: Config
   trained: list[Run]
-  count: int = 1
-  used: int = 1
 
   @property
   def total_params(self) -> int:
     """Parameters of all models together."""
     if self.run.selector:
       return sum(num_params(source.model) for source in self.run.sources)
-    return self.count * num_params(self.sizes)
+    return num_params(self.sizes)
 
   @property
   def active_params(self) -> int:
-    """Parameters that one token uses; of an ensemble, those of its largest expert and of the layers
-    that its selector runs."""
-    if self.run.selector:
-      sizes = param_sizes(reader_model(self.run))
-      sizes.pop('head', None)
-      return sum(sizes.values()) + max(num_params(each.model) for each in self.run.experts)
-    return self.used * num_params(self.sizes, active=True)
+    """Parameters that one token uses; of an ensemble, those of its largest experts, as many as are
+    computed for a token, and of the layers that a linear selector reads with."""
+    if not self.run.selector:
+      return num_params(self.sizes, active=True)
+    largest = sorted((num_params(each.model) for each in self.run.experts), reverse=True)
+    if isinstance(self.run.selector, Merge):
+      return sum(largest[:self.run.selector.computed(len(largest))])
+    sizes = param_sizes(reader_model(self.run))
+    sizes.pop('head', None)
+    return sum(sizes.values()) + largest[0]
 
   def forward_flops(self, measured: Mapping[str, dict]) -> float:
     """FLOPs of predicting a token: measured for an ensemble, as the mean of the domains.
@@ -65,7 +64,7 @@ class Model(NamedTuple):
     """
     if self.run.selector:
       return statistics.fmean(score['forward_flops'] for score in measured.values())
-    return self.used * forward_flops_per_token(self.sizes, self.run.seq_len)
+    return forward_flops_per_token(self.sizes, self.run.seq_len)
 
 
 def models(study: Study) -> Iterator[Model]:
@@ -84,22 +83,15 @@ def models_of(study: Study, run: Run) -> Iterator[Model]:
   if run.vocabulary:
     return  # the held-out text is tokenized with a different vocabulary
   name, before = run.plain_name, lineage(run)[1:]
-  if run.init == MIX and len(run.sources) > 1:
-    dense = averaged_model(run)
-    if first_equivalent(study, run) is run:
-      yield Model(f'average of {name}', run, AVERAGE, dense, before)
-      for form in study.config.evaluation.merge:
-        used = MERGES[form] or len(run.sources)
-        yield Model(f'merge of {name}: {form}', run, MERGE + form, dense, before,
-                    len(run.sources), min(used, len(run.sources)))
+  if run.init == MIX and len(run.sources) > 1 and first_equivalent(study, run) is run:
+    yield Model(f'average of {name}', run, AVERAGE, averaged_model(run), before)
   if run.steps and (run.edit or (run.init == MIX and len(run.sources) > 1)):
     yield Model(f'{name} unfinetuned', run, START, run.model, before)
   yield Model(name, run, FINAL, run.model, [*before, run])
 
 
 def first_equivalent(study: Study, run: Run) -> Run:
-  """The first mixture of the same series with the same average; only it gets the `average` and
-  `merge` rows."""
+  """The first mixture of the same series with the same average; only it gets the row for it."""
   return next(other for other in study.of_series(run.series) if _shares(other) == _shares(run))
 
 

@@ -1,9 +1,11 @@
-"""Scores an ensemble: each token is predicted by the expert that its selector chose.
+"""Scores an ensemble: its selector decides how much each expert counts for each token.
 
-The chosen expert has read the whole window before the token, so a switch is a fresh pass of the new
-expert over that text, whose FLOPs are counted. One model is in memory at a time.
+A linear selector chooses one expert; those of Branch-Train-Merge average several. An expert that is
+computed for a token has read the whole window before it, so when it takes over, that is a fresh
+pass over this text, whose FLOPs are counted. One model is in memory at a time.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,46 +14,86 @@ import numpy as np
 from btx_jax.data.text import Text
 from btx_jax.data.tokens import Tokens
 from btx_jax.evaluate import ensemble
-from btx_jax.fitting import select
+from btx_jax.fitting import samples, select
 from btx_jax.model.config import forward_flops_per_token
 from btx_jax.run import Run, reader_model
+from btx_jax.selector import POSTERIOR, Linear, Merge
 from btx_jax.study import params
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
 
 def evaluate(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dict[str, dict]:
-  """Bits per byte by domain of an ensemble whose selector has been fitted.
+  """Bits per byte by domain of an ensemble. A linear selector must have been fitted.
 
   Returns:
     domain -> what ensemble.bits_per_byte returns, and what `usage` does.
   """
+  selector, held_out = run.selector, text.held_out
+  if isinstance(selector, Merge) and selector.kind == POSTERIOR:
+    computed = {domain: np.ones((len(tokens.ids), len(run.experts)), bool)
+                for domain, tokens in held_out.items()}
+    nll = _nll(study, run, text, mesh, computed)
+    log_weights = {
+        domain: ensemble.posterior_log_weights(nll[domain], tokens.starts, selector.top)
+        for domain, tokens in held_out.items()}
+  else:
+    log_weights = (_by_similarity(run, text, selector) if isinstance(selector, Merge) else
+                   _by_choice(study, run, text, mesh))
+    computed = {domain: np.isfinite(found) for domain, found in log_weights.items()}
+    nll = _nll(study, run, text, mesh, computed)
+  result = {}
+  for domain, tokens in held_out.items():
+    score = ensemble.bits_per_byte(nll[domain], log_weights[domain], tokens, text.tokenizer)
+    result[domain] = score | usage(run, np.exp(log_weights[domain]), computed[domain], tokens)
+    say(f'{run.name}: {in_words(run, domain, result[domain])}')
+  return result
+
+
+def _by_choice(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh
+               ) -> dict[str, np.ndarray]:
+  """Log weights [tokens, E] by domain: 0 for the expert that a linear selector chooses."""
   say(f'{run.name}: {run.reader.name} reads, to choose experts')
-  parameters = params.final(study, run.reader, mesh)
-  chosen = {domain: select.choices(study, run, parameters, tokens, mesh)
-            for domain, tokens in text.held_out.items()}
-  del parameters  # one at a time
-  nll = {domain: np.zeros(len(tokens.ids)) for domain, tokens in text.held_out.items()}
+  parameters, result = params.final(study, run.reader, mesh), {}
+  for domain, tokens in text.held_out.items():
+    chosen_N = select.choices(study, run, parameters, tokens, mesh)
+    result[domain] = np.where(np.eye(len(run.experts), dtype=bool)[chosen_N], 0.0, -np.inf)
+  return result
+
+
+def _by_similarity(run: Run, text: Text, selector: Merge) -> dict[str, np.ndarray]:
+  """Log weights [tokens, E] by domain, by tf-idf."""
+  say(f'{run.name}: comparing texts by tf-idf')
+  similarity = ensemble.Similarity([samples.seen(expert, text) for expert in run.experts])
+  return {domain: ensemble.similarity_log_weights(ensemble.similarities(
+      similarity, tokens, text.tokenizer, len(run.experts)), selector.top)
+          for domain, tokens in text.held_out.items()}
+
+
+def _nll(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh,
+         computed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Each expert's negative log likelihood of each token, [tokens, E] by domain.
+
+  It is 0 for an expert that is computed for no token of the domain.
+
+  Args:
+    study, run, text, mesh: see `evaluate`.
+    computed: whether each expert is computed for each token, [tokens, E] by domain.
+  """
+  nll = {domain: np.zeros(found.shape) for domain, found in computed.items()}
   for number, expert in enumerate(run.experts):
     wanted = [domain for domain, tokens in text.held_out.items()
-              if (chosen[domain][ensemble.counted(tokens)] == number).any()]
+              if computed[domain][ensemble.counted(tokens), number].any()]
     if not wanted:
       continue
     say(f'{run.name}: measuring {expert.name} on {", ".join(wanted)}')
     parameters = params.final(study, expert, mesh)
     for domain in wanted:
-      of_expert = ensemble.token_nll(
+      nll[domain][:, number] = ensemble.token_nll(
           expert.model, parameters, text.held_out[domain], mesh, run.seq_len,
           study.config.evaluation.batch_size)
-      nll[domain] = np.where(chosen[domain] == number, of_expert, nll[domain])
-    del parameters
-  result = {}
-  for domain, tokens in text.held_out.items():
-    alone = np.zeros((len(tokens.ids), 1))
-    result[domain] = (ensemble.bits_per_byte(nll[domain][:, None], alone, tokens, text.tokenizer)
-                      | usage(run, chosen[domain], tokens))
-    say(f'{run.name}: {in_words(run, domain, result[domain])}')
-  return result
+    del parameters  # one at a time
+  return nll
 
 
 def in_words(run: Run, domain: str, found: dict[str, Any]) -> str:
@@ -62,31 +104,38 @@ def in_words(run: Run, domain: str, found: dict[str, Any]) -> str:
           f'{found["forward_flops"] / 1e6:,.2f} MFLOP per token')
 
 
-def usage(run: Run, chosen_N: np.ndarray, tokens: Tokens) -> dict[str, Any]:
+def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tokens
+          ) -> dict[str, Any]:
   """Which experts an ensemble used, and the FLOPs that this takes.
 
-  FLOPs are those of matmuls, forward: of the reader and the selector for every token, of the chosen
-  expert, and at a switch of the new expert for all text before it in the document and the window.
-  Nothing is shared, not even if the reader is chosen or an expert returns.
+  FLOPs are those of matmuls, forward: of the reader and a linear selector for every token, of each
+  expert that is computed for it, and of one that takes over for all text before it in the document
+  and the window. Nothing is shared, not even if the reader is chosen or an expert returns.
 
   Args:
     run: the ensemble.
-    chosen_N: the expert of each token, see select.choices.
+    weights_NE: of each expert for each token; they add up to 1.
+    computed_NE: whether each expert is computed for each token.
     tokens: the text.
 
   Returns:
-    `share` of the tokens by expert, [E]; `switches` per 1,000 tokens; `forward_flops` per token.
+    `share`, the mean weight of each expert, [E]; `switches`, for how many tokens of 1,000 an expert
+    takes over that was not computed for the token before; `forward_flops` per token.
   """
-  counted_N, reader, T = ensemble.counted(tokens), reader_model(run), run.seq_len
-  chosen_N = chosen_N[counted_N]
-  inputs_N = np.flatnonzero(counted_N) - 1  # where the choice was made
+  counted_N, T = ensemble.counted(tokens), run.seq_len
+  computed_NE = computed_NE[counted_N]
+  inputs_N = np.flatnonzero(counted_N) - 1  # where the expert was chosen
   starts_N = np.asarray(tokens.starts)[np.searchsorted(tokens.starts, inputs_N, side='right') - 1]
   before_N = inputs_N - np.maximum(starts_N, inputs_N // T * T)  # read before it, in the window
-  switched_N = np.diff(chosen_N, prepend=chosen_N[:1]) != 0
-  switched_N &= np.diff(starts_N, prepend=-1) == 0
-  read = forward_flops_per_token(reader, T, head=False) + 2 * reader.dim * len(run.experts)
-  predict = np.array([forward_flops_per_token(each.model, T) for each in run.experts])
-  again = np.array([forward_flops_per_token(each.model, T, head=False) for each in run.experts])
-  flops_N = read + predict[chosen_N] + np.where(switched_N, before_N * again[chosen_N], 0)
-  return {'share': (np.bincount(chosen_N, minlength=len(run.experts)) / len(chosen_N)).tolist(),
-          'switches': 1000 * float(switched_N.mean()), 'forward_flops': float(flops_N.mean())}
+  begins_NE = np.diff(computed_NE.astype(int), axis=0, prepend=0) > 0
+  begins_NE &= (np.diff(starts_N, prepend=-1) == 0)[:, None]
+  predict_E = np.array([forward_flops_per_token(each.model, T) for each in run.experts])
+  again_E = np.array([forward_flops_per_token(each.model, T, head=False) for each in run.experts])
+  flops_N = computed_NE @ predict_E + before_N * (begins_NE @ again_E)
+  read = 0
+  if isinstance(run.selector, Linear):
+    reader = reader_model(run)
+    read = forward_flops_per_token(reader, T, head=False) + 2 * reader.dim * len(run.experts)
+  return {'share': weights_NE[counted_N].mean(0).tolist(),
+          'switches': 1000 * float(begins_NE.any(1).mean()),
+          'forward_flops': read + float(flops_N.mean())}

@@ -1,4 +1,4 @@
-"""The compiled passes of an ensemble's selector: what it reads of a text, and its logits."""
+"""The compiled passes of a linear selector: what it reads of a text, and its logits."""
 
 from collections.abc import Iterable
 import functools
@@ -57,7 +57,7 @@ def sums(cfg: Config, params, decay: float, batches: Iterable[Batch], mesh) -> S
     mesh: the devices to use.
   """
   return passes.as_sums(passes.added_up(
-      _sums_program(cfg, mesh), (params, np.float32(decay)), batches, mesh))
+      sums_program(cfg, mesh), (params, np.float32(decay)), batches, mesh))
 
 
 def logits(cfg: Config, params, columns_DE, batches: Iterable[Batch], mesh) -> np.ndarray:
@@ -65,14 +65,15 @@ def logits(cfg: Config, params, columns_DE, batches: Iterable[Batch], mesh) -> n
 
   Those of a mean of hidden states are the mean of these.
   """
-  program = _logits_program(cfg, mesh)
+  program = logits_program(cfg, mesh)
   parts = [np.asarray(program(params, columns_DE, sharding.from_whole(batch, mesh)))
            for batch in batches]
   return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
 @functools.cache
-def _sums_program(cfg: Config, mesh):
+def sums_program(cfg: Config, mesh):
+  """Compiles (params, decay, batch [B, T]) -> what `passes.as_sums` takes, for one batch."""
   def add_up(params, decay, batch):
     counted_BT = batch['segment_ids'] > 0
     means_BTD = means_so_far(hidden_states(cfg, params, batch), batch['segment_ids'], decay)
@@ -83,7 +84,8 @@ def _sums_program(cfg: Config, mesh):
 
 
 @functools.cache
-def _logits_program(cfg: Config, mesh):
+def logits_program(cfg: Config, mesh):
+  """Compiles (params, columns [D, E], batch [B, T]) -> logits [B, T, E]."""
   def logits_of(params, columns_DE, batch):
     return jnp.dot(hidden_states(cfg, params, batch), columns_DE, precision=_EXACT)
   return sharding.jit_replicated(logits_of, mesh)

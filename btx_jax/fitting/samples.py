@@ -1,4 +1,4 @@
-"""The training text that routers and selectors are fitted to: rows to fit, and rows kept apart."""
+"""The training text that routers and selectors follow from: rows to fit, and rows kept apart."""
 
 from collections.abc import Mapping, Sequence
 import time
@@ -10,7 +10,7 @@ from btx_jax.data.text import Text
 from btx_jax.errors import UsageError
 from btx_jax.recipe import RoutersFromText
 from btx_jax.run import Run, seed_of
-from btx_jax.selector import Selector
+from btx_jax.selector import Linear
 from btx_jax.study.study import Study
 
 
@@ -42,6 +42,13 @@ def rows(run: Run, text: Text, domain: str) -> list[Batch]:
   return [order[i] for i in range(min(settings(run).rows, available(run, text, domain)))]
 
 
+def seen(run: Run, text: Text, rows: int = 1000) -> list[str]:
+  """The first rows that a run was trained on, as text."""
+  order: Any = mixture.training_order(text.train, run.weights, run.seq_len, run.rng_seed)
+  return [text.tokenizer.decode(order[i]['tokens'].tolist())
+          for i in range(min(rows, run.steps * run.batch_size))]
+
+
 def to_fit(rows: Sequence) -> list:
   """Four of five rows."""
   return [row for i, row in enumerate(rows) if i % 5]
@@ -58,7 +65,7 @@ def batches(study: Study, rows: Sequence[Batch]) -> list[Batch]:
   return [mixture.filled(rows[first:first + size], size) for first in range(0, len(rows), size)]
 
 
-def settings(run: Run) -> RoutersFromText | Selector:
+def settings(run: Run) -> RoutersFromText | Linear:
   """How a run's routers or its selector are set; ValueError if it has none that are."""
   if run.fitted is None:
     raise ValueError(f'Nothing of {run.name} is set from text.')

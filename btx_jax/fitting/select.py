@@ -1,4 +1,4 @@
-"""Fits an ensemble's selector to text, once, into the directory of its run; and lets it choose."""
+"""Fits a linear selector to text, once, into the directory of its ensemble; and lets it choose."""
 
 from collections.abc import Sequence
 import itertools
@@ -13,23 +13,23 @@ from btx_jax.data.mixture import Batch
 from btx_jax.data.text import Text
 from btx_jax.data.tokens import Tokens
 from btx_jax.fitting import reading, samples, solve
-from btx_jax.run import Run, reader_model, selector_of
-from btx_jax.selector import Selector, choose
+from btx_jax.run import Run, linear_of, reader_model
+from btx_jax.selector import Linear, choose
 from btx_jax.study import params, routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
 
 def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
-  """Fits the selector of a run, unless that has been done.
+  """Fits the linear selector of a run, unless that has been done.
 
   Args:
     study: whose run it is.
-    run: an ensemble; any other run is left alone.
+    run: an ensemble with a linear selector; any other run is left alone.
     text: the tokenized text.
     mesh: the devices to use.
   """
-  if run.selector is None or routers.are_set(study, run):
+  if not isinstance(run.selector, Linear) or routers.are_set(study, run):
     return
   began, settings, model = time.monotonic(), run.selector, reader_model(run)
   say(f'{run.name}: reading {", ".join(settings.domains)} with {run.reader.name}')
@@ -73,7 +73,7 @@ def choices(study: Study, run: Run, parameters, tokens: Tokens, mesh) -> np.ndar
 
   Args:
     study: whose run it is.
-    run: an ensemble whose selector has been fitted.
+    run: an ensemble whose linear selector has been fitted.
     parameters: of its reader.
     tokens: the split.
     mesh: the devices to use.
@@ -83,11 +83,11 @@ def choices(study: Study, run: Run, parameters, tokens: Tokens, mesh) -> np.ndar
   batches = mixture.evaluation_batches(tokens, run.seq_len, study.config.evaluation.batch_size)
   logits_NE = reading.logits(reader_model(run), parameters, columns_1DE[0], batches, mesh)
   inputs = len(tokens.ids) - 1  # the last token predicts nothing
-  chosen = in_documents(logits_NE[:inputs], tokens.starts, selector_of(run))
+  chosen = in_documents(logits_NE[:inputs], tokens.starts, linear_of(run))
   return np.concatenate([[0], chosen])
 
 
-def in_documents(logits_NE: np.ndarray, starts: Sequence[int] | np.ndarray, settings: Selector
+def in_documents(logits_NE: np.ndarray, starts: Sequence[int] | np.ndarray, settings: Linear
                  ) -> np.ndarray:
   """`choose` for each of several documents that follow one another, [N].
 
@@ -107,7 +107,7 @@ def switches(chosen_N: np.ndarray, starts: Sequence[int] | np.ndarray) -> np.nda
   return result
 
 
-def _measure(logits_NE: np.ndarray, rows: Sequence[Batch], settings: Selector, domain: str
+def _measure(logits_NE: np.ndarray, rows: Sequence[Batch], settings: Linear, domain: str
              ) -> tuple[float, float]:
   """The share of right choices in rows of a domain, and the switches per 1,000 tokens."""
   segments_RT = np.stack([row['segment_ids'] for row in rows])

@@ -138,6 +138,7 @@ def programs(study: Study, topology: Topology, only: str | None = None):
   """
   chip = topology.chip
   mesh = layout.mesh(study.config, study.runs, topology.devices, chip.memory if chip else None)
+  layout.evaluation_rows(study.config, mesh)  # refuses what training would refuse
   asked = study.runs.values() if only is None else [study.run(only)]
   trained = [run for run in asked if run.steps]
   wanted: dict[str, list[list[Run]]] = {}

@@ -10,7 +10,7 @@ from rich.table import Table
 from btx_jax import terminal
 from btx_jax.devices.hardware import Chip
 from btx_jax.model.config import REMATS
-from btx_jax.preflight import measure, routers
+from btx_jax.preflight import fitting, measure
 from btx_jax.preflight.cost import Cost
 from btx_jax.preflight.measure import Measured
 from btx_jax.preflight.topology import Topology
@@ -37,13 +37,13 @@ def print_report(study: Study, topology: Topology, as_json: bool, only: str | No
     if not as_json:
       say(f'{_names(program)}: compiled in {program.compile_seconds:.0f} s'
           + (f'; {program.error}' if program.error else ''))
-  passes = routers.measured(study, topology, only)
-  fits = all(each.fits for each in (*found, *passes))
+  fitted = fitting.measured(study, topology, only)
+  fits = all(each.fits for each in (*found, *fitted))
   if as_json:
-    data = as_data(found, topology) | {'routers': [each.as_data() for each in passes]}
+    data = as_data(found, topology) | {'from_text': [each.as_data() for each in fitted]}
     print(json.dumps(data, indent=1))
     return fits
-  for each in passes:
+  for each in fitted:
     say(each.in_words())
   if not found:
     say('This config trains no run, so there is no train step to compile.')

@@ -28,12 +28,7 @@ def check(config) -> None:
     for path in domain.paths:
       files.local_path(f'domains.{name}.paths', path)
   for name, run in config.runs.items():
-    kind = run.init.get('kind') if isinstance(run.get('init'), ConfigDict) else None
-    pairs = base.from_text('', labels=(('', ''),))
-    init = {MIX: base.mix(rules={'': ''}, routers=pairs), HUGGING_FACE: base.hugging_face(''),
-            EDIT: ConfigDict({**base.drop('', routers=pairs), 'runs': (), 'replaced': (('', ''),)}),
-            ENSEMBLE: base.ensemble(selector=pairs)}.get(str(kind), base.random())
-    _check_section(f'runs.{name}', run, base.run(init, {}))
+    _check_section(f'runs.{name}', run, base.run(_init_like(run.get('init')), {}))
     files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
@@ -43,6 +38,20 @@ def check(config) -> None:
         if field not in known:
           raise _unknown(f'runs.{name}.', f'{section}.{field}', known)
         _check_value(f'runs.{name}.{section}.{field}', value, known[field])
+
+
+def _init_like(init: Any) -> ConfigDict:
+  """The initialiser of a run's kind, with a value of the right type for each of its fields."""
+  if not isinstance(init, ConfigDict):
+    return base.random()
+  pairs = base.from_text('', labels=(('', ''),))
+  if init.get('kind') == ENSEMBLE:
+    selector = init.get('selector')
+    merges = isinstance(selector, ConfigDict) and 'top' in selector
+    return base.ensemble(selector=base.tfidf() if merges else pairs)
+  return {MIX: base.mix(rules={'': ''}, routers=pairs), HUGGING_FACE: base.hugging_face(''),
+          EDIT: ConfigDict({**base.drop('', routers=pairs), 'runs': (), 'replaced': (('', ''),)}),
+          }.get(str(init.get('kind')), base.random())
 
 
 def with_home(config) -> Any:

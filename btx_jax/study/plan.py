@@ -219,7 +219,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
         entry.init.routers, entry.init.runs, domain_of, config.domains, model.router,
         entry.init.arrangement)
     selects = selector.from_config(
-        entry.init, [source.name for source in sources], domain_of, config.domains,
+        entry.init, [source.name for source in sources], domain_of,
+        [source.name for source in sources if source.steps], config.domains,
         model.num_layers) if entry.init.kind == ENSEMBLE else None
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
   run = Run(

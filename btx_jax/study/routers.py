@@ -1,6 +1,6 @@
 """What was set from text, and what it follows from: in a run's directory, as routers/ or selector/.
 
-    columns.npy   [L, D, E] float32, the routers; of a selector L is 1
+    columns.npy   [L, D, E] float32, the routers; of a linear selector L is 1
     DOMAIN        by its number: 0_outer.npy [L, D, D] and 0_sum.npy [L, D], float64
     fit.json      the settings, the figures that were measured, and a hash of every file; written
                   last, so that a folder without it does not count

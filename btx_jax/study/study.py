@@ -7,12 +7,10 @@ import os
 
 from btx_jax.data import corpora, text
 from btx_jax.errors import UsageError, nearest
-from btx_jax.run import MIX, Run
+from btx_jax.run import Run
 from btx_jax.study import fields, manifest, plan
 
 MISSING = 'missing'
-# Forms of Branch-Train-Merge -> how many experts' probabilities are averaged per token; 0 is all.
-MERGES = {'top_1': 1, 'top_2': 2, 'all': 0, 'posterior': 0}
 
 
 class Study:
@@ -43,24 +41,12 @@ class Study:
         raise UsageError(f'{field} = {value} must be at least {least}.')
     if not config.mix.ram_gb > 0:
       raise UsageError(f'mix.ram_gb = {config.mix.ram_gb} must be positive.')
-    for form in config.evaluation.merge:
-      if form not in MERGES:
-        raise UsageError(f'evaluation.merge names {form!r}; {nearest(form, MERGES)}')
     tokenizer = None
     if at_hand or os.path.exists(config.tokenizer.path):
       tokenizer = text.given(config, self.data_folder)
     self.runs = plan.make_plan(
         config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer,
         at_hand)
-    mixed = [source for run in self.runs.values() if run.init == MIX
-             for source in run.sources] if config.evaluation.merge else []
-    for source in mixed:
-      if source.vocabulary:
-        raise UsageError(f'evaluation.merge: {source.name!r} has another vocabulary than the '
-                         'tokenizer, so its probabilities are for other tokens; use ().')
-      if not source.steps and set(config.evaluation.merge) - {'posterior'}:
-        raise UsageError(f'evaluation.merge: {source.name!r} is not trained here, so it has no '
-                         "training text to compare with; use ('posterior',).")
 
   @property
   def data_folder(self) -> str:

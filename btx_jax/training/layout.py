@@ -1,6 +1,7 @@
 """How the runs of a config are laid out on devices, which need not exist yet (preflight)."""
 
 from collections.abc import Mapping, Sequence
+import math
 
 import jax
 
@@ -18,6 +19,8 @@ from btx_jax.model import llama
 from btx_jax.model.config import num_params
 from btx_jax.run import Run
 
+_EVALUATION_ROWS = 32  # at least, unless the config sets them
+
 
 def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | None
          ) -> jax.sharding.Mesh:
@@ -30,8 +33,7 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
     memory: bytes per device; None if unknown.
 
   Raises:
-    UsageError: the mesh does not fit the devices, or they cannot share the rows of an
-      evaluation evenly.
+    UsageError: the mesh does not fit the devices.
   """
   sizes = dict(config.mesh)
   if 0 in sizes.values():
@@ -40,9 +42,21 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
     # Float32 parameters, gradients and the two moments of Adam.
     state = 16 * max((num_params(model) for model in models), default=0)
     sizes = choose_sizes(sizes, len(devices), experts, state, memory, count_slices(devices))
-  made = make_mesh(**sizes, devices=devices)
-  check_rows(made, config.evaluation.batch_size, 'evaluation.batch_size')
-  return made
+  return make_mesh(**sizes, devices=devices)
+
+
+def evaluation_rows(config, mesh: jax.sharding.Mesh) -> int:
+  """The rows of a batch of held-out text.
+
+  Raises:
+    UsageError: the config sets a number of rows that the devices cannot share evenly.
+  """
+  rows = config.evaluation.batch_size
+  if rows:
+    check_rows(mesh, rows, 'evaluation.batch_size')
+    return rows
+  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  return math.ceil(_EVALUATION_ROWS / ways) * ways
 
 
 def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):

@@ -110,7 +110,8 @@ class Recorder(contextlib.ExitStack):
                  'routing': routing_figures.describe(sums, self._domains),
                  **self._new_warnings(step, sums)}
     file.write(step, **values)
-    self._progress.update(self._run.name, step, loss, speed.get('tokens_per_second'))
+    rate = speed.get('tokens_per_second')
+    self._progress.update(self._run.name, step, loss, rate, self._run.seconds_left(step, rate))
     self._since, self._steps, self._input_wait, self._sums = now, 0, 0.0, {}
 
   def _speed(self, now: float) -> dict[str, float]:
