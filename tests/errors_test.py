@@ -93,7 +93,7 @@ DEMO = '--config=configs/demo.py'
     (['--config='], '--config=: there is no such file'),
     (['--config=configs'], '--config=configs is not a recipe; valid: '),
     (['--config=pyproject.toml'], 'pyproject.toml, line 3: SyntaxError: cannot assign'),
-    (['--config=configs/demo.py:ful'], "configs/demo.py, line 25: ValueError: configs/demo.py has "
+    (['--config=configs/demo.py:ful'], "configs/demo.py, line 26: ValueError: configs/demo.py has "
      "no form 'ful'"),
     (['--config=btx_jax/base.py:full'], 'btx_jax/base.py: TypeError: get_config() takes 0'),
     (['--config=btx_jax/base.py'], 'config.runs is empty: there is nothing to do.'),
