@@ -92,6 +92,7 @@ def _measure(run: Run, study: Study, topology: Topology, mesh) -> Fit:
   for batches, lower in steps:
     compiled = lower().compile()
     found = compiled.memory_analysis()
+    assert found is not None  # the compilers of CPUs, GPUs and TPUs all report it
     peak = max(peak, found.argument_size_in_bytes + found.temp_size_in_bytes
                + found.output_size_in_bytes)
     if chip:
