@@ -124,7 +124,7 @@ def _branches(run: Run) -> list[Run]:
   if run.init != MIX or not {source.plain_name for source in run.sources} <= set(run.expert_names):
     return []
   branches = [source for source in run.sources if source.init == CHECKPOINT]
-  seeds = {branch.sources[0].name for branch in branches}
+  seeds = {branch.sources[0].label for branch in branches if not branch.from_step}
   rest = {source.name for source in run.sources} - {branch.name for branch in branches}
   return branches if len(seeds) == 1 and rest <= seeds else []
 

@@ -26,7 +26,7 @@ _VOCABULARY_AXIS = {'embed': 0, 'head': 1}  # parameters with a row per token, a
 
 
 def final(study: Study, run: Run) -> Source:
-  """The parameters that a complete run ended with."""
+  """The parameters that a run has after its last step."""
   if not run.steps:
     return start(study, run)
   from btx_jax.training.checkpoint import Saved
@@ -91,6 +91,12 @@ def trained(run: Run) -> list[Run]:
 def checkpoints(study: Study, run: Run) -> str:
   """The directory of a run's checkpoints."""
   return os.path.join(study.folder(run.name), 'checkpoints')
+
+
+def kept(study: Study, run: Run) -> list[int]:
+  """The steps of a run after which its state is on disk, in order."""
+  from btx_jax.training.checkpoint import kept_steps
+  return kept_steps(checkpoints(study, run))
 
 
 class Expert:
