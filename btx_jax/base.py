@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
   config.checkpoint_every = 500
   # Also write TensorBoard events, into the directory of each run.
   config.tensorboard = False
-  # The newest checkpoints of a run that are kept. Those that runs of the config start from stay, too.
+  # The newest checkpoints of a run that are kept, beside those that other runs start from.
   config.checkpoints_kept = 2
   # Checkpoints after multiples of this many steps are saved and kept for ever; 0 is none.
   config.checkpoints_kept_every = 0

@@ -208,7 +208,8 @@ class Run:
       del spec['model'][key]
     del spec['folder']
     spec['step'] = self.from_step
-    for key in ('content', 'vocabulary', 'routers', 'edit', 'selector', 'state', 'of_steps', 'step'):
+    for key in ('content', 'vocabulary', 'routers', 'edit', 'selector', 'state', 'of_steps',
+                'step'):
       if not spec[key]:
         del spec[key]
     return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back

@@ -51,7 +51,8 @@ def _init_like(init: Any) -> ConfigDict:
     return base.ensemble(selector=base.tfidf() if merges else pairs)
   return {MIX: base.mix(rules={'': ''}, routers=pairs), HUGGING_FACE: base.hugging_face(''),
           EDIT: ConfigDict({**base.drop('', routers=pairs), 'runs': (), 'replaced': (('', ''),)}),
-          CHECKPOINT: ConfigDict({**base.checkpoint(''), 'runs': ()})}.get(str(init.get('kind')), base.random())
+          CHECKPOINT: ConfigDict({**base.checkpoint(''), 'runs': ()}),
+          }.get(str(init.get('kind')), base.random())
 
 
 def with_home(config) -> Any:

@@ -69,8 +69,8 @@ def check(folder: str, manifest: dict, spec: dict):
   if lines:
     raise UsageError(
         f'{folder} belongs to another config:\n' + '\n'.join(f'  {line}' for line in lines) +
-        f'\nNothing was changed. {_way_on(manifest)}Use another --workdir, or delete that folder to '
-        'train the run again.')
+        f'\nNothing was changed. {_way_on(manifest)}Use another --workdir, or delete that folder '
+        'to train the run again.')
 
 
 def _way_on(manifest: dict) -> str:
@@ -78,8 +78,8 @@ def _way_on(manifest: dict) -> str:
   name, done = manifest['spec'].get('name'), manifest.get('steps_done')
   if not done:
     return ''
-  return (f'To go on from what is there with more steps, fewer or other settings, leave {name!r} as '
-          f'it was, and add a run from base.checkpoint({name!r}, step={done}, state=True). ')
+  return (f'To go on from what is there with more steps, fewer or other settings, leave {name!r} '
+          f'as it was, and add a run from base.checkpoint({name!r}, step={done}, state=True). ')
 
 
 def differences(manifest: dict, spec: dict) -> list[str]:
