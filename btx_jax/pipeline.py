@@ -61,7 +61,7 @@ class Pipeline(Study):
       UsageError: there is no such run, it starts from one that is not complete, it does not fit
         the mesh, or a run's directory belongs to another config. No run has been touched then.
     """
-    asked = list(self.runs.values()) if only is None else [self.run(only)]
+    asked = self._not_superseded() if only is None else [self.run(only)]
     incomplete = distributed.broadcast(lambda: self._incomplete(asked, only))
     wanted = [run for run in asked if run.name in incomplete]
     groups = [asked] if only else plan.groups(asked, self.config.stacked)
@@ -116,6 +116,13 @@ class Pipeline(Study):
         self.config.evaluation.batch_size, text.tokenizer)
 
   # Before the training
+
+  def _not_superseded(self) -> list[Run]:
+    left = distributed.broadcast(lambda: [run.name for run in sources.superseded(self)])
+    for name in left:
+      say(f'{name} failed and is left as it is, because other runs start from steps of it that are '
+          f'kept; --run={name} tries it again')
+    return [run for run in self.runs.values() if run.name not in left]
 
   def _incomplete(self, asked: list[Run], only: str | None) -> list[str]:
     for source in asked[0].sources if only else ():

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from btx_jax import base
+from btx_jax.commands import status
 from btx_jax.data import mixture
 from btx_jax.errors import UsageError
 from btx_jax.run import Optimizer
@@ -201,6 +202,19 @@ def test_a_step_and_the_end_are_different_parameters(folder):
   assert not compatibility.unchanged(run.sources)
   # Since step 2: 5 steps, and 4 + 5.
   assert np.divide(*run.recipe.weights('embed')) == pytest.approx(5 / 9)
+
+
+def test_a_run_that_failed_gives_way_to_those_that_start_from_its_kept_steps(folder, tmp_path):
+  config = get_config(folder)
+  study = Study(config, str(tmp_path))
+  path = tmp_path / 'btx' / 'checkpoints' / '2'
+  path.mkdir(parents=True)
+  for found, jobs in ((manifest.STOPPED, [['btx'], ['again']]), (manifest.FAILED, [['again']])):
+    manifest.write(study.folder('btx'), {'state': found, 'spec': {}})
+    assert [[name for name in stage if name in ('btx', 'again')]
+            for stage in status.stages(study)][-len(jobs):] == jobs
+  path.rmdir()
+  assert sources.superseded(study) == []
 
 
 def test_the_updates_of_a_weight_that_is_new_under_a_large_count():
