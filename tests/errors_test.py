@@ -778,8 +778,9 @@ def test_a_loss_that_is_not_finite(run, config, work):
   check(done, ' and the norm of its gradient nan at step ', code=1)
   assert f'delete {work / "new"} or use another --workdir.' in done.stderr
   saved = config(f'config.checkpoint_every = 1\n{lines}'), f'--workdir={work}'
-  check(run(*saved, '--run=new'), "add a run that starts from base.checkpoint('new', step=1, "
-        'state=True), and train it by --run.', code=1)
+  check(run(*saved, '--run=new'), "are kept, of steps 1; the trouble may have begun before the "
+        "last. To go on from one with a lower optimizer.peak_lr, add a run that starts from "
+        "base.checkpoint('new', step=1, state=True).", code=1)
 
 
 def test_a_start_that_is_not_finite(run, config, work):

@@ -52,6 +52,11 @@ class Checkpoints:
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
 
+  @property
+  def steps(self) -> list[int]:
+    """Steps of the complete checkpoints, in order."""
+    return sorted(each.step for each in self._checkpointer.checkpoints)
+
   def save(self, step: int, state: TrainState, position: dict):
     """Saves in the background; the arrays may be donated as soon as this returns.
 

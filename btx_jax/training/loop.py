@@ -271,14 +271,15 @@ class Training:
 
 def _not_finite_later(branch: Branch, problem: str) -> RunError:
   """The error of a run that fails after updates; `problem` says what is not finite."""
-  step, name = branch.checkpoints.latest, branch.run.plain_name
-  if not step:
+  steps, name = branch.checkpoints.steps, branch.run.plain_name
+  if not steps:
     return RunError(f'{branch.run.name}: {problem}, before the first checkpoint. To train it with '
                     f'a lower optimizer.peak_lr, delete {branch.folder} or use another --workdir.')
   return RunError(
-      f'{branch.run.name}: {problem}; the last checkpoint, of step {step}, is sound. To go on from '
-      'there with a lower optimizer.peak_lr, add a run that starts from '
-      f'base.checkpoint({name!r}, step={step}, state=True), and train it by --run.')
+      f'{branch.run.name}: {problem}. Checkpoints with a finite loss are kept, of steps '
+      f'{", ".join(map(str, steps))}; the trouble may have begun before the last. To go on from '
+      'one with a lower optimizer.peak_lr, add a run that starts from '
+      f'base.checkpoint({name!r}, step={steps[0]}, state=True).')
 
 
 def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> RunError:
@@ -289,7 +290,7 @@ def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> Ru
     norms: of its parameters before the step, by part of the model.
     problem: what is not finite.
   """
-  origin = run.folder or ', '.join(source.name for source in run.sources) or 'random parameters'
+  origin = run.folder or ', '.join(source.label for source in run.sources) or 'random parameters'
   parts = [part for part, norm in norms.items() if not math.isfinite(norm)]
   cause = (f'has numbers that are not finite, or far too large, in {", ".join(parts)}' if parts else
            'is finite, and overflows when it is computed')
