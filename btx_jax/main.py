@@ -74,7 +74,7 @@ def train_runs(name: str, workdir: str):
        '--workdir': os.path.realpath(workdir)}, COORDINATOR_TIMEOUT.value)
   import jax
 
-  from btx_jax.commands import regression, report, seeds, table
+  from btx_jax.commands import claims, measured, regression, report, seeds, table
   from btx_jax.devices import compiled
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
@@ -95,9 +95,12 @@ def train_runs(name: str, workdir: str):
   def print_results():
     results = seeds.results(pipeline)
     show(table.as_table(results.rows, results.note))
+    show(measured.as_table(results.rows))
     regression.show(pipeline)
+    if about := claims.about(results.checks):
+      say(about)
     for check in results.checks:
-      say(f'{"met    " if check["met"] else "NOT MET"}  {check["name"]}')
+      say(f'{claims.verdict(check):7}  {check["name"]}')
     say(f'Report: {report.write_report(pipeline, name)}. To use your own text, write a config '
         'like configs/demo.py with domains of your files: docs/your_data.md')
 

@@ -3,7 +3,7 @@
 Three experts train only their feed-forward layers, briefly, on code, math and facts. They are mixed
 without any finetuning: once with routers that are random, once with routers set from text. `export`
 writes a Mixtral that transformers loads. As configs/smollm2_135m.py, it shows the path rather than
-the method. About half an hour and 12 GB on two CPU cores; docs/modular.md has the results.
+the method.
 
   python -m btx_jax.main --config=configs/smollm2_modular.py:/models/SmolLM2-135M
   python -m btx_jax.main --config=configs/smollm2_modular.py:/models/SmolLM2-135M \

@@ -38,7 +38,7 @@ EQUAL = np.full((len(TOKENS.ids), 3), -math.log(3))
 
 
 def score(weights, nll=NLL):
-  return ensemble.bits_per_byte(nll, weights, TOKENS)['bits_per_byte']
+  return ensemble.bits_per_byte(nll, weights, TOKENS, Letters())['bits_per_byte']
 
 
 def similarity_of(cosines):
@@ -58,9 +58,11 @@ def scored():
 
 def test_one_expert_alone_scores_as_in_the_table(scored):
   nll, whole = scored
-  found = ensemble.bits_per_byte(nll[:, None], np.zeros((len(nll), 1)), TOKENS)
-  assert found == {'bits_per_byte': pytest.approx(whole['bits_per_byte'], rel=1e-5),
-                   'tokens': whole['tokens'], 'bytes': whole['bytes']}
+  found = ensemble.bits_per_byte(nll[:, None], np.zeros((len(nll), 1)), TOKENS, Letters())
+  units = found['units'] | {'nll': pytest.approx(found['units']['nll'], rel=1e-5)}
+  assert whole == found | {
+      'bits_per_byte': pytest.approx(found['bits_per_byte'], rel=1e-5), 'units': units}
+  assert whole['units']['bytes'] == np.diff(TOKENS.bytes).tolist()
 
 
 def similarities(cosines=(0.1, 0.3, 0.2)):

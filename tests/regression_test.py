@@ -26,12 +26,13 @@ def of(**scored):
 
 
 def test_the_largest_increase_comes_first_and_what_is_undefined_before_it():
-  found = regression.changes({'code': 2.0, 'math': 1.0, 'prose': 4.0, 'law': 0.0, 'tax': 1.0},
-                             {'code': 1.0, 'math': 1.1, 'prose': 4.1, 'law': 0.5, 'tax': math.nan})
+  before = of(code=2.0, math=1.0, prose=4.0, law=0.0, tax=1.0)
+  found = regression.changes(before, of(code=1.0, math=1.1, prose=4.1, law=0.5, tax=math.nan))
   assert [row['domain'] for row in found] == ['law', 'tax', 'math', 'prose', 'code']
   assert [row['percent'] for row in found] == [
       None, None, pytest.approx(10), pytest.approx(2.5), pytest.approx(-50)]
-  assert found[2] == {'domain': 'math', 'before': 1.0, 'after': 1.1, 'percent': found[2]['percent']}
+  assert found[2] == {'domain': 'math', 'before': 1.0, 'after': 1.1, 'percent': found[2]['percent'],
+                      'percent_error': None}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from btx_jax import base
-from btx_jax.commands import report, seeds, status, table
+from btx_jax.commands import claims, report, seeds, status, table
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.model.config import forward_flops_per_token
@@ -157,10 +157,12 @@ def test_a_check_is_met_if_every_seed_meets_it(measured):
   checks = seeds.results(study).checks
   check, = (each for each in checks if each['name'].startswith('btx beats seed on code'))
   assert check == {'name': 'btx beats seed on code (0.233): met in 2 of 3 seeds', 'met': False,
-                   'met_in': 2, 'seeds': 3}
+                   'met_in': 2, 'seeds': 3, 'difference': pytest.approx(-0.7 / 3), 'error': None,
+                   'limit': 0.0, 'close': False, 'units': None}
   for s in (0, 2):
-    alone = table.checks(study, table.rows(study, f'seed-{s}'), f'seed-{s}')
-    assert {'name': 'btx beats seed on code (0.400)', 'met': True} in alone
+    alone = claims.checks(study, table.rows(study, f'seed-{s}'), f'seed-{s}')
+    assert ('btx beats seed on code (0.400)', True) in [
+        (each['name'], each['met']) for each in alone]
 
 
 def test_seeds_that_are_not_complete_enter_no_mean(measured):
@@ -169,7 +171,7 @@ def test_seeds_that_are_not_complete_enter_no_mean(measured):
   alone = seeds.results(study)
   assert alone.complete == ['seed-0'] and alone.rows == table.rows(study, 'seed-0')
   assert alone.note == 'Of seed-0 alone. Not complete: seed-1, seed-2.'
-  assert alone.checks == table.checks(study, alone.rows, 'seed-0') != []
+  assert alone.checks == claims.checks(study, alone.rows, 'seed-0') != []
   assert not any('±' in text for row in table.scored(alone.rows) for text, _ in row)
   del found['seed-0/btx', 'final'], found['seed-0/seed', 'final']
   none = seeds.results(study)
@@ -189,9 +191,9 @@ def test_the_report_has_means_and_the_rows_of_each_seed(measured):
   path, results = report.write_report(study, 'three'), seeds.results(study)
   with open(path.replace('html', 'json'), encoding='utf-8') as file:
     found = json.load(file)
-  assert found['rows'] == results.rows and found['checks'] == results.checks
-  assert {series: of_seed['rows'] for series, of_seed in found['seeds'].items()} == (
-      results.by_series)
+  assert found['rows'] == table.without_units(results.rows) and found['checks'] == results.checks
+  assert {series: of_seed['rows'] for series, of_seed in found['seeds'].items()} == {
+      series: table.without_units(rows) for series, rows in results.by_series.items()}
   with open(path, encoding='utf-8') as file:
     page = file.read()
   for cells in table.scored(results.rows):

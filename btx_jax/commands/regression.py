@@ -36,8 +36,10 @@ def changes_cells(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
   for each in found:
     names = [each['name'], each['since']]
     for change in each['changes']:
-      yield [*names, change['domain'], f'{change["before"]:.3f}', f'{change["after"]:.3f}',
-             terminal.format_number(change['percent'], '+.2f')]
+      percent = terminal.format_number(change['percent'], '+.2f')
+      if change['percent_error'] is not None:
+        percent += f' ±{change["percent_error"]:.2f}'
+      yield [*names, change['domain'], f'{change["before"]:.3f}', f'{change["after"]:.3f}', percent]
       names = ['', '']
 
 

@@ -15,7 +15,7 @@ import urllib.parse
 import jinja2
 import numpy as np
 
-from btx_jax.commands import pictures, seeds, status, table
+from btx_jax.commands import claims, measured, pictures, seeds, status, table
 from btx_jax.commands import regression as regression_table
 from btx_jax.data.tokens import read_meta
 from btx_jax.errors import UsageError
@@ -56,7 +56,8 @@ def write_report(study: Study, config_name: str) -> str:
   changes, effects = regression.regressions(study), regression.effects(study)
   folder = os.path.join(study.workdir, 'report')
   with replacing(os.path.join(folder, 'report.json')) as file:
-    json.dump({'config': config_name, 'rows': results.rows, 'checks': results.checks,
+    json.dump({'config': config_name, 'rows': table.without_units(results.rows),
+               'checks': results.checks,
                'runs': found['runs'], **_by_seed(results),
                'regressions': changes, 'without_each_expert': effects}, file, indent=1)
   save = functools.partial(_save_picture, folder)
@@ -74,7 +75,8 @@ def _by_seed(results: seeds.Results) -> dict[str, Any]:
   if not results.by_series:
     return {}
   return {'note': results.note,
-          'seeds': {series: {'complete': series in results.complete, 'rows': rows}
+          'seeds': {series: {'complete': series in results.complete,
+                             'rows': table.without_units(rows)}
                     for series, rows in results.by_series.items()}}
 
 
@@ -116,7 +118,8 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'ensembles': _ensembles(study, results.rows),
       'changes': {'headings': regression_table.CHANGES, 'rows': list(
           regression_table.changes_cells(changes))},
-      'checks': results.checks,
+      'checks': [{'verdict': claims.verdict(check), **check} for check in results.checks],
+      'about_checks': claims.about(results.checks),
       'training': _training(study, lines, save),
       'mixtures': _mixtures(study, lines, {each['name']: each for each in effects}, save),
       'remarks': regression.remarks(study),
@@ -139,6 +142,9 @@ def _models(results: seeds.Results, save: SavePicture) -> dict[str, Any]:
       'headings': ['model', *table.headings(rows)],
       'rows': [{'name': row['name'], 'scores': scored, 'costs': costs}
                for row, scored, costs in zip(rows, table.scored(rows), table.costs(rows))],
+      'measured': {'headings': measured.HEADINGS, 'rows': measured.cells(rows),
+                   'about': measured.about(rows)},
+      'errors': measured.errors(rows),
       'picture': save('bits_per_byte', pictures.bits_per_byte(rows),
                       'Bits per byte of every model'),
   }

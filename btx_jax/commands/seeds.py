@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from btx_jax.commands import table
+from btx_jax.commands import claims, table
 from btx_jax.commands.table import Row
 from btx_jax.evaluate import scores
 from btx_jax.study.study import Study
@@ -22,8 +22,9 @@ class Results(NamedTuple):
   Attributes:
     rows: see table.rows; means over the seeds where there are several. Rows then have `spread`,
       sample standard deviations in the same form: 'bits_per_byte' by domain, and 'mean'.
-    checks: see table.checks; with several seeds a check also has `met_in` and `seeds`, the number
-      of seeds in which it is met and of all that are complete.
+    checks: see claims.checks; with several seeds a check also has `met_in` and `seeds`, the number
+      of seeds in which it is met and of all that are complete. Its difference and error are those
+      of the means.
     by_series: the rows of each series; {} without config.seeds.
     complete: the series that are complete, by name.
     note: what the figures are of, for people; '' without config.seeds.
@@ -40,7 +41,7 @@ def results(study: Study) -> Results:
   by_series = {series: table.rows(study, series) for series in study.series}
   if study.series == ['']:
     rows = by_series['']
-    return Results(rows, table.checks(study, rows), {}, [], '')
+    return Results(rows, claims.checks(study, rows), {}, [], '')
   complete = [series for series in study.series if _is_complete(study, series, by_series[series])]
   others = [series for series in study.series if series not in complete]
   shown = ''
@@ -48,7 +49,7 @@ def results(study: Study) -> Results:
     shown = complete[0] if complete else max(others, key=lambda series: len(by_series[series]))
     rows = by_series[shown]
     note = f'Of {shown} alone' + ('' if complete else ', which is not complete')
-    checks = table.checks(study, rows, shown)
+    checks = claims.checks(study, rows, shown)
   else:
     of_name = [{row['name']: row for row in by_series[series]} for series in complete]
     shared = {run.name for run in study.runs.values() if not run.series}
@@ -56,8 +57,8 @@ def results(study: Study) -> Results:
             for name, row in of_name[0].items()]
     note = f'Mean ± sample standard deviation over {len(complete)} seeds: {", ".join(complete)}'
     checks = _in_all_seeds(
-        table.checks(study, rows, complete[0]),
-        [table.checks(study, by_series[series], series) for series in complete])
+        claims.checks(study, rows, complete[0]),
+        [claims.checks(study, by_series[series], series) for series in complete])
   rest = [series for series in others if series != shown]
   note += (f'. Not complete: {", ".join(rest)}' if rest else '') + '.'
   return Results(rows, checks, by_series, complete, note)
@@ -70,11 +71,18 @@ def _is_complete(study: Study, series: str, rows: Sequence[Row]) -> bool:
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-  """The means and the spread of one model's rows, at least two; training costs the same in all."""
+  """The means and the spread of one model's rows, at least two; training costs the same in all.
+
+  The error from the text is that of the mean: the seeds are measured on the same units.
+  """
   bits = {domain: [row['bits_per_byte'][domain] for row in rows]
           for domain in rows[0]['bits_per_byte']}
   means = [row['mean'] for row in rows]
-  return rows[0] | {
+  units = {domain: {'nll': np.mean([row['units'][domain]['nll'] for row in rows], 0).tolist(),
+                    'bytes': found['bytes']} for domain, found in rows[0]['units'].items()
+           if all(domain in row['units'] for row in rows)}
+  return table.with_errors(rows[0] | {
+      'units': units,
       'bits_per_byte': {domain: statistics.fmean(values) for domain, values in bits.items()},
       'mean': statistics.fmean(means),
       'spread': {
@@ -82,15 +90,17 @@ def mean_row(rows: Sequence[Row]) -> Row:
           'mean': statistics.stdev(means)},
       'forward_flops': statistics.fmean(row['forward_flops'] for row in rows),
       **{kind: {domain: np.mean([row[kind][domain] for row in rows], 0).tolist()
-                for domain in rows[0][kind]} for kind in ('gates', 'share', 'switches')}}
+                for domain in rows[0][kind]} for kind in ('gates', 'share', 'switches')}})
 
 
 def _in_all_seeds(of_means: list[dict[str, Any]], by_seed: Sequence[list[dict[str, Any]]]
                   ) -> list[dict[str, Any]]:
-  """The checks of the means, each met if it is met in every seed."""
+  """The checks of the means, each met if it is met in every seed; None if one of them is None."""
   result = []
   for check, *of_seeds in zip(of_means, *by_seed, strict=True):
-    met_in, seeds = sum(each['met'] for each in of_seeds), len(of_seeds)
-    result.append({'name': f'{check["name"]}: met in {met_in} of {seeds} seeds',
-                   'met': met_in == seeds, 'met_in': met_in, 'seeds': seeds})
+    verdicts = [each['met'] for each in of_seeds]
+    met_in, seeds = verdicts.count(True), len(of_seeds)
+    result.append(check | {'name': f'{check["name"]}: met in {met_in} of {seeds} seeds',
+                           'met': None if None in verdicts else met_in == seeds,
+                           'met_in': met_in, 'seeds': seeds})
   return result

@@ -6,11 +6,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from btx_jax import terminal
-from btx_jax.evaluate import scores
-from btx_jax.run import CHECKPOINT, MIX, Run
+from btx_jax.evaluate import error_bars, scores
+from btx_jax.evaluate.error_bars import Difference
 from btx_jax.study.study import Study
 
 Row = dict[str, Any]
+MEASURED = ('documents', 'bytes', 'tokens')
 # A column of costs: heading, field of a row, unit, digits.
 Cost = tuple[str, str, float, int]
 _PARAMS: tuple[Cost, ...] = (
@@ -29,7 +30,10 @@ def rows(study: Study, series: str = '') -> list[Row]:
   A row has name, bits_per_byte by domain, their mean, active_params, total_params; forward_flops
   per token (scores.Model); tokens, train_flops and train_flops_unfrozen (as if nothing had been
   frozen), which include every run the model descends from; gates by domain ({} for a dense model);
-  and by domain of an ensemble ({} for others) share and switches, see selected.usage.
+  by domain of an ensemble ({} for others) share and switches, see selected.usage; by domain
+  measured, the documents, bytes and tokens of the text that was measured, and units, see
+  units.score; and error, see with_errors. Scores that an earlier version measured have neither
+  documents nor units.
   """
   result = []
   for model in scores.models(study):
@@ -39,7 +43,7 @@ def rows(study: Study, series: str = '') -> list[Row]:
     if found is None:
       continue
     bits = {domain: score['bits_per_byte'] for domain, score in found.items()}
-    result.append({
+    result.append(with_errors({
         'name': model.name,
         'bits_per_byte': bits,
         'mean': sum(bits.values()) / len(bits),
@@ -49,88 +53,45 @@ def rows(study: Study, series: str = '') -> list[Row]:
         'tokens': sum(run.tokens for run in model.trained),
         'train_flops': sum(run.flops for run in model.trained),
         'train_flops_unfrozen': sum(run.flops_unfrozen for run in model.trained),
+        'measured': {domain: {kind: score.get(kind) for kind in MEASURED}
+                     for domain, score in found.items()},
         **{kind: {domain: score[kind] for domain, score in found.items() if kind in score}
-           for kind in ('gates', 'share', 'switches')},
-    })
+           for kind in ('gates', 'share', 'switches', 'units')},
+    }))
   return result
 
 
-def checks(study: Study, rows: list[Row], series: str = '') -> list[dict[str, Any]]:
-  """The method's claims, each checked on the figures: {'name': the claim, 'met': bool}.
-
-  They are made for every mixture of one seed and experts branched from it. An expert's own domain
-  is the one with the largest weight in its training.
-
-  Args:
-    study: whose runs they are.
-    rows: of a series, or means over several.
-    series: the series, or one of them.
-  """
-  settings = study.config.checks
-  by_name = {row['name']: row for row in rows}
-  result = []
-
-  def check(name: str, met: bool):
-    result.append({'name': name, 'met': bool(met)})
-
-  def score(name: str, domain: str) -> float:
-    return by_name[name]['bits_per_byte'][domain]
-
-  for run in study.of_series(series):
-    experts = _branches(run)
-    if not experts:
-      continue
-    mixture = run.plain_name
-    unmixed = [*(source.plain_name for source in run.sources),
-               f'average of {scores.first_equivalent(study, run).plain_name}']
-    compared = [*unmixed, f'{mixture} unfinetuned', mixture]
-    if any(name not in by_name for name in compared):
-      continue
-    seed = experts[0].sources[0].plain_name
-    own = {expert.plain_name: _main_domain(expert) for expert in experts}
-    for name, domain in own.items():
-      gain = score(seed, domain) - score(name, domain)
-      check(f'{name} beats {seed} on {domain} by at least {settings.expert_gain} ({gain:.3f})',
-            gain >= settings.expert_gain)
-      check(f'{name} is best on {domain} among {", ".join(unmixed)}',
-            all(score(name, domain) <= score(other, domain) for other in unmixed))
-    check(f'{mixture} has the lowest mean of {", ".join(compared)}',
-          all(by_name[mixture]['mean'] <= by_name[other]['mean'] for other in compared))
-    for domain in by_name[mixture]['bits_per_byte']:
-      gap = score(mixture, domain) - score(seed, domain)
-      if domain in own.values():
-        check(f'{mixture} beats {seed} on {domain} ({-gap:.3f})', gap < 0)
-      else:
-        check(f'{mixture} is within {settings.seed_slack} of {seed} on {domain} ({gap:+.3f})',
-              gap <= settings.seed_slack)
-    for name, domain in own.items():
-      gap = score(mixture, domain) - score(name, domain)
-      check(f'{mixture} is within {settings.specialist_gap} of {name} on {domain} '
-            f'({gap:+.3f})', gap <= settings.specialist_gap)
-      gates = _mean_gates(by_name[mixture]['gates'][domain])
-      largest = run.expert_names[gates.index(max(gates))]
-      check(f'on {domain}, {name} has the largest mean gate of {mixture} (largest: {largest}, '
-            f'{max(gates):.2f})', largest == name)
-  return result
+def difference(row: Row, other: Row, domain: str) -> Difference:
+  """By how much bits per byte of a row on a domain are above those of another row."""
+  value = row['bits_per_byte'][domain] - other['bits_per_byte'][domain]
+  units, of_other = (each.get('units', {}).get(domain) for each in (row, other))
+  if not units or not of_other:
+    return Difference(value, None, None)
+  return Difference(
+      value, error_bars.error_of_difference(units, of_other), len(units['bytes']))
 
 
-def _main_domain(run: Run) -> str:
-  """The domain with the largest weight."""
-  return max(run.weights, key=run.weights.__getitem__)
+def difference_of_means(row: Row, other: Row) -> Difference:
+  """By how much the mean over the domains is above that of another row."""
+  found = [difference(row, other, domain) for domain in row['bits_per_byte']]
+  units = [each.units for each in found if each.units is not None]
+  return Difference(row['mean'] - other['mean'],
+                    error_bars.error_of_mean(each.error for each in found),
+                    min(units) if len(units) == len(found) else None)
 
 
-def _branches(run: Run) -> list[Run]:
-  """The branches in a mixture of one seed and its branches, all of them experts; else none."""
-  if run.init != MIX or not {source.plain_name for source in run.sources} <= set(run.expert_names):
-    return []
-  branches = [source for source in run.sources if source.init == CHECKPOINT]
-  seeds = {branch.sources[0].label for branch in branches if not branch.from_step}
-  rest = {source.name for source in run.sources} - {branch.name for branch in branches}
-  return branches if len(seeds) == 1 and rest <= seeds else []
+def with_errors(row: Row) -> Row:
+  """The row with `error`, the standard errors of its scores from its `units`: 'bits_per_byte' by
+  domain, and 'mean'. Those of domains without units are None."""
+  errors = {domain: error_bars.error_of(row['units'][domain]) if domain in row['units'] else None
+            for domain in row['bits_per_byte']}
+  return row | {'error': {'bits_per_byte': errors,
+                          'mean': error_bars.error_of_mean(errors.values())}}
 
 
-def _mean_gates(gates_LE) -> list[float]:
-  return [sum(layer[e] for layer in gates_LE) / len(gates_LE) for e in range(len(gates_LE[0]))]
+def without_units(rows: list[Row]) -> list[Row]:
+  """The rows without the scores of each unit, which are long."""
+  return [{key: value for key, value in row.items() if key != 'units'} for row in rows]
 
 
 def headings(rows: list[Row]) -> list[str]:
@@ -155,7 +116,8 @@ def _costs(rows: list[Row]) -> list[Cost]:
 def scored(rows: list[Row]) -> list[list[tuple[str, bool]]]:
   """For each row (score, whether it is the best of its column) by domain, the mean last.
 
-  A score is text: '1.451', or '1.451 ±0.003' with its spread over seeds.
+  A score is text: '1.451', or '1.451 ±0.003' with its spread over seeds, which is not its error
+  from the text.
   """
   values = [[*row['bits_per_byte'].values(), row['mean']] for row in rows]
   best = [min(column) for column in zip(*values)]

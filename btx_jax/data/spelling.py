@@ -68,8 +68,18 @@ class Spelling:
     texts = [together[a:b] for a, b in itertools.pairwise(bounds)]
     return [text.removeprefix(b' ') for text in texts] if self._space_before else texts
 
+  def sizes(self, ids: np.ndarray) -> np.ndarray:
+    """The bytes that each token adds to the text of the tokens before it, [tokens].
+
+    They add up to those of `spell`, but for a space that the tokenizer puts before a text.
+    """
+    sizes = self._sizes[ids].astype(np.int64)
+    for at in 1 + np.flatnonzero(np.isin(ids[:-1], list(self._also_after))):
+      sizes[at] -= self._bytes_of[ids[at]].startswith(b' ')
+    return sizes
+
   def decode(self, ids: Sequence[int]) -> str:
-    """The same as a string: special tokens are omitted unless they are encoded from text, and an
+    """The bytes as a string: special tokens are omitted unless they are encoded from text, and an
     incomplete character is U+FFFD."""
     return self.spell(ids).decode('utf-8', errors='replace')
 

@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
     """The same of several texts, whose ids [tokens] follow one another; see Spelling."""
     ...
 
+  def sizes(self, ids: np.ndarray) -> np.ndarray:
+    """The bytes that each token adds to a text, [tokens]; see Spelling."""
+    ...
+
   def decode(self, ids: Sequence[int]) -> str:
     """The text of token ids."""
     ...

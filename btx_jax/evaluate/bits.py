@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 import functools
-import math
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
+from btx_jax.evaluate import error_bars, units
 from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
 from btx_jax.training.step import forward
@@ -20,7 +20,7 @@ _SHOWN = 256  # tokens of each domain whose gates are stored one by one
 
 @functools.cache
 def _eval_step(cfg: Config, mesh):
-  """Compiles (params, batch [B, T]) -> summed loss in nats, number of tokens, routing.
+  """Compiles (params, batch [B, T]) -> loss of each target in nats [B, T], routing.
 
   `routing` is None for a dense model, else (gates summed over tokens [L, E], number of these
   tokens, gates of the first row averaged over layers [T, E]).
@@ -28,20 +28,20 @@ def _eval_step(cfg: Config, mesh):
   def score(params, batch):
     scores = forward(cfg, params, batch)
     if scores.routed is None:
-      return scores.nll, scores.tokens, None
+      return scores.token_nll, None
     gates_LBTk, ids_LBTk = scores.routed.gates, scores.routed.ids
     first_TE = dense_gates(gates_LBTk[:, 0], ids_LBTk[:, 0], cfg.num_experts).mean(0)
     sums = scores.routed.sums
-    return scores.nll, scores.tokens, (sums.gates.sum(1), sums.count[0].sum(), first_TE)
+    return scores.token_nll, (sums.gates.sum(1), sums.count[0].sum(), first_TE)
 
   return sharding.jit_replicated(score, mesh)
 
 
 @functools.cache
 def _masked_step(cfg: Config, mesh):
-  """Compiles (params, batch [B, T], masked [E]) -> summed loss in nats without those experts."""
+  """Compiles (params, batch [B, T], masked [E]) -> loss of each target without those experts."""
   def score(params, batch, masked_E):
-    return forward(cfg, params, batch, masked_E=masked_E).nll
+    return forward(cfg, params, batch, masked_E=masked_E).token_nll
 
   return sharding.jit_replicated(score, mesh)
 
@@ -64,24 +64,24 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
     tokenizer: the tokenizer of the tokens.
 
   Returns:
-    domain -> `bits_per_byte`, `tokens` and `bytes`. For a mixture also `gates`, the mean gate of
-    each expert in each layer, [L][E], and `sample`, the first tokens of the text: their `pieces`,
-    and their `gates` averaged over layers, [pieces][E].
+    domain -> what units.score returns. For a mixture also `gates`, the mean gate of each expert in
+    each layer, [L][E], and `sample`, the first tokens of the text: their `pieces`, and their
+    `gates` averaged over layers, [pieces][E].
   """
   result = {}
   for domain, tokens in held_out.items():
-    nll = scored = count = 0.0
+    nll, count = [np.zeros(1, np.float32)], 0.0  # nothing predicts the first token
     gates, sample = np.zeros(()), None
     for first, batch in _batches(tokens, mesh, length, batch_size):
-      batch_nll, batch_tokens, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
-      nll, scored = nll + float(batch_nll), scored + int(batch_tokens)
+      nll_BT, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
+      nll.append(nll_BT.reshape(-1))
       if routed is not None:
         gates = gates + np.asarray(routed[0], np.float64)
         count += float(routed[1])
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
-    result[domain] = {'bits_per_byte': _per_byte(nll, tokens), 'tokens': int(scored),
-                      'bytes': int(tokens.bytes[-1])}
+    nll_N = np.concatenate(nll)[:len(tokens.ids)]
+    result[domain] = units.score(nll_N, tokens, tokenizer)
     if sample:
       result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}
   return result
@@ -110,8 +110,11 @@ def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mes
   for domain, tokens in held_out.items():
     nll_E = np.zeros(cfg.num_experts)
     for _, batch in _batches(tokens, mesh, length, batch_size):
-      nll_E += jax.device_get([step(params, batch, masked_E) for masked_E in masks_EE])
-    result[domain] = {'bits_per_byte': [_per_byte(nll, tokens) for nll in nll_E.tolist()]}
+      nll_EBT = jax.device_get([step(params, batch, masked_E) for masked_E in masks_EE])
+      nll_E += np.sum(nll_EBT, (1, 2), dtype=np.float64)
+    size = int(tokens.bytes[-1])
+    result[domain] = {'bits_per_byte': [
+        error_bars.bits_per_byte(nll, size) for nll in nll_E.tolist()]}
   return result
 
 
@@ -121,8 +124,3 @@ def _batches(tokens: Tokens, mesh, length: int, batch_size: int
   for batch in mixture.evaluation_batches(tokens, length, batch_size):
     first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN].tolist()
     yield first, sharding.from_whole(batch, mesh)
-
-
-def _per_byte(nll: float, tokens: Tokens) -> float:
-  """Bits per byte of raw text, from the negative log likelihood in nats."""
-  return nll / math.log(2) / max(int(tokens.bytes[-1]), 1)

@@ -8,7 +8,6 @@ it. selected.py carries out the whole.
 from collections.abc import Callable, Sequence
 import functools
 import itertools
-import math
 import re
 from typing import Any
 
@@ -19,6 +18,7 @@ from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
+from btx_jax.evaluate import units
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.training.loss import next_token_loss
@@ -30,16 +30,11 @@ TEMPERATURE = 0.1  # c-BTM's (Gururangan et al. 2023), of squared distances
 @functools.cache
 def _token_nll(cfg: Config, mesh):
   """Compiles (params, batch [B, T]) -> negative log likelihood of each target, [B, T] in nats."""
-  def one_per_row(x):
-    return x.reshape(-1, 1, *x.shape[2:])  # next_token_loss sums over each row
-
   def score(params, batch):
     hidden_BTD, _ = llama.Llama(cfg).apply(
         {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'])
-    _, nll = next_token_loss(
-        one_per_row(hidden_BTD), llama.output_head(params, hidden_BTD.dtype),
-        one_per_row(batch['targets']), one_per_row(batch['loss_mask']))
-    return nll.reshape(batch['targets'].shape)
+    return next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
+                           batch['targets'], batch['loss_mask'])[1]
 
   return sharding.jit_replicated(score, mesh)
 
@@ -151,13 +146,11 @@ def counted(tokens: Tokens) -> np.ndarray:
   return result
 
 
-def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens) -> dict:
-  """The score of the averaged probabilities, in the form of bits.evaluate."""
-  scored = counted(tokens)
-  nll = averaged_nll(nll_NE, log_weights_NE)[scored].sum()
-  size = int(tokens.bytes[-1])
-  return {'bits_per_byte': nll / math.log(2) / max(size, 1), 'tokens': int(scored.sum()),
-          'bytes': size}
+def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens,
+                  tokenizer: Tokenizer) -> dict:
+  """The score of the averaged probabilities, see units.score."""
+  nll_N = np.where(counted(tokens), averaged_nll(nll_NE, log_weights_NE), 0.0)
+  return units.score(nll_N, tokens, tokenizer)
 
 
 def _logsumexp(x_NE: np.ndarray) -> np.ndarray:

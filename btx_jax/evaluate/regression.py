@@ -7,22 +7,33 @@ from collections.abc import Iterator, Mapping
 import math
 from typing import Any
 
-from btx_jax.evaluate import scores
+from btx_jax.evaluate import error_bars, scores
 from btx_jax.model.config import Config
 from btx_jax.run import CHECKPOINT, Run
 from btx_jax.study.study import Study
 
 
-def changes(before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, Any]]:
+def changes(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
+            ) -> list[dict[str, Any]]:
   """The change of each domain's bits per byte, the largest increase first.
 
+  Args:
+    before, after: scores by domain.
+
   Returns:
-    for each domain of `after`: `domain`, `before`, `after` and `percent`, the change in percent of
-    `before`. It is None where it is undefined (a score of 0 before, or one that is not finite);
-    these come first.
+    for each domain of `after`: `domain`; `before` and `after`, its bits per byte; `percent`, the
+    change in percent of `before`; and `percent_error`, its standard error from the text, paired by
+    unit. Percent is None where it is undefined (a score of 0 before, or one that is not finite);
+    these come first. The error is None if it is not known.
   """
-  rows = [{'domain': domain, 'before': before[domain], 'after': score,
-           'percent': _percent(before[domain], score)} for domain, score in after.items()]
+  rows = []
+  for domain, score in after.items():
+    was, units = before[domain]['bits_per_byte'], before[domain].get('units')
+    percent, error = _percent(was, score['bits_per_byte']), None
+    if percent is not None and units and 'units' in score:
+      error = error_bars.error_of_percent(score['units'], units)
+    rows.append({'domain': domain, 'before': was, 'after': score['bits_per_byte'],
+                 'percent': percent, 'percent_error': error})
   return sorted(rows, key=lambda row: (
       row['percent'] is not None, -(row['percent'] or 0)))
 
@@ -51,7 +62,7 @@ def regressions(study: Study) -> list[dict[str, Any]]:
     after = scores.read(study, run, scores.FINAL)
     if before and after:
       result.append({'name': run.name, 'since': since,
-                     'changes': changes(_bits(before), _bits(after))})
+                     'changes': changes(before, after)})
   return result
 
 

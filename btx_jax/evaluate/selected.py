@@ -44,8 +44,8 @@ def evaluate(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dic
     nll = _nll(study, run, text, mesh, computed)
   result = {}
   for domain, tokens in held_out.items():
-    result[domain] = (ensemble.bits_per_byte(nll[domain], log_weights[domain], tokens)
-                      | usage(run, np.exp(log_weights[domain]), computed[domain], tokens))
+    score = ensemble.bits_per_byte(nll[domain], log_weights[domain], tokens, text.tokenizer)
+    result[domain] = score | usage(run, np.exp(log_weights[domain]), computed[domain], tokens)
     say(f'{run.name}: {in_words(run, domain, result[domain])}')
   return result
 

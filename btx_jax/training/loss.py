@@ -33,26 +33,23 @@ def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
 
   Returns:
     its sum, a float32 scalar, differentiable with respect to the hidden states and the head,
-    and the sum of each row [B], for reports, through which no gradient flows.
+    and that of each position [B, T], for reports, through which no gradient flows.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return _by_row(*_summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT, None))
+    total, nll_BT = _summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT, None)
+    return total, jax.lax.stop_gradient(nll_BT)
   vocab_axis = sharding.axis_that_cuts('tensor', head_DV.shape[1])
 
   def local(hidden, head, targets, mask):
     head = sharding.varying_like(head, hidden)
     total, nll_BT = _summed_nll(hidden, head, targets, mask, vocab_axis)
-    return _by_row(jax.lax.psum(total, batch_axes), nll_BT)
+    return jax.lax.psum(total, batch_axes), jax.lax.stop_gradient(nll_BT)
 
   rows = P(batch_axes)
   return jax.shard_map(
       local, in_specs=(rows, P(None, vocab_axis), rows, rows), out_specs=(P(), rows))(
           hidden_BTD, head_DV, targets_BT, mask_BT)
-
-
-def _by_row(total, nll_BT):
-  return total, jax.lax.stop_gradient(nll_BT).sum(1)
 
 
 def _nll(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis) -> tuple[jax.Array, jax.Array]:

@@ -56,13 +56,13 @@ class Scores(NamedTuple):
   Attributes:
     nll: negative log likelihood in nats, summed over targets; the one to differentiate.
     tokens: number of targets in that sum.
-    row_nll: [B], the sum of each row; no gradient flows through it.
+    token_nll: [B, T], that of each target; no gradient flows through it.
     row_tokens: [B].
     routed: of a mixture, [L, B, ...]; None for a dense model.
   """
   nll: jax.Array
   tokens: jax.Array
-  row_nll: jax.Array
+  token_nll: jax.Array
   row_tokens: jax.Array
   routed: Routing | None
 
@@ -83,9 +83,9 @@ def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'],
       noise, masked_E)
   hidden_BTD, routed = outputs
-  nll, row_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
-                                 batch['targets'], batch['loss_mask'], batch_axes)
-  return Scores(nll, batch['loss_mask'].sum(), row_nll, batch['loss_mask'].sum(1),
+  nll, token_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
+                                   batch['targets'], batch['loss_mask'], batch_axes)
+  return Scores(nll, batch['loss_mask'].sum(), token_nll, batch['loss_mask'].sum(1),
                 routed)
 
 
@@ -165,7 +165,7 @@ def sums_by_domain(scores: Scores, domain_B, num_domains: int) -> dict[str, Any]
   """
   member_BG = jax.nn.one_hot(domain_B, num_domains, dtype=jnp.int32)
   sums: dict[str, Any] = {
-      'nll_by_domain': (scores.row_nll[:, None] * member_BG).sum(0),
+      'nll_by_domain': (scores.token_nll.sum(1)[:, None] * member_BG).sum(0),
       'tokens_by_domain': (scores.row_tokens[:, None] * member_BG).sum(0)}
   if scores.routed is not None:
     sums['routing'] = by_domain(scores.routed.sums, domain_B, num_domains)

@@ -1,0 +1,164 @@
+"""The method's claims, checked on the figures of a study with their error bars."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from btx_jax.commands import table
+from btx_jax.commands.table import Row
+from btx_jax.evaluate import scores
+from btx_jax.evaluate.error_bars import LEAST_UNITS, Difference
+from btx_jax.run import CHECKPOINT, MIX, Run
+from btx_jax.study.study import Study
+
+Check = dict[str, Any]
+_CLOSE = 2  # standard errors; a difference nearer to its limit may be on either side
+
+
+def checks(study: Study, rows: list[Row], series: str = '') -> list[Check]:
+  """The claims of every mixture of one seed and experts branched from it, each checked.
+
+  An expert's own domain is the one with the largest weight in its training. A claim about scores is
+  that a difference of two of them is below a limit, and the difference is paired by unit of text.
+
+  Args:
+    study: whose runs they are.
+    rows: of a series, or means over several.
+    series: the series, or one of them.
+
+  Returns:
+    for each claim: `name`, with its figures; `met`, or None if there is too little text to tell,
+    fewer than LEAST_UNITS units; `units`, None if they are not known. A claim about scores also has
+    `difference`, `error` (its standard error, None if it is not known), `limit`, and `close`,
+    whether the difference is within two errors of the limit.
+  """
+  settings = study.config.checks
+  by_name = {row['name']: row for row in rows}
+  result = []
+
+  def score(name: str, domain: str) -> float:
+    return by_name[name]['bits_per_byte'][domain]
+
+  def gap(name: str, other: str, domain: str) -> Difference:
+    return table.difference(by_name[name], by_name[other], domain)
+
+  for run in study.of_series(series):
+    experts = _branches(run)
+    if not experts:
+      continue
+    mixture = run.plain_name
+    unmixed = [*(source.plain_name for source in run.sources),
+               f'average of {scores.first_equivalent(study, run).plain_name}']
+    compared = [*unmixed, f'{mixture} unfinetuned', mixture]
+    if any(name not in by_name for name in compared):
+      continue
+    seed = experts[0].sources[0].plain_name
+    own = {expert.plain_name: _main_domain(expert) for expert in experts}
+    for name, domain in own.items():
+      result.append(_at_least(f'{name} beats {seed} on {domain} by at least {settings.expert_gain}',
+                              gap(name, seed, domain), settings.expert_gain))
+      rival = min((other for other in unmixed if other != name),
+                  key=lambda other, domain=domain: score(other, domain))
+      result.append(_lowest(f'{name} is best on {domain} among {", ".join(unmixed)}',
+                            gap(name, rival, domain), rival))
+    rival = min(compared[:-1], key=lambda other: by_name[other]['mean'])
+    result.append(_lowest(f'{mixture} has the lowest mean of {", ".join(compared)}',
+                          table.difference_of_means(by_name[mixture], by_name[rival]), rival))
+    for domain in by_name[mixture]['bits_per_byte']:
+      found = gap(mixture, seed, domain)
+      result.append(
+          _below(f'{mixture} beats {seed} on {domain}', found) if domain in own.values() else
+          _within(f'{mixture} is within {settings.seed_slack} of {seed} on {domain}', found,
+                  settings.seed_slack))
+    for name, domain in own.items():
+      result.append(_within(
+          f'{mixture} is within {settings.specialist_gap} of {name} on {domain}',
+          gap(mixture, name, domain), settings.specialist_gap))
+      gates = _mean_gates(by_name[mixture]['gates'][domain])
+      largest = run.expert_names[gates.index(max(gates))]
+      units = table.difference(by_name[mixture], by_name[mixture], domain).units
+      result.append(_check(f'on {domain}, {name} has the largest mean gate of {mixture}',
+                           f'largest: {largest}, {max(gates):.2f}', largest == name, units))
+  return result
+
+
+def verdict(check: Check) -> str:
+  """'met', 'NOT MET' or 'too little text to tell'."""
+  return {True: 'met', False: 'NOT MET', None: 'too little text to tell'}[check['met']]
+
+
+def about(found: Iterable[Check]) -> str:
+  """What the errors beside claims are, for people; '' if there are none."""
+  return ('± is the standard error of a difference from the text, paired by unit; below '
+          f'{LEAST_UNITS} units there is too little text to tell.'
+          if any(check['units'] is not None for check in found) else '')
+
+
+def _at_least(claim: str, found: Difference, gain: float) -> Check:
+  """The claim that a score is lower than another by at least `gain`."""
+  return _judge(claim, found, _figure(-found.value, found), found.value <= -gain, -gain, f'{gain}')
+
+
+def _below(claim: str, found: Difference) -> Check:
+  """The claim that a score is lower than another."""
+  return _judge(claim, found, _figure(-found.value, found), found.value < 0, 0.0, '0')
+
+
+def _within(claim: str, found: Difference, limit: float) -> Check:
+  """The claim that a score is higher than another by no more than `limit`."""
+  return _judge(claim, found, _figure(found.value, found, '+.3f'), found.value <= limit, limit,
+                f'{limit}')
+
+
+def _lowest(claim: str, found: Difference, rival: str) -> Check:
+  """The claim that a score is the lowest of several, from its difference to the lowest other."""
+  side = 'below' if found.value <= 0 else 'above'
+  return _judge(claim, found, f'{_figure(abs(found.value), found)} {side} {rival}',
+                found.value <= 0, 0.0, '0')
+
+
+def _judge(claim: str, found: Difference, figures: str, met: bool, limit: float, shown_limit: str
+           ) -> Check:
+  """A claim about a difference of scores; `figures` and `shown_limit` are for people."""
+  close = bool(_is_enough(found.units) and found.error
+               and abs(found.value - limit) <= _CLOSE * found.error)
+  if close:
+    figures += f', within two errors of {shown_limit}'
+  return _check(claim, figures, met, found.units) | {
+      'difference': found.value, 'error': found.error, 'limit': limit, 'close': close}
+
+
+def _check(claim: str, figures: str, met: bool, units: int | None) -> Check:
+  if not _is_enough(units):
+    return {'name': f'{claim} ({figures}, {units} units)', 'met': None, 'units': units}
+  return {'name': f'{claim} ({figures})', 'met': bool(met), 'units': units}
+
+
+def _is_enough(units: int | None) -> bool:
+  """Whether a claim can be judged: by its error if the number of units is known, else without."""
+  return units is None or units >= LEAST_UNITS
+
+
+def _figure(shown: float, found: Difference, form: str = '.3f') -> str:
+  """A difference with its error, if there is enough text to know that."""
+  error = '' if found.error is None or not _is_enough(found.units) else f' ±{found.error:.3f}'
+  return f'{shown:{form}}{error}'
+
+
+def _main_domain(run: Run) -> str:
+  """The domain with the largest weight."""
+  return max(run.weights, key=run.weights.__getitem__)
+
+
+def _branches(run: Run) -> list[Run]:
+  """The branches in a mixture of one seed and its branches, all of them experts; else none."""
+  if run.init != MIX or not {source.plain_name for source in run.sources} <= set(run.expert_names):
+    return []
+  branches = [source for source in run.sources if source.init == CHECKPOINT]
+  seeds = {branch.sources[0].name for branch in branches}
+  rest = {source.name for source in run.sources} - {branch.name for branch in branches}
+  of_end = not any(branch.from_step for branch in branches)  # another step is not measured
+  return branches if of_end and len(seeds) == 1 and rest <= seeds else []
+
+
+def _mean_gates(gates_LE) -> list[float]:
+  return [sum(layer[e] for layer in gates_LE) / len(gates_LE) for e in range(len(gates_LE[0]))]
