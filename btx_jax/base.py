@@ -141,8 +141,10 @@ def get_config() -> ConfigDict:
   config.checkpoint_every = 500
   # Also write TensorBoard events, into the directory of each run.
   config.tensorboard = False
-  # The newest checkpoints of a run that are kept.
+  # The newest checkpoints of a run that are kept, beside those that other runs start from.
   config.checkpoints_kept = 2
+  # Checkpoints after multiples of this many steps are saved and kept for ever; 0 is none.
+  config.checkpoints_kept_every = 0
 
   # Thresholds of the checks under the table, in bits per byte.
   config.checks = ConfigDict({
@@ -223,13 +225,25 @@ def random() -> ConfigDict:
   return ConfigDict({'kind': RANDOM, 'runs': ()})
 
 
-def checkpoint(run_name: str) -> ConfigDict:
-  """Starts from the end of another run: to branch a seed, or to continue training.
+def checkpoint(run_name: str, step: int = 0, state: bool = False) -> ConfigDict:
+  """Starts from another run: to branch a seed, or to continue training.
+
+  Only the parameters are taken, unless `state` is set: Adam's moments and count, the order of the
+  data, the warmup and the schedule of the learning rate start anew. With `state` only the warmup
+  and the schedule do, for the steps of the new run; and not even these if both runs have a constant
+  rate (optimizer.final_lr = 1), so that a run continued in this way is bit for bit the longer run.
 
   Args:
     run_name: the run to start from.
+    step: the number of its steps to start after; 0 is its end. A step that a run of the config
+      starts from is saved and kept. Of a run that is past it, the step must be one of those that
+      are kept (config.checkpoints_kept, config.checkpoints_kept_every), and the run need not be
+      complete: train from it by --run=NAME.
+    state: also take Adam's moments and count, and read on in the data where the run stopped. What
+      trains, the domains and their weights, data.seq_len, train.batch_size, optimizer.b1 and
+      optimizer.b2 must be the same.
   """
-  return ConfigDict({'kind': CHECKPOINT, 'runs': (run_name,)})
+  return ConfigDict({'kind': CHECKPOINT, 'runs': (run_name,), 'step': step, 'state': state})
 
 
 def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] | None = None,
@@ -268,7 +282,7 @@ def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] |
 
 
 def extend(mixture: str, *run_names: str, allow: tuple[str, ...] = (),
-           routers: ConfigDict | None = None) -> ConfigDict:
+           routers: ConfigDict | None = None, state: bool = False) -> ConfigDict:
   """Starts from a mixture with further experts, after those that it has.
 
   The old experts and all shared weights keep their bits. Of the new ones only the feed-forward
@@ -282,12 +296,22 @@ def extend(mixture: str, *run_names: str, allow: tuple[str, ...] = (),
     routers: how they begin: from_text(...), or None for routers as the mixture's own were made. If
       those were set from text, so are these, reusing the stored sums of old domains; if they were
       random, the old experts keep their columns.
+    state: whether to take the mixture's optimizer state as well; see checkpoint. Shared weights,
+      old experts and kept columns of routers keep their moments; each domain is read on where the
+      mixture stopped, and a new one from its beginning. The moments of new experts, and of routers
+      set anew, are zero under Adam's common count, which is large by then and corrects no bias. So
+      the first update of such a weight is (1 - b1) / sqrt(1 - b2) of the learning rate, whatever
+      its gradient: 0.45 at the default 0.9 and 0.95, where a new run begins with 1. While the
+      gradient stays the same, the n-th update is (1 - b1^n) / sqrt(1 - b2^n): it rises to 1.10 at
+      n = 20 and falls to 1. Whatever the gradients, none is above
+      (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 1.17. (With b2 = 0.999 these are 3.2, 6.6 at
+      n = 12, and 7.3: there it takes a warmup.)
   """
-  return _edit(mixture, added=_names(run_names), allow=allow, routers=routers)
+  return _edit(mixture, added=_names(run_names), allow=allow, routers=routers, state=state)
 
 
 def replace(mixture: str, pairs: tuple[tuple[str, str], ...], allow: tuple[str, ...] = (),
-            routers: ConfigDict | None = None) -> ConfigDict:
+            routers: ConfigDict | None = None, state: bool = False) -> ConfigDict:
   """Starts from a mixture with some experts replaced, each in its place; see extend.
 
   Args:
@@ -295,26 +319,29 @@ def replace(mixture: str, pairs: tuple[tuple[str, str], ...], allow: tuple[str, 
     pairs: (old, new) for each: an expert of the mixture, by the name of the run that it was made
       from, and the run that takes its place. The experts of a pretrained mixture are 'expert 0',
       'expert 1' and so on.
-    allow, routers: as in extend.
+    allow, routers, state: as in extend.
   """
-  return _edit(mixture, replaced=tuple(tuple(pair) for pair in pairs), allow=allow, routers=routers)
+  return _edit(mixture, replaced=tuple(tuple(pair) for pair in pairs), allow=allow,
+               routers=routers, state=state)
 
 
-def drop(mixture: str, *expert_names: str, routers: ConfigDict | None = None) -> ConfigDict:
+def drop(mixture: str, *expert_names: str, routers: ConfigDict | None = None,
+         state: bool = False) -> ConfigDict:
   """Starts from a mixture without some of its experts; see extend.
 
   Args:
     mixture: the run to start from.
     expert_names: the experts to leave out, by the names that `replace` takes.
-    routers: as in extend.
+    routers, state: as in extend.
   """
-  return _edit(mixture, dropped=_names(expert_names), routers=routers)
+  return _edit(mixture, dropped=_names(expert_names), routers=routers, state=state)
 
 
-def _edit(mixture: str, added=(), replaced=(), dropped=(), allow=(), routers=None) -> ConfigDict:
+def _edit(mixture: str, added=(), replaced=(), dropped=(), allow=(), routers=None, state=False
+          ) -> ConfigDict:
   new = dict.fromkeys([*added, *(name for pair in replaced for name in pair[1:])])
   return ConfigDict({'kind': EDIT, 'runs': (mixture, *new), 'added': added, 'replaced': replaced,
-                     'dropped': dropped, 'allow': _names(allow),
+                     'dropped': dropped, 'allow': _names(allow), 'state': state,
                      'routers': routers or from_text(AS_BEFORE)})
 
 

@@ -179,7 +179,7 @@ def _open(path: str) -> tuple[Source, Config]:
     raise UsageError(f'load: {path} is neither a Hugging Face folder (it has no config.json) nor '
                      'the directory of a run (it has no manifest.json).')
   folder = os.path.join(path, 'checkpoints')
-  step = checkpoint.latest_step(folder)
+  step = max(checkpoint.kept_steps(folder), default=None)
   if step is None:
     raise UsageError(f'load: {path} has no checkpoint: its run is {found["state"]}, of '
                      f'{found["spec"]["steps"]} steps. Train it, or write what a run of 0 steps '

@@ -18,8 +18,17 @@ from btx_jax.fitting import fit, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import Run
 from btx_jax.selector import TFIDF, Merge
-from btx_jax.study import compatibility, context, manifest, params, plan
-from btx_jax.study.study import Study
+from btx_jax.study import (
+  compatibility,
+  context,
+  continued,
+  manifest,
+  params,
+  plan,
+  sources,
+  state,
+)
+from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
 from btx_jax.training import layout, loop
 
@@ -52,7 +61,7 @@ class Pipeline(Study):
       UsageError: there is no such run, it starts from one that is not complete, it does not fit
         the mesh, or a run's directory belongs to another config. No run has been touched then.
     """
-    asked = list(self.runs.values()) if only is None else [self.run(only)]
+    asked = self._not_superseded() if only is None else [self.run(only)]
     incomplete = distributed.broadcast(lambda: self._incomplete(asked, only))
     wanted = [run for run in asked if run.name in incomplete]
     groups = [asked] if only else plan.groups(asked, self.config.stacked)
@@ -108,12 +117,31 @@ class Pipeline(Study):
 
   # Before the training
 
+  def _not_superseded(self) -> list[Run]:
+    left = distributed.broadcast(lambda: [run.name for run in sources.superseded(self)])
+    for name in left:
+      say(f'{name} failed and is left as it is, because other runs start from steps of it that are '
+          f'kept; --run={name} tries it again')
+    return [run for run in self.runs.values() if run.name not in left]
+
   def _incomplete(self, asked: list[Run], only: str | None) -> list[str]:
     for source in asked[0].sources if only else ():
-      if self.state(source.name) != manifest.COMPLETE:
+      if not source.of_steps and self.state(source.name) != manifest.COMPLETE:
         raise UsageError(f'--run={only} starts from {source.name!r}, which is '
                          f'{self.state(source.name)}; run --run={source.name} first.')
-    return [run.name for run in asked if self.state(run.name) != manifest.COMPLETE]
+    incomplete = [run for run in asked if self.state(run.name) != manifest.COMPLETE]
+    for run in incomplete:
+      self._check_step(run, only)
+    return [run.name for run in incomplete]
+
+  def _check_step(self, run: Run, only: str | None):
+    """Raises UsageError if a run starts from a step that is not kept, and will not be saved."""
+    if not run.from_step or sources.kept(self, run):
+      return
+    source = run.sources[0]
+    done = (manifest.read(self.folder(source.name)) or {}).get('steps_done', 0)
+    if only or done >= source.steps:
+      continued.check_kept(run, done, sources.kept(self, source))
 
   def _check_processes_agree(self):
     distributed.check_shared(self.workdir)
@@ -135,6 +163,7 @@ class Pipeline(Study):
   def _say_remarks(self, wanted: Sequence[Run]):
     lines = [line for run in wanted for line in layout.uneven(run, self.mesh)]
     lines += [line for run in wanted if (line := context.remark(run))]
+    lines += continued.remarks([run for run in wanted if self.state(run.name) == MISSING])
     for line in dict.fromkeys(lines):
       say(line)
     for run in wanted:
@@ -142,8 +171,7 @@ class Pipeline(Study):
         say(line)
 
   def _order(self, run: Run):
-    return mixture.training_order(
-        self.prepare_text().train, run.weights, run.seq_len, run.rng_seed)
+    return mixture.order_of(run, self.prepare_text().train)
 
   # Training
 
@@ -157,8 +185,9 @@ class Pipeline(Study):
       if found:
         manifests[run.name] = found
         if run.steps:
-          make = functools.partial(params.initial, self, run, self.mesh, branches)
-          jobs.append(loop.Job(run, self.folder(run.name), make, orders[run.name]))
+          make = functools.partial(state.initial, self, run, self.mesh, branches)
+          jobs.append(loop.Job(run, self.folder(run.name), make, orders[run.name],
+                               continued.steps_needed(run, self.runs.values())))
     if not manifests:
       return None
     before = {name: found['seconds'] for name, found in manifests.items()}
@@ -178,6 +207,7 @@ class Pipeline(Study):
         log_every=self.config.log_every, evaluation_every=self.config.evaluation.every,
         checkpoint_every=self.config.checkpoint_every,
         checkpoints_kept=self.config.checkpoints_kept,
+        checkpoints_kept_every=self.config.checkpoints_kept_every,
         tensorboard=self.config.tensorboard, profile=self.profile)
     try:
       for run in runs:

@@ -58,6 +58,11 @@ class Optimizer:
     if self.clip_norm <= 0:
       raise UsageError(f'optimizer.clip_norm = {self.clip_norm} must be positive.')
 
+  @property
+  def constant(self) -> bool:
+    """Whether the learning rate stays as it is after the warmup."""
+    return self.final_lr == 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -155,6 +160,10 @@ class Run:
       depends on them; else ''.
     edit: which experts it has, if init is 'edit'. Its recipe is None, as the mixture of an edit is
       not averaged with the other sources.
+    state: whether it takes the optimizer state of its first source, and reads on where that source
+      stopped.
+    of_steps: of a run that stands for the first `steps` of a longer one, the steps of that one; 0
+      of any other run. The source of a run that starts from one of its steps is such a run.
   """
   name: str
   init: str
@@ -177,6 +186,14 @@ class Run:
   selector: Selector | None = None
   series: str = ''
   edit: Edit | None = None
+  state: bool = False
+  of_steps: int = 0
+
+  def first(self, steps: int) -> 'Run':
+    """The first steps of this run, as a run; itself if these are all."""
+    if steps == self.steps:
+      return self
+    return dataclasses.replace(self, steps=steps, of_steps=self.of_steps or self.steps)
 
   def spec(self) -> dict:
     """Everything in the run itself that decides its result, as plain data.
@@ -190,7 +207,9 @@ class Run:
     for key in COMPUTE:
       del spec['model'][key]
     del spec['folder']
-    for key in ('content', 'vocabulary', 'routers', 'edit', 'selector'):
+    spec['step'] = self.from_step
+    for key in ('content', 'vocabulary', 'routers', 'edit', 'selector', 'state', 'of_steps',
+                'step'):
       if not spec[key]:
         del spec[key]
     return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back
@@ -223,9 +242,32 @@ class Run:
     return self.name.removeprefix(f'{self.series}/') if self.series else self.name
 
   @property
+  def label(self) -> str:
+    """The name, and the step if only the first steps are meant: different for other parameters."""
+    return f'{self.name}, step {self.steps:,}' if self.of_steps else self.name
+
+  @property
+  def from_step(self) -> int:
+    """The step of its source that the run starts from; 0 if that is the source's end."""
+    return self.sources[0].steps if self.sources and self.sources[0].of_steps else 0
+
+  @property
   def rng_seed(self) -> int:
-    """The seed of everything random in the run: different for each run and each seed."""
+    """The seed of everything random at its start: different for each run and each seed."""
     return seed_of(self.plain_name, self.seed)
+
+  @property
+  def training_seed(self) -> int:
+    """The seed of the order of its data and of its routers' noise."""
+    return self.sources[0].training_seed if self.state else self.rng_seed
+
+  @property
+  def schedule_start(self) -> int:
+    """The steps of the schedule that lie behind it at its start: it begins anew unless the rate is
+    constant."""
+    if not (self.state and self.optimizer.constant and self.sources[0].optimizer.constant):
+      return 0
+    return self.sources[0].schedule_start + self.sources[0].steps
 
   @property
   def tokens(self) -> int:
@@ -261,23 +303,32 @@ def seed_of(name: str, seed: int) -> int:
 
 
 def lineage(run: Run, until: Callable[[Run], bool] = lambda _: False) -> list[Run]:
-  """The run and all that it comes from, each once, nearest first; not past runs `until` accepts."""
+  """The run and all that it comes from, each once, nearest first; not past runs `until` accepts.
+
+  Of a run of which other steps are meant in several places, the most.
+  """
   found = {run.name: run}
   for source in () if until(run) else run.sources:
-    found |= {each.name: each for each in lineage(source, until)}
+    for each in lineage(source, until):
+      known = found.get(each.name, each)
+      found[each.name] = max(known, each, key=_length)
   return list(found.values())
 
 
-def dense_ancestors(run: Run) -> dict[str, Run]:
-  """A dense run and its ancestors, nearest first, by name; pretrained folders by their content.
+def _length(run: Run) -> int:
+  return run.steps
 
-  A run that trains a pretrained model is there twice: under its name, and with 0 steps under the
+
+def dense_ancestors(run: Run) -> dict[str, Run]:
+  """A dense run and its ancestors, nearest first, by label; pretrained folders by their content.
+
+  A run that trains a pretrained model is there twice: under its label, and with 0 steps under the
   content of the folder.
   """
   found = {}
   for each in lineage(run):
     if each.steps or not each.folder:
-      found[each.name] = each
+      found[each.label] = each
     if each.folder:
       found[each.content] = dataclasses.replace(each, steps=0)
   return found

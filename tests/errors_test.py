@@ -327,8 +327,22 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.runs["my run"] = config.runs.seed',
      'launch scripts split names at white space and quotes; use neither.'),
     (new(init='base.mix()'), 'runs.new.init: mix names no run to start from.'),
-    (new(init='ConfigDict({"kind": "checkpoint", "runs": ("seed", "seed")})'),
+    (new(init='ConfigDict({**base.checkpoint("seed"), "runs": ("seed", "seed")})'),
      'a checkpoint has one source, not 2.'),
+    (new(init='base.checkpoint("seed", step=2)'), "runs.new.init: step = 2 is not a step of 'seed',"
+     ' which is trained for 1; 0 is its end.'),
+    (new(init='base.checkpoint("seed", step="last")'), "init.step = 'last' is of type str, a"),
+    (new(init='base.checkpoint("seed", state=True)', domains='{}', steps=0),
+     'runs.new.init: state=True has no effect on a run that is not trained; give it domains'),
+    ('config.runs.two = base.run(base.mix("seed"))\n' + new(
+        init='base.extend("two", "expert/code", allow="shared", state=True)'),
+     "'two' is not trained here, so there is no optimizer state of it to take. Omit state=True"),
+    (new(init='base.checkpoint("seed", state=True)',
+         train='{"batch_size": 8, "freeze": ("embed",)}', optimizer='{"b1": 0.8}'),
+     "runs.new cannot take the optimizer state of 'seed' and read on where it stopped: "
+     'train.batch_size is 16 there and 8 here; optimizer.b1 is 0.9 there and 0.8 here; domains is '
+     "{'code': 0.25, 'math': 0.25, 'prose': 0.5} there and {'code': 1.0} here; train.freeze leaves "
+     'embed as they are only here. Make these equal'),
     (new(init='ConfigDict({"kind": "average", "runs": ("seed",)})'), "runs.new.init.kind = 'av"),
     (new(init='base.mix("seed", "btx")'), "runs.new mixes 'btx', which is a mixture already."),
     (new(init='base.random()', model='{"dim": 32}') + '\n' + new(
@@ -605,6 +619,9 @@ def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
 def test_a_run_before_what_it_starts_from(run, config, tmp_path):
   check(run(config(), f'--workdir={tmp_path / "work"}', '--run=new'),
         "--run=new starts from 'seed', which is missing; run --run=seed first.")
+  lines = 'config.runs.seed.steps = 3\n' + new(init='base.checkpoint("seed", step=2)')
+  check(run(config(lines), f'--workdir={tmp_path / "work"}', '--run=new'), "runs.new starts from "
+        "step 2 of 'seed', which has done 0 steps and keeps none. Run --run=seed first.")
   assert not (tmp_path / 'work').exists()
 
 
@@ -756,10 +773,14 @@ def test_too_little_text_for_routers(run, config, work):
 
 
 def test_a_loss_that_is_not_finite(run, config, work):
-  done = run(config(new(optimizer='{"peak_lr": 1e30, "warmup": 0.0}')), f'--workdir={work}',
-             '--run=new')
+  lines = new(optimizer='{"peak_lr": 1e30, "warmup": 0.0}')
+  done = run(config(lines), f'--workdir={work}', '--run=new')
   check(done, ' and the norm of its gradient nan at step ', code=1)
   assert f'delete {work / "new"} or use another --workdir.' in done.stderr
+  saved = config(f'config.checkpoint_every = 1\n{lines}'), f'--workdir={work}'
+  check(run(*saved, '--run=new'), "are kept, of steps 1; the trouble may have begun before the "
+        "last. To go on from one with a lower optimizer.peak_lr, add a run that starts from "
+        "base.checkpoint('new', step=1, state=True).", code=1)
 
 
 def test_a_start_that_is_not_finite(run, config, work):

@@ -103,9 +103,9 @@ def test_sentencepiece_is_preferred_to_tokenizer_json(tmp_path):
 # Models
 
 
-def write_model(folder, seed=0, dtype='float32'):
-  params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), random_params(MODEL, seed))
-  export.export(str(folder), MODEL, Arrays(params), dtype, max_length=99, balance_loss=0.0,
+def write_model(folder, seed=0, dtype='float32', model=MODEL):
+  params = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), random_params(model, seed))
+  export.export(str(folder), model, Arrays(params), dtype, max_length=99, balance_loss=0.0,
                 bos_id=0, eos_id=1, card='',
                 tokenizer_files={file.name: file.read_bytes() for file in TOKENIZER.iterdir()})
   return params

@@ -155,7 +155,8 @@ def watch_mixing(patched):
   def run_or_stop(jobs, *args):
     if jobs[0].run.name != 'btx':
       return run(jobs, *args)
-    found.append((jax.device_get(jobs[0].make_params()), *forms))
+    program = SingleRun(jobs[0].run, args[0], 3)
+    found.append((jax.device_get(jobs[0].make_state(program).params), *forms))
     raise KeyboardInterrupt
 
   patched.setattr(btx, 'mix', mix_and_note)

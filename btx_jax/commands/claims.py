@@ -156,7 +156,8 @@ def _branches(run: Run) -> list[Run]:
   branches = [source for source in run.sources if source.init == CHECKPOINT]
   seeds = {branch.sources[0].name for branch in branches}
   rest = {source.name for source in run.sources} - {branch.name for branch in branches}
-  return branches if len(seeds) == 1 and rest <= seeds else []
+  of_end = not any(branch.from_step for branch in branches)  # another step is not measured
+  return branches if of_end and len(seeds) == 1 and rest <= seeds else []
 
 
 def _mean_gates(gates_LE) -> list[float]:

@@ -169,7 +169,7 @@ def compare_sources(study: Study, name: str) -> dict:
   seed, why = seed_of(run)
   experts = [each for each in run.sources if each.name != seed.name]
   for each in (seed, *experts):
-    if each.steps and study.state(each.name) != manifest.COMPLETE:
+    if each.steps and not each.of_steps and study.state(each.name) != manifest.COMPLETE:
       raise UsageError(f'compare reads complete runs, and {each.name!r} is '
                        f'{study.state(each.name)}; run --run={each.name} first.')
   compared = [seed, *experts, run.sources[run.recipe.reference]]  # the last for its vocabulary

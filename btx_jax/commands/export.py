@@ -59,7 +59,8 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
 def check_complete(study: Study, run: Run) -> None:
   """Raises UsageError unless everything that is read to export a run is complete."""
   for needed in sources.trained(run):
-    if (state := study.state(needed.name)) != manifest.COMPLETE:
+    state = study.state(needed.name)
+    if not needed.of_steps and state != manifest.COMPLETE:
       raise UsageError(f'export writes complete runs, and {needed.name!r} is {state}; run '
                        f'--run={needed.name} first.')
 
@@ -109,11 +110,11 @@ def _card(study: Study, run: Run, origin: str) -> Iterator[str]:
          '## How it was trained\n\n'
          '| run | starts from | trained on | steps | tokens M | identity |\n'
          '|---|---|---|--:|--:|---|\n')
-  ancestors = {each.name for each in lineage(run)}
-  for each in (each for each in study.runs.values() if each.name in ancestors):
+  ancestors = {each.name: each for each in lineage(run)}
+  for each in (ancestors[name] for name in study.runs if name in ancestors):
     start = {MIX: 'a mixture of ', EDIT: 'an edit of ', RANDOM: 'random parameters',
              HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
-    start += ', '.join(source.name for source in each.sources)
+    start += ', '.join(source.label for source in each.sources)
     domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in each.weights.items())
     found = manifest.read(study.folder(each.name)) or {}
     yield (f'| {each.name} | {start} | {domains} | {each.steps:,} | {each.tokens / 1e6:,.2f} | '

@@ -289,7 +289,7 @@ def _cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> l
             for line in lines if 'tokens_per_second' in line]
   speed, mfu = np.median(speeds, axis=0) if speeds else (None, None)
   done = found['step'] / max(run.steps, 1)
-  sources = ', '.join(source.name for source in run.sources) or '-'
+  sources = ', '.join(source.label for source in run.sources) or '-'
   start = {MIX: f'mix of {sources}', EDIT: f'edit of {sources}', CHECKPOINT: sources,
            HUGGING_FACE: run.folder, ENSEMBLE: f'ensemble of {sources}'}.get(run.init, run.init)
   domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in run.weights.items())

@@ -14,7 +14,7 @@ from btx_jax import files, terminal
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.run import Run, lineage
-from btx_jax.study import manifest
+from btx_jax.study import manifest, sources
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import format_number
 from btx_jax.training import metrics
@@ -44,17 +44,19 @@ def stages(study: Study) -> list[list[str]]:
   """Names of the runs that are not complete, in stages.
 
   A run starts from complete runs and runs of earlier stages only, so those of a stage can be
-  trained at the same time. Runs without steps are left out unless a run that is trained descends
+  trained at the same time. Runs that failed and that others replace are left out, as the command
+  without --run does. Runs without steps are left out unless a run that is trained descends
   from them: the command without --run makes them last, on one machine.
   """
   depth: dict[str, int] = {}
   found: dict[int, list[str]] = {}
   needed = {each.name for run in study.runs.values() if run.steps for each in lineage(run)}
+  left = {run.name for run in sources.superseded(study)}
   for run in study.runs.values():
     if run.name not in needed:
       continue
     depth[run.name] = 1 + max((depth[source.name] for source in run.sources), default=0)
-    if study.state(run.name) != manifest.COMPLETE:
+    if study.state(run.name) != manifest.COMPLETE and run.name not in left:
       found.setdefault(depth[run.name], []).append(run.name)
   return [found[level] for level in sorted(found)]
 

@@ -7,13 +7,15 @@ processes, each domain has its share of every batch, and the step is all that a 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import functools
+import sys
 
 import grain
 import numpy as np
 
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
-from btx_jax.run import seed_of
+from btx_jax.run import Run, seed_of
 
 Batch = dict[str, np.ndarray]
 
@@ -63,8 +65,48 @@ class Windows:
     return row | {'domain': np.array(self._domain, np.int32)}
 
 
+def order_of(run: Run, domains: Mapping[str, Tokens]) -> grain.MapDataset:
+  """The rows that a run is trained on, see training_order.
+
+  With Run.state, they are those that its first source would have read next. Where the weights of
+  the domains are others, each domain goes on where the source stopped reading it.
+  """
+  first, read = _place(run, list(domains))
+  return training_order(domains, run.weights, run.seq_len, run.training_seed, read)[first:]
+
+
+def _place(run: Run, domains: Sequence[str]) -> tuple[int, dict[str, int]]:
+  """Where a run begins: the first row of its order, and in that order that of each domain."""
+  if not run.state:
+    return 0, {}
+  source = run.sources[0]
+  first, read = _place(source, domains)
+  first += source.steps * source.batch_size
+  if run.weights == source.weights:
+    return first, read
+  further = _rows_read(source.weights, domains, first)
+  return 0, read | {name: read.get(name, 0) + rows for name, rows in further.items()}
+
+
+def _rows_read(weights: Mapping[str, float], domains: Sequence[str], first: int) -> dict[str, int]:
+  """The rows of each domain among the first ones of an order: the number of its next row."""
+  names = [name for name in domains if name in weights]
+  numbers = [grain.MapDataset.range(sys.maxsize).map(functools.partial(_named, name))
+             for name in names]
+  order, found = grain.MapDataset.mix(numbers, weights=[weights[name] for name in names]), {}
+  while len(found) < len(names):
+    name, row = order[first]
+    found.setdefault(name, row)
+    first += 1
+  return found
+
+
+def _named(name: str, row: int) -> tuple[str, int]:
+  return name, row
+
+
 def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], length: int,
-                   seed: int) -> grain.MapDataset:
+                   seed: int, read: Mapping[str, int] | None = None) -> grain.MapDataset:
   """The endless mixture of windows: element i is the i-th row of training.
 
   Args:
@@ -72,6 +114,7 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
     weights: each domain's share of the rows; a domain without a weight is not used.
     length: T.
     seed: seeds the shuffles, which differ for each pass over a domain.
+    read: rows of a domain that are left out at its beginning.
 
   Raises:
     UsageError: a domain is shorter than one row.
@@ -85,7 +128,7 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
                          f'one row of data.seq_len = {length}.')
       # Seeded by name, so that adding a domain to the config does not change the others.
       source = grain.MapDataset.source(windows).seed(seed_of(name, seed))
-      sources.append(source.shuffle().repeat())
+      sources.append(source.shuffle().repeat()[(read or {}).get(name, 0):])
   shares = [weights[name] for name in domains if name in weights]
   return grain.MapDataset.mix(sources, weights=shares)
 

@@ -72,6 +72,8 @@ def _start(run: Run) -> tuple[str, Run | None, str]:
     return run.sources[0].name, run.sources[0], scores.FINAL
   if not run.steps or not run.model.num_experts:
     return '', None, ''
+  if run.from_step:
+    return '', None, ''  # a step before the end is not measured
   if run.init == CHECKPOINT:
     return run.sources[0].name, run.sources[0], scores.FINAL
   return f'{run.name} unfinetuned', run, scores.START

@@ -44,7 +44,7 @@ def rows(run: Run, text: Text, domain: str) -> list[Batch]:
 
 def seen(run: Run, text: Text, rows: int = 1000) -> list[str]:
   """The first rows that a run was trained on, as text."""
-  order: Any = mixture.training_order(text.train, run.weights, run.seq_len, run.rng_seed)
+  order: Any = mixture.order_of(run, text.train)
   return [text.tokenizer.decode(order[i]['tokens'].tolist())
           for i in range(min(rows, run.steps * run.batch_size))]
 

@@ -140,10 +140,10 @@ def beside_other(mixture: Run, run: Run) -> str:
 def origin(run: Run, path: str) -> Any:
   """Where the shared parameter at a path last changed: equal for runs in which its bits are equal.
 
-  The name of a run, the content of a pretrained folder, or the weights and origins of a mean.
+  The label of a run, the content of a pretrained folder, or the weights and origins of a mean.
   """
   if (run.steps and not frozen(path, run.objective.freeze)) or run.init == RANDOM:
-    return run.name
+    return run.label
   if not run.sources:
     return ('folder', run.content or run.folder)
   if run.recipe is None:

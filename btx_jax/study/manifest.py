@@ -69,8 +69,17 @@ def check(folder: str, manifest: dict, spec: dict):
   if lines:
     raise UsageError(
         f'{folder} belongs to another config:\n' + '\n'.join(f'  {line}' for line in lines) +
-        '\nNothing was changed. Use another --workdir, or delete that folder to train the run '
-        'again.')
+        f'\nNothing was changed. {_way_on(manifest)}Use another --workdir, or delete that folder '
+        'to train the run again.')
+
+
+def _way_on(manifest: dict) -> str:
+  """How what is there can be used with other settings; '' if nothing was trained."""
+  name, done = manifest['spec'].get('name'), manifest.get('steps_done')
+  if not done:
+    return ''
+  return (f'To go on from what is there with more steps, fewer or other settings, leave {name!r} '
+          f'as it was, and add a run from base.checkpoint({name!r}, step={done}, state=True). ')
 
 
 def differences(manifest: dict, spec: dict) -> list[str]:

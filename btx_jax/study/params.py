@@ -61,7 +61,7 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
 
 
 def final(study: Study, run: Run, mesh: Mesh):
-  """The parameters of a complete run."""
+  """The parameters that a run has after its last step."""
   if not run.steps:
     return initial(study, run, mesh)
   return checkpoint.load_params(

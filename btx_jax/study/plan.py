@@ -30,7 +30,7 @@ from btx_jax.run import (
   Run,
   lineage,
 )
-from btx_jax.study import compatibility, edits
+from btx_jax.study import compatibility, continued, edits
 
 _RESERVED = ('data', 'report')
 # The fields of a model that its parameters depend on; the others may change between runs.
@@ -100,7 +100,7 @@ def _series(runs: Iterable[Run], seed: int) -> list[Run]:
     else:
       made[run.name] = dataclasses.replace(
           run, name=f'{series}/{run.name}', series=series, seed=seed,
-          sources=tuple(made[source.name] for source in run.sources))
+          sources=tuple(made[source.name].first(source.steps) for source in run.sources))
   return list(made.values())
 
 
@@ -230,7 +230,9 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       steps=0 if untrained else _steps(name, config, runs, model, objective, train['batch_size']),
       microbatches=train['microbatches'], objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
-      vocabulary=vocabulary, routers=routers, edit=edit, selector=selects)
+      vocabulary=vocabulary, routers=routers, edit=edit, selector=selects,
+      state=entry.init.get('state', False))
+  continued.check_state(run)
   if edit is None:
     return run
   with errors.about(f'runs.{name}'):
@@ -291,6 +293,8 @@ def _start(name: str, config, runs: Mapping[str, Run]):
     if init.kind == EDIT:
       edit, names = edits.resolve(name, init, sources, config.mix.router_std)
       return sources, None, edit, names
+    if init.kind == CHECKPOINT and init.step:
+      sources = (continued.first_steps(name, sources[0], init.step),)
     return sources, None, None, sources[0].expert_names if sources else ()
   names = sources_of(init)
   sources = tuple(runs[source] for source in names)
@@ -307,8 +311,10 @@ def _start(name: str, config, runs: Mapping[str, Run]):
 
 def _tokens_apart(averaged: Sequence[Run], sources: Sequence[Run]) -> list[int]:
   """The tokens each source was trained on since the common ancestor of the averaged runs."""
-  shared = set.intersection(*({run.name for run in lineage(each)} for each in averaged))
-  return [sum(run.tokens for run in lineage(source) if run.name not in shared)
+  tokens = [{run.name: run.tokens for run in lineage(each)} for each in averaged]
+  shared = {name: min(of_one[name] for of_one in tokens)
+            for name in set.intersection(*map(set, tokens))}
+  return [sum(run.tokens - shared.get(run.name, 0) for run in lineage(source))
           for source in sources]
 
 

@@ -15,7 +15,7 @@ from btx_jax.data.tokenizer import vocabulary
 from btx_jax.model.config import param_paths
 from btx_jax.model.source import Extent, Index, Source
 from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, parts_of, recipe_of
-from btx_jax.study import routers
+from btx_jax.study import manifest, routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -26,7 +26,7 @@ _VOCABULARY_AXIS = {'embed': 0, 'head': 1}  # parameters with a row per token, a
 
 
 def final(study: Study, run: Run) -> Source:
-  """The parameters that a complete run ended with."""
+  """The parameters that a run has after its last step."""
   if not run.steps:
     return start(study, run)
   from btx_jax.training.checkpoint import Saved
@@ -91,6 +91,29 @@ def trained(run: Run) -> list[Run]:
 def checkpoints(study: Study, run: Run) -> str:
   """The directory of a run's checkpoints."""
   return os.path.join(study.folder(run.name), 'checkpoints')
+
+
+def kept(study: Study, run: Run) -> list[int]:
+  """The steps of a run after which its state is on disk, in order."""
+  from btx_jax.training.checkpoint import kept_steps
+  return kept_steps(checkpoints(study, run))
+
+
+def superseded(study: Study) -> list[Run]:
+  """Runs that failed, and from steps of which that are kept all runs start that start from them.
+
+  They are not tried again with the study, which goes on with the others; only by --run.
+  """
+  result = []
+  for run in study.runs.values():
+    after = [other for other in study.runs.values()
+             if any(source.name == run.name for source in other.sources)]
+    if after and all(other.from_step for other in after) and (
+        study.state(run.name) == manifest.FAILED):
+      steps = kept(study, run)
+      if all(other.from_step in steps for other in after):
+        result.append(run)
+  return result
 
 
 class Expert:

@@ -35,6 +35,7 @@ class Study:
     for field, value, least in (
         ('log_every', config.log_every, 1), ('checkpoint_every', config.checkpoint_every, 1),
         ('checkpoints_kept', config.checkpoints_kept, 1),
+        ('checkpoints_kept_every', config.checkpoints_kept_every, 0),
         ('evaluation.every', config.evaluation.every, 0),
         ('evaluation.tokens', config.evaluation.tokens, 1)):
       if value < least:

@@ -4,6 +4,7 @@ Parameters, optimizer state and data position are saved as separate items, so th
 read an expert's parameters without its moments.
 """
 
+from collections.abc import Sequence
 import math
 import os
 from typing import Any
@@ -22,17 +23,22 @@ _CHUNK = 1 << 26  # bytes of an array that are read or written at once
 
 
 class Checkpoints:
-  """The newest `keep` checkpoints of one run; a context manager."""
+  """The checkpoints of one run; a context manager."""
 
-  def __init__(self, folder: str, keep: int = 2):
+  def __init__(self, folder: str, newest: int = 2, every: int = 0, steps: Sequence[int] = ()):
+    """Keeps the `newest` ones, those after multiples of `every` steps (0: none), and `steps`."""
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(newest), policies.CustomSteps(steps)]
+    if every:
+      kept.append(policies.EveryNSteps(every))
     self._folder = os.path.abspath(folder)
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _chunks
     self._checkpointer = ocp.training.Checkpointer(
         self._folder, context=context,
         # orbax's own policies do not match the type that it declares for them.
-        preservation_policy=ocp.training.preservation_policies.LatestN(
-            keep))  # pyright: ignore[reportArgumentType]
+        preservation_policy=policies.AnyPreservationPolicy(
+            kept))  # pyright: ignore[reportArgumentType]
 
   def __enter__(self):
     return self
@@ -46,6 +52,11 @@ class Checkpoints:
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
 
+  @property
+  def steps(self) -> list[int]:
+    """Steps of the complete checkpoints, in order."""
+    return sorted(each.step for each in self._checkpointer.checkpoints)
+
   def save(self, step: int, state: TrainState, position: dict):
     """Saves in the background; the arrays may be donated as soon as this returns.
 
@@ -54,13 +65,13 @@ class Checkpoints:
       state: after that step.
       position: where the data stands; nested dicts of ints.
     """
-    items = {'params': state.params, 'train': _without_params(state), 'data': position}
+    items = {'params': state.params, 'train': without_params(state), 'data': position}
     self._checkpointer.save_checkpointables_async(step, items, force=True)
 
   def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
     """The state after a step, with the shapes, dtypes and shardings of `like`; the position."""
     loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
-        step, {'params': like.params, 'train': _without_params(like), 'data': None})
+        step, {'params': like.params, 'train': without_params(like), 'data': None})
     return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
 
 
@@ -76,7 +87,8 @@ def _stacked(path: str) -> int:
   return ('layers/' in path) + ('/experts/' in path)
 
 
-def _without_params(state: TrainState) -> dict:
+def without_params(state: TrainState) -> dict:
+  """What is saved beside the parameters, as a tree."""
   return {'step': state.step, 'opt_state': state.opt_state}
 
 
@@ -85,12 +97,12 @@ def load_params(folder: str, step: int, like):
   return ocp.load(_step_folder(folder, step), like, checkpointable_name='params')
 
 
-def latest_step(folder: str) -> int | None:
-  """The step of the newest complete checkpoint in a folder; None if there is none."""
+def kept_steps(folder: str) -> list[int]:
+  """The steps of the complete checkpoints in a folder, in order."""
   try:
-    return max((int(name) for name in os.listdir(folder) if name.isdecimal()), default=None)
+    return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
   except FileNotFoundError:
-    return None
+    return []
 
 
 def _step_folder(folder: str, step: int) -> str:
@@ -102,18 +114,21 @@ def _step_folder(folder: str, step: int) -> str:
 
 
 class Saved:
-  """The parameters of a checkpoint as a source, read slice by slice.
+  """The parameters of a checkpoint as a source, read slice by slice; or its optimizer state.
 
   Reading a slice decodes every chunk that it touches, see _chunks.
   """
 
-  def __init__(self, folder: str, step: int):
+  def __init__(self, folder: str, step: int, item: str = 'params'):
+    """`item`: 'params', or 'train' for what is saved beside them."""
     self._path = _step_folder(folder, step)
+    self._item = item
     self._arrays = {}
 
   def read(self, path: str, index: Index) -> np.ndarray:
-    """A slice of the parameter at this path. Raises UsageError if a number is not finite."""
-    return finite.check(self._open(path)[index].read().result(), path, self._path)
+    """A slice of the array at this path. Raises UsageError if a number is not finite."""
+    found = self._open(path)[index].read().result()
+    return found if found.dtype.kind == 'i' else finite.check(found, path, self._path)
 
   def extent(self, path: str, index: Index) -> None:
     """None: a checkpoint is compressed, so no slice of it is stored verbatim."""
@@ -129,7 +144,7 @@ class Saved:
 
   def _open(self, path: str):
     if path not in self._arrays:
-      store = {'driver': 'ocdbt', 'base': f'file://{self._path}/params/',
+      store = {'driver': 'ocdbt', 'base': f'file://{self._path}/{self._item}/',
                'path': path.replace('/', '.') + '/'}
       self._arrays[path] = tensorstore.open(
           {'driver': 'zarr3', 'kvstore': store}, open=True).result()

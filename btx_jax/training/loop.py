@@ -35,6 +35,7 @@ class Settings:
     evaluation_every: steps between measurements of held-out bits per byte; 0 is never.
     checkpoint_every: steps between checkpoints (the last step is always saved).
     checkpoints_kept: number of newest checkpoints to keep.
+    checkpoints_kept_every: multiples of this many steps are saved and kept; 0 is none.
     tensorboard: also write TensorBoard events.
     profile: number of steps to trace, from the second on.
   """
@@ -42,6 +43,7 @@ class Settings:
   evaluation_every: int
   checkpoint_every: int
   checkpoints_kept: int
+  checkpoints_kept_every: int = 0
   tensorboard: bool = False
   profile: int = 0
 
@@ -53,13 +55,15 @@ class Job:
   Attributes:
     run: what to train.
     folder: the run's directory, for checkpoints and metrics.jsonl.
-    make_params: makes the parameters at step 0, laid out by sharding.RULES.
-    order: the training rows, from mixture.training_order.
+    make_state: makes the state at step 0, of the program that trains the run.
+    order: the training rows, from mixture.order_of.
+    steps_kept: further steps to save and keep, because other runs start from them.
   """
   run: Run
   folder: str
-  make_params: Callable[[], dict]
+  make_state: Callable[[Program], TrainState]
   order: grain.MapDataset
+  steps_kept: Sequence[int] = ()
 
 
 Evaluate = Callable[[Config, dict], Mapping[str, Mapping]]
@@ -111,12 +115,14 @@ class Branch:
     start: the step of the checkpoint that it continues from; 0 without one.
     checkpoints: the run's checkpoints.
     recorder: writes the run's metrics.
+    steps_kept: as in Job.
   """
   run: Run
   folder: str
   start: int
   checkpoints: Checkpoints
   recorder: Recorder
+  steps_kept: Sequence[int]
 
   def takes(self, step: int) -> bool:
     """A branch that is ahead of the others waits for them; one that is done stays as it is."""
@@ -133,7 +139,8 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   runs = [job.run for job in jobs]
   program = make_program(runs, mesh, len(domains))
   checkpoints = [stack.enter_context(Checkpoints(
-      os.path.join(job.folder, 'checkpoints'), settings.checkpoints_kept)) for job in jobs]
+      os.path.join(job.folder, 'checkpoints'), settings.checkpoints_kept,
+      settings.checkpoints_kept_every, job.steps_kept)) for job in jobs]
   starts = distributed.broadcast(lambda: [saved.latest or 0 for saved in checkpoints])
   states, seen = [], []
   for job, saved, step in zip(jobs, checkpoints, starts):
@@ -142,7 +149,7 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
       tokens_by_domain = position['tokens_by_domain']
       on_checkpoint(job.run.name, step, tokens_by_domain)  # a kill may have come before
     else:
-      state, tokens_by_domain = program.create_state(job.make_params()), {}
+      state, tokens_by_domain = job.make_state(program), {}
     states.append(state)
     seen.append(tokens_by_domain)
   joined = program.join_states(states)
@@ -154,7 +161,7 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
     recorder = stack.enter_context(Recorder(
         job.run, job.folder, domains, settings.log_every, step, tokens_by_domain,
         settings.tensorboard, progress))
-    branches.append(Branch(job.run, job.folder, step, saved, recorder))
+    branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept))
   training = Training(program, branches, joined, [job.order for job in jobs], settings,
                       evaluate, on_checkpoint)
   if len(branches) > 1:
@@ -213,7 +220,9 @@ class Training:
     """Saves or evaluates branch i if it is time. Its last step, or a preempted one, is saved."""
     settings = self._settings
     ends = step == branch.run.steps
-    saves = ends or preempted or step % settings.checkpoint_every == 0
+    every = filter(None, (settings.checkpoint_every, settings.checkpoints_kept_every))
+    saves = (ends or preempted or step in branch.steps_kept
+             or any(step % interval == 0 for interval in every))
     evaluates = (not ends and not preempted and settings.evaluation_every
                  and step % settings.evaluation_every == 0)
     if not saves and not evaluates:
@@ -257,11 +266,20 @@ class Training:
       except FloatingPointError as error:
         if step == 1:
           raise _not_finite_at_start(branch.run, own['param_norms'], str(error)) from error
-        raise RunError(
-            f'{branch.run.name}: {error}; the last checkpoint, of step '
-            f'{branch.checkpoints.latest or 0}, is sound. To train it with a lower '
-            f'optimizer.peak_lr, delete {branch.folder} or use another '
-            '--workdir.') from error
+        raise _not_finite_later(branch, str(error)) from error
+
+
+def _not_finite_later(branch: Branch, problem: str) -> RunError:
+  """The error of a run that fails after updates; `problem` says what is not finite."""
+  steps, name = branch.checkpoints.steps, branch.run.plain_name
+  if not steps:
+    return RunError(f'{branch.run.name}: {problem}, before the first checkpoint. To train it with '
+                    f'a lower optimizer.peak_lr, delete {branch.folder} or use another --workdir.')
+  return RunError(
+      f'{branch.run.name}: {problem}. Checkpoints with a finite loss are kept, of steps '
+      f'{", ".join(map(str, steps))}; the trouble may have begun before the last. To go on from '
+      'one with a lower optimizer.peak_lr, add a run that starts from '
+      f'base.checkpoint({name!r}, step={steps[0]}, state=True).')
 
 
 def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> RunError:
@@ -272,7 +290,7 @@ def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> Ru
     norms: of its parameters before the step, by part of the model.
     problem: what is not finite.
   """
-  origin = run.folder or ', '.join(source.name for source in run.sources) or 'random parameters'
+  origin = run.folder or ', '.join(source.label for source in run.sources) or 'random parameters'
   parts = [part for part, norm in norms.items() if not math.isfinite(norm)]
   cause = (f'has numbers that are not finite, or far too large, in {", ".join(parts)}' if parts else
            'is finite, and overflows when it is computed')

@@ -58,6 +58,15 @@ def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:
       end_value=cfg.final_lr * cfg.peak_lr)
 
 
+def schedule_counts(opt_state) -> set[str]:
+  """The paths, in the state of `adamw`, of the counts that the learning rate is a function of."""
+  def is_of_schedule(node) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  return {f'{sharding.path_of(path)}/count' for path, node in jax.tree.leaves_with_path(
+      opt_state, is_leaf=is_of_schedule) if is_of_schedule(node)}
+
+
 def adamw(cfg: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
   """Clips the gradient by its global norm, then AdamW at the learning rates of `rate`."""
   def decayed(params):

@@ -80,7 +80,7 @@ class Program(Protocol):
     """This process's rows of the batches of these steps, which count from 1.
 
     They are read ahead, while the devices compute. `orders` are the training rows of each
-    branch, from mixture.training_order.
+    branch, from mixture.order_of.
     """
     ...
 
@@ -111,7 +111,7 @@ class SingleRun:
     tx = optim.adamw(run.optimizer, optim.schedule(run.optimizer, run.steps))
     self.state_shapes, self._create = _state_of(run, tx, mesh)
     self._step = jax.jit(
-        make_train_step(run.model, tx, run.objective, num_domains, seed=run.rng_seed),
+        make_train_step(run.model, tx, run.objective, num_domains, seed=run.training_seed),
         donate_argnums=0,
         # The metrics whole on every device, so that each process can read them.
         out_shardings=(_shardings(self.state_shapes), NamedSharding(mesh, P())))
@@ -189,7 +189,7 @@ class StackedBranches:
 
   def _rate_table(self) -> jax.Array:
     """Learning rates [slots, steps]: to be mapped over, those of a branch must be an array."""
-    longest = np.arange(max(run.steps for run in self.runs))
+    longest = np.arange(max(run.schedule_start + run.steps for run in self.runs))
     return jnp.stack(self._fill([jax.vmap(schedule)(longest) for schedule in self._schedules]))
 
   @functools.cached_property

@@ -97,7 +97,7 @@ class Recorder(contextlib.ExitStack):
         'loss': loss,
         'loss_by_domain': {name: nll / tokens for name, nll, tokens in zip(
             self._domains, sums['nll'], sums['tokens']) if tokens},
-        'lr': float(np.asarray(self._schedule(step - 1))),
+        'lr': float(np.asarray(self._schedule(self._run.schedule_start + step - 1))),
         'grad_norm': float(metrics['grad_norm']),
         **{name: {part: float(norm) for part, norm in metrics[name].items()}
            for name in ('grad_norms', 'param_norms')},

@@ -1,0 +1,97 @@
+"""Runs that go on from a step of another run, or take its optimizer state: checked, no compute."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from btx_jax.errors import UsageError
+from btx_jax.run import CHECKPOINT, EDIT, Run
+
+
+def first_steps(name: str, source: Run, step: int) -> Run:
+  """The first steps of a source, as a run; raises UsageError if the source has no such step.
+
+  Args:
+    name: of the run that starts from it.
+    source: the whole source.
+    step: as base.checkpoint has it, not 0.
+  """
+  if not 0 < step <= source.steps:
+    raise UsageError(f'runs.{name}.init: step = {step} is not a step of {source.name!r}, which is '
+                     f'trained for {source.steps}; 0 is its end.')
+  return source.first(step)
+
+
+def check_state(run: Run) -> None:
+  """Raises UsageError if a run is to take the state of its source and cannot."""
+  if not run.state:
+    return
+  source = run.sources[0]
+  if not run.steps:
+    raise UsageError(f'runs.{run.name}.init: state=True has no effect on a run that is not '
+                     'trained; give it domains and steps, or omit it.')
+  if not source.steps:
+    raise UsageError(f'runs.{run.name}.init: {source.name!r} is not trained here, so there is no '
+                     'optimizer state of it to take. Omit state=True, and the moments start at '
+                     'zero; or if it edits a mixture that is trained here, train the edit itself: '
+                     'base.extend(..., state=True).')
+  if differing := list(_differences(source, run)):
+    raise UsageError(f'runs.{run.name} cannot take the optimizer state of {source.name!r} and read '
+                     f'on where it stopped: {"; ".join(differing)}. Make these equal, or omit '
+                     'state=True, and moments and data start anew.')
+
+
+def _differences(source: Run, run: Run) -> Iterator[str]:
+  """What makes the moments of a source, or its place in the data, meaningless for a run."""
+  fields = [(field, getattr(source, name), getattr(run, name)) for field, name in (
+      ('data.seq_len', 'seq_len'), ('train.batch_size', 'batch_size'))]
+  fields += [(f'optimizer.{name}', getattr(source.optimizer, name), getattr(run.optimizer, name))
+             for name in ('b1', 'b2')]
+  if run.init == CHECKPOINT:  # an edit brings text of its own
+    fields.append(('domains', source.weights, run.weights))
+  yield from (f'{field} is {was} there and {now} here' for field, was, now in fields if was != now)
+  was, now = (set(each.objective.frozen_paths(run.model)) for each in (source, run))
+  for paths, where in ((was - now, 'there'), (now - was, 'here')):
+    if paths:
+      yield f'train.freeze leaves {", ".join(sorted(paths))} as they are only {where}'
+
+
+def check_kept(run: Run, done: int, kept: Sequence[int]) -> None:
+  """Raises UsageError unless the step that a run starts from is kept.
+
+  Args:
+    run: one that starts from a step of another run.
+    done: the steps that this one has done.
+    kept: those of its steps that are on disk.
+  """
+  source = run.sources[0]
+  if source.steps in kept:
+    return
+  way = (f'Run --run={source.name} first.' if done < source.steps else
+         'Name one of these, or 0 for the end.')
+  raise UsageError(f'runs.{run.plain_name} starts from step {source.steps} of {source.name!r}, '
+                   f'which has done {done} steps and keeps {", ".join(map(str, kept)) or "none"}. '
+                   f'{way}')
+
+
+def steps_needed(run: Run, runs: Iterable[Run]) -> tuple[int, ...]:
+  """The steps of a run that some of these runs start from, its end left out."""
+  return tuple(sorted({other.from_step for other in runs
+                       if other.from_step and other.sources[0].name == run.name}))
+
+
+def remarks(runs: Sequence[Run]) -> list[str]:
+  """Lines about what runs take from a run that was trained before, and what starts anew."""
+  alone: dict[str, list[str]] = {}
+  lines = []
+  for run in runs:
+    if run.init not in (CHECKPOINT, EDIT) or not run.steps or not run.sources[0].steps:
+      continue
+    source = run.sources[0]
+    if not run.state:
+      alone.setdefault(source.label, []).append(run.name)
+      continue
+    rate = ('the learning rate stays constant' if run.schedule_start else
+            'warmup and schedule start anew')
+    lines.append(f'{run.name} goes on after step {source.steps:,} of {source.name}, with its '
+                 f"moments, Adam's count and the place in the data; {rate}")
+  return lines + [f'{", ".join(names)}: from {label} the parameters alone; moments, order of data, '
+                  'warmup and schedule start anew' for label, names in alone.items()]
