@@ -9,6 +9,7 @@ processes, each domain has its share of every batch, and the step is all that a 
 from collections.abc import Iterator, Mapping, Sequence
 import functools
 import sys
+from typing import Any
 
 import grain
 import numpy as np
@@ -95,7 +96,8 @@ def _rows_read(weights: Mapping[str, float], domains: Sequence[str], first: int)
              for name in names]
   order, found = grain.MapDataset.mix(numbers, weights=[weights[name] for name in names]), {}
   while len(found) < len(names):
-    name, row = order[first]
+    element: Any = order[first]
+    name, row = element
     found.setdefault(name, row)
     first += 1
   return found
