@@ -221,7 +221,7 @@ class Run:
 
   @property
   def fitted(self) -> RoutersFromText | Linear | None:
-    """What is set from text before any training: a mixture's routers, or a linear selector."""
+    """How routers or a linear selector are set from text before training; None if neither is."""
     return self.selector if isinstance(self.selector, Linear) else self.routers
 
   @property

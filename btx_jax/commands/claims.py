@@ -87,7 +87,7 @@ def verdict(check: Check) -> str:
 
 
 def about(found: Iterable[Check]) -> str:
-  """What the errors beside claims are, for people; '' if there are none."""
+  """A line that explains the errors beside claims; '' if there are none."""
   return ('± is the standard error of a difference from the text, paired by unit; below '
           f'{LEAST_UNITS} units there is too little text to tell.'
           if any(check['units'] is not None for check in found) else '')

@@ -13,7 +13,7 @@ HEADINGS = ('domain', *MEASURED, 'units', 'error')
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-  """What was measured, for the terminal."""
+  """The table for the terminal: how much text was measured, and the errors of the scores."""
   return terminal.table(HEADINGS, cells(rows), title='The held-out text that was measured',
                         caption=about(rows))
 
@@ -42,7 +42,7 @@ def errors(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def about(rows: Sequence[Row]) -> str:
-  """What an error is, for people; and which rows have none."""
+  """Lines that explain the errors, and name the rows that have none."""
   parts = [
       f'error: the standard error of a score from the text, by a jackknife over units: documents, '
       f'or blocks of {BLOCK:,} tokens of longer ones. It differs between models: from the smallest '

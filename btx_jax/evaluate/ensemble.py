@@ -1,4 +1,4 @@
-"""What an ensemble predicts: the weighted mean of its experts' next-token probabilities.
+"""An ensemble's prediction: the weighted mean of its experts' next-token probabilities.
 
 The weights of Branch-Train-Merge (paper 4.1.1, "BTM") follow from how well each expert suits the
 text so far, by tf-idf or by likelihood. The weights for a token depend only on the tokens before

@@ -73,7 +73,7 @@ def _block_bytes(tokens: Tokens, tokenizer: Tokenizer, document: int, begins: np
   if tokens.ends:
     sizes[-1] = 0
   result = np.add.reduceat(sizes, begins)
-  # What is peculiar to the beginning of a text (marks, a first token without a score, a space put
-  # before it) is all in the first block.
+  # The beginning of a text is unlike the rest: marks, a first token without a score, a space before
+  # it. All of that is in the first block.
   result[0] = tokens.bytes[document + 1] - tokens.bytes[document] - result[1:].sum()
   return result

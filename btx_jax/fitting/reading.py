@@ -1,4 +1,4 @@
-"""The compiled passes of a linear selector: what it reads of a text, and its logits."""
+"""The compiled passes of a linear selector: the mean hidden states it reads, and its logits."""
 
 from collections.abc import Iterable
 import functools
