@@ -14,8 +14,9 @@ MESSAGES = generate.messages()
 MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
-# Modules whose messages are met in distributed_test.py and library_test.py.
-_MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library')
+# Modules whose messages are met in distributed_test.py, library_test.py and generation_test.py.
+_MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
+                  'generation/sampling')
 
 CONFIG = '''
 import pathlib, sys

@@ -17,7 +17,7 @@ FLOORS = (
     ('convert', 'run', 'btx'),
     ('base',),
     ('data', 'configs'),
-    ('training',),
+    ('training', 'generation'),
     ('study',),
     ('fitting',),
     ('evaluate', 'library', 'preflight'),

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import math
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btx_jax.convert import generation
 from btx_jax.data.tokenizer import Tokenizer
+from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.errors import UsageError
 from btx_jax.generation import decode
@@ -21,36 +24,62 @@ from btx_jax.model.trees import check_params
 # gate of each expert [E] for the new token.
 OnText = Callable[[int, int, str, np.ndarray], None]
 
+GREEDY = Sampling()
 _SHORTEST, _FEWEST_SLOTS = 16, 128
+
+
+def generate(config: Config, params, tokenizer: str | Tokenizer, prompts: Sequence[str],
+             max_new_tokens: int = 256, sampling: Sampling = GREEDY, seed: int = 0) -> list[str]:
+  """Writes a text for each prompt; see Generator, which has more options and can be kept.
+
+  Args:
+    config: the model's sizes.
+    params: its parameters, laid out as model/llama.py says.
+    tokenizer: as Generator takes it.
+    prompts: texts.
+    max_new_tokens, sampling, seed: as Generator takes them.
+
+  Example:
+    >>> texts = generate(config, params, folder, ['The', 'A'], max_new_tokens=4)
+    >>> len(texts)
+    2
+  """
+  write = Generator(config, params, tokenizer)
+  return [texts[0].text for texts in write(prompts, max_new_tokens, sampling, seed=seed)]
 
 
 class Generator:
   """A model that is ready to write. Programs are compiled once for each rounded-up shape.
 
   Example:
-    >>> Generator(config, params, tokenizer)(['The'], max_new_tokens=4)[0][0].text
+    >>> write = Generator(config, params, folder)
+    >>> len(write(['The'], max_new_tokens=4, sampling=Sampling(temperature=0.7), n=2)[0])
+    2
   """
 
-  def __init__(self, config: Config, params, tokenizer: Tokenizer, stop_ids: Sequence[int] = (),
-               context: int = 0, batch_size: int = 16):
+  def __init__(self, config: Config, params, tokenizer: str | Tokenizer,
+               stop_ids: Sequence[int] = (), context: int = 0, batch_size: int = 16):
     """
     Args:
       config: the model's sizes.
       params: its parameters, laid out as model/llama.py says.
-      tokenizer: of its text.
-      stop_ids: tokens that end a text, besides the tokenizer's own.
+      tokenizer: a folder or file with the model's tokenizer, or one that was loaded here.
+      stop_ids: tokens that end a text, besides the tokenizer's own and those that the folder names.
       context: positions that the model is for, prompt and text together; 0 is no limit.
       batch_size: texts that are written at once.
     """
     check_params(config, params, 'generate')
     self._config, self._weights = config, unstack(config, params)
+    if isinstance(tokenizer, str):
+      path = os.path.expanduser(tokenizer)
+      tokenizer, stop_ids = load_tokenizer(path), (*stop_ids, *generation.read(path).stop_ids)
     self._tokenizer, self._context, self._batch_size = tokenizer, context, batch_size
     marks = (tokenizer.framing.begin, tokenizer.framing.end)
     self._begin, end = (mark.id if mark else None for mark in marks)
     self._stop_ids = {*stop_ids, *(i for i in (end, tokenizer.eos_id) if i is not None)}
 
   def __call__(self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int = 256,
-               sampling: Sampling = Sampling(), stop: Sequence[str] = (), seed: int = 0,
+               sampling: Sampling = GREEDY, stop: Sequence[str] = (), seed: int = 0,
                n: int = 1, on_text: OnText | None = None) -> list[list[Completion]]:
     """Writes `n` texts for each prompt.
 
@@ -63,7 +92,7 @@ class Generator:
       stop: strings that end a text, and are left out of it.
       seed: of the draws.
       n: texts per prompt; more than one need a temperature above 0 to differ.
-      on_text: told what is new of a text, as soon as it is certain.
+      on_text: called for each token; see OnText.
 
     Returns:
       for each prompt its n texts.
@@ -73,7 +102,7 @@ class Generator:
     """
     ids = [self._ids(i, prompt) for i, prompt in enumerate(prompts)]
     if '' in stop:
-      raise UsageError("stop has an empty string, which would end every text at once; leave it out.")
+      raise UsageError('stop has an empty string, which would end every text at once; omit it.')
     if max_new_tokens < 1:
       raise UsageError(f'max_new_tokens = {max_new_tokens} must be at least 1.')
     key = jax.random.key(seed)

@@ -17,6 +17,10 @@ from btx_jax.errors import UsageError
 class Sampling:
   """How the next token is chosen.
 
+  Example:
+    >>> Sampling(temperature=0.7, top_p=0.9).top_k
+    0
+
   Attributes:
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: draws among this many likeliest tokens; 0 is all.

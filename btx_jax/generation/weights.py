@@ -56,9 +56,10 @@ def _split(x: jax.Array, path: str, mesh) -> list[jax.Array]:
 
 def _apart(layer: dict, num_experts: int) -> dict:
   """A flat layer with its experts in a list, each gate, up and down."""
-  experts = [{name: layer[f'ffn/experts/{name}'][e] for name in ('gate', 'up', 'down')}
-             for e in range(num_experts)]
-  return {path: x for path, x in layer.items() if '/experts/' not in path} | {'ffn/experts': experts}
+  rest = {path: x for path, x in layer.items() if '/experts/' not in path}
+  return rest | {'ffn/experts': [
+      {name: layer[f'ffn/experts/{name}'][e] for name in ('gate', 'up', 'down')}
+      for e in range(num_experts)]}
 
 
 def stacked(experts: list[dict] | dict) -> dict:
