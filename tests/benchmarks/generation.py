@@ -52,7 +52,7 @@ class Theirs:
     found = self._model.generate(
         torch.tensor([[0] * n + prompt for n, prompt in zip(pad, prompts)]),
         attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in pad]),
-        max_new_tokens=new, do_sample=False, pad_token_id=-1)
+        max_new_tokens=new, do_sample=False, pad_token_id=end)
     rows = found[:, longest:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
