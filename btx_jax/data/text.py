@@ -108,13 +108,19 @@ def _in_words(domain: Domain, meta: Mapping[str, Any]) -> list[str]:
            f'{held_out["documents"]:,} documents held out' if domain.is_trained else
            f'{held_out["documents"]:,} documents, {held_out["bytes"] / 1e6:.1f} MB, '
            f'{held_out["tokens"] / 1e6:.2f} M tokens, only to be measured']
-  lines += kept_out.in_words(meta)
+  return lines + kept_out.in_words(meta) + remarks(meta)
+
+
+def remarks(meta: Mapping[str, Any]) -> list[str]:
+  """What was skipped, changed or left out, and what is odd, from the meta.json of a folder."""
+  lines = []
   skipped = meta.get('skipped')
   if skipped and skipped['count']:
     more = skipped['count'] - len(skipped['first'])
     lines.append(f'{skipped["count"]:,} record(s) skipped: '
                  f'{"; ".join(skipped["first"])}{f"; and {more:,} more" if more else ""}')
-  lines += Changes(**meta['changes']).in_words(train['documents'] + held_out['documents'])
+  lines += Changes(**meta['changes']).in_words(
+      meta['train']['documents'] + meta['held_out']['documents'])
   return lines + corpora.left_out(meta) + meta.get('notes', [])
 
 

@@ -41,9 +41,7 @@ class Study:
         ('evaluation.tokens', config.evaluation.tokens, 1)):
       if value < least:
         raise UsageError(f'{field} = {value} must be at least {least}.')
-    if config.evaluation.stride > config.data.seq_len:
-      raise UsageError(f'evaluation.stride = {config.evaluation.stride} is more than data.seq_len '
-                       f'= {config.data.seq_len}: tokens between windows would not be measured.')
+    check_stride(config.evaluation.stride, config.data.seq_len)
     if not config.mix.ram_gb > 0:
       raise UsageError(f'mix.ram_gb = {config.mix.ram_gb} must be positive.')
     tokenizer = None
@@ -85,3 +83,10 @@ class Study:
     if name not in self.runs:
       raise UsageError(f'--run={name} is not a run of this config; {nearest(name, self.runs)}')
     return self.runs[name]
+
+
+def check_stride(stride: int, length: int) -> None:
+  """Raises UsageError if windows of `length` tokens leave gaps between them."""
+  if stride > length:
+    raise UsageError(f'evaluation.stride = {stride} is more than the {length} tokens of a window, '
+                     'so tokens between two windows would not be measured.')
