@@ -123,7 +123,9 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
     with the number of units in place of their scores; `error`, the standard error of bits per byte;
     `perplexity`, see units.perplexities; and `trained_on`, see `copies`.
   """
-  check(study, run)
+  for path in asked.paths:
+    if not folders.find(path).files:
+      raise UsageError(f'--on={path} matches no file (looked from {os.getcwd()}).')
   length = asked.length or study.config.data.seq_len
   if run.selector and length != run.seq_len:
     raise UsageError(f'--length={length}: {run.name!r} is an ensemble, which is measured in '
@@ -132,6 +134,7 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
   if asked.stride is not None:
     settings.stride = asked.stride
   check_stride(settings.stride, length)
+  check(study, run)
   mesh = layout.mesh(study.config, study.runs, jax.devices(), hardware.device_memory())
   settings.batch_size = layout.evaluation_rows(study.config, mesh)
   known = text.prepare(compared.config, compared.data_folder) if compared else None
@@ -140,19 +143,20 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
     found = _read(asked, tokenizer, study.config.data.max_skipped, os.path.join(folder, 'scored'))
     if run.selector:
-      train = known.train if known else {}
-      scores = selected.evaluate(study, run, Text(tokenizer, train, found), mesh)
+      scores = selected.evaluate(
+          study, run, Text(tokenizer, known.train if known else {}, found), mesh)
     else:
       scores = bits.evaluate(run.model, params.final(study, run, mesh), found, mesh, length,
                              settings.batch_size, tokenizer, settings.stride)
+    of_run = {domain for each in lineage(run) for domain in each.domains}
+    train = {domain: tokens_of for domain, tokens_of in (known.train if known else {}).items()
+             if domain in of_run or compared is not study}
     seen = {}
-    if known and known.train:
+    if known and train:
       if known.tokenizer.hash != tokenizer.hash:  # copies are found by their tokens
         found = _read(asked, known.tokenizer, study.config.data.max_skipped,
                       os.path.join(folder, 'compared'))
-      of_run = {domain for each in lineage(run) for domain in each.domains}
-      seen = copies(found, {domain: train for domain, train in known.train.items()
-                            if domain in of_run or compared is not study})
+      seen = copies(found, train)
   return {'model': run.name, 'length': length, 'stride': settings.stride,
           'texts': {path: _figures(score) | {'trained_on': seen.get(path)}
                     for path, score in scores.items()}}
@@ -243,8 +247,6 @@ def _read(asked: Asked, tokenizer: Tokenizer, max_skipped: float, folder: str
   """The tokens of each text by its path, written into a folder."""
   result = {}
   for number, path in enumerate(dict.fromkeys(asked.paths)):
-    if not folders.find(path).files:
-      raise UsageError(f'--on={path} matches no file (looked from {os.getcwd()}).')
     domain = Domain(_NAME, text_field=asked.text_field, separator=asked.separator,
                     held_out=(path,))
     place = os.path.join(folder, str(number))

@@ -49,7 +49,7 @@ def prepare(config, folder: str) -> Text:
   tokenizer = _tokenizer(config, folder, wanted)
   say(f'tokenizer: {tokenizer.framing}')
   train, held_out = {}, {}
-  unless = _named_held_out(wanted, folder, tokenizer, config.data.max_skipped)
+  unless = _named_held_out(config, wanted, folder, tokenizer)
   shares = {domain.name: domain.share(config.data.held_out) for domain in wanted
             if domain.is_trained}
   # Copies of what a larger share holds out may be in domains of a smaller one, which come later.
@@ -64,8 +64,6 @@ def prepare(config, folder: str) -> Text:
       train[domain.name] = tokens.load(path, 'train')
       if shares[domain.name] > min(shares.values()):
         unless = dict.fromkeys(measured.document_hashes.tolist(), domain.name) | unless
-    if domain.names_held_out:
-      _check_length(domain, measured, config.data.seq_len)
     held_out[domain.name] = (measured if domain.names_held_out else
                              measured.sample(config.evaluation.tokens))
     for line in _in_words(domain, meta):
@@ -73,8 +71,8 @@ def prepare(config, folder: str) -> Text:
   return Text(tokenizer, dict(sorted(train.items())), dict(sorted(held_out.items())))
 
 
-def _named_held_out(wanted: Sequence[Domain], folder: str, tokenizer: Tokenizer,
-                    max_skipped: float) -> Mapping[int, str]:
+def _named_held_out(config, wanted: Sequence[Domain], folder: str, tokenizer: Tokenizer
+                    ) -> dict[int, str]:
   """The hash of each document in files that a domain names as held out -> that domain."""
   result = {}
   with contextlib.ExitStack() as stack:
@@ -86,9 +84,10 @@ def _named_held_out(wanted: Sequence[Domain], folder: str, tokenizer: Tokenizer,
       if not os.path.exists(path):
         temporary = temporary or stack.enter_context(tempfile.TemporaryDirectory())
         path = os.path.join(temporary, domain.name)
-        tokens.prepare(path, domain.only_measured(), tokenizer, 0.0, max_skipped)
-      hashes = tokens.load(path, 'held_out').document_hashes
-      result |= dict.fromkeys(hashes.tolist(), domain.name)
+        tokens.prepare(path, domain.only_measured(), tokenizer, 0.0, config.data.max_skipped)
+      measured = tokens.load(path, 'held_out')
+      _check_length(domain, measured, config.data.seq_len)
+      result |= dict.fromkeys(measured.document_hashes.tolist(), domain.name)
   return result
 
 
@@ -181,10 +180,7 @@ def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
 def _sample(config, wanted: Sequence[Domain]) -> Iterator[str]:
   """The first training documents of every domain, to train a tokenizer on."""
   trained = [domain for domain in wanted if domain.is_trained]
-  if not trained:
-    raise UsageError('tokenizer.path is empty, and no domain has text to train a tokenizer on: all '
-                     'of them are only measured. Set tokenizer.path.')
-  share = max(domain.share(config.data.held_out) for domain in trained)
+  share = max((domain.share(config.data.held_out) for domain in trained), default=0.0)
   # Skipped records are reported later, when the domain is tokenized.
   named = {text for domain in wanted if domain.names_held_out
            for text, _, _ in corpora.documents(domain.measured(), config.data.max_skipped)}
