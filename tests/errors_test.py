@@ -661,7 +661,7 @@ config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
   done = run(config(lines.format(9)), *new)
   assert done.code == 0, done.stderr
   check(run(config(lines.format(8)), *new), 'wiki was made from another config: held_out_text was')
-  check(run(config(), *new), 'document(s) that were held out when it was tokenized, and are not any more. Hold them')
+  check(run(config(), *new), 'document(s) that were held out when it was tokenized, and are not')
 
 
 def test_directories_that_something_happened_to(run, config, work):
