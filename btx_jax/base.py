@@ -7,7 +7,7 @@ their defaults and descriptions are in model/config.py and run.py.
 from collections.abc import Iterable
 import dataclasses
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from btx_jax.model.config import Config
 from btx_jax.recipe import AS_BEFORE, NORMAL, ROUTER_STD
@@ -188,7 +188,7 @@ def _section(cls, without: tuple[str, ...] = (), **own) -> ConfigDict:
 
 def domain(paths=(), text_field: str = 'text', separator: str = '',
            source: str = 'files', id_field: str = '',
-           held_out: float | str | tuple[str, ...] = ()) -> ConfigDict:
+           held_out: float | str | Iterable[str] = ()) -> ConfigDict:
   """Text of one kind.
 
   Without `paths`, but with files in `held_out`, it is only measured: every run is scored on it, and
@@ -212,8 +212,8 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
   """
   return ConfigDict({'source': source, 'paths': _strings(paths), 'text_field': text_field,
                      'separator': separator, 'id_field': id_field,
-                     'held_out': held_out if isinstance(held_out, int | float) else
-                     _strings(held_out)})
+                     # A config may set either kind of value later.
+                     'held_out': FieldReference(held_out, field_type=object)})
 
 
 def _strings(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -68,8 +68,10 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
   for name, fields in sorted(domains.items()):
     _check_name(name, domains)
     held_out = fields['held_out']
-    domain = Domain(name, **{**fields, 'paths': tuple(fields['paths']), 'held_out': (
-        held_out if isinstance(held_out, int | float) else tuple(held_out))})
+    if not isinstance(held_out, int | float):
+      held_out = (held_out,) if isinstance(held_out, str) else tuple(held_out)
+    domain = Domain(
+        name, **{**fields, 'paths': tuple(fields['paths']), 'held_out': held_out})
     valid = ('files', *demo.SOURCES)
     if domain.source not in valid:
       raise UsageError(f'domains.{name}.source = {domain.source!r} is not a source; '
