@@ -61,7 +61,7 @@ def own(text, tmp_path_factory):
     btx_jax.save(str(here / name), sizes, random_params(sizes, seed), model, 'float32')
   rng = random.Random(3)
   (here / 'wiki.txt').write_text(' = = \n'.join(
-      ' '.join(rng.choices(studies.WORDS['prose'], k=rng.randint(1, 30))) for _ in range(25)))
+      ' '.join(rng.choices(studies.WORDS['prose'], k=rng.randint(1, 12))) for _ in range(25)))
   (here / 'mine.py').write_text(CONFIG.format(here=str(here)))
   return here
 
@@ -243,7 +243,7 @@ def test_what_was_trained_on_is_counted(own):
                                                                train.starts[longest + 1]]])
   starts = np.array([*train.starts[:5], len(ids)])
   part = Tokens(ids, starts, starts, 'x')
-  seen = evaluate.copies({'x': part, 'y': found.held_out['math']}, found.train)
+  seen = evaluate.seen_in_training({'x': part, 'y': found.held_out['math']}, found.train)
   assert (seen['x']['documents'], seen['x']['by_domain']) == (4, {'prose': 4})
   assert seen['x']['share'] == duplicates.overlaps({'x': part}, found.train)['x'].share > 0
   assert seen['y'] == {'documents': 0, 'by_domain': {}, 'share': seen['y']['share']}

@@ -121,7 +121,7 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
   Returns:
     `model`; `length` and `stride` of the windows; and `texts`: path -> what units.score returns,
     with the number of units in place of their scores; `error`, the standard error of bits per byte;
-    `perplexity`, see units.perplexities; and `trained_on`, see `copies`.
+    `perplexity`, see units.perplexities; and `trained_on`, see `seen_in_training`.
   """
   for path in asked.paths:
     if not folders.find(path).files:
@@ -134,7 +134,7 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
   if asked.stride is not None:
     settings.stride = asked.stride
   check_stride(settings.stride, length)
-  check(study, run)
+  check_readable(study, run)
   mesh = layout.mesh(study.config, study.runs, jax.devices(), hardware.device_memory())
   settings.batch_size = layout.evaluation_rows(study.config, mesh)
   known = text.prepare(compared.config, compared.data_folder) if compared else None
@@ -156,13 +156,13 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
       if known.tokenizer.hash != tokenizer.hash:  # copies are found by their tokens
         found = _read(asked, known.tokenizer, study.config.data.max_skipped,
                       os.path.join(folder, 'compared'))
-      seen = copies(found, train)
+      seen = seen_in_training(found, train)
   return {'model': run.name, 'length': length, 'stride': settings.stride,
           'texts': {path: _figures(score) | {'trained_on': seen.get(path)}
                     for path, score in scores.items()}}
 
 
-def check(study: Study, run: Run) -> None:
+def check_readable(study: Study, run: Run) -> None:
   """Raises UsageError unless a run's parameters can be read, and are for the study's tokenizer."""
   if run.vocabulary:
     raise UsageError(f'--run={run.name} has a different vocabulary than the tokenizer of this '
@@ -175,7 +175,8 @@ def check(study: Study, run: Run) -> None:
                          f'--run={needed.name} first.')
 
 
-def copies(found: Mapping[str, Tokens], train: Mapping[str, Tokens]) -> dict[str, dict[str, Any]]:
+def seen_in_training(found: Mapping[str, Tokens], train: Mapping[str, Tokens]
+                     ) -> dict[str, dict[str, Any]]:
   """How much of some texts is in training text too.
 
   Args:

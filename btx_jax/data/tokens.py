@@ -151,14 +151,15 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
     with contextlib.suppress(UsageError):  # without the text, the tokens suffice
       made_from |= _describe(domain)
     for key, value in made_from.items():
-      if meta['made_from'].get(key) != value:
-        needless = key == 'held_out_text' or not domain.is_trained
+      was = meta['made_from'].get(key)
+      if was != value:
+        is_measured = key == 'held_out_text' or not meta['train']['documents'] or (
+            key == 'held_out' and isinstance(was, list) and isinstance(value, list))
         raise UsageError(
-            f'{folder} was made from another config: {key} was '
-            f'{meta["made_from"].get(key)!r}, now it is {value!r}. Use another --workdir, or '
-            'delete that folder' + (
+            f'{folder} was made from another config: {key} was {was!r}, now it is {value!r}. Use '
+            'another --workdir, or delete that folder' + (
                 ': it is made again, and no run depends on text that is only measured.'
-                if needless else ' if no run needs it.'))
+                if is_measured else ' if no run needs it.'))
     return kept_out.check(folder, domain.name, meta, load(folder, 'train'), unless)
 
   made_from |= _describe(domain)
