@@ -14,6 +14,7 @@ other commands:
   report     writes the report with the results so far
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
+  evaluate   scores the text --on, by --run or by the pretrained --model, which needs no --config
   export     writes the model of --run to the folder --to, in the format of Hugging Face
   preflight  compiles every run for the devices --topology, which need not exist here: does it
              fit, how long will it take, how much is sent
@@ -45,10 +46,24 @@ RUN = flags.DEFINE_string('run', None, 'The name of a run: train only this one, 
 PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
-JSON = flags.DEFINE_bool('json', False, 'status, preflight: print JSON.')
+JSON = flags.DEFINE_bool('json', False, 'status, evaluate, preflight: print JSON.')
 TOPOLOGY = flags.DEFINE_string(
     'topology', None,
     'preflight: the devices to compile for, as in v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
+ON = flags.DEFINE_multi_string(
+    'on', [], 'evaluate: a directory, glob or file to score; may be given several times.')
+MODEL = flags.DEFINE_string(
+    'model', None, 'evaluate: the folder of a pretrained model that scores, in place of a run.')
+TEXT_FIELD = flags.DEFINE_string(
+    'text_field', 'text', 'evaluate: the field or column of the text, as of a domain.')
+SEPARATOR = flags.DEFINE_string(
+    'separator', '', 'evaluate: splits a plain text file into documents, as of a domain.')
+LENGTH = flags.DEFINE_integer(
+    'length', 0, 'evaluate: tokens of a window; 0 is data.seq_len, and without a config what the '
+    'model is for, up to 2,048.', lower_bound=0)
+STRIDE = flags.DEFINE_integer(
+    'stride', None, 'evaluate: tokens that each window moves on; default evaluation.stride.',
+    lower_bound=0)
 TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
 DTYPE = flags.DEFINE_string(
     'dtype', 'bfloat16', 'export: the type of the weights, bfloat16 or float32.')
@@ -150,6 +165,24 @@ def compare_experts(name: str, workdir: str):
   print_comparison(Study(CONFIG.value, workdir), RUN.value)
 
 
+def evaluate_text(name: str, workdir: str):
+  """Scores text by a run or a pretrained folder."""
+  del name
+  if not ON.value or bool(RUN.value) == bool(MODEL.value):
+    raise UsageError('evaluate needs --on=FILES, and what scores them: --config=CONFIG with '
+                     '--run=NAME, or --model=FOLDER.')
+  from btx_jax.commands import evaluate
+  from btx_jax.devices import compiled
+  from btx_jax.study.study import Study
+  compiled.keep()
+  asked = evaluate.Asked(
+      [files.local_path('--on', path) for path in dict.fromkeys(ON.value)], TEXT_FIELD.value,
+      SEPARATOR.value, LENGTH.value, STRIDE.value)
+  study = Study(CONFIG.value, workdir) if CONFIG.value else None
+  evaluate.print_scores(study, RUN.value or '', files.local_path('--model', MODEL.value or ''),
+                        asked, JSON.value)
+
+
 def export_model(name: str, workdir: str):
   """Writes the model of a run as a Hugging Face folder."""
   del name
@@ -179,8 +212,8 @@ def compile_for_topology(name: str, workdir: str):
 
 
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
-            'data': describe_data, 'compare': compare_experts, 'export': export_model,
-            'preflight': compile_for_topology}
+            'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_text,
+            'export': export_model, 'preflight': compile_for_topology}
 
 
 def run_command(argv: list[str]):
@@ -197,6 +230,11 @@ def run_command(argv: list[str]):
     raise UsageError(f'The command {command} is now {errors.RENAMED[command]}.')
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
+  if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
+    raise UsageError(f'{command} runs in a single process: omit --distributed, --coordinator, '
+                     '--num_processes and --process_id.')
+  if command == 'evaluate' and MODEL.value and not flags.FLAGS['config'].present:
+    return evaluate_text('', '')
   if not flags.FLAGS['config'].present:
     raise UsageError('--config is missing; try --config=demo')
   config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
@@ -212,9 +250,6 @@ def run_command(argv: list[str]):
   if not isinstance(CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what base.get_config() of '
                      f'btx_jax/base.py makes, not {type(CONFIG.value).__name__}.')
-  if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
-    raise UsageError(f'{command} runs in a single process: omit --distributed, --coordinator, '
-                     '--num_processes and --process_id.')
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = WORKDIR.value or os.path.join('runs', name)
   files.local_path('--to', TO.value or '')

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from btx_jax import run as run_lib
-from btx_jax.data import corpora, demo, mixture, tokenizer, tokens
+from btx_jax.data import corpora, demo, domains, mixture, tokenizer, tokens
 from btx_jax.errors import UsageError
 
 TRICKY = [
@@ -115,9 +115,10 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
 
 
 def test_a_source_nobody_knows_is_refused():
-  fields = {'source': 'wikipedia', 'paths': (), 'text_field': 'text', 'separator': ''}
+  fields = {'source': 'wikipedia', 'paths': (), 'text_field': 'text', 'separator': '',
+            'held_out': ()}
   with pytest.raises(UsageError, match="'wikipedia' is not a source; valid: 'arithmetic'"):
-    corpora.from_config({'some': fields})
+    domains.from_config({'some': fields})
 
 
 # Arithmetic

@@ -136,6 +136,9 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'compare'], 'compare needs --run=NAME, the mixture whose experts are compared.'),
     ([DEMO, 'compare', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
     ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
+    ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES, and what scores them'),
+    ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
+    (['evaluate', '--model=docs', '--on=docs'], '--model=docs is not the folder of a pretrained'),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
     ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; run --ru"),
@@ -289,7 +292,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ("config.train.batch_size = None", 'train.batch_size = None is of type NoneType'),
     ("config.train = {'batch_size': 8}", 'train.balance_bias is missing. Start from'),
     ("config.domains = {'code': '/x/*.txt'}", "domains.code = '/x/*.txt' is of type str"),
-    ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.id_field is missing'),
+    ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.held_out is missing'),
     ("config.domains.code.paths = 5", 'paths = 5 is of type int, and must be of type tuple'),
     ("config.domains.code = base.domain([5])", 'paths = (5,) is of type tuple, and must be a'),
     ("config.domains.code = base.domain(here)", 'mine.py, line 17: TypeError: '),
@@ -472,6 +475,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.train.balance_scope = "bach"', "'bach'; did you mean 'batch'?"),
     ('config.log_every = 0', 'log_every = 0 must be at least 1.'),
     ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
+    ('config.evaluation.stride = 16', 'evaluation.stride = 16 is more than the 15 tokens of a'),
     ('config.mix.ram_gb = 0.0', 'mix.ram_gb = 0.0 must be positive.'),
     ('config.evaluation.merge = ("all",)', 'line 17: evaluation.merge is now a run of its own, '
      'base.run(base.ensemble(EXPERTS, selector=base.posterior())) or base.tfidf().'),
@@ -502,6 +506,14 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     # Text
     ('config.domains.code.paths = ("/none/*.txt",)', "'/none/*.txt' matches no file (looked from"),
     ('config.domains.code = base.domain()', 'domains.code.paths is empty'),
+    ('config.domains.wiki = base.domain(held_out="/none/*.txt")',
+     "domains.wiki.held_out: '/none/*.txt' matches no file (looked from"),
+    ('config.domains.code = base.domain("x", held_out=1.5)',
+     'domains.code.held_out = 1.5 must be a share between 0 and 1, or name the files'),
+    ('config.domains["code/x"] = config.domains.code',
+     "'code/x' cannot be the name of a domain beside 'code', because its tokens"),
+    ('config.domains.wiki = base.domain(held_out="x")\n' + new(domains='{"wiki": 1}'),
+     "runs.new.domains names 'wiki', which is only measured, as domains.wiki.paths is empty."),
     ('(here / "x.txt").write_text("")\nconfig.domains.code.paths = (str(here / "x.txt"),)',
      'domains.code is empty: there is no text in'),
     ('config.domains.code.text_field = "body"', "set domains.code.text_field to the field"),
@@ -607,6 +619,11 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
     (NORMALISING.format('NFC') + '\n(here / "x.txt").write_text("e\\u0301 1\\ne\\u0301 2")\n'
      'config.domains.code = base.domain(str(here / "x.txt"), separator="\\n")',
      'The tokenizer changes every document of domains.code'),
+    ('(here / "x.txt").write_text("few words")\n'
+     'config.domains.wiki = base.domain(held_out=str(here / "x.txt"))',
+     'domains.wiki.held_out has 10 tokens, fewer than one window of data.seq_len = 15. Name'),
+    ('config.domains.code = base.domain(config.domains.code.paths, '
+     'held_out=config.domains.code.paths)', 'domains.code has nothing to train on: 60 document(s)'),
 ])
 def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
@@ -632,6 +649,19 @@ def test_a_run_before_what_it_starts_from(run, config, tmp_path):
 ])
 def test_the_directory_of_another_config(run, config, seed, argument, message):
   check(run(config(), f'--workdir={seed}', argument), message)
+
+
+def test_text_that_is_held_out_after_it_was_tokenized_or_not_any_more(run, config, work, tmp_path):
+  lines = '''(here / "x.jsonl").write_text("".join(
+    open(config.domains.code.paths[0]).readlines()[:{}]))
+config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
+  check(run(config(lines.format(60)), f'--workdir={work}', 'data'), 'domains.code: documents that '
+        'are held out are in its training text, which was tokenized before: 56 of 60 of wiki.')
+  new = f'--workdir={tmp_path / "new"}', 'data'
+  done = run(config(lines.format(9)), *new)
+  assert done.code == 0, done.stderr
+  check(run(config(lines.format(8)), *new), 'wiki was made from another config: held_out_text was')
+  check(run(config(), *new), 'document(s) that were held out when it was tokenized, and are not')
 
 
 def test_directories_that_something_happened_to(run, config, work):
@@ -755,6 +785,20 @@ def test_routers_from_text_that_are_gone_or_damaged(run, config, work):
   check(run(*export), 'fit.json is damaged (Expecting property name')
   (folder / 'fit.json').unlink()
   check(run(*export), 'routers has no fit.json: what belongs there has not been set from text.')
+
+
+def test_text_that_cannot_be_evaluated(run, config, work, tmp_path):
+  on = f'--workdir={work}', 'evaluate', '--on=README.md'
+  check(run('evaluate', f'--model={work / "seed"}', '--on=README.md'), 'is the directory of a run.')
+  check(run(config(ensemble(EXPERTS)), *on, '--run=new', '--length=5'), "--length=5: 'new' is an "
+        'ensemble, which is measured in windows of data.seq_len = 15; omit --length.')
+  check(run(config(), *on, '--run=seed', '--stride=16'), 'evaluation.stride = 16 is more than the')
+  check(run(config(), *on, '--run=seed', '--on=none'), '--on=none matches no file (looked from')
+  (tmp_path / 'x.jsonl').write_text('{"body": "x"}\n')
+  done = run(config(), *on[:2], '--run=seed', f'--on={tmp_path / "x.jsonl"}')
+  assert 'To use them, set --text_field to the field that holds the text; repair' in done.stderr
+  check(run(config(pretrained(OTHER_TOKENIZER, **UNTRAINED)), *on, '--run=new'), '--run=new has a '
+        'different vocabulary than the tokenizer of this config; evaluate it by --model=')
 
 
 def test_an_ensemble_whose_selector_cannot_be_exported(run, config, work):

@@ -132,10 +132,13 @@ def test_the_router_without_logits_cannot_be_masked():
 
 
 class Pieces:
-  """A tokenizer that is asked for nothing but pieces."""
+  """A tokenizer that is asked for nothing but the text of tokens."""
 
   def pieces(self, ids):
     return list(map(str, ids))
+
+  def spell(self, ids):
+    return ' '.join(self.pieces(ids)).encode()
 
 
 @pytest.mark.parametrize('router', ['top_k', 'softmax_top_k'])
@@ -147,7 +150,7 @@ def test_scores_without_an_expert_are_those_of_the_smaller_mixture(router):
                            np.array([0, 70, 150]), np.array([0, 200, 400 + seed]), 'x')
               for seed, name in enumerate(('code', 'math'))}
   with use_mesh((1, 1, 2, 1)) as mesh:
-    found = bits.without_each_expert(cfg, params, held_out, mesh, 15, 8)
+    found = bits.without_each_expert(cfg, params, held_out, mesh, 15, 8, stride=7)
   assert bits._masked_step(cfg, mesh)._cache_size() == 1  # one program for all experts
   for out in range(E):
     ffn = params['layers']['ffn']
@@ -155,7 +158,7 @@ def test_scores_without_an_expert_are_those_of_the_smaller_mixture(router):
         'router': np.delete(ffn['router'], out, 2),
         'experts': jax.tree.map(lambda x, out=out: np.delete(x, out, 1), ffn['experts'])}}}
     with use_mesh((1, 1, 1, 1)) as mesh:
-      expected = bits.evaluate(smaller, removed, held_out, mesh, 15, 8, Pieces())
+      expected = bits.evaluate(smaller, removed, held_out, mesh, 15, 8, Pieces(), stride=7)
     for domain, score in expected.items():
       assert found[domain]['bits_per_byte'][out] == pytest.approx(score['bits_per_byte'], rel=1e-5)
   assert len(set(found['code']['bits_per_byte'])) == E  # each expert matters

@@ -26,7 +26,8 @@ class Description(NamedTuple):
 
   Attributes:
     name: of the domain.
-    train, held_out: `documents`, `bytes` and `tokens` of each split.
+    train, held_out: `documents`, `bytes` and `tokens` of each split; 0 to train on if the domain is
+      only measured.
     skipped: number of unusable records; None if the folder is too old to have this count.
     groups: its files, by ending and by what they were read as.
     notes: what is odd about how they were read, in words.
@@ -78,7 +79,7 @@ def describe(config, folder: str) -> list[Description]:
   tokenizer, train = prepared.tokenizer, prepared.train
   terminal.say('Looking for held-out text in the training text')
   # All held-out text: text.prepare returns only a sample of it.
-  held_out = {name: load(os.path.join(folder, name), 'held_out') for name in train}
+  held_out = {name: load(os.path.join(folder, name), 'held_out') for name in prepared.held_out}
   overlaps = duplicates.overlaps(held_out, train)
   result = []
   for name, tokens in held_out.items():
@@ -88,8 +89,8 @@ def describe(config, folder: str) -> list[Description]:
     result.append(Description(
         name, meta['train'], meta['held_out'], meta.get('skipped', {}).get('count'),
         [Group(**group) for group in meta.get('files', [])], meta.get('notes', []),
-        duplicates.copies(train[name]), overlaps[name], _beginning(tokenizer, first),
-        document_id(path, 'held_out', 0),
+        duplicates.copies(train[name]) if name in train else 0, overlaps[name],
+        _beginning(tokenizer, first), document_id(path, 'held_out', 0),
         _in_words(overlaps[name].example, name, folder, tokenizer)))
   return result
 

@@ -29,7 +29,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     row = found[0] if found else rows[0]
     units = len(row['units'][domain]['bytes']) if found else None
     result.append([
-        domain, *(format_number(size, ',') for size in (*row['measured'][domain].values(), units)),
+        domain, *(format_number(row['measured'][domain][kind], ',') for kind in MEASURED),
+        format_number(units, ','),
         _range(row['error']['bits_per_byte'][domain] for row in found)])
   return [*result, ['mean', '', '', '', '', _range(row['error']['mean'] for row in rows)]]
 

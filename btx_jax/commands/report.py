@@ -17,6 +17,7 @@ import numpy as np
 
 from btx_jax.commands import claims, measured, pictures, seeds, status, table
 from btx_jax.commands import regression as regression_table
+from btx_jax.data import domains
 from btx_jax.data.tokens import read_meta
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import regression, scores
@@ -174,7 +175,7 @@ def _training(study: Study, lines: dict[str, list], save: SavePicture) -> dict[s
       'curves': save('curves', pictures.curves(curves), 'Training loss by tokens and by FLOPs'),
       'curves_by_domain': save(
           'curves_by_domain',
-          pictures.curves_by_domain(curves, sorted(study.config.domains)),
+          pictures.curves_by_domain(curves, domains.trained(study.config.domains)),
           'Training loss by domain')}
 
 
@@ -319,7 +320,8 @@ def _texts(study: Study) -> list[list[str]]:
     train, held_out = meta['train'], meta['held_out']
     rows.append([
         domain, f'{train["documents"]:,}', f'{train["bytes"] / 1e6:,.2f}',
-        f'{train["tokens"] / 1e6:,.2f}', f'{train["bytes"] / train["tokens"]:.2f}',
+        f'{train["tokens"] / 1e6:,.2f}',
+        format_number(train['bytes'] / train['tokens'] if train['tokens'] else None),
         f'{held_out["documents"]:,}', f'{held_out["bytes"] / 1e6:,.2f}',
         f'{meta.get("skipped", {}).get("count", 0):,}'])
   return rows

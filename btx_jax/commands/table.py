@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from btx_jax import terminal
-from btx_jax.evaluate import error_bars, scores
+from btx_jax.evaluate import error_bars, scores, units
 from btx_jax.evaluate.error_bars import Difference
 from btx_jax.study.study import Study
 
@@ -31,9 +31,9 @@ def rows(study: Study, series: str = '') -> list[Row]:
   per token (scores.Model); tokens, train_flops and train_flops_unfrozen (as if nothing had been
   frozen), which include every run the model descends from; gates by domain ({} for a dense model);
   by domain of an ensemble ({} for others) share and switches, see selected.usage; by domain
-  measured, the documents, bytes and tokens of the text that was measured, and units, see
-  units.score; and error, see with_errors. Scores that an earlier version measured have neither
-  documents nor units.
+  measured, the documents, bytes, tokens and words of the text that was measured, and units, see
+  units.score; and error, perplexity, see with_errors. Scores that an earlier version measured have
+  neither documents nor units.
   """
   result = []
   for model in scores.models(study):
@@ -53,7 +53,7 @@ def rows(study: Study, series: str = '') -> list[Row]:
         'tokens': sum(run.tokens for run in model.trained),
         'train_flops': sum(run.flops for run in model.trained),
         'train_flops_unfrozen': sum(run.flops_unfrozen for run in model.trained),
-        'measured': {domain: {kind: score.get(kind) for kind in MEASURED}
+        'measured': {domain: {kind: score.get(kind) for kind in (*MEASURED, 'words')}
                      for domain, score in found.items()},
         **{kind: {domain: score[kind] for domain, score in found.items() if kind in score}
            for kind in ('gates', 'share', 'switches', 'units')},
@@ -64,29 +64,35 @@ def rows(study: Study, series: str = '') -> list[Row]:
 def difference(row: Row, other: Row, domain: str) -> Difference:
   """By how much bits per byte of a row on a domain are above those of another row."""
   value = row['bits_per_byte'][domain] - other['bits_per_byte'][domain]
-  units, of_other = (each.get('units', {}).get(domain) for each in (row, other))
-  if not units or not of_other:
+  of_row, of_other = (each.get('units', {}).get(domain) for each in (row, other))
+  if not of_row or not of_other:
     return Difference(value, None, None)
   return Difference(
-      value, error_bars.error_of_difference(units, of_other), len(units['bytes']))
+      value, error_bars.error_of_difference(of_row, of_other), len(of_row['bytes']))
 
 
 def difference_of_means(row: Row, other: Row) -> Difference:
   """By how much the mean over the domains is above that of another row."""
   found = [difference(row, other, domain) for domain in row['bits_per_byte']]
-  units = [each.units for each in found if each.units is not None]
+  counts = [each.units for each in found if each.units is not None]
   return Difference(row['mean'] - other['mean'],
                     error_bars.error_of_mean(each.error for each in found),
-                    min(units) if len(units) == len(found) else None)
+                    min(counts) if len(counts) == len(found) else None)
 
 
 def with_errors(row: Row) -> Row:
-  """The row with `error`, the standard errors of its scores from its `units`: 'bits_per_byte' by
-  domain, and 'mean'. Those of domains without units are None."""
+  """The row with what follows from its `units`. Domains without them have None.
+
+  `error`, the standard errors of its scores: 'bits_per_byte' by domain, and 'mean'. `perplexity` by
+  domain, see units.perplexities.
+  """
   errors = {domain: error_bars.error_of(row['units'][domain]) if domain in row['units'] else None
             for domain in row['bits_per_byte']}
+  perplexity = {domain: units.perplexities({'units': row['units'].get(domain), **size})
+                for domain, size in row['measured'].items()}
   return row | {'error': {'bits_per_byte': errors,
-                          'mean': error_bars.error_of_mean(errors.values())}}
+                          'mean': error_bars.error_of_mean(errors.values())},
+                'perplexity': perplexity}
 
 
 def without_units(rows: list[Row]) -> list[Row]:

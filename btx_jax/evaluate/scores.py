@@ -131,8 +131,10 @@ def _path(study: Study, run: Run, stage: str) -> str:
 
 def _measured_on(study: Study, run: Run) -> dict:
   found = manifest.read(study.folder(run.name)) or {}
+  stride = study.config.evaluation.stride
   return {
       'run': found['identity'],
       'length': study.config.data.seq_len, 'tokens': study.config.evaluation.tokens,
+      **({'stride': stride} if stride else {}),
       'text': {domain: tokens.read_meta(os.path.join(study.data_folder, domain))['hash']['held_out']
                for domain in sorted(study.config.domains)}}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from btx_jax import btx
+from btx_jax.data import domains
 from btx_jax.devices import sharding
 from btx_jax.devices.hardware import UNKNOWN, Chip
 from btx_jax.model import llama
@@ -163,8 +164,7 @@ def _key(group: Sequence[Run]) -> str:
 def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) -> Measured:
   group, chip = groups[0], topology.chip
   run, stacked = group[0], len(group) > 1
-  domains = len(study.config.domains)
-  program = make_program(group, mesh, domains)
+  program = make_program(group, mesh, len(domains.trained(study.config.domains)))
   state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(program.state_shapes))
   result = Measured(
       runs=tuple(each for group in groups for each in group), stacked=stacked,

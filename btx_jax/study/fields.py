@@ -24,9 +24,14 @@ def check(config) -> None:
   _check_section('', config, like)
   files.local_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
-    _check_section(f'domains.{name}', domain, base.domain())
+    held_out = domain.get('held_out', ()) if isinstance(domain, ConfigDict) else ()
+    is_share = isinstance(held_out, int | float)
+    kind = 0.0 if is_share else '' if isinstance(held_out, str) else ()
+    _check_section(f'domains.{name}', domain, base.domain(held_out=kind))
     for path in domain.paths:
       files.local_path(f'domains.{name}.paths', path)
+    for path in () if is_share else [held_out] if isinstance(held_out, str) else held_out:
+      files.local_path(f'domains.{name}.held_out', path)
   for name, run in config.runs.items():
     _check_section(f'runs.{name}', run, base.run(_init_like(run.get('init')), {}))
     files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))

@@ -11,6 +11,7 @@ import re
 
 from btx_jax import errors, selector
 from btx_jax.convert.hugging_face import Folder
+from btx_jax.data import domains
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
@@ -187,7 +188,7 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
 
 def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
               tokenizer: Tokenizer | None, at_hand: bool) -> Run:
-  entry = config.runs[name]
+  entry, trained = config.runs[name], domains.trained(config.domains)
   train = {**config.train, **entry.train}
   _check_batch(name, config.data.seq_len, train['batch_size'], train['microbatches'])
   sources, recipe, edit, names = _start(name, config, runs)
@@ -216,11 +217,11 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
     domain_of = {source.name: next(iter(source.weights)) for source in sources
                  if len(source.weights) == 1}
     routers = None if recipe is None else routers_from_config(
-        entry.init.routers, entry.init.runs, domain_of, config.domains, model.router,
+        entry.init.routers, entry.init.runs, domain_of, trained, model.router,
         entry.init.arrangement)
     selects = selector.from_config(
         entry.init, [source.name for source in sources], domain_of,
-        [source.name for source in sources if source.steps], config.domains,
+        [source.name for source in sources if source.steps], trained,
         model.num_layers) if entry.init.kind == ENSEMBLE else None
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
   run = Run(
@@ -236,7 +237,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
   if edit is None:
     return run
   with errors.about(f'runs.{name}'):
-    routers, edit = edits.routers(entry.init, run, config.domains)
+    routers, edit = edits.routers(entry.init, run, trained)
   biased = model.router_bias and (
       routers is None or (objective.balance_bias > 0 and not untrained))
   return dataclasses.replace(run, routers=routers, edit=edit,
@@ -396,12 +397,17 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None, ed
   return model
 
 
-def _weights(name: str, weights, domains) -> dict[str, float]:
+def _weights(name: str, weights, config_domains) -> dict[str, float]:
   """Each domain's share of the rows, from weights that need not add up to 1."""
+  trained = domains.trained(config_domains)
   for domain, weight in weights.items():
-    if domain not in domains:
+    if domain not in config_domains:
       raise UsageError(f'runs.{name}.domains names {domain!r}, which is not a domain; '
-                       f'{nearest(domain, domains)}')
+                       f'{nearest(domain, trained)}')
+    if domain not in trained:
+      raise UsageError(f'runs.{name}.domains names {domain!r}, which is only measured, as '
+                       f'domains.{domain}.paths is empty. Name files to train on there, or another '
+                       'domain here.')
     if not 0 <= weight < float('inf'):
       raise UsageError(f'runs.{name}.domains.{domain} = {weight}; weights are finite and not '
                        'negative.')

@@ -5,7 +5,7 @@ So any machine that sees the directory can inspect it, also while runs are in pr
 
 import os
 
-from btx_jax.data import corpora, text
+from btx_jax.data import domains, text
 from btx_jax.errors import UsageError, nearest
 from btx_jax.run import Run
 from btx_jax.study import fields, manifest, plan
@@ -27,7 +27,7 @@ class Study:
     fields.check(config)
     self.config = config = fields.with_home(config)
     self.workdir = os.path.expanduser(workdir)
-    corpora.from_config(config.domains)
+    domains.from_config(config.domains)
     if not 0 < config.data.held_out < 1:
       raise UsageError(f'data.held_out = {config.data.held_out} must be a share between 0 and 1.')
     if not 0 <= config.data.max_skipped <= 1:
@@ -37,9 +37,11 @@ class Study:
         ('checkpoints_kept', config.checkpoints_kept, 1),
         ('checkpoints_kept_every', config.checkpoints_kept_every, 0),
         ('evaluation.every', config.evaluation.every, 0),
+        ('evaluation.stride', config.evaluation.stride, 0),
         ('evaluation.tokens', config.evaluation.tokens, 1)):
       if value < least:
         raise UsageError(f'{field} = {value} must be at least {least}.')
+    check_stride(config.evaluation.stride, config.data.seq_len)
     if not config.mix.ram_gb > 0:
       raise UsageError(f'mix.ram_gb = {config.mix.ram_gb} must be positive.')
     tokenizer = None
@@ -81,3 +83,10 @@ class Study:
     if name not in self.runs:
       raise UsageError(f'--run={name} is not a run of this config; {nearest(name, self.runs)}')
     return self.runs[name]
+
+
+def check_stride(stride: int, length: int) -> None:
+  """Raises UsageError if windows of `length` tokens leave gaps between them."""
+  if stride > length:
+    raise UsageError(f'evaluation.stride = {stride} is more than the {length} tokens of a window, '
+                     'so tokens between two windows would not be measured.')
