@@ -225,7 +225,7 @@ def random() -> ConfigDict:
   return ConfigDict({'kind': RANDOM, 'runs': ()})
 
 
-def checkpoint(run_name: str, step: int = 0, state: bool = False) -> ConfigDict:
+def checkpoint(run_name: str, step: int | str = 0, state: bool = False) -> ConfigDict:
   """Starts from another run: to branch a seed, or to continue training.
 
   Only the parameters are taken, unless `state` is set: Adam's moments and count, the order of the

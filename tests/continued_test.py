@@ -45,7 +45,7 @@ def get_config(folder):
   config = studies.get_config(folder)
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.train.microbatches = 1
-  config.optimizer.update(warmup=0.0, final_lr=1.0)
+  config.optimizer.update(warmup=0.0, schedule='constant')
   config.evaluation.every = 0
   config.checkpoint_every = 100
   config.tokenizer.path = str(folder / 'seed')
@@ -122,7 +122,7 @@ def test_another_step_is_another_run(study, folder):
 def test_an_edit_keeps_the_moments_of_what_it_keeps(study, folder, name, monkeypatch):
   config = get_config(folder)
   config.runs = {each: config.runs[each] for each in ('seed', 'second', 'third', 'btx')}
-  config.runs[name] = base.run(EDITS[name], ALL, 5, optimizer={'final_lr': 0.1})
+  config.runs[name] = base.run(EDITS[name], ALL, 5, optimizer={'schedule': 'cosine'})
   edited = Unmeasured(config, study.workdir)
   run, before = edited.runs[name], stored(study, 'btx', 5)
   monkeypatch.setattr(state.params, 'initial', lambda *_: {})  # parameters: edit_test.py
@@ -174,7 +174,7 @@ def test_what_starts_anew_is_said(folder):
   config = get_config(folder)
   config.runs.update({'a': base.run(base.checkpoint('btx', step=2), ALL, 1),
                       'b': base.run(base.checkpoint('btx', step=2), ALL, 1),
-                      'c': going_on('again', 1, optimizer={'final_lr': 0.5})})
+                      'c': going_on('again', 1, optimizer={'schedule': 'cosine'})})
   assert continued.remarks(list(plan.make_plan(config, 272).values())) == [
       "again goes on after step 2 of btx, with its moments, Adam's count and the place in the "
       'data; the learning rate stays constant',

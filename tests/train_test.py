@@ -329,7 +329,7 @@ def test_norms_by_part_are_those_of_the_whole():
 
 
 def test_adamw_against_numpy_and_norm_scales_and_biases_do_not_decay():
-  cfg = Optimizer(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
+  cfg = Optimizer(peak_lr=0.01, warmup=0.0, schedule='constant', clip_norm=1.0)
   tx = optim.adamw(cfg, optim.schedule(cfg, 10))
   rng = np.random.default_rng(0)
   params = {'norm': {'scale': rng.normal(size=(2, 3))}, 'ffn': {'up': rng.normal(size=(2, 3))},
