@@ -24,6 +24,7 @@ from btx_jax.study import (
   compatibility,
   context,
   continued,
+  directories,
   manifest,
   params,
   plan,
@@ -113,7 +114,7 @@ class Pipeline(Study):
     return run.spec() | {
         'tokenizer': text.tokenizer.hash,
         'data': {domain: text.train[domain].hash for domain in run.domains},
-        'sources': [[source.plain_name, manifest.identity(self.spec(source))]
+        'sources': [[source.first_name, manifest.identity(self.spec(source))]
                     for source in run.sources],
     }
 
@@ -166,7 +167,7 @@ class Pipeline(Study):
         'pretrained': {run.folder: run.content for run in self.runs.values()}})
 
   def _check_manifests(self):
-    changes.check(self, self.spec)
+    directories.check(self, self.spec)
 
   def _say_remarks(self, wanted: Sequence[Run]):
     lines = [line for run in wanted for line in layout.uneven(run, self.mesh)]

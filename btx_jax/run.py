@@ -59,6 +59,7 @@ class Optimizer:
   clip_norm: float = 1.0
 
   def __post_init__(self):
+    object.__setattr__(self, 'warmup', float(self.warmup))  # of 100 and 100.0 one identity
     if self.peak_lr <= 0:
       raise UsageError(f'optimizer.peak_lr = {self.peak_lr} must be positive.')
     if self.schedule not in SCHEDULES:

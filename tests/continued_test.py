@@ -101,8 +101,8 @@ def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(study):
 def test_another_step_is_another_run(study, folder):
   config = get_config(folder)
   config.runs.again.init.step = 5
-  with pytest.raises(UsageError, match=r'another config:\n  sources: (.|\n)*  step: 2 there, None '
-                     r'(.|\n)*leave .again. as it was, and add a run from '
+  with pytest.raises(UsageError, match=r'another config:\n  again started from step 2 of btx and '
+                     r'starts from the end now\n(.|\n)*leave .again. as it was, and add a run from '
                      r'base.checkpoint\(.again., step=3, state=True\)'):
     Unmeasured(config, study.workdir).train()
   del config.runs['again']

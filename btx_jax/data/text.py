@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from btx_jax.data import corpora, framing, tokens
+from btx_jax.data import corpora, framing, origin, tokens
 from btx_jax.data.changes import Changes
 from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
@@ -38,13 +38,14 @@ def prepare(config, folder: str) -> Text:
   domains = corpora.from_config(config.domains)
   tokenizer = _tokenizer(config, folder, domains)
   say(f'tokenizer: {tokenizer.framing}')
+  origin.check(folder, changed(config, folder, tokenizer))
   train, held_out = {}, {}
   for domain in domains:
     path = os.path.join(folder, domain.name)
     if not os.path.exists(path):
       say(f'{domain.name}: reading and tokenizing')
-    meta = tokens.prepare(
-        path, domain, tokenizer, config.data.held_out, config.data.max_skipped)
+      tokens.prepare(path, domain, tokenizer, config.data.held_out, config.data.max_skipped)
+    meta = tokens.read_meta(path)
     train[domain.name] = tokens.load(path, 'train')
     held_out[domain.name] = tokens.load(path, 'held_out').sample(config.evaluation.tokens)
     say(f'{domain.name}: {meta["train"]["documents"]:,} documents, '
@@ -61,6 +62,17 @@ def prepare(config, folder: str) -> Text:
     for note in corpora.left_out(meta) + meta.get('notes', []):
       say(f'{domain.name}: {note}')
   return Text(tokenizer, train, held_out)
+
+
+def changed(config, folder: str, tokenizer: Tokenizer | None) -> dict[str, list[str]]:
+  """For each domain, what its tokens were made from and is otherwise now, in words.
+
+  Without a tokenizer it is not compared. Domains that are not tokenized yet are left out.
+  """
+  paths = {domain: os.path.join(folder, domain.name)
+           for domain in corpora.from_config(config.domains)}
+  return {domain.name: tokens.differences(path, domain, tokenizer, config.data.held_out)
+          for domain, path in paths.items() if os.path.exists(path)}
 
 
 def open_prepared(config, folder: str) -> Text:

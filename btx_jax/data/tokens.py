@@ -12,6 +12,7 @@ Each document is compared with the text that its tokens stand for; see changes.p
                                           byte of the raw text; the last row holds the totals
   DIR/train.ids.jsonl, held_out.ids.jsonl  only if the domain has an id_field: the id of each
                                           document, one JSON string per line ("" if it has none)
+  DIR/files.jsonl                         the files that they were made from, see origin.py
   DIR/meta.json                           what they were made from, and the skipped records;
                                           written last
 
@@ -31,7 +32,7 @@ import uuid
 
 import numpy as np
 
-from btx_jax.data import corpora, framing
+from btx_jax.data import corpora, framing, origin
 from btx_jax.data.changes import Changes
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
@@ -132,30 +133,39 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
     UsageError: the domain has fewer than two documents or too many unusable records, the
       tokenizer loses text or changes every document, or `folder` was made from something else.
   """
-  made_from = {'domain': {**domain._asdict(), 'paths': list(domain.paths)},
-               'framing': {field: mark and str(mark)
-                           for field, mark in tokenizer.framing._asdict().items()},
-               'tokenizer': tokenizer.hash, 'held_out': held_out}
-  if not domain.id_field:
-    del made_from['domain']['id_field']  # folders older than this field stay valid
   if os.path.exists(folder):
-    meta = read_meta(folder)
-    with contextlib.suppress(UsageError):  # without the text, the tokens suffice
-      made_from['text'] = corpora.describe(domain)
-    for key, value in made_from.items():
-      if meta['made_from'].get(key) != value:
-        raise UsageError(
-            f'{folder} was made from another config: {key} was '
-            f'{meta["made_from"].get(key)!r}, now it is {value!r}. Use another --workdir, or '
-            'delete that folder if no run needs it.')
-    return meta
+    origin.check(os.path.dirname(folder),
+                 {domain.name: differences(folder, domain, tokenizer, held_out)})
+    return read_meta(folder)
 
-  made_from['text'] = corpora.describe(domain)
+  made_from = {**_made_from(domain, tokenizer, held_out), 'text': corpora.describe(domain)}
   partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # other jobs may be preparing too
   try:
     return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def differences(folder: str, domain: corpora.Domain, tokenizer: Tokenizer | None, held_out: float
+                ) -> list[str]:
+  """What the tokens in a folder were made from and is otherwise now, in words; see origin.py.
+
+  Arguments as for `prepare`; without a tokenizer it is not compared.
+  """
+  return list(origin.differences(folder, domain, read_meta(folder)['made_from'],
+                                 _made_from(domain, tokenizer, held_out)))
+
+
+def _made_from(domain: corpora.Domain, tokenizer: Tokenizer | None, held_out: float) -> dict:
+  """The settings that tokens are made with."""
+  made_from: dict = {'domain': {**domain._asdict(), 'paths': list(domain.paths)}}
+  if not domain.id_field:
+    del made_from['domain']['id_field']  # folders older than this field stay valid
+  if tokenizer:
+    made_from |= {'framing': {field: mark and str(mark)
+                              for field, mark in tokenizer.framing._asdict().items()},
+                  'tokenizer': tokenizer.hash}
+  return made_from | {'held_out': held_out}
 
 
 def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from) -> dict:
@@ -173,6 +183,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
                    'bytes': sizes[split]}
     meta['hash'][split] = _hash_files(partial, split)
+  origin.write(partial, domain)
   with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
   try:

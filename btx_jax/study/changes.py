@@ -4,15 +4,15 @@ A manifest has the spec of its run, and the specs of all that it descends from. 
 traced to the run where it began, and named by the field that the user writes in the config.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import os
 from typing import Any, NamedTuple
 
 from btx_jax.data import tokens
-from btx_jax.errors import UsageError, nested_differences
+from btx_jax.errors import UsageError
 from btx_jax.run import HUGGING_FACE, Optimizer, Run
-from btx_jax.study import manifest
+from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
 
 # Fields of a spec that have the name of a section before them in a config.
@@ -35,104 +35,48 @@ class Change(NamedTuple):
   Attributes:
     root: the run that was made otherwise: the run itself, or one that it descends from.
     direct: whether it is the run itself, or one that it starts from.
-    clause: what is otherwise, with the root as its subject: 'was trained with steps 80 and has 20
-      now'.
+    verb: how the root was made, 'trained' or 'made'.
+    field: the field that has another value; '' if `was` is not about a field.
+    was: its value then; or without a field, a clause with the root as its subject.
+    now: its value now.
   """
   root: str
   direct: bool
-  clause: str
+  verb: str
+  field: str
+  was: str
+  now: str = ''
+
+  @property
+  def what(self) -> tuple[str, str, str]:
+    """Equal for the same change in several runs."""
+    return self.field, self.was, self.now
 
 
 def of(study: Study, run: Run, found: Mapping[str, Any]) -> list[Change]:
   """How a run of the config differs from what its directory holds; none if it does not.
 
-  Files alone decide: text that is not tokenized yet is not compared.
+  What changed in the run itself is not named once more for those that it descends from. Files alone
+  decide: text that is not tokenized yet is not compared.
 
   Args:
     study: whose run it is.
     run: the run.
     found: its manifest.
   """
-  earlier = found.get('ancestors', {})
-  changes = list(dict.fromkeys(_changes(study, run, found['spec'], earlier, found.get('text', {}))))
-  own = {change.clause for change in changes if change.root == run.name}
-  return [change for change in changes if change.root == run.name or change.clause not in own]
-
-
-def sentence(run: Run, change: Change) -> str:
-  """A change with the run as the subject, which is not named."""
-  if change.root == run.name:
-    return change.clause
-  return f'{"starts" if change.direct else "descends"} from {change.root}, which {change.clause}'
-
-
-def check(study: Study, spec: Callable[[Run], dict]) -> None:
-  """Raises UsageError unless every directory holds the run that the config has under its name.
-
-  Args:
-    study: the runs.
-    spec: everything that decides a run's result.
-  """
-  changed, manifests = {}, {}
-  for run in study.runs.values():
-    folder, found = study.folder(run.name), manifest.read(study.folder(run.name))
-    if found is None:
-      if os.path.exists(os.path.join(folder, 'checkpoints')):
-        raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
-                         'are; use another --workdir, or delete that folder to train it again.')
-    elif any(nested_differences(found['spec'], spec(run))):
-      manifests[run.name] = found
-      changed[run.name] = of(study, run, found) or [
-          Change(run.name, True, 'descends from a run that had other settings then')]
-  if not changed:
-    return
-  lines = '\n'.join(f'  {line}' for line in _lines(changed))
-  folders = ', '.join(study.folder(name) for name in changed)
-  raise UsageError(f'{study.workdir} has runs that belong to another config:\n{lines}\nNothing was '
-                   f'changed. {_way_on(study, changed, manifests)}Use another --workdir, or delete '
-                   f'{folders} to train {"it" if len(changed) == 1 else "them"} again.')
+  earlier, texts = found.get('ancestors', {}), found.get('text', {})
+  known: dict[tuple, Change] = {}
+  for change in _changes(study, run, found['spec'], earlier, texts):
+    key = change.root, change.what
+    known[key] = change._replace(direct=change.direct or (key in known and known[key].direct))
+  own = {change.what for change in known.values() if change.root == run.name}
+  return [change for change in known.values() if change.root == run.name or change.what not in own]
 
 
 def text_of(study: Study, domains: Iterable[str]) -> dict[str, str]:
   """What the text of domains was made from, in words, to be kept in a manifest."""
   metas = {domain: _meta(study, domain) for domain in domains}
   return {domain: str(meta['made_from']['text']) for domain, meta in metas.items() if meta}
-
-
-def _lines(changed: Mapping[str, list[Change]]) -> Iterator[str]:
-  """A line for each change, with all runs that it concerns."""
-  own: dict[str, list[str]] = {}
-  inherited: dict[tuple[str, str], list[tuple[str, bool]]] = {}
-  for name, changes in changed.items():
-    for change in changes:
-      if change.root == name:
-        own.setdefault(change.clause, []).append(name)
-      else:
-        inherited.setdefault((change.root, change.clause), []).append((name, change.direct))
-  for clause, names in own.items():
-    yield f'{_listed(names)} {clause if len(names) == 1 else _plural(clause)}'
-  for (root, clause), runs in inherited.items():
-    verb = 'start' if all(direct for _, direct in runs) else 'descend'
-    yield (f'{_listed(name for name, _ in runs)} {verb}{"s" * (len(runs) == 1)} from {root}, which '
-           f'{clause}')
-
-
-def _way_on(study: Study, changed: Mapping[str, list[Change]], manifests: Mapping[str, dict]
-            ) -> str:
-  """How what is there can be used; '' if nothing was trained."""
-  for name in changed:
-    was, run = manifests[name]['spec'].get('name'), study.runs[name]
-    if was != run.first_name:
-      return (f'If a run was moved by hand, `rename {was} {run.plain_name}` lets it keep what it '
-              'is. ')
-  roots = {change.root for changes in changed.values() for change in changes}
-  for name, found in manifests.items():
-    if name in roots and found.get('steps_done'):
-      plain, step = study.runs[name].plain_name, found['steps_done']
-      return (f'To go on from what is there with more steps, fewer or other settings, leave '
-              f'{plain!r} as it was, and add a run from base.checkpoint({plain!r}, step={step}, '
-              'state=True). ')
-  return ''
 
 
 def _changes(study: Study, run: Run, was: Mapping[str, Any], earlier: Mapping[str, Any],
@@ -144,10 +88,23 @@ def _changes(study: Study, run: Run, was: Mapping[str, Any], earlier: Mapping[st
   if [name for name, _ in pairs] == [source.first_name for source in run.sources]:
     for (_, identity), source in zip(pairs, run.sources):
       inherited += _of_source(study, source, identity, was.get('step', 0), earlier, texts)
-  clause = '; '.join(_clauses(study, run, was, texts, bool(inherited)))
-  if clause:
-    yield Change(run.name, True, clause)
+  verb = 'trained' if was.get('steps') else 'made'
+  fields = list(_fields_changed(was, run.spec()))
+  for change in fields:
+    yield Change(run.name, True, verb, *change)
+  for clause in _clauses(study, run, was, texts, bool(inherited or fields)):
+    yield Change(run.name, True, verb, '', clause)
   yield from inherited
+
+
+def _fields_changed(was: Mapping[str, Any], now: Mapping[str, Any]
+                    ) -> Iterator[tuple[str, str, str]]:
+  """The fields of a config that differ between two specs, with their values."""
+  then, today = _fields(was), _fields(now)
+  for field in dict.fromkeys([*then, *today]):
+    if field not in _FOLLOWS and then.get(field) != today.get(field):
+      unset = _UNSET.get(field)
+      yield field, _shown(then.get(field, unset)), _shown(today.get(field, unset))
 
 
 def _of_source(study: Study, source: Run, identity: str, step: int, earlier: Mapping[str, Any],
@@ -155,21 +112,24 @@ def _of_source(study: Study, source: Run, identity: str, step: int, earlier: Map
   """The changes of what a run starts from, since it had this identity; `step`, of its steps."""
   was = earlier.get(identity)
   if was is None and identity:
-    found = _read(study, source.name)
+    found = recorded.read(study.folder(source.name))
     if found:
       spec = found['spec']
       first = {'steps': step, 'of_steps': spec.get('steps')} if step else {}
       was = spec | first if manifest.identity(spec | first) == identity else None
       if was is None and spec.get('steps'):
-        yield Change(source.name, True, 'was another one then: it has been trained again since')
+        yield Change(source.name, True, '', '', 'was another one: it has been trained again since')
   if was is not None:
     for change in _changes(study, source, was, earlier, texts):
       yield change._replace(direct=change.root == source.name)
 
 
 def _clauses(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str, str],
-             inherited: bool) -> Iterator[str]:
-  """What a run itself has otherwise, in clauses without a subject."""
+             explained: bool) -> Iterator[str]:
+  """What a run itself has otherwise besides fields, in clauses without a subject.
+
+  If other changes explain how it is mixed, that is not mentioned.
+  """
   now = run.spec()
   if was.get('name') != now['name']:
     yield f'is the run {was.get("name")!r}, which was trained under that name'
@@ -180,23 +140,12 @@ def _clauses(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str,
   elif was.get('step', 0) != now.get('step', 0):
     then, today = (f'step {spec["step"]}' if spec.get('step') else 'the end' for spec in (was, now))
     yield f'started from {then} of {run.sources[0].name} and starts from {today} now'
-  fields = _fields(was), _fields(now)
-  differing = [(field, *(_shown(each.get(field, _UNSET.get(field))) for each in fields))
-               for field in dict.fromkeys([*fields[0], *fields[1]])
-               if fields[0].get(field) != fields[1].get(field) and field not in _FOLLOWS]
-  verb = 'trained' if was.get('steps') else 'made'
-  if len(differing) == 1:
-    (field, then, today), = differing
-    yield f'was {verb} with {field} {then} and has {today} now'
-  elif differing:
-    yield f'was {verb} with ' + ', '.join(
-        f'{field} {then} ({today} now)' for field, then, today in differing)
   if was.get('content') != now.get('content'):
     yield ('was read from another model than the one that is in '
            f'{run.folder} now' if run.init == HUGGING_FACE else 'was read from a pretrained model')
   elif was.get('vocabulary') != now.get('vocabulary'):
     yield 'had another vocabulary beside that of the tokenizer'
-  if not inherited and names == now['sources'] and not differing:
+  if not explained and names == now['sources']:
     yield from _of_mixture(was, now)
   yield from _of_text(study, run, was, texts)
 
@@ -226,7 +175,7 @@ def _of_text(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str,
       then, today = texts.get(domain), meta['made_from']['text']
       others.append(f'{domain} ({then}; {today} now)' if then and then != today else domain)
   if others:
-    yield f'was trained on other text of {_listed(others)}'
+    yield f'was trained on other text of {listed(others)}'
 
 
 def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,8 +202,8 @@ def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _optimizer(fields: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of an optimizer, with those that a spec leaves out; see Optimizer.spec."""
-  defaults = {field.name: field.default for field in dataclasses.fields(Optimizer)}
-  result = defaults | fields
+  defaults = dataclasses.asdict(Optimizer())
+  result = {**defaults, **fields}
   if 'schedule' not in fields and result['final_lr'] == 1:
     result |= {'schedule': 'constant', 'final_lr': defaults['final_lr']}
   return result
@@ -266,27 +215,15 @@ def _shown(value: Any) -> str:
   return value if isinstance(value, str) and value.isprintable() and value else repr(value)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+  """Names as a sentence has them: a, b and c."""
   *most, last = names
   return f'{", ".join(most)} and {last}' if most else last
-
-
-def _plural(clause: str) -> str:
-  """A clause with a plural subject."""
-  words = {'was': 'were', 'has': 'have', 'is': 'are', 'starts': 'start'}
-  return ' '.join(words.get(word, word) for word in clause.split(' '))
 
 
 def _meta(study: Study, domain: str) -> dict | None:
   """What the tokens of a domain were made from; None if there are none."""
   try:
     return tokens.read_meta(os.path.join(study.data_folder, domain))
-  except UsageError:
-    return None
-
-
-def _read(study: Study, name: str) -> dict | None:
-  try:
-    return manifest.read(study.folder(name))
   except UsageError:
     return None

@@ -10,7 +10,7 @@ import os
 from btx_jax import files
 from btx_jax.errors import UsageError, nearest
 from btx_jax.study import manifest, plan
-from btx_jax.study.study import Study
+from btx_jax.study.study import MISSING, Study
 
 
 def rename(study: Study, old: str, new: str) -> list[str]:
@@ -19,7 +19,7 @@ def rename(study: Study, old: str, new: str) -> list[str]:
   A directory that was moved by hand already is only given the name.
 
   Args:
-    study: the working directory; its config may have the run under either name.
+    study: the working directory.
     old, new: the config's names of the run.
 
   Raises:
@@ -27,9 +27,6 @@ def rename(study: Study, old: str, new: str) -> list[str]:
       progress.
   """
   plan.check_name(new)
-  if not {old, new} & {run.plain_name for run in study.runs.values()}:
-    raise UsageError(f'rename: neither {old!r} nor {new!r} is a run of this config; '
-                     f'{nearest(old, {run.plain_name for run in study.runs.values()})}')
   places = []
   for series in dict.fromkeys(['', *study.series]):
     name = os.path.join(series, old)
@@ -38,8 +35,8 @@ def rename(study: Study, old: str, new: str) -> list[str]:
     if moved or manifest.read(here):
       places.append((here, there))
   if not places:
-    raise UsageError(f'rename: {study.folder(old)} holds no run, so there is nothing to rename; '
-                     'is --workdir right?')
+    known = {run.plain_name for run in study.runs.values() if study.state(run.name) != MISSING}
+    raise UsageError(f'rename: {study.folder(old)} holds no run; {nearest(old, known)}')
   for here, there in places:
     if os.path.exists(here):
       _check(study, here, there)

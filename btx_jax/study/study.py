@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import functools
 import os
 
-from btx_jax.data import corpora, text
+from btx_jax.data import corpora, origin, text
 from btx_jax.errors import UsageError, nearest
 from btx_jax.run import Run
 from btx_jax.study import fields, manifest, plan, recorded
@@ -51,10 +51,19 @@ class Study:
         plan.make_plan, config,
         tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer, at_hand)
     self.runs = self.plan(recorded.best_steps(config, self.folder))
+    self._tokenizer = tokenizer
 
   def plan(self, best: Mapping[str, int]) -> dict[str, Run]:
     """The runs, with the steps that step='best' stands for; see recorded.best_steps."""
     return recorded.with_first_names(self._plan(best), self.folder)
+
+  @functools.cached_property
+  def text_changes(self) -> list[str]:
+    """What the tokenized text was made from and the config or the files have otherwise now; lines.
+
+    Looked up once, as there may be many files.
+    """
+    return list(origin.in_words(text.changed(self.config, self.data_folder, self._tokenizer)))
 
   @property
   def data_folder(self) -> str:
