@@ -138,7 +138,7 @@ def _clauses(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str,
     yield (f'started from {", ".join(names) or "none"} and starts from '
            f'{", ".join(now["sources"]) or "none"} now')
   elif was.get('step', 0) != now.get('step', 0):
-    then, today = (f'step {spec["step"]}' if spec.get('step') else 'the end' for spec in (was, now))
+    then, today = (f'step {spec["step"]}' if spec.get('step') else 'its end' for spec in (was, now))
     yield f'started from {then} of {run.sources[0].name} and starts from {today} now'
   if was.get('content') != now.get('content'):
     yield ('was read from another model than the one that is in '

@@ -73,7 +73,9 @@ def schedule(cfg: Optimizer, steps: int, start: int = 0, warmup: int | None = No
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0, peak_value=cfg.peak_lr, warmup_steps=warmup, decay_steps=end,
         end_value=end_value)
-  stable = optax.warmup_constant_schedule(0.0, cfg.peak_lr, warmup)
+  stable = optax.join_schedules(
+      [optax.linear_schedule(0.0, cfg.peak_lr, warmup), optax.constant_schedule(cfg.peak_lr)],
+      [warmup])
   if cfg.schedule == CONSTANT:
     return stable
   begin = max(end - cfg.decay_steps(steps), warmup)
