@@ -98,7 +98,7 @@ class Pipeline(Study):
           branches = None
         for run in group:
           self._measure(run)
-          distributed.on_process_0(functools.partial(self._note_end, run))
+          distributed.on_process_0(functools.partial(self._note_end, run, run in left))
     return bool(wanted)
 
   def prepare_text(self) -> Text:
@@ -164,6 +164,7 @@ class Pipeline(Study):
     distributed.check_equal({
         'tokens': {name: tokens.hash for name, tokens in text.train.items()},
         'tokenizer': text.tokenizer.hash,
+        'seeds': {run.name: run.rng_seed for run in self.runs.values()},
         'pretrained': {run.folder: run.content for run in self.runs.values()}})
 
   def _check_manifests(self):
@@ -307,8 +308,8 @@ class Pipeline(Study):
         found = self.evaluate(scores.sizes(run, stage), parameters)
       distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
 
-  def _note_end(self, run: Run):
-    """Notes the end of a run as its best step, if it is."""
+  def _note_end(self, run: Run, trained: bool):
+    """Notes the end of a run as its best step, if it is; else says so of one just trained."""
     found, folder = scores.read(self, run, scores.FINAL), self.folder(run.name)
     if not found or not run.steps or not self.config.evaluation.every:
       return
@@ -316,6 +317,9 @@ class Pipeline(Study):
     best = Best(before.get('best'))
     if best.improves(run.steps, held_out_loss(run, found)):
       manifest.write(folder, before | {'best': best.found})
+    elif trained and best.step < run.steps:
+      say(f'{run.name}: held-out loss was lowest at step {best.step:,}, not at its end; that '
+          'checkpoint is kept')
 
   def _without_each_expert(self, model: Config, parameters) -> dict[str, dict]:
     return bits.without_each_expert(
