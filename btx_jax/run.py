@@ -48,7 +48,7 @@ class Optimizer:
     clip_norm: largest norm of the whole gradient; a longer gradient is scaled down to it.
   """
   peak_lr: float = 1e-4
-  schedule: str = COSINE
+  schedule: str = 'cosine'
   warmup: float = 0.05
   decay: float = 0.2
   final_lr: float = 0.1

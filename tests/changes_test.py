@@ -218,3 +218,16 @@ def test_a_source_that_was_deleted_since_is_described_by_what_is_recorded(folder
   assert list(directories.sentences(run, changes.of(study, run, found))) == expected
   del found['ancestors']  # as in manifests of earlier versions
   assert not changes.of(study, run, found)
+
+
+def test_every_series_has_its_own_best_step(folder, tmp_path):
+  config = config_of(folder / 'mine.py')
+  config.seeds = (0, 1, 2)
+  written = {'seed-0': {'best': {'step': 1}}, 'seed-1': {'best': {'step': 3}}, 'seed-2': {}}
+  for series, best in written.items():
+    manifest.write(str(tmp_path / series / 'seed'), {'state': manifest.STOPPED, 'spec': {}} | best)
+  runs = Study(config, str(tmp_path)).runs
+  sources = [runs[f'{series}/best'].sources[0] for series in written]
+  assert [each.label for each in sources] == [
+      'seed-0/seed, step 1', 'seed-1/seed, step 3', 'seed-2/seed, its best step']
+  assert runs['seed-1/leaf'].sources[0].sources[0].steps == 3

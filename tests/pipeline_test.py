@@ -377,7 +377,7 @@ def test_text_that_has_changed_is_noticed(study, text, copy):
   before = path.read_text()
   try:
     path.write_text(before + '{"text": "one more"}\n')
-    with pytest.raises(UsageError, match=r"text was '1 files, \d+ bytes', now it is"):
+    with pytest.raises(UsageError, match=r'code.jsonl had [\d,]+ bytes and has [\d,]+ now'):
       Pipeline(study.config, str(copy)).train()
     path.unlink()  # tokens are enough where the text is not at hand
     assert not Pipeline(study.config, str(copy)).train()

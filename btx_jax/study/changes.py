@@ -195,6 +195,9 @@ def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
       result[key] = f'base.{value}'
     elif key not in _NOT_FIELDS:
       result[_SECTIONS.get(key, key)] = value
+  if result.get('model.head_dim') == result.get('model.dim', 0) // (
+      result.get('model.num_heads') or 1):
+    result.pop('model.head_dim', None)  # follows from these two
   if spec.get('recipe'):
     result['mix.router_std'] = spec['recipe']['router_std']
   return result
