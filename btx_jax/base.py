@@ -124,7 +124,9 @@ def get_config() -> ConfigDict:
   # Bits per byte on held-out text.
   config.evaluation = ConfigDict({
       # Steps between evaluations during a run; 0 is none. The table is measured at the end in any
-      # case.
+      # case. The step with the lowest held-out loss is saved and kept, for
+      # base.checkpoint(RUN, step='best'): bits per byte of the run's own domains, weighted as its
+      # training rows are.
       'every': 0,
       # Held-out tokens of each domain, in whole documents (at least one). Claims below the table
       # need 20 documents, or blocks of 1,024 tokens of longer ones. Files that a domain names in
@@ -149,7 +151,8 @@ def get_config() -> ConfigDict:
   config.checkpoint_every = 500
   # Also write TensorBoard events, into the directory of each run.
   config.tensorboard = False
-  # The newest checkpoints of a run that are kept, beside those that other runs start from.
+  # The newest checkpoints of a run that are kept, beside the best one (evaluation.every) and those
+  # that other runs start from.
   config.checkpoints_kept = 2
   # Checkpoints after multiples of this many steps are saved and kept for ever; 0 is none.
   config.checkpoints_kept_every = 0
@@ -246,20 +249,25 @@ def random() -> ConfigDict:
   return ConfigDict({'kind': RANDOM, 'runs': ()})
 
 
-def checkpoint(run_name: str, step: int = 0, state: bool = False) -> ConfigDict:
+def checkpoint(run_name: str, step: int | str = 0, state: bool = False) -> ConfigDict:
   """Starts from another run: to branch a seed, or to continue training.
 
   Only the parameters are taken, unless `state` is set: Adam's moments and count, the order of the
   data, the warmup and the schedule of the learning rate start anew. With `state` only the warmup
-  and the schedule do, for the steps of the new run; and not even these if both runs have a constant
-  rate (optimizer.final_lr = 1), so that a run continued in this way is bit for bit the longer run.
+  and the schedule do, for the steps of the new run. Not even these do if the rate was constant
+  until then (optimizer.schedule 'constant', or 'wsd' before its decay) and this run has one of
+  these two schedules: it is bit for bit the rest of a longer run, and its decay is over its own
+  last steps.
 
   Args:
     run_name: the run to start from.
     step: the number of its steps to start after; 0 is its end. A step that a run of the config
       starts from is saved and kept. Of a run that is past it, the step must be one of those that
       are kept (config.checkpoints_kept, config.checkpoints_kept_every), and the run need not be
-      complete: train from it by --run=NAME.
+      complete: train from it by --run=NAME. 'best' is the step with the lowest held-out loss among
+      those that were evaluated (config.evaluation.every) and the end. It is looked up when this run
+      starts, and stays the same from then on. The other run must be complete, or have been stopped
+      after an evaluation.
     state: also take Adam's moments and count, and read on in the data where the run stopped. What
       trains, the domains and their weights, data.seq_len, train.batch_size, optimizer.b1 and
       optimizer.b2 must be the same.

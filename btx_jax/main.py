@@ -16,6 +16,7 @@ other commands:
   compare    compares the experts that --run mixes with their seed and with each other
   evaluate   scores the text --on, by --run or by the pretrained --model, which needs no --config
   export     writes the model of --run to the folder --to, in the format of Hugging Face
+  rename     gives a run another name, as in rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
              fit, how long will it take, how much is sent
 
@@ -196,6 +197,20 @@ def export_model(name: str, workdir: str):
   export(study, RUN.value, files.local_path('--to', TO.value), DTYPE.value)
 
 
+def rename_run(name: str, workdir: str, *names: str):
+  """Gives a run another name."""
+  del name
+  if len(names) != 2:
+    raise UsageError('rename needs two names, as in rename OLD NEW.')
+  from btx_jax.study.rename import rename
+  from btx_jax.study.study import Study
+  from btx_jax.terminal import say
+  old, new = names
+  folders = rename(Study(CONFIG.value, workdir), old, new)
+  say(f'{old} is {new} now, in {", ".join(folders)}, and stays the same run. Name it {new} in the '
+      'config, too')
+
+
 def compile_for_topology(name: str, workdir: str):
   """Compiles the runs for other devices; exits with code 1 if one does not fit them."""
   del name
@@ -213,7 +228,7 @@ def compile_for_topology(name: str, workdir: str):
 
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
             'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_text,
-            'export': export_model, 'preflight': compile_for_topology}
+            'export': export_model, 'rename': rename_run, 'preflight': compile_for_topology}
 
 
 def run_command(argv: list[str]):
@@ -223,9 +238,9 @@ def run_command(argv: list[str]):
     UsageError: the arguments, the config or the files are invalid.
     RunError: a run failed.
   """
-  if len(argv) > 2:
+  command, *operands = argv[1:] or ['train']
+  if operands and command != 'rename':
     raise UsageError(f'One command at a time, not {" ".join(argv[1:])!r}.')
-  command = argv[1] if len(argv) > 1 else 'train'
   if command in errors.RENAMED:  # of its keys only the old command is one word
     raise UsageError(f'The command {command} is now {errors.RENAMED[command]}.')
   if command not in COMMANDS:
@@ -253,7 +268,7 @@ def run_command(argv: list[str]):
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = WORKDIR.value or os.path.join('runs', name)
   files.local_path('--to', TO.value or '')
-  COMMANDS[command](name, files.local_path('--workdir', workdir))
+  COMMANDS[command](name, files.local_path('--workdir', workdir), *operands)
 
 
 def recipe_path(config: str) -> str:

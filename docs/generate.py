@@ -65,10 +65,11 @@ NOTES = {
         'training tokens, fewer than': 'Add text, or lower `data.seq_len`.',
     },
     'The working directory': {
-        'belongs to another config': 'A run is never continued with other settings than it was '
+        'belong to another config': 'A run is never continued with other settings than it was '
                                      'started with: the table would not say what it compares.',
         'was made from another config': 'The tokens there were made from other text, or with other '
-                                        'settings.',
+                                       'settings. Files are compared by their size, and by 1 MB at '
+                                       'either end if their time stamp is another.',
         'does not hold tokens written': 'Something else wrote this folder, or it is damaged. If it '
                                         'holds nothing else, delete it.',
         'is not a btx_jax manifest': 'Something else wrote this file, or it is damaged.',

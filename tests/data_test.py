@@ -290,7 +290,7 @@ def test_too_few_documents_are_refused(tmp_path, model, texts, message):
 def test_tokens_of_another_config_are_refused_and_left_alone(tmp_path, model):
   texts = [f'sea {i}' for i in range(9)]
   _, before = prepared(tmp_path, model, texts)
-  with pytest.raises(UsageError, match=r'held_out was 0.2, now it is 0.3'):
+  with pytest.raises(UsageError, match=r'data.held_out was 0.2 and is 0.3 now'):
     prepared(tmp_path, model, texts, held_out=0.3)
   assert prepared(tmp_path, model, texts)[1] == before
 

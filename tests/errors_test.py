@@ -121,6 +121,8 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'statsu'], "Unknown command 'statsu'; did you mean 'status'?"),
     ([DEMO, 'reprot'], "did you mean 'report'?"),
     ([DEMO, 'date'], "did you mean 'data'?"),
+    ([DEMO, 'rename', 'seed'], 'rename needs two names, as in rename OLD NEW.'),
+    ([DEMO, 'rename', 'seed', 'basis'], 'work/seed holds no run; valid: (none).'),
     ([DEMO, 'status', 'report'], "One command at a time, not 'status report'."),
     ([DEMO, 'status', '--distributed'], 'status runs in a single process: omit --distributed,'),
     ([DEMO, 'report'], 'There is nothing to report'),
@@ -335,6 +337,11 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     (new(init='base.checkpoint("seed", step=2)'), "runs.new.init: step = 2 is not a step of 'seed',"
      ' which is trained for 1; 0 is its end.'),
     (new(init='base.checkpoint("seed", step="last")'), "init.step = 'last' is of type str, a"),
+    (new(init='base.checkpoint("seed", step="best")'), "runs.new.init: step = 'best' is the step "
+     "of 'seed' with the lowest held-out loss, and no step is evaluated; set evaluation.every."),
+    ('config.runs.two = base.run(base.mix("seed"))\n' + new(
+        init='base.checkpoint("two", step="best")'),
+     "runs.new.init: step = 'best': 'two' is not trained here, so it has no steps; omit step."),
     (new(init='base.checkpoint("seed", state=True)', domains='{}', steps=0),
      'runs.new.init: state=True has no effect on a run that is not trained; give it domains'),
     ('config.runs.two = base.run(base.mix("seed"))\n' + new(
@@ -454,8 +461,11 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.model.dispatch_factor = 0.0', 'model.dispatch_factor = 0.0 must be positive.'),
     # Optimizer and training
     ('config.optimizer.peak_lr = 0.0', 'runs.seed: optimizer.peak_lr = 0.0 must be positive.'),
-    ('config.optimizer.warmup = 1.0', 'optimizer.warmup = 1.0 must be a share'),
-    ('config.optimizer.final_lr = 2.0', 'optimizer.final_lr = 2.0 must be a share'),
+    ('config.optimizer.warmup = 1.5', 'optimizer.warmup = 1.5 must be a share of the steps, from'),
+    ('config.optimizer.final_lr = 1.0', 'optimizer.final_lr = 1.0 must be a share, from 0 to below '
+     "1. For a constant rate, set optimizer.schedule = 'constant'."),
+    ('config.optimizer.schedule = "wds"', "optimizer.schedule = 'wds'; did you mean 'wsd'?"),
+    ('config.optimizer.decay = 0.0', 'optimizer.decay = 0.0 must be a share of the steps, above 0'),
     ('config.optimizer.clip_norm = 0.0', 'optimizer.clip_norm = 0.0 must be positive.'),
     ('config.train.balance_loss = -1.0', 'train.balance_loss = -1.0 cannot be negative.'),
     ('config.model.router = "soft"\nconfig.train.balance_bias = 0.1', "runs.btx: "
@@ -636,6 +646,9 @@ def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
 def test_a_run_before_what_it_starts_from(run, config, tmp_path):
   check(run(config(), f'--workdir={tmp_path / "work"}', '--run=new'),
         "--run=new starts from 'seed', which is missing; run --run=seed first.")
+  lines = 'config.evaluation.every = 1\n' + new(init='base.checkpoint("seed", step="best")')
+  check(run(config(lines), f'--workdir={tmp_path / "work"}', '--run=new'), "--run=new starts from "
+        "the best step of 'seed', which is missing. That step is known once the run is complete")
   lines = 'config.runs.seed.steps = 3\n' + new(init='base.checkpoint("seed", step=2)')
   check(run(config(lines), f'--workdir={tmp_path / "work"}', '--run=new'), "runs.new starts from "
         "step 2 of 'seed', which has done 0 steps and keeps none. Run --run=seed first.")
@@ -643,8 +656,9 @@ def test_a_run_before_what_it_starts_from(run, config, tmp_path):
 
 
 @pytest.mark.parametrize('argument, message', [
-    ('--config.runs.seed.steps=2', 'seed belongs to another config:\n  steps: 1 there, 2 now'),
-    ('--config.data.held_out=0.3', 'was made from another config: held_out was 0.1, now it is 0.3'),
+    ('--config.runs.seed.steps=2', 'config:\n  seed was trained with steps 1 and has 2 now'),
+    ('--config.data.held_out=0.3', 'was made from another config:\n  code, math, prose: '
+     'data.held_out was 0.1 and is 0.3 now\nTo train on other text, give it a domain of another'),
     ('--config.tokenizer.vocab_size=340', 'has 330 pieces, but tokenizer.vocab_size = 340.'),
 ])
 def test_the_directory_of_another_config(run, config, seed, argument, message):
@@ -660,8 +674,16 @@ config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
   new = f'--workdir={tmp_path / "new"}', 'data'
   done = run(config(lines.format(9)), *new)
   assert done.code == 0, done.stderr
-  check(run(config(lines.format(8)), *new), 'wiki was made from another config: held_out_text was')
+  check(run(config(lines.format(8)), *new), 'x.jsonl had ')
   check(run(config(), *new), 'document(s) that were held out when it was tokenized, and are not')
+
+
+def test_names_that_a_run_cannot_get(run, config, work):
+  arguments = config(), f'--workdir={work}', 'rename', 'seed'
+  check(run(*arguments, 'data'), "'data' cannot be the name of a run: it is a directory in the")
+  (work / 'new').mkdir()
+  check(run(*arguments, 'new'), 'new exists already; choose another name, or rename what is there')
+  check(run(*arguments, 'seed/old'), 'choose a name that does not lie in it, and rename what lies')
 
 
 def test_directories_that_something_happened_to(run, config, work):

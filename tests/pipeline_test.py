@@ -302,15 +302,17 @@ def change(path, value):
 
 
 @pytest.mark.parametrize('apply, message', [
-    (change(('runs', 'seed', 'steps'), 8), r'seed belongs to another config:\n  steps: 6 there, 8'),
-    (change(('model', 'dim'), 32), r'model.dim: 16 there, 32 now'),
-    (change(('optimizer', 'peak_lr'), 1.0), r'optimizer.peak_lr: 0.01 there'),
-    (change(('runs', 'btx', 'domains'), {'code': 1.0}), r'btx belongs to another config'),
-    (change(('data', 'held_out'), 0.2), r'held_out was 0.1, now it is 0.2'),
+    (change(('runs', 'seed', 'steps'), 8), r'another config:\n  seed was trained with steps 6 and '
+     r'has 8 now\n  expert/code, expert/math and btx start from seed, which was trained with'),
+    (change(('model', 'dim'), 32), r'btx were trained with model.dim 16 and have 32 now\nNothing'),
+    (change(('optimizer', 'peak_lr'), 1.0), r'optimizer.peak_lr 0.01 and have 1 now\nNothing'),
+    (change(('runs', 'btx', 'domains'), {'code': 1.0}), r'btx was trained with domains 0.25 code '
+     r'\+ 0.25 math \+ 0.5 prose and has 1 code now\nNothing'),
+    (change(('data', 'held_out'), 0.2), r'code, math, prose: data.held_out was 0.1 and is 0.2 now'),
     (change(('tokenizer', 'vocab_size'), 340), r'330 pieces, but tokenizer.vocab_size = 340'),
-    (change(('seed',), 1), r'seed: 0 there, 1 now'),
+    (change(('seed',), 1), r'btx were trained with seed 0 and have 1 now\nNothing'),
     (change(('runs', 'btx', 'init'), base.mix('expert/code', 'seed', 'expert/math', 'seed')),
-     r'btx belongs to another config:\n  sources'),
+     r'another config:\n  btx started from seed, expert/code, expert/math and starts from '),
 ])
 def test_a_directory_of_another_config_is_refused_and_untouched(study, apply, message):
   config = study.config.copy_and_resolve_references()
@@ -375,7 +377,7 @@ def test_text_that_has_changed_is_noticed(study, text, copy):
   before = path.read_text()
   try:
     path.write_text(before + '{"text": "one more"}\n')
-    with pytest.raises(UsageError, match=r"text was '1 files, \d+ bytes', now it is"):
+    with pytest.raises(UsageError, match=r'code.jsonl had [\d,]+ bytes and has [\d,]+ now'):
       Pipeline(study.config, str(copy)).train()
     path.unlink()  # tokens are enough where the text is not at hand
     assert not Pipeline(study.config, str(copy)).train()

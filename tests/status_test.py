@@ -134,7 +134,7 @@ def test_warnings_errors_and_another_config_are_reported(study):
   assert found['warnings'] == ['expert 1 gets under 1% of the tokens']
   study.config.runs.btx.steps = 9
   changed = Study(study.config, study.workdir)
-  assert 'steps: 6 there, 9 now' in status_of(changed, 'btx')['warnings'][1]
+  assert status_of(changed, 'btx')['warnings'][1] == 'was trained with steps 6 and has 9 now'
   study.config.runs.btx.steps = 6
 
 

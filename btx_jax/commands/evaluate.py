@@ -96,7 +96,7 @@ def of_folder(folder: str, study: Study | None, asked: Asked) -> Study:
   if not os.path.exists(os.path.join(folder, config_json.FILE)):
     raise UsageError(f'--model={folder} is not the folder of a pretrained model: it has no '
                      f'{config_json.FILE}.')
-  config = base.get_config()
+  config: Any = base.get_config()
   config.tokenizer.path = folder
   config.runs = {_FOLDER: base.run(base.hugging_face(folder))}
   if study:

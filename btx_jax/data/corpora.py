@@ -245,8 +245,17 @@ def describe(domain: Domain) -> str:
   """
   if domain.source != 'files':
     return domain.source
-  found, _ = _files(domain)
+  found = paths(domain)
   return f'{len(found)} files, {sum(map(os.path.getsize, found))} bytes'
+
+
+def paths(domain: Domain) -> list[str]:
+  """The files of a domain that are read; none of a source of the demo.
+
+  Raises:
+    UsageError: a path matches no file.
+  """
+  return list(_files(domain)[0]) if domain.source == 'files' else []
 
 
 def _files(domain: Domain) -> tuple[dict[str, bool], list[LeftOut]]:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from typing import Any
 
-from btx_jax.data import corpora, domains, framing, kept_out, tokens
+from btx_jax.data import corpora, domains, framing, kept_out, origin, tokens
 from btx_jax.data.changes import Changes
 from btx_jax.data.domains import Domain
 from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer
@@ -48,6 +48,7 @@ def prepare(config, folder: str) -> Text:
   wanted = domains.from_config(config.domains)
   tokenizer = _tokenizer(config, folder, wanted)
   say(f'tokenizer: {tokenizer.framing}')
+  origin.check(folder, changed(config, folder, tokenizer))
   train, held_out = {}, {}
   unless = _named_held_out(config, wanted, folder, tokenizer)
   shares = {domain.name: domain.share(config.data.held_out) for domain in wanted
@@ -121,6 +122,17 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
   lines += Changes(**meta['changes']).in_words(
       meta['train']['documents'] + meta['held_out']['documents'])
   return lines + corpora.left_out(meta) + meta.get('notes', [])
+
+
+def changed(config, folder: str, tokenizer: Tokenizer | None) -> dict[str, list[str]]:
+  """For each domain, what its tokens were made from and is otherwise now, in words.
+
+  Without a tokenizer it is not compared. Domains that are not tokenized yet are left out.
+  """
+  paths = {domain: os.path.join(folder, domain.name)
+           for domain in domains.from_config(config.domains)}
+  return {domain.name: tokens.differences(path, domain, tokenizer, config.data.held_out)
+          for domain, path in paths.items() if os.path.exists(path)}
 
 
 def open_prepared(config, folder: str) -> Text:

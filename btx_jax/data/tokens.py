@@ -14,6 +14,7 @@ Each document is compared with the text that its tokens stand for; see changes.p
                                           byte of the raw text; the last row holds the totals
   DIR/train.ids.jsonl, held_out.ids.jsonl  only if the domain has an id_field: the id of each
                                           document, one JSON string per line ("" if it has none)
+  DIR/files.jsonl                         the files that they were made from, see origin.py
   DIR/meta.json                           what they were made from, the skipped records, and the
                                           documents kept out of training; written last
 
@@ -28,12 +29,12 @@ import itertools
 import json
 import os
 import shutil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import uuid
 
 import numpy as np
 
-from btx_jax.data import corpora, kept_out, token_files
+from btx_jax.data import corpora, kept_out, origin, token_files
 from btx_jax.data.changes import Changes
 from btx_jax.data.domains import Domain
 from btx_jax.data.records import Document
@@ -145,24 +146,12 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
       tokenizer loses text or changes every document, nothing is left to train on, or `folder` was
       made from something else.
   """
-  made_from = _origin(domain, tokenizer, held_out)
   if os.path.exists(folder):
-    meta = read_meta(folder)
-    with contextlib.suppress(UsageError):  # without the text, the tokens suffice
-      made_from |= _describe(domain)
-    for key, value in made_from.items():
-      was = meta['made_from'].get(key)
-      if was != value:
-        is_measured = key == 'held_out_text' or not meta['train']['documents'] or (
-            key == 'held_out' and isinstance(was, list) and isinstance(value, list))
-        raise UsageError(
-            f'{folder} was made from another config: {key} was {was!r}, now it is {value!r}. Use '
-            'another --workdir, or delete that folder' + (
-                ': it is made again, and no run depends on text that is only measured.'
-                if is_measured else ' if no run needs it.'))
-    return kept_out.check(folder, domain.name, meta, load(folder, 'train'), unless)
+    origin.check(os.path.dirname(folder),
+                 {domain.name: differences(folder, domain, tokenizer, held_out)})
+    return kept_out.check(folder, domain.name, read_meta(folder), load(folder, 'train'), unless)
 
-  made_from |= _describe(domain)
+  made_from = {**_made_from(domain, tokenizer, held_out), **origin.describe(domain)}
   partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # other jobs may be preparing too
   try:
     return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
@@ -170,26 +159,29 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _origin(domain: Domain, tokenizer: Tokenizer, held_out: float) -> dict[str, Any]:
-  """The settings that the tokens of a domain are made from, as plain data."""
+def differences(folder: str, domain: Domain, tokenizer: Tokenizer | None, held_out: float
+                ) -> list[str]:
+  """What the tokens in a folder were made from and is otherwise now, in words; see origin.py.
+
+  Arguments as for `prepare`; without a tokenizer it is not compared.
+  """
+  return list(origin.differences(folder, domain, read_meta(folder)['made_from'],
+                                 _made_from(domain, tokenizer, held_out)))
+
+
+def _made_from(domain: Domain, tokenizer: Tokenizer | None, held_out: float) -> dict:
+  """The settings that tokens are made with, as plain data."""
   fields = {**domain._asdict(), 'paths': list(domain.paths)}
   del fields['held_out'], fields['field']
   if not domain.id_field:
     del fields['id_field']  # folders older than this field stay valid
-  return {'domain': fields,
-          'framing': {field: mark and str(mark)
-                      for field, mark in tokenizer.framing._asdict().items()},
-          'tokenizer': tokenizer.hash,
-          'held_out': list(domain.measured().paths) if domain.names_held_out else
-          domain.share(held_out)}
-
-
-def _describe(domain: Domain) -> dict[str, str]:
-  """The files of a domain in few words, so that a change is noticed."""
-  found = {'text': corpora.describe(domain)} if domain.is_trained else {}
-  if domain.names_held_out:
-    found['held_out_text'] = corpora.describe(domain.measured())
-  return found
+  made_from: dict = {'domain': fields}
+  if tokenizer:
+    made_from |= {'framing': {field: mark and str(mark)
+                              for field, mark in tokenizer.framing._asdict().items()},
+                  'tokenizer': tokenizer.hash}
+  return made_from | {'held_out': list(domain.measured().paths) if domain.names_held_out else
+                      domain.share(held_out)}
 
 
 def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from, unless) -> dict:
@@ -213,6 +205,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
                    'bytes': written.sizes[split]}
     meta['hash'][split] = token_files.hash_of_files(partial, split)
+  origin.write(partial, domain)
   with open(os.path.join(partial, kept_out.META), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
   try:

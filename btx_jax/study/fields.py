@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from btx_jax import base, files
 from btx_jax.errors import RENAMED, UsageError, nearest
-from btx_jax.run import CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX
+from btx_jax.run import BEST, CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX
 
 _OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
 _INTEGERS = ('seeds',)  # lists of integers; the others hold strings, or pairs of strings
@@ -24,7 +24,7 @@ def check(config) -> None:
   _check_section('', config, like)
   files.local_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
-    held_out = domain.get('held_out', ()) if isinstance(domain, ConfigDict) else ()
+    held_out: Any = domain.get('held_out', ()) if isinstance(domain, ConfigDict) else ()
     is_share = isinstance(held_out, int | float)
     kind = 0.0 if is_share else '' if isinstance(held_out, str) else ()
     _check_section(f'domains.{name}', domain, base.domain(held_out=kind))
@@ -50,13 +50,14 @@ def _init_like(init: Any) -> ConfigDict:
   if not isinstance(init, ConfigDict):
     return base.random()
   pairs = base.from_text('', labels=(('', ''),))
+  step = BEST if init.get('step') == BEST else 0
   if init.get('kind') == ENSEMBLE:
     selector = init.get('selector')
     merges = isinstance(selector, ConfigDict) and 'top' in selector
     return base.ensemble(selector=base.tfidf() if merges else pairs)
   return {MIX: base.mix(rules={'': ''}, routers=pairs), HUGGING_FACE: base.hugging_face(''),
           EDIT: ConfigDict({**base.drop('', routers=pairs), 'runs': (), 'replaced': (('', ''),)}),
-          CHECKPOINT: ConfigDict({**base.checkpoint(''), 'runs': ()}),
+          CHECKPOINT: ConfigDict({**base.checkpoint('', step=step), 'runs': ()}),
           }.get(str(init.get('kind')), base.random())
 
 

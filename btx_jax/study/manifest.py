@@ -6,7 +6,7 @@ import json
 import os
 
 from btx_jax.devices.distributed import versions
-from btx_jax.errors import UsageError, nested_differences
+from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
@@ -61,32 +61,6 @@ def resume(manifest: dict) -> dict:
     manifest['earlier_versions'] = [
         *manifest.get('earlier_versions', []), manifest['versions']]
   return manifest | {'state': RUNNING, 'versions': versions()}
-
-
-def check(folder: str, manifest: dict, spec: dict):
-  """Raises UsageError unless the run in `folder` is the one that `spec` describes."""
-  lines = differences(manifest, dict.fromkeys(manifest['spec']) | spec)
-  if lines:
-    raise UsageError(
-        f'{folder} belongs to another config:\n' + '\n'.join(f'  {line}' for line in lines) +
-        f'\nNothing was changed. {_way_on(manifest)}Use another --workdir, or delete that folder '
-        'to train the run again.')
-
-
-def _way_on(manifest: dict) -> str:
-  """How what is there can be used with other settings; '' if nothing was trained."""
-  name, done = manifest['spec'].get('name'), manifest.get('steps_done')
-  if not done:
-    return ''
-  return (f'To go on from what is there with more steps, fewer or other settings, leave {name!r} '
-          f'as it was, and add a run from base.checkpoint({name!r}, step={done}, state=True). ')
-
-
-def differences(manifest: dict, spec: dict) -> list[str]:
-  """How `spec`, or a part of one, differs from a manifest's: lines like 'steps: 6 there, 8 now'."""
-  known = {key: manifest['spec'].get(key) for key in spec}
-  return [f'{path}: {was!r} there, {now!r} now'
-          for path, was, now in nested_differences(known, spec)]
 
 
 def now() -> str:

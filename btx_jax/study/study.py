@@ -3,12 +3,14 @@
 So any machine that sees the directory can inspect it, also while runs are in progress.
 """
 
+from collections.abc import Mapping
+import functools
 import os
 
-from btx_jax.data import domains, text
+from btx_jax.data import domains, origin, text
 from btx_jax.errors import UsageError, nearest
 from btx_jax.run import Run
-from btx_jax.study import fields, manifest, plan
+from btx_jax.study import fields, manifest, plan, recorded
 
 MISSING = 'missing'
 
@@ -47,9 +49,23 @@ class Study:
     tokenizer = None
     if at_hand or os.path.exists(config.tokenizer.path):
       tokenizer = text.given(config, self.data_folder)
-    self.runs = plan.make_plan(
-        config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer,
-        at_hand)
+    self._plan = functools.partial(
+        plan.make_plan, config,
+        tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer, at_hand)
+    self.runs = self.plan(recorded.best_steps(config, self.folder))
+    self._tokenizer = tokenizer
+
+  def plan(self, best: Mapping[str, int]) -> dict[str, Run]:
+    """The runs, with the steps that step='best' stands for; see recorded.best_steps."""
+    return recorded.with_first_names(self._plan(best), self.folder)
+
+  @functools.cached_property
+  def text_changes(self) -> list[str]:
+    """What the tokenized text was made from and the config or the files have otherwise now; lines.
+
+    Looked up once, as there may be many files.
+    """
+    return list(origin.in_words(text.changed(self.config, self.data_folder, self._tokenizer)))
 
   @property
   def data_folder(self) -> str:

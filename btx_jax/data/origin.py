@@ -1,0 +1,151 @@
+"""What a domain's tokens were made from, and how the config or the files differ now, in words.
+
+    DIR/meta.json     its `made_from` has the settings, and the number and size of the files
+    DIR/files.jsonl   [path, bytes, nanoseconds of its time stamp, a hash of both of its ends] of
+                      each file; folders older than this file do without
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import json
+import os
+from typing import Any
+
+from btx_jax.data import corpora
+from btx_jax.data.domains import Domain
+from btx_jax.errors import UsageError
+
+_FILES = 'files.jsonl'
+_ENDS = 1 << 20  # bytes at either end of a file that are compared
+_NAMED = 3  # files of a domain that a message names
+_FRAMING = {'begin': 'tokenizer.bos', 'end': 'tokenizer.eos', 'special': 'tokenizer.special'}
+
+
+def write(folder: str, domain: Domain) -> None:
+  """Notes the files of a domain in the folder of its tokens."""
+  with open(os.path.join(folder, _FILES), 'w', encoding='utf-8') as file:
+    for path in _paths(domain):
+      found = os.stat(path)
+      line = [path, found.st_size, found.st_mtime_ns, _hash(path)]
+      file.write(json.dumps(line) + '\n')
+
+
+def describe(domain: Domain) -> dict[str, str]:
+  """The files of a domain in few words, those to train on and those that are only measured."""
+  found = {'text': corpora.describe(domain)} if domain.is_trained else {}
+  if domain.names_held_out:
+    found['held_out_text'] = corpora.describe(domain.measured())
+  return found
+
+
+def differences(folder: str, domain: Domain, was: Mapping[str, Any],
+                now: Mapping[str, Any]) -> Iterator[str]:
+  """Clauses on what the tokens in a folder were made from and the config has otherwise now.
+
+  Files that are gone altogether are not missed: the tokens suffice.
+
+  Args:
+    folder: of the domain's tokens.
+    domain: as the config has it.
+    was: `made_from` of the folder's meta.json.
+    now: the same of the config, without `text`; what it lacks is not compared.
+  """
+  for key, value in now.items():
+    then = was.get(key)
+    if then == value:
+      continue
+    if key == 'tokenizer':
+      yield 'the tokenizer was another one'
+    elif isinstance(value, Mapping) and isinstance(then, Mapping):
+      for field in sorted(then.keys() | value.keys()):
+        before, after = (each.get(field, '') for each in (then, value))
+        if before != after:
+          name = _FRAMING[field] if key == 'framing' else f'domains.{domain.name}.{field}'
+          yield f'{name} was {before!r} and is {after!r} now'
+    else:
+      where = f'domains.{domain.name}' if domain.held_out != () else 'data'
+      yield f'{where}.{key} was {then!r} and is {value!r} now'
+  if all(was.get(key) == now[key] for key in ('domain', 'held_out')):
+    try:
+      yield from _of_files(folder, domain, was)
+    except UsageError:
+      return  # no file is there
+
+
+def check(folder: str, found: Mapping[str, Iterable[str]]) -> None:
+  """Raises UsageError if there are differences.
+
+  Args:
+    folder: of the tokens of all domains.
+    found: the differences of each domain.
+  """
+  lines, concerned = list(in_words(found)), [name for name, clauses in found.items() if clauses]
+  if lines:
+    folders = ', '.join(os.path.join(folder, name) for name in concerned)
+    raise UsageError(
+        f'{folder} was made from another config:\n' + '\n'.join(f'  {line}' for line in lines) +
+        '\nTo train on other text, give it a domain of another name, or use another --workdir; or '
+        f'delete {folders} if no run needs what is there: text that is only measured is needed by '
+        'none.')
+
+
+def in_words(found: Mapping[str, Iterable[str]]) -> Iterator[str]:
+  """A line for each difference, with all domains that it concerns."""
+  domains: dict[str, list[str]] = {}
+  for name, clauses in found.items():
+    for clause in clauses:
+      domains.setdefault(clause, []).append(name)
+  for clause, names in domains.items():
+    yield f'{", ".join(names)}: {clause}'
+
+
+def _paths(domain: Domain) -> list[str]:
+  """The files of a domain, those to train on and those that are only measured."""
+  parts = [domain] * domain.is_trained + ([domain.measured()] if domain.names_held_out else [])
+  return [path for part in parts for path in corpora.paths(part)]
+
+
+def _of_files(folder: str, domain: Domain, was: Mapping[str, Any]) -> Iterator[str]:
+  """How the files of a domain have changed."""
+  before = {path: tuple(facts) for path, *facts in _lines(folder)}
+  if not before:
+    for key, value in describe(domain).items():
+      if was.get(key) != value:
+        yield f'the text was {was.get(key)} and is {value} now'
+    return
+  now = _paths(domain)
+  clauses = [clause for path in now if (clause := _of_file(path, before.get(path)))]
+  clauses += [f'{path} is gone' for path in before.keys() - set(now)]
+  yield from clauses[:_NAMED]
+  if len(clauses) > _NAMED:
+    yield f'{len(clauses) - _NAMED:,} more files have changed'
+
+
+def _of_file(path: str, before: tuple[int, int, str] | None) -> str:
+  """How a file has changed; '' if it has not."""
+  found = os.stat(path)
+  if before is None:
+    return f'{path} is new, with {found.st_size:,} bytes'
+  size, time, content = before
+  if found.st_size != size:
+    return f'{path} had {size:,} bytes and has {found.st_size:,} now'
+  if found.st_mtime_ns != time and _hash(path) != content:
+    return f'{path} has other content, of the same size'
+  return ''
+
+
+def _lines(folder: str) -> Iterator[list[Any]]:
+  try:
+    with open(os.path.join(folder, _FILES), encoding='utf-8') as file:
+      yield from map(json.loads, file)
+  except FileNotFoundError:
+    return
+
+
+def _hash(path: str) -> str:
+  """A hash of the beginning and the end of a file."""
+  with open(path, 'rb') as file:
+    digest = hashlib.sha256(file.read(_ENDS))
+    file.seek(max(os.path.getsize(path) - _ENDS, 0))
+    digest.update(file.read(_ENDS))
+  return digest.hexdigest()[:16]
