@@ -25,12 +25,11 @@ def check(config) -> None:
   files.local_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
     held_out: Any = domain.get('held_out', ()) if isinstance(domain, ConfigDict) else ()
-    is_share = isinstance(held_out, int | float)
-    kind = 0.0 if is_share else '' if isinstance(held_out, str) else ()
+    kind = 0.0 if isinstance(held_out, int | float) else '' if isinstance(held_out, str) else ()
     _check_section(f'domains.{name}', domain, base.domain(held_out=kind))
     for path in domain.paths:
       files.local_path(f'domains.{name}.paths', path)
-    for path in () if is_share else [held_out] if isinstance(held_out, str) else held_out:
+    for path in _files(held_out):
       files.local_path(f'domains.{name}.held_out', path)
   for name, run in config.runs.items():
     _check_section(f'runs.{name}', run, base.run(_init_like(run.get('init')), {}))
@@ -43,6 +42,13 @@ def check(config) -> None:
         if field not in known:
           raise _unknown(f'runs.{name}.', f'{section}.{field}', known)
         _check_value(f'runs.{name}.{section}.{field}', value, known[field])
+
+
+def _files(held_out: Any) -> list[str]:
+  """The files that a domain's held_out names; none if it is a share."""
+  if isinstance(held_out, int | float):
+    return []
+  return [held_out] if isinstance(held_out, str) else list(held_out)
 
 
 def _init_like(init: Any) -> ConfigDict:
