@@ -24,12 +24,10 @@ def check(config) -> None:
   _check_section('', config, like)
   files.local_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
-    held_out: Any = domain.get('held_out', ()) if isinstance(domain, ConfigDict) else ()
-    kind = 0.0 if isinstance(held_out, int | float) else '' if isinstance(held_out, str) else ()
-    _check_section(f'domains.{name}', domain, base.domain(held_out=kind))
+    _check_section(f'domains.{name}', domain, _domain_like(domain))
     for path in domain.paths:
       files.local_path(f'domains.{name}.paths', path)
-    for path in _files(held_out):
+    for path in _files(domain.held_out):
       files.local_path(f'domains.{name}.held_out', path)
   for name, run in config.runs.items():
     _check_section(f'runs.{name}', run, base.run(_init_like(run.get('init')), {}))
@@ -42,6 +40,13 @@ def check(config) -> None:
         if field not in known:
           raise _unknown(f'runs.{name}.', f'{section}.{field}', known)
         _check_value(f'runs.{name}.{section}.{field}', value, known[field])
+
+
+def _domain_like(domain: Any) -> ConfigDict:
+  """A domain with a value of the right type for each field; held_out may be of several types."""
+  held_out = domain.get('held_out', ()) if isinstance(domain, ConfigDict) else ()
+  kind = 0.0 if isinstance(held_out, int | float) else '' if isinstance(held_out, str) else ()
+  return base.domain(held_out=kind)
 
 
 def _files(held_out: Any) -> list[str]:
