@@ -97,12 +97,11 @@ def train_runs(name: str, workdir: str):
     show(table.as_table(results.rows, results.note))
     show(measured.as_table(results.rows))
     regression.show(pipeline)
-    if about := claims.about(results.checks):
-      say(about)
-    for check in results.checks:
-      say(f'{claims.verdict(check):7}  {check["name"]}')
-    say(f'Report: {report.write_report(pipeline, name)}. To use your own text, write a config '
-        'like configs/demo.py with domains of your files: docs/your_data.md')
+    show(claims.as_text(results.checks))
+    say(f'Report: {report.write_report(pipeline, name)}')
+    if name == 'demo':
+      say('To use your own text, write a config like configs/demo.py with domains of your files: '
+          'docs/your_data.md')
 
   distributed.on_process_0(print_results)
 

@@ -149,9 +149,9 @@ def as_table(found: dict[str, Any]) -> Group:
     if run['error']:
       lines.append(Text(f'{run["name"]}: {run["error"]}', style='red'))
     lines += [Text(f'{run["name"]}: {warning}', style='yellow') for warning in run['warnings']]
-  return Group(terminal.table(
+  return Group(terminal.Table(
       ['run', 'state', 'step', 'loss', 'bits/byte', 'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
-      names=2), *lines)
+      names=2, drop=('MFU', 'checkpoint', 'tokens/s')), *lines)
 
 
 def print_status(study: Study, as_json: bool, watch: bool):

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-from rich.console import Group, RenderableType
 from rich.text import Text
 
-from btx_jax import terminal
 from btx_jax.evaluate import error_bars, scores
 from btx_jax.evaluate.error_bars import Difference
 from btx_jax.study.study import Study
+from btx_jax.terminal import Table
 
 Row = dict[str, Any]
-MEASURED = ('documents', 'bytes', 'tokens')
+MEASURED = ('documents', 'bytes', 'tokens', 'units')
 # A column of costs: heading, field of a row, unit, digits.
 Cost = tuple[str, str, float, int]
 _PARAMS: tuple[Cost, ...] = (
@@ -31,7 +30,7 @@ def rows(study: Study, series: str = '') -> list[Row]:
   per token (scores.Model); tokens, train_flops and train_flops_unfrozen (as if nothing had been
   frozen), which include every run the model descends from; gates by domain ({} for a dense model);
   by domain of an ensemble ({} for others) share and switches, see selected.usage; by domain
-  measured, the documents, bytes and tokens of the text that was measured, and units, see
+  measured, the documents, bytes, tokens and units of the text that was measured; units, see
   units.score; and error, see with_errors. Scores that an earlier version measured have neither
   documents nor units.
   """
@@ -54,6 +53,7 @@ def rows(study: Study, series: str = '') -> list[Row]:
         'train_flops': sum(run.flops for run in model.trained),
         'train_flops_unfrozen': sum(run.flops_unfrozen for run in model.trained),
         'measured': {domain: {kind: score.get(kind) for kind in MEASURED}
+                     | {'units': len(score['units']['bytes']) if 'units' in score else None}
                      for domain, score in found.items()},
         **{kind: {domain: score[kind] for domain, score in found.items() if kind in score}
            for kind in ('gates', 'share', 'switches', 'units')},
@@ -131,24 +131,13 @@ def scored(rows: list[Row]) -> list[list[tuple[str, bool]]]:
   return result
 
 
-def as_table(rows: list[Row], note: str = '') -> RenderableType:
-  """The comparison for the terminal.
-
-  With several seeds, which have a note, costs are a table of their own: beside spreads they would
-  not fit a narrow terminal.
-  """
+def as_table(rows: list[Row], note: str = '') -> Table:
+  """The comparison for the terminal, with a note on what the figures are of."""
+  texts = [[Text(text, style='bold' if best else '') for text, best in scores_of_row]
+           for scores_of_row in scored(rows)]
+  cells = [[row['name'], *scores_of_row, *of_costs]
+           for row, scores_of_row, of_costs in zip(rows, texts, costs(rows))]
   title = 'Bits per byte on held-out text (lower is better; the best is bold)'
-  names = [[row['name']] for row in rows]
-  scores_of = [[Text(text, style='bold' if best else '') for text, best in scores_of_row]
-               for scores_of_row in scored(rows)]
-  if not note:
-    cells = [name + scores + cost for name, scores, cost in zip(names, scores_of, costs(rows))]
-    return terminal.table(['model', *headings(rows)], cells, title=title)
-  split = -len(_costs(rows))
-  return Group(
-      terminal.table(['model', *headings(rows)[:split]],
-                     [name + scores for name, scores in zip(names, scores_of)],
-                     title=title, caption=note),
-      terminal.table(['model', *headings(rows)[split:]],
-                     [name + cost for name, cost in zip(names, costs(rows))],
-                     title='Cost per seed'))
+  return Table(
+      ['model', *headings(rows)], cells, title=title, caption=note, first=('mean',), groups=[
+          (title, len(texts[0])), ('Cost per seed' if note else 'Cost', len(_costs(rows)))])
