@@ -11,7 +11,8 @@ other commands:
   jobs       lists the runs that are not complete, for scripts: those on one line can be trained
              at the same time, once those on the lines above are complete; what then needs no
              training is left to the command without --run
-  report     writes the report with the results so far
+  report     writes the report with the results so far (--baseline: the model that others are
+             compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
   export     writes the model of --run to the folder --to, in the format of Hugging Face
@@ -45,6 +46,10 @@ RUN = flags.DEFINE_string('run', None, 'The name of a run: train only this one, 
 PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
+BASELINE = flags.DEFINE_string(
+    'baseline', '', 'report: the model that the others are compared with; default the first.')
+LATEX = flags.DEFINE_bool(
+    'latex', False, 'report: print the table for LaTeX (package booktabs), and write nothing.')
 JSON = flags.DEFINE_bool('json', False, 'status, preflight: print JSON.')
 TOPOLOGY = flags.DEFINE_string(
     'topology', None,
@@ -124,11 +129,15 @@ def list_jobs(name: str, workdir: str):
 
 
 def write_report(name: str, workdir: str):
-  """Writes the report with the results so far."""
+  """Writes the report with the results so far; with --latex prints its table instead."""
   from btx_jax.commands import report
   from btx_jax.study.study import Study
   from btx_jax.terminal import say
-  say(f'Report: {report.write_report(Study(CONFIG.value, workdir), name)}')
+  study = Study(CONFIG.value, workdir)
+  if LATEX.value:
+    print(report.latex_table(study), end='')
+  else:
+    say(f'Report: {report.write_report(study, name, BASELINE.value)}')
 
 
 def describe_data(name: str, workdir: str):

@@ -171,7 +171,7 @@ class Table:
 
   def _fits(self, figures: Sequence[int], width: int) -> bool:
     """Whether these figures fit beside the names, of which long ones are folded."""
-    share = 0.4 if self.names == 1 else 0.54 / self.names
+    share = 0.35 if self.drop else 0.4 if self.names == 1 else 0.54 / self.names
     least = max(_LEAST_NAME, int(share * width))
     widths = [min(self._width(at, self.headings[at]), least) for at in range(self.names)]
     widths += [self._width(at, self._broken(at)) for at in figures]
@@ -203,10 +203,10 @@ class Table:
 
   def _broken(self, at: int) -> str:
     """The heading of a column in lines about as wide as its cells; no word is broken."""
-    return _lines(self.headings[at], max(_LEAST_HEAD, self._width(at, '')))
+    return broken(self.headings[at], max(_LEAST_HEAD, self._width(at, '')))
 
 
-def _lines(text: str, width: int) -> str:
+def broken(text: str, width: int) -> str:
   """A text in lines of a width, broken after spaces, hyphens, underscores and slashes; a longer
   word remains in one piece."""
   lines = ['']
@@ -220,7 +220,8 @@ def _lines(text: str, width: int) -> str:
 
 def _wrapped(cell: str | Text, width: int) -> Text:
   """A name in lines of a width, in its style."""
-  return Text(_lines(str(cell), width), style=cell.style if isinstance(cell, Text) else '')
+  style = '' if isinstance(cell, str) else cell.style
+  return Text(broken(str(cell), width), style=style)
 
 
 def _shared(widths: Sequence[int], total: int) -> list[int]:

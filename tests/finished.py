@@ -50,9 +50,9 @@ def two_mixtures():
   return config
 
 
-def write(config, workdir: str, units: int = _UNITS) -> Study:
-  """Writes the working directory of a config whose runs are all complete."""
-  study = Study(config, workdir)
+def write(config, workdir: str, at_hand: bool = True) -> Study:
+  """Writes the working directory of a config whose runs are all complete; `at_hand` is Study's."""
+  study = Study(config, workdir, at_hand)
   for name in config.domains:
     _write_text(study, name)
   for run in study.runs.values():
@@ -62,14 +62,14 @@ def write(config, workdir: str, units: int = _UNITS) -> Study:
     manifest.write(study.folder(run.name), started | {
         'state': manifest.COMPLETE, 'steps_done': run.steps, 'seconds': 0.4 * run.steps,
         'started': '2026-11-28T05:04:36+00:00', 'saved': '2026-11-28T06:04:36+00:00',
-        'devices': '1 x cpu', 'processes': 1, 'commit': '0123456789ab',
-        'versions': {'python': '3.11.7', 'jax': '0.10.2'}})
+        'devices': '1 x cpu', 'processes': 1, 'versions': {
+            'btx_jax': '0.1.0, commit 0123456789ab', 'python': '3.11.7', 'jax': '0.10.2'}})
     with open(os.path.join(study.folder(run.name), metrics.NAME), 'w', encoding='utf-8') as file:
       for step in range(10, run.steps + 1, 10):
         file.write(json.dumps(_line(run, step)) + '\n')
     for model in scores.models_of(study, run):
       scores.write(study, run, model.stage, {
-          name: _score(run, model.stage, name, units) for name in config.domains})
+          name: _score(run, model.stage, name) for name in config.domains})
   return study
 
 
@@ -86,7 +86,7 @@ def _bits(run: Run, stage: str, domain: str) -> float:
   """A score that falls with the share of training on a domain, and is bad for averages."""
   ancestors = [each for each in lineage(run) if each is not run or stage == scores.FINAL]
   seen = sum(each.steps * each.weights.get(domain, 0.0) for each in ancestors)
-  if run.selector or run.init == MIX and stage == scores.FINAL:
+  if run.selector or (run.init == MIX and stage == scores.FINAL):
     seen *= 1.5
   averaged = 0.4 if stage != scores.FINAL else 0.0
   narrow = 0.8 if len(run.weights) == 1 and domain not in run.weights else 0.0
@@ -94,11 +94,11 @@ def _bits(run: Run, stage: str, domain: str) -> float:
   return hardness * (0.6 + 0.4 * np.exp(-seen / 300)) + averaged + narrow
 
 
-def _score(run: Run, stage: str, domain: str, units: int) -> dict:
+def _score(run: Run, stage: str, domain: str) -> dict:
   rng = np.random.default_rng(zlib.crc32(f'{run.name} {stage} {domain}'.encode()))
   text = np.random.default_rng(zlib.crc32(domain.encode()))
-  size, hardness = text.integers(1000, 5000, units), text.gamma(20, 1 / 20, units)
-  bits = _bits(run, stage, domain) * hardness * rng.normal(1, 0.01, units)
+  size, hardness = text.integers(1000, 5000, _UNITS), text.gamma(20, 1 / 20, _UNITS)
+  bits = _bits(run, stage, domain) * hardness * rng.normal(1, 0.01, _UNITS)
   nll = bits * size * np.log(2)
   result = {'bits_per_byte': error_bars.bits_per_byte(nll.sum(), int(size.sum())),
             'documents': 21, 'tokens': 32000, 'bytes': int(size.sum()),

@@ -101,21 +101,21 @@ def _of_mixture(study: Study, by_name: dict[str, Row], run: Run, compared: list[
                  f'largest: {largest}, {max(gates):.2f}', largest == name, units)
 
 
-def by_subject(found: Iterable[Check]) -> dict[str, list[Check]]:
-  """The checks about the experts, and those about each mixture, under a title that names the rows
-  that are compared."""
-  result: dict[str, list[Check]] = {}
+def by_subject(found: Iterable[Check]) -> dict[tuple[str, str], list[Check]]:
+  """The checks about the experts and those about each mixture, under what they are about and the
+  other rows that are compared."""
+  result: dict[tuple[str, str], list[Check]] = {}
   for check in found:
-    others = [name for name in check['compared'] if name != check['about']]
-    result.setdefault(f'{check["about"]}, among {", ".join(others)}', []).append(check)
+    others = ', '.join(name for name in check['compared'] if name != check['about'])
+    result.setdefault((check['about'], others), []).append(check)
   return result
 
 
 def as_text(found: Sequence[Check]) -> Group:
   """The claims for the terminal: those about each mixture together."""
   parts: list[RenderableType] = [Text(about(found))] if about(found) else []
-  for title, of_subject in by_subject(found).items():
-    parts += ['', Text(f'Claims about {title}', style='italic')]
+  for (subject, others), of_subject in by_subject(found).items():
+    parts += ['', Text(f'Claims about {subject}, among {others}', style='italic')]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow='fold')

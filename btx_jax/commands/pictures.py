@@ -7,11 +7,14 @@ import itertools
 
 import numpy as np
 
-BEST, OTHER = '#c8553d', '#8fa3bf'
+from btx_jax import terminal
+
+BEST = '#c8553d'
 # For runs and experts in order; distinct for colour-blind readers too (Okabe and Ito).
 COLORS = ('#4d4d4d', '#0072b2', '#009e73', '#e69f00', '#d55e00', '#cc79a7', '#56b4e9', '#a6761d')
 
 _DPI = 110
+_LABEL = 26  # characters in a line of a model's name
 
 
 def color(index: int) -> str:
@@ -19,36 +22,59 @@ def color(index: int) -> str:
   return COLORS[index % len(COLORS)]
 
 
-def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
-  """A panel for each domain and one for the mean, a bar for each model.
+def differences(panels: Mapping[str, Sequence[Mapping]], names: Sequence[str], baseline: str
+                ) -> bytes:
+  """A panel for each domain and one for the mean: each model's difference from the baseline.
 
   Args:
-    rows: see table.rows; those with `spread` (seeds.mean_row) get an error bar.
+    panels: see differences.panels; each has an entry for each name. A dark bar is one standard
+      error to both sides; a light one is the spread over seeds.
+    names: of the models.
+    baseline: the name of the one with differences of 0.
   """
-  panels = {domain: [row['bits_per_byte'][domain] for row in rows]
-            for domain in rows[0]['bits_per_byte']}
-  panels['mean'] = [row['mean'] for row in rows]
-  spreads = [row.get('spread') for row in rows]
-  write = _Writer([*panels, *(row['name'] for row in rows)])
-  names = [write(row['name']) for row in rows]
-  longest = max(map(len, names))
-  columns = min(len(panels), 3)
-  figure, axes = _panels(len(panels), columns, 0.5 + 0.24 * len(rows), left=0.075 * longest,
-                         below=0.15)
-  for i, (axis, (panel, values)) in enumerate(zip(axes, panels.items())):
+  write = _Writer([*panels, *names])
+  labels = [terminal.broken(write(name), _LABEL) for name in names]
+  lines = max(label.count('\n') for label in labels) + 1
+  columns = min(len(panels), 3 if len(panels) <= 6 else 4)
+  figure, axes = _panels(len(panels), columns, 0.75 + (0.07 + 0.13 * lines) * len(names),
+                         left=0.15 + 0.07 * _longest(labels), between=1.0, right=0.95,
+                         width=7.5 if columns < 4 else 10.0)
+  means = [entry['difference'] for entry in panels['mean']]
+  better = np.argsort(means)[:-(-len(means) // 2)]
+  for i, (axis, (panel, entries)) in enumerate(zip(axes, panels.items())):
+    values = [entry['difference'] for entry in entries]
     best = min(values)
-    errors = [{**spread['bits_per_byte'], 'mean': spread['mean']}[panel] if spread else 0.0
-              for spread in spreads]
-    bars = axis.barh(range(len(values)), values, xerr=errors if any(spreads) else None,
-                     color=[BEST if value == best else OTHER for value in values])
-    axis.bar_label(bars, fmt='%.2f', padding=2, fontsize=8)
-    axis.set_yticks(range(len(names)), names if i % columns == 0 else [''] * len(names),
-                    **write.style)
-    axis.set_xlim(0, 1.25 * max(values))
-    axis.invert_yaxis()
+    # A model that is far worse, like an expert on another domain, leaves the others no room.
+    worst = max(0.0, *(values[at] for at in better))
+    margin = 0.08 * (worst - min(0.0, best)) or 1.0
+    for at, (name, entry) in enumerate(zip(names, entries)):
+      value, shown = entry['difference'], entry['difference']
+      if value > worst:
+        shown = worst + 1.5 * margin
+      tint = BEST if value == best else '#444444'
+      for width, bar in ((4.0, entry['spread']), (1.4, entry['error'])):
+        if bar and shown == value:
+          axis.plot([value - bar, value + bar], [at, at], color=tint, linewidth=width,
+                    alpha=0.3 if width > 2 else 1.0, solid_capstyle='butt')
+      marker = 'o' if shown == value else '>'
+      axis.plot(shown, at, marker=marker, color=tint, markersize=3, clip_on=False,
+                markerfacecolor='white' if name == baseline else tint)
+      error = f' ±{entry["error"]:.3f}' if entry['error'] else ''
+      axis.text(1.04, at, f'{value:+.3f}{error}' if name != baseline else '0', fontsize=7,
+                va='center',
+                transform=axis.get_yaxis_transform(), color=tint,
+                fontweight='bold' if value == best else 'normal')
+    axis.axvline(0, color='#999999', linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(labels)), labels if i % columns == 0 else [''] * len(labels),
+                    fontsize=8, **write.style)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.set_xlim(min(0.0, best) - margin, worst + (2 if max(values) > worst else 1) * margin)
+    axis.locator_params(axis='x', nbins=3)
+    axis.grid(axis='y', color='#eeeeee', linewidth=0.8)
+    axis.set_axisbelow(True)
     axis.set_title(write(panel), fontsize=9, **write.style)
-    axis.spines[:].set_visible(False)
-    axis.tick_params(bottom=False, labelbottom=False, left=False)
+    axis.spines[['left', 'right', 'top']].set_visible(False)
+    axis.tick_params(left=False)
   return _png(figure)
 
 
@@ -59,7 +85,7 @@ def curves(runs: Mapping[str, Mapping]) -> bytes:
     runs: name -> `tokens`, `flops` and `loss`, sequences of equal length. A loss of NaN ends one
       line and begins the next.
   """
-  figure, axes = _panels(2, 2, 3.0, legend=len(runs), above=0.1)
+  figure, axes = _panels(2, 2, 3.0, legend=list(runs), above=0.1)
   for axis, by, unit in zip(axes, ('tokens', 'flops'), (' tokens', 'FLOP')):
     scale, prefix = _scale([run[by] for run in runs.values()])
     for i, run in enumerate(runs.values()):
@@ -78,7 +104,7 @@ def curves_by_domain(runs: Mapping[str, Mapping], domains: Sequence[str]) -> byt
     runs: name -> `flops` and `loss_by_domain`, sequences of equal length.
     domains: a panel for each.
   """
-  figure, axes = _panels(len(domains), 2, 2.4, legend=len(runs))
+  figure, axes = _panels(len(domains), 2, 2.4, legend=list(runs))
   scale, prefix = _scale([run['flops'] for run in runs.values()])
   write = _Writer(domains)
   for axis, domain in zip(axes, domains):
@@ -94,7 +120,7 @@ def curves_by_domain(runs: Mapping[str, Mapping], domains: Sequence[str]) -> byt
 
 
 def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) -> bytes:
-  """Mean gate of every expert in every layer: a row of heat maps per stage, one per domain.
+  """Mean gate of every expert in every layer: a heat map for each stage and domain.
 
   Args:
     stages: title -> domain -> gates [L][E].
@@ -103,23 +129,30 @@ def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) 
   domains = list(next(iter(stages.values())))
   layers = len(next(iter(stages.values()))[domains[0]])
   write = _Writer([*domains, *names])
-  names = [write(name) for name in names]
-  below = 0.15 + 0.075 * max(map(len, names))
-  figure, axes = _panels(len(stages) * len(domains), len(domains),
-                         0.3 + min(0.26 * layers, 4.5) + below, between=0.15, below=below)
-  for axis, (title, domain, gates) in zip(axes, (
-      (title, domain, np.asarray(gates)) for title, by_domain in stages.items()
-      for domain, gates in by_domain.items())):
-    axis.imshow(gates, vmin=0, vmax=1, cmap='Blues', aspect='auto')
-    if gates.size <= 64:
-      for (layer, expert), gate in np.ndenumerate(gates):
-        axis.text(expert, layer, f'{gate:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7,
-                  color='white' if gate > 0.6 else 'black')
-    axis.set_title(f'{write(domain)}, {title}', fontsize=8, **write.style)
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, **write.style)
-    axis.set_yticks(range(layers) if layers <= 16 else range(0, layers, 4))
-    axis.set_ylabel('layer' if domain == domains[0] else '')
-    axis.tick_params(length=0)
+  labels = [terminal.broken(write(name), _LABEL) for name in names]
+  lines = max(label.count('\n') for label in labels) + 1
+  columns = min(len(domains), 4)
+  rows = -(-len(domains) // columns)
+  left = 0.2 + 0.065 * _longest(labels)
+  figure, axes = _panels(len(stages) * rows * columns, columns,
+                         0.75 + (0.08 + 0.13 * lines) * len(names), left=left, between=0.12)
+  for stage, (title, by_domain) in enumerate(stages.items()):
+    of_stage = axes[stage * rows * columns:(stage + 1) * rows * columns]
+    for unused in of_stage[len(domains):]:
+      unused.set_visible(False)
+    for i, (axis, (domain, gates)) in enumerate(zip(of_stage, by_domain.items())):
+      gates_EL = np.asarray(gates).T
+      axis.imshow(gates_EL, vmin=0, vmax=1, cmap='Blues', aspect='auto')
+      if (7.5 - left) / columns / layers > 0.24:  # inches of a cell
+        for (expert, layer), gate in np.ndenumerate(gates_EL):
+          axis.text(layer, expert, f'{gate:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7,
+                    color='white' if gate > 0.6 else 'black')
+      axis.set_title(f'{write(domain)}\n{title}', fontsize=8, **write.style)
+      axis.set_yticks(range(len(labels)), labels if i % columns == 0 else [''] * len(labels),
+                      fontsize=7, **write.style)
+      axis.set_xticks(range(layers) if layers <= 12 else range(0, layers, 4))
+      axis.set_xlabel('layer')
+      axis.tick_params(length=0, labelsize=7)
   return _png(figure)
 
 
@@ -134,7 +167,8 @@ def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
     entropy_SL: of the router's softmax, in nats.
     names: of the experts.
   """
-  figure, axes = _panels(3, 3, 2.3, legend=len(names), between=0.6)
+  names = [f'{i} {name}' for i, name in enumerate(names)]
+  figure, axes = _panels(3, 3, 2.3, legend=names, between=0.6)
   for i in range(len(names)):
     share = load_SLE[:, :, i]
     axes[0].plot(steps, share.mean(1), color=color(i), linewidth=1.2)
@@ -150,7 +184,7 @@ def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
     axis.set_ylim(0)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel('step')
-  _legend(figure, axes[0], [f'{i} {name}' for i, name in enumerate(names)])
+  _legend(figure, axes[0], names)
   return _png(figure)
 
 
@@ -192,9 +226,10 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
   return _png(figure)
 
 
-def _panels(count: int, columns: int, height: float, left: float = 0.55, legend: int = 0,
-            between: float = 0.45, below: float = 0.45, above: float = 0.3):
-  """A figure 7.5 inches wide with a grid of axes.
+def _panels(count: int, columns: int, height: float, left: float = 0.55,
+            legend: Sequence[str] = (), width: float = 7.5, between: float = 0.45,
+            below: float = 0.45, above: float = 0.3, right: float = 0.15):
+  """A figure with a grid of axes.
 
   The layout is computed here, since matplotlib's layout engines take longer than all the drawing.
 
@@ -203,19 +238,21 @@ def _panels(count: int, columns: int, height: float, left: float = 0.55, legend:
     columns: of the grid.
     height: of a row in inches, labels included.
     left: inches for the labels of the first column.
-    legend: number of entries in the figure's legend.
+    legend: the entries of the figure's legend.
+    width: of the figure in inches.
     between: inches between columns.
     below, above: inches of `height` that are below and above the axis.
+    right: inches beside the last column.
 
   Returns:
     The figure, and the list of its axes.
   """
   from matplotlib.figure import Figure  # imported late: it takes half a second
-  width, legend_height = 7.5, 0.22 * -(-legend // 4) if legend else 0.0
+  legend_height = 0.22 * -(-len(legend) // _legend_columns(legend))
   rows = -(-count // columns)
   figure = Figure(figsize=(width, rows * height + legend_height + 0.05), dpi=_DPI)
   total = rows * height + legend_height + 0.05
-  each = (width - left - 0.15 - between * (columns - 1)) / columns
+  each = (width - left - right - between * (columns - 1)) / columns
   axes = []
   for i in range(count):
     row, column = divmod(i, columns)
@@ -259,9 +296,19 @@ def _legend(figure, axis, names: Sequence[str]):
   write = _Writer(names)
   # The texts are set afterwards, since a label that begins with '_' is left out.
   legend = figure.legend(axis.get_lines()[:len(names)], ['-'] * len(names), loc='lower center',
-                         ncol=4, fontsize=8, frameon=False)
+                         ncol=_legend_columns(names), fontsize=8, frameon=False)
   for text, name in zip(legend.get_texts(), names):
     text.set(text=write(name), **write.style)
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+  """How many columns of a legend fit a figure 7.5 inches wide."""
+  return max(1, min(4, int(7.5 / (0.6 + 0.065 * _longest(names)))))
+
+
+def _longest(texts: Sequence[str]) -> int:
+  """The characters of the longest line."""
+  return max((len(line) for text in texts for line in text.split('\n')), default=0)
 
 
 class _Writer:

@@ -1,4 +1,5 @@
-"""WORKDIR/report: one self-contained HTML page, its pictures as PNG files, its figures as JSON.
+"""WORKDIR/report: one self-contained HTML page, its pictures as PNG files, its figures as JSON, and
+the table as CSV and for LaTeX.
 
 It is made from files alone, so it can be written at any time; what is not computed yet is omitted.
 """
@@ -9,13 +10,25 @@ import datetime
 import functools
 import json
 import os
+import re
 from typing import Any, NamedTuple
 import urllib.parse
 
 import jinja2
+import markupsafe
 import numpy as np
 
-from btx_jax.commands import claims, measured, pictures, seeds, status, table
+from btx_jax.commands import (
+  claims,
+  differences,
+  measured,
+  pictures,
+  seeds,
+  settings,
+  status,
+  table,
+  table_files,
+)
 from btx_jax.commands import regression as regression_table
 from btx_jax.data.tokens import read_meta
 from btx_jax.errors import UsageError
@@ -24,7 +37,7 @@ from btx_jax.files import replacing
 from btx_jax.run import CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX, Run, lineage
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
-from btx_jax.terminal import format_number
+from btx_jax.terminal import duration, format_number
 from btx_jax.training import metrics
 
 
@@ -43,31 +56,67 @@ class Picture(NamedTuple):
 SavePicture = Callable[[str, bytes, str], Picture]
 
 
-def write_report(study: Study, config_name: str) -> str:
+def write_report(study: Study, config_name: str, baseline: str = '') -> str:
   """Writes the report; returns the path of its HTML file.
 
+  Args:
+    study: whose report it is.
+    config_name: its title.
+    baseline: the model that the others are compared with; '' is the first of the table.
+
   Raises:
-    UsageError: no run of the study has been started, so there is nothing to report.
+    UsageError: no run of the study has been started, so there is nothing to report; or no model has
+      the name `baseline`.
   """
   found = status.collect(study)
   if found['notes']:
     raise UsageError(f'There is nothing to report: {found["notes"][0]}')
   results = seeds.results(study)
   changes, effects = regression.regressions(study), regression.effects(study)
+  compared = _compared(results, baseline)
   folder = os.path.join(study.workdir, 'report')
   with replacing(os.path.join(folder, 'report.json')) as file:
     json.dump({'config': config_name, 'rows': table.without_units(results.rows),
-               'checks': results.checks,
+               'differences': compared, 'checks': results.checks,
                'runs': found['runs'], **_by_seed(results),
-               'regressions': changes, 'without_each_expert': effects}, file, indent=1)
+               'regressions': changes, 'without_each_expert': effects,
+               'manifests': {run.name: settings.read_manifest(study, run)
+                             for run in study.runs.values()},
+               'text': _metas(study)}, file, indent=1)
+  if results.rows:
+    for name, text in (('report.csv', table_files.as_csv(results.rows)),
+                       ('report.tex', table_files.as_latex(results.rows, results.note))):
+      with replacing(os.path.join(folder, name)) as file:
+        file.write(text)
   save = functools.partial(_save_picture, folder)
   page = _template().render(
       config_name=config_name,
-      **_contents(study, found['runs'], results, changes, effects, save))
+      **_contents(study, found['runs'], results, compared, changes, effects, save))
   path = os.path.join(folder, 'report.html')
   with replacing(path) as file:
     file.write(page)
   return path
+
+
+def latex_table(study: Study) -> str:
+  """The table for LaTeX, as report.tex has it.
+
+  Raises:
+    UsageError: no model has been measured.
+  """
+  results = seeds.results(study)
+  if not results.rows:
+    raise UsageError(f'There is no table: no run in {study.workdir} has been measured.')
+  return table_files.as_latex(results.rows, results.note)
+
+
+def _compared(results: seeds.Results, baseline: str) -> dict[str, Any] | None:
+  """The differences from the baseline, see differences.of_rows; None while nothing is measured."""
+  if not results.rows:
+    return None
+  base = differences.baseline(results.rows, baseline)
+  by_series = [results.by_series[series] for series in results.complete]
+  return {'baseline': base['name'], 'rows': differences.of_rows(results.rows, base, by_series)}
 
 
 def _by_seed(results: seeds.Results) -> dict[str, Any]:
@@ -85,7 +134,14 @@ def _template() -> jinja2.Template:
       loader=jinja2.PackageLoader('btx_jax.commands', ''), autoescape=True,
       undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
   environment.filters['number'] = format_number
+  environment.filters['soft'] = _soft
   return environment.get_template('report.html')
+
+
+def _soft(name: str) -> markupsafe.Markup:
+  """A name that may be broken after hyphens, underscores, points and slashes."""
+  pieces = re.findall(r'[^-_./]*[-_./]|[^-_./]+', name)
+  return markupsafe.Markup('<wbr>').join(pieces)
 
 
 def _save_picture(folder: str, name: str, png: bytes, alt: str) -> Picture:
@@ -95,14 +151,15 @@ def _save_picture(folder: str, name: str, png: bytes, alt: str) -> Picture:
 
 
 def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
-              changes: list[dict[str, Any]], effects: list[dict[str, Any]], save: SavePicture
-              ) -> dict[str, Any]:
+              compared: dict[str, Any] | None, changes: list[dict[str, Any]],
+              effects: list[dict[str, Any]], save: SavePicture) -> dict[str, Any]:
   """The data that report.html renders; sections without results yet are empty.
 
   Args:
     study: whose report it is.
     runs: see status.collect.
     results: see seeds.results.
+    compared: see _compared.
     changes: see regression.regressions.
     effects: see regression.effects.
     save: saves a picture.
@@ -114,24 +171,27 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'written': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
       'runs': runs,
       'complete': sum(run['state'] == manifest.COMPLETE for run in runs),
-      'models': _models(results, save) if results.rows else None,
+      'models': _models(results, compared, save) if compared else None,
       'ensembles': _ensembles(study, results.rows),
       'changes': {'headings': regression_table.CHANGES, 'rows': list(
           regression_table.changes_cells(changes))},
-      'checks': [{'verdict': claims.verdict(check), **check} for check in results.checks],
+      'checks': {subject: [{'verdict': claims.verdict(check), **check} for check in found]
+                 for subject, found in claims.by_subject(results.checks).items()},
       'about_checks': claims.about(results.checks),
       'training': _training(study, lines, save),
       'mixtures': _mixtures(study, lines, {each['name']: each for each in effects}, save),
       'remarks': regression.remarks(study),
       'graph': _graph(study, runs, save),
       'costs': [_cost(study, found, lines[found['name']]) for found in runs],
+      'settings': settings.of_study(study),
       'texts': _texts(study),
   }
 
 
-def _models(results: seeds.Results, save: SavePicture) -> dict[str, Any]:
+def _models(results: seeds.Results, compared: dict[str, Any], save: SavePicture
+            ) -> dict[str, Any]:
   """The comparison of all models."""
-  rows = results.rows
+  rows, base = results.rows, compared['baseline']
   means = {series: {row['name']: row['mean'] for row in of_seed}
            for series, of_seed in results.by_series.items()}
   return {
@@ -145,8 +205,10 @@ def _models(results: seeds.Results, save: SavePicture) -> dict[str, Any]:
       'measured': {'headings': measured.HEADINGS, 'rows': measured.cells(rows),
                    'about': measured.about(rows)},
       'errors': measured.errors(rows),
-      'picture': save('bits_per_byte', pictures.bits_per_byte(rows),
-                      'Bits per byte of every model'),
+      'baseline': base,
+      'picture': save('differences', pictures.differences(
+          differences.panels(compared['rows']), [row['name'] for row in rows], base),
+          f'Bits per byte of every model minus those of {base}'),
   }
 
 
@@ -247,14 +309,21 @@ def _mixture(study: Study, run: Run, lines: list[dict[str, Any]], effect: dict[s
   return result
 
 
-def _sample(run: Run, pieces: list[str], gates: list[list[float]]) -> list[dict[str, str]]:
-  """The tokens of a text, coloured by the expert with the largest gate."""
-  result = []
+def _sample(run: Run, pieces: list[str], gates: list[list[float]]
+            ) -> list[list[dict[str, str]]]:
+  """The tokens of each document, coloured by the expert with the largest gate.
+
+  The marks between two documents stand for no text.
+  """
+  result: list[list[dict[str, str]]] = [[]]
   for piece, gates_E in zip(pieces, gates):
+    if not piece:
+      result.append([])
+      continue
     top = int(np.argmax(gates_E))
-    result.append({'text': piece, 'color': _tint(top, gates_E[top]),
-                   'title': f'{run.expert_names[top]} {gates_E[top]:.2f}'})
-  return result
+    result[-1].append({'text': piece, 'color': _tint(top, gates_E[top]),
+                       'title': f'{run.expert_names[top]} {gates_E[top]:.2f}'})
+  return [document for document in result if document]
 
 
 def _tint(expert: int, strength: float) -> str:
@@ -274,17 +343,17 @@ def _graph(study: Study, runs: list[dict[str, Any]], save: SavePicture) -> Pictu
     if len(found) > 1:
       done = sum(each == manifest.COMPLETE for _, each in found)
       state = f'complete in {done} of {len(found)} seeds'
-    minutes = sum(_manifest(study, each).get('seconds', 0) for each, _ in found) / 60
+    seconds = sum(settings.read_manifest(study, each).get('seconds', 0) for each, _ in found)
     sources[name] = [source.plain_name for source in run.sources]
     notes[name] = (f'{state}\n{sum(each.tokens for each, _ in found) / 1e6:,.1f} M tokens, '
-                   f'{minutes:,.0f} min')
+                   f'{duration(seconds)}')
   return save('graph', pictures.graph(sources, notes), 'The graph of the runs')
 
 
 def _cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
   """The cells of a run in the table of origins and costs."""
   run = study.runs[found['name']]
-  about = _manifest(study, run)
+  about = settings.read_manifest(study, run)
   speeds = [(line['tokens_per_second'], line['mfu'])
             for line in lines if 'tokens_per_second' in line]
   speed, mfu = np.median(speeds, axis=0) if speeds else (None, None)
@@ -296,26 +365,25 @@ def _cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> l
   return [
       run.name, found['state'], start, domains, f'{found["step"]:,}/{run.steps:,}',
       f'{done * run.tokens / 1e6:,.2f}', f'{done * run.flops / 1e12:,.1f}',
-      f'{about.get("seconds", 0) / 60:,.1f}', about.get('devices', '-'),
+      duration(about.get('seconds')), about.get('devices', '-'),
       format_number(speed, ',.0f'), format_number(mfu, '.0%')]
 
 
-def _manifest(study: Study, run: Run) -> dict[str, Any]:
-  """The manifest of a run; empty if there is none that can be read."""
-  try:
-    return manifest.read(study.folder(run.name)) or {}
-  except UsageError:
-    return {}
+def _metas(study: Study) -> dict[str, dict[str, Any]]:
+  """What is known of the text of each domain that has been tokenized."""
+  found = {}
+  for domain in sorted(study.config.domains):
+    try:
+      found[domain] = read_meta(os.path.join(study.data_folder, domain))
+    except UsageError:
+      continue  # not tokenized yet
+  return found
 
 
 def _texts(study: Study) -> list[list[str]]:
   """A row of cells for each domain that has been tokenized."""
   rows = []
-  for domain in sorted(study.config.domains):
-    try:
-      meta = read_meta(os.path.join(study.data_folder, domain))
-    except UsageError:
-      continue  # not tokenized yet
+  for domain, meta in _metas(study).items():
     train, held_out = meta['train'], meta['held_out']
     rows.append([
         domain, f'{train["documents"]:,}', f'{train["bytes"] / 1e6:,.2f}',

@@ -1,5 +1,6 @@
 """The comparison of all models of a study: bits per byte by domain, and the cost of each model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
@@ -94,18 +95,18 @@ def without_units(rows: list[Row]) -> list[Row]:
   return [{key: value for key, value in row.items() if key != 'units'} for row in rows]
 
 
-def headings(rows: list[Row]) -> list[str]:
+def headings(rows: Sequence[Row]) -> list[str]:
   """Headings of the columns of scores and costs."""
   return [*rows[0]['bits_per_byte'], 'mean', *(heading for heading, *_ in _costs(rows))]
 
 
-def costs(rows: list[Row]) -> list[list[str]]:
+def costs(rows: Sequence[Row]) -> list[list[str]]:
   """The cells of each row's costs."""
   return [[f'{row[field] / unit:,.{digits}f}' for _, field, unit, digits in _costs(rows)]
           for row in rows]
 
 
-def _costs(rows: list[Row]) -> list[Cost]:
+def _costs(rows: Sequence[Row]) -> list[Cost]:
   """The columns of costs that these rows need."""
   differ = any(row['train_flops'] != row['train_flops_unfrozen'] for row in rows)
   ensembles = any(row['share'] for row in rows)
@@ -113,7 +114,7 @@ def _costs(rows: list[Row]) -> list[Cost]:
           *([_UNFROZEN] if differ else [])]
 
 
-def scored(rows: list[Row]) -> list[list[tuple[str, bool]]]:
+def scored(rows: Sequence[Row]) -> list[list[tuple[str, bool]]]:
   """For each row (score, whether it is the best of its column) by domain, the mean last.
 
   A score is text: '1.451', or '1.451 ±0.003' with its spread over seeds, which is not its error

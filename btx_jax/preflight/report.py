@@ -5,7 +5,6 @@ import json
 import math
 import os
 
-
 from btx_jax import terminal
 from btx_jax.devices.hardware import Chip
 from btx_jax.model.config import REMATS
