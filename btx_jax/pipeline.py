@@ -273,4 +273,4 @@ class Pipeline(Study):
   def _without_each_expert(self, model: Config, parameters) -> dict[str, dict]:
     return bits.without_each_expert(
         model, parameters, self.prepare_text().held_out, self.mesh, self.config.data.seq_len,
-        self.config.evaluation.batch_size)
+        self.config.evaluation.batch_size, self.prepare_text().tokenizer)

@@ -28,7 +28,6 @@ from btx_jax.commands import (
 )
 from btx_jax.data import duplicates
 from btx_jax.data.corpora import Group
-from btx_jax.errors import UsageError
 from btx_jax.evaluate import error_bars, scores
 from btx_jax.evaluate.regression import regressions
 from btx_jax.study.study import Study
@@ -179,11 +178,6 @@ def test_differences_have_the_errors_of_paired_units_and_the_spread_of_pairs(stu
   own = next(each for each in found if each['name'] == base_row['name'])
   assert own['mean']['difference'] == 0 == own['mean']['error']
   assert list(differences.panels(found)) == [*sorted(finished.DOMAINS), 'mean']
-
-
-def test_a_baseline_that_does_not_exist_is_refused(single):
-  with pytest.raises(UsageError, match="--baseline=btz is not a model .* did you mean 'btx'"):
-    report.write_report(single, 'two', 'btz')
 
 
 # The report

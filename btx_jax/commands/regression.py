@@ -58,7 +58,11 @@ def effects_headings(effect: dict[str, Any]) -> list[str]:
 
 def effects_cells(effect: dict[str, Any]) -> Cells:
   """A row for each expert; the one whose absence hurts a domain most is marked."""
-  columns = effect['change'].values()
+  columns = [(change, effect['error'][domain]) for domain, change in effect['change'].items()]
   return [[(f'{e} {name}', False),
-           *((f'{change[e]:+.3f}', change[e] == max(change)) for change in columns)]
+           *((_change(change[e], error[e]), change[e] == max(change)) for change, error in columns)]
           for e, name in enumerate(effect['experts'])]
+
+
+def _change(change: float, error: float | None) -> str:
+  return f'{change:+.3f}' if error is None else f'{change:+.3f} ±{error:.3f}'

@@ -10,7 +10,7 @@ from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
-from btx_jax.evaluate import error_bars, units
+from btx_jax.evaluate import units
 from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
 from btx_jax.training.step import forward
@@ -88,7 +88,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
 
 
 def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
-                        batch_size: int) -> dict[str, dict]:
+                        batch_size: int, tokenizer: Tokenizer) -> dict[str, dict]:
   """Scores a mixture as `evaluate` does, once without each of its experts.
 
   A masked expert is never chosen, in any layer, and the others' gates are formed as if it did not
@@ -101,20 +101,25 @@ def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mes
     mesh: the devices to use.
     length: T, tokens per window.
     batch_size: rows per batch.
+    tokenizer: the tokenizer of the tokens.
 
   Returns:
-    domain -> `bits_per_byte`, [E]: entry e is the score without expert e.
+    domain -> `bits_per_byte`, [E]: entry e is the score without expert e; and `units`: `nll`,
+    [E][U], and `bytes`, [U], see units.score.
   """
   step, masks_EE = _masked_step(cfg, mesh), np.eye(cfg.num_experts, dtype=bool)
   result = {}
   for domain, tokens in held_out.items():
-    nll_E = np.zeros(cfg.num_experts)
+    nll: list[list[np.ndarray]] = [[np.zeros(1, np.float32)] for _ in masks_EE]
     for _, batch in _batches(tokens, mesh, length, batch_size):
       nll_EBT = jax.device_get([step(params, batch, masked_E) for masked_E in masks_EE])
-      nll_E += np.sum(nll_EBT, (1, 2), dtype=np.float64)
-    size = int(tokens.bytes[-1])
-    result[domain] = {'bits_per_byte': [
-        error_bars.bits_per_byte(nll, size) for nll in nll_E.tolist()]}
+      for of_expert, nll_BT in zip(nll, nll_EBT):
+        of_expert.append(nll_BT.reshape(-1))
+    scored = [units.score(np.concatenate(of_expert)[:len(tokens.ids)], tokens, tokenizer)
+              for of_expert in nll]
+    result[domain] = {'bits_per_byte': [score['bits_per_byte'] for score in scored],
+                      'units': {'nll': [score['units']['nll'] for score in scored],
+                                'bytes': scored[0]['units']['bytes']}}
   return result
 
 
