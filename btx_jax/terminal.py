@@ -13,6 +13,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
+# A bar of progress, and beside it: 'loss 3.123  12,345 tokens/s  45 min left' with a slash and gaps.
+_BAR, _LEAST_BAR, _TEXT, _SPEED = 40, 8, 46, 18
 _GAP = 2  # columns between two columns of a table
 _LEAST_NAME = 14  # columns that a folded name has at least
 _LEAST_HEAD = 6  # columns of a broken head, if a word of it is not longer
@@ -30,11 +32,16 @@ class Progress:
     self._runs = runs
     self._printed = dict.fromkeys(runs, time.monotonic())  # when each run's last line was printed
     self._bars = None
+    longest = max(map(cells.cell_len, runs), default=0)
+    digits = max((len(str(steps)) for _, steps in runs.values()), default=0)
+    room = console.width - longest - 2 * digits - _TEXT  # what a bar can have
+    self._has_speed = room >= _LEAST_BAR
     if console.is_terminal:
+      bar = min(max(room + (0 if self._has_speed else _SPEED), _LEAST_BAR), _BAR)
       self._bars = progress.Progress(
-          progress.TextColumn('{task.description}', markup=False), progress.BarColumn(),
-          progress.MofNCompleteColumn(), progress.TextColumn('{task.fields[text]}'),
-          console=console)
+          progress.TextColumn('{task.description}', markup=False, table_column=_folded()),
+          progress.BarColumn(bar), progress.MofNCompleteColumn(),
+          progress.TextColumn('{task.fields[text]}', table_column=_folded()), console=console)
 
   def __enter__(self):
     self._tasks = {}
@@ -56,7 +63,7 @@ class Progress:
              seconds_left: float | None):
     """Shows that the run `name` has finished `step`."""
     text = f'loss {loss:.3f}'
-    if tokens_per_second:
+    if tokens_per_second and (self._has_speed or not self._bars):
       text += f'  {tokens_per_second:,.0f} tokens/s'
     if seconds_left is not None:
       text += f'  {duration(seconds_left)} left'
@@ -67,6 +74,11 @@ class Progress:
     if now - self._printed[name] >= _PLAIN_EVERY or step == steps:
       self._printed[name] = now
       console.print(f'{name}: {step} of {steps}  {text}')
+
+
+def _folded() -> rich_table.Column:
+  """A column whose text is folded where it is too narrow, not cut."""
+  return rich_table.Column(overflow='fold')
 
 
 def duration(seconds: float | None) -> str:
@@ -110,7 +122,7 @@ class Table:
     caption: below it.
     groups: (title, number of columns) of columns that belong together, in their order; together
       they are all figures. A table that is split begins a new one with each of them.
-    first: headings of the figures that come first in a table that is split.
+    first: headings of the figures that come first in a group that is split.
     drop: headings of figures that may be left out, the least important first.
   """
   headings: Sequence[str]
@@ -160,7 +172,8 @@ class Table:
     end = self.names
     for i, (title, count) in enumerate(self.groups or [('', len(figures))]):
       left = [at for at in figures if end <= at < end + count]
-      left.sort(key=lambda at: self.headings[at] not in self.first)
+      if not self._fits(left, width):
+        left.sort(key=lambda at: self.headings[at] not in self.first)
       end += count
       title = title or ('' if i else self.title)
       while left:

@@ -1,9 +1,11 @@
 """Tables lose nothing, however narrow the terminal and whatever runs are called."""
 
+import io
 import re
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
 from btx_jax import terminal
 
@@ -66,6 +68,21 @@ def test_heads_are_broken_only_where_they_must():
   assert terminal.broken('unbreakable', 4) == 'unbreakable'
   assert terminal.broken('held-out\nMB', 20) == 'held-out\nMB'
   assert terminal.broken('', 5) == ''
+
+
+@pytest.mark.parametrize('columns', [80, 120])
+def test_progress_fits_too(monkeypatch, columns):
+  out = io.StringIO()
+  monkeypatch.setattr(terminal, 'console', Console(
+      width=columns, height=20, file=out, force_terminal=True, color_system=None))
+  name = 'btx/of_the_first_three_only/then_everything'
+  with terminal.Progress({'expert/knowledge': (0, 12000), name: (0, 400)}) as bars:
+    for run, step in (('expert/knowledge', 5000), (name, 300)):
+      bars.update(run, step, 3.1234, 12345, 2700)
+  said = re.sub(r'\x1b\[[0-9;?]*[a-zA-Z]', '', out.getvalue()).split('\n')
+  assert max(cell_len(line.split('\r')[-1]) for line in said) <= columns
+  assert sum('loss 3.123' in line and '45 min left' in line for line in said) >= 2
+  assert ('tokens/s' in ''.join(said)) == (columns == 120) and '…' not in ''.join(said)
 
 
 def test_a_number_that_is_not_known_is_a_dash():
