@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
-# A bar of progress, and beside it: 'loss 3.123  12,345 tokens/s  45 min left' with a slash and gaps.
+# Columns of a progress bar, and of 'loss 3.123  12,345 tokens/s  45 min left' with gaps.
 _BAR, _LEAST_BAR, _TEXT, _SPEED = 40, 8, 46, 18
 _GAP = 2  # columns between two columns of a table
 _LEAST_NAME = 14  # columns that a folded name has at least

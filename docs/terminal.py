@@ -26,8 +26,8 @@ _HEAD = """# What the commands print
 
 <!-- Made by docs/terminal.py from docs/terminal.json; change it there. -->
 
-Tables have as many columns as the terminal, or as the environment variable `COLUMNS` says; 80 if the
-output is piped. Where a table is too wide, heads are broken at their words, and long names are
+Tables have as many columns as the terminal, or as the environment variable `COLUMNS` says; 80 if
+the output is piped. Where a table is too wide, heads are broken at their words, and long names are
 folded. `status` then leaves out what matters least, and names it below. Other tables are split: the
 costs become a table of their own, and of many domains each part has some, the mean in the first.
 Nothing is cut.

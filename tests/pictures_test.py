@@ -4,7 +4,7 @@ from matplotlib.text import Text
 import numpy as np
 import pytest
 
-from btx_jax.commands import pictures
+from btx_jax.commands import drawing, pictures
 
 NAMES = ['a$x', '_hidden', '<b>&"\'', '$\\frac{1}{2}$', 'мат^{a}', '日\t']
 ENTRIES = [{'difference': 0.1 * i, 'error': 0.02 * i or None, 'spread': 0.01}
@@ -27,14 +27,14 @@ PICTURES = {
 
 @pytest.mark.parametrize('name', PICTURES)
 def test_names_are_drawn_as_they_are(monkeypatch, name):
-  draw, shown = pictures._png, []
+  draw, shown = drawing.png, []
 
   def png(figure):
     result = draw(figure)
     shown.extend(text.get_text() for text in figure.findobj(Text) if text.get_visible())
     return result
 
-  monkeypatch.setattr(pictures, '_png', png)
+  monkeypatch.setattr(drawing, 'png', png)
   assert PICTURES[name]().startswith(b'\x89PNG')  # and a warning would be an error
   for each in NAMES[:-1]:
     assert any(each in text for text in shown), each
@@ -45,7 +45,7 @@ def test_names_are_drawn_as_they_are(monkeypatch, name):
 def test_differences_are_drawn_in_their_place_with_their_errors(monkeypatch):
   """Those far worse than the better half are arrows at the edge, so the others have room."""
   figures = []
-  monkeypatch.setattr(pictures, '_png', figures.append)
+  monkeypatch.setattr(drawing, 'png', figures.append)
   values = {'seed': 0.0, 'btx': -0.2, 'dense': -0.25, 'expert': 9.0}
   entries = [{'difference': value, 'error': 0.01 if value else None, 'spread': None}
              for value in values.values()]
@@ -64,15 +64,15 @@ def test_differences_are_drawn_in_their_place_with_their_errors(monkeypatch):
 
 def test_another_font_is_used_for_what_the_first_lacks():
   # A letter of STIX, which comes with matplotlib, that DejaVu Sans does not have.
-  stix, default = (pictures._characters(path) for path in _fonts('STIXGeneral', 'DejaVu Sans'))
+  stix, default = (drawing.characters(path) for path in _fonts('STIXGeneral', 'DejaVu Sans'))
   letter = min(letter for letter in stix - default if letter.isalpha())
-  write = pictures._Writer([f'a{letter}'])
+  write = drawing.Writer([f'a{letter}'])
   assert write(f'a{letter}') == f'a{letter}'
   assert write.style['fontfamily'][0] == 'sans-serif' and len(write.style['fontfamily']) == 2
 
 
 def test_a_font_of_boxes_draws_nothing():
-  assert not [family for family, _ in pictures._fallbacks('') if 'Last' in family]
+  assert not [family for family, _ in drawing.fallbacks('') if 'Last' in family]
 
 
 def _fonts(*families):
