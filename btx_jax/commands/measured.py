@@ -6,7 +6,7 @@ from btx_jax.commands.table import MEASURED, Row
 from btx_jax.evaluate.units import BLOCK
 from btx_jax.terminal import Table, format_number
 
-HEADINGS = ('domain', *MEASURED, 'error')
+HEADINGS = ('domain', *MEASURED, 'units', 'error')
 
 
 def as_table(rows: Sequence[Row]) -> Table:
@@ -24,7 +24,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
   for domain in rows[0]['bits_per_byte']:
     sizes = max((row['measured'][domain] for row in rows), key=lambda each: each['units'] or 0)
     result.append([
-        domain, *(format_number(size, ',') for size in sizes.values()),
+        domain, *(format_number(sizes[kind], ',') for kind in (*MEASURED, 'units')),
         _range(row['error']['bits_per_byte'][domain] for row in rows)])
   return [*result, ['mean', '', '', '', '', _range(row['error']['mean'] for row in rows)]]
 

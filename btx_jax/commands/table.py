@@ -11,7 +11,7 @@ from btx_jax.study.study import Study
 from btx_jax.terminal import Table
 
 Row = dict[str, Any]
-MEASURED = ('documents', 'bytes', 'tokens', 'units')
+MEASURED = ('documents', 'bytes', 'tokens')
 # A column of costs: heading, field of a row, unit, digits.
 Cost = tuple[str, str, float, int]
 _PARAMS: tuple[Cost, ...] = (
