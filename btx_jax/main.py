@@ -11,7 +11,8 @@ other commands:
   jobs       lists the runs that are not complete, for scripts: those on one line can be trained
              at the same time, once those on the lines above are complete; what then needs no
              training is left to the command without --run
-  report     writes the report with the results so far
+  report     writes the report with the results so far (--baseline: the model that others are
+             compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
   evaluate   scores the text --on, by --run or by the pretrained --model, which needs no --config
@@ -47,6 +48,10 @@ RUN = flags.DEFINE_string('run', None, 'The name of a run: train only this one, 
 PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
+BASELINE = flags.DEFINE_string(
+    'baseline', '', 'report: the model that the others are compared with; default the first.')
+LATEX = flags.DEFINE_bool(
+    'latex', False, 'report: print the table for LaTeX (package booktabs), and write nothing.')
 JSON = flags.DEFINE_bool('json', False, 'status, evaluate, preflight: print JSON.')
 TOPOLOGY = flags.DEFINE_string(
     'topology', None,
@@ -113,12 +118,11 @@ def train_runs(name: str, workdir: str):
     show(table.as_table(results.rows, results.note))
     show(measured.as_table(results.rows))
     regression.show(pipeline)
-    if about := claims.about(results.checks):
-      say(about)
-    for check in results.checks:
-      say(f'{claims.verdict(check):7}  {check["name"]}')
-    say(f'Report: {report.write_report(pipeline, name)}. To use your own text, write a config '
-        'like configs/demo.py with domains of your files: docs/your_data.md')
+    show(claims.as_text(results.checks))
+    say(f'Report: {report.write_report(pipeline, name)}')
+    if name == 'demo':
+      say('To use your own text, write a config like configs/demo.py with domains of your files: '
+          'docs/your_data.md')
 
   distributed.on_process_0(print_results)
 
@@ -141,11 +145,15 @@ def list_jobs(name: str, workdir: str):
 
 
 def write_report(name: str, workdir: str):
-  """Writes the report with the results so far."""
+  """Writes the report with the results so far; with --latex prints its table instead."""
   from btx_jax.commands import report
   from btx_jax.study.study import Study
   from btx_jax.terminal import say
-  say(f'Report: {report.write_report(Study(CONFIG.value, workdir), name)}')
+  study = Study(CONFIG.value, workdir)
+  if LATEX.value:
+    print(report.latex_table(study), end='')
+  else:
+    say(f'Report: {report.write_report(study, name, BASELINE.value)}')
 
 
 def describe_data(name: str, workdir: str):

@@ -324,4 +324,5 @@ class Pipeline(Study):
   def _without_each_expert(self, model: Config, parameters) -> dict[str, dict]:
     return bits.without_each_expert(
         model, parameters, self.prepare_text().held_out, self.mesh, self.config.data.seq_len,
-        self.config.evaluation.batch_size, self.config.evaluation.stride)
+        self.config.evaluation.batch_size, self.prepare_text().tokenizer,
+        self.config.evaluation.stride)

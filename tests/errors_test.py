@@ -110,7 +110,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--profile=-1'], 'flag --profile=-1: -1 is not a non-negative integer'),
     ([DEMO, '--watch=5'], 'flag --watch=5'),
     ([DEMO, '--confg.seed=1'], "There is no flag --confg.seed; did you mean 'config'?"),
-    ([DEMO, '--steps=1'], "There is no flag --steps; valid: 'confi"),
+    ([DEMO, '--steps=1'], "There is no flag --steps; valid: 'basel"),
     ([DEMO, '--config.train.accumulation=4'], '--config.train.accumulation=4: train.accumulation '
      'is now train.microbatches.'),
     ([DEMO, '--config.runs.seed.train.balance=0'], 'train.balance is now train.balance_loss.'),
@@ -126,6 +126,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'status', 'report'], "One command at a time, not 'status report'."),
     ([DEMO, 'status', '--distributed'], 'status runs in a single process: omit --distributed,'),
     ([DEMO, 'report'], 'There is nothing to report'),
+    ([DEMO, 'report', '--latex'], 'There is no table: no run in'),
     ([DEMO, '--run=experts/code'], "--run=experts/code is not a run of this config; did you mean "
      "'expert/code'?"),
     (['--config=configs/demo.py:full', '--run=dens'], "did you mean 'dense'?"),
@@ -701,6 +702,11 @@ def test_directories_that_something_happened_to(run, config, work):
   (work / 'seed' / 'manifest.json').write_text(kept)
   (work / 'data' / 'code' / 'meta.json').unlink()
   check(run(*arguments), 'data/code does not hold tokens written by btx_jax')
+
+
+def test_a_baseline_that_is_not_in_the_table(run, config, seed):
+  check(run(config(), f'--workdir={seed}', 'report', '--baseline=sed'),
+        "--baseline=sed is not a model of the table; did you mean 'seed'?")
 
 
 def test_a_working_directory_that_is_a_file(run, config, tmp_path):

@@ -201,7 +201,7 @@ def test_the_table_has_every_model_and_its_figures_are_right(study, copy):
   assert effect['experts'] == ['seed', 'expert/code', 'expert/math', 'expert/code']
   assert {name: len(change) for name, change in effect['change'].items()} == dict.fromkeys(
       studies.WORDS, 4)
-  with open(os.path.join(copy, 'report', 'bits_per_byte.png'), 'rb') as file:
+  with open(os.path.join(copy, 'report', 'differences.png'), 'rb') as file:
     assert file.read(4) == b'\x89PNG'
 
 
@@ -279,7 +279,7 @@ def test_the_report_of_a_finished_study(study, copy):
     assert row['name'] in page
   assert page.count('<b class="') == len(claims.checks(study, table.rows(study)))
   assert page.count('data:image/png') == 6
-  assert '<td class="name">btx unfinetuned</td><td class="name">' in page  # before and after
+  assert '>since btx unfinetuned</span>' in page  # before and after
   assert '<td class="name">2 expert/math</td>' in page  # the mixture without it
   sample = scores.read(study, study.runs['btx'], scores.FINAL)['code']['sample']
   text = study.prepare_text()

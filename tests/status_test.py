@@ -138,6 +138,18 @@ def test_warnings_errors_and_another_config_are_reported(study):
   study.config.runs.btx.steps = 6
 
 
+def test_a_low_terminal_shows_the_runs_that_are_not_complete(study):
+  start(study, 'seed', manifest.COMPLETE)
+  start(study, 'expert/code', manifest.FAILED, error='the loss is nan')
+  found = status.collect(study)
+  shown = [(status.that_fit(found, height)) for height in (30, 11, 9)]
+  assert [[run['name'] for run in each['runs']] for each in shown] == [
+      ['seed', 'expert/code', 'expert/math', 'btx'], ['expert/code', 'expert/math', 'btx'],
+      ['expert/code']]
+  assert shown[2]['notes'] == ['Runs that have no place here: 1 that are complete, 2 that are '
+                               'missing.']
+
+
 def test_an_invalid_manifest_affects_its_own_run_only(study):
   start(study, 'seed', manifest.COMPLETE)
   os.makedirs(study.folder('btx'))

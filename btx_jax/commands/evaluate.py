@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from btx_jax import base, terminal
 from btx_jax.convert import config_json
@@ -203,7 +202,7 @@ def seen_in_training(found: Mapping[str, Tokens], train: Mapping[str, Tokens]
                  'share': overlaps[path].share} for path in found}
 
 
-def as_table(found: Mapping[str, Any]) -> Table:
+def as_table(found: Mapping[str, Any]) -> terminal.Table:
   """The scores, a row for each text."""
   rows = []
   for path, score in found['texts'].items():
@@ -212,8 +211,8 @@ def as_table(found: Mapping[str, Any]) -> Table:
                  *(format_number(perplexity[kind], ',.2f') for kind in ('word', 'token')),
                  *(f'{score[kind]:,}' for kind in ('documents', 'bytes', 'tokens'))])
   moved = f', each {found["stride"]:,} on from the one before' if found['stride'] else ''
-  return terminal.table(
-      ['text', 'bits per\nbyte', 'error', 'perplexity\nof words', 'of\ntokens', 'documents',
+  return terminal.Table(
+      ['text', 'bits per byte', 'error', 'perplexity of words', 'perplexity of tokens', 'documents',
        'bytes', 'tokens'], rows,
       title=f'{found["model"]}, in windows of {found["length"]:,} tokens{moved}',
       caption='error: the standard error of bits per byte from the text, by a jackknife over '

@@ -21,6 +21,7 @@ from btx_jax.training import metrics
 
 STARTING, UNREADABLE = 'starting', 'unreadable'
 _WATCH_EVERY = 2.0  # seconds
+_FRAME = 7  # lines of a terminal: the head of the table, notes, and the cursor
 _SILENT = 600.0  # seconds without new metrics after which a running run gets a warning
 _STYLES = {'complete': 'green', 'running': 'cyan', 'starting': 'cyan', 'failed': 'red',
            'unreadable': 'red', 'stopped': 'yellow'}
@@ -179,9 +180,26 @@ def as_table(found: dict[str, Any]) -> Group:
     if run['error']:
       lines.append(Text(f'{run["name"]}: {run["error"]}', style='red'))
     lines += [Text(f'{run["name"]}: {warning}', style='yellow') for warning in run['warnings']]
-  return Group(terminal.table(
+  return Group(terminal.Table(
       ['run', 'state', 'step', 'loss', 'bits/byte', 'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
-      names=2), *lines)
+      names=2, drop=('MFU', 'checkpoint', 'tokens/s')), *lines)
+
+
+def that_fit(found: dict[str, Any], height: int) -> dict[str, Any]:
+  """What `collect` found without complete runs, and then without missing ones, if a terminal has
+  fewer lines; a note says so."""
+  runs, hidden = found['runs'], []
+  for state in (manifest.COMPLETE, MISSING):
+    lines = sum(1 + bool(run['error']) + len(run['warnings']) for run in runs)
+    if lines + len(found['notes']) + _FRAME > height:
+      left = [run for run in runs if run['state'] != state]
+      if left and len(left) < len(runs):
+        hidden.append(f'{len(runs) - len(left)} that are {state}')
+        runs = left
+  if not hidden:
+    return found
+  note = f'Runs that have no place here: {", ".join(hidden)}.'
+  return found | {'runs': runs, 'notes': [*found['notes'], note]}
 
 
 def print_status(study: Study, as_json: bool, watch: bool):
@@ -191,7 +209,8 @@ def print_status(study: Study, as_json: bool, watch: bool):
   elif not watch:
     terminal.show(as_table(collect(study)))
   else:
-    with Live(as_table(collect(study)), console=terminal.console, auto_refresh=False) as live:
+    height = terminal.console.height
+    with Live(console=terminal.console, auto_refresh=False) as live:
       while True:
-        live.update(as_table(collect(study)), refresh=True)
+        live.update(as_table(that_fit(collect(study), height)), refresh=True)
         time.sleep(_WATCH_EVERY)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 
-from btx_jax.devices.distributed import versions
+from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
@@ -50,17 +50,21 @@ def begin(name: str, spec: dict) -> dict:
   return {
       'name': name, 'state': RUNNING, 'identity': identity(spec), 'spec': spec,
       'started': now(), 'steps_done': 0, 'seconds': 0.0, 'tokens_by_domain': {},
-      'versions': versions(),
+      'versions': _versions(),
   }
 
 
+def _versions() -> dict[str, str]:
+  return {'btx_jax': distributed.code_version(), **distributed.versions()}
+
+
 def resume(manifest: dict) -> dict:
-  """The manifest of a run that resumes; if package versions changed, the earlier ones are kept."""
+  """The manifest of a run that resumes; if versions changed, the earlier ones are kept."""
   manifest = {key: value for key, value in manifest.items() if key != 'error'}
-  if manifest['versions'] != versions():
+  if manifest['versions'] != _versions():
     manifest['earlier_versions'] = [
         *manifest.get('earlier_versions', []), manifest['versions']]
-  return manifest | {'state': RUNNING, 'versions': versions()}
+  return manifest | {'state': RUNNING, 'versions': _versions()}
 
 
 def now() -> str:
