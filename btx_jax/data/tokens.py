@@ -138,7 +138,7 @@ def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out:
                  {domain.name: differences(folder, domain, tokenizer, held_out)})
     return read_meta(folder)
 
-  made_from = {**_made_from(domain, tokenizer, held_out), 'text': corpora.describe(domain)}
+  made_from = _made_from(domain, tokenizer, held_out) | {'text': corpora.describe(domain)}
   partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # other jobs may be preparing too
   try:
     return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from)
@@ -152,8 +152,13 @@ def differences(folder: str, domain: corpora.Domain, tokenizer: Tokenizer | None
 
   Arguments as for `prepare`; without a tokenizer it is not compared.
   """
-  return list(origin.differences(folder, domain, read_meta(folder)['made_from'],
-                                 _made_from(domain, tokenizer, held_out)))
+  now, paths = _made_from(domain, tokenizer, held_out), []
+  with contextlib.suppress(UsageError):  # without the text, the tokens suffice
+    paths = corpora.paths(domain)
+    if not origin.is_noted(folder):
+      now |= {'text': corpora.describe(domain)}
+  return list(origin.differences(
+      folder, domain.name, read_meta(folder)['made_from'], now, paths))
 
 
 def _made_from(domain: corpora.Domain, tokenizer: Tokenizer | None, held_out: float) -> dict:
@@ -183,7 +188,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
                    'bytes': sizes[split]}
     meta['hash'][split] = _hash_files(partial, split)
-  origin.write(partial, domain)
+  origin.write(partial, corpora.paths(domain))
   with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
   try:
