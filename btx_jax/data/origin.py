@@ -5,14 +5,12 @@
                       each file; folders older than this file do without
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import hashlib
 import json
 import os
 from typing import Any
 
-from btx_jax.data import corpora
-from btx_jax.data.domains import Domain
 from btx_jax.errors import UsageError
 
 _FILES = 'files.jsonl'
@@ -21,55 +19,51 @@ _NAMED = 3  # files of a domain that a message names
 _FRAMING = {'begin': 'tokenizer.bos', 'end': 'tokenizer.eos', 'special': 'tokenizer.special'}
 
 
-def write(folder: str, domain: Domain) -> None:
+def write(folder: str, paths: Iterable[str]) -> None:
   """Notes the files of a domain in the folder of its tokens."""
   with open(os.path.join(folder, _FILES), 'w', encoding='utf-8') as file:
-    for path in _paths(domain):
+    for path in paths:
       found = os.stat(path)
       line = [path, found.st_size, found.st_mtime_ns, _hash(path)]
       file.write(json.dumps(line) + '\n')
 
 
-def describe(domain: Domain) -> dict[str, str]:
-  """The files of a domain in few words, those to train on and those that are only measured."""
-  found = {'text': corpora.describe(domain)} if domain.is_trained else {}
-  if domain.names_held_out:
-    found['held_out_text'] = corpora.describe(domain.measured())
-  return found
+def is_noted(folder: str) -> bool:
+  """Whether the files of a domain are noted; else `made_from` has their number and size."""
+  return os.path.exists(os.path.join(folder, _FILES))
 
 
-def differences(folder: str, domain: Domain, was: Mapping[str, Any],
-                now: Mapping[str, Any]) -> Iterator[str]:
+def differences(folder: str, name: str, was: Mapping[str, Any], now: Mapping[str, Any],
+                paths: Sequence[str]) -> Iterator[str]:
   """Clauses on what the tokens in a folder were made from and the config has otherwise now.
-
-  Files that are gone altogether are not missed: the tokens suffice.
 
   Args:
     folder: of the domain's tokens.
-    domain: as the config has it.
+    name: of the domain.
     was: `made_from` of the folder's meta.json.
-    now: the same of the config, without `text`; what it lacks is not compared.
+    now: the same of the config. What it lacks is not compared.
+    paths: the files now. Where there are none, they are not missed: the tokens suffice.
   """
+  before = {path: tuple(facts) for path, *facts in _lines(folder)}
   for key, value in now.items():
     then = was.get(key)
     if then == value:
       continue
     if key == 'tokenizer':
       yield 'the tokenizer was another one'
+    elif key in ('text', 'held_out_text'):
+      yield f'the text was {then} and is {value} now'
     elif isinstance(value, Mapping) and isinstance(then, Mapping):
       for field in sorted(then.keys() | value.keys()):
-        before, after = (each.get(field, '') for each in (then, value))
-        if before != after:
-          name = _FRAMING[field] if key == 'framing' else f'domains.{domain.name}.{field}'
-          yield f'{name} was {before!r} and is {after!r} now'
+        old, new = (each.get(field, '') for each in (then, value))
+        if old != new:
+          shown = _FRAMING[field] if key == 'framing' else f'domains.{name}.{field}'
+          yield f'{shown} was {old!r} and is {new!r} now'
     else:
-      where = f'domains.{domain.name}' if domain.held_out != () else 'data'
+      where = f'domains.{name}' if isinstance(value, list) or isinstance(then, list) else 'data'
       yield f'{where}.{key} was {then!r} and is {value!r} now'
-  if all(was.get(key) == now[key] for key in ('domain', 'held_out')):
-    try:
-      yield from _of_files(folder, domain, was)
-    except UsageError:
-      return  # no file is there
+  if before and paths and all(was.get(key) == now.get(key) for key in ('domain', 'held_out')):
+    yield from _of_files(before, paths)
 
 
 def check(folder: str, found: Mapping[str, Iterable[str]]) -> None:
@@ -99,23 +93,10 @@ def in_words(found: Mapping[str, Iterable[str]]) -> Iterator[str]:
     yield f'{", ".join(names)}: {clause}'
 
 
-def _paths(domain: Domain) -> list[str]:
-  """The files of a domain, those to train on and those that are only measured."""
-  parts = [domain] * domain.is_trained + ([domain.measured()] if domain.names_held_out else [])
-  return [path for part in parts for path in corpora.paths(part)]
-
-
-def _of_files(folder: str, domain: Domain, was: Mapping[str, Any]) -> Iterator[str]:
-  """How the files of a domain have changed."""
-  before = {path: tuple(facts) for path, *facts in _lines(folder)}
-  if not before:
-    for key, value in describe(domain).items():
-      if was.get(key) != value:
-        yield f'the text was {was.get(key)} and is {value} now'
-    return
-  now = _paths(domain)
-  clauses = [clause for path in now if (clause := _of_file(path, before.get(path)))]
-  clauses += [f'{path} is gone' for path in before.keys() - set(now)]
+def _of_files(before: Mapping[str, tuple], paths: Sequence[str]) -> Iterator[str]:
+  """How the files of a domain have changed, given what was noted of each."""
+  clauses = [clause for path in paths if (clause := _of_file(path, before.get(path)))]
+  clauses += [f'{path} is gone' for path in sorted(before.keys() - set(paths))]
   yield from clauses[:_NAMED]
   if len(clauses) > _NAMED:
     yield f'{len(clauses) - _NAMED:,} more files have changed'

@@ -151,7 +151,7 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
                  {domain.name: differences(folder, domain, tokenizer, held_out)})
     return kept_out.check(folder, domain.name, read_meta(folder), load(folder, 'train'), unless)
 
-  made_from = {**_made_from(domain, tokenizer, held_out), **origin.describe(domain)}
+  made_from = _made_from(domain, tokenizer, held_out) | _describe(domain)
   partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # other jobs may be preparing too
   try:
     return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
@@ -165,8 +165,29 @@ def differences(folder: str, domain: Domain, tokenizer: Tokenizer | None, held_o
 
   Arguments as for `prepare`; without a tokenizer it is not compared.
   """
-  return list(origin.differences(folder, domain, read_meta(folder)['made_from'],
-                                 _made_from(domain, tokenizer, held_out)))
+  now, paths = _made_from(domain, tokenizer, held_out), []
+  with contextlib.suppress(UsageError):  # without the text, the tokens suffice
+    paths = _paths(domain)
+    if not origin.is_noted(folder):
+      now |= _describe(domain)
+  return list(origin.differences(
+      folder, domain.name, read_meta(folder)['made_from'], now, paths))
+
+
+def _parts(domain: Domain) -> dict[str, Domain]:
+  """The text to train on and the text that is only measured, by their names in meta.json."""
+  found = {'text': domain} if domain.is_trained else {}
+  return found | ({'held_out_text': domain.measured()} if domain.names_held_out else {})
+
+
+def _paths(domain: Domain) -> list[str]:
+  """The files of both parts."""
+  return [path for part in _parts(domain).values() for path in corpora.paths(part)]
+
+
+def _describe(domain: Domain) -> dict[str, str]:
+  """The files of both parts in few words."""
+  return {name: corpora.describe(part) for name, part in _parts(domain).items()}
 
 
 def _made_from(domain: Domain, tokenizer: Tokenizer | None, held_out: float) -> dict:
@@ -205,7 +226,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
                    'bytes': written.sizes[split]}
     meta['hash'][split] = token_files.hash_of_files(partial, split)
-  origin.write(partial, domain)
+  origin.write(partial, _paths(domain))
   with open(os.path.join(partial, kept_out.META), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
   try:
