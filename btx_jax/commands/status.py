@@ -186,20 +186,26 @@ def as_table(found: dict[str, Any]) -> Group:
 
 
 def that_fit(found: dict[str, Any], height: int) -> dict[str, Any]:
-  """What `collect` found without complete runs, and then without missing ones, if a terminal has
-  fewer lines; a note says so."""
-  runs, hidden = found['runs'], []
+  """What `collect` found without complete runs, then without missing ones, and then without the
+  last, if a terminal has fewer lines; a note says so."""
+  def lines(runs: list[dict[str, Any]]) -> int:
+    return sum(1 + bool(run['error']) + len(run['warnings']) for run in runs)
+
+  runs, hidden, most = found['runs'], [], height - _FRAME - len(found['notes'])
   for state in (manifest.COMPLETE, MISSING):
-    lines = sum(1 + bool(run['error']) + len(run['warnings']) for run in runs)
-    if lines + len(found['notes']) + _FRAME > height:
-      left = [run for run in runs if run['state'] != state]
-      if left and len(left) < len(runs):
-        hidden.append(f'{len(runs) - len(left)} that are {state}')
-        runs = left
+    left = [run for run in runs if run['state'] != state]
+    if lines(runs) > most and 0 < len(left) < len(runs):
+      hidden.append(f'{len(runs) - len(left)} that are {state}')
+      runs = left
+  shown = list(runs)
+  while lines(shown) > most and len(shown) > 1:
+    shown.pop()
+  if len(shown) < len(runs):
+    hidden.append(f'{len(runs) - len(shown)} more')
   if not hidden:
     return found
   note = f'Runs that have no place here: {", ".join(hidden)}.'
-  return found | {'runs': runs, 'notes': [*found['notes'], note]}
+  return found | {'runs': shown, 'notes': [*found['notes'], note]}
 
 
 def print_status(study: Study, as_json: bool, watch: bool):
