@@ -149,8 +149,9 @@ def get_config() -> ConfigDict:
   config.log_every = 10
   # Steps between checkpoints; the end of a run is always saved.
   config.checkpoint_every = 500
-  # Also write TensorBoard events, into the directory of each run.
-  config.tensorboard = False
+  # Where the figures of metrics.jsonl go as well, none unless they are named: 'tensorboard' (events
+  # in the directory of each run), 'wandb' (Weights & Biases), 'mlflow'; docs/sinks.md.
+  config.sinks = ()
   # The newest checkpoints of a run that are kept, beside the best one (evaluation.every) and those
   # that other runs start from.
   config.checkpoints_kept = 2

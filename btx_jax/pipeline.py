@@ -34,7 +34,7 @@ from btx_jax.study import (
 )
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
-from btx_jax.training import layout, loop
+from btx_jax.training import layout, loop, sinks
 from btx_jax.training.best import Best, held_out_loss
 
 
@@ -65,8 +65,10 @@ class Pipeline(Study):
 
     Raises:
       UsageError: there is no such run, it starts from one that is not complete, it does not fit
-        the mesh, or a run's directory belongs to another config. No run has been touched then.
+        the mesh, a sink cannot be used, or a run's directory belongs to another config. No run has
+        been touched then.
     """
+    distributed.on_process_0(lambda: sinks.check(self.config.sinks))
     asked = self._not_superseded() if only is None else [self.run(only)]
     incomplete = distributed.broadcast(lambda: self._incomplete(asked, only))
     wanted = [run for run in asked if run.name in incomplete]
@@ -226,7 +228,7 @@ class Pipeline(Study):
         checkpoint_every=self.config.checkpoint_every,
         checkpoints_kept=self.config.checkpoints_kept,
         checkpoints_kept_every=self.config.checkpoints_kept_every,
-        tensorboard=self.config.tensorboard, profile=self.profile)
+        sinks=self.config.sinks, profile=self.profile)
     try:
       for run in runs:
         if run.name in manifests:

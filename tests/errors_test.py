@@ -105,7 +105,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.data.seq_len.x=5'], 'data.seq_len.x'),
     ([DEMO, '--config.train.batch_size=many'], "--config.train.batch_size=many: invalid literal"),
     ([DEMO, '--config.train.batch_size=1e3'], "--config.train.batch_size=1e3: invalid literal"),
-    ([DEMO, '--config.tensorboard=maybe'], '--config.tensorboard=maybe'),
+    ([DEMO, '--config.tensorboard=True'], "tensorboard is now sinks, as in config.sinks = ("),
     ([DEMO, '--config.train=8'], '--config.train=8: Failed to parse'),
     ([DEMO, '--profile=-1'], 'flag --profile=-1: -1 is not a non-negative integer'),
     ([DEMO, '--watch=5'], 'flag --watch=5'),
@@ -871,8 +871,13 @@ def test_extras_that_are_missing(run, config, work):
   check(run(config('sys.modules["sklearn.feature_extraction.text"] = None\n'
                    + ensemble(EXPERTS, 'selector=base.tfidf()')), f'--workdir={work}'),
         'needs scikit-learn: pip ')
-  check(run(config('sys.modules["tensorboardX"] = None\nconfig.tensorboard = True'),
-            f'--workdir={work}', '--run=new'), "pip install 'btx_jax[tensorboard]'")
+  for name, package in (('tensorboard', 'tensorboardX'), ('wandb', 'wandb'), ('mlflow', 'mlflow')):
+    check(run(config(f'sys.modules["{package}"] = None'), f'--workdir={work}', '--run=new',
+              f'--config.sinks={name}'), f"pip install 'btx_jax[{name}]'")
+  for names, hint in (('wandbb', "did you mean 'wandb'?"),
+                      ('wandb,mlflow', """write --config.sinks="('wandb', 'mlflow')\".""")):
+    check(run(config(), f'--workdir={work}', '--run=new', f'--config.sinks={names}'),
+          f'config.sinks: {names!r} is not a sink; {hint}')
 
 
 TRAINING = 'from btx_jax.training import loop\ndef train(*_):\n  {}\nloop.run = train'

@@ -255,7 +255,7 @@ def test_metrics_tell_what_a_person_wants_to_know(study):
 
 def test_a_trace_and_events_for_tensorboard_are_written_when_asked_for(text, tmp_path):
   config = studies.get_config(text)
-  config.tensorboard = True
+  config.sinks = ('tensorboard',)
   config.runs = {'seed': base.run(base.random(), {'code': 1}, steps=5)}
   pipeline = Pipeline(config, str(tmp_path / 'work'), profile=2)
   pipeline.train()

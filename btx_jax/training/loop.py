@@ -37,7 +37,7 @@ class Settings:
     checkpoint_every: steps between checkpoints (the last step is always saved).
     checkpoints_kept: number of newest checkpoints to keep.
     checkpoints_kept_every: multiples of this many steps are saved and kept; 0 is none.
-    tensorboard: also write TensorBoard events.
+    sinks: where figures go besides metrics.jsonl, see sinks.py.
     profile: number of steps to trace, from the second on.
   """
   log_every: int
@@ -45,7 +45,7 @@ class Settings:
   checkpoint_every: int
   checkpoints_kept: int
   checkpoints_kept_every: int = 0
-  tensorboard: bool = False
+  sinks: Sequence[str] = ()
   profile: int = 0
 
 
@@ -171,7 +171,7 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   for job, saved, step, tokens_by_domain, best in zip(jobs, checkpoints, starts, seen, bests):
     recorder = stack.enter_context(Recorder(
         job.run, job.folder, domains, settings.log_every, step, tokens_by_domain,
-        settings.tensorboard, progress))
+        settings.sinks, progress))
     branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept, best))
   training = Training(program, branches, joined, [job.order for job in jobs], settings,
                       evaluate, on_checkpoint)
