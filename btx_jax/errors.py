@@ -18,6 +18,7 @@ from absl import flags
 # What was called otherwise before version 0.1.0: fields of the config, and a command.
 RENAMED = {'data.length': 'data.seq_len', 'train.accumulation': 'train.microbatches',
            'train.balance': 'train.balance_loss', 'fit': 'compare',
+           'tensorboard': "sinks, as in config.sinks = ('tensorboard',)",
            'evaluation.merge': 'a run of its own, base.run(base.ensemble(EXPERTS, selector='
                                'base.posterior())) or base.tfidf()'}
 

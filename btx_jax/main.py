@@ -11,10 +11,13 @@ other commands:
   jobs       lists the runs that are not complete, for scripts: those on one line can be trained
              at the same time, once those on the lines above are complete; what then needs no
              training is left to the command without --run
-  report     writes the report with the results so far
+  report     writes the report with the results so far (--baseline: the model that others are
+             compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
+  evaluate   scores the text --on, by --run or by the pretrained --model, which needs no --config
   export     writes the model of --run to the folder --to, in the format of Hugging Face
+  rename     gives a run another name, as in rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
              fit, how long will it take, how much is sent
 
@@ -45,10 +48,28 @@ RUN = flags.DEFINE_string('run', None, 'The name of a run: train only this one, 
 PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
-JSON = flags.DEFINE_bool('json', False, 'status, preflight: print JSON.')
+BASELINE = flags.DEFINE_string(
+    'baseline', '', 'report: the model that the others are compared with; default the first.')
+LATEX = flags.DEFINE_bool(
+    'latex', False, 'report: print the table for LaTeX (package booktabs), and write nothing.')
+JSON = flags.DEFINE_bool('json', False, 'status, evaluate, preflight: print JSON.')
 TOPOLOGY = flags.DEFINE_string(
     'topology', None,
     'preflight: the devices to compile for, as in v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
+ON = flags.DEFINE_multi_string(
+    'on', [], 'evaluate: a directory, glob or file to score; may be given several times.')
+MODEL = flags.DEFINE_string(
+    'model', None, 'evaluate: the folder of a pretrained model that scores, in place of a run.')
+TEXT_FIELD = flags.DEFINE_string(
+    'text_field', 'text', 'evaluate: the field or column of the text, as of a domain.')
+SEPARATOR = flags.DEFINE_string(
+    'separator', '', 'evaluate: splits a plain text file into documents, as of a domain.')
+LENGTH = flags.DEFINE_integer(
+    'length', 0, 'evaluate: tokens of a window; 0 is data.seq_len, and without a config what the '
+    'model is for, up to 2,048.', lower_bound=0)
+STRIDE = flags.DEFINE_integer(
+    'stride', None, 'evaluate: tokens that each window moves on; default evaluation.stride.',
+    lower_bound=0)
 TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
 DTYPE = flags.DEFINE_string(
     'dtype', 'bfloat16', 'export: the type of the weights, bfloat16 or float32.')
@@ -97,12 +118,11 @@ def train_runs(name: str, workdir: str):
     show(table.as_table(results.rows, results.note))
     show(measured.as_table(results.rows))
     regression.show(pipeline)
-    if about := claims.about(results.checks):
-      say(about)
-    for check in results.checks:
-      say(f'{claims.verdict(check):7}  {check["name"]}')
-    say(f'Report: {report.write_report(pipeline, name)}. To use your own text, write a config '
-        'like configs/demo.py with domains of your files: docs/your_data.md')
+    show(claims.as_text(results.checks))
+    say(f'Report: {report.write_report(pipeline, name)}')
+    if name == 'demo':
+      say('To use your own text, write a config like configs/demo.py with domains of your files: '
+          'docs/your_data.md')
 
   distributed.on_process_0(print_results)
 
@@ -125,11 +145,15 @@ def list_jobs(name: str, workdir: str):
 
 
 def write_report(name: str, workdir: str):
-  """Writes the report with the results so far."""
+  """Writes the report with the results so far; with --latex prints its table instead."""
   from btx_jax.commands import report
   from btx_jax.study.study import Study
   from btx_jax.terminal import say
-  say(f'Report: {report.write_report(Study(CONFIG.value, workdir), name)}')
+  study = Study(CONFIG.value, workdir)
+  if LATEX.value:
+    print(report.latex_table(study), end='')
+  else:
+    say(f'Report: {report.write_report(study, name, BASELINE.value)}')
 
 
 def describe_data(name: str, workdir: str):
@@ -150,6 +174,24 @@ def compare_experts(name: str, workdir: str):
   print_comparison(Study(CONFIG.value, workdir), RUN.value)
 
 
+def evaluate_text(name: str, workdir: str):
+  """Scores text by a run or a pretrained folder."""
+  del name
+  if not ON.value or bool(RUN.value) == bool(MODEL.value):
+    raise UsageError('evaluate needs --on=FILES, and what scores them: --config=CONFIG with '
+                     '--run=NAME, or --model=FOLDER.')
+  from btx_jax.commands import evaluate
+  from btx_jax.devices import compiled
+  from btx_jax.study.study import Study
+  compiled.keep()
+  asked = evaluate.Asked(
+      [files.local_path('--on', path) for path in dict.fromkeys(ON.value)], TEXT_FIELD.value,
+      SEPARATOR.value, LENGTH.value, STRIDE.value)
+  study = Study(CONFIG.value, workdir) if CONFIG.value else None
+  evaluate.print_scores(study, RUN.value or '', files.local_path('--model', MODEL.value or ''),
+                        asked, JSON.value)
+
+
 def export_model(name: str, workdir: str):
   """Writes the model of a run as a Hugging Face folder."""
   del name
@@ -161,6 +203,20 @@ def export_model(name: str, workdir: str):
   study = Study(CONFIG.value, workdir)
   export = export_ensemble if study.run(RUN.value).selector else export_run
   export(study, RUN.value, files.local_path('--to', TO.value), DTYPE.value)
+
+
+def rename_run(name: str, workdir: str, *names: str):
+  """Gives a run another name."""
+  del name
+  if len(names) != 2:
+    raise UsageError('rename needs two names, as in rename OLD NEW.')
+  from btx_jax.study.rename import rename
+  from btx_jax.study.study import Study
+  from btx_jax.terminal import say
+  old, new = names
+  folders = rename(Study(CONFIG.value, workdir), old, new)
+  say(f'{old} is {new} now, in {", ".join(folders)}, and stays the same run. Name it {new} in the '
+      'config, too')
 
 
 def compile_for_topology(name: str, workdir: str):
@@ -179,8 +235,8 @@ def compile_for_topology(name: str, workdir: str):
 
 
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
-            'data': describe_data, 'compare': compare_experts, 'export': export_model,
-            'preflight': compile_for_topology}
+            'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_text,
+            'export': export_model, 'rename': rename_run, 'preflight': compile_for_topology}
 
 
 def run_command(argv: list[str]):
@@ -190,13 +246,18 @@ def run_command(argv: list[str]):
     UsageError: the arguments, the config or the files are invalid.
     RunError: a run failed.
   """
-  if len(argv) > 2:
+  command, *operands = argv[1:] or ['train']
+  if operands and command != 'rename':
     raise UsageError(f'One command at a time, not {" ".join(argv[1:])!r}.')
-  command = argv[1] if len(argv) > 1 else 'train'
   if command in errors.RENAMED:  # of its keys only the old command is one word
     raise UsageError(f'The command {command} is now {errors.RENAMED[command]}.')
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
+  if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
+    raise UsageError(f'{command} runs in a single process: omit --distributed, --coordinator, '
+                     '--num_processes and --process_id.')
+  if command == 'evaluate' and MODEL.value and not flags.FLAGS['config'].present:
+    return evaluate_text('', '')
   if not flags.FLAGS['config'].present:
     raise UsageError('--config is missing; try --config=demo')
   config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
@@ -212,13 +273,10 @@ def run_command(argv: list[str]):
   if not isinstance(CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what base.get_config() of '
                      f'btx_jax/base.py makes, not {type(CONFIG.value).__name__}.')
-  if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
-    raise UsageError(f'{command} runs in a single process: omit --distributed, --coordinator, '
-                     '--num_processes and --process_id.')
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = WORKDIR.value or os.path.join('runs', name)
   files.local_path('--to', TO.value or '')
-  COMMANDS[command](name, files.local_path('--workdir', workdir))
+  COMMANDS[command](name, files.local_path('--workdir', workdir), *operands)
 
 
 def recipe_path(config: str) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from btx_jax.training import metrics, routing_figures
+from btx_jax.training import metrics, routing_figures, sinks
 
 DOMAINS = ['code', 'empty', 'prose']
 L, G, E = 2, 3, 4
@@ -87,8 +87,9 @@ def test_tensorboard_gets_every_figure_but_no_text(tmp_path):
   values = {'loss': 2.5, 'loss_by_domain': {'code': 3.0}, 'warnings': ['expert 1'],
             'troubles': [['starved', 1, 2]], 'routing': {
                 'entropy': [1.0, 2.0], 'gates': {'code': [[0.2, 0.8], [0.4, 0.6]]}}}
-  with metrics.MetricsFile(str(tmp_path), tensorboard=True) as file:
-    file.write(3, **values)
+  board = sinks.TensorBoard(str(tmp_path), resume_step=0)
+  board.write(3, 1e9, dict(sinks.figures({'step': 3, 'time': 1e9, **values})))
+  board.close(finished=True)
   events = list((tmp_path / 'tensorboard').iterdir())
   assert len(events) == 1
   from tensorboardX.proto import event_pb2

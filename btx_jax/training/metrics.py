@@ -22,13 +22,12 @@ Every line has `step` and `time` (seconds since 1970). A line on training has
 and a line on evaluation has `bits_per_byte` by domain.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import json
 import os
 import time
 from typing import Any
 
-from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
 NAME = 'metrics.jsonl'
@@ -42,29 +41,26 @@ class MetricsFile:
     kept: the lines up to that step, as dicts.
   """
 
-  def __init__(self, folder: str, resume_step: int = 0, tensorboard: bool = False):
+  def __init__(self, folder: str, resume_step: int = 0):
     path = os.path.join(folder, NAME)
     lines = read(folder) if resume_step else []
     self.kept = [line for line in lines if line['step'] <= resume_step]
     with replacing(path) as file:
       file.writelines(json.dumps(line) + '\n' for line in self.kept)
     self._file = open(path, 'a', encoding='utf-8')
-    self._board = _tensorboard(folder, resume_step) if tensorboard else None
 
-  def write(self, step: int, **values):
-    self._file.write(json.dumps({'step': step, 'time': round(time.time(), 1), **values}) + '\n')
+  def write(self, step: int, **values) -> dict[str, Any]:
+    """Appends a line, and returns it."""
+    line = {'step': step, 'time': round(time.time(), 1), **values}
+    self._file.write(json.dumps(line) + '\n')
     self._file.flush()
-    if self._board:
-      for name, value in _scalars(values):
-        self._board.add_scalar(name, value, step)
+    return line
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
     self._file.close()
-    if self._board:
-      self._board.close()
 
 
 def read(folder: str) -> list[dict[str, Any]]:
@@ -97,32 +93,3 @@ def _lines(folder: str, last_bytes: int) -> Iterator[dict[str, Any]]:
           yield values
   except OSError:
     return
-
-
-def _tensorboard(folder: str, resume_step: int):
-  try:
-    from tensorboardX import SummaryWriter
-  except ImportError as error:
-    raise UsageError("config.tensorboard needs the package tensorboardX: pip install "
-                     "'btx_jax[tensorboard]'") from error
-  return SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=resume_step + 1)
-
-
-def _scalars(values: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, float]]:
-  """Numbers by path; a list by layer becomes its mean over layers."""
-  for key, value in values.items():
-    name = f'{prefix}{key}'
-    if key in ('warnings', 'troubles'):
-      continue  # not numbers
-    if isinstance(value, list) and value and isinstance(value[0], list):
-      value = {str(e): _mean(gates) for e, gates in enumerate(zip(*value))}  # [L][E]: by expert
-    elif isinstance(value, list) and value:
-      value = _mean(value)
-    if isinstance(value, dict):
-      yield from _scalars(value, f'{name}/')
-    elif isinstance(value, int | float):
-      yield name, value
-
-
-def _mean(values: Sequence[float]) -> float:
-  return sum(values) / len(values)

@@ -108,7 +108,7 @@ class SingleRun:
     self.slots = 1
     self._run, self._mesh = run, mesh
     self._rows = run.batch_size // run.microbatches  # of a microbatch, on all devices
-    tx = optim.adamw(run.optimizer, optim.schedule(run.optimizer, run.steps))
+    tx = optim.adamw(run.optimizer, optim.schedule_of(run))
     self.state_shapes, self._create = _state_of(run, tx, mesh)
     self._step = jax.jit(
         make_train_step(run.model, tx, run.objective, num_domains, seed=run.training_seed),
@@ -164,7 +164,7 @@ class StackedBranches:
     self._rows = self._like.batch_size // self._like.microbatches
     axis_size = mesh.shape['expert']
     self.slots = -(-len(runs) // axis_size) * axis_size
-    self._schedules = [optim.schedule(run.optimizer, run.steps) for run in runs]
+    self._schedules = [optim.schedule_of(run) for run in runs]
     tx = optim.adamw(self._like.optimizer, self._schedules[0])
     self.state_shapes, self._create = _state_of(self._like, tx, mesh)
 

@@ -1,7 +1,7 @@
 """Records a run while it trains: sums the metrics of each step, writes a line of metrics.jsonl
-every few steps, moves the progress bar, and warns."""
+every few steps, sends it to the sinks, moves the progress bar, and warns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import math
 import time
@@ -12,7 +12,8 @@ import numpy as np
 from btx_jax.devices import distributed, hardware
 from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
-from btx_jax.training import optim, routing_figures
+from btx_jax.training import optim, routing_figures, sinks
+from btx_jax.training.delivery import Deliveries
 from btx_jax.training.metrics import MetricsFile
 
 
@@ -24,7 +25,8 @@ class Recorder(contextlib.ExitStack):
   """
 
   def __init__(self, run: Run, folder: str, domains: list[str], log_every: int, start: int,
-               tokens_by_domain: Mapping[str, int], tensorboard: bool, progress: Progress):
+               tokens_by_domain: Mapping[str, int], sink_names: Sequence[str],
+               progress: Progress):
     """`start` and `tokens_by_domain` are those of the checkpoint that the run continues from."""
     super().__init__()
     self._run, self._domains, self._log_every = run, domains, log_every
@@ -32,12 +34,14 @@ class Recorder(contextlib.ExitStack):
     self._sums: dict[str, np.ndarray] = {}
     self._since = None  # when the clock of this interval started; None while compiling
     self._steps, self._input_wait = 0, 0.0  # since then
-    self._schedule = optim.schedule(run.optimizer, run.steps)
+    self._schedule = optim.schedule_of(run)
     self._progress = progress
     self._file = None  # only process 0 has one, and only for a run that is not done
     if not distributed.is_process_0() or start == run.steps:
       return
-    self._file = self.enter_context(MetricsFile(folder, start, tensorboard))
+    self._file = self.enter_context(MetricsFile(folder, start))
+    self._sinks = self.enter_context(Deliveries(
+        sink_names, sinks.subject(run, folder), start, self._file.kept))
     self._warned = {tuple(trouble) for line in self._file.kept
                     for trouble in line.get('troubles', [])}
     self._peak_flops = hardware.peak_flops(run.model.dtype)
@@ -85,8 +89,8 @@ class Recorder(contextlib.ExitStack):
     """Writes the bits per byte that evaluate.bits found."""
     if not self._file:
       return
-    self._file.write(step, bits_per_byte={
-        domain: values['bits_per_byte'] for domain, values in result.items()})
+    self._sinks.send(self._file.write(step, bits_per_byte={
+        domain: values['bits_per_byte'] for domain, values in result.items()}))
 
   def _write_line(self, file: MetricsFile, step: int, metrics: Mapping[str, Any]):
     """Writes the line of an interval, and starts the next."""
@@ -109,7 +113,7 @@ class Recorder(contextlib.ExitStack):
       values |= {'balance': float(metrics['balance']), 'router_z': float(metrics['router_z']),
                  'routing': routing_figures.describe(sums, self._domains),
                  **self._new_warnings(step, sums)}
-    file.write(step, **values)
+    self._sinks.send(file.write(step, **values))
     rate = speed.get('tokens_per_second')
     self._progress.update(self._run.name, step, loss, rate, self._run.seconds_left(step, rate))
     self._since, self._steps, self._input_wait, self._sums = now, 0, 0.0, {}

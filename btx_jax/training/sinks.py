@@ -1,0 +1,187 @@
+"""Where the figures of a run go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
+
+A config names them, as in config.sinks = ('tensorboard', 'wandb'), and nothing is sent otherwise.
+Each is a `Sink`, and gets the numbers of a line of metrics.jsonl by name. delivery.py decides which
+lines are sent, and keeps a service that fails from stopping the run. Their packages are extras, and
+imported only here and only when a run starts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+from typing import Any, Protocol
+import uuid
+
+from btx_jax.errors import UsageError, nearest
+from btx_jax.run import Run
+
+TENSORBOARD, WANDB, MLFLOW = 'tensorboard', 'wandb', 'mlflow'
+_PACKAGES = {TENSORBOARD: 'tensorboardX', WANDB: 'wandb', MLFLOW: 'mlflow'}
+_PROJECT = 'btx_jax'  # the project of W&B, or experiment of MLflow, unless their variables name one
+# Limits of MLflow.
+_MLFLOW_METRICS, _MLFLOW_PARAMS, _MLFLOW_CHARACTERS = 1000, 100, 500
+
+PATIENCE = 30.0  # seconds that a service may take to answer, or at the end to take the last lines
+
+
+class Sink(Protocol):
+  """Takes figures of one run. Any method may raise whatever its package raises."""
+
+  def write(self, step: int, time: float, figures: Mapping[str, float]) -> None:
+    """Takes the figures of a step, measured at `time` (seconds since 1970)."""
+    ...
+
+  def close(self, finished: bool) -> None:
+    """Ends; `finished` is False if the run has stopped or failed."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """The run whose figures are sent.
+
+  Attributes:
+    name: of the run.
+    study: groups the runs of a working directory.
+    folder: the run's directory.
+    settings: what decides the run's result, from Run.spec.
+  """
+  name: str
+  study: str
+  folder: str
+  settings: Mapping[str, Any]
+
+
+def subject(run: Run, folder: str) -> Subject:
+  """A run as sinks show it; `folder` is its directory, WORKDIR/NAME."""
+  workdir = os.path.abspath(folder).removesuffix(os.path.normpath(run.name))
+  return Subject(run.name, os.path.basename(os.path.normpath(workdir)), folder, run.spec())
+
+
+def check(names: Sequence[str]) -> None:
+  """Raises UsageError unless these are sinks whose packages are installed."""
+  for name in names:
+    if name not in _PACKAGES:
+      several = f'write --config.sinks="{tuple(name.split(","))}".'
+      hint = several if ',' in name else nearest(name, _PACKAGES)
+      raise UsageError(f'config.sinks: {name!r} is not a sink; {hint}')
+    spec = importlib.util.find_spec(_PACKAGES[name])
+    # A folder `wandb` in the current directory is found too, as a package without origin.
+    if spec is None or spec.origin is None:
+      raise UsageError(f'config.sinks: {name!r} needs the package {_PACKAGES[name]}: pip install '
+                       f"'btx_jax[{name}]'")
+
+
+class TensorBoard:
+  """Events in the run's directory, in the folder `tensorboard`."""
+
+  def __init__(self, folder: str, resume_step: int):
+    """Events after `resume_step` of an earlier start are replaced by those that follow."""
+    from tensorboardX import SummaryWriter
+    self._writer = SummaryWriter(os.path.join(folder, TENSORBOARD), purge_step=resume_step + 1)
+
+  def write(self, step: int, time: float, figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
+      self._writer.add_scalar(name, value, step, walltime=time)
+
+  def close(self, finished: bool) -> None:
+    del finished
+    self._writer.close()
+
+
+class WeightsAndBiases:
+  """A run of Weights & Biases.
+
+  Attributes:
+    id: of that run; a later start of ours goes on with it.
+    place: where it can be seen.
+  """
+
+  def __init__(self, of: Subject, known: str | None):
+    import wandb
+    # Silent, for otherwise it asks for a key on a terminal; `place` is printed instead.
+    wandb.setup(settings=wandb.Settings(silent=True))
+    self.id = known or uuid.uuid4().hex
+    self._run = wandb.init(
+        id=self.id, resume='allow', reinit='create_new', name=of.name, group=of.study,
+        project=os.environ.get('WANDB_PROJECT', _PROJECT), dir=of.folder, config=dict(of.settings),
+        save_code=False, settings=wandb.Settings(
+            silent=True, console='off', init_timeout=PATIENCE, finish_timeout=PATIENCE,
+            finish_timeout_raises=True))
+    offline = f'offline; to upload it: wandb sync {os.path.dirname(self._run.dir)}'
+    self.place = self._run.url or offline
+
+  def write(self, step: int, time: float, figures: Mapping[str, float]) -> None:
+    del time  # it has a clock of its own
+    self._run.log(dict(figures), step=step)
+
+  def close(self, finished: bool) -> None:
+    self._run.finish(exit_code=0 if finished else 1)
+
+
+class Mlflow:
+  """A run of MLflow. Attributes as in WeightsAndBiases."""
+
+  def __init__(self, of: Subject, known: str | None):
+    import mlflow
+    self._client = mlflow.MlflowClient()
+    if known:
+      self.id = known
+      self._client.update_run(known, status='RUNNING')
+    else:
+      experiment = mlflow.set_experiment(os.environ.get('MLFLOW_EXPERIMENT_NAME', _PROJECT))
+      made = self._client.create_run(experiment.experiment_id, run_name=of.name,
+                                     tags={'study': of.study})
+      self.id = made.info.run_id
+      params = [mlflow.entities.Param(_mlflow_name(name), value[:_MLFLOW_CHARACTERS])
+                for name, value in _settings(of.settings)]
+      for first in range(0, len(params), _MLFLOW_PARAMS):
+        self._client.log_batch(self.id, params=params[first:first + _MLFLOW_PARAMS])
+    self._metric = mlflow.entities.Metric
+    self.place = f'run {self.id} in {mlflow.get_tracking_uri()}'
+
+  def write(self, step: int, time: float, figures: Mapping[str, float]) -> None:
+    metrics = [self._metric(_mlflow_name(name), value, int(time * 1000), step)
+               for name, value in figures.items()]
+    for first in range(0, len(metrics), _MLFLOW_METRICS):
+      self._client.log_batch(self.id, metrics=metrics[first:first + _MLFLOW_METRICS])
+
+  def close(self, finished: bool) -> None:
+    self._client.set_terminated(self.id, 'FINISHED' if finished else 'KILLED')
+
+
+def _mlflow_name(name: str) -> str:
+  """`name` with only the characters that MLflow allows."""
+  return re.sub(r'[^\w\-. :/]', '_', name)
+
+
+def _settings(values: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, str]]:
+  """Settings by path, as text."""
+  for key, value in values.items():
+    if isinstance(value, Mapping) and value:
+      yield from _settings(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value if isinstance(value, str) else json.dumps(value)
+
+
+def figures(line: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, float]]:
+  """The numbers of a line of metrics.jsonl by path; a list by layer becomes its mean."""
+  for key, value in line.items():
+    name = f'{prefix}{key}'
+    if name in ('step', 'time', 'warnings', 'troubles'):
+      continue  # not figures
+    if isinstance(value, list) and value and isinstance(value[0], list):
+      value = {str(e): _mean(gates) for e, gates in enumerate(zip(*value))}  # [L][E]: by expert
+    elif isinstance(value, list) and value:
+      value = _mean(value)
+    if isinstance(value, dict):
+      yield from figures(value, f'{name}/')
+    elif isinstance(value, int | float):
+      yield name, value
+
+
+def _mean(values: Sequence[float]) -> float:
+  return sum(values) / len(values)
