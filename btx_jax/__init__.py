@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from btx_jax.btx import average, branch, mix, stack
   from btx_jax.generation.generate import Generator, generate
-  from btx_jax.generation.sampling import Sampling
+  from btx_jax.generation.settings import Sampling
   from btx_jax.library import load, logits, save
   from btx_jax.model.config import Config
   from btx_jax.model.llama import Llama
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     'Config': 'model.config', 'Generator': 'generation.generate', 'Llama': 'model.llama',
-    'Recipe': 'recipe', 'Sampling': 'generation.sampling', 'average': 'btx', 'branch': 'btx',
+    'Recipe': 'recipe', 'Sampling': 'generation.settings', 'average': 'btx', 'branch': 'btx',
     'create_state': 'training.step', 'generate': 'generation.generate', 'load': 'library',
     'logits': 'library', 'make_train_step': 'training.step', 'mix': 'btx', 'save': 'library',
     'stack': 'btx'}

@@ -16,7 +16,7 @@ MET = set()  # those seen so far
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 # Modules whose messages are met in distributed_test.py, library_test.py and generation_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
-                  'generation/sampling')
+                  'generation/settings')
 
 CONFIG = '''
 import pathlib, sys
@@ -111,7 +111,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--profile=-1'], 'flag --profile=-1: -1 is not a non-negative integer'),
     ([DEMO, '--watch=5'], 'flag --watch=5'),
     ([DEMO, '--confg.seed=1'], "There is no flag --confg.seed; did you mean 'config'?"),
-    ([DEMO, '--steps=1'], "There is no flag --steps; valid: 'basel"),
+    ([DEMO, '--steps=1'], "There is no flag --steps; did you mean 'step'?"),
     ([DEMO, '--config.train.accumulation=4'], '--config.train.accumulation=4: train.accumulation '
      'is now train.microbatches.'),
     ([DEMO, '--config.runs.seed.train.balance=0'], 'train.balance is now train.balance_loss.'),
@@ -142,6 +142,11 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
     ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES, and what scores them'),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
+    ([DEMO, 'generate', '--prompt=a'], 'generate needs what writes: --config=CONFIG with --'),
+    ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),
+    ([DEMO, 'generate', '--run=routed', '--prompt=a'], "'routed' is an ensemble, whose"),
+    ([DEMO, 'generate', '--run=seed', '--experts'], "'seed' is a dense model; --experts colours"),
+    ([DEMO, 'generate', '--run=seed', '--step=3', '--prompt=a'], 'is not kept. Kept steps: none.'),
     (['evaluate', '--model=docs', '--on=docs'], '--model=docs is not the folder of a pretrained'),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
@@ -827,7 +832,7 @@ def test_text_that_cannot_be_evaluated(run, config, work, tmp_path):
   done = run(config(), *on[:2], '--run=seed', f'--on={tmp_path / "x.jsonl"}')
   assert 'To use them, set --text_field to the field that holds the text; repair' in done.stderr
   check(run(config(pretrained(OTHER_TOKENIZER, **UNTRAINED)), *on, '--run=new'), '--run=new has a '
-        'different vocabulary than the tokenizer of this config; evaluate it by --model=')
+        'different vocabulary than the tokenizer of this config; evaluate by --model=')
 
 
 def test_an_ensemble_whose_selector_cannot_be_exported(run, config, work):

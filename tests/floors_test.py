@@ -21,7 +21,7 @@ FLOORS = (
     ('study',),
     ('fitting',),
     ('evaluate', 'library', 'preflight'),
-    ('pipeline', 'commands'),
+    ('pipeline', 'commands', 'arguments'),
     ('main',),
     ('__init__', '__main__'),
 )

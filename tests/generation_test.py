@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import io
+import json
 import pathlib
 
 import jax
@@ -11,12 +13,14 @@ import pytest
 from scipy import stats
 
 import btx_jax
+from btx_jax.commands import generate as command
 from btx_jax.data import tokenizer as tokenizers
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
 from btx_jax.generation import decode
 from btx_jax.generation.generate import Generator
-from btx_jax.generation.sampling import Sampling, filtered, penalised, sample
+from btx_jax.generation.sampling import filtered, penalised, sample
+from btx_jax.generation.settings import Sampling
 from btx_jax.generation.texts import LENGTH, STOP, Text
 from btx_jax.generation.weights import unstack
 from btx_jax.model import config
@@ -162,6 +166,29 @@ def test_what_cannot_be_generated_is_refused(call, message):
 
 def test_a_text_ends_where_the_context_does():
   assert len(generator(context=8)([[1] * 5])[0][0].ids) == 3
+
+
+# The command
+
+
+def test_the_command_writes_by_a_folder_what_the_library_does(tmp_path, capsys, monkeypatch):
+  cfg = dataclasses.replace(TINY_MIXTURE, vocab_size=tokenizer().vocab_size)
+  folder = str(tmp_path / 'model')
+  btx_jax.save(folder, cfg, random_params(cfg), str(TOKENIZER), 'float32')
+  asked = command.Asked(PROMPTS, max_new_tokens=12, sampling=Sampling(1.0, top_k=20), n=2)
+  command.print_texts(None, '', folder, asked, True)
+  found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  expected = generator(batch_size=16)(PROMPTS, 12, asked.sampling, n=2)
+  assert [each['prompt'] for each in found] == PROMPTS
+  assert [[text['text'] for text in each['texts']] for each in found] == [
+      [text.text for text in texts] for texts in expected]
+  monkeypatch.setattr('sys.stdin', io.StringIO('a\n\nThe model\n'))
+  command.print_texts(None, '', folder, asked._replace(
+      prompts=(), n=1, sampling=Sampling(), colours=True), False)
+  shown = capsys.readouterr().out
+  greedy = [generator(batch_size=16)([prompt], 12)[0][0].text for prompt in PROMPTS[:2]]
+  assert all(prompt + text in shown for prompt, text in zip(PROMPTS, greedy))
+  assert 'expert 0' in shown
 
 
 # Sampling

@@ -18,7 +18,7 @@ from btx_jax.data import tokenizer
 from btx_jax.devices import sharding
 from btx_jax.generation import sampling
 from btx_jax.generation.generate import Generator
-from btx_jax.generation.sampling import Sampling
+from btx_jax.generation.settings import Sampling
 from btx_jax.library import tokenizer_files
 from btx_jax.model import llama
 from btx_jax.model.config import Config

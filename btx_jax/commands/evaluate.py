@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from btx_jax import base, terminal
-from btx_jax.convert import config_json
+from btx_jax import terminal
+from btx_jax.commands import models
 from btx_jax.data import duplicates, folders, text, tokens
 from btx_jax.data.domains import Domain
 from btx_jax.data.text import Text
@@ -25,13 +25,11 @@ from btx_jax.devices import hardware
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, error_bars, selected, units
 from btx_jax.run import Run, lineage
-from btx_jax.study import manifest, params, sources
+from btx_jax.study import params
 from btx_jax.study.study import Study, check_stride
 from btx_jax.terminal import format_number, say
 from btx_jax.training import layout
 
-LONGEST = 2048  # tokens of a window without a config, if the model is for longer text
-_FOLDER = 'model'  # the run of a study that is made for a folder
 _NAME = '--on'  # the domain that a text is read as
 
 
@@ -42,7 +40,7 @@ class Asked(NamedTuple):
     paths: directories, globs or files, each scored by itself.
     text_field, separator: as those of a domain.
     length: tokens of a window; 0 is data.seq_len of the config, and without a config the text that
-      the model is for, up to LONGEST.
+      the model is for, up to models.LONGEST.
     stride: tokens that each window moves on; None is evaluation.stride of the config.
   """
   paths: Sequence[str]
@@ -68,9 +66,8 @@ def print_scores(study: Study | None, run_name: str, folder: str, asked: Asked, 
     UsageError: there is no such run or folder, it is not complete, or a text cannot be read.
   """
   terminal.console.stderr = as_json
-  scored_by = of_folder(folder, study, asked) if folder else study
-  assert scored_by is not None
-  found = evaluate(scored_by, scored_by.run(run_name or _FOLDER), asked, study)
+  scored_by, run = models.opened(study, run_name, folder, asked.length)
+  found = evaluate(scored_by, run, asked, study)
   found['model'] = run_name or folder
   if as_json:
     print(json.dumps(found, indent=1))
@@ -79,32 +76,6 @@ def print_scores(study: Study | None, run_name: str, folder: str, asked: Asked, 
   for path, score in found['texts'].items():
     for line in in_words(score):
       say(f'{path}: {line}')
-
-
-def of_folder(folder: str, study: Study | None, asked: Asked) -> Study:
-  """A study of one run, which is the pretrained model in a folder.
-
-  Args:
-    folder: in Hugging Face's format, with its tokenizer.
-    study: whose config decides how text is measured; None without a config.
-    asked: the length of windows without a config.
-  """
-  if manifest.read(folder):
-    raise UsageError(f'--model={folder} is the directory of a run. Name the run, by '
-                     '--config=CONFIG and --run=NAME.')
-  if not os.path.exists(os.path.join(folder, config_json.FILE)):
-    raise UsageError(f'--model={folder} is not the folder of a pretrained model: it has no '
-                     f'{config_json.FILE}.')
-  config: Any = base.get_config()
-  config.tokenizer.path = folder
-  config.runs = {_FOLDER: base.run(base.hugging_face(folder))}
-  if study:
-    for section in ('data', 'evaluation', 'mesh'):
-      config[section] = study.config[section]
-  else:
-    longest = config_json.context_length(config_json.of_folder(folder))
-    config.data.seq_len = asked.length or min(longest, LONGEST)
-  return Study(config, workdir='')
 
 
 def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> dict[str, Any]:
@@ -133,7 +104,7 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
   if asked.stride is not None:
     settings.stride = asked.stride
   check_stride(settings.stride, length)
-  check_readable(study, run)
+  models.check_readable(study, run, 'evaluate')
   mesh = layout.mesh(study.config, study.runs, jax.devices(), hardware.device_memory())
   settings.batch_size = layout.evaluation_rows(study.config, mesh)
   known = text.prepare(compared.config, compared.data_folder) if compared else None
@@ -159,19 +130,6 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
   return {'model': run.name, 'length': length, 'stride': settings.stride,
           'texts': {path: _figures(score) | {'trained_on': seen.get(path)}
                     for path, score in scores.items()}}
-
-
-def check_readable(study: Study, run: Run) -> None:
-  """Raises UsageError unless a run's parameters can be read, and are for the study's tokenizer."""
-  if run.vocabulary:
-    raise UsageError(f'--run={run.name} has a different vocabulary than the tokenizer of this '
-                     f'config; evaluate it by --model={run.folder}, with its own tokenizer.')
-  for source in run.sources if run.selector else (run,):
-    for needed in sources.trained(source):
-      state = study.state(needed.name)
-      if not needed.of_steps and state != manifest.COMPLETE:
-        raise UsageError(f'evaluate reads complete runs, and {needed.name!r} is {state}; run '
-                         f'--run={needed.name} first.')
 
 
 def seen_in_training(found: Mapping[str, Tokens], train: Mapping[str, Tokens]

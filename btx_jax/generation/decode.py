@@ -7,7 +7,7 @@ of the row has overwritten them.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -104,13 +104,13 @@ def _network(cfg: Config, weights: Weights, tokens_BT, positions_BT, attend):
       gates.append(gates_BTE)
     else:
       x_BTD += swiglu(h_BTD, layer['ffn'])
-  gates_BTE = sum(gates) / len(gates) if gates else jnp.zeros((*tokens_BT.shape, 0))
+  gates_BTE = jnp.mean(jnp.stack(gates), 0) if gates else jnp.zeros((*tokens_BT.shape, 0))
   return _norm(cfg, weights, 'norm')(x_BTD), gates_BTE
 
 
 def _norm(cfg: Config, weights, name: str):
   """The RMSNorm whose scale is weights[name]."""
-  def apply(x):
+  def apply(x: jax.Array) -> Any:
     return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x.dtype).apply({'params': weights[name]}, x)
 
   return apply

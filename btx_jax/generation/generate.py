@@ -14,7 +14,8 @@ from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.errors import UsageError
 from btx_jax.generation import decode
-from btx_jax.generation.sampling import Sampling, sample
+from btx_jax.generation.sampling import sample
+from btx_jax.generation.settings import Sampling
 from btx_jax.generation.texts import Completion, Text
 from btx_jax.generation.weights import unstack
 from btx_jax.model.config import Config

@@ -30,8 +30,8 @@ def unstack(cfg: Config, params) -> Weights:
     params: as model/llama.py lays them out. Under a mesh (`jax.set_mesh`) the experts stay stacked,
       so that they can be spread over its `expert` axis.
   """
-  flat = {path: x if _FLOAT32.search(path) else x.astype(cfg.dtype)
-          for path, x in traverse_util.flatten_dict(params, sep='/').items()}
+  flat: dict[str, Any] = traverse_util.flatten_dict(params, sep='/')
+  flat = {path: x if _FLOAT32.search(path) else x.astype(cfg.dtype) for path, x in flat.items()}
   mesh = jax.sharding.get_abstract_mesh()
   layers: list[dict] = [{} for _ in range(cfg.num_layers)]
   for path, x in flat.items():

@@ -65,8 +65,9 @@ class Attention(nn.Module):
       w |= {f'{name}_bias': self.param(f'{name}_bias', zeros, w[name].shape[1:]) for name in 'qkv'}
     w = jax.tree.map(lambda x: x.astype(x_BTD.dtype), w)
     norm = lambda name: nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name=name)
-    qkv = (checkpoint_name(x, 'qkv') for x in heads(cfg, w, x_BTD, rope, norm))
-    y_BNTH = attention(*qkv, segment_ids_BT, cfg.attention, self.batch_axes)
+    q_BNTH, k_BKTH, v_BKTH = (
+        checkpoint_name(x, 'qkv') for x in heads(cfg, w, x_BTD, rope, norm))
+    y_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, cfg.attention, self.batch_axes)
     return joined(y_BNTH, w['o'])
 
 
