@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 
 from btx_jax import base
+from btx_jax.data import domains, tokens
 from btx_jax.evaluate import error_bars, scores
 from btx_jax.run import MIX, Run, lineage
 from btx_jax.study import manifest
@@ -75,9 +76,12 @@ def write(config, workdir: str, at_hand: bool = True) -> Study:
 
 def _write_text(study: Study, domain: str) -> None:
   folder = os.path.join(study.data_folder, domain)
+  found, = (each for each in domains.from_config(study.config.domains) if each.name == domain)
   os.makedirs(folder, exist_ok=True)
   with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as file:
-    json.dump({'hash': {'held_out': domain, 'train': domain}, 'skipped': {'count': 12},
+    json.dump({'hash': {'held_out': domain, 'train': 'text'}, 'skipped': {'count': 12},
+               'made_from': tokens._made_from(found, None, study.config.data.held_out)
+               | {'tokenizer': 'tokens', 'text': '1 files, 2 bytes'},
                'train': {'documents': 1234, 'bytes': 4567890, 'tokens': 1234567},
                'held_out': {'documents': 21, 'bytes': 94277, 'tokens': 32238}}, file)
 

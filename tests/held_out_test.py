@@ -105,7 +105,7 @@ def test_a_test_set_is_scored_by_runs_and_by_a_folder(run, own, tmp_path):
     nll, count = score_by_numpy(own / name, part, T)
     check_score(row['bits_per_byte']['wiki'], row['perplexity']['wiki'], nll, size, words, count)
     assert row['measured']['wiki'] == {
-        'documents': 25, 'bytes': size, 'tokens': count, 'words': words}
+        'documents': 25, 'bytes': size, 'tokens': count, 'words': words, 'units': 25}
   before = snapshot(tmp_path / 'work')
   on = '--json', f'--on={own / "wiki.txt"}', '--separator= = = \n'
   by_run = run(*config, 'evaluate', '--run=c', *on, '--stride=4')
