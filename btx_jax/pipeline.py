@@ -156,9 +156,13 @@ class Pipeline(Study):
     if not run.from_step or sources.kept(self, run):
       return
     source = run.sources[0]
-    done = (manifest.read(self.folder(source.name)) or {}).get('steps_done', 0)
+    kept, found = sources.kept(self, source), manifest.read(self.folder(source.name)) or {}
+    done = found.get('steps_done', 0)
+    if found.get('state') != manifest.COMPLETE:
+      # A kill may have come before the last of these were written; the source goes on from here.
+      done = max(kept, default=0)
     if only or done >= source.steps:
-      continued.check_kept(run, done, sources.kept(self, source))
+      continued.check_kept(run, done, kept)
 
   def _check_processes_agree(self):
     distributed.check_shared(self.workdir)
@@ -221,7 +225,7 @@ class Pipeline(Study):
     def on_checkpoint(name: str, step: int, tokens_by_domain: dict[str, int],
                       best: dict[str, Any] | None):
       note([name], steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now(),
-           **({'best': best} if best else {}))
+           best=best)
 
     settings = loop.Settings(
         log_every=self.config.log_every, evaluation_every=self.config.evaluation.every,

@@ -231,3 +231,23 @@ def test_every_series_has_its_own_best_step(folder, tmp_path):
   assert [each.label for each in sources] == [
       'seed-0/seed, step 1', 'seed-1/seed, step 3', 'seed-2/seed, its best step']
   assert runs['seed-1/leaf'].sources[0].sources[0].steps == 3
+
+
+@pytest.mark.parametrize('step', ['"best"', '3'])
+def test_a_kill_while_a_checkpoint_is_written_holds_up_no_run_that_starts_there(
+    run, folder, work, tmp_path, step):
+  """The manifest has the step already, and the checkpoint is not complete."""
+  for path in ('best', 'leaf', 'seed/checkpoints/4'):
+    shutil.rmtree(work / path)
+  found = manifest_of(work, 'seed') | {
+      'state': manifest.RUNNING, 'steps_done': 3, 'best': {'step': 3, 'bits_per_byte': 0.1}}
+  manifest.write(str(work / 'seed'), found)
+  arguments = with_lines(
+      folder, tmp_path, work, f'  config.runs.best.init = base.checkpoint("seed", step={step})\n')
+  refused = run(*arguments, '--run=best')
+  assert 'keeps 1. Run --run=seed first.' in refused.stderr
+  done = run(*arguments)
+  assert done.code == 0, done.stderr
+  after = manifest_of(work, 'seed')
+  assert after['state'] == manifest.COMPLETE and after['best']['bits_per_byte'] > 0.1
+  assert (work / 'seed' / 'checkpoints' / str(after['best']['step'])).exists()
