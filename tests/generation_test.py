@@ -153,6 +153,16 @@ def test_a_token_that_ends_texts_is_not_part_of_them():
   assert (done.text, done.ids[-1], done.ended) == ('one', 2, STOP)
 
 
+def test_rows_of_a_model_beyond_its_tokenizer_stand_for_no_text():
+  size = tokenizer().vocab_size
+  one, two = tokenizer().encode(['one', ' two'])
+  done, _ = text_of([size, *one, size + 5, *two])
+  assert (done.text, len(done.ids)) == ('one two', len(one) + len(two) + 2)
+  cfg = dataclasses.replace(TINY, vocab_size=2 * size)
+  texts, = Generator(cfg, random_params(cfg), tokenizer())(['a'], 12, Sampling(temperature=2.0))
+  assert any(i >= size for i in texts[0].ids)
+
+
 @pytest.mark.parametrize('call, message', [
     (lambda: generator(context=4)([[1] * 4]), 'leaves no room for a text'),
     (lambda: generator()([[]]), 'is empty, and the tokenizer puts no token before a text'),

@@ -68,10 +68,14 @@ class Text:
 
   def _new_bytes(self) -> bytes:
     # A tokenizer may drop a space after some tokens, so the one before the text is spelled too.
-    first = len(self._tokenizer.spell([self._before]))
-    whole = self._tokenizer.spell([self._before, *self.ids])[first:]
+    first = len(self._spelled([self._before]))
+    whole = self._spelled([self._before, *self.ids])[first:]
     new, self._bytes = whole[self._bytes:], len(whole)
     return new
+
+  def _spelled(self, ids: Sequence[int]) -> bytes:
+    # Many models have more rows than their tokenizer has tokens; these rows stand for no text.
+    return self._tokenizer.spell([i for i in ids if i < self._tokenizer.vocab_size])
 
   def _certain(self) -> int:
     """The length of the text without an end that may be the beginning of a stop string."""
