@@ -11,6 +11,7 @@ import btx_jax
 from btx_jax import base
 from btx_jax.commands import evaluate
 from btx_jax.data import duplicates, mixture, text, tokenizer, tokens
+from btx_jax.data.domains import Domain
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import units
@@ -222,6 +223,21 @@ def test_documents_that_are_held_out_are_in_the_training_text_of_no_domain(own, 
   meta = tokens.read_meta(str(tmp_path / 'data' / 'code'))
   assert meta['kept_out']['documents'] == {measured: 2 * (tokens.share(prose[1]) >= 0.1)} or (
       tokens.share(prose[1]) < 0.1)
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(own, tmp_path, monkeypatch):
+  domain, model = Domain('x', paths=(f'{tmp_path}/*.jsonl',)), tokenizer.load(str(own / 'a'))
+  write(tmp_path / 'one.jsonl', ['one', 'two'])
+  encode = model.encode
+
+  def slowly(texts):
+    write(tmp_path / 'two.jsonl', ['three'])
+    return encode(texts)
+
+  monkeypatch.setattr(model, 'encode', slowly)
+  tokens.prepare(str(tmp_path / 'x'), domain, model, 0.1)
+  assert tokens.differences(str(tmp_path / 'x'), domain, model, 0.1) == [
+      f'{tmp_path}/two.jsonl is new, with {os.path.getsize(tmp_path / "two.jsonl")} bytes']
 
 
 def test_a_larger_share_holds_copies_out_of_the_other_domains(own, tmp_path):

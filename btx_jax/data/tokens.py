@@ -210,6 +210,9 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
   parts = [(domain, domain.share(held_out))] if domain.is_trained else []
   if domain.names_held_out:
     parts.append((domain.measured(), _ALL))
+  # Before they are read: what changes meanwhile is then noticed.
+  os.makedirs(partial)
+  origin.write(partial, _paths(domain))
   tallies = [corpora.Tally() for _ in parts]
   written = _write(partial, parts, tokenizer, max_skipped, tallies, unless)
   if written.smallest is not None:
@@ -226,7 +229,6 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
                    'bytes': written.sizes[split]}
     meta['hash'][split] = token_files.hash_of_files(partial, split)
-  origin.write(partial, _paths(domain))
   with open(os.path.join(partial, kept_out.META), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
   try:
