@@ -199,6 +199,9 @@ def test_the_command_writes_by_a_folder_what_the_library_does(tmp_path, capsys, 
   greedy = [generator(batch_size=16)([prompt], 12)[0][0].text for prompt in PROMPTS[:2]]
   assert all(prompt + text in shown for prompt, text in zip(PROMPTS, greedy))
   assert 'expert 0' in shown
+  for n in (1, 2):  # what is printed is the text, whatever is in it
+    command.print_texts(None, '', folder, asked._replace(prompts=['\ta\t\r\n'], n=n), False)
+    assert '\ta\t\r\n' in capsys.readouterr().out.replace('\x1b', '')
 
 
 # Sampling

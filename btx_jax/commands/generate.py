@@ -8,6 +8,8 @@ import sys
 from typing import NamedTuple
 
 import jax
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.text import Text
 
 from btx_jax import terminal
@@ -118,28 +120,33 @@ def _lines() -> Iterable[str]:
 def _print(write: Generator, prompts: Sequence[str], asked: Asked, names: Sequence[str],
            as_json: bool):
   """Writes and prints the texts of some prompts; that of a single one while it is written."""
-  pieces: dict[tuple[int, int], list[Text]] = {}
+  pieces: dict[tuple[int, int], list[Segment]] = {}
   single = len(prompts) == asked.n == 1 and not as_json
 
   def on_text(prompt: int, number: int, new: str, gates_E):
-    style = _COLOURS[int(gates_E.argmax()) % len(_COLOURS)] if names else ''
+    style = Style.parse(_COLOURS[int(gates_E.argmax()) % len(_COLOURS)]) if names else None
+    piece = Segment(new, style)
     if single:
-      terminal.console.print(Text(new, style), end='', soft_wrap=True)
+      _show(piece)
       sys.stdout.flush()
-    pieces.setdefault((prompt, number), []).append(Text(new, style))
+    pieces.setdefault((prompt, number), []).append(piece)
 
   if single:
-    terminal.console.print(prompts[0], end='', soft_wrap=True)
+    _show(Segment(prompts[0]))
   found = write(prompts, asked.max_new_tokens, asked.sampling, asked.stop, asked.seed, asked.n,
                 on_text)
   for i, (prompt, texts) in enumerate(zip(prompts, found)):
     if as_json:
       print(json.dumps(_as_data(prompt, texts), ensure_ascii=False), flush=True)
     for j in () if as_json or single else range(asked.n):
-      terminal.console.print(Text.assemble(prompt, *pieces[i, j]), soft_wrap=True)
-      terminal.console.print()
+      _show(Segment(prompt), *pieces[i, j], Segment('\n\n'))
   if single:
     terminal.console.print()
+
+
+def _show(*pieces: Segment):
+  """Prints text as it is: as a Text, its tabs would become spaces."""
+  terminal.console.print(Segments(pieces), end='', soft_wrap=True)
 
 
 def _as_data(prompt: str, texts: Sequence[Completion]) -> Mapping:
