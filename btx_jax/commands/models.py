@@ -40,7 +40,7 @@ def _of_folder(folder: str, study: Study | None, length: int) -> Study:
     study: whose config decides how text is measured; None without a config.
     length: of windows without a config; 0 is the text that the model is for, up to LONGEST.
   """
-  if manifest.read(folder):
+  if os.path.isdir(folder) and manifest.read(folder):
     raise UsageError(f'--model={folder} is the directory of a run. Name the run, by '
                      '--config=CONFIG and --run=NAME.')
   if not os.path.exists(os.path.join(folder, config_json.FILE)):
