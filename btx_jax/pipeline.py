@@ -320,12 +320,13 @@ class Pipeline(Study):
     if not found or not run.steps or not self.config.evaluation.every:
       return
     before = manifest.read(folder) or {}
+    if before.get('end_compared'):
+      return  # what is measured anew, on other text or in other windows, is not comparable
     best = Best(before.get('best'))
-    if best.improves(run.steps, held_out_loss(run, found)):
-      manifest.write(folder, before | {'best': best.found})
-    elif trained and best.step < run.steps:
+    if not best.improves(run.steps, held_out_loss(run, found)) and best.found and trained:
       say(f'{run.name}: held-out loss was lowest at step {best.step:,}, not at its end; that '
           'checkpoint is kept')
+    manifest.write(folder, before | {'best': best.found, 'end_compared': True})
 
   def _without_each_expert(self, model: Config, parameters) -> dict[str, dict]:
     return bits.without_each_expert(

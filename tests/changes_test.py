@@ -14,6 +14,7 @@ from btx_jax.run import seed_of
 from btx_jax.study import changes, directories, manifest
 from btx_jax.study.study import Study
 from btx_jax.training import metrics
+from btx_jax.training.best import Best
 from tests import command, studies
 
 CONFIG = '''
@@ -251,3 +252,19 @@ def test_a_kill_while_a_checkpoint_is_written_holds_up_no_run_that_starts_there(
   after = manifest_of(work, 'seed')
   assert after['state'] == manifest.COMPLETE and after['best']['bits_per_byte'] > 0.1
   assert (work / 'seed' / 'checkpoints' / str(after['best']['step'])).exists()
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best():
+  best = Best()
+  assert [best.improves(step, loss) for step, loss in enumerate(
+      (float('nan'), 2.0, float('nan'), 1.0, float('nan'), 1.5))] == [
+          False, True, False, True, False, False]
+  assert best.found == {'step': 3, 'bits_per_byte': 1.0}
+
+
+def test_an_end_that_is_measured_anew_is_not_compared_with_other_text(run, folder, work, tmp_path):
+  found = manifest_of(work, 'seed')
+  manifest.write(str(work / 'seed'), found | {'best': {'step': 1, 'bits_per_byte': 99.0}})
+  done = run(*with_lines(folder, tmp_path, work, '  config.evaluation.tokens = 100\n'))
+  assert done.code == 0 and 'seed: measuring' in done.stdout
+  assert manifest_of(work, 'seed')['best']['step'] == 1

@@ -1,6 +1,7 @@
 """The step of a run with the lowest held-out loss, whose checkpoint is kept."""
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 from btx_jax.run import Run
@@ -34,8 +35,8 @@ class Best:
     return self.found['step'] if self.found else 0
 
   def improves(self, step: int, loss: float) -> bool:
-    """Notes the loss after a step; returns whether it is lower than all before."""
-    if self.found and loss >= self.found['bits_per_byte']:
+    """Notes the loss after a step; returns whether it is finite, and lower than all before."""
+    if not math.isfinite(loss) or (self.found and loss >= self.found['bits_per_byte']):
       return False
     self.found = {'step': step, 'bits_per_byte': loss}
     return True
