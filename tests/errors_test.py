@@ -148,7 +148,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'generate', '--run=seed', '--experts'], "'seed' is a dense model; --experts colours"),
     ([DEMO, 'generate', '--run=seed', '--step=3', '--prompt=a'], 'is not kept. Kept steps: none.'),
     (['evaluate', '--model=docs', '--on=docs'], '--model=docs is not the folder of a pretrained'),
-    (['generate', '--model=README.md'], '--model=README.md is not the folder of a pretrained model'),
+    (['generate', '--model=README.md'], '--model=README.md is not the folder of a pretrained'),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
     ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; run --ru"),
