@@ -188,7 +188,7 @@ def test_a_run_under_another_name_stays_the_same_run(run, folder, work, tmp_path
   done = run(*arguments, '--run=best')
   assert done.code == 2
   assert "If 'old/seed' is the run that was 'seed', `rename seed old/seed` moves it" in done.stderr
-  assert run(*arguments, 'rename', 'seed', 'old/seed').code == 0
+  assert run(*arguments, 'rename', 'seed/', 'old/seed/').code == 0
   for name in ('old/seed', 'best', 'leaf'):
     assert f'{name} is complete already' in run(*arguments, f'--run={name}').stdout
   after = manifest_of(work, 'old/seed')

@@ -150,6 +150,20 @@ def test_events_that_cannot_be_written_stop_no_run(fakes, tmp_path, capsys):
   assert "config.sinks: 'tensorboard' fails" in capsys.readouterr().out
 
 
+def test_a_disk_that_fills_up_stops_no_run(fakes, tmp_path, capsys, monkeypatch):
+  written = []
+
+  def write(self, event):
+    written.append(event)
+    if len(written) > 5:
+      raise OSError('No space left on device')
+
+  monkeypatch.setattr('tensorboardX.event_file_writer.EventsWriter.write_event', write)
+  train(tmp_path, 0, 40, [sinks.TENSORBOARD])
+  assert len(metrics.read(str(tmp_path))) == 60 and len(written) == 6
+  assert 'No space left on device' in capsys.readouterr().out
+
+
 def test_a_service_that_is_named_later_gets_the_lines_before(fakes, tmp_path):
   train(tmp_path, 0, 5, (), error=KeyboardInterrupt())
   assert not fakes.asked

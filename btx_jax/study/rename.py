@@ -27,6 +27,7 @@ def rename(study: Study, old: str, new: str) -> list[str]:
       progress.
   """
   plan.check_name(new)
+  old, new = (name.rstrip('/') for name in (old, new))  # as a shell completes names of folders
   places = []
   for series in dict.fromkeys(['', *study.series]):
     name = os.path.join(series, old)

@@ -85,8 +85,11 @@ class Deliveries:
     try:
       yield
     except Exception as error:  # as in _Delivery
-      self._board = None
       _warn(sinks.TENSORBOARD, f'{type(error).__name__}: {error}')
+      failed, self._board = self._board, None
+      if failed:
+        with contextlib.suppress(Exception):
+          failed.close(False)
 
 
 class _Delivery:

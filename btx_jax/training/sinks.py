@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import time
 from typing import Any, Protocol
 import uuid
 
@@ -24,6 +25,7 @@ _PROJECT = 'btx_jax'  # the project of W&B, or experiment of MLflow, unless thei
 # Limits of MLflow.
 _MLFLOW_METRICS, _MLFLOW_PARAMS, _MLFLOW_CHARACTERS = 1000, 100, 500
 
+_FLUSH_EVERY = 60.0  # seconds between writes of TensorBoard's events to the disk
 PATIENCE = 30.0  # seconds that a service may take to answer, or at the end to take the last lines
 
 
@@ -80,12 +82,25 @@ class TensorBoard:
 
   def __init__(self, folder: str, resume_step: int):
     """Events after `resume_step` of an earlier start are replaced by those that follow."""
-    from tensorboardX import SummaryWriter
-    self._writer = SummaryWriter(os.path.join(folder, TENSORBOARD), purge_step=resume_step + 1)
+    # Not its SummaryWriter, which writes in a thread, and waits for ever once that has failed.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+    path = os.path.join(folder, TENSORBOARD)
+    os.makedirs(path, exist_ok=True)
+    self._event, self._scalar = Event, scalar
+    self._writer, self._flush_at = EventsWriter(os.path.join(path, 'events')), 0.0
+    for about in ({'file_version': 'brain.Event:2'},
+                  {'session_log': SessionLog(status=SessionLog.START)}):
+      self._writer.write_event(Event(step=resume_step + 1, wall_time=time.time(), **about))
 
   def write(self, step: int, time: float, figures: Mapping[str, float]) -> None:
     for name, value in figures.items():
-      self._writer.add_scalar(name, value, step, walltime=time)
+      self._writer.write_event(self._event(
+          step=step, wall_time=time, summary=self._scalar(name, value)))
+    if time >= self._flush_at:  # waits for the disk
+      self._writer.flush()
+      self._flush_at = time + _FLUSH_EVERY
 
   def close(self, finished: bool) -> None:
     del finished
