@@ -84,15 +84,17 @@ class TensorBoard:
     """Events after `resume_step` of an earlier start are replaced by those that follow."""
     # Not its SummaryWriter, which writes in a thread, and waits for ever once that has failed.
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto import event_pb2
     from tensorboardX.summary import scalar
     path = os.path.join(folder, TENSORBOARD)
     os.makedirs(path, exist_ok=True)
-    self._event, self._scalar = Event, scalar
+    proto: Any = event_pb2  # its classes are made when it is imported
+    self._event, self._scalar = proto.Event, scalar
     self._writer, self._flush_at = EventsWriter(os.path.join(path, 'events')), 0.0
     for about in ({'file_version': 'brain.Event:2'},
-                  {'session_log': SessionLog(status=SessionLog.START)}):
-      self._writer.write_event(Event(step=resume_step + 1, wall_time=time.time(), **about))
+                  {'session_log': proto.SessionLog(status=proto.SessionLog.START)}):
+      self._writer.write_event(self._event(
+          step=resume_step + 1, wall_time=time.time(), **about))
 
   def write(self, step: int, time: float, figures: Mapping[str, float]) -> None:
     for name, value in figures.items():
