@@ -5,9 +5,9 @@ array gains a leading dimension of branches, each branch lives on its own slice 
 and no collective crosses branches. So each branch computes exactly what it would alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import functools
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
@@ -21,7 +21,8 @@ from btx_jax.data import mixture
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BRANCH_BATCH_AXES
 from btx_jax.model import llama
-from btx_jax.run import Run
+from btx_jax.model.config import Config
+from btx_jax.run import Objective, Optimizer, Run
 from btx_jax.training import optim
 from btx_jax.training.step import TrainState, create_state, make_train_step
 
@@ -101,23 +102,29 @@ def make_program(runs: Sequence[Run], mesh: jax.sharding.Mesh, num_domains: int)
 
 
 class SingleRun:
-  """The program of one run over the whole mesh."""
+  """The program of one run over the whole mesh.
+
+  Runs that differ only in text, length, learning rates and seed share what is compiled.
+  """
 
   def __init__(self, run: Run, mesh: jax.sharding.Mesh, num_domains: int):
     self.runs: Sequence[Run] = [run]
     self.slots = 1
     self._run, self._mesh = run, mesh
     self._rows = run.batch_size // run.microbatches  # of a microbatch, on all devices
-    tx = optim.adamw(run.optimizer, optim.schedule(run.optimizer, run.steps))
-    self.state_shapes, self._create = _state_of(run, tx, mesh)
-    self._step = jax.jit(
-        make_train_step(run.model, tx, run.objective, num_domains, seed=run.training_seed),
-        donate_argnums=0,
-        # The metrics whole on every device, so that each process can read them.
-        out_shardings=(_shardings(self.state_shapes), NamedSharding(mesh, P())))
+    self._shared = _shared(run.model, run.objective, _without_schedule(run.optimizer),
+                           num_domains, mesh)
+    self.state_shapes = self._shared.state_shapes
+    schedule = optim.schedule(run.optimizer, run.steps)
+
+    def rate(count):
+      return jnp.asarray(schedule(count), jnp.float32)  # of some schedules it has a weak type
+
+    self._rate = jax.jit(rate, out_shardings=NamedSharding(mesh, P()))
+    self._seed = np.int32(run.training_seed)
 
   def create_state(self, params: dict) -> TrainState:
-    return self._create(params)
+    return self._shared.create(params)
 
   def join_states(self, states: Sequence[TrainState]) -> TrainState:
     state, = states
@@ -130,7 +137,8 @@ class SingleRun:
   def step(self, state: TrainState, batch: dict[str, jax.Array], active: Sequence[bool]
            ) -> tuple[TrainState, dict[str, Any]]:
     del active  # the only branch always is
-    return self._step(state, batch)
+    rate = self._rate(_updates(state.opt_state))
+    return self._shared.step(state, batch, rate, self._seed)
 
   def branch_metrics(self, metrics: dict[str, Any], branch: int) -> dict[str, Any]:
     del branch
@@ -148,7 +156,56 @@ class SingleRun:
     return sharding.to_global(batch, self._mesh, self._rows, leading=1)
 
   def lower(self) -> jax.stages.Lowered:
-    return self._step.lower(self.state_shapes, _batch_shapes(self._run, self._mesh))
+    scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=NamedSharding(self._mesh, P()))
+    return self._shared.step.lower(
+        self.state_shapes, _batch_shapes(self._run, self._mesh), scalar(np.float32),
+        scalar(np.int32))
+
+
+class _Shared(NamedTuple):
+  """What several runs have in common.
+
+  Attributes:
+    state_shapes: as in Program.
+    create: parameters -> TrainState at step 0.
+    step: (state, batch, learning rate, seed) -> (state, metrics); donates the state.
+  """
+  state_shapes: TrainState
+  create: Callable[[dict], TrainState]
+  step: jax.stages.Wrapped
+
+
+# The runs of a study follow each other by kind: first dense ones, then mixtures.
+@functools.lru_cache(maxsize=4)
+def _shared(model: Config, objective: Objective, optimizer: Optimizer, num_domains: int,
+            mesh: jax.sharding.Mesh) -> _Shared:
+  """The functions of all runs with these settings. What differs between them is an argument: as a
+  constant in the program it would have each of them compiled again."""
+  def train_step(state: TrainState, batch, rate: jax.Array, seed: jax.Array):
+    tx = optim.adamw(optimizer, lambda count: rate)
+    return make_train_step(model, tx, objective, num_domains, seed=seed)(state, batch)
+
+  tx = optim.adamw(optimizer, lambda count: 0.0)  # its rate is no part of the state
+  state_shapes, create = _state_of(model, objective, tx, mesh)
+  # The metrics whole on every device, so that each process can read them.
+  outputs = _shardings(state_shapes), NamedSharding(mesh, P())
+  return _Shared(state_shapes, create,
+                 jax.jit(train_step, donate_argnums=0, out_shardings=outputs))
+
+
+def _without_schedule(cfg: Optimizer) -> Optimizer:
+  """The settings of an optimizer apart from its learning rates, which are the defaults."""
+  return Optimizer(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
+                   clip_norm=cfg.clip_norm)
+
+
+def _updates(opt_state: optax.OptState) -> jax.Array:
+  """The count that the learning rate is a function of."""
+  def is_of_schedule(node) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  found, = filter(is_of_schedule, jax.tree.leaves(opt_state, is_leaf=is_of_schedule))
+  return found.count
 
 
 class StackedBranches:
@@ -166,7 +223,7 @@ class StackedBranches:
     self.slots = -(-len(runs) // axis_size) * axis_size
     self._schedules = [optim.schedule(run.optimizer, run.steps) for run in runs]
     tx = optim.adamw(self._like.optimizer, self._schedules[0])
-    self.state_shapes, self._create = _state_of(self._like, tx, mesh)
+    self.state_shapes, self._create = _state_of(self._like.model, self._like.objective, tx, mesh)
 
     self._stacked_shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((self.slots, *x.shape), x.dtype), self.state_shapes)
@@ -247,12 +304,12 @@ class StackedBranches:
         _batch_shapes(self._like, self._mesh, self.slots), rates, active)
 
 
-def _state_of(run: Run, tx: optax.GradientTransformation, mesh):
+def _state_of(model: Config, objective: Objective, tx: optax.GradientTransformation, mesh):
   """The shapes of a run's state over the mesh, and the function that makes it from parameters."""
   def create(params):
-    return create_state(params, tx, run.objective.freeze)
+    return create_state(params, tx, objective.freeze)
 
-  shapes = jax.eval_shape(create, llama.shapes(run.model))
+  shapes = jax.eval_shape(create, llama.shapes(model))
   shardings = sharding.shardings(shapes, mesh)
   return sharding.abstract(shapes, shardings), jax.jit(create, out_shardings=shardings)
 

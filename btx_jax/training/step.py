@@ -177,7 +177,7 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 def make_train_step(cfg: Config, tx: optax.GradientTransformation,
                     objective: Objective | None = None, num_domains: int = 1,
-                    batch_axes=BATCH_AXES, seed: int = 0) -> TrainStep:
+                    batch_axes=BATCH_AXES, seed: jax.Array | int = 0) -> TrainStep:
   """The train step: (state, batch) -> (state, metrics).
 
   It minimises `microbatch_loss`, summed over the microbatches (the leading axis of the batch)
