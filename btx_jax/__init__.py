@@ -6,6 +6,7 @@ library, all of it on plain parameter trees (docs/library.md):
 
   Config, Llama         a model's sizes, and the network
   load, save, logits    a Hugging Face folder or a run directory in; a folder out; a forward pass
+  generate              texts that follow prompts; Generator and Sampling, for more control
   branch, stack         copies of a seed; experts that were trained apart, in the same form
   average, mix, Recipe  the dense baseline; the mixture of experts, and what it is made of
   make_train_step       the train step of experts and mixtures alike; create_state, its state
@@ -32,6 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from btx_jax.btx import average, branch, mix, stack
+  from btx_jax.generation.generate import Generator, generate
+  from btx_jax.generation.settings import Sampling
   from btx_jax.library import load, logits, save
   from btx_jax.model.config import Config
   from btx_jax.model.llama import Llama
@@ -41,12 +44,14 @@ if TYPE_CHECKING:
   __version__: str
 
 _HOME = {
-    'Config': 'model.config', 'Llama': 'model.llama', 'Recipe': 'recipe', 'average': 'btx',
-    'branch': 'btx', 'create_state': 'training.step', 'load': 'library', 'logits': 'library',
-    'make_train_step': 'training.step', 'mix': 'btx', 'save': 'library', 'stack': 'btx'}
+    'Config': 'model.config', 'Generator': 'generation.generate', 'Llama': 'model.llama',
+    'Recipe': 'recipe', 'Sampling': 'generation.settings', 'average': 'btx', 'branch': 'btx',
+    'create_state': 'training.step', 'generate': 'generation.generate', 'load': 'library',
+    'logits': 'library', 'make_train_step': 'training.step', 'mix': 'btx', 'save': 'library',
+    'stack': 'btx'}
 
-__all__ = ['Config', 'Llama', 'Recipe', '__version__', 'average', 'branch', 'create_state', 'load',
-           'logits', 'make_train_step', 'mix', 'save', 'stack']
+__all__ = ['Config', 'Generator', 'Llama', 'Recipe', 'Sampling', '__version__', 'average', 'branch',
+           'create_state', 'generate', 'load', 'logits', 'make_train_step', 'mix', 'save', 'stack']
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,10 @@ The sections `model`, `optimizer` and `train` are the fields of the dataclasses 
 their defaults and descriptions are in model/config.py and run.py.
 """
 
+from collections.abc import Iterable
 import dataclasses
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from btx_jax.model.config import Config
 from btx_jax.recipe import AS_BEFORE, NORMAL, ROUTER_STD
@@ -67,7 +68,8 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict({
       # Tokens per row.
       'seq_len': 1024,
-      # Share of the documents that are held out from training.
+      # Share of the documents that are held out from training, of domains that set no `held_out` of
+      # their own.
       'held_out': 0.02,
       # Share of a domain's records (lines, rows, files) that may be unusable: they are skipped
       # and counted. More than this is an error.
@@ -122,11 +124,19 @@ def get_config() -> ConfigDict:
   # Bits per byte on held-out text.
   config.evaluation = ConfigDict({
       # Steps between evaluations during a run; 0 is none. The table is measured at the end in any
-      # case.
+      # case. The step with the lowest held-out loss is saved and kept, for
+      # base.checkpoint(RUN, step='best'): bits per byte of the run's own domains, weighted as its
+      # training rows are.
       'every': 0,
       # Held-out tokens of each domain, in whole documents (at least one). Claims below the table
-      # need 20 documents, or blocks of 1,024 tokens of longer ones.
+      # need 20 documents, or blocks of 1,024 tokens of longer ones. Files that a domain names in
+      # `held_out` are measured whole, whatever this says.
       'tokens': 65_536,
+      # Tokens that each window of held-out text moves on from the one before. 0 is data.seq_len:
+      # windows do not overlap, and a token at the beginning of one has little context. With fewer,
+      # only the last so many tokens of a window count, after data.seq_len less these as context:
+      # published perplexities are often made so. It takes data.seq_len / stride times as long.
+      'stride': 0,
       # Rows per batch. 0 is 32, or as few more as the devices can share evenly.
       'batch_size': 0,
       # Also measures each mixture without each of its experts in turn, which shows which expert
@@ -142,7 +152,8 @@ def get_config() -> ConfigDict:
   # Where the figures of metrics.jsonl go as well, none unless they are named: 'tensorboard' (events
   # in the directory of each run), 'wandb' (Weights & Biases), 'mlflow'; docs/sinks.md.
   config.sinks = ()
-  # The newest checkpoints of a run that are kept, beside those that other runs start from.
+  # The newest checkpoints of a run that are kept, beside the best one (evaluation.every) and those
+  # that other runs start from.
   config.checkpoints_kept = 2
   # Checkpoints after multiples of this many steps are saved and kept for ever; 0 is none.
   config.checkpoints_kept_every = 0
@@ -180,8 +191,12 @@ def _section(cls, without: tuple[str, ...] = (), **own) -> ConfigDict:
 
 
 def domain(paths=(), text_field: str = 'text', separator: str = '',
-           source: str = 'files', id_field: str = '') -> ConfigDict:
+           source: str = 'files', id_field: str = '',
+           held_out: float | str | Iterable[str] = ()) -> ConfigDict:
   """Text of one kind.
+
+  Without `paths`, but with files in `held_out`, it is only measured: every run is scored on it, and
+  none can be trained on it.
 
   Args:
     paths: directories, globs or files of plain text, JSON (an object a line, an array, or a
@@ -194,10 +209,19 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
       match those of any convention.
     source: 'files', or the name of text that Python packages carry (btx_jax/data/demo.py).
     id_field: the field or column that holds the document's id, stored with the tokens; '' is none.
+    held_out: a share of the documents, between 0 and 1, which is held out from training; or the
+      files of a validation or test set, named and read like `paths`: their text is measured, and
+      documents that equal one of theirs are left out of the training text of all domains. () is
+      the share data.held_out.
   """
-  paths = (paths,) if isinstance(paths, str) else tuple(paths)
-  return ConfigDict({'source': source, 'paths': paths, 'text_field': text_field,
-                     'separator': separator, 'id_field': id_field})
+  return ConfigDict({'source': source, 'paths': _strings(paths), 'text_field': text_field,
+                     'separator': separator, 'id_field': id_field,
+                     # A config may set either kind of value later.
+                     'held_out': FieldReference(held_out, field_type=object)})
+
+
+def _strings(given: str | Iterable[str]) -> tuple[str, ...]:
+  return (given,) if isinstance(given, str) else tuple(given)
 
 
 def run(init: ConfigDict, domains: dict[str, float] | None = None, steps: int = 0,
@@ -226,20 +250,25 @@ def random() -> ConfigDict:
   return ConfigDict({'kind': RANDOM, 'runs': ()})
 
 
-def checkpoint(run_name: str, step: int = 0, state: bool = False) -> ConfigDict:
+def checkpoint(run_name: str, step: int | str = 0, state: bool = False) -> ConfigDict:
   """Starts from another run: to branch a seed, or to continue training.
 
   Only the parameters are taken, unless `state` is set: Adam's moments and count, the order of the
   data, the warmup and the schedule of the learning rate start anew. With `state` only the warmup
-  and the schedule do, for the steps of the new run; and not even these if both runs have a constant
-  rate (optimizer.final_lr = 1), so that a run continued in this way is bit for bit the longer run.
+  and the schedule do, for the steps of the new run. Not even these do if the rate was constant
+  until then (optimizer.schedule 'constant', or 'wsd' before its decay) and this run has one of
+  these two schedules: it is bit for bit the rest of a longer run, and its decay is over its own
+  last steps.
 
   Args:
     run_name: the run to start from.
     step: the number of its steps to start after; 0 is its end. A step that a run of the config
       starts from is saved and kept. Of a run that is past it, the step must be one of those that
       are kept (config.checkpoints_kept, config.checkpoints_kept_every), and the run need not be
-      complete: train from it by --run=NAME.
+      complete: train from it by --run=NAME. 'best' is the step with the lowest held-out loss among
+      those that were evaluated (config.evaluation.every) and the end. It is looked up when this run
+      starts, and stays the same from then on. The other run must be complete, or have been stopped
+      after an evaluation.
     state: also take Adam's moments and count, and read on in the data where the run stopped. What
       trains, the domains and their weights, data.seq_len, train.batch_size, optimizer.b1 and
       optimizer.b2 must be the same.

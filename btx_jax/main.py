@@ -11,10 +11,15 @@ other commands:
   jobs       lists the runs that are not complete, for scripts: those on one line can be trained
              at the same time, once those on the lines above are complete; what then needs no
              training is left to the command without --run
-  report     writes the report with the results so far
+  report     writes the report with the results so far (--baseline: the model that others are
+             compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
+  evaluate   scores the text --on, by --run or by the pretrained --model, which needs no --config
+  generate   writes on from each --prompt, or line of the standard input, by --run or --model
+             (--temperature, --stop, --n, --experts and more)
   export     writes the model of --run to the folder --to, in the format of Hugging Face
+  rename     gives a run another name, as in rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
              fit, how long will it take, how much is sent
 
@@ -29,6 +34,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from btx_jax import arguments as flag
 from btx_jax import errors, files
 from btx_jax.devices import distributed, rollcall
 from btx_jax.errors import UsageError, nearest
@@ -36,42 +42,16 @@ from btx_jax.errors import UsageError, nearest
 # jax and the modules that need it are imported inside functions, so that mistakes on the command
 # line, `status` and `jobs` answer at once.
 
-CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'The config: a file, like mine.py, or a recipe, like demo or demo:full.',
-    lock_config=True)
-WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Directory of checkpoints, tokens and the report; default runs/CONFIG_NAME.')
-RUN = flags.DEFINE_string('run', None, 'The name of a run: train only this one, as its own job.')
-PROFILE = flags.DEFINE_integer(
-    'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
-WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
-JSON = flags.DEFINE_bool('json', False, 'status, preflight: print JSON.')
-TOPOLOGY = flags.DEFINE_string(
-    'topology', None,
-    'preflight: the devices to compile for, as in v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
-TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
-DTYPE = flags.DEFINE_string(
-    'dtype', 'bfloat16', 'export: the type of the weights, bfloat16 or float32.')
-DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'This is one of several processes, and jax finds the others itself: on '
-    'TPU VMs, GKE and Slurm. See docs/processes.md.')
-COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0, for several processes started by hand.')
-NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the job has.')
-PROCESS_ID = flags.DEFINE_integer('process_id', None, 'The number of this process, from 0.')
-COORDINATOR_TIMEOUT = flags.DEFINE_float(
-    'coordinator_timeout', distributed.TIMEOUT,
-    'Seconds to wait at the start until all processes are connected.', lower_bound=1)
-DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
-
 
 def train_runs(name: str, workdir: str):
   """Trains and measures the runs that are not complete; then prints and reports the results."""
   distributed.initialize(
-      rollcall.place_from_flags(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
-      DISTRIBUTED.value,
-      {'config': CONFIG.value.to_dict(), '--run': RUN.value, '--profile': PROFILE.value,
-       '--workdir': os.path.realpath(workdir)}, COORDINATOR_TIMEOUT.value)
+      rollcall.place_from_flags(
+          flag.COORDINATOR.value, flag.NUM_PROCESSES.value, flag.PROCESS_ID.value),
+      flag.DISTRIBUTED.value,
+      {'config': flag.CONFIG.value.to_dict(), '--run': flag.RUN.value,
+       '--profile': flag.PROFILE.value, '--workdir': os.path.realpath(workdir)},
+      flag.COORDINATOR_TIMEOUT.value)
   import jax
 
   from btx_jax.commands import claims, measured, regression, report, seeds, table
@@ -80,14 +60,14 @@ def train_runs(name: str, workdir: str):
   from btx_jax.terminal import say, show
 
   compiled.keep()
-  pipeline = Pipeline(CONFIG.value, workdir, PROFILE.value)
+  pipeline = Pipeline(flag.CONFIG.value, workdir, flag.PROFILE.value)
   say(f'{name} in {workdir}: {len(pipeline.runs)} runs, on {jax.device_count()} '
       f'{jax.devices()[0].platform} device(s)'
       + (f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''))
-  trained = pipeline.train(RUN.value)
-  if RUN.value:
-    say(f'{RUN.value} is complete{"" if trained else " already"}: '
-        f'{pipeline.folder(RUN.value)}')
+  trained = pipeline.train(flag.RUN.value)
+  if flag.RUN.value:
+    say(f'{flag.RUN.value} is complete{"" if trained else " already"}: '
+        f'{pipeline.folder(flag.RUN.value)}')
     return
   if not trained:
     say('Every run is complete already.')
@@ -97,12 +77,11 @@ def train_runs(name: str, workdir: str):
     show(table.as_table(results.rows, results.note))
     show(measured.as_table(results.rows))
     regression.show(pipeline)
-    if about := claims.about(results.checks):
-      say(about)
-    for check in results.checks:
-      say(f'{claims.verdict(check):7}  {check["name"]}')
-    say(f'Report: {report.write_report(pipeline, name)}. To use your own text, write a config '
-        'like configs/demo.py with domains of your files: docs/your_data.md')
+    show(claims.as_text(results.checks))
+    say(f'Report: {report.write_report(pipeline, name)}')
+    if name == 'demo':
+      say('To use your own text, write a config like configs/demo.py with domains of your files: '
+          'docs/your_data.md')
 
   distributed.on_process_0(print_results)
 
@@ -112,7 +91,7 @@ def show_status(name: str, workdir: str):
   del name
   from btx_jax.commands.status import print_status
   from btx_jax.study.study import Study
-  print_status(Study(CONFIG.value, workdir), JSON.value, WATCH.value)
+  print_status(Study(flag.CONFIG.value, workdir), flag.JSON.value, flag.WATCH.value)
 
 
 def list_jobs(name: str, workdir: str):
@@ -120,16 +99,20 @@ def list_jobs(name: str, workdir: str):
   del name
   from btx_jax.commands.status import stages
   from btx_jax.study.study import Study
-  for names in stages(Study(CONFIG.value, workdir)):
+  for names in stages(Study(flag.CONFIG.value, workdir)):
     print(*names)
 
 
 def write_report(name: str, workdir: str):
-  """Writes the report with the results so far."""
+  """Writes the report with the results so far; with --latex prints its table instead."""
   from btx_jax.commands import report
   from btx_jax.study.study import Study
   from btx_jax.terminal import say
-  say(f'Report: {report.write_report(Study(CONFIG.value, workdir), name)}')
+  study = Study(flag.CONFIG.value, workdir)
+  if flag.LATEX.value:
+    print(report.latex_table(study), end='')
+  else:
+    say(f'Report: {report.write_report(study, name, flag.BASELINE.value)}')
 
 
 def describe_data(name: str, workdir: str):
@@ -137,49 +120,106 @@ def describe_data(name: str, workdir: str):
   del name
   from btx_jax.commands.data import print_description
   from btx_jax.study.study import Study
-  print_description(Study(CONFIG.value, workdir))
+  print_description(Study(flag.CONFIG.value, workdir))
 
 
 def compare_experts(name: str, workdir: str):
   """Compares the experts that a mixture is made from."""
   del name
-  if not RUN.value:
+  if not flag.RUN.value:
     raise UsageError('compare needs --run=NAME, the mixture whose experts are compared.')
   from btx_jax.commands.compare import print_comparison
   from btx_jax.study.study import Study
-  print_comparison(Study(CONFIG.value, workdir), RUN.value)
+  print_comparison(Study(flag.CONFIG.value, workdir), flag.RUN.value)
+
+
+def evaluate_text(name: str, workdir: str):
+  """Scores text by a run or a pretrained folder."""
+  del name
+  if not flag.ON.value or bool(flag.RUN.value) == bool(flag.MODEL.value):
+    raise UsageError('evaluate needs --on=FILES, and what scores them: --config=CONFIG with '
+                     '--run=NAME, or --model=FOLDER.')
+  from btx_jax.commands import evaluate
+  from btx_jax.devices import compiled
+  from btx_jax.study.study import Study
+  compiled.keep()
+  asked = evaluate.Asked(
+      [files.local_path('--on', path) for path in dict.fromkeys(flag.ON.value)],
+      flag.TEXT_FIELD.value, flag.SEPARATOR.value, flag.LENGTH.value, flag.STRIDE.value)
+  study = Study(flag.CONFIG.value, workdir) if flag.CONFIG.value else None
+  evaluate.print_scores(
+      study, flag.RUN.value or '', files.local_path('--model', flag.MODEL.value or ''), asked,
+      flag.JSON.value)
+
+
+def generate_text(name: str, workdir: str):
+  """Writes texts that follow prompts, by a run or a pretrained folder."""
+  del name
+  if bool(flag.RUN.value) == bool(flag.MODEL.value):
+    raise UsageError('generate needs what writes: --config=CONFIG with --run=NAME, or '
+                     '--model=FOLDER.')
+  from btx_jax.generation.settings import Sampling
+  asked = {
+      'prompts': flag.PROMPT.value, 'max_new_tokens': flag.MAX_NEW_TOKENS.value,
+      'sampling': Sampling(flag.TEMPERATURE.value, flag.TOP_K.value, flag.TOP_P.value,
+                           flag.MIN_P.value, flag.REPETITION_PENALTY.value),
+      'stop': flag.STOP.value, 'seed': flag.SEED.value, 'n': flag.N.value,
+      'step': flag.STEP.value, 'colours': flag.EXPERTS.value}
+  from btx_jax.commands import generate
+  from btx_jax.devices import compiled
+  from btx_jax.study.study import Study
+  compiled.keep()
+  study = Study(flag.CONFIG.value, workdir) if flag.CONFIG.value else None
+  generate.print_texts(
+      study, flag.RUN.value or '', files.local_path('--model', flag.MODEL.value or ''),
+      generate.Asked(**asked), flag.JSON.value)
 
 
 def export_model(name: str, workdir: str):
   """Writes the model of a run as a Hugging Face folder."""
   del name
-  if not RUN.value or not TO.value:
+  if not flag.RUN.value or not flag.TO.value:
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
   from btx_jax.commands.export import export_run
   from btx_jax.commands.export_ensemble import export_ensemble
   from btx_jax.study.study import Study
-  study = Study(CONFIG.value, workdir)
-  export = export_ensemble if study.run(RUN.value).selector else export_run
-  export(study, RUN.value, files.local_path('--to', TO.value), DTYPE.value)
+  study = Study(flag.CONFIG.value, workdir)
+  export = export_ensemble if study.run(flag.RUN.value).selector else export_run
+  export(study, flag.RUN.value, files.local_path('--to', flag.TO.value), flag.DTYPE.value)
+
+
+def rename_run(name: str, workdir: str, *names: str):
+  """Gives a run another name."""
+  del name
+  if len(names) != 2:
+    raise UsageError('rename needs two names, as in rename OLD NEW.')
+  from btx_jax.study.rename import rename
+  from btx_jax.study.study import Study
+  from btx_jax.terminal import say
+  old, new = names
+  folders = rename(Study(flag.CONFIG.value, workdir), old, new)
+  say(f'{old} is {new} now, in {", ".join(folders)}, and stays the same run. Name it {new} in the '
+      'config, too')
 
 
 def compile_for_topology(name: str, workdir: str):
   """Compiles the runs for other devices; exits with code 1 if one does not fit them."""
   del name
-  if not TOPOLOGY.value:
+  if not flag.TOPOLOGY.value:
     raise UsageError('preflight needs --topology=KIND:SIZE, like v5p:4x4x4, h100:8 or cpu:8.')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # the devices of this machine do not matter
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'  # these programs cannot run on this machine
   from btx_jax.preflight import topology
   from btx_jax.preflight.report import print_report
   from btx_jax.study.study import Study
-  study = Study(CONFIG.value, workdir, at_hand=False)
-  if not print_report(study, topology.get(TOPOLOGY.value), JSON.value, RUN.value):
+  study = Study(flag.CONFIG.value, workdir, at_hand=False)
+  if not print_report(study, topology.get(flag.TOPOLOGY.value), flag.JSON.value, flag.RUN.value):
     sys.exit(1)
 
 
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
-            'data': describe_data, 'compare': compare_experts, 'export': export_model,
+            'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_text,
+            'generate': generate_text, 'export': export_model, 'rename': rename_run,
             'preflight': compile_for_topology}
 
 
@@ -190,13 +230,19 @@ def run_command(argv: list[str]):
     UsageError: the arguments, the config or the files are invalid.
     RunError: a run failed.
   """
-  if len(argv) > 2:
+  command, *operands = argv[1:] or ['train']
+  if operands and command != 'rename':
     raise UsageError(f'One command at a time, not {" ".join(argv[1:])!r}.')
-  command = argv[1] if len(argv) > 1 else 'train'
   if command in errors.RENAMED:  # of its keys only the old command is one word
     raise UsageError(f'The command {command} is now {errors.RENAMED[command]}.')
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
+  if command != 'train' and (flag.DISTRIBUTED.value or flag.COORDINATOR.value):
+    raise UsageError(f'{command} runs in a single process: omit --distributed, --coordinator, '
+                     '--num_processes and --process_id.')
+  if (command in ('evaluate', 'generate') and flag.MODEL.value
+      and not flags.FLAGS['config'].present):
+    return COMMANDS[command]('', '')
   if not flags.FLAGS['config'].present:
     raise UsageError('--config is missing; try --config=demo')
   config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
@@ -209,16 +255,13 @@ def run_command(argv: list[str]):
     name = os.path.basename(config_file)[:-3]
     raise UsageError(f'--config={name} is not a recipe; {nearest(name, names)} For a config of '
                      'your own, give its file, like mine.py.')
-  if not isinstance(CONFIG.value, ConfigDict):
+  if not isinstance(flag.CONFIG.value, ConfigDict):
     raise UsageError(f'{config_file}: get_config() must return what base.get_config() of '
-                     f'btx_jax/base.py makes, not {type(CONFIG.value).__name__}.')
-  if command != 'train' and (DISTRIBUTED.value or COORDINATOR.value):
-    raise UsageError(f'{command} runs in a single process: omit --distributed, --coordinator, '
-                     '--num_processes and --process_id.')
+                     f'btx_jax/base.py makes, not {type(flag.CONFIG.value).__name__}.')
   name = os.path.splitext(os.path.basename(config_file))[0]
-  workdir = WORKDIR.value or os.path.join('runs', name)
-  files.local_path('--to', TO.value or '')
-  COMMANDS[command](name, files.local_path('--workdir', workdir))
+  workdir = flag.WORKDIR.value or os.path.join('runs', name)
+  files.local_path('--to', flag.TO.value or '')
+  COMMANDS[command](name, files.local_path('--workdir', workdir), *operands)
 
 
 def recipe_path(config: str) -> str:
@@ -257,8 +300,8 @@ def platforms_with_cpu(platforms: str) -> str:
 
 
 def _flag_names() -> list[str]:
-  """The flags defined here."""
-  return [flag.name for flag in globals().values() if isinstance(flag, flags.FlagHolder)]
+  """The flags of arguments.py."""
+  return [each.name for each in vars(flag).values() if isinstance(each, flags.FlagHolder)]
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -283,7 +326,7 @@ def _run_and_report_errors(argv: list[str]):
   try:
     run_command(argv)
   except (Exception, KeyboardInterrupt) as error:
-    sys.exit(distributed.leave_job(errors.report_error(error, DEBUG.value)))
+    sys.exit(distributed.leave_job(errors.report_error(error, flag.DEBUG.value)))
 
 
 def main(argv: list[str]):

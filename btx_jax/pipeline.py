@@ -1,10 +1,11 @@
 """The runs of a config carried out: trained in their order, and measured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import os
 import time
+from typing import Any
 
 import jax
 
@@ -16,21 +17,25 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, regression, scores, selected
 from btx_jax.fitting import fit, samples, select
 from btx_jax.model.config import Config
-from btx_jax.run import Run
+from btx_jax.run import BEST, Run
 from btx_jax.selector import TFIDF, Merge
 from btx_jax.study import (
+  changes,
   compatibility,
   context,
   continued,
+  directories,
   manifest,
   params,
   plan,
+  recorded,
   sources,
   state,
 )
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
 from btx_jax.training import layout, loop, sinks
+from btx_jax.training.best import Best, held_out_loss
 
 
 class Pipeline(Study):
@@ -50,6 +55,7 @@ class Pipeline(Study):
       ensemble.tfidf_vectorizer()  # notices a missing package now, not after training
     self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
     self.config.evaluation.batch_size = layout.evaluation_rows(config, self.mesh)
+    self._follow_best()
 
   def train(self, only: str | None = None) -> bool:
     """Trains and measures every run that is not complete, or only the one named.
@@ -76,21 +82,25 @@ class Pipeline(Study):
     self._say_remarks(wanted)
     for run in wanted:
       samples.check(run, self.prepare_text())
-    orders = {run.name: self._order(run) for run in wanted if run.steps}
+      if run.steps:
+        self._order(run)  # refuses text that is too short
     branches = None
     with jax.set_mesh(self.mesh):
       for i, (group, left) in enumerate(zip(groups, to_train)):
+        self._follow_best()
+        group, left = ([self.runs[run.name] for run in runs] for runs in (group, left))
         with contextlib.ExitStack() as stack:
           for run in left:
             lock = files.lock_folder(self.folder(run.name))
             distributed.on_process_0(functools.partial(stack.enter_context, lock))
-          branches = self._train(left, orders, branches)
+          branches = self._train(left, branches)
         # They stay in memory for the run that mixes them, if it comes next, and for no other.
         follows = to_train[i + 1] if i + 1 < len(groups) else []
         if branches and not (len(follows) == 1 and params.mixes(follows[0], branches.runs)):
           branches = None
         for run in group:
           self._measure(run)
+          distributed.on_process_0(functools.partial(self._note_end, run, run in left))
     return bool(wanted)
 
   def prepare_text(self) -> Text:
@@ -106,7 +116,7 @@ class Pipeline(Study):
     return run.spec() | {
         'tokenizer': text.tokenizer.hash,
         'data': {domain: text.train[domain].hash for domain in run.domains},
-        'sources': [[source.plain_name, manifest.identity(self.spec(source))]
+        'sources': [[source.first_name, manifest.identity(self.spec(source))]
                     for source in run.sources],
     }
 
@@ -115,7 +125,7 @@ class Pipeline(Study):
     text = self.prepare_text()
     return bits.evaluate(
         model, parameters, text.held_out, self.mesh, self.config.data.seq_len,
-        self.config.evaluation.batch_size, text.tokenizer)
+        self.config.evaluation.batch_size, text.tokenizer, self.config.evaluation.stride)
 
   # Before the training
 
@@ -128,6 +138,11 @@ class Pipeline(Study):
 
   def _incomplete(self, asked: list[Run], only: str | None) -> list[str]:
     for source in asked[0].sources if only else ():
+      if source.until_best:
+        raise UsageError(f'--run={only} starts from the best step of {source.name!r}, which is '
+                         f'{self.state(source.name)}. That step is known once the run is complete, '
+                         'or has been stopped after an evaluation; run '
+                         f'--run={source.name} first.')
       if not source.of_steps and self.state(source.name) != manifest.COMPLETE:
         raise UsageError(f'--run={only} starts from {source.name!r}, which is '
                          f'{self.state(source.name)}; run --run={source.name} first.')
@@ -151,16 +166,11 @@ class Pipeline(Study):
     distributed.check_equal({
         'tokens': {name: tokens.hash for name, tokens in text.train.items()},
         'tokenizer': text.tokenizer.hash,
+        'seeds': {run.name: run.rng_seed for run in self.runs.values()},
         'pretrained': {run.folder: run.content for run in self.runs.values()}})
 
   def _check_manifests(self):
-    for run in self.runs.values():
-      folder, found = self.folder(run.name), manifest.read(self.folder(run.name))
-      if found:
-        manifest.check(folder, found, self.spec(run))
-      elif os.path.exists(os.path.join(folder, 'checkpoints')):
-        raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
-                         'are; use another --workdir, or delete that folder to train it again.')
+    directories.check(self, self.spec)
 
   def _say_remarks(self, wanted: Sequence[Run]):
     lines = [line for run in wanted for line in layout.uneven(run, self.mesh)]
@@ -172,13 +182,18 @@ class Pipeline(Study):
       for line in compatibility.remarks(run):
         say(line)
 
+  def _follow_best(self):
+    """Plans anew with the steps that are the best now, where a run starts from one of these."""
+    if any(entry.init.get('step') == BEST for entry in self.config.runs.values()):
+      self.runs = self.plan(distributed.broadcast(
+          lambda: recorded.best_steps(self.config, self.folder)))
+
   def _order(self, run: Run):
     return mixture.order_of(run, self.prepare_text().train)
 
   # Training
 
-  def _train(self, runs: list[Run], orders, branches: params.Branches | None
-             ) -> params.Branches | None:
+  def _train(self, runs: list[Run], branches: params.Branches | None) -> params.Branches | None:
     """Trains runs as one program; returns them where they are several that ended together."""
     began = time.monotonic()
     manifests, jobs = {}, []
@@ -188,8 +203,9 @@ class Pipeline(Study):
         manifests[run.name] = found
         if run.steps:
           make = functools.partial(state.initial, self, run, self.mesh, branches)
-          jobs.append(loop.Job(run, self.folder(run.name), make, orders[run.name],
-                               continued.steps_needed(run, self.runs.values())))
+          jobs.append(loop.Job(run, self.folder(run.name), make, self._order(run),
+                               continued.steps_needed(run, self.runs.values()),
+                               found.get('best')))
     if not manifests:
       return None
     before = {name: found['seconds'] for name, found in manifests.items()}
@@ -202,8 +218,10 @@ class Pipeline(Study):
         if distributed.is_process_0():
           manifest.write(self.folder(name), manifests[name])
 
-    def on_checkpoint(name: str, step: int, tokens_by_domain: dict[str, int]):
-      note([name], steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now())
+    def on_checkpoint(name: str, step: int, tokens_by_domain: dict[str, int],
+                      best: dict[str, Any] | None):
+      note([name], steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now(),
+           **({'best': best} if best else {}))
 
     settings = loop.Settings(
         log_every=self.config.log_every, evaluation_every=self.config.evaluation.every,
@@ -235,11 +253,31 @@ class Pipeline(Study):
     found = manifest.read(folder)
     if found and found['state'] == manifest.COMPLETE:
       return None
-    found = manifest.resume(found) if found else manifest.begin(run.name, self.spec(run))
+    found = manifest.resume(found) if found else self._first_manifest(run)
     found['devices'] = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     found['processes'] = jax.process_count()
     manifest.write(folder, found)
     return found
+
+  def _first_manifest(self, run: Run) -> dict:
+    """The manifest of a run that starts now."""
+    from_best = self.config.runs[run.plain_name].init.get('step') == BEST
+    if from_best:
+      source = run.sources[0]
+      say(f'{run.name} starts from step {source.steps:,} of {source.name}, its best')
+    return manifest.begin(run.name, self.spec(run)) | {
+        'rng_seed': run.rng_seed,
+        # So a later change of one of them can be described.
+        'ancestors': dict(self._ancestors(run)),
+        'text': changes.text_of(self, run.domains),
+        **({'from_best': True} if from_best else {})}
+
+  def _ancestors(self, run: Run) -> Iterator[tuple[str, dict]]:
+    """The spec of each run that a run descends from, by its identity."""
+    for source in run.sources:
+      spec = self.spec(source)
+      yield manifest.identity(spec), spec
+      yield from self._ancestors(source)
 
   # Measuring
 
@@ -272,7 +310,21 @@ class Pipeline(Study):
         found = self.evaluate(scores.sizes(run, stage), parameters)
       distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
 
+  def _note_end(self, run: Run, trained: bool):
+    """Notes the end of a run as its best step, if it is; else says so of one just trained."""
+    found, folder = scores.read(self, run, scores.FINAL), self.folder(run.name)
+    if not found or not run.steps or not self.config.evaluation.every:
+      return
+    before = manifest.read(folder) or {}
+    best = Best(before.get('best'))
+    if best.improves(run.steps, held_out_loss(run, found)):
+      manifest.write(folder, before | {'best': best.found})
+    elif trained and best.step < run.steps:
+      say(f'{run.name}: held-out loss was lowest at step {best.step:,}, not at its end; that '
+          'checkpoint is kept')
+
   def _without_each_expert(self, model: Config, parameters) -> dict[str, dict]:
     return bits.without_each_expert(
         model, parameters, self.prepare_text().held_out, self.mesh, self.config.data.seq_len,
-        self.config.evaluation.batch_size)
+        self.config.evaluation.batch_size, self.prepare_text().tokenizer,
+        self.config.evaluation.stride)

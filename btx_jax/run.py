@@ -4,7 +4,7 @@ A run = (initialiser, data mixture, model, optimizer), and nothing else: the see
 the finetune of a mixture are the same kind of thing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import re
@@ -20,7 +20,10 @@ from btx_jax.selector import Linear, Selector
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
 EDIT, ENSEMBLE = 'edit', 'ensemble'
 INITIALISERS = (RANDOM, CHECKPOINT, MIX, EDIT, HUGGING_FACE, ENSEMBLE)
+BEST = 'best'  # of the steps of a run, the one with the lowest held-out loss
 BALANCE_SCOPES = ('microbatch', 'batch')
+# Schedules of the learning rate.
+COSINE, CONSTANT, WSD = SCHEDULES = ('cosine', 'constant', 'wsd')
 # Fields of a model that change how it is computed, not what it computes.
 COMPUTE = ('remat', 'attention', 'dispatch', 'dispatch_factor')
 
@@ -31,8 +34,13 @@ class Optimizer:
 
   Attributes:
     peak_lr: learning rate after the warmup.
-    warmup: share of the steps during which the learning rate rises from 0.
-    final_lr: learning rate at the end of the cosine, as a share of the peak.
+    schedule: how the learning rate goes on after the warmup: 'cosine' falls until the last step;
+      'constant' stays at the peak; 'wsd' (warmup, stable, decay) stays there and falls linearly
+      over the last steps. So runs can start before the decay, and go on at the same rate.
+    warmup: during which the learning rate rises from 0: a share of the steps if below 1, otherwise
+      a number of steps. The last step is never part of it.
+    decay: share of the steps over which 'wsd' falls.
+    final_lr: learning rate at the end of the cosine or of the decay, as a share of the peak.
     b1: Adam's decay rate for the mean of the gradients.
     b2: Adam's decay rate for the mean of the squared gradients.
     eps: Adam's epsilon.
@@ -40,7 +48,9 @@ class Optimizer:
     clip_norm: largest norm of the whole gradient; a longer gradient is scaled down to it.
   """
   peak_lr: float = 1e-4
+  schedule: str = 'cosine'
   warmup: float = 0.05
+  decay: float = 0.2
   final_lr: float = 0.1
   b1: float = 0.9
   b2: float = 0.95
@@ -49,19 +59,42 @@ class Optimizer:
   clip_norm: float = 1.0
 
   def __post_init__(self):
+    object.__setattr__(self, 'warmup', float(self.warmup))  # of 100 and 100.0 one identity
     if self.peak_lr <= 0:
       raise UsageError(f'optimizer.peak_lr = {self.peak_lr} must be positive.')
-    if not 0 <= self.warmup < 1:
-      raise UsageError(f'optimizer.warmup = {self.warmup} must be a share, from 0 to below 1.')
-    if not 0 <= self.final_lr <= 1:
-      raise UsageError(f'optimizer.final_lr = {self.final_lr} must be a share, from 0 to 1.')
+    if self.schedule not in SCHEDULES:
+      raise UsageError(f'optimizer.schedule = {self.schedule!r}; '
+                       f'{nearest(self.schedule, SCHEDULES)}')
+    if self.warmup < 0 or (self.warmup >= 1 and self.warmup % 1):
+      raise UsageError(f'optimizer.warmup = {self.warmup:g} must be a share of the steps, from 0 '
+                       'to below 1, or a whole number of steps.')
+    if not 0 < self.decay <= 1:
+      raise UsageError(f'optimizer.decay = {self.decay} must be a share of the steps, above 0 and '
+                       'at most 1.')
+    if not 0 <= self.final_lr < 1:
+      raise UsageError(f'optimizer.final_lr = {self.final_lr} must be a share, from 0 to below 1. '
+                       "For a constant rate, set optimizer.schedule = 'constant'.")
     if self.clip_norm <= 0:
       raise UsageError(f'optimizer.clip_norm = {self.clip_norm} must be positive.')
 
-  @property
-  def constant(self) -> bool:
-    """Whether the learning rate stays as it is after the warmup."""
-    return self.final_lr == 1
+  def warmup_steps(self, steps: int) -> int:
+    """The steps of the warmup of a run."""
+    return min(round(self.warmup * steps if self.warmup < 1 else self.warmup), steps - 1)
+
+  def decay_steps(self, steps: int) -> int:
+    """The steps over which the rate of a run with the schedule 'wsd' falls."""
+    return max(round(self.decay * steps), 1)
+
+  def spec(self) -> dict:
+    """The settings that have an effect, as plain data.
+
+    Those of a cosine have no schedule, and a constant rate is one that ends at its peak, as before
+    there were schedules.
+    """
+    found = dataclasses.asdict(self)
+    if self.schedule != WSD:
+      del found['schedule'], found['decay']
+    return found | ({'final_lr': 1.0} if self.schedule == CONSTANT else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +197,10 @@ class Run:
       stopped.
     of_steps: of a run that stands for the first `steps` of a longer one, the steps of that one; 0
       of any other run. The source of a run that starts from one of its steps is such a run.
+    until_best: whether it stands for the steps of a longer run up to the best one, which is not
+      known yet. Until then its `steps` are all of them.
+    renamed_from: the name that it was started under, if the command `rename` gave it another one;
+      else ''.
   """
   name: str
   init: str
@@ -188,6 +225,8 @@ class Run:
   edit: Edit | None = None
   state: bool = False
   of_steps: int = 0
+  until_best: bool = False
+  renamed_from: str = ''
 
   def first(self, steps: int) -> 'Run':
     """The first steps of this run, as a run; itself if these are all."""
@@ -195,15 +234,23 @@ class Run:
       return self
     return dataclasses.replace(self, steps=steps, of_steps=self.of_steps or self.steps)
 
+  def on(self, made: Mapping[str, 'Run']) -> 'Run':
+    """This run, starting from other forms of the runs that it starts from, by their names."""
+    return dataclasses.replace(self, sources=tuple(
+        dataclasses.replace(made[source.name].first(source.steps), until_best=source.until_best)
+        for source in self.sources))
+
   def spec(self) -> dict:
     """Everything in the run itself that decides its result, as plain data.
 
     The series does not: a run has the same spec whether its seed is the only one or one of several.
+    Neither does a name that it was given later.
     """
     spec = dataclasses.asdict(dataclasses.replace(self, sources=()))
-    spec['name'] = self.plain_name
-    spec['sources'] = [source.plain_name for source in self.sources]
-    del spec['expert_names'], spec['series']
+    spec['name'] = self.first_name
+    spec['sources'] = [source.first_name for source in self.sources]
+    spec['optimizer'] = self.optimizer.spec()
+    del spec['expert_names'], spec['series'], spec['until_best'], spec['renamed_from']
     for key in COMPUTE:
       del spec['model'][key]
     del spec['folder']
@@ -221,7 +268,7 @@ class Run:
 
   @property
   def fitted(self) -> RoutersFromText | Linear | None:
-    """What is set from text before any training: a mixture's routers, or a linear selector."""
+    """How routers or a linear selector are set from text before training; None if neither is."""
     return self.selector if isinstance(self.selector, Linear) else self.routers
 
   @property
@@ -242,8 +289,15 @@ class Run:
     return self.name.removeprefix(f'{self.series}/') if self.series else self.name
 
   @property
+  def first_name(self) -> str:
+    """The config's name for the run when it was started."""
+    return self.renamed_from or self.plain_name
+
+  @property
   def label(self) -> str:
     """The name, and the step if only the first steps are meant: different for other parameters."""
+    if self.until_best:
+      return f'{self.name}, its best step'
     return f'{self.name}, step {self.steps:,}' if self.of_steps else self.name
 
   @property
@@ -254,7 +308,7 @@ class Run:
   @property
   def rng_seed(self) -> int:
     """The seed of everything random at its start: different for each run and each seed."""
-    return seed_of(self.plain_name, self.seed)
+    return seed_of(self.first_name, self.seed)
 
   @property
   def training_seed(self) -> int:
@@ -263,11 +317,30 @@ class Run:
 
   @property
   def schedule_start(self) -> int:
-    """The steps of the schedule that lie behind it at its start: it begins anew unless the rate is
-    constant."""
-    if not (self.state and self.optimizer.constant and self.sources[0].optimizer.constant):
+    """The steps of the schedule before its first one: those of a source whose state it takes, if
+    the rate was constant until then and stays so; else 0, a schedule of its own."""
+    if not self.state or self.optimizer.schedule == COSINE or not self.sources[0].is_stable:
       return 0
     return self.sources[0].schedule_start + self.sources[0].steps
+
+  @property
+  def warmup_steps(self) -> int:
+    """The steps of its schedule's warmup, which may lie in the run that it goes on from."""
+    if self.schedule_start:
+      return self.sources[0].warmup_steps
+    return self.optimizer.warmup_steps(self.of_steps or self.steps)
+
+  @property
+  def is_stable(self) -> bool:
+    """Whether its learning rate has not begun to fall at its end."""
+    whole = self.of_steps or self.steps
+    match self.optimizer.schedule:
+      case 'constant':
+        return True
+      case 'wsd':
+        return self.steps <= max(whole - self.optimizer.decay_steps(whole),
+                                 self.warmup_steps - self.schedule_start)
+    return False
 
   @property
   def tokens(self) -> int:

@@ -1,16 +1,23 @@
 """Output on the terminal: lines, tables, and a progress bar for each run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import functools
+import re
 import sys
 import time
 
-from rich import box, progress
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich import box, cells, progress
+from rich import table as rich_table
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
-_LEAST_WIDTH = 160  # columns; wide enough for every table of the demo
+# Columns of a progress bar, and of 'loss 3.123  12,345 tokens/s  45 min left' with gaps.
+_BAR, _LEAST_BAR, _TEXT, _SPEED = 40, 8, 46, 18
+_GAP = 2  # columns between two columns of a table
+_LEAST_NAME = 14  # columns that a folded name has at least
+_LEAST_HEAD = 6  # columns of a broken head, if a word of it is not longer
 # Prints text verbatim: names of runs and domains may look like rich's markup or emoji codes.
 _VerbatimConsole = functools.partial(Console, highlight=False, markup=False, emoji=False)
 
@@ -25,11 +32,16 @@ class Progress:
     self._runs = runs
     self._printed = dict.fromkeys(runs, time.monotonic())  # when each run's last line was printed
     self._bars = None
+    longest = max(map(cells.cell_len, runs), default=0)
+    digits = max((len(str(steps)) for _, steps in runs.values()), default=0)
+    room = console.width - longest - 2 * digits - _TEXT  # what a bar can have
+    self._has_speed = room >= _LEAST_BAR
     if console.is_terminal:
+      bar = min(max(room + (0 if self._has_speed else _SPEED), _LEAST_BAR), _BAR)
       self._bars = progress.Progress(
-          progress.TextColumn('{task.description}', markup=False), progress.BarColumn(),
-          progress.MofNCompleteColumn(), progress.TextColumn('{task.fields[text]}'),
-          console=console)
+          progress.TextColumn('{task.description}', markup=False, table_column=_folded()),
+          progress.BarColumn(bar), progress.MofNCompleteColumn(),
+          progress.TextColumn('{task.fields[text]}', table_column=_folded()), console=console)
 
   def __enter__(self):
     self._tasks = {}
@@ -51,7 +63,7 @@ class Progress:
              seconds_left: float | None):
     """Shows that the run `name` has finished `step`."""
     text = f'loss {loss:.3f}'
-    if tokens_per_second:
+    if tokens_per_second and (self._has_speed or not self._bars):
       text += f'  {tokens_per_second:,.0f} tokens/s'
     if seconds_left is not None:
       text += f'  {duration(seconds_left)} left'
@@ -62,6 +74,11 @@ class Progress:
     if now - self._printed[name] >= _PLAIN_EVERY or step == steps:
       self._printed[name] = now
       console.print(f'{name}: {step} of {steps}  {text}')
+
+
+def _folded() -> rich_table.Column:
+  """A column whose text is folded where it is too narrow, not cut."""
+  return rich_table.Column(overflow='fold')
 
 
 def duration(seconds: float | None) -> str:
@@ -83,31 +100,149 @@ def say(text: str):
   sys.stdout.flush()
 
 
-def show(renderable: RenderableType, width: int | None = None):
-  """Prints a table in `width` columns; if None, in as many as the terminal has, at least 160 (on a
-  narrower terminal its lines wrap)."""
-  wide = _VerbatimConsole(width=width or max(console.width, _LEAST_WIDTH), quiet=console.quiet)
-  wide.print(renderable)
+def show(renderable: RenderableType):
+  """Prints a table in the columns of the terminal, or in those of COLUMNS if that is set; in 80 if
+  the output is piped."""
+  _VerbatimConsole(quiet=console.quiet).print(renderable)
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[RenderableType]], names: int = 1,
-          title: str | None = None, caption: str | None = None) -> Table:
-  """A table in the style that all commands share; where it is too wide, its cells wrap.
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table that fits the terminal, in the style that all commands share.
 
-  Args:
+  Where it is too wide, heads are broken at their spaces, hyphens and slashes, names are folded, and
+  columns of `drop` are left out. If that is not enough, it becomes several tables, each with the
+  names and some of the figures. Nothing is cut.
+
+  Attributes:
     headings: one for each column.
     rows: cells, as many as there are headings.
     names: number of leading columns with names, aligned left; the others hold figures.
     title: above the table.
     caption: below it.
+    groups: (title, number of columns) of columns that belong together, in their order; together
+      they are all figures. A table that is split begins a new one with each of them.
+    first: headings of the figures that come first in a group that is split.
+    drop: headings of figures that may be left out, the least important first.
   """
-  result = Table(title=title, title_justify='left', caption=caption, caption_justify='left',
-                 box=box.SIMPLE_HEAD)
-  for i, heading in enumerate(headings):
-    result.add_column(heading, justify='left' if i < names else 'right', overflow='fold')
-  for row in rows:
-    result.add_row(*row)
-  return result
+  headings: Sequence[str]
+  rows: Sequence[Sequence[str | Text]]
+  names: int = 1
+  title: str = ''
+  caption: str = ''
+  groups: Sequence[tuple[str, int]] = ()
+  first: Sequence[str] = ()
+  drop: Sequence[str] = ()
+
+  def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+    width, caption = options.max_width, self.caption
+    figures = list(range(self.names, len(self.headings)))
+    dropped = self._dropped(width)
+    figures = [at for at in figures if self.headings[at] not in dropped]
+    if dropped:
+      caption = f'{caption} More columns on a wider terminal: {", ".join(dropped)}.'.lstrip()
+    tables = [(self.title, figures)]
+    if not self._fits(figures, width):
+      tables = list(self._split(figures, width))
+    for title, columns in tables:
+      if title:
+        yield Text(title, style='italic')
+      yield self._rendered(columns, width)
+      yield ''
+    if caption:
+      yield Text(caption, style='dim')
+      yield ''
+
+  def _dropped(self, width: int) -> list[str]:
+    """Headings of figures that have no place."""
+    figures, dropped = list(range(self.names, len(self.headings))), []
+    for heading in self.drop:
+      if self._fits(figures, width):
+        break
+      dropped.append(heading)
+      figures.remove(self.headings.index(heading))
+    for heading in reversed(dropped[:-1]):  # a narrow one may fit where a wide one did not
+      if self._fits([*figures, self.headings.index(heading)], width):
+        dropped.remove(heading)
+        figures.append(self.headings.index(heading))
+    return dropped
+
+  def _split(self, figures: list[int], width: int) -> Iterator[tuple[str, list[int]]]:
+    """The title and the figures of each table that the whole is split into."""
+    end = self.names
+    for i, (title, count) in enumerate(self.groups or [('', len(figures))]):
+      left = [at for at in figures if end <= at < end + count]
+      if not self._fits(left, width):
+        left.sort(key=lambda at: self.headings[at] not in self.first)
+      end += count
+      title = title or ('' if i else self.title)
+      while left:
+        fitting = max((n for n in range(1, len(left) + 1) if self._fits(left[:n], width)),
+                      default=1)
+        yield title, left[:fitting]
+        left, title = left[fitting:], ''
+
+  def _fits(self, figures: Sequence[int], width: int) -> bool:
+    """Whether these figures fit beside the names, of which long ones are folded."""
+    share = 0.35 if self.drop else 0.4 if self.names == 1 else 0.54 / self.names
+    least = max(_LEAST_NAME, int(share * width))
+    widths = [min(self._width(at, self.headings[at]), least) for at in range(self.names)]
+    widths += [self._width(at, self._broken(at)) for at in figures]
+    return sum(widths) + _GAP * (len(widths) - 1) <= width
+
+  def _rendered(self, figures: Sequence[int], width: int) -> rich_table.Table:
+    columns = [*range(self.names), *figures]
+    whole = sum(self._width(at, self.headings[at]) for at in columns) + _GAP * (len(columns) - 1)
+    heads = {at: self.headings[at] if whole <= width else self._broken(at) for at in figures}
+    taken = sum(self._width(at, head) + _GAP for at, head in heads.items())
+    widths = _shared([self._width(at, self.headings[at]) for at in range(self.names)],
+                     width - taken - _GAP * (self.names - 1))
+    result = rich_table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+                              collapse_padding=True)
+    for at in range(self.names):
+      result.add_column(self.headings[at], overflow='fold', vertical='bottom')
+    for head in heads.values():
+      result.add_column(head, justify='right', overflow='fold', vertical='bottom',
+                        no_wrap=taken <= width)
+    for row in self.rows:
+      names = [_wrapped(cell, widest) for cell, widest in zip(row, widths)]
+      result.add_row(*names, *(row[at] for at in figures))
+    return result
+
+  def _width(self, at: int, heading: str) -> int:
+    """The width of a column under a heading."""
+    return max(cells.cell_len(line) for text in (heading, *(str(row[at]) for row in self.rows))
+               for line in text.split('\n'))
+
+  def _broken(self, at: int) -> str:
+    """The heading of a column in lines about as wide as its cells; no word is broken."""
+    return broken(self.headings[at], max(_LEAST_HEAD, self._width(at, '')))
+
+
+def broken(text: str, width: int) -> str:
+  """A text in lines of a width, broken after spaces, hyphens, underscores and slashes; a longer
+  word remains in one piece."""
+  lines = ['']
+  for word in re.findall(r'[^-_/ \n]*[-_/ \n]|[^-_/ \n]+', text):
+    if lines[-1] and (lines[-1].endswith('\n')
+                      or cells.cell_len(lines[-1] + word.rstrip()) > width):
+      lines.append('')
+    lines[-1] += word
+  return '\n'.join(line.strip() for line in lines)
+
+
+def _wrapped(cell: str | Text, width: int) -> Text:
+  """A name in lines of a width, in its style."""
+  style = '' if isinstance(cell, str) else cell.style
+  return Text(broken(str(cell), width), style=style)
+
+
+def _shared(widths: Sequence[int], total: int) -> list[int]:
+  """The widths of columns that share a total: the widest are made narrower, down to a limit."""
+  least = max(widths, default=0)
+  while least > 1 and sum(min(width, least) for width in widths) > total:
+    least -= 1
+  return [min(width, least) for width in widths]
 
 
 def format_number(value: float | None, form: str = '.2f') -> str:

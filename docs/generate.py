@@ -1,4 +1,4 @@
-"""Makes docs/config.md and docs/errors.md from the source: python docs/generate.py
+"""Makes docs/config.md, errors.md and terminal.md: python docs/generate.py
 
 So no field is missing there, and no text stands twice; tests/docs_test.py fails if a page differs
 from what this makes.
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import glob
 import os
 import re
+import sys
 from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -65,10 +66,11 @@ NOTES = {
         'training tokens, fewer than': 'Add text, or lower `data.seq_len`.',
     },
     'The working directory': {
-        'belongs to another config': 'A run is never continued with other settings than it was '
+        'belong to another config': 'A run is never continued with other settings than it was '
                                      'started with: the table would not say what it compares.',
         'was made from another config': 'The tokens there were made from other text, or with other '
-                                        'settings.',
+                                       'settings. Files are compared by their size, and by 1 MB at '
+                                       'either end if their time stamp is another.',
         'does not hold tokens written': 'Something else wrote this folder, or it is damaged. If it '
                                         'holds nothing else, delete it.',
         'is not a btx_jax manifest': 'Something else wrote this file, or it is damaged.',
@@ -320,9 +322,16 @@ def _read(path: str) -> str:
     return file.read()
 
 
-PAGES = {'config.md': config_page, 'errors.md': errors_page}
+def terminal_page() -> str:
+  """docs/terminal.md."""
+  from docs import terminal  # imports the commands, which the other pages do not need
+  return terminal.page()
+
+
+PAGES = {'config.md': config_page, 'errors.md': errors_page, 'terminal.md': terminal_page}
 
 if __name__ == '__main__':
+  sys.path.insert(0, ROOT)
   for name, page in {name: make() for name, make in PAGES.items()}.items():
     with open(os.path.join(ROOT, 'docs', name), 'w', encoding='utf-8') as file:
       file.write(page)

@@ -114,9 +114,9 @@ def test_the_table_shows_every_layer():
       {'component': 'feed-forward', 'layer': i, **compare.figures(compare.sums(values * scale))}
       for i, scale in ((0, 1), (1, 1e-9))]
   table = compare.layer_table({'experts': ['two', 'three'], 'components': components})
-  name, *moved, pair = (list(column.cells) for column in table.columns)
+  name, *moved, pair = zip(*table.rows)
   seed, *experts = values.astype(np.float64)
-  assert name == ['0 feed-forward', '1 feed-forward']
+  assert name == ('0 feed-forward', '1 feed-forward')
   assert [cells[0] for cells in moved] == [
       f'{np.linalg.norm(w - seed) / np.linalg.norm(seed):.1%}' for w in experts]
   cosine, ratio, conflicts = expected(seed, *experts)

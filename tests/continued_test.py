@@ -15,7 +15,7 @@ from btx_jax.errors import UsageError
 from btx_jax.run import Optimizer
 from btx_jax.study import compatibility, continued, manifest, plan, sources, state
 from btx_jax.study.study import Study
-from btx_jax.training import metrics
+from btx_jax.training import metrics, optim
 from btx_jax.training.checkpoint import Saved
 from btx_jax.training.program import SingleRun
 from tests import studies
@@ -45,7 +45,7 @@ def get_config(folder):
   config = studies.get_config(folder)
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.train.microbatches = 1
-  config.optimizer.update(warmup=0.0, final_lr=1.0)
+  config.optimizer.update(warmup=0.0, schedule='wsd', decay=0.4)
   config.evaluation.every = 0
   config.checkpoint_every = 100
   config.tokenizer.path = str(folder / 'seed')
@@ -53,8 +53,8 @@ def get_config(folder):
   config.runs = {
       'seed': pretrained, 'second': pretrained, 'third': pretrained,
       'btx': base.run(base.mix('seed', 'second'), ALL, 5, model={'router': 'sample_top_1'}),
-      # The rate stays constant, so it does not warm up again.
-      'again': going_on('btx', 3, step=2, optimizer={'warmup': 0.5}),
+      # The rate is constant until then, so it does not warm up again; it decays in the same steps.
+      'again': going_on('btx', 3, step=2, optimizer={'warmup': 0.5, 'decay': 0.6}),
   }
   return config
 
@@ -89,9 +89,9 @@ def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(study):
   for path, dims in (('opt_state/1/0/nu/layers/ffn/experts/up', 4), ('opt_state/1/2/count', 0),
                      ('step', 0)):
     np.testing.assert_array_equal(whole(pieces, path, dims), whole(one, path, dims))
-  rates = {line['lr'] for name in ('btx', 'again')
-           for line in metrics.read(study.folder(name)) if 'lr' in line}
-  assert len(rates) == 1
+  whole_run, again = ([line['lr'] for line in metrics.read(study.folder(name)) if 'lr' in line]
+                      for name in ('btx', 'again'))
+  assert whole_run == pytest.approx([0.01] * 4 + [0.0055]) and again == whole_run[2:]
   # The step is saved because another run starts there, and says so.
   assert sources.kept(study, study.runs['btx']) == [2, 5]
   spec = manifest.read(study.folder('again'))['spec']
@@ -101,8 +101,8 @@ def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(study):
 def test_another_step_is_another_run(study, folder):
   config = get_config(folder)
   config.runs.again.init.step = 5
-  with pytest.raises(UsageError, match=r'another config:\n  sources: (.|\n)*  step: 2 there, None '
-                     r'(.|\n)*leave .again. as it was, and add a run from '
+  with pytest.raises(UsageError, match=r'another config:\n  again started from step 2 of btx and '
+                     r'starts from its end now\n(.|\n)*leave .again. as it was, and add a run from '
                      r'base.checkpoint\(.again., step=3, state=True\)'):
     Unmeasured(config, study.workdir).train()
   del config.runs['again']
@@ -122,7 +122,7 @@ def test_another_step_is_another_run(study, folder):
 def test_an_edit_keeps_the_moments_of_what_it_keeps(study, folder, name, monkeypatch):
   config = get_config(folder)
   config.runs = {each: config.runs[each] for each in ('seed', 'second', 'third', 'btx')}
-  config.runs[name] = base.run(EDITS[name], ALL, 5, optimizer={'final_lr': 0.1})
+  config.runs[name] = base.run(EDITS[name], ALL, 5, optimizer={'schedule': 'cosine'})
   edited = Unmeasured(config, study.workdir)
   run, before = edited.runs[name], stored(study, 'btx', 5)
   monkeypatch.setattr(state.params, 'initial', lambda *_: {})  # parameters: edit_test.py
@@ -144,6 +144,28 @@ def test_an_edit_keeps_the_moments_of_what_it_keeps(study, folder, name, monkeyp
       anew = number is None or name == 'fitted'
       np.testing.assert_array_equal(
           ffn['router'][..., e], router[..., 0] * 0 if anew else router[..., number])
+
+
+@pytest.mark.parametrize('source, step, run, rates', [
+    # Before the decay of the source, the two are one schedule.
+    ({'schedule': 'constant', 'warmup': 2}, 0, {'schedule': 'constant'}, [1.0] * 4),
+    ({'schedule': 'constant', 'warmup': 8}, 5, {'schedule': 'constant'}, [0.625, 0.75, 0.875, 1.0]),
+    ({'schedule': 'constant'}, 0, {'schedule': 'wsd', 'decay': 0.5}, [1.0, 1.0, 1.0, 0.55]),
+    ({'schedule': 'wsd', 'decay': 0.5}, 5, {'schedule': 'constant'}, [1.0] * 4),
+    # In its decay, and from or to a cosine, the schedule is a new one.
+    ({'schedule': 'wsd', 'decay': 0.5}, 6, {'schedule': 'constant'}, [0.0, 0.5, 1.0, 1.0]),
+    ({'schedule': 'cosine'}, 0, {'schedule': 'constant'}, [0.0, 0.5, 1.0, 1.0]),
+    ({'schedule': 'constant'}, 0, {'schedule': 'cosine'}, [0.0, 0.5, 1.0, 0.55]),
+])
+def test_the_rates_of_a_run_that_goes_on(folder, source, step, run, rates):
+  config = studies.get_config(folder)
+  config.optimizer.peak_lr = 1.0
+  config.runs = {
+      'a': base.run(base.random(), ALL, 10, optimizer=source),
+      'b': going_on('a', 4, step=step, optimizer={'warmup': 2, **run})}
+  made = plan.make_plan(config, 300)['b']
+  found = optim.schedule_of(made)
+  assert [float(found(made.schedule_start + i)) for i in range(4)] == pytest.approx(rates)
 
 
 def tokens_of(order, count):
@@ -174,10 +196,10 @@ def test_what_starts_anew_is_said(folder):
   config = get_config(folder)
   config.runs.update({'a': base.run(base.checkpoint('btx', step=2), ALL, 1),
                       'b': base.run(base.checkpoint('btx', step=2), ALL, 1),
-                      'c': going_on('again', 1, optimizer={'final_lr': 0.5})})
+                      'c': going_on('again', 1, optimizer={'schedule': 'cosine'})})
   assert continued.remarks(list(plan.make_plan(config, 272).values())) == [
       "again goes on after step 2 of btx, with its moments, Adam's count and the place in the "
-      'data; the learning rate stays constant',
+      'data; the learning rate stays constant until it falls over the last 2 steps',
       "c goes on after step 3 of again, with its moments, Adam's count and the place in the data; "
       'warmup and schedule start anew',
       'a, b: from btx, step 2 the parameters alone; moments, order of data, warmup and schedule '

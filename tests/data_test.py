@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from btx_jax import run as run_lib
-from btx_jax.data import corpora, demo, mixture, tokenizer, tokens
+from btx_jax.data import corpora, demo, domains, mixture, tokenizer, tokens
 from btx_jax.errors import UsageError
 
 TRICKY = [
@@ -115,9 +115,10 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
 
 
 def test_a_source_nobody_knows_is_refused():
-  fields = {'source': 'wikipedia', 'paths': (), 'text_field': 'text', 'separator': ''}
+  fields = {'source': 'wikipedia', 'paths': (), 'text_field': 'text', 'separator': '',
+            'held_out': ()}
   with pytest.raises(UsageError, match="'wikipedia' is not a source; valid: 'arithmetic'"):
-    corpora.from_config({'some': fields})
+    domains.from_config({'some': fields})
 
 
 # Arithmetic
@@ -289,7 +290,7 @@ def test_too_few_documents_are_refused(tmp_path, model, texts, message):
 def test_tokens_of_another_config_are_refused_and_left_alone(tmp_path, model):
   texts = [f'sea {i}' for i in range(9)]
   _, before = prepared(tmp_path, model, texts)
-  with pytest.raises(UsageError, match=r'held_out was 0.2, now it is 0.3'):
+  with pytest.raises(UsageError, match=r'data.held_out was 0.2 and is 0.3 now'):
     prepared(tmp_path, model, texts, held_out=0.3)
   assert prepared(tmp_path, model, texts)[1] == before
 

@@ -23,6 +23,9 @@ class Letters:
   def decode(self, ids):
     return ''.join(chr(96 + i) if i else '' for i in ids)
 
+  def spell(self, ids):
+    return self.decode(ids).encode()
+
 
 def documents(*texts):
   ids = [[*(ord(c) - 96 for c in text), 0] for text in texts]
@@ -45,14 +48,15 @@ def similarity_of(cosines):
   return lambda texts: np.tile(np.float64(cosines), (len(texts), 1))
 
 
-@pytest.fixture(scope='module')
-def scored():
-  """A model's negative log likelihood of each of TOKENS, and its bits per byte."""
+@pytest.fixture(scope='module', params=[0, 4])
+def scored(request):
+  """A model's negative log likelihood of each of TOKENS, and its bits per byte, with a stride."""
   params = random_params(TINY)
   mesh = make_mesh(data=4, fsdp=2)
   with sharding.jax.set_mesh(mesh):
-    nll = ensemble.token_nll(TINY, params, TOKENS, mesh, 15, 8)
-    whole = bits.evaluate(TINY, params, {'x': TOKENS}, mesh, 15, 8, Letters())['x']
+    nll = ensemble.token_nll(TINY, params, TOKENS, mesh, 15, 8, request.param)
+    whole = bits.evaluate(
+        TINY, params, {'x': TOKENS}, mesh, 15, 8, Letters(), request.param)['x']
   return nll, whole
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import types
 
 import numpy as np
 import pytest
@@ -116,14 +117,15 @@ def test_units_add_up_to_the_score():
   part = Tokens(np.arange(92), starts, sizes, 'x', begins=0, ends=1)
   nll = np.random.default_rng(0).gamma(9, size=92)
   nll[starts[:-1]] = nll[starts[1:] - 1] = 0
-  found = json.loads(json.dumps(units.score(nll, part, tokenizer=None)))
+  spells = types.SimpleNamespace(spell=lambda ids: b'four ' * len(ids))
+  found = json.loads(json.dumps(units.score(nll, part, spells)))
   assert found['bits_per_byte'] == pytest.approx(nll.sum() / math.log(2) / 200, rel=1e-12)
   of_units = error_bars.bits_per_byte(sum(found['units']['nll']), sum(found['units']['bytes']))
   assert of_units == pytest.approx(found['bits_per_byte'], abs=1e-9)
   assert found['units']['bytes'] == [9, 131, 60]
   assert (found['documents'], found['tokens'], found['bytes']) == (6, 3 + 51 + 26, 200)
   nothing = Tokens(np.arange(2), np.array([0, 2]), np.array([0, 0]), 'x', begins=0)
-  assert units.score(np.zeros(2), nothing, tokenizer=None)['units'] == {'nll': [], 'bytes': []}
+  assert units.score(np.zeros(2), nothing, spells)['units'] == {'nll': [], 'bytes': []}
 
 
 # Tables and claims

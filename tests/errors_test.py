@@ -14,8 +14,9 @@ MESSAGES = generate.messages()
 MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
-# Modules whose messages are met in distributed_test.py and library_test.py.
-_MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library')
+# Modules whose messages are met in distributed_test.py, library_test.py and generation_test.py.
+_MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
+                  'generation/settings')
 
 CONFIG = '''
 import pathlib, sys
@@ -110,7 +111,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--profile=-1'], 'flag --profile=-1: -1 is not a non-negative integer'),
     ([DEMO, '--watch=5'], 'flag --watch=5'),
     ([DEMO, '--confg.seed=1'], "There is no flag --confg.seed; did you mean 'config'?"),
-    ([DEMO, '--steps=1'], "There is no flag --steps; valid: 'confi"),
+    ([DEMO, '--steps=1'], "There is no flag --steps; did you mean 'step'?"),
     ([DEMO, '--config.train.accumulation=4'], '--config.train.accumulation=4: train.accumulation '
      'is now train.microbatches.'),
     ([DEMO, '--config.runs.seed.train.balance=0'], 'train.balance is now train.balance_loss.'),
@@ -121,9 +122,12 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'statsu'], "Unknown command 'statsu'; did you mean 'status'?"),
     ([DEMO, 'reprot'], "did you mean 'report'?"),
     ([DEMO, 'date'], "did you mean 'data'?"),
+    ([DEMO, 'rename', 'seed'], 'rename needs two names, as in rename OLD NEW.'),
+    ([DEMO, 'rename', 'seed', 'basis'], 'work/seed holds no run; valid: (none).'),
     ([DEMO, 'status', 'report'], "One command at a time, not 'status report'."),
     ([DEMO, 'status', '--distributed'], 'status runs in a single process: omit --distributed,'),
     ([DEMO, 'report'], 'There is nothing to report'),
+    ([DEMO, 'report', '--latex'], 'There is no table: no run in'),
     ([DEMO, '--run=experts/code'], "--run=experts/code is not a run of this config; did you mean "
      "'expert/code'?"),
     (['--config=configs/demo.py:full', '--run=dens'], "did you mean 'dense'?"),
@@ -136,6 +140,14 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'compare'], 'compare needs --run=NAME, the mixture whose experts are compared.'),
     ([DEMO, 'compare', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
     ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
+    ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES, and what scores them'),
+    ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
+    ([DEMO, 'generate', '--prompt=a'], 'generate needs what writes: --config=CONFIG with --'),
+    ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),
+    ([DEMO, 'generate', '--run=routed', '--prompt=a'], "'routed' is an ensemble, whose"),
+    ([DEMO, 'generate', '--run=seed', '--experts'], "'seed' is a dense model; --experts colours"),
+    ([DEMO, 'generate', '--run=seed', '--step=3', '--prompt=a'], 'is not kept. Kept steps: none.'),
+    (['evaluate', '--model=docs', '--on=docs'], '--model=docs is not the folder of a pretrained'),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
     ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; run --ru"),
@@ -289,7 +301,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ("config.train.batch_size = None", 'train.batch_size = None is of type NoneType'),
     ("config.train = {'batch_size': 8}", 'train.balance_bias is missing. Start from'),
     ("config.domains = {'code': '/x/*.txt'}", "domains.code = '/x/*.txt' is of type str"),
-    ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.id_field is missing'),
+    ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.held_out is missing'),
     ("config.domains.code.paths = 5", 'paths = 5 is of type int, and must be of type tuple'),
     ("config.domains.code = base.domain([5])", 'paths = (5,) is of type tuple, and must be a'),
     ("config.domains.code = base.domain(here)", 'mine.py, line 17: TypeError: '),
@@ -332,6 +344,11 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     (new(init='base.checkpoint("seed", step=2)'), "runs.new.init: step = 2 is not a step of 'seed',"
      ' which is trained for 1; 0 is its end.'),
     (new(init='base.checkpoint("seed", step="last")'), "init.step = 'last' is of type str, a"),
+    (new(init='base.checkpoint("seed", step="best")'), "runs.new.init: step = 'best' is the step "
+     "of 'seed' with the lowest held-out loss, and no step is evaluated; set evaluation.every."),
+    ('config.runs.two = base.run(base.mix("seed"))\n' + new(
+        init='base.checkpoint("two", step="best")'),
+     "runs.new.init: step = 'best': 'two' is not trained here, so it has no steps; omit step."),
     (new(init='base.checkpoint("seed", state=True)', domains='{}', steps=0),
      'runs.new.init: state=True has no effect on a run that is not trained; give it domains'),
     ('config.runs.two = base.run(base.mix("seed"))\n' + new(
@@ -451,8 +468,11 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.model.dispatch_factor = 0.0', 'model.dispatch_factor = 0.0 must be positive.'),
     # Optimizer and training
     ('config.optimizer.peak_lr = 0.0', 'runs.seed: optimizer.peak_lr = 0.0 must be positive.'),
-    ('config.optimizer.warmup = 1.0', 'optimizer.warmup = 1.0 must be a share'),
-    ('config.optimizer.final_lr = 2.0', 'optimizer.final_lr = 2.0 must be a share'),
+    ('config.optimizer.warmup = 1.5', 'optimizer.warmup = 1.5 must be a share of the steps, from'),
+    ('config.optimizer.final_lr = 1.0', 'optimizer.final_lr = 1.0 must be a share, from 0 to below '
+     "1. For a constant rate, set optimizer.schedule = 'constant'."),
+    ('config.optimizer.schedule = "wds"', "optimizer.schedule = 'wds'; did you mean 'wsd'?"),
+    ('config.optimizer.decay = 0.0', 'optimizer.decay = 0.0 must be a share of the steps, above 0'),
     ('config.optimizer.clip_norm = 0.0', 'optimizer.clip_norm = 0.0 must be positive.'),
     ('config.train.balance_loss = -1.0', 'train.balance_loss = -1.0 cannot be negative.'),
     ('config.model.router = "soft"\nconfig.train.balance_bias = 0.1', "runs.btx: "
@@ -472,6 +492,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.train.balance_scope = "bach"', "'bach'; did you mean 'batch'?"),
     ('config.log_every = 0', 'log_every = 0 must be at least 1.'),
     ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
+    ('config.evaluation.stride = 16', 'evaluation.stride = 16 is more than the 15 tokens of a'),
     ('config.mix.ram_gb = 0.0', 'mix.ram_gb = 0.0 must be positive.'),
     ('config.evaluation.merge = ("all",)', 'line 17: evaluation.merge is now a run of its own, '
      'base.run(base.ensemble(EXPERTS, selector=base.posterior())) or base.tfidf().'),
@@ -502,6 +523,14 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     # Text
     ('config.domains.code.paths = ("/none/*.txt",)', "'/none/*.txt' matches no file (looked from"),
     ('config.domains.code = base.domain()', 'domains.code.paths is empty'),
+    ('config.domains.wiki = base.domain(held_out="/none/*.txt")',
+     "domains.wiki.held_out: '/none/*.txt' matches no file (looked from"),
+    ('config.domains.code = base.domain("x", held_out=1.5)',
+     'domains.code.held_out = 1.5 must be a share between 0 and 1, or name the files'),
+    ('config.domains["code/x"] = config.domains.code',
+     "'code/x' cannot be the name of a domain beside 'code', because its tokens"),
+    ('config.domains.wiki = base.domain(held_out="x")\n' + new(domains='{"wiki": 1}'),
+     "runs.new.domains names 'wiki', which is only measured, as domains.wiki.paths is empty."),
     ('(here / "x.txt").write_text("")\nconfig.domains.code.paths = (str(here / "x.txt"),)',
      'domains.code is empty: there is no text in'),
     ('config.domains.code.text_field = "body"', "set domains.code.text_field to the field"),
@@ -607,6 +636,11 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
     (NORMALISING.format('NFC') + '\n(here / "x.txt").write_text("e\\u0301 1\\ne\\u0301 2")\n'
      'config.domains.code = base.domain(str(here / "x.txt"), separator="\\n")',
      'The tokenizer changes every document of domains.code'),
+    ('(here / "x.txt").write_text("few words")\n'
+     'config.domains.wiki = base.domain(held_out=str(here / "x.txt"))',
+     'domains.wiki.held_out has 10 tokens, fewer than one window of data.seq_len = 15. Name'),
+    ('config.domains.code = base.domain(config.domains.code.paths, '
+     'held_out=config.domains.code.paths)', 'domains.code has nothing to train on: 60 document(s)'),
 ])
 def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
@@ -619,6 +653,9 @@ def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
 def test_a_run_before_what_it_starts_from(run, config, tmp_path):
   check(run(config(), f'--workdir={tmp_path / "work"}', '--run=new'),
         "--run=new starts from 'seed', which is missing; run --run=seed first.")
+  lines = 'config.evaluation.every = 1\n' + new(init='base.checkpoint("seed", step="best")')
+  check(run(config(lines), f'--workdir={tmp_path / "work"}', '--run=new'), "--run=new starts from "
+        "the best step of 'seed', which is missing. That step is known once the run is complete")
   lines = 'config.runs.seed.steps = 3\n' + new(init='base.checkpoint("seed", step=2)')
   check(run(config(lines), f'--workdir={tmp_path / "work"}', '--run=new'), "runs.new starts from "
         "step 2 of 'seed', which has done 0 steps and keeps none. Run --run=seed first.")
@@ -626,12 +663,34 @@ def test_a_run_before_what_it_starts_from(run, config, tmp_path):
 
 
 @pytest.mark.parametrize('argument, message', [
-    ('--config.runs.seed.steps=2', 'seed belongs to another config:\n  steps: 1 there, 2 now'),
-    ('--config.data.held_out=0.3', 'was made from another config: held_out was 0.1, now it is 0.3'),
+    ('--config.runs.seed.steps=2', 'config:\n  seed was trained with steps 1 and has 2 now'),
+    ('--config.data.held_out=0.3', 'was made from another config:\n  code, math, prose: '
+     'data.held_out was 0.1 and is 0.3 now\nTo train on other text, give it a domain of another'),
     ('--config.tokenizer.vocab_size=340', 'has 330 pieces, but tokenizer.vocab_size = 340.'),
 ])
 def test_the_directory_of_another_config(run, config, seed, argument, message):
   check(run(config(), f'--workdir={seed}', argument), message)
+
+
+def test_text_that_is_held_out_after_it_was_tokenized_or_not_any_more(run, config, work, tmp_path):
+  lines = '''(here / "x.jsonl").write_text("".join(
+    open(config.domains.code.paths[0]).readlines()[:{}]))
+config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
+  check(run(config(lines.format(60)), f'--workdir={work}', 'data'), 'domains.code: documents that '
+        'are held out are in its training text, which was tokenized before: 56 of 60 of wiki.')
+  new = f'--workdir={tmp_path / "new"}', 'data'
+  done = run(config(lines.format(9)), *new)
+  assert done.code == 0, done.stderr
+  check(run(config(lines.format(8)), *new), 'x.jsonl had ')
+  check(run(config(), *new), 'document(s) that were held out when it was tokenized, and are not')
+
+
+def test_names_that_a_run_cannot_get(run, config, work):
+  arguments = config(), f'--workdir={work}', 'rename', 'seed'
+  check(run(*arguments, 'data'), "'data' cannot be the name of a run: it is a directory in the")
+  (work / 'new').mkdir()
+  check(run(*arguments, 'new'), 'new exists already; choose another name, or rename what is there')
+  check(run(*arguments, 'seed/old'), 'choose a name that does not lie in it, and rename what lies')
 
 
 def test_directories_that_something_happened_to(run, config, work):
@@ -649,6 +708,11 @@ def test_directories_that_something_happened_to(run, config, work):
   (work / 'seed' / 'manifest.json').write_text(kept)
   (work / 'data' / 'code' / 'meta.json').unlink()
   check(run(*arguments), 'data/code does not hold tokens written by btx_jax')
+
+
+def test_a_baseline_that_is_not_in_the_table(run, config, seed):
+  check(run(config(), f'--workdir={seed}', 'report', '--baseline=sed'),
+        "--baseline=sed is not a model of the table; did you mean 'seed'?")
 
 
 def test_a_working_directory_that_is_a_file(run, config, tmp_path):
@@ -755,6 +819,20 @@ def test_routers_from_text_that_are_gone_or_damaged(run, config, work):
   check(run(*export), 'fit.json is damaged (Expecting property name')
   (folder / 'fit.json').unlink()
   check(run(*export), 'routers has no fit.json: what belongs there has not been set from text.')
+
+
+def test_text_that_cannot_be_evaluated(run, config, work, tmp_path):
+  on = f'--workdir={work}', 'evaluate', '--on=README.md'
+  check(run('evaluate', f'--model={work / "seed"}', '--on=README.md'), 'is the directory of a run.')
+  check(run(config(ensemble(EXPERTS)), *on, '--run=new', '--length=5'), "--length=5: 'new' is an "
+        'ensemble, which is measured in windows of data.seq_len = 15; omit --length.')
+  check(run(config(), *on, '--run=seed', '--stride=16'), 'evaluation.stride = 16 is more than the')
+  check(run(config(), *on, '--run=seed', '--on=none'), '--on=none matches no file (looked from')
+  (tmp_path / 'x.jsonl').write_text('{"body": "x"}\n')
+  done = run(config(), *on[:2], '--run=seed', f'--on={tmp_path / "x.jsonl"}')
+  assert 'To use them, set --text_field to the field that holds the text; repair' in done.stderr
+  check(run(config(pretrained(OTHER_TOKENIZER, **UNTRAINED)), *on, '--run=new'), '--run=new has a '
+        'different vocabulary than the tokenizer of this config; evaluate by --model=')
 
 
 def test_an_ensemble_whose_selector_cannot_be_exported(run, config, work):

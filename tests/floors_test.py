@@ -17,11 +17,11 @@ FLOORS = (
     ('convert', 'run', 'btx'),
     ('base',),
     ('data', 'configs'),
-    ('training',),
+    ('training', 'generation'),
     ('study',),
     ('fitting',),
     ('evaluate', 'library', 'preflight'),
-    ('pipeline', 'commands'),
+    ('pipeline', 'commands', 'arguments'),
     ('main',),
     ('__init__', '__main__'),
 )

@@ -71,7 +71,7 @@ def test_a_study_from_the_command_line_and_the_same_command_again(config, tmp_pa
 
   other = command(*arguments, '--config.optimizer.peak_lr=0.5')
   assert other.returncode == 2
-  assert 'belongs to another config' in other.stderr
+  assert 'belong to another config:\n  seed' in other.stderr
 
 
 @pytest.mark.parametrize('module', ['btx_jax', 'btx_jax.main'])

@@ -201,7 +201,7 @@ def test_the_table_has_every_model_and_its_figures_are_right(study, copy):
   assert effect['experts'] == ['seed', 'expert/code', 'expert/math', 'expert/code']
   assert {name: len(change) for name, change in effect['change'].items()} == dict.fromkeys(
       studies.WORDS, 4)
-  with open(os.path.join(copy, 'report', 'bits_per_byte.png'), 'rb') as file:
+  with open(os.path.join(copy, 'report', 'differences.png'), 'rb') as file:
     assert file.read(4) == b'\x89PNG'
 
 
@@ -279,7 +279,7 @@ def test_the_report_of_a_finished_study(study, copy):
     assert row['name'] in page
   assert page.count('<b class="') == len(claims.checks(study, table.rows(study)))
   assert page.count('data:image/png') == 6
-  assert '<td class="name">btx unfinetuned</td><td class="name">' in page  # before and after
+  assert '>since btx unfinetuned</span>' in page  # before and after
   assert '<td class="name">2 expert/math</td>' in page  # the mixture without it
   sample = scores.read(study, study.runs['btx'], scores.FINAL)['code']['sample']
   text = study.prepare_text()
@@ -302,15 +302,17 @@ def change(path, value):
 
 
 @pytest.mark.parametrize('apply, message', [
-    (change(('runs', 'seed', 'steps'), 8), r'seed belongs to another config:\n  steps: 6 there, 8'),
-    (change(('model', 'dim'), 32), r'model.dim: 16 there, 32 now'),
-    (change(('optimizer', 'peak_lr'), 1.0), r'optimizer.peak_lr: 0.01 there'),
-    (change(('runs', 'btx', 'domains'), {'code': 1.0}), r'btx belongs to another config'),
-    (change(('data', 'held_out'), 0.2), r'held_out was 0.1, now it is 0.2'),
+    (change(('runs', 'seed', 'steps'), 8), r'another config:\n  seed was trained with steps 6 and '
+     r'has 8 now\n  expert/code, expert/math and btx start from seed, which was trained with'),
+    (change(('model', 'dim'), 32), r'btx were trained with model.dim 16 and have 32 now\nNothing'),
+    (change(('optimizer', 'peak_lr'), 1.0), r'optimizer.peak_lr 0.01 and have 1 now\nNothing'),
+    (change(('runs', 'btx', 'domains'), {'code': 1.0}), r'btx was trained with domains 0.25 code '
+     r'\+ 0.25 math \+ 0.5 prose and has 1 code now\nNothing'),
+    (change(('data', 'held_out'), 0.2), r'code, math, prose: data.held_out was 0.1 and is 0.2 now'),
     (change(('tokenizer', 'vocab_size'), 340), r'330 pieces, but tokenizer.vocab_size = 340'),
-    (change(('seed',), 1), r'seed: 0 there, 1 now'),
+    (change(('seed',), 1), r'btx were trained with seed 0 and have 1 now\nNothing'),
     (change(('runs', 'btx', 'init'), base.mix('expert/code', 'seed', 'expert/math', 'seed')),
-     r'btx belongs to another config:\n  sources'),
+     r'another config:\n  btx started from seed, expert/code, expert/math and starts from '),
 ])
 def test_a_directory_of_another_config_is_refused_and_untouched(study, apply, message):
   config = study.config.copy_and_resolve_references()
@@ -375,7 +377,7 @@ def test_text_that_has_changed_is_noticed(study, text, copy):
   before = path.read_text()
   try:
     path.write_text(before + '{"text": "one more"}\n')
-    with pytest.raises(UsageError, match=r"text was '1 files, \d+ bytes', now it is"):
+    with pytest.raises(UsageError, match=r'code.jsonl had [\d,]+ bytes and has [\d,]+ now'):
       Pipeline(study.config, str(copy)).train()
     path.unlink()  # tokens are enough where the text is not at hand
     assert not Pipeline(study.config, str(copy)).train()

@@ -102,13 +102,13 @@ def edit(**fields):
     (edit(match_flops_of=('sed',), steps=0), r"match_flops_of names 'sed'"),
     (edit(model={'dim': 32}), r'changes the parameters: dim = 32 \(it starts from 16\)'),
     (edit(train={'balance_loss': -1.0}), 'balance_loss = -1.0'),
-    (edit(optimizer={'warmup': 1.0}), 'warmup = 1.0'),
+    (edit(optimizer={'warmup': -0.5}), 'warmup = -0.5'),
     (edit(model={'vocab_size': 400}), 'changes the parameters: vocab_size = 400'),
     (edit(train={'batch_size': 15}), 'not a multiple of train.microbatches'),
     (edit(train={'batch_size': 0}), 'train.batch_size = 0'),
     (edit(train={'balance_scope': 'bach'}), "'bach'; did you mean 'batch'"),
     (edit(optimizer={'peak_lr': -1.0}), 'peak_lr = -1.0'),
-    (edit(optimizer={'warmup': 2.0}), 'warmup = 2.0'),
+    (edit(optimizer={'warmup': 2.5}), 'warmup = 2.5'),
 ])
 def test_what_could_not_run_is_refused(tmp_path, fields, message):
   with pytest.raises(UsageError, match=message):

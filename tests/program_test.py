@@ -29,7 +29,7 @@ def steps_of(step, state, batches):
 
 def test_runs_of_one_kind_are_compiled_once_and_are_what_they_are_alone(caplog):
   """Not by text, length, learning rates or seed, all of which are in their results."""
-  runs = [run('code', 0, 9, peak_lr=1e-2), run('math', 1, 400, peak_lr=3e-3, final_lr=1.0)]
+  runs = [run('code', 0, 9, peak_lr=1e-2), run('math', 1, 400, peak_lr=3e-3, schedule='constant')]
   batches = [jax.tree.map(lambda x: x[None], random_batch(MODEL, 8, seed=i)) for i in range(3)]
   found, compiled = [], 'Finished XLA compilation of jit(train_step)'
   with use_mesh((1, 1, 1, 1)) as mesh, jax.log_compiles():

@@ -16,6 +16,9 @@ import pytest
 from btx_jax.convert import export, generation, hugging_face
 from btx_jax.data import tokenizer
 from btx_jax.devices import sharding
+from btx_jax.generation import sampling
+from btx_jax.generation.generate import Generator
+from btx_jax.generation.settings import Sampling
 from btx_jax.library import tokenizer_files
 from btx_jax.model import llama
 from btx_jax.model.config import Config
@@ -41,6 +44,7 @@ MODELS = {'llama2': (LLAMA_2, 'float32'), 'llama3': (LLAMA_3, 'bfloat16'),
           'qwen2_moe without biases': (
               dataclasses.replace(MIXTRAL, router='softmax_top_k'), 'float32')}
 ROWS, LENGTH = 8, 24
+TOKENIZER = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizer'
 
 
 @pytest.fixture(scope='module', params=MODELS)
@@ -79,18 +83,37 @@ def test_logits_agree(exported):
   np.testing.assert_allclose(logits_of(model, params, tokens), expected, rtol=0, atol=2e-4)
 
 
-def test_greedy_generation_agrees(exported):
+def test_greedy_text_of_uneven_prompts_agrees(exported):
   import torch
   model, _, params, theirs = exported
-  start = np.random.default_rng(1).integers(0, model.vocab_size, (ROWS, 4))
-  found = np.zeros((ROWS, LENGTH), np.int32)
-  found[:, :4] = start
-  for i in range(4, LENGTH):  # later positions do not affect it
-    found[:, i] = logits_of(model, params, found)[:, i - 1].argmax(-1)
-  expected = theirs.generate(
-      torch.tensor(start), attention_mask=torch.ones(start.shape, dtype=torch.long),
-      do_sample=False, max_new_tokens=LENGTH - 4, eos_token_id=None, pad_token_id=0).numpy()
-  np.testing.assert_array_equal(found, expected)
+  write = Generator(model, params, tokenizer.load(str(TOKENIZER)), batch_size=8)
+  rng = np.random.default_rng(1)
+  prompts = [rng.integers(0, model.vocab_size, length).tolist() for length in (1, 9, 4, 17, 2)]
+  together = [list(texts[0].ids) for texts in write(prompts, 12)]
+  for prompt, ids in zip(prompts, together):
+    found = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
+                            eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+    assert ids == found[:len(ids)]  # ours may end with a token that ends texts
+
+
+@pytest.mark.parametrize('settings', [
+    Sampling(0.7), Sampling(1.3, top_k=5), Sampling(1.0, top_p=0.6), Sampling(1.0, min_p=0.3),
+    Sampling(0.9, top_k=20, top_p=0.9, min_p=0.05), Sampling(1.0, repetition_penalty=1.4)])
+def test_sampling_filters_as_transformers_does(settings):
+  import torch
+  from transformers.generation import logits_process as theirs
+  rng = np.random.default_rng(0)
+  logits, ids = 2 * rng.normal(size=(3, 40)).astype(np.float32), rng.integers(0, 40, (3, 6))
+  expected = torch.tensor(logits)
+  for made in (theirs.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty),
+               theirs.TemperatureLogitsWarper(settings.temperature),
+               theirs.TopKLogitsWarper(settings.top_k or 40),
+               theirs.TopPLogitsWarper(settings.top_p), theirs.MinPLogitsWarper(settings.min_p)):
+    expected = made(torch.tensor(ids), expected)
+  seen = np.zeros(logits.shape, bool)
+  np.put_along_axis(seen, ids, True, 1)
+  found = sampling.filtered(settings, sampling.penalised(settings, jax.numpy.array(logits), seen))
+  np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
 def test_what_transformers_saves_is_read_back_the_same(exported, tmp_path):

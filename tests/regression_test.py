@@ -10,7 +10,7 @@ import pytest
 from btx_jax import base
 from btx_jax.commands import regression as printed
 from btx_jax.data.tokens import Tokens
-from btx_jax.evaluate import bits, regression, scores
+from btx_jax.evaluate import bits, error_bars, regression, scores
 from btx_jax.model import balance, routers
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -84,12 +84,28 @@ def test_the_effect_of_an_expert_is_what_the_mixture_loses_without_it(study):
   assert effect['experts'] == ['seed', 'expert/code', 'expert/math', 'expert/code']
   assert {domain: np.round(change, 6).tolist() for domain, change in effect['change'].items()} == {
       'code': [0, 0.5, 0, -0.1], 'math': [0, 0, 1, 0], 'prose': [0.5, 0, 0, 0]}
+  assert effect['error'] == dict.fromkeys(studies.WORDS, [None] * 4)  # of an earlier version
 
 
-def test_the_terminal_shows_both_within_100_columns(study, capsys):
+def test_the_effect_of_an_expert_has_the_error_of_paired_units(study, monkeypatch):
+  whole = {'nll': [100.0, 210.0, 290.0], 'bytes': [50, 100, 150]}
+  without = [[110.0, 205.0, 300.0], [100.0, 210.0, 290.0]]
+  monkeypatch.setattr(scores, 'read', lambda _, run, stage: {
+      'code': {'bits_per_byte': [2.0, 1.9], 'units': {'nll': without, 'bytes': whole['bytes']}}
+      if stage == 'masked' else {'bits_per_byte': 1.9, 'units': whole}})
+  effect = regression.effects(study)[0]
+  assert effect['error']['code'] == [error_bars.error_of_difference(
+      {'nll': nll, 'bytes': whole['bytes']}, whole) for nll in without]
+  first, second = ([cell for cell, _ in row][1] for row in printed.effects_cells(
+      effect | {'experts': effect['experts'][:2]}))
+  assert first == f'+0.100 ±{effect["error"]["code"][0]:.3f}' and second == '+0.000 ±0.000'
+
+
+def test_the_terminal_shows_both_within_80_columns(study, capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '80')
   printed.show(study)
   lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-  assert max(map(len, lines)) <= 100
+  assert max(len(line) for line in lines if 'hashed: ' not in line) <= 80
   cells = [line.split() for line in lines]
   assert ['btx', 'btx', 'unfinetuned', 'math', '2.000', '2.200', '+10.00'] in cells
   assert ['code', '2.000', '1.000', '-50.00'] in cells
@@ -132,10 +148,13 @@ def test_the_router_without_logits_cannot_be_masked():
 
 
 class Pieces:
-  """A tokenizer that is asked for nothing but pieces."""
+  """A tokenizer that is asked for nothing but the text of tokens."""
 
   def pieces(self, ids):
     return list(map(str, ids))
+
+  def spell(self, ids):
+    return ' '.join(self.pieces(ids)).encode()
 
 
 @pytest.mark.parametrize('router', ['top_k', 'softmax_top_k'])
@@ -147,7 +166,7 @@ def test_scores_without_an_expert_are_those_of_the_smaller_mixture(router):
                            np.array([0, 70, 150]), np.array([0, 200, 400 + seed]), 'x')
               for seed, name in enumerate(('code', 'math'))}
   with use_mesh((1, 1, 2, 1)) as mesh:
-    found = bits.without_each_expert(cfg, params, held_out, mesh, 15, 8)
+    found = bits.without_each_expert(cfg, params, held_out, mesh, 15, 8, Pieces(), stride=7)
   assert bits._masked_step(cfg, mesh)._cache_size() == 1  # one program for all experts
   for out in range(E):
     ffn = params['layers']['ffn']
@@ -155,7 +174,10 @@ def test_scores_without_an_expert_are_those_of_the_smaller_mixture(router):
         'router': np.delete(ffn['router'], out, 2),
         'experts': jax.tree.map(lambda x, out=out: np.delete(x, out, 1), ffn['experts'])}}}
     with use_mesh((1, 1, 1, 1)) as mesh:
-      expected = bits.evaluate(smaller, removed, held_out, mesh, 15, 8, Pieces())
+      expected = bits.evaluate(smaller, removed, held_out, mesh, 15, 8, Pieces(), stride=7)
     for domain, score in expected.items():
       assert found[domain]['bits_per_byte'][out] == pytest.approx(score['bits_per_byte'], rel=1e-5)
+      units = {kind: found[domain]['units'][kind] for kind in ('nll', 'bytes')}
+      assert units['bytes'] == score['units']['bytes']
+      np.testing.assert_allclose(units['nll'][out], score['units']['nll'], rtol=1e-4)
   assert len(set(found['code']['bits_per_byte'])) == E  # each expert matters

@@ -158,7 +158,8 @@ def test_a_check_is_met_if_every_seed_meets_it(measured):
   check, = (each for each in checks if each['name'].startswith('btx beats seed on code'))
   assert check == {'name': 'btx beats seed on code (0.233): met in 2 of 3 seeds', 'met': False,
                    'met_in': 2, 'seeds': 3, 'difference': pytest.approx(-0.7 / 3), 'error': None,
-                   'limit': 0.0, 'close': False, 'units': None}
+                   'limit': 0.0, 'close': False, 'units': None, 'about': 'btx', 'compared': [
+                       'seed', *BOTH, 'average of btx', 'btx unfinetuned', 'btx']}
   for s in (0, 2):
     alone = claims.checks(study, table.rows(study, f'seed-{s}'), f'seed-{s}')
     assert ('btx beats seed on code (0.400)', True) in [
@@ -198,10 +199,10 @@ def test_the_report_has_means_and_the_rows_of_each_seed(measured):
     page = file.read()
   for cells in table.scored(results.rows):
     assert all(f'>{text}</td>' in page for text, _ in cells)
-  assert page.count('<h2>Experts of seed-') == 1  # mixtures of the first seed
+  assert page.count('Experts of seed-') == 2  # a mixture of the first seed, and a link to it
   both = next(row for row in results.rows if row['name'] == 'both')
   cells = [f'{share:.1%}' for share in both['share']['code']] + [f'{both["switches"]["code"]:.1f}']
-  assert '<h2>Experts of both</h2>' in page
+  assert '>Experts of both</h2>' in page
   assert '<td class="name">code</td>' + ''.join(f'<td>{cell}</td>' for cell in cells) in page
 
 

@@ -335,7 +335,7 @@ def test_later_text_changes_no_earlier_choice(study):
 def test_an_ensemble_with_other_settings_is_another_run(study):
   config = study.config.copy_and_resolve_references()
   config.runs['all'].init.forget = 5.0
-  with pytest.raises(UsageError, match=r'all belongs to another config:\n.*selector.forget: 20'):
+  with pytest.raises(UsageError, match=r'another config:\n  all was made with init.forget 20 and'):
     Pipeline(config, study.workdir).train()
 
 

@@ -134,8 +134,21 @@ def test_warnings_errors_and_another_config_are_reported(study):
   assert found['warnings'] == ['expert 1 gets under 1% of the tokens']
   study.config.runs.btx.steps = 9
   changed = Study(study.config, study.workdir)
-  assert 'steps: 6 there, 9 now' in status_of(changed, 'btx')['warnings'][1]
+  assert status_of(changed, 'btx')['warnings'][1] == 'was trained with steps 6 and has 9 now'
   study.config.runs.btx.steps = 6
+
+
+def test_a_low_terminal_shows_the_runs_that_are_not_complete(study):
+  start(study, 'seed', manifest.COMPLETE)
+  start(study, 'expert/code', manifest.FAILED, error='the loss is nan')
+  found = status.collect(study)
+  shown = [(status.that_fit(found, height)) for height in (30, 11, 9)]
+  assert [[run['name'] for run in each['runs']] for each in shown] == [
+      ['seed', 'expert/code', 'expert/math', 'btx'], ['expert/code', 'expert/math', 'btx'],
+      ['expert/code']]
+  assert len(status.that_fit(found | {'runs': found['runs'][2:3] * 9}, 11)['runs']) == 4
+  assert shown[2]['notes'] == ['Runs that have no place here: 1 that are complete, 2 that are '
+                               'missing.']
 
 
 def test_an_invalid_manifest_affects_its_own_run_only(study):

@@ -329,7 +329,7 @@ def test_norms_by_part_are_those_of_the_whole():
 
 
 def test_adamw_against_numpy_and_norm_scales_and_biases_do_not_decay():
-  cfg = Optimizer(peak_lr=0.01, warmup=0.0, final_lr=1.0, clip_norm=1.0)
+  cfg = Optimizer(peak_lr=0.01, warmup=0.0, schedule='constant', clip_norm=1.0)
   tx = optim.adamw(cfg, optim.schedule(cfg, 10))
   rng = np.random.default_rng(0)
   params = {'norm': {'scale': rng.normal(size=(2, 3))}, 'ffn': {'up': rng.normal(size=(2, 3))},
@@ -352,7 +352,16 @@ def test_adamw_against_numpy_and_norm_scales_and_biases_do_not_decay():
 
 
 def test_the_schedule_warms_up_and_ends_at_its_share():
-  schedule = optim.schedule(Optimizer(peak_lr=2.0, warmup=0.1, final_lr=0.1), 100)
-  assert schedule(0) == 0
-  np.testing.assert_allclose(schedule(10), 2.0)
-  np.testing.assert_allclose(schedule(100), 0.2, rtol=1e-6)
+  for warmup in (0.1, 10):  # a share, and a number of steps
+    schedule = optim.schedule(Optimizer(peak_lr=2.0, warmup=warmup, final_lr=0.1), 100)
+    assert schedule(0) == 0
+    np.testing.assert_allclose(schedule(10), 2.0)
+    np.testing.assert_allclose(schedule(100), 0.2, rtol=1e-6)
+
+
+def test_wsd_is_constant_until_its_decay_which_is_linear():
+  constant, wsd = (optim.schedule(Optimizer(peak_lr=2.0, warmup=10, schedule=kind, decay=0.25), 100)
+                   for kind in ('constant', 'wsd'))
+  assert [float(wsd(i)) for i in range(76)] == [float(constant(i)) for i in range(76)]
+  assert [float(constant(i)) for i in (5, 10, 100)] == [1.0, 2.0, 2.0]
+  np.testing.assert_allclose([wsd(75), wsd(80), wsd(100)], [2.0, 1.64, 0.2], rtol=1e-6)

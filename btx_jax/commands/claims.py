@@ -1,7 +1,11 @@
 """The method's claims, checked on the figures of a study with their error bars."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from btx_jax.commands import table
 from btx_jax.commands.table import Row
@@ -11,14 +15,17 @@ from btx_jax.run import CHECKPOINT, MIX, Run
 from btx_jax.study.study import Study
 
 Check = dict[str, Any]
+EXPERTS = 'the experts before they are mixed'
 _CLOSE = 2  # standard errors; a difference nearer to its limit may be on either side
 
 
 def checks(study: Study, rows: list[Row], series: str = '') -> list[Check]:
   """The claims of every mixture of one seed and experts branched from it, each checked.
 
-  An expert's own domain is the one with the largest weight in its training. A claim about scores is
-  that a difference of two of them is below a limit, and the difference is paired by unit of text.
+  A run that continues such a mixture is measured against the same experts. Claims about the experts
+  alone are checked once, however many mixtures they are in. An expert's own domain is the one with
+  the largest weight in its training. A claim about scores is that a difference of two of them is
+  below a limit, and the difference is paired by unit of text.
 
   Args:
     study: whose runs they are.
@@ -26,59 +33,96 @@ def checks(study: Study, rows: list[Row], series: str = '') -> list[Check]:
     series: the series, or one of them.
 
   Returns:
-    for each claim: `name`, with its figures; `met`, or None if there is too little text to tell,
-    fewer than LEAST_UNITS units; `units`, None if they are not known. A claim about scores also has
+    for each claim: `about`, the mixture, or EXPERTS; `compared`, the rows that its claims are
+    about; `name`, with its figures; `met`, or None if there is too little text to tell, fewer than
+    LEAST_UNITS units; `units`, None if they are not known. A claim about scores also has
     `difference`, `error` (its standard error, None if it is not known), `limit`, and `close`,
     whether the difference is within two errors of the limit.
   """
-  settings = study.config.checks
   by_name = {row['name']: row for row in rows}
-  result = []
-
-  def score(name: str, domain: str) -> float:
-    return by_name[name]['bits_per_byte'][domain]
-
-  def gap(name: str, other: str, domain: str) -> Difference:
-    return table.difference(by_name[name], by_name[other], domain)
-
+  of_experts: dict[str, Check] = {}
+  of_mixtures: list[Check] = []
   for run in study.of_series(series):
-    experts = _branches(run)
+    stages = _stages(run)
+    origin = stages[0]
+    experts = _branches(origin)
     if not experts:
       continue
-    mixture = run.plain_name
-    unmixed = [*(source.plain_name for source in run.sources),
-               f'average of {scores.first_equivalent(study, run).plain_name}']
-    compared = [*unmixed, f'{mixture} unfinetuned', mixture]
-    if any(name not in by_name for name in compared):
+    unmixed = [*(source.plain_name for source in origin.sources),
+               f'average of {scores.first_equivalent(study, origin).plain_name}']
+    before = [f'{origin.plain_name} unfinetuned', *(each.plain_name for each in stages[:-1])]
+    if run is not origin:  # one that failed half way may have been continued
+      before = [name for name in before if name in by_name]
+    mixed = [*before, run.plain_name]
+    if any(name not in by_name for name in (*unmixed, *mixed)):
       continue
-    seed = experts[0].sources[0].plain_name
     own = {expert.plain_name: _main_domain(expert) for expert in experts}
-    for name, domain in own.items():
-      result.append(_at_least(f'{name} beats {seed} on {domain} by at least {settings.expert_gain}',
-                              gap(name, seed, domain), settings.expert_gain))
-      rival = min((other for other in unmixed if other != name),
-                  key=lambda other, domain=domain: score(other, domain))
-      result.append(_lowest(f'{name} is best on {domain} among {", ".join(unmixed)}',
-                            gap(name, rival, domain), rival))
-    rival = min(compared[:-1], key=lambda other: by_name[other]['mean'])
-    result.append(_lowest(f'{mixture} has the lowest mean of {", ".join(compared)}',
-                          table.difference_of_means(by_name[mixture], by_name[rival]), rival))
-    for domain in by_name[mixture]['bits_per_byte']:
-      found = gap(mixture, seed, domain)
-      result.append(
-          _below(f'{mixture} beats {seed} on {domain}', found) if domain in own.values() else
-          _within(f'{mixture} is within {settings.seed_slack} of {seed} on {domain}', found,
-                  settings.seed_slack))
-    for name, domain in own.items():
-      result.append(_within(
-          f'{mixture} is within {settings.specialist_gap} of {name} on {domain}',
-          gap(mixture, name, domain), settings.specialist_gap))
-      gates = _mean_gates(by_name[mixture]['gates'][domain])
-      largest = run.expert_names[gates.index(max(gates))]
-      units = table.difference(by_name[mixture], by_name[mixture], domain).units
-      result.append(_check(f'on {domain}, {name} has the largest mean gate of {mixture}',
-                           f'largest: {largest}, {max(gates):.2f}', largest == name, units))
+    seed = experts[0].sources[0].plain_name
+    for check in _of_experts(study, by_name, unmixed, seed, own):
+      of_experts.setdefault(check['name'], check | {'about': EXPERTS, 'compared': unmixed})
+    of_mixtures += [check | {'about': run.plain_name, 'compared': [*unmixed, *mixed]}
+                    for check in _of_mixture(study, by_name, run, [*unmixed, *mixed], seed, own)]
+  return [*of_experts.values(), *of_mixtures]
+
+
+def _of_experts(study: Study, by_name: dict[str, Row], unmixed: list[str], seed: str,
+                own: dict[str, str]) -> Iterator[Check]:
+  """The claims about the experts before they are mixed; `own` has the domain of each."""
+  gain = study.config.checks.expert_gain
+  for name, domain in own.items():
+    found = table.difference(by_name[name], by_name[seed], domain)
+    yield _at_least(f'{name} beats {seed} on {domain} by at least {gain}', found, gain)
+    rival = min((other for other in unmixed if other != name),
+                key=lambda other, domain=domain: by_name[other]['bits_per_byte'][domain])
+    yield _lowest(f'{name} is the best unmixed model on {domain}',
+                  table.difference(by_name[name], by_name[rival], domain), rival)
+
+
+def _of_mixture(study: Study, by_name: dict[str, Row], run: Run, compared: list[str], seed: str,
+                own: dict[str, str]) -> Iterator[Check]:
+  """The claims about a mixture, the last of the rows `compared`."""
+  settings, mixture = study.config.checks, run.plain_name
+  row = by_name[mixture]
+  rival = min(compared[:-1], key=lambda other: by_name[other]['mean'])
+  yield _lowest(f'{mixture} has the lowest mean',
+                table.difference_of_means(row, by_name[rival]), rival)
+  for domain in row['bits_per_byte']:
+    found = table.difference(row, by_name[seed], domain)
+    yield (_below(f'{mixture} beats {seed} on {domain}', found) if domain in own.values() else
+           _within(f'{mixture} is within {settings.seed_slack} of {seed} on {domain}', found,
+                   settings.seed_slack))
+  for name, domain in own.items():
+    yield _within(f'{mixture} is within {settings.specialist_gap} of {name} on {domain}',
+                  table.difference(row, by_name[name], domain), settings.specialist_gap)
+    gates = _mean_gates(row['gates'][domain])
+    largest = run.expert_names[gates.index(max(gates))]
+    units = table.difference(row, row, domain).units
+    yield _check(f'on {domain}, {name} has the largest mean gate of {mixture}',
+                 f'largest: {largest}, {max(gates):.2f}', largest == name, units)
+
+
+def by_subject(found: Iterable[Check]) -> dict[tuple[str, str], list[Check]]:
+  """The checks about the experts and those about each mixture, under what they are about and the
+  other rows that are compared."""
+  result: dict[tuple[str, str], list[Check]] = {}
+  for check in found:
+    others = ', '.join(name for name in check['compared'] if name != check['about'])
+    result.setdefault((check['about'], others), []).append(check)
   return result
+
+
+def as_text(found: Sequence[Check]) -> Group:
+  """The claims for the terminal: those about each mixture together."""
+  parts: list[RenderableType] = [Text(about(found))] if about(found) else []
+  for (subject, others), of_subject in by_subject(found).items():
+    parts += ['', Text(f'Claims about {subject}, among {others}', style='italic')]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow='fold')
+    for check in of_subject:
+      grid.add_row(verdict(check), check['name'])
+    parts.append(grid)
+  return Group(*parts)
 
 
 def verdict(check: Check) -> str:
@@ -87,7 +131,7 @@ def verdict(check: Check) -> str:
 
 
 def about(found: Iterable[Check]) -> str:
-  """What the errors beside claims are, for people; '' if there are none."""
+  """A line that explains the errors beside claims; '' if there are none."""
   return ('± is the standard error of a difference from the text, paired by unit; below '
           f'{LEAST_UNITS} units there is too little text to tell.'
           if any(check['units'] is not None for check in found) else '')
@@ -158,6 +202,14 @@ def _branches(run: Run) -> list[Run]:
   rest = {source.name for source in run.sources} - {branch.name for branch in branches}
   of_end = not any(branch.from_step for branch in branches)  # another step is not measured
   return branches if of_end and len(seeds) == 1 and rest <= seeds else []
+
+
+def _stages(run: Run) -> list[Run]:
+  """The run, the one that it continues, and so on, the first of them first."""
+  found = [run]
+  while found[0].init == CHECKPOINT:
+    found.insert(0, found[0].sources[0])
+  return found
 
 
 def _mean_gates(gates_LE) -> list[float]:

@@ -25,7 +25,6 @@ import os
 from typing import NamedTuple
 
 import numpy as np
-from rich.table import Table
 
 from btx_jax.convert import names
 from btx_jax.errors import UsageError
@@ -35,14 +34,14 @@ from btx_jax.model.source import Source
 from btx_jax.run import Run, common_ancestors
 from btx_jax.study import compatibility, manifest, sources
 from btx_jax.study.study import Study
-from btx_jax.terminal import format_number, say, show, table
+from btx_jax.terminal import Table, format_number, say, show
 
 TINY = 1e-6  # a weight that differs less from the seed's counts as unchanged
 AVERAGED, FEED_FORWARD = 'averaged', 'feed-forward'
 # Weights read at a time from each model, in whole layers. A chunk of a checkpoint may hold all
 # layers, and is decoded again for every piece that is read.
 _READ = 1 << 27
-_SIDE_BY_SIDE = 3  # experts whose pairs fit beside each other in a terminal
+_BY_LAYER = 3  # experts that a table by layer is printed for; all are in compare.json
 _BLOCK = 1 << 20  # weights of each model in one computation
 
 
@@ -195,7 +194,7 @@ def print_comparison(study: Study, name: str) -> None:
   with replacing(path) as file:
     json.dump(found | {'remarks': remarks(found)}, file, indent=1)
   show(summary_table(found))
-  if len(found['experts']) <= _SIDE_BY_SIDE:
+  if len(found['experts']) <= _BY_LAYER:
     show(layer_table(found))
   for line in remarks(found):
     say(line)
@@ -237,8 +236,8 @@ def summary_table(found: dict) -> Table:
   rows += [[f'{experts[i]} and {experts[j]}', *(cell for kind in kinds for cell in (
       '', *_pair_cells(found['all'][kind], i, j)))]
            for i, j in _pairs(experts)]
-  return table(
-      ['', *headings], rows,
+  return Table(
+      ['', *headings], rows, groups=[('', 4), ('', 4)],
       title=f'{found["run"]}: differences from {found["seed"]} ({found["seed_is"]})',
       caption='averaged: attention, norms, embedding, head. moved: norm of the difference by norm '
               'of the seed. conflicts: weights that both changed, in opposite directions.')
@@ -253,9 +252,9 @@ def layer_table(found: dict) -> Table:
     moved = [format_number(value, '.1%') for value in each['moved']]
     rows.append([layer + each['component'], *moved,
                  *(' '.join(_pair_cells(each, i, j)) for i, j in pairs)])
-  return table(
+  return Table(
       ['', *(f'{i + 1}' for i in range(len(experts))), *(f'{i + 1} and {j + 1}' for i, j in pairs)],
-      rows, title='By layer',
+      rows, title='By layer', groups=[('', len(experts)), ('', len(pairs))],
       caption='; '.join(f'{i + 1}: {expert}' for i, expert in enumerate(experts))
       + '. For an expert: moved. For a pair: cosine, norm ratio and conflicts.')
 

@@ -7,18 +7,16 @@ scores on text that was also trained on measure memory, not the model.
 import os
 from typing import NamedTuple
 
-from rich.table import Table
-
 from btx_jax import terminal
 from btx_jax.data import duplicates, text
 from btx_jax.data.corpora import Group
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import document_id, load, read_meta
 from btx_jax.study.study import Study
+from btx_jax.terminal import Table
 
 _SAMPLE = 200  # characters
 _ROWS = 20  # of files of a domain; the others are summed up
-_WIDTH = 80  # columns of the table of files
 
 
 class Description(NamedTuple):
@@ -26,7 +24,8 @@ class Description(NamedTuple):
 
   Attributes:
     name: of the domain.
-    train, held_out: `documents`, `bytes` and `tokens` of each split.
+    train, held_out: `documents`, `bytes` and `tokens` of each split; 0 to train on if the domain is
+      only measured.
     skipped: number of unusable records; None if the folder is too old to have this count.
     groups: its files, by ending and by what they were read as.
     notes: what is odd about how they were read, in words.
@@ -64,7 +63,7 @@ def print_description(study: Study):
   domains = describe(study.config, study.data_folder)
   terminal.show(as_table(domains))
   if any(domain.groups for domain in domains):
-    terminal.show(files_table(domains), _WIDTH)
+    terminal.show(files_table(domains))
   for domain in domains:
     terminal.say(f'{domain.name}, held-out {_document(0, domain.sample_id)}: {domain.sample!r}')
   for domain in domains:
@@ -78,7 +77,7 @@ def describe(config, folder: str) -> list[Description]:
   tokenizer, train = prepared.tokenizer, prepared.train
   terminal.say('Looking for held-out text in the training text')
   # All held-out text: text.prepare returns only a sample of it.
-  held_out = {name: load(os.path.join(folder, name), 'held_out') for name in train}
+  held_out = {name: load(os.path.join(folder, name), 'held_out') for name in prepared.held_out}
   overlaps = duplicates.overlaps(held_out, train)
   result = []
   for name, tokens in held_out.items():
@@ -88,8 +87,8 @@ def describe(config, folder: str) -> list[Description]:
     result.append(Description(
         name, meta['train'], meta['held_out'], meta.get('skipped', {}).get('count'),
         [Group(**group) for group in meta.get('files', [])], meta.get('notes', []),
-        duplicates.copies(train[name]), overlaps[name], _beginning(tokenizer, first),
-        document_id(path, 'held_out', 0),
+        duplicates.copies(train[name]) if name in train else 0, overlaps[name],
+        _beginning(tokenizer, first), document_id(path, 'held_out', 0),
         _in_words(overlaps[name].example, name, folder, tokenizer)))
   return result
 
@@ -102,20 +101,21 @@ def as_table(domains: list[Description]) -> Table:
     rows.append([
         domain.name, f'{train["documents"]:,}', f'{train["bytes"] / 1e6:.2f}',
         f'{train["tokens"]:,}', f'{domain.bytes_per_token:.2f}', f'{domain.copies:,}',
+        '?' if domain.skipped is None else f'{domain.skipped:,}',
         f'{held_out["documents"]:,}', f'{held_out["bytes"] / 1e6:.2f}',
         f'{held_out["tokens"]:,}', f'{domain.overlap.share:.1%}',
-        f'{domain.overlap.documents:,}',
-        '?' if domain.skipped is None else f'{domain.skipped:,}'])
-  return terminal.table(
-      ['domain', 'documents', 'MB', 'tokens', 'bytes/token', 'copies', 'held out', 'MB', 'tokens',
-       'seen', 'documents', 'skipped'], rows,
+        f'{domain.overlap.documents:,}'])
+  return Table(
+      ['domain', 'documents', 'MB', 'tokens', 'bytes/token', 'copies', 'skipped',
+       *(f'held-out\n{kind}' for kind in ('documents', 'MB', 'tokens')), 'seen',
+       'documents\nwith seen'], rows, groups=[('Training text', 6), ('Held-out text', 5)],
       caption='copies: training documents that repeat an earlier one. seen: held-out tokens in '
               f'runs of {duplicates.RUN} or more that also occur in the training text of any '
               'domain, and the number of documents with such a run.')
 
 
 def files_table(domains: list[Description]) -> Table:
-  """How each file was read, its skipped records, and the files left out; 80 columns wide."""
+  """How each file was read, its skipped records, and the files left out."""
   rows = []
   for domain in domains:
     shown, more = domain.groups[:_ROWS], domain.groups[_ROWS:]
@@ -129,8 +129,8 @@ def files_table(domains: list[Description]) -> Table:
                    group.kind if group.is_read else f'left out: {group.kind}',
                    *(f'{count:,}' if group.is_read else '-'
                      for count in (group.documents, group.skipped))])
-  return terminal.table(['domain', 'files', 'read as', 'documents', 'skipped'], rows,
-                        names=3)
+  return Table(['domain', 'files', 'read as', 'documents', 'skipped'], rows,
+               names=3)
 
 
 def _in_words(example: duplicates.Example | None, name: str, folder: str,

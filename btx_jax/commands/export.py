@@ -48,7 +48,7 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
       folder, run.model, sources.final(study, run), dtype,
       max_length=context.length(run), balance_loss=run.objective.balance_loss,
       bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
-      card=''.join(_card(study, run, origin)), descends_from=_generation(run, tokenizer),
+      card=''.join(_card(study, run, origin)), descends_from=generation_of(run, tokenizer),
       ram=int(study.config.mix.ram_gb * 1e9), identity=identity(study, run), origin=origin)
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -65,7 +65,7 @@ def check_complete(study: Study, run: Run) -> None:
                        f'--run={needed.name} first.')
 
 
-def _generation(run: Run, tokenizer: Tokenizer) -> generation.Generation:
+def generation_of(run: Run, tokenizer: Tokenizer) -> generation.Generation:
   """The settings of the folder that a run descends from, with the stop tokens of all its folders.
 
   The experts of a mixture may have other stop tokens than the model whose settings it takes.

@@ -2,20 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 
-from rich.table import Table
-
-from btx_jax import terminal
 from btx_jax.commands.table import MEASURED, Row
 from btx_jax.evaluate.units import BLOCK
-from btx_jax.terminal import format_number
+from btx_jax.terminal import Table, format_number
 
 HEADINGS = ('domain', *MEASURED, 'units', 'error')
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-  """What was measured, for the terminal."""
-  return terminal.table(HEADINGS, cells(rows), title='The held-out text that was measured',
-                        caption=about(rows))
+  """The table for the terminal: how much text was measured, and the errors of the scores."""
+  return Table(HEADINGS, cells(rows), title='The held-out text that was measured',
+               caption=about(rows))
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -25,12 +22,10 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
   """
   result = []
   for domain in rows[0]['bits_per_byte']:
-    found = [row for row in rows if domain in row['units']]
-    row = found[0] if found else rows[0]
-    units = len(row['units'][domain]['bytes']) if found else None
+    sizes = max((row['measured'][domain] for row in rows), key=lambda each: each['units'] or 0)
     result.append([
-        domain, *(format_number(size, ',') for size in (*row['measured'][domain].values(), units)),
-        _range(row['error']['bits_per_byte'][domain] for row in found)])
+        domain, *(format_number(sizes[kind], ',') for kind in (*MEASURED, 'units')),
+        _range(row['error']['bits_per_byte'][domain] for row in rows)])
   return [*result, ['mean', '', '', '', '', _range(row['error']['mean'] for row in rows)]]
 
 
@@ -38,11 +33,11 @@ def errors(rows: Sequence[Row]) -> list[list[str]]:
   """For each row with errors: its name, and its error on each domain and in the mean."""
   return [[row['name'], *(format_number(error, '.3f') for error in (
       *row['error']['bits_per_byte'].values(), row['error']['mean']))]
-          for row in rows if row['units']]
+          for row in rows if _has_units(row)]
 
 
 def about(rows: Sequence[Row]) -> str:
-  """What an error is, for people; and which rows have none."""
+  """Lines that explain the errors, and name the rows that have none."""
   parts = [
       f'error: the standard error of a score from the text, by a jackknife over units: documents, '
       f'or blocks of {BLOCK:,} tokens of longer ones. It differs between models: from the smallest '
@@ -50,10 +45,14 @@ def about(rows: Sequence[Row]) -> str:
       'smaller; see the claims.']
   if any(row.get('spread') for row in rows):
     parts.append('The ± beside a score is another: the spread over seeds, from training.')
-  if old := [row['name'] for row in rows if not row['units']]:
+  if old := [row['name'] for row in rows if not _has_units(row)]:
     parts.append(f'Measured by an earlier version, without errors: {", ".join(old)}. To measure '
                  'a run again, delete evaluation_*.json in its directory and train.')
   return ' '.join(parts)
+
+
+def _has_units(row: Row) -> bool:
+  return any(each['units'] for each in row['measured'].values())
 
 
 def _range(found: Iterable[float | None]) -> str:

@@ -1,17 +1,33 @@
 """The pictures of the report. Each function draws one and returns its PNG."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-import functools
-import io
-import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-BEST, OTHER = '#c8553d', '#8fa3bf'
+from btx_jax import terminal
+from btx_jax.commands import drawing
+
+BEST = '#c8553d'
 # For runs and experts in order; distinct for colour-blind readers too (Okabe and Ito).
 COLORS = ('#4d4d4d', '#0072b2', '#009e73', '#e69f00', '#d55e00', '#cc79a7', '#56b4e9', '#a6761d')
 
-_DPI = 110
+_LABEL = 26  # characters in a line of a model's name
+
+
+class Picture(NamedTuple):
+  """A picture as the page has it.
+
+  Attributes:
+    src: its PNG as a data URL.
+    alt: its description for people who cannot see it.
+  """
+  src: str
+  alt: str
+
+
+# Saves a picture as a file, given its name without ending, its PNG and its description.
+SavePicture = Callable[[str, bytes, str], Picture]
 
 
 def color(index: int) -> str:
@@ -19,37 +35,63 @@ def color(index: int) -> str:
   return COLORS[index % len(COLORS)]
 
 
-def bits_per_byte(rows: Sequence[Mapping]) -> bytes:
-  """A panel for each domain and one for the mean, a bar for each model.
+def differences(panels: Mapping[str, Sequence[Mapping]], names: Sequence[str], baseline: str
+                ) -> bytes:
+  """A panel for each domain and one for the mean: each model's difference from the baseline.
 
   Args:
-    rows: see table.rows; those with `spread` (seeds.mean_row) get an error bar.
+    panels: see differences.panels; each has an entry for each name. A dark bar is one standard
+      error to both sides; a light one is the spread over seeds.
+    names: of the models.
+    baseline: the name of the one with differences of 0.
   """
-  panels = {domain: [row['bits_per_byte'][domain] for row in rows]
-            for domain in rows[0]['bits_per_byte']}
-  panels['mean'] = [row['mean'] for row in rows]
-  spreads = [row.get('spread') for row in rows]
-  write = _Writer([*panels, *(row['name'] for row in rows)])
-  names = [write(row['name']) for row in rows]
-  longest = max(map(len, names))
-  columns = min(len(panels), 3)
-  figure, axes = _panels(len(panels), columns, 0.5 + 0.24 * len(rows), left=0.075 * longest,
-                         below=0.15)
-  for i, (axis, (panel, values)) in enumerate(zip(axes, panels.items())):
-    best = min(values)
-    errors = [{**spread['bits_per_byte'], 'mean': spread['mean']}[panel] if spread else 0.0
-              for spread in spreads]
-    bars = axis.barh(range(len(values)), values, xerr=errors if any(spreads) else None,
-                     color=[BEST if value == best else OTHER for value in values])
-    axis.bar_label(bars, fmt='%.2f', padding=2, fontsize=8)
-    axis.set_yticks(range(len(names)), names if i % columns == 0 else [''] * len(names),
-                    **write.style)
-    axis.set_xlim(0, 1.25 * max(values))
-    axis.invert_yaxis()
+  write = drawing.Writer([*panels, *names])
+  labels = [terminal.broken(write(name), _LABEL) for name in names]
+  lines = max(label.count('\n') for label in labels) + 1
+  columns = min(len(panels), 3 if len(panels) <= 6 else 4)
+  figure, axes = drawing.panels(len(panels), columns, 0.75 + (0.07 + 0.13 * lines) * len(names),
+                         left=0.15 + 0.07 * drawing.longest(labels), between=1.0, right=0.95,
+                         width=7.5 if columns < 4 else 10.0)
+  means = [entry['difference'] for entry in panels['mean']]
+  better = np.argsort(means)[:-(-len(means) // 2)].tolist()
+  for i, (axis, (panel, entries)) in enumerate(zip(axes, panels.items())):
+    _draw_differences(axis, entries, names.index(baseline), better)
+    axis.set_yticks(range(len(labels)), labels if i % columns == 0 else [''] * len(labels),
+                    fontsize=8, **write.style)
     axis.set_title(write(panel), fontsize=9, **write.style)
-    axis.spines[:].set_visible(False)
-    axis.tick_params(bottom=False, labelbottom=False, left=False)
-  return _png(figure)
+  return drawing.png(figure)
+
+
+def _draw_differences(axis, entries: Sequence[Mapping], baseline: int, better: Sequence[int]):
+  """One panel of `differences`, whose range is that of the models `better` and those near them."""
+  values = [entry['difference'] for entry in entries]
+  best = min(values)
+  # A model that is far worse, like an expert on another domain, would leave the others no room.
+  worst = max(0.0, *(values[at] for at in better), *(v for v in values if v < -best / 3))
+  low = min(0.0, *(entry['difference'] - max(entry['error'] or 0.0, entry['spread'] or 0.0)
+                   for entry in entries))
+  margin = 0.08 * (worst - low) or 1.0
+  for at, (value, entry) in enumerate(zip(values, entries)):
+    is_far, color = value > worst, BEST if value == best else '#444444'
+    for width, alpha, bar in ((4.0, 0.3, entry['spread']), (1.4, 1.0, entry['error'])):
+      if bar and not is_far:
+        axis.plot([value - bar, value + bar], [at, at], color=color, linewidth=width, alpha=alpha,
+                  solid_capstyle='butt')
+    axis.plot(worst + 1.5 * margin if is_far else value, at, marker='>' if is_far else 'o',
+              color=color, markersize=3, clip_on=False,
+              markerfacecolor='white' if at == baseline else color)
+    error = f' ±{entry["error"]:.3f}' if entry['error'] else ''
+    axis.text(1.04, at, '0' if at == baseline else f'{value:+.3f}{error}', fontsize=7,
+              color=color, fontweight='bold' if value == best else 'normal', va='center',
+              transform=axis.get_yaxis_transform())
+  axis.axvline(0, color='#999999', linewidth=0.8, zorder=0)
+  axis.set_ylim(len(entries) - 0.4, -0.6)
+  axis.set_xlim(low - margin, worst + (2 if max(values) > worst else 1) * margin)
+  axis.locator_params(axis='x', nbins=3)
+  axis.grid(axis='y', color='#eeeeee', linewidth=0.8)
+  axis.set_axisbelow(True)
+  axis.spines[['left', 'right', 'top']].set_visible(False)
+  axis.tick_params(left=False)
 
 
 def curves(runs: Mapping[str, Mapping]) -> bytes:
@@ -59,16 +101,16 @@ def curves(runs: Mapping[str, Mapping]) -> bytes:
     runs: name -> `tokens`, `flops` and `loss`, sequences of equal length. A loss of NaN ends one
       line and begins the next.
   """
-  figure, axes = _panels(2, 2, 3.0, legend=len(runs), above=0.1)
+  figure, axes = drawing.panels(2, 2, 3.0, legend=list(runs), above=0.1)
   for axis, by, unit in zip(axes, ('tokens', 'flops'), (' tokens', 'FLOP')):
-    scale, prefix = _scale([run[by] for run in runs.values()])
+    scale, prefix = drawing.scale([run[by] for run in runs.values()])
     for i, run in enumerate(runs.values()):
       axis.plot(np.asarray(run[by]) / scale, run['loss'], color=color(i), linewidth=1.2)
     axis.set_xlabel(f'{prefix}{unit}, all ancestors included')
     axis.set_ylabel('loss, nats per token')
-  _limits(axes, [run['loss'] for run in runs.values()])
-  _legend(figure, axes[0], list(runs))
-  return _png(figure)
+  drawing.limits(axes, [run['loss'] for run in runs.values()])
+  drawing.legend(figure, axes[0], list(runs))
+  return drawing.png(figure)
 
 
 def curves_by_domain(runs: Mapping[str, Mapping], domains: Sequence[str]) -> bytes:
@@ -78,23 +120,23 @@ def curves_by_domain(runs: Mapping[str, Mapping], domains: Sequence[str]) -> byt
     runs: name -> `flops` and `loss_by_domain`, sequences of equal length.
     domains: a panel for each.
   """
-  figure, axes = _panels(len(domains), 2, 2.4, legend=len(runs))
-  scale, prefix = _scale([run['flops'] for run in runs.values()])
-  write = _Writer(domains)
+  figure, axes = drawing.panels(len(domains), 2, 2.4, legend=list(runs))
+  scale, prefix = drawing.scale([run['flops'] for run in runs.values()])
+  write = drawing.Writer(domains)
   for axis, domain in zip(axes, domains):
     for i, run in enumerate(runs.values()):
       loss = [at.get(domain, np.nan) for at in run['loss_by_domain']]
       axis.plot(np.asarray(run['flops']) / scale, loss, color=color(i), linewidth=1.2)
-    _limits([axis], [[at[domain] for at in run['loss_by_domain'] if domain in at]
+    drawing.limits([axis], [[at[domain] for at in run['loss_by_domain'] if domain in at]
                      for run in runs.values()])
     axis.set_title(write(domain), fontsize=9, **write.style)
     axis.set_xlabel(f'{prefix}FLOP')
-  _legend(figure, axes[0], list(runs))
-  return _png(figure)
+  drawing.legend(figure, axes[0], list(runs))
+  return drawing.png(figure)
 
 
 def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) -> bytes:
-  """Mean gate of every expert in every layer: a row of heat maps per stage, one per domain.
+  """Mean gate of every expert in every layer: a heat map for each stage and domain.
 
   Args:
     stages: title -> domain -> gates [L][E].
@@ -102,25 +144,32 @@ def experts(stages: Mapping[str, Mapping[str, Sequence]], names: Sequence[str]) 
   """
   domains = list(next(iter(stages.values())))
   layers = len(next(iter(stages.values()))[domains[0]])
-  write = _Writer([*domains, *names])
-  names = [write(name) for name in names]
-  below = 0.15 + 0.075 * max(map(len, names))
-  figure, axes = _panels(len(stages) * len(domains), len(domains),
-                         0.3 + min(0.26 * layers, 4.5) + below, between=0.15, below=below)
-  for axis, (title, domain, gates) in zip(axes, (
-      (title, domain, np.asarray(gates)) for title, by_domain in stages.items()
-      for domain, gates in by_domain.items())):
-    axis.imshow(gates, vmin=0, vmax=1, cmap='Blues', aspect='auto')
-    if gates.size <= 64:
-      for (layer, expert), gate in np.ndenumerate(gates):
-        axis.text(expert, layer, f'{gate:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7,
-                  color='white' if gate > 0.6 else 'black')
-    axis.set_title(f'{write(domain)}, {title}', fontsize=8, **write.style)
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, **write.style)
-    axis.set_yticks(range(layers) if layers <= 16 else range(0, layers, 4))
-    axis.set_ylabel('layer' if domain == domains[0] else '')
-    axis.tick_params(length=0)
-  return _png(figure)
+  write = drawing.Writer([*domains, *names])
+  labels = [terminal.broken(write(name), _LABEL) for name in names]
+  lines = max(label.count('\n') for label in labels) + 1
+  columns = min(len(domains), 4)
+  rows = -(-len(domains) // columns)
+  left = 0.2 + 0.065 * drawing.longest(labels)
+  figure, axes = drawing.panels(len(stages) * rows * columns, columns,
+                         0.75 + (0.08 + 0.13 * lines) * len(names), left=left, between=0.12)
+  for stage, (title, by_domain) in enumerate(stages.items()):
+    of_stage = axes[stage * rows * columns:(stage + 1) * rows * columns]
+    for unused in of_stage[len(domains):]:
+      unused.set_visible(False)
+    for i, (axis, (domain, gates)) in enumerate(zip(of_stage, by_domain.items())):
+      gates_EL = np.asarray(gates).T
+      axis.imshow(gates_EL, vmin=0, vmax=1, cmap='Blues', aspect='auto')
+      if (7.5 - left) / columns / layers > 0.24:  # inches of a cell
+        for (expert, layer), gate in np.ndenumerate(gates_EL):
+          axis.text(layer, expert, f'{gate:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7,
+                    color='white' if gate > 0.6 else 'black')
+      axis.set_title(f'{write(domain)}\n{title}', fontsize=8, **write.style)
+      axis.set_yticks(range(len(labels)), labels if i % columns == 0 else [''] * len(labels),
+                      fontsize=7, **write.style)
+      axis.set_xticks(range(layers) if layers <= 12 else range(0, layers, 4))
+      axis.set_xlabel('layer')
+      axis.tick_params(length=0, labelsize=7)
+  return drawing.png(figure)
 
 
 def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
@@ -134,7 +183,8 @@ def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
     entropy_SL: of the router's softmax, in nats.
     names: of the experts.
   """
-  figure, axes = _panels(3, 3, 2.3, legend=len(names), between=0.6)
+  names = [f'{i} {name}' for i, name in enumerate(names)]
+  figure, axes = drawing.panels(3, 3, 2.3, legend=names, between=0.6)
   for i in range(len(names)):
     share = load_SLE[:, :, i]
     axes[0].plot(steps, share.mean(1), color=color(i), linewidth=1.2)
@@ -150,8 +200,8 @@ def load(steps: Sequence[int], load_SLE: np.ndarray, information_SL: np.ndarray,
     axis.set_ylim(0)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel('step')
-  _legend(figure, axes[0], [f'{i} {name}' for i, name in enumerate(names)])
-  return _png(figure)
+  drawing.legend(figure, axes[0], names)
+  return drawing.png(figure)
 
 
 def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
@@ -161,7 +211,7 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
     runs: name -> names of the runs it starts from; sources come first.
     notes: name -> further lines of text in its box.
   """
-  write = _Writer([*runs, *notes.values()])
+  write = drawing.Writer([*runs, *notes.values()])
   depth: dict[str, int] = {}
   for name, sources in runs.items():
     depth[name] = 1 + max((depth[source] for source in sources), default=-1)
@@ -172,7 +222,7 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
   row, skips = 0.72, any(depth[name] - depth[source] > 1
                          for name, sources in runs.items() for source in sources)
   above = 0.4 * skips  # for arrows that pass over a column of runs
-  figure, (axis,) = _panels(1, 1, 0.2 + above + row * tallest, left=0.1, below=0.1,
+  figure, (axis,) = drawing.panels(1, 1, 0.2 + above + row * tallest, left=0.1, below=0.1,
                             above=0.1 + above)
   axis.axis('off')
   axis.set_xlim(-0.45, len(columns) - 0.55)
@@ -189,130 +239,4 @@ def graph(runs: Mapping[str, Sequence[str]], notes: Mapping[str, str]) -> bytes:
     axis.text(x, y, f'{write(name)}\n{notes[name]}', ha='center', va='center', fontsize=8, bbox={
         'boxstyle': 'round,pad=0.5', 'facecolor': 'white', 'edgecolor': color(i),
         'linewidth': 1.5}, **write.style)
-  return _png(figure)
-
-
-def _panels(count: int, columns: int, height: float, left: float = 0.55, legend: int = 0,
-            between: float = 0.45, below: float = 0.45, above: float = 0.3):
-  """A figure 7.5 inches wide with a grid of axes.
-
-  The layout is computed here, since matplotlib's layout engines take longer than all the drawing.
-
-  Args:
-    count: number of axes.
-    columns: of the grid.
-    height: of a row in inches, labels included.
-    left: inches for the labels of the first column.
-    legend: number of entries in the figure's legend.
-    between: inches between columns.
-    below, above: inches of `height` that are below and above the axis.
-
-  Returns:
-    The figure, and the list of its axes.
-  """
-  from matplotlib.figure import Figure  # imported late: it takes half a second
-  width, legend_height = 7.5, 0.22 * -(-legend // 4) if legend else 0.0
-  rows = -(-count // columns)
-  figure = Figure(figsize=(width, rows * height + legend_height + 0.05), dpi=_DPI)
-  total = rows * height + legend_height + 0.05
-  each = (width - left - 0.15 - between * (columns - 1)) / columns
-  axes = []
-  for i in range(count):
-    row, column = divmod(i, columns)
-    bottom = legend_height + (rows - 1 - row) * height
-    axes.append(figure.add_axes((
-        (left + column * (each + between)) / width, (bottom + below) / total,
-        each / width, (height - below - above) / total)))
-  for axis in axes:
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.tick_params(labelsize=8)
-    axis.xaxis.label.set_fontsize(8)
-    axis.yaxis.label.set_fontsize(8)
-  return figure, axes
-
-
-def _scale(values: Sequence[Sequence[float]]) -> tuple[float, str]:
-  """The unit that suits the largest value, and its SI prefix."""
-  largest = max((max(v, default=0) for v in values), default=0)
-  for scale, prefix in ((1e18, 'E'), (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-    if largest >= scale:
-      return scale, prefix
-  return 1.0, ''
-
-
-def _limits(axes, losses: Sequence[Sequence[float]]):
-  """Sets the range of the y-axes from the lowest loss to the 97th percentile.
-
-  The first steps of a random model would leave no room for the rest.
-  """
-  flat = np.concatenate([np.asarray(loss, float) for loss in losses] or [np.zeros(1)])
-  flat = flat[~np.isnan(flat)]
-  if len(flat):
-    low, high = flat.min(), np.quantile(flat, 0.97)
-    margin = 0.05 * (high - low) or 0.5
-    for axis in axes:
-      axis.set_ylim(low - margin, high + margin)
-
-
-def _legend(figure, axis, names: Sequence[str]):
-  """A legend of the first lines of an axis, below all panels."""
-  write = _Writer(names)
-  # The texts are set afterwards, since a label that begins with '_' is left out.
-  legend = figure.legend(axis.get_lines()[:len(names)], ['-'] * len(names), loc='lower center',
-                         ncol=4, fontsize=8, frameon=False)
-  for text, name in zip(legend.get_texts(), names):
-    text.set(text=write(name), **write.style)
-
-
-class _Writer:
-  """Makes names drawable: as they are, in a font that has their characters.
-
-  Attributes:
-    style: properties of a matplotlib text that shows names.
-  """
-
-  def __init__(self, names: Iterable[str]):
-    from matplotlib import font_manager
-    needed = {character for name in names for character in name if character.isprintable()}
-    families, self._drawn = [], set()
-    default = font_manager.findfont(font_manager.FontProperties())
-    for family, path in itertools.chain([('sans-serif', default)], _fallbacks(default)):
-      if not needed - self._drawn:
-        break
-      if has := _characters(path) & (needed - self._drawn):
-        self._drawn |= has
-        families.append(family)
-    self.style = {'parse_math': False, 'fontfamily': families or ['sans-serif']}
-
-  def __call__(self, name: str) -> str:
-    """The name, with characters that no font has as escapes: '\\u65e5'."""
-    return ''.join(character if character in self._drawn else
-                   character.encode('unicode_escape').decode() for character in name)
-
-
-def _fallbacks(default: str) -> Iterator[tuple[str, str]]:
-  """The family and file of the other upright fonts that are installed.
-
-  Last Resort, which comes with matplotlib, draws a box for any character, so it is none of them.
-  """
-  from matplotlib import font_manager
-  fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist
-           if font.style == 'normal' and font.weight == 400 and font.fname != default
-           and 'lastresort' not in font.name.replace(' ', '').lower()}
-  yield from sorted(fonts.items())
-
-
-@functools.lru_cache(maxsize=64)
-def _characters(path: str) -> frozenset[str]:
-  """The characters that a font file has; none if it cannot be read."""
-  from matplotlib import font_manager
-  try:
-    return frozenset(map(chr, font_manager.get_font(path).get_charmap()))
-  except (OSError, RuntimeError, ValueError):
-    return frozenset()
-
-
-def _png(figure) -> bytes:
-  out = io.BytesIO()
-  figure.savefig(out, format='png')
-  return out.getvalue()
+  return drawing.png(figure)

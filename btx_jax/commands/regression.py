@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from btx_jax import terminal
 from btx_jax.evaluate import regression
 from btx_jax.study.study import Study
+from btx_jax.terminal import Table
 
-WIDTH = 100  # columns
 CHANGES = ('run', 'since', 'domain', 'before', 'after', 'change %')
 Cells = list[list[tuple[str, bool]]]  # rows of (text, whether it is marked)
 
@@ -18,16 +17,16 @@ Cells = list[list[tuple[str, bool]]]  # rows of (text, whether it is marked)
 def show(study: Study) -> None:
   """Prints what training changed in each mixture, and which expert helps whom."""
   if found := regression.regressions(study):
-    terminal.show(changes_table(found), WIDTH)
+    terminal.show(changes_table(found))
   for effect in regression.effects(study):
-    terminal.show(effects_table(effect), WIDTH)
+    terminal.show(effects_table(effect))
   for remark in regression.remarks(study):
     terminal.say(remark)
 
 
 def changes_table(found: Sequence[dict[str, Any]]) -> Table:
   """The changes of all runs, each run's name on its first line only."""
-  return terminal.table(CHANGES, changes_cells(found), names=3, title=(
+  return Table(CHANGES, list(changes_cells(found)), names=3, title=(
       'Bits per byte before and after training a mixture, worst first'))
 
 
@@ -47,7 +46,7 @@ def effects_table(effect: dict[str, Any]) -> Table:
   """A mixture without each of its experts: a row for each expert, a column for each domain."""
   rows = [[cell if not marked else Text(cell, style='bold') for cell, marked in row]
           for row in effects_cells(effect)]
-  return terminal.table(
+  return Table(
       effects_headings(effect), rows,
       title=f'{effect["name"]} without each expert: bits per byte added (most is bold)')
 
@@ -59,7 +58,11 @@ def effects_headings(effect: dict[str, Any]) -> list[str]:
 
 def effects_cells(effect: dict[str, Any]) -> Cells:
   """A row for each expert; the one whose absence hurts a domain most is marked."""
-  columns = effect['change'].values()
+  columns = [(change, effect['error'][domain]) for domain, change in effect['change'].items()]
   return [[(f'{e} {name}', False),
-           *((f'{change[e]:+.3f}', change[e] == max(change)) for change in columns)]
+           *((_change(change[e], error[e]), change[e] == max(change)) for change, error in columns)]
           for e, name in enumerate(effect['experts'])]
+
+
+def _change(change: float, error: float | None) -> str:
+  return f'{change:+.3f}' if error is None else f'{change:+.3f} ±{error:.3f}'

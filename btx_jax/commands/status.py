@@ -14,13 +14,14 @@ from btx_jax import files, terminal
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
 from btx_jax.run import Run, lineage
-from btx_jax.study import manifest, sources
+from btx_jax.study import changes, directories, manifest, recorded, sources
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import format_number
 from btx_jax.training import metrics
 
 STARTING, UNREADABLE = 'starting', 'unreadable'
 _WATCH_EVERY = 2.0  # seconds
+_FRAME = 7  # lines of a terminal: the head of the table, notes, and the cursor
 _SILENT = 600.0  # seconds without new metrics after which a running run gets a warning
 _STYLES = {'complete': 'green', 'running': 'cyan', 'starting': 'cyan', 'failed': 'red',
            'unreadable': 'red', 'stopped': 'yellow'}
@@ -30,14 +31,17 @@ def collect(study: Study) -> dict[str, Any]:
   """Everything that `status` shows, as plain data.
 
   Returns:
-    workdir, notes (sentences about the directory as a whole) and runs. A run has name, state
+    workdir, notes (sentences about the directory as a whole), text_changes (lines on text that was
+    tokenized and has changed) and runs. A run has name, state
     ('missing', 'starting', 'running', 'stopped', 'failed', 'complete', 'unreadable'), step,
     steps, loss, bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its
-    step), checkpoint_age in seconds, error, and warnings. Unknown values are None.
+    step), checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss
+    as bits_per_byte), error, and warnings. Unknown values are None.
   """
   now = time.time()
   runs = [_run(study, run, now) for run in study.runs.values()]
-  return {'workdir': study.workdir, 'notes': _notes(study, runs), 'runs': runs}
+  return {'workdir': study.workdir, 'notes': _notes(study, runs),
+          'text_changes': _text_changes(study), 'runs': runs}
 
 
 def stages(study: Study) -> list[list[str]]:
@@ -74,11 +78,18 @@ def _notes(study: Study, runs: list[dict[str, Any]]) -> list[str]:
   return [f'{study.workdir} holds no run of this config (it holds {named}); is --workdir right?']
 
 
+def _text_changes(study: Study) -> list[str]:
+  try:
+    return study.text_changes
+  except UsageError as error:
+    return [str(error)]
+
+
 def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   """The status of one run at the time `now`, see `collect`."""
   result = dict.fromkeys((
       'loss', 'bits_per_byte', 'tokens_per_second', 'mfu', 'seconds_left', 'checkpoint',
-      'checkpoint_age', 'error'))
+      'checkpoint_age', 'best', 'error'))
   result = {'name': run.name, 'state': MISSING, 'step': 0, 'steps': run.steps, **result,
             'warnings': []}
   folder = study.folder(run.name)
@@ -100,10 +111,8 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
     elif now - last.get('time', now) > _SILENT:
       silent = terminal.duration(now - last['time'])
       warnings.append(f'running, but without new metrics for {silent}')
-  spec = {key: value for key, value in run.spec().items() if key != 'sources'}
-  changed = manifest.differences(found, spec)
-  if changed:
-    warnings.append(f'belongs to another config: {"; ".join(changed)}')
+  warnings += directories.sentences(run, changes.of(study, run, found))
+  warnings += _about_best(study, run, found, lines)
   done = found.get('steps_done', 0)
   step = max(done, last.get('step', 0))
   rate = last.get('tokens_per_second')
@@ -112,7 +121,28 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
       'state': state, 'step': step, 'loss': last.get('loss'), 'tokens_per_second': rate,
       'mfu': last.get('mfu'), 'seconds_left': left, 'bits_per_byte': _bits(study, run, lines),
       'checkpoint': done or None, 'checkpoint_age': _age(found.get('saved'), now),
+      'best': found.get('best'),
       'error': found.get('error') if state != manifest.COMPLETE else None, 'warnings': warnings}
+
+
+def _about_best(study: Study, run: Run, found: dict[str, Any], lines: list[dict[str, Any]]
+                ) -> list[str]:
+  """Sentences about best steps: of a run whose held-out loss has risen, and where it started."""
+  best, result = found.get('best'), []
+  evaluated = [line['step'] for line in lines if 'bits_per_byte' in line]
+  complete = found['state'] == manifest.COMPLETE
+  latest = found['spec']['steps'] if complete else max(evaluated, default=0)
+  if best and best['step'] < latest:
+    result.append(f'held-out loss was lowest at step {best["step"]:,}, with '
+                  f'{best["bits_per_byte"]:.3f} bits per byte; that checkpoint is kept, and '
+                  f'base.checkpoint({run.plain_name!r}, step="best") starts from it')
+  if found.get('from_best') and run.sources:
+    then, source = found['spec'].get('step', 0), run.sources[0]
+    now = recorded.best_step(study.folder(source.name))
+    if now is not None and then not in (now, 0):
+      result.append(f'started from step {then:,} of {source.name}, the best one then; now it is '
+                    + (f'step {now:,}' if now else 'the last one'))
+  return result
 
 
 def _bits(study: Study, run: Run, lines: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -145,13 +175,37 @@ def as_table(found: dict[str, Any]) -> Group:
         format_number(run['mfu'], '.1%'), terminal.duration(run['seconds_left']),
         saved if age is None else f'{saved}, {terminal.duration(age)} ago'])
   lines = [Text(note) for note in found['notes']]
+  lines += [Text(f'text of {change}', style='yellow') for change in found['text_changes']]
   for run in found['runs']:
     if run['error']:
       lines.append(Text(f'{run["name"]}: {run["error"]}', style='red'))
     lines += [Text(f'{run["name"]}: {warning}', style='yellow') for warning in run['warnings']]
-  return Group(terminal.table(
+  return Group(terminal.Table(
       ['run', 'state', 'step', 'loss', 'bits/byte', 'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
-      names=2), *lines)
+      names=2, drop=('MFU', 'checkpoint', 'tokens/s')), *lines)
+
+
+def that_fit(found: dict[str, Any], height: int) -> dict[str, Any]:
+  """What `collect` found without complete runs, then without missing ones, and then without the
+  last, if a terminal has fewer lines; a note says so."""
+  def lines(runs: list[dict[str, Any]]) -> int:
+    return sum(1 + bool(run['error']) + len(run['warnings']) for run in runs)
+
+  runs, hidden, most = found['runs'], [], height - _FRAME - len(found['notes'])
+  for state in (manifest.COMPLETE, MISSING):
+    left = [run for run in runs if run['state'] != state]
+    if lines(runs) > most and 0 < len(left) < len(runs):
+      hidden.append(f'{len(runs) - len(left)} that are {state}')
+      runs = left
+  shown = list(runs)
+  while lines(shown) > most and len(shown) > 1:
+    shown.pop()
+  if len(shown) < len(runs):
+    hidden.append(f'{len(runs) - len(shown)} more')
+  if not hidden:
+    return found
+  note = f'Runs that have no place here: {", ".join(hidden)}.'
+  return found | {'runs': shown, 'notes': [*found['notes'], note]}
 
 
 def print_status(study: Study, as_json: bool, watch: bool):
@@ -161,7 +215,8 @@ def print_status(study: Study, as_json: bool, watch: bool):
   elif not watch:
     terminal.show(as_table(collect(study)))
   else:
-    with Live(as_table(collect(study)), console=terminal.console, auto_refresh=False) as live:
+    height = terminal.console.height
+    with Live(console=terminal.console, auto_refresh=False) as live:
       while True:
-        live.update(as_table(collect(study)), refresh=True)
+        live.update(as_table(that_fit(collect(study), height)), refresh=True)
         time.sleep(_WATCH_EVERY)

@@ -1,14 +1,14 @@
 """The comparison of all models of a study: bits per byte by domain, and the cost of each model."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
 from rich.text import Text
 
-from btx_jax import terminal
-from btx_jax.evaluate import error_bars, scores
+from btx_jax.evaluate import error_bars, scores, units
 from btx_jax.evaluate.error_bars import Difference
 from btx_jax.study.study import Study
+from btx_jax.terminal import Table
 
 Row = dict[str, Any]
 MEASURED = ('documents', 'bytes', 'tokens')
@@ -31,9 +31,9 @@ def rows(study: Study, series: str = '') -> list[Row]:
   per token (scores.Model); tokens, train_flops and train_flops_unfrozen (as if nothing had been
   frozen), which include every run the model descends from; gates by domain ({} for a dense model);
   by domain of an ensemble ({} for others) share and switches, see selected.usage; by domain
-  measured, the documents, bytes and tokens of the text that was measured, and units, see
-  units.score; and error, see with_errors. Scores that an earlier version measured have neither
-  documents nor units.
+  measured, the documents, bytes, tokens, words and units of the text that was measured; units, see
+  units.score; and error, perplexity, see with_errors. Scores that an earlier version measured have
+  neither documents nor units.
   """
   result = []
   for model in scores.models(study):
@@ -53,7 +53,8 @@ def rows(study: Study, series: str = '') -> list[Row]:
         'tokens': sum(run.tokens for run in model.trained),
         'train_flops': sum(run.flops for run in model.trained),
         'train_flops_unfrozen': sum(run.flops_unfrozen for run in model.trained),
-        'measured': {domain: {kind: score.get(kind) for kind in MEASURED}
+        'measured': {domain: {kind: score.get(kind) for kind in (*MEASURED, 'words')}
+                     | {'units': len(score['units']['bytes']) if 'units' in score else None}
                      for domain, score in found.items()},
         **{kind: {domain: score[kind] for domain, score in found.items() if kind in score}
            for kind in ('gates', 'share', 'switches', 'units')},
@@ -64,29 +65,35 @@ def rows(study: Study, series: str = '') -> list[Row]:
 def difference(row: Row, other: Row, domain: str) -> Difference:
   """By how much bits per byte of a row on a domain are above those of another row."""
   value = row['bits_per_byte'][domain] - other['bits_per_byte'][domain]
-  units, of_other = (each.get('units', {}).get(domain) for each in (row, other))
-  if not units or not of_other:
+  of_row, of_other = (each.get('units', {}).get(domain) for each in (row, other))
+  if not of_row or not of_other:
     return Difference(value, None, None)
   return Difference(
-      value, error_bars.error_of_difference(units, of_other), len(units['bytes']))
+      value, error_bars.error_of_difference(of_row, of_other), len(of_row['bytes']))
 
 
 def difference_of_means(row: Row, other: Row) -> Difference:
   """By how much the mean over the domains is above that of another row."""
   found = [difference(row, other, domain) for domain in row['bits_per_byte']]
-  units = [each.units for each in found if each.units is not None]
+  counts = [each.units for each in found if each.units is not None]
   return Difference(row['mean'] - other['mean'],
                     error_bars.error_of_mean(each.error for each in found),
-                    min(units) if len(units) == len(found) else None)
+                    min(counts) if len(counts) == len(found) else None)
 
 
 def with_errors(row: Row) -> Row:
-  """The row with `error`, the standard errors of its scores from its `units`: 'bits_per_byte' by
-  domain, and 'mean'. Those of domains without units are None."""
+  """The row with what follows from its `units`. Domains without them have None.
+
+  `error`, the standard errors of its scores: 'bits_per_byte' by domain, and 'mean'. `perplexity` by
+  domain, see units.perplexities.
+  """
   errors = {domain: error_bars.error_of(row['units'][domain]) if domain in row['units'] else None
             for domain in row['bits_per_byte']}
+  perplexity = {domain: units.perplexities({**size, 'units': row['units'].get(domain)})
+                for domain, size in row['measured'].items()}
   return row | {'error': {'bits_per_byte': errors,
-                          'mean': error_bars.error_of_mean(errors.values())}}
+                          'mean': error_bars.error_of_mean(errors.values())},
+                'perplexity': perplexity}
 
 
 def without_units(rows: list[Row]) -> list[Row]:
@@ -94,18 +101,18 @@ def without_units(rows: list[Row]) -> list[Row]:
   return [{key: value for key, value in row.items() if key != 'units'} for row in rows]
 
 
-def headings(rows: list[Row]) -> list[str]:
+def headings(rows: Sequence[Row]) -> list[str]:
   """Headings of the columns of scores and costs."""
   return [*rows[0]['bits_per_byte'], 'mean', *(heading for heading, *_ in _costs(rows))]
 
 
-def costs(rows: list[Row]) -> list[list[str]]:
+def costs(rows: Sequence[Row]) -> list[list[str]]:
   """The cells of each row's costs."""
   return [[f'{row[field] / unit:,.{digits}f}' for _, field, unit, digits in _costs(rows)]
           for row in rows]
 
 
-def _costs(rows: list[Row]) -> list[Cost]:
+def _costs(rows: Sequence[Row]) -> list[Cost]:
   """The columns of costs that these rows need."""
   differ = any(row['train_flops'] != row['train_flops_unfrozen'] for row in rows)
   ensembles = any(row['share'] for row in rows)
@@ -113,7 +120,7 @@ def _costs(rows: list[Row]) -> list[Cost]:
           *([_UNFROZEN] if differ else [])]
 
 
-def scored(rows: list[Row]) -> list[list[tuple[str, bool]]]:
+def scored(rows: Sequence[Row]) -> list[list[tuple[str, bool]]]:
   """For each row (score, whether it is the best of its column) by domain, the mean last.
 
   A score is text: '1.451', or '1.451 ±0.003' with its spread over seeds, which is not its error
@@ -131,24 +138,13 @@ def scored(rows: list[Row]) -> list[list[tuple[str, bool]]]:
   return result
 
 
-def as_table(rows: list[Row], note: str = '') -> RenderableType:
-  """The comparison for the terminal.
-
-  With several seeds, which have a note, costs are a table of their own: beside spreads they would
-  not fit a narrow terminal.
-  """
+def as_table(rows: list[Row], note: str = '') -> Table:
+  """The comparison for the terminal, with a note on what the figures are of."""
+  texts = [[Text(text, style='bold' if best else '') for text, best in scores_of_row]
+           for scores_of_row in scored(rows)]
+  cells = [[row['name'], *scores_of_row, *of_costs]
+           for row, scores_of_row, of_costs in zip(rows, texts, costs(rows))]
   title = 'Bits per byte on held-out text (lower is better; the best is bold)'
-  names = [[row['name']] for row in rows]
-  scores_of = [[Text(text, style='bold' if best else '') for text, best in scores_of_row]
-               for scores_of_row in scored(rows)]
-  if not note:
-    cells = [name + scores + cost for name, scores, cost in zip(names, scores_of, costs(rows))]
-    return terminal.table(['model', *headings(rows)], cells, title=title)
-  split = -len(_costs(rows))
-  return Group(
-      terminal.table(['model', *headings(rows)[:split]],
-                     [name + scores for name, scores in zip(names, scores_of)],
-                     title=title, caption=note),
-      terminal.table(['model', *headings(rows)[split:]],
-                     [name + cost for name, cost in zip(names, costs(rows))],
-                     title='Cost per seed'))
+  return Table(
+      ['model', *headings(rows)], cells, title=title, caption=note, first=('mean',), groups=[
+          (title, len(texts[0])), ('Cost per seed' if note else 'Cost', len(_costs(rows)))])

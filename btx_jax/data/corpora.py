@@ -4,16 +4,18 @@ Unusable records are skipped, and counted by reason. Too large a share of them i
 the config is then probably wrong for this text.
 """
 
-from collections.abc import Iterator, Mapping
+import collections
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import os
-from typing import NamedTuple
+from typing import Any
 
 from btx_jax import errors, files
 from btx_jax.data import demo, folders, formats, records
+from btx_jax.data.domains import Domain
 from btx_jax.data.folders import LeftOut
 from btx_jax.data.records import Document, Unusable
-from btx_jax.errors import UsageError, nearest
+from btx_jax.errors import UsageError
 
 _CHECK_AFTER = 100  # records: a wrong config fails here, not after a whole corpus
 _EXAMPLES = 3  # places named for each reason
@@ -22,25 +24,6 @@ _MOST_GROUPS = 100  # of files of one ending
 _WHOLE_FILES = {records.EMPTY: 'empty', records.NO_RECORDS: 'no field',
                 records.NO_COLUMN: 'no column', records.LFS_POINTER: 'LFS pointer'}
 _NAMED = 8  # groups of files that are left out, on one line
-
-
-class Domain(NamedTuple):
-  """Where the text of a domain comes from.
-
-  Attributes:
-    name: the domain's name.
-    source: 'files', or a key of demo.SOURCES.
-    paths: directories, globs or files, if the source is 'files'.
-    text_field: the JSON field or Parquet column that holds the text; 'a.b' is field b of a.
-    separator: splits a plain text file into documents; if '', a file is one document.
-    id_field: the field or column that holds a document's id; '' if there is none.
-  """
-  name: str
-  source: str = 'files'
-  paths: tuple[str, ...] = ()
-  text_field: str = 'text'
-  separator: str = ''
-  id_field: str = ''
 
 
 @dataclasses.dataclass
@@ -122,23 +105,14 @@ class Tally:
     return [f'the separator {domain.separator!r} was found {where}']
 
 
-def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
-  """The domains of a config, sorted by name.
-
-  Raises:
-    UsageError: a source does not exist, or a domain of files has no paths.
-  """
-  result = []
-  for name, fields in sorted(domains.items()):
-    domain = Domain(name, **{**fields, 'paths': tuple(fields['paths'])})
-    valid = ('files', *demo.SOURCES)
-    if domain.source not in valid:
-      raise UsageError(f'domains.{name}.source = {domain.source!r} is not a source; '
-                       f'{nearest(domain.source, valid)}')
-    if domain.source == 'files' and not domain.paths:
-      raise UsageError(f'domains.{name}.paths is empty; name a directory, a glob or files.')
-    result.append(domain)
-  return result
+def summary(tallies: Sequence[Tally]) -> dict[str, Any]:
+  """What was read of a domain, for its meta.json: `skipped` records, and `files` by group."""
+  reasons = collections.Counter()
+  for tally in tallies:
+    reasons.update(tally.reasons)
+  return {'skipped': {'count': reasons.total(), 'reasons': dict(reasons),
+                      'first': [line for tally in tallies for line in tally.first]},
+          'files': [group for tally in tallies for group in tally.read_as()]}
 
 
 def documents(domain: Domain, max_skipped: float = 0.1,
@@ -256,7 +230,8 @@ def _why(domain: Domain, tally: Tally) -> str:
                     f'domains.{domain.name}.text_field to a field that holds text',
   }
   ways = list(dict.fromkeys(way for reason, way in ways.items() if reason in tally.reasons))
-  ways.append(f'repair the files, or narrow domains.{domain.name}.paths to the text files')
+  ways.append(
+      f'repair the files, or narrow domains.{domain.name}.{domain.field} to the text files')
   more = tally.skipped - len(tally.first)
   return ' Skipped:' + ''.join(f'\n  {line}' for line in tally.first) + (
       f'\n  and {more} more' if more else '') + f'\nTo use them, {"; ".join(ways)}.'
@@ -270,8 +245,17 @@ def describe(domain: Domain) -> str:
   """
   if domain.source != 'files':
     return domain.source
-  found, _ = _files(domain)
+  found = paths(domain)
   return f'{len(found)} files, {sum(map(os.path.getsize, found))} bytes'
+
+
+def paths(domain: Domain) -> list[str]:
+  """The files of a domain that are read; none of a source of the demo.
+
+  Raises:
+    UsageError: a path matches no file.
+  """
+  return list(_files(domain)[0]) if domain.source == 'files' else []
 
 
 def _files(domain: Domain) -> tuple[dict[str, bool], list[LeftOut]]:
@@ -281,8 +265,8 @@ def _files(domain: Domain) -> tuple[dict[str, bool], list[LeftOut]]:
   for path in domain.paths:
     found = folders.find(path)
     if not found.files:
-      raise UsageError(f'domains.{domain.name}.paths: {path!r} matches no file (looked from '
-                       f'{os.getcwd()}).')
+      raise UsageError(f'domains.{domain.name}.{domain.field}: {path!r} matches no file (looked '
+                       f'from {os.getcwd()}).')
     for name in found.files:
       result[name] = result.get(name, False) or found.explicit
     left_out.extend(found.left_out)

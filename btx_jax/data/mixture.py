@@ -24,25 +24,28 @@ Batch = dict[str, np.ndarray]
 class Windows:
   """A split of a domain as rows of `length` tokens to predict.
 
-  Row i holds tokens i * length to (i + 1) * length, with their successors as targets. Documents
+  Row i holds tokens i * stride to i * stride + length, with their successors as targets. Documents
   follow one another; segment ids keep those in a row apart. The first token of a document has
   nothing to be predicted from, and no loss.
   """
 
-  def __init__(self, tokens: Tokens, length: int, domain: int, evaluation: bool = False):
+  def __init__(self, tokens: Tokens, length: int, domain: int, evaluation: bool = False,
+               stride: int = 0):
     """For `evaluation`, an incomplete last window is padded, not dropped, and end marks have no
-    loss: they are no text."""
+    loss: they are no text. Windows may overlap then, where `stride` is not 0, which stands for
+    `length`; a target that an earlier row has too has no loss."""
     self._tokens, self._length, self._domain = tokens, length, domain
-    self._evaluation = evaluation
-    rows = (len(tokens.ids) - 1) / length
-    self._len = int(np.ceil(rows) if evaluation else rows)
+    self._evaluation, self._stride = evaluation, stride or length
+    after_first = len(tokens.ids) - 1 - length
+    further = -(-after_first // self._stride) if evaluation else after_first // self._stride
+    self._len = max(1 + further, int(evaluation))
 
   def __len__(self) -> int:
     return self._len
 
   def __getitem__(self, index: int) -> Batch:
     T = self._length
-    low = index * T
+    low = index * self._stride
     ids = np.asarray(self._tokens.ids[low:low + T + 1], np.int32)
     starts = self._tokens.starts
     starts = starts[np.searchsorted(starts, low):
@@ -62,6 +65,8 @@ class Windows:
     }
     if self._evaluation and self._tokens.ends:
       row['loss_mask'] &= ends == 0
+    if index:
+      row['loss_mask'][:T - self._stride] = False
     row = {name: np.pad(values, (0, T + 1 - len(ids))) for name, values in row.items()}
     return row | {'domain': np.array(self._domain, np.int32)}
 
@@ -193,9 +198,32 @@ def filled(rows: Sequence[Batch], size: int) -> Batch:
   return stack([*rows, *[empty] * (size - len(rows))])
 
 
-def evaluation_batches(tokens: Tokens, length: int, batch_size: int) -> Iterator[Batch]:
-  """All windows of a split in order; empty rows fill the last batch."""
-  windows = Windows(tokens, length, 0, evaluation=True)
+def evaluation_batches(tokens: Tokens, length: int, batch_size: int, stride: int = 0
+                       ) -> Iterator[Batch]:
+  """All windows of a split in order, see Windows; empty rows fill the last batch."""
+  windows = Windows(tokens, length, 0, evaluation=True, stride=stride)
   for first in range(0, len(windows), batch_size):
     rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]
     yield filled(rows, batch_size)
+
+
+def without_overlap(rows_RT: np.ndarray, count: int, stride: int = 0) -> np.ndarray:
+  """The values at the positions of all windows of a split, in order and each once.
+
+  Args:
+    rows_RT: of each window, [R, T, ...]; rows that fill the last batch may follow.
+    count: the number of positions, N: that of the split's tokens less 1, as the last predicts
+      nothing.
+    stride: of the windows. Of positions in several windows, the first one counts.
+
+  Returns:
+    [N, ...].
+  """
+  first, rest = rows_RT[0], rows_RT[1:, rows_RT.shape[1] - (stride or rows_RT.shape[1]):]
+  return np.concatenate([first, rest.reshape(-1, *rows_RT.shape[2:])])[:count]
+
+
+def window_starts(positions: np.ndarray, length: int, stride: int = 0) -> np.ndarray:
+  """The first position of the window in which each position counts, see without_overlap."""
+  stride = stride or length
+  return np.maximum((positions - length) // stride + 1, 0) * stride

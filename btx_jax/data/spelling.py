@@ -69,9 +69,10 @@ class Spelling:
     return [text.removeprefix(b' ') for text in texts] if self._space_before else texts
 
   def sizes(self, ids: np.ndarray) -> np.ndarray:
-    """The bytes that each token adds to the text of the tokens before it, [tokens].
+    """The number of bytes that each token adds to those before it, [tokens].
 
-    They add up to those of `spell`, but for a space that the tokenizer puts before a text.
+    Their sum is the length of `spell`'s text, and a byte more if the tokenizer puts a space before
+    it.
     """
     sizes = self._sizes[ids].astype(np.int64)
     for at in 1 + np.flatnonzero(np.isin(ids[:-1], list(self._also_after))):

@@ -1,10 +1,15 @@
 """The text of all domains of a config, tokenized once into WORKDIR/data."""
 
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import os
+import tempfile
+from typing import Any
 
-from btx_jax.data import corpora, framing, tokens
+from btx_jax.data import corpora, domains, framing, kept_out, origin, tokens
 from btx_jax.data.changes import Changes
+from btx_jax.data.domains import Domain
 from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.data.tokens import Tokens
@@ -16,7 +21,10 @@ from btx_jax.terminal import say
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """The tokenized text of all domains, by name (sorted: a row's domain is its index)."""
+  """The tokenized text of all domains, by name (sorted: a row's domain is its index in `train`).
+
+  Domains that are only measured are not in `train`.
+  """
   tokenizer: Tokenizer
   train: dict[str, Tokens]
   held_out: dict[str, Tokens]
@@ -30,44 +38,108 @@ def prepare(config, folder: str) -> Text:
     folder: WORKDIR/data.
 
   Returns:
-    All training tokens, and a sample of `evaluation.tokens` held-out tokens per domain.
+    All training tokens; and of the held-out text of each domain a sample of `evaluation.tokens`, or
+    all of it if the domain names its files.
 
   Raises:
-    UsageError: see tokens.prepare.
+    UsageError: see tokens.prepare and kept_out.check; or held-out files have less text than a
+      window.
   """
-  domains = corpora.from_config(config.domains)
-  tokenizer = _tokenizer(config, folder, domains)
+  wanted = domains.from_config(config.domains)
+  tokenizer = _tokenizer(config, folder, wanted)
   say(f'tokenizer: {tokenizer.framing}')
+  origin.check(folder, changed(config, folder, tokenizer))
   train, held_out = {}, {}
-  for domain in domains:
+  unless = _named_held_out(config, wanted, folder, tokenizer)
+  shares = {domain.name: domain.share(config.data.held_out) for domain in wanted
+            if domain.is_trained}
+  # Copies of what a larger share holds out may be in domains of a smaller one, which come later.
+  for domain in sorted(wanted, key=lambda domain: -shares.get(domain.name, 0)):
     path = os.path.join(folder, domain.name)
     if not os.path.exists(path):
       say(f'{domain.name}: reading and tokenizing')
-    meta = tokens.prepare(
-        path, domain, tokenizer, config.data.held_out, config.data.max_skipped)
-    train[domain.name] = tokens.load(path, 'train')
-    held_out[domain.name] = tokens.load(path, 'held_out').sample(config.evaluation.tokens)
-    say(f'{domain.name}: {meta["train"]["documents"]:,} documents, '
-        f'{meta["train"]["bytes"] / 1e6:.1f} MB, {meta["train"]["tokens"] / 1e6:.2f} M tokens '
-        f'to train on; {meta["held_out"]["documents"]:,} documents held out')
-    skipped = meta.get('skipped')
-    if skipped and skipped['count']:
-      more = skipped['count'] - len(skipped['first'])
-      say(f'{domain.name}: {skipped["count"]:,} record(s) skipped: '
-          f'{"; ".join(skipped["first"])}{f"; and {more:,} more" if more else ""}')
-    kept = meta['train']['documents'] + meta['held_out']['documents']
-    for line in Changes(**meta['changes']).in_words(kept):
+    meta = tokens.prepare(path, domain, tokenizer, config.data.held_out, config.data.max_skipped,
+                          unless if domain.is_trained else kept_out.NOTHING)
+    measured = tokens.load(path, 'held_out')
+    if domain.is_trained:
+      train[domain.name] = tokens.load(path, 'train')
+      if shares[domain.name] > min(shares.values()):
+        unless = dict.fromkeys(measured.document_hashes.tolist(), domain.name) | unless
+    held_out[domain.name] = (measured if domain.names_held_out else
+                             measured.sample(config.evaluation.tokens))
+    for line in _in_words(domain, meta):
       say(f'{domain.name}: {line}')
-    for note in corpora.left_out(meta) + meta.get('notes', []):
-      say(f'{domain.name}: {note}')
-  return Text(tokenizer, train, held_out)
+  return Text(tokenizer, dict(sorted(train.items())), dict(sorted(held_out.items())))
+
+
+def _named_held_out(config, wanted: Sequence[Domain], folder: str, tokenizer: Tokenizer
+                    ) -> dict[int, str]:
+  """The hash of each document in files that a domain names as held out -> that domain."""
+  result = {}
+  with contextlib.ExitStack() as stack:
+    temporary = ''
+    for domain in wanted:
+      if not domain.names_held_out:
+        continue
+      path = os.path.join(folder, domain.name)
+      if not os.path.exists(path):
+        temporary = temporary or stack.enter_context(tempfile.TemporaryDirectory())
+        path = os.path.join(temporary, domain.name)
+        tokens.prepare(path, domain.only_measured(), tokenizer, 0.0, config.data.max_skipped)
+      measured = tokens.load(path, 'held_out')
+      _check_length(domain, measured, config.data.seq_len)
+      result |= dict.fromkeys(measured.document_hashes.tolist(), domain.name)
+  return result
+
+
+def _check_length(domain: Domain, measured: Tokens, length: int):
+  """Raises UsageError if the files that a domain names as held out do not fill one window."""
+  if len(measured.ids) < length:
+    raise UsageError(
+        f'domains.{domain.name}.held_out has {len(measured.ids):,} tokens, fewer than one window '
+        f'of data.seq_len = {length:,}. Name files with more text, or lower data.seq_len.')
+
+
+def _in_words(domain: Domain, meta: Mapping[str, Any]) -> list[str]:
+  """What is in the folder of a domain, as lines for a person."""
+  train, held_out = meta['train'], meta['held_out']
+  lines = [f'{train["documents"]:,} documents, {train["bytes"] / 1e6:.1f} MB, '
+           f'{train["tokens"] / 1e6:.2f} M tokens to train on; '
+           f'{held_out["documents"]:,} documents held out' if domain.is_trained else
+           f'{held_out["documents"]:,} documents, {held_out["bytes"] / 1e6:.1f} MB, '
+           f'{held_out["tokens"] / 1e6:.2f} M tokens, only to be measured']
+  return lines + kept_out.in_words(meta) + remarks(meta)
+
+
+def remarks(meta: Mapping[str, Any]) -> list[str]:
+  """What was skipped, changed or left out, and what is odd, from the meta.json of a folder."""
+  lines = []
+  skipped = meta.get('skipped')
+  if skipped and skipped['count']:
+    more = skipped['count'] - len(skipped['first'])
+    lines.append(f'{skipped["count"]:,} record(s) skipped: '
+                 f'{"; ".join(skipped["first"])}{f"; and {more:,} more" if more else ""}')
+  lines += Changes(**meta['changes']).in_words(
+      meta['train']['documents'] + meta['held_out']['documents'])
+  return lines + corpora.left_out(meta) + meta.get('notes', [])
+
+
+def changed(config, folder: str, tokenizer: Tokenizer | None) -> dict[str, list[str]]:
+  """For each domain, what its tokens were made from and is otherwise now, in words.
+
+  Without a tokenizer it is not compared. Domains that are not tokenized yet are left out.
+  """
+  paths = {domain: os.path.join(folder, domain.name)
+           for domain in domains.from_config(config.domains)}
+  return {domain.name: tokens.differences(path, domain, tokenizer, config.data.held_out)
+          for domain, path in paths.items() if os.path.exists(path)}
 
 
 def open_prepared(config, folder: str) -> Text:
   """Waits until the files that process 0 writes by `prepare` appear here, and opens them."""
   distributed.wait_for(_kept(config, folder))
   for domain in config.domains:
-    distributed.wait_for(os.path.join(folder, domain, 'meta.json'))
+    distributed.wait_for(os.path.join(folder, domain, kept_out.META))
   return prepare(config, folder)
 
 
@@ -97,7 +169,7 @@ def _kept(config, folder: str) -> str:
   return os.path.join(folder, file_name(folder if gone else path, config.tokenizer.special))
 
 
-def _tokenizer(config, folder: str, domains) -> Tokenizer:
+def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
   """The given tokenizer, or one trained on the text; `folder` keeps a copy of either."""
   kept, size = _kept(config, folder), config.tokenizer.vocab_size
   tokenizer = given(config, folder)
@@ -108,7 +180,7 @@ def _tokenizer(config, folder: str, domains) -> Tokenizer:
                        f'= {size}. Set that, or use another --workdir.')
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
-    tokenizer = train_tokenizer(_sample(config, domains), size, framing.options(config.tokenizer))
+    tokenizer = train_tokenizer(_sample(config, wanted), size, framing.options(config.tokenizer))
   if not os.path.exists(kept):
     last = os.path.basename(kept)  # written last: if it exists, all do
     for name in sorted(tokenizer.files, key=lambda name: name == last):
@@ -117,13 +189,17 @@ def _tokenizer(config, folder: str, domains) -> Tokenizer:
   return tokenizer
 
 
-def _sample(config, domains):
+def _sample(config, wanted: Sequence[Domain]) -> Iterator[str]:
   """The first training documents of every domain, to train a tokenizer on."""
-  for domain in domains:
+  trained = [domain for domain in wanted if domain.is_trained]
+  share = max((domain.share(config.data.held_out) for domain in trained), default=0.0)
+  # Skipped records are reported later, when the domain is tokenized.
+  named = {text for domain in wanted if domain.names_held_out
+           for text, _, _ in corpora.documents(domain.measured(), config.data.max_skipped)}
+  for domain in trained:
     left = config.tokenizer.sample_chars
-    # Skipped records are reported later, when the domain is tokenized.
     for text, _, _ in corpora.documents(domain, config.data.max_skipped):
-      if tokens.share(text) < config.data.held_out:
+      if tokens.share(text) < share or text in named:
         continue
       yield text[:left]
       left -= len(text)

@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
     ...
 
   def sizes(self, ids: np.ndarray) -> np.ndarray:
-    """The bytes that each token adds to a text, [tokens]; see Spelling."""
+    """The number of bytes that each token stands for, [tokens]; see Spelling."""
     ...
 
   def decode(self, ids: Sequence[int]) -> str:

@@ -2,7 +2,9 @@
 
 The hash of its text alone decides whether a document is held out, so exact copies never end up on
 both sides, and adding documents moves no other document. (One exception: if no document of a small
-domain has a hash below the threshold, the one with the smallest hash is held out.)
+domain has a hash below the threshold, the one with the smallest hash is held out.) If a domain
+names the files of its held-out text, these are held out instead, and kept_out.py keeps copies of
+their documents out of training.
 
 Each document is compared with the text that its tokens stand for; see changes.py.
 
@@ -12,14 +14,14 @@ Each document is compared with the text that its tokens stand for; see changes.p
                                           byte of the raw text; the last row holds the totals
   DIR/train.ids.jsonl, held_out.ids.jsonl  only if the domain has an id_field: the id of each
                                           document, one JSON string per line ("" if it has none)
-  DIR/meta.json                           what they were made from, and the skipped records;
-                                          written last
+  DIR/files.jsonl                         the files that they were made from, see origin.py
+  DIR/meta.json                           what they were made from, the skipped records, and the
+                                          documents kept out of training; written last
 
 The hash of the tokens does not cover the ids, so runs do not depend on them.
 """
 
-import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -27,18 +29,21 @@ import itertools
 import json
 import os
 import shutil
+from typing import NamedTuple
 import uuid
 
 import numpy as np
 
-from btx_jax.data import corpora, framing
+from btx_jax.data import corpora, kept_out, origin, token_files
 from btx_jax.data.changes import Changes
+from btx_jax.data.domains import Domain
+from btx_jax.data.records import Document
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 
 SPLITS = ('train', 'held_out')
-_BATCH = 256  # documents tokenized at a time
-_BATCH_CHARS = 16_000_000  # ends a batch early: as lists of ids, text takes many times its size
+# Above every hash of a document as a share: all of a domain's own held-out files is held out.
+_ALL = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +68,12 @@ class Tokens:
   @property
   def num_documents(self) -> int:
     return len(self.starts) - 1
+
+  @property
+  def document_hashes(self) -> np.ndarray:
+    """[documents] uint64: equal for documents of equal text, of one tokenizer."""
+    return np.fromiter((kept_out.hash_of(self.ids[a:b].tobytes())
+                        for a, b in itertools.pairwise(self.starts)), np.uint64, self.num_documents)
 
   def sample(self, num_tokens: int) -> 'Tokens':
     """A random sample of whole documents: as many as fit in `num_tokens`, at least one."""
@@ -92,7 +103,7 @@ def load(folder: str, split: str) -> Tokens:
   """
   meta = read_meta(folder)
   tokens = os.path.join(folder, f'{split}.bin')
-  if split == 'train' and not os.path.exists(tokens):
+  if split == 'train' and not (os.path.exists(tokens) and os.path.getsize(tokens)):
     nothing = np.zeros(1, np.int64)
     return Tokens(np.zeros(0, meta['dtype']), nothing, nothing, meta['hash'][split])
   documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
@@ -110,204 +121,222 @@ def document_id(folder: str, split: str, number: int) -> str:
     return json.loads(next(itertools.islice(file, number, None)))
 
 
-def prepare(folder: str, domain: corpora.Domain, tokenizer: Tokenizer, held_out: float,
-            max_skipped: float = 0.1) -> dict:
+def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
+            max_skipped: float = 0.1, unless: Mapping[int, str] = kept_out.NOTHING) -> dict:
   """Tokenizes a domain into `folder`, unless that exists.
 
   Args:
     folder: the folder of this domain.
     domain: where the text comes from.
     tokenizer: encodes the text.
-    held_out: the share of documents to hold out.
+    held_out: the share of documents to hold out, unless the domain has its own, or names files.
     max_skipped: the largest share of records that may be unusable, and of documents that the
       tokenizer may lose.
+    unless: document_hashes of documents that are not to be trained on -> the domain that they are
+      held out for.
 
   Returns:
     The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
     split, `changes`: the fields of Changes, and `skipped`: the number of unusable records, in all
     and by reason, and the first places. `files`: what was read as what, and what was left out
-    (corpora.Group). `notes`: what is odd about that, in words.
+    (corpora.Group). `notes`: what is odd about that, in words. `kept_out`: see kept_out.py.
 
   Raises:
     UsageError: the domain has fewer than two documents or too many unusable records, the
-      tokenizer loses text or changes every document, or `folder` was made from something else.
+      tokenizer loses text or changes every document, nothing is left to train on, or `folder` was
+      made from something else.
   """
-  made_from = {'domain': {**domain._asdict(), 'paths': list(domain.paths)},
-               'framing': {field: mark and str(mark)
-                           for field, mark in tokenizer.framing._asdict().items()},
-               'tokenizer': tokenizer.hash, 'held_out': held_out}
-  if not domain.id_field:
-    del made_from['domain']['id_field']  # folders older than this field stay valid
   if os.path.exists(folder):
-    meta = read_meta(folder)
-    with contextlib.suppress(UsageError):  # without the text, the tokens suffice
-      made_from['text'] = corpora.describe(domain)
-    for key, value in made_from.items():
-      if meta['made_from'].get(key) != value:
-        raise UsageError(
-            f'{folder} was made from another config: {key} was '
-            f'{meta["made_from"].get(key)!r}, now it is {value!r}. Use another --workdir, or '
-            'delete that folder if no run needs it.')
-    return meta
+    origin.check(os.path.dirname(folder),
+                 {domain.name: differences(folder, domain, tokenizer, held_out)})
+    return kept_out.check(folder, domain.name, read_meta(folder), load(folder, 'train'), unless)
 
-  made_from['text'] = corpora.describe(domain)
+  made_from = _made_from(domain, tokenizer, held_out) | _describe(domain)
   partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # other jobs may be preparing too
   try:
-    return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from)
+    return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from) -> dict:
-  tally = corpora.Tally()
-  sizes, smallest, changes = _write(partial, domain, tokenizer, held_out, max_skipped, tally)
-  if smallest is not None:  # nothing was held out: hold out the document of the smallest hash
-    sizes, _, changes = _write(partial, domain, tokenizer, np.nextafter(smallest, 1), max_skipped,
-                               corpora.Tally())
-  meta = {'made_from': made_from, 'dtype': _dtype(tokenizer).name, 'hash': {},
-          'changes': dataclasses.asdict(changes),
-          'skipped': {'count': tally.skipped, 'reasons': tally.reasons, 'first': tally.first},
-          'files': tally.read_as(), 'notes': tally.notes(domain)}
+def differences(folder: str, domain: Domain, tokenizer: Tokenizer | None, held_out: float
+                ) -> list[str]:
+  """What the tokens in a folder were made from and is otherwise now, in words; see origin.py.
+
+  Arguments as for `prepare`; without a tokenizer it is not compared.
+  """
+  now, paths = _made_from(domain, tokenizer, held_out), []
+  with contextlib.suppress(UsageError):  # without the text, the tokens suffice
+    paths = _paths(domain)
+    if not origin.is_noted(folder):
+      now |= _describe(domain)
+  return list(origin.differences(
+      folder, domain.name, read_meta(folder)['made_from'], now, paths))
+
+
+def _parts(domain: Domain) -> dict[str, Domain]:
+  """The text to train on and the text that is only measured, by their names in meta.json."""
+  found = {'text': domain} if domain.is_trained else {}
+  return found | ({'held_out_text': domain.measured()} if domain.names_held_out else {})
+
+
+def _paths(domain: Domain) -> list[str]:
+  """The files of both parts."""
+  return [path for part in _parts(domain).values() for path in corpora.paths(part)]
+
+
+def _describe(domain: Domain) -> dict[str, str]:
+  """The files of both parts in few words."""
+  return {name: corpora.describe(part) for name, part in _parts(domain).items()}
+
+
+def _made_from(domain: Domain, tokenizer: Tokenizer | None, held_out: float) -> dict:
+  """The settings that tokens are made with, as plain data."""
+  fields = {**domain._asdict(), 'paths': list(domain.paths)}
+  del fields['held_out'], fields['field']
+  if not domain.id_field:
+    del fields['id_field']  # folders older than this field stay valid
+  made_from: dict = {'domain': fields}
+  if tokenizer:
+    made_from |= {'framing': {field: mark and str(mark)
+                              for field, mark in tokenizer.framing._asdict().items()},
+                  'tokenizer': tokenizer.hash}
+  return made_from | {'held_out': list(domain.measured().paths) if domain.names_held_out else
+                      domain.share(held_out)}
+
+
+def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from, unless) -> dict:
+  # Each domain that is read, with the share of its documents to hold out.
+  parts = [(domain, domain.share(held_out))] if domain.is_trained else []
+  if domain.names_held_out:
+    parts.append((domain.measured(), _ALL))
+  tallies = [corpora.Tally() for _ in parts]
+  written = _write(partial, parts, tokenizer, max_skipped, tallies, unless)
+  if written.smallest is not None:
+    # Nothing was held out: hold out the document of the smallest hash.
+    written = _write(partial, [(domain, np.nextafter(written.smallest, 1))], tokenizer,
+                     max_skipped, [corpora.Tally()], unless)
+  meta = {'made_from': made_from, 'dtype': token_files.dtype_of(tokenizer).name, 'hash': {},
+          'changes': dataclasses.asdict(written.changes), **corpora.summary(tallies),
+          'notes': [note for (part, _), tally in zip(parts, tallies) for note in tally.notes(part)]}
+  if unless:
+    meta['kept_out'] = written.removed.as_meta(unless)
   for split in SPLITS:
     totals = np.load(os.path.join(partial, f'{split}.documents.npy'))
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
-                   'bytes': sizes[split]}
-    meta['hash'][split] = _hash_files(partial, split)
-  with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
+                   'bytes': written.sizes[split]}
+    meta['hash'][split] = token_files.hash_of_files(partial, split)
+  origin.write(partial, _paths(domain))
+  with open(os.path.join(partial, kept_out.META), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
   try:
     os.rename(partial, folder)
   except OSError:
     if not os.path.exists(folder):
       raise  # otherwise another job was faster
-    return prepare(folder, domain, tokenizer, held_out, max_skipped)
+    return prepare(folder, domain, tokenizer, held_out, max_skipped, unless)
   return meta
 
 
-def _write(folder: str, domain, tokenizer, threshold: float, max_skipped: float,
-           tally: corpora.Tally) -> tuple[dict[str, int], float | None, Changes]:
+class _Written(NamedTuple):
+  """What was written.
+
+  Attributes:
+    sizes: the bytes of raw text of each split.
+    smallest: the smallest hash if no document was held out although one must be, else None.
+    changes: the documents that the tokenizer changed.
+    removed: the documents that were kept out of training.
+  """
+  sizes: dict[str, int]
+  smallest: float | None
+  changes: Changes
+  removed: kept_out.Removed
+
+
+def _write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokenizer,
+           max_skipped: float, tallies: Sequence[corpora.Tally], unless: Mapping[int, str]
+           ) -> _Written:
   """Writes both splits.
 
-  Returns:
-    The bytes of raw text of each split; the smallest hash if no document was held out, else None;
-    and the documents that the tokenizer changed.
+  Args:
+    folder: of the domain.
+    parts: what is read, each with the share of its documents to hold out.
+    tokenizer: encodes the text.
+    max_skipped: see prepare.
+    tallies: one for each part, which counts its records.
+    unless: see prepare.
   """
   os.makedirs(folder, exist_ok=True)
-  smallest, changes = None, Changes()
+  smallest, changes, removed = None, Changes(), kept_out.Removed()
+  name, has_ids = parts[0][0].name, bool(parts[0][0].id_field)
   with contextlib.ExitStack() as stack:
-    splits = {split: stack.enter_context(_Writer(folder, split, tokenizer, bool(domain.id_field)))
-              for split in SPLITS}
+    splits = {split: stack.enter_context(
+        token_files.Writer(folder, split, tokenizer, has_ids)) for split in SPLITS}
     kept = lambda: sum(writer.documents for writer in splits.values())
-    for batch in _batches(corpora.documents(domain, max_skipped, tally)):
-      encoded = tokenizer.encode([text for text, _, _ in batch])
-      starts = [0, *itertools.accumulate(map(len, encoded))]
-      all_ids = np.fromiter(itertools.chain.from_iterable(encoded), _dtype(tokenizer), starts[-1])
-      for (text, name, _), (first, end), spelled in zip(
-          batch, itertools.pairwise(starts), tokenizer.spell_each(all_ids, starts)):
-        raw, ids = text.encode('utf-8'), all_ids[first:end]
+
+    def train(ids: np.ndarray, size: int, document_id: str):
+      found = splits['train'].add(ids, size, document_id, unless)
+      if found is not None:
+        removed.add(found, unless[found])
+
+    for (part, threshold), tally in zip(parts, tallies):
+      for document, ids, spelled in _encoded(part, tokenizer, max_skipped, tally):
+        raw = document.text.encode('utf-8')
         if spelled != raw:
           decoded = spelled.decode('utf-8', errors='replace')
-          if not changes.is_normal_form(text, decoded):
-            changes.check(domain.name, max_skipped, kept())
+          if not changes.is_normal_form(document.text, decoded):
+            changes.check(name, max_skipped, kept())
           elif _share(spelled) < threshold:  # on the side of a document of this form
             changes.left_out += 1
           else:
             changes.normalised += 1
-            splits['train'].add(ids, len(raw), name)
+            train(ids, len(raw), document.id)
           continue
         place = _share(raw)
         smallest = place if smallest is None else min(smallest, place)
-        splits['held_out' if place < threshold else 'train'].add(ids, len(raw), name)
-  changes.check(domain.name, max_skipped, kept(), at_end=True)
+        if place < threshold:
+          splits['held_out'].add(ids, len(raw), document.id)
+        else:
+          train(ids, len(raw), document.id)
+  changes.check(name, max_skipped, kept(), at_end=True)
   train_count, held_out_count = (splits[split].documents for split in SPLITS)
-  if train_count > 1 and smallest is None:
+  read, by_share = train_count + removed.count, parts[-1][1] != _ALL
+  if (read > 1 and smallest is None) if by_share else not held_out_count:
     raise UsageError(
-        f'The tokenizer changes every document of domains.{domain.name}, for example '
-        f'{changes.examples["normalised"]}, so none can be held out: bits per byte count the bytes '
-        'of the raw text. Normalise the files first.')
-  count = train_count + held_out_count
-  if count == 1 or not train_count:
+        f'The tokenizer changes every document of domains.{name}, for example '
+        f'{next(iter(changes.examples.values()))}, so none can be held out: bits per byte count '
+        'the bytes of the raw text. Normalise the files first.')
+  if removed.count and not train_count:
     raise UsageError(
-        f'domains.{domain.name} has {count} document(s), and held-out text shares no document '
-        f'with training: there must be at least two. Set domains.{domain.name}.separator '
-        '(for example a blank line) to split text files into documents, or lower data.held_out.')
+        f'domains.{name} has nothing to train on: {removed.in_words()}. Name other files in '
+        f'domains.{name}.paths, or in held_out there.')
+  if by_share and (read + held_out_count == 1 or not train_count):
+    raise UsageError(
+        f'domains.{name} has {read + held_out_count} document(s), and held-out text shares no '
+        f'document with training: there must be at least two. Set domains.{name}.separator (for '
+        'example a blank line) to split text files into documents, lower data.held_out, or name '
+        f'the files of its held-out text in domains.{name}.held_out.')
   sizes = {split: writer.raw_bytes for split, writer in splits.items()}
-  return sizes, None if held_out_count else smallest, changes
+  return _Written(sizes, smallest if by_share and not held_out_count else None, changes, removed)
 
 
-class _Writer:
-  """Writes the files of a split.
-
-  Attributes:
-    documents: their number so far.
-    raw_bytes: of their text.
-  """
-
-  def __init__(self, folder: str, split: str, tokenizer: Tokenizer, has_ids: bool):
-    path = os.path.join(folder, split)
-    self._tokenizer, self._code = tokenizer, _dtype(tokenizer).char
-    self._boundaries, self._boundaries_file = [(0, 0)], f'{path}.documents.npy'
-    self.raw_bytes = 0
-    self._tokens_file = open(f'{path}.bin', 'wb')
-    self._ids_file = open(f'{path}.ids.jsonl', 'w', encoding='utf-8') if has_ids else None
-
-  @property
-  def documents(self) -> int:
-    return len(self._boundaries) - 1
-
-  def add(self, ids: np.ndarray, size: int, name: str):
-    """Adds a document: the ids of its text, that text's bytes, and the id in its file."""
-    before, after, unscored = framing.marks(self._tokenizer.framing, ids)
-    for part in (array.array(self._code, before), ids.data, array.array(self._code, after)):
-      self._tokens_file.write(part)
-    if self._ids_file:
-      self._ids_file.write(json.dumps(name) + '\n')
-    self.raw_bytes += size
-    for part in unscored:
-      size -= len(self._tokenizer.spell(part))
-    tokens, scored_bytes = self._boundaries[-1]
-    count = len(before) + len(ids) + len(after)
-    self._boundaries.append((tokens + count, scored_bytes + size))
-
-  def __enter__(self) -> '_Writer':
-    return self
-
-  def __exit__(self, *error):
-    self._tokens_file.close()
-    if self._ids_file:
-      self._ids_file.close()
-    np.save(self._boundaries_file, np.array(self._boundaries, np.int64))
-
-
-def _batches(documents: Iterator[corpora.Document]) -> Iterator[list[corpora.Document]]:
-  batch, chars = [], 0
-  for document in documents:
-    batch.append(document)
-    chars += len(document.text)
-    if len(batch) == _BATCH or chars >= _BATCH_CHARS:
-      yield batch
-      batch, chars = [], 0
-  if batch:
-    yield batch
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-  return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-
-
-def _hash_files(folder: str, split: str) -> str:
-  digest = hashlib.sha256()
-  for name in (f'{split}.bin', f'{split}.documents.npy'):
-    with open(os.path.join(folder, name), 'rb') as file:
-      while block := file.read(1 << 20):
-        digest.update(block)
-  return digest.hexdigest()[:16]
+def _encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally
+             ) -> Iterator[tuple[Document, np.ndarray, bytes]]:
+  """Each document of a domain, the ids of its text, and the bytes that these spell."""
+  dtype = token_files.dtype_of(tokenizer)
+  for batch in token_files.batches(corpora.documents(domain, max_skipped, tally)):
+    encoded = tokenizer.encode([document.text for document in batch])
+    starts = [0, *itertools.accumulate(map(len, encoded))]
+    all_ids = np.fromiter(itertools.chain.from_iterable(encoded), dtype, starts[-1])
+    for document, (first, end), spelled in zip(
+        batch, itertools.pairwise(starts), tokenizer.spell_each(all_ids, starts)):
+      yield document, all_ids[first:end], spelled
 
 
 def read_meta(folder: str) -> dict:
   """The meta.json of a folder; raises UsageError if it has none."""
   try:
-    with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+    with open(os.path.join(folder, kept_out.META), encoding='utf-8') as file:
       return json.load(file)
   except (OSError, json.JSONDecodeError) as error:
     raise UsageError(f'{folder} does not hold tokens written by btx_jax ({error}); use another '

@@ -42,7 +42,7 @@ def default_folder() -> str:
 
 
 def _processor() -> str:
-  """What this processor is and can do."""
+  """The processor's model and its instruction sets, as the system lists them."""
   try:
     with open('/proc/cpuinfo', encoding='utf-8') as file:
       lines = [line for line in file

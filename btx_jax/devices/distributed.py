@@ -9,6 +9,7 @@ alone writes reports, manifests and metrics. With a single process everything he
 from collections.abc import Callable, Mapping
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -17,6 +18,7 @@ import os
 import pathlib
 import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -257,6 +259,28 @@ def leave_job(code: int) -> int:
   with contextlib.suppress(RuntimeError):  # another process was faster
     jax.distributed.shutdown()
   os._exit(code)
+
+
+@functools.cache
+def code_version() -> str:
+  """The version of this package: its number, and the git commit if it runs from a checkout, with a
+  hash of the source if that was changed since."""
+  def git(*arguments: str) -> str:
+    return subprocess.run(['git', '-C', folder, *arguments], capture_output=True, text=True,
+                          check=True, timeout=10).stdout.strip()
+
+  folder = str(pathlib.Path(__file__).parents[1])
+  try:
+    number = importlib.metadata.version('btx_jax')
+  except importlib.metadata.PackageNotFoundError:
+    number = 'not installed'
+  try:
+    if not git('ls-files', '__init__.py'):  # installed below a repository of something else
+      return f'{number}, source {code_hash()}'
+    commit, changed = git('rev-parse', '--short=12', 'HEAD'), git('status', '--porcelain', '.')
+  except (OSError, subprocess.SubprocessError):
+    return f'{number}, source {code_hash()}'
+  return f'{number}, commit {commit}' + (f' with changes, source {code_hash()}' if changed else '')
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
-from btx_jax.evaluate import error_bars, units
+from btx_jax.evaluate import units
 from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
 from btx_jax.training.step import forward
@@ -47,7 +48,7 @@ def _masked_step(cfg: Config, mesh):
 
 
 def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
-             batch_size: int, tokenizer: Tokenizer) -> dict[str, dict]:
+             batch_size: int, tokenizer: Tokenizer, stride: int = 0) -> dict[str, dict]:
   """Scores whole held-out documents, in windows of `length`.
 
   Bits per byte is the information of the documents' tokens, without end-of-document tokens,
@@ -62,6 +63,8 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
     length: T, tokens per window; attention does not cross windows.
     batch_size: rows per batch.
     tokenizer: the tokenizer of the tokens.
+    stride: tokens that each window moves on; 0 is `length`. With fewer, a token counts where it is
+      first predicted, after at least `length` - `stride` tokens of its window.
 
   Returns:
     domain -> what units.score returns. For a mixture also `gates`, the mean gate of each expert in
@@ -70,25 +73,24 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
   """
   result = {}
   for domain, tokens in held_out.items():
-    nll, count = [np.zeros(1, np.float32)], 0.0  # nothing predicts the first token
+    nll, count = [], 0.0
     gates, sample = np.zeros(()), None
-    for first, batch in _batches(tokens, mesh, length, batch_size):
+    for first, batch in _batches(tokens, mesh, length, batch_size, stride):
       nll_BT, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
-      nll.append(nll_BT.reshape(-1))
+      nll.append(nll_BT)
       if routed is not None:
         gates = gates + np.asarray(routed[0], np.float64)
         count += float(routed[1])
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
-    nll_N = np.concatenate(nll)[:len(tokens.ids)]
-    result[domain] = units.score(nll_N, tokens, tokenizer)
+    result[domain] = _score(nll, tokens, tokenizer, stride)
     if sample:
       result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}
   return result
 
 
 def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
-                        batch_size: int) -> dict[str, dict]:
+                        batch_size: int, tokenizer: Tokenizer, stride: int = 0) -> dict[str, dict]:
   """Scores a mixture as `evaluate` does, once without each of its experts.
 
   A masked expert is never chosen, in any layer, and the others' gates are formed as if it did not
@@ -101,26 +103,39 @@ def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mes
     mesh: the devices to use.
     length: T, tokens per window.
     batch_size: rows per batch.
+    tokenizer: the tokenizer of the tokens.
+    stride: see evaluate.
 
   Returns:
-    domain -> `bits_per_byte`, [E]: entry e is the score without expert e.
+    domain -> `bits_per_byte`, [E]: entry e is the score without expert e; and `units`: `nll`,
+    [E][U], and `bytes`, [U], see units.score.
   """
   step, masks_EE = _masked_step(cfg, mesh), np.eye(cfg.num_experts, dtype=bool)
   result = {}
   for domain, tokens in held_out.items():
-    nll_E = np.zeros(cfg.num_experts)
-    for _, batch in _batches(tokens, mesh, length, batch_size):
+    nll: list[list[np.ndarray]] = [[] for _ in masks_EE]
+    for _, batch in _batches(tokens, mesh, length, batch_size, stride):
       nll_EBT = jax.device_get([step(params, batch, masked_E) for masked_E in masks_EE])
-      nll_E += np.sum(nll_EBT, (1, 2), dtype=np.float64)
-    size = int(tokens.bytes[-1])
-    result[domain] = {'bits_per_byte': [
-        error_bars.bits_per_byte(nll, size) for nll in nll_E.tolist()]}
+      for of_expert, nll_BT in zip(nll, nll_EBT):
+        of_expert.append(nll_BT)
+    scored = [_score(of_expert, tokens, tokenizer, stride) for of_expert in nll]
+    result[domain] = {'bits_per_byte': [score['bits_per_byte'] for score in scored],
+                      'units': {'nll': [score['units']['nll'] for score in scored],
+                                'bytes': scored[0]['units']['bytes']}}
   return result
 
 
-def _batches(tokens: Tokens, mesh, length: int, batch_size: int
+def _score(nll: list[np.ndarray], tokens: Tokens, tokenizer: Tokenizer, stride: int
+           ) -> dict[str, Any]:
+  """The score of a split from the losses of its batches, [B, T] each; see units.score."""
+  nll_N = mixture.without_overlap(np.concatenate(nll), len(tokens.ids) - 1, stride)
+  # Nothing predicts the first token.
+  return units.score(np.append(np.float32(0), nll_N), tokens, tokenizer)
+
+
+def _batches(tokens: Tokens, mesh, length: int, batch_size: int, stride: int
              ) -> Iterator[tuple[list[int], dict[str, jax.Array]]]:
   """Yields the first tokens of each batch's first row, and the batch over the mesh."""
-  for batch in mixture.evaluation_batches(tokens, length, batch_size):
+  for batch in mixture.evaluation_batches(tokens, length, batch_size, stride):
     first = batch['tokens'][0][batch['segment_ids'][0] > 0][:_SHOWN].tolist()
     yield first, sharding.from_whole(batch, mesh)

@@ -1,4 +1,4 @@
-"""What an ensemble predicts: the weighted mean of its experts' next-token probabilities.
+"""An ensemble's prediction: the weighted mean of its experts' next-token probabilities.
 
 The weights of Branch-Train-Merge (paper 4.1.1, "BTM") follow from how well each expert suits the
 text so far, by tf-idf or by likelihood. The weights for a token depend only on the tokens before
@@ -39,15 +39,16 @@ def _token_nll(cfg: Config, mesh):
   return sharding.jit_replicated(score, mesh)
 
 
-def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int
-              ) -> np.ndarray:
+def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int,
+              stride: int = 0) -> np.ndarray:
   """Negative log likelihood of each token of a split, [tokens] in nats; 0 for the first of each
-  document, and for end marks."""
+  document, and for end marks. `length` and `stride` are those of bits.evaluate."""
   parts = []
-  for batch in mixture.evaluation_batches(tokens, length, batch_size):
+  for batch in mixture.evaluation_batches(tokens, length, batch_size, stride):
     batch = sharding.from_whole(batch, mesh)
-    parts.append(np.asarray(_token_nll(cfg, mesh)(params, batch), np.float64).reshape(-1))
-  return np.concatenate([[0.0], *parts])[:len(tokens.ids)]
+    parts.append(np.asarray(_token_nll(cfg, mesh)(params, batch), np.float64))
+  nll_N = mixture.without_overlap(np.concatenate(parts), len(tokens.ids) - 1, stride)
+  return np.append(0.0, nll_N)
 
 
 class Similarity:

@@ -83,8 +83,10 @@ def effects(study: Study) -> list[dict[str, Any]]:
   """Which expert helps which domain: for each mixture that was measured without each expert.
 
   Returns:
-    for each mixture: `name`, `experts` (their names), and `change`: domain -> for each expert, the
-    bits per byte without it minus those with all experts; more than 0 is worse without it.
+    for each mixture: `name`, `experts` (their names), `change`: domain -> for each expert, the
+    bits per byte without it minus those with all experts; more than 0 is worse without it; and
+    `error`: domain -> the standard error of each change from the text, paired by unit, None if it
+    is not known.
   """
   result = []
   for run in _complete(study):
@@ -95,8 +97,18 @@ def effects(study: Study) -> list[dict[str, Any]]:
       result.append({
           'name': run.name, 'experts': list(run.expert_names),
           'change': {domain: [without - bits[domain] for without in score['bits_per_byte']]
-                     for domain, score in masked.items()}})
+                     for domain, score in masked.items()},
+          'error': {domain: _errors(score, whole[domain]) for domain, score in masked.items()}})
   return result
+
+
+def _errors(masked: Mapping[str, Any], whole: Mapping[str, Any]) -> list[float | None]:
+  """The errors of a domain's changes without each expert."""
+  if 'units' not in masked or 'units' not in whole:
+    return [None] * len(masked['bits_per_byte'])
+  size = masked['units']['bytes']
+  return [error_bars.error_of_difference({'nll': nll, 'bytes': size}, whole['units'])
+          for nll in masked['units']['nll']]
 
 
 def why_unmasked(model: Config) -> str:

@@ -10,7 +10,7 @@ from btx_jax.data import tokens
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
-from btx_jax.run import MIX, Run, averaged_model, lineage, reader_model
+from btx_jax.run import HUGGING_FACE, MIX, Run, averaged_model, lineage, reader_model
 from btx_jax.selector import Merge
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -26,7 +26,8 @@ class Model(NamedTuple):
     name: name of its row, the same in every series.
     run: the run whose directory holds its scores.
     stage: 'final'. Mixtures of several models also have 'start', before finetuning, and 'average',
-      the plain average of these models. Edits of a mixture also have 'start'.
+      the plain average of these models. Edits of a mixture, and pretrained mixtures that are
+      trained, also have 'start'.
     sizes: sizes of the model; of an ensemble, Run.model.
     trained: the runs whose training went into it.
   """
@@ -85,7 +86,8 @@ def models_of(study: Study, run: Run) -> Iterator[Model]:
   name, before = run.plain_name, lineage(run)[1:]
   if run.init == MIX and len(run.sources) > 1 and first_equivalent(study, run) is run:
     yield Model(f'average of {name}', run, AVERAGE, averaged_model(run), before)
-  if run.steps and (run.edit or (run.init == MIX and len(run.sources) > 1)):
+  if run.steps and (run.edit or (run.init == MIX and len(run.sources) > 1)
+                    or (run.init == HUGGING_FACE and run.model.num_experts)):
     yield Model(f'{name} unfinetuned', run, START, run.model, before)
   yield Model(name, run, FINAL, run.model, [*before, run])
 
@@ -131,8 +133,10 @@ def _path(study: Study, run: Run, stage: str) -> str:
 
 def _measured_on(study: Study, run: Run) -> dict:
   found = manifest.read(study.folder(run.name)) or {}
+  stride = study.config.evaluation.stride
   return {
       'run': found['identity'],
       'length': study.config.data.seq_len, 'tokens': study.config.evaluation.tokens,
+      **({'stride': stride} if stride else {}),
       'text': {domain: tokens.read_meta(os.path.join(study.data_folder, domain))['hash']['held_out']
                for domain in sorted(study.config.domains)}}

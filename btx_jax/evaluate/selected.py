@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from btx_jax.data import mixture
 from btx_jax.data.text import Text
 from btx_jax.data.tokens import Tokens
 from btx_jax.evaluate import ensemble
@@ -45,7 +46,8 @@ def evaluate(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dic
   result = {}
   for domain, tokens in held_out.items():
     score = ensemble.bits_per_byte(nll[domain], log_weights[domain], tokens, text.tokenizer)
-    result[domain] = score | usage(run, np.exp(log_weights[domain]), computed[domain], tokens)
+    result[domain] = score | usage(run, np.exp(log_weights[domain]), computed[domain], tokens,
+                                    study.config.evaluation.stride)
     say(f'{run.name}: {in_words(run, domain, result[domain])}')
   return result
 
@@ -91,7 +93,7 @@ def _nll(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh,
     for domain in wanted:
       nll[domain][:, number] = ensemble.token_nll(
           expert.model, parameters, text.held_out[domain], mesh, run.seq_len,
-          study.config.evaluation.batch_size)
+          study.config.evaluation.batch_size, study.config.evaluation.stride)
     del parameters  # one at a time
   return nll
 
@@ -104,8 +106,8 @@ def in_words(run: Run, domain: str, found: dict[str, Any]) -> str:
           f'{found["forward_flops"] / 1e6:,.2f} MFLOP per token')
 
 
-def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tokens
-          ) -> dict[str, Any]:
+def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tokens,
+          stride: int = 0) -> dict[str, Any]:
   """Which experts an ensemble used, and the FLOPs that this takes.
 
   FLOPs are those of matmuls, forward: of the reader and a linear selector for every token, of each
@@ -117,6 +119,7 @@ def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tok
     weights_NE: of each expert for each token; they add up to 1.
     computed_NE: whether each expert is computed for each token.
     tokens: the text.
+    stride: of the windows, see bits.evaluate.
 
   Returns:
     `share`, the mean weight of each expert, [E]; `switches`, for how many tokens of 1,000 an expert
@@ -126,7 +129,8 @@ def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tok
   computed_NE = computed_NE[counted_N]
   inputs_N = np.flatnonzero(counted_N) - 1  # where the expert was chosen
   starts_N = np.asarray(tokens.starts)[np.searchsorted(tokens.starts, inputs_N, side='right') - 1]
-  before_N = inputs_N - np.maximum(starts_N, inputs_N // T * T)  # read before it, in the window
+  # Read before it, in the window.
+  before_N = inputs_N - np.maximum(starts_N, mixture.window_starts(inputs_N, T, stride))
   begins_NE = np.diff(computed_NE.astype(int), axis=0, prepend=0) > 0
   begins_NE &= (np.diff(starts_N, prepend=-1) == 0)[:, None]
   predict_E = np.array([forward_flops_per_token(each.model, T) for each in run.experts])

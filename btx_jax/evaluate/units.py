@@ -5,6 +5,9 @@ two neighbouring tokens are not, so error bars (error_bars.py) are made from uni
 the text alone, not from the windows that a model reads: models of one study have the same units.
 """
 
+from collections.abc import Mapping
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -28,16 +31,45 @@ def score(nll_N: np.ndarray, tokens: Tokens, tokenizer: Tokenizer) -> dict[str, 
     tokenizer: the tokenizer of the tokens.
 
   Returns:
-    `bits_per_byte`; `documents`; `tokens`, those that have a score; `bytes`; and `units`: `nll` in
-    nats and `bytes` of each unit, which add up to the score.
+    `bits_per_byte`; `documents`; `tokens`, those that have a score; `bytes` and `words` of their
+    text; and `units`: `nll` in nats and `bytes` of each unit, which add up to the score.
   """
   starts_U, bytes_U = cut(tokens, tokenizer)
   nll_U = np.add.reduceat(nll_N, starts_U, dtype=np.float64) if len(starts_U) else np.zeros(0)
   size = int(tokens.bytes[-1])
   return {'bits_per_byte': error_bars.bits_per_byte(float(nll_U.sum()), size),
           'documents': tokens.num_documents, 'tokens': int(_counts(tokens).sum()), 'bytes': size,
+          'words': words(tokens, tokenizer),
           # Ten digits keep the sum to 1e-9 and the file small.
           'units': {'nll': [float(f'{nll:.10g}') for nll in nll_U], 'bytes': bytes_U.tolist()}}
+
+
+def perplexities(score: Mapping[str, Any]) -> dict[str, float | None] | None:
+  """The perplexity per token and per word of a score as `score` returns it.
+
+  None for a score that an earlier version measured; a perplexity is None if it is not finite.
+  """
+  if not score.get('units') or score.get('words') is None:
+    return None
+  nll = math.fsum(score['units']['nll'])
+  return {kind: _perplexity(nll, score[f'{kind}s']) for kind in ('token', 'word')}
+
+
+def _perplexity(nll: float, count: int) -> float | None:
+  try:
+    return math.exp(nll / count)
+  except (OverflowError, ZeroDivisionError):
+    return None
+
+
+def words(tokens: Tokens, tokenizer: Tokenizer) -> int:
+  """The words in the text that has a score: runs of characters other than white space."""
+  count = 0
+  for document, (first, end) in enumerate(itertools.pairwise(tokens.starts)):
+    text = tokenizer.spell(np.asarray(tokens.ids[first + tokens.begins:end - tokens.ends]).tolist())
+    scored = int(tokens.bytes[document + 1] - tokens.bytes[document])
+    count += len(text[max(len(text) - scored, 0):].decode('utf-8', errors='replace').split())
+  return count
 
 
 def cut(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +105,7 @@ def _block_bytes(tokens: Tokens, tokenizer: Tokenizer, document: int, begins: np
   if tokens.ends:
     sizes[-1] = 0
   result = np.add.reduceat(sizes, begins)
-  # What is peculiar to the beginning of a text (marks, a first token without a score, a space put
-  # before it) is all in the first block.
+  # The beginning of a text is unlike the rest: marks, a first token without a score, a space before
+  # it. All of that is in the first block.
   result[0] = tokens.bytes[document + 1] - tokens.bytes[document] - result[1:].sum()
   return result

@@ -1,4 +1,4 @@
-"""The compiled passes of a linear selector: what it reads of a text, and its logits."""
+"""The compiled passes of a linear selector: the mean hidden states it reads, and its logits."""
 
 from collections.abc import Iterable
 import functools
@@ -61,14 +61,14 @@ def sums(cfg: Config, params, decay: float, batches: Iterable[Batch], mesh) -> S
 
 
 def logits(cfg: Config, params, columns_DE, batches: Iterable[Batch], mesh) -> np.ndarray:
-  """The logits of each position's own hidden state, [positions, E], rows one after another.
+  """The logits of each position's own hidden state, [rows, T, E].
 
   Those of a mean of hidden states are the mean of these.
   """
   program = logits_program(cfg, mesh)
-  parts = [np.asarray(program(params, columns_DE, sharding.from_whole(batch, mesh)))
-           for batch in batches]
-  return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+  return np.concatenate([
+      np.asarray(program(params, columns_DE, sharding.from_whole(batch, mesh)))
+      for batch in batches])
 
 
 @functools.cache

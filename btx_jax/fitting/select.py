@@ -43,10 +43,10 @@ def fit(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
   figures: dict[str, Any] = {'accuracy': {}, 'switches': {}}
   for domain, of_domain in rows.items():
     kept = samples.kept(of_domain)
-    logits_NE = reading.logits(model, parameters, columns_1DE[0], samples.batches(study, kept),
-                               mesh)
+    logits_RTE = reading.logits(model, parameters, columns_1DE[0], samples.batches(study, kept),
+                                mesh)
     figures['accuracy'][domain], figures['switches'][domain] = _measure(
-        logits_NE, kept, settings, domain)
+        logits_RTE.reshape(-1, logits_RTE.shape[-1]), kept, settings, domain)
   figures |= samples.about(run, rows, began)
   routers.write(study, run, columns_1DE, sums, figures)
   for line in in_words(figures):
@@ -68,7 +68,7 @@ def in_words(figures: dict[str, Any]) -> list[str]:
 def choices(study: Study, run: Run, parameters, tokens: Tokens, mesh) -> np.ndarray:
   """The expert chosen for each token of a split, [tokens]; it depends on earlier tokens only.
 
-  Hidden states are computed in windows of seq_len, as the experts predict; their mean is over the
+  Hidden states are computed in the windows in which the experts predict; their mean is over the
   whole document so far. Entries for the first token of a document mean nothing.
 
   Args:
@@ -80,10 +80,11 @@ def choices(study: Study, run: Run, parameters, tokens: Tokens, mesh) -> np.ndar
   """
   columns_1DE = routers.of(study, run)
   assert columns_1DE is not None
-  batches = mixture.evaluation_batches(tokens, run.seq_len, study.config.evaluation.batch_size)
-  logits_NE = reading.logits(reader_model(run), parameters, columns_1DE[0], batches, mesh)
-  inputs = len(tokens.ids) - 1  # the last token predicts nothing
-  chosen = in_documents(logits_NE[:inputs], tokens.starts, linear_of(run))
+  rows, stride = study.config.evaluation.batch_size, study.config.evaluation.stride
+  batches = mixture.evaluation_batches(tokens, run.seq_len, rows, stride)
+  logits_RTE = reading.logits(reader_model(run), parameters, columns_1DE[0], batches, mesh)
+  logits_NE = mixture.without_overlap(logits_RTE, len(tokens.ids) - 1, stride)
+  chosen = in_documents(logits_NE, tokens.starts, linear_of(run))
   return np.concatenate([[0], chosen])
 
 

@@ -12,7 +12,7 @@ Parameters (`L` layers stacked on the first axis by scan):
   layers/ffn/router_bias [L,E]                      mixture whose load is balanced by biases
 """
 
-import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -60,26 +60,46 @@ class Attention(nn.Module):
     D, N, K, H = cfg.dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     w = {'q': self.param('q', _init, (D, N, H)), 'k': self.param('k', _init, (D, K, H)),
          'v': self.param('v', _init, (D, K, H)), 'o': self.param('o', _init, (N, H, D))}
-    B, T, _ = x_BTD.shape
     if cfg.qkv_bias:
       zeros = nn.initializers.zeros
       w |= {f'{name}_bias': self.param(f'{name}_bias', zeros, w[name].shape[1:]) for name in 'qkv'}
     w = jax.tree.map(lambda x: x.astype(x_BTD.dtype), w)
-
-    def heads(name):
-      y_BTNH = matmul(x_BTD, w[name].reshape(D, -1)).reshape(B, T, -1, H)
-      if cfg.qkv_bias:
-        y_BTNH += w[f'{name}_bias'][None, None]
-      return y_BTNH.swapaxes(1, 2)
-
-    q_BNTH, k_BKTH, v_BKTH = (heads(name) for name in 'qkv')
-    if cfg.qk_norm:
-      norm = functools.partial(nn.RMSNorm, epsilon=cfg.norm_eps, dtype=x_BTD.dtype)
-      q_BNTH, k_BKTH = norm(name='q_norm')(q_BNTH), norm(name='k_norm')(k_BKTH)
-    q_BNTH, k_BKTH = rotate(q_BNTH, rope), rotate(k_BKTH, rope)
-    q_BNTH, k_BKTH, v_BKTH = (checkpoint_name(x, 'qkv') for x in (q_BNTH, k_BKTH, v_BKTH))
+    norm = lambda name: nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x_BTD.dtype, name=name)
+    q_BNTH, k_BKTH, v_BKTH = (
+        checkpoint_name(x, 'qkv') for x in heads(cfg, w, x_BTD, rope, norm))
     y_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, cfg.attention, self.batch_axes)
-    return matmul(y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w['o'].reshape(N * H, D))
+    return joined(y_BNTH, w['o'])
+
+
+def heads(cfg: Config, w: Mapping[str, jax.Array], x_BTD, rope, norm: Callable[[str], Callable]
+          ) -> list[jax.Array]:
+  """Queries [B, N, T, H], keys and values [B, K, T, H] of an attention layer, rotated.
+
+  Args:
+    cfg: of the model.
+    w: q, k and v [D, heads, H] in the dtype of x; with cfg.qkv_bias also q_bias, k_bias and v_bias
+      [heads, H].
+    x_BTD: the normalised residual stream.
+    rope: from rope_tables.
+    norm: 'q_norm' or 'k_norm' -> that RMSNorm; used with cfg.qk_norm.
+  """
+  B, T, D = x_BTD.shape
+  result = []
+  for name in 'qkv':
+    y_BTNH = matmul(x_BTD, w[name].reshape(D, -1)).reshape(B, T, -1, cfg.head_dim)
+    if cfg.qkv_bias:
+      y_BTNH += w[f'{name}_bias'][None, None]
+    y_BNTH = y_BTNH.swapaxes(1, 2)
+    if cfg.qk_norm and name != 'v':
+      y_BNTH = norm(f'{name}_norm')(y_BNTH)
+    result.append(y_BNTH if name == 'v' else rotate(y_BNTH, rope))
+  return result
+
+
+def joined(y_BNTH, o_NHD) -> jax.Array:
+  """The output [B, T, D] of an attention layer, from that of its heads."""
+  B, N, T, H = y_BNTH.shape
+  return matmul(y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), o_NHD.reshape(N * H, -1))
 
 
 class SwiGLU(nn.Module):
@@ -110,9 +130,7 @@ class Mixture(nn.Module):
     experts = SwiGLU(cfg, (E,), name='experts')(x_BTD.dtype)
     logits_BTE = None
     if cfg.has_router:
-      router_DE = self.param('router', _init, (cfg.dim, E))
-      logits_BTE = jnp.dot(x_BTD.astype(jnp.float32), router_DE,
-                           precision=jax.lax.Precision.HIGHEST)
+      logits_BTE = routers.logits(x_BTD, self.param('router', _init, (cfg.dim, E)))
     if cfg.router_bias:
       bias_E = self.param('router_bias', nn.initializers.zeros, (E,))
       context = context._replace(bias=bias_E)

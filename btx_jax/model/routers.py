@@ -93,6 +93,11 @@ def mask(cfg: Config, logits_BTE: jax.Array | None, context: Context
           context._replace(bias=bias_E))
 
 
+def logits(x_BTD, router_DE) -> jax.Array:
+  """What a router decides by, [B, T, E] in float32, from the input of the feed-forward layer."""
+  return jnp.dot(x_BTD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
+
+
 def route(cfg: Config, logits_BTE: jax.Array | None, context: Context) -> Choice:
   """The choice of the router `cfg.router`; 'hash' takes no logits."""
   return ROUTERS[cfg.router](cfg, logits_BTE, context)

@@ -1,4 +1,4 @@
-"""What it takes on a topology to set routers or a linear selector from text (fitting/)."""
+"""Time and memory that setting routers or a linear selector from text (fitting/) takes."""
 
 from collections.abc import Callable
 import dataclasses

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from btx_jax import btx
+from btx_jax.data import domains
 from btx_jax.devices import sharding
 from btx_jax.devices.hardware import UNKNOWN, Chip
 from btx_jax.model import llama
@@ -155,7 +156,7 @@ def programs(study: Study, topology: Topology, only: str | None = None):
 def _key(group: Sequence[Run]) -> str:
   """A key that is equal for groups of runs whose programs differ at most in learning rates."""
   fields = [(run.model, run.seq_len, run.batch_size, run.microbatches, run.objective,
-             dataclasses.replace(run.optimizer, peak_lr=1.0, warmup=0.0, final_lr=0.0))
+             dataclasses.replace(run.optimizer, peak_lr=1.0, warmup=0.0, decay=1.0, final_lr=0.0))
             for run in group]
   return repr((fields, len(group)))
 
@@ -163,8 +164,7 @@ def _key(group: Sequence[Run]) -> str:
 def _measure(groups: list[list[Run]], study: Study, topology: Topology, mesh) -> Measured:
   group, chip = groups[0], topology.chip
   run, stacked = group[0], len(group) > 1
-  domains = len(study.config.domains)
-  program = make_program(group, mesh, domains)
+  program = make_program(group, mesh, len(domains.trained(study.config.domains)))
   state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(program.state_shapes))
   result = Measured(
       runs=tuple(each for group in groups for each in group), stacked=stacked,

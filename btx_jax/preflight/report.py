@@ -5,8 +5,6 @@ import json
 import math
 import os
 
-from rich.table import Table
-
 from btx_jax import terminal
 from btx_jax.devices.hardware import Chip
 from btx_jax.model.config import REMATS
@@ -78,13 +76,13 @@ def _names(program: Measured) -> str:
   return names if seeds == 1 else f'{names} (each of {seeds} seeds)'
 
 
-def as_table(found: list[Measured], topology: Topology) -> Table:
+def as_table(found: list[Measured], topology: Topology) -> terminal.Table:
   """The figures, a column for each program."""
   sent = sorted({(axes, kind) for program in found if program.cost
                  for (kind, axes), size in program.cost.sent.items() if size > 1e3})
   columns = [_memory(program) | _traffic(program, sent) | _times(program, topology.chip)
              for program in found]
-  return terminal.table(
+  return terminal.Table(
       ['', *map(_names, found)],
       [[label, *(column[label] for column in columns)] for label in columns[0]])
 

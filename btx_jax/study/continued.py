@@ -1,9 +1,10 @@
 """Runs that go on from a step of another run, or take its optimizer state: checked, no compute."""
 
 from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
 
 from btx_jax.errors import UsageError
-from btx_jax.run import CHECKPOINT, EDIT, Run
+from btx_jax.run import BEST, CHECKPOINT, EDIT, WSD, Run
 
 
 def first_steps(name: str, source: Run, step: int) -> Run:
@@ -18,6 +19,29 @@ def first_steps(name: str, source: Run, step: int) -> Run:
     raise UsageError(f'runs.{name}.init: step = {step} is not a step of {source.name!r}, which is '
                      f'trained for {source.steps}; 0 is its end.')
   return source.first(step)
+
+
+def best_steps(name: str, source: Run, best: int | None, every: int) -> Run:
+  """The steps of a source up to its best one, as a run; all of them while that is not known.
+
+  Args:
+    name: of the run that starts from it.
+    source: the whole source.
+    best: the best step, 0 for the end; None if it is not known.
+    every: config.evaluation.every.
+
+  Raises:
+    UsageError: no step of the source is evaluated.
+  """
+  if not source.steps:
+    raise UsageError(f'runs.{name}.init: step = {BEST!r}: {source.name!r} is not trained here, so '
+                     'it has no steps; omit step.')
+  if best is not None:
+    return first_steps(name, source, best) if best else source
+  if not every:
+    raise UsageError(f'runs.{name}.init: step = {BEST!r} is the step of {source.name!r} with the '
+                     'lowest held-out loss, and no step is evaluated; set evaluation.every.')
+  return dataclasses.replace(source, until_best=True)
 
 
 def check_state(run: Run) -> None:
@@ -89,9 +113,13 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     if not run.state:
       alone.setdefault(source.label, []).append(run.name)
       continue
-    rate = ('the learning rate stays constant' if run.schedule_start else
-            'warmup and schedule start anew')
-    lines.append(f'{run.name} goes on after step {source.steps:,} of {source.name}, with its '
+    rate = 'warmup and schedule start anew'
+    if run.schedule_start:
+      rate = 'the learning rate stays constant' + (
+          f' until it falls over the last {run.optimizer.decay_steps(run.steps):,} steps'
+          if run.optimizer.schedule == WSD else '')
+    place = 'the best step' if source.until_best else f'step {source.steps:,}'
+    lines.append(f'{run.name} goes on after {place} of {source.name}, with its '
                  f"moments, Adam's count and the place in the data; {rate}")
   return lines + [f'{", ".join(names)}: from {label} the parameters alone; moments, order of data, '
                   'warmup and schedule start anew' for label, names in alone.items()]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from btx_jax import base, files
 from btx_jax.errors import RENAMED, UsageError, nearest
-from btx_jax.run import CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX
+from btx_jax.run import BEST, CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX
 
 _OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
 _INTEGERS = ('seeds',)  # lists of integers; the others hold strings, or pairs of strings
@@ -24,9 +24,11 @@ def check(config) -> None:
   _check_section('', config, like)
   files.local_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
-    _check_section(f'domains.{name}', domain, base.domain())
+    _check_section(f'domains.{name}', domain, _domain_like(domain))
     for path in domain.paths:
       files.local_path(f'domains.{name}.paths', path)
+    for path in _files(domain.held_out):
+      files.local_path(f'domains.{name}.held_out', path)
   for name, run in config.runs.items():
     _check_section(f'runs.{name}', run, base.run(_init_like(run.get('init')), {}))
     files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
@@ -40,18 +42,33 @@ def check(config) -> None:
         _check_value(f'runs.{name}.{section}.{field}', value, known[field])
 
 
+def _domain_like(domain: Any) -> ConfigDict:
+  """A domain with a value of the right type for each field; held_out may be of several types."""
+  held_out = domain.get('held_out', ()) if isinstance(domain, ConfigDict) else ()
+  kind = 0.0 if isinstance(held_out, int | float) else '' if isinstance(held_out, str) else ()
+  return base.domain(held_out=kind)
+
+
+def _files(held_out: Any) -> list[str]:
+  """The files that a domain's held_out names; none if it is a share."""
+  if isinstance(held_out, int | float):
+    return []
+  return [held_out] if isinstance(held_out, str) else list(held_out)
+
+
 def _init_like(init: Any) -> ConfigDict:
   """The initialiser of a run's kind, with a value of the right type for each of its fields."""
   if not isinstance(init, ConfigDict):
     return base.random()
   pairs = base.from_text('', labels=(('', ''),))
+  step = BEST if init.get('step') == BEST else 0
   if init.get('kind') == ENSEMBLE:
     selector = init.get('selector')
     merges = isinstance(selector, ConfigDict) and 'top' in selector
     return base.ensemble(selector=base.tfidf() if merges else pairs)
   return {MIX: base.mix(rules={'': ''}, routers=pairs), HUGGING_FACE: base.hugging_face(''),
           EDIT: ConfigDict({**base.drop('', routers=pairs), 'runs': (), 'replaced': (('', ''),)}),
-          CHECKPOINT: ConfigDict({**base.checkpoint(''), 'runs': ()}),
+          CHECKPOINT: ConfigDict({**base.checkpoint('', step=step), 'runs': ()}),
           }.get(str(init.get('kind')), base.random())
 
 

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 
-from btx_jax.devices.distributed import versions
-from btx_jax.errors import UsageError, nested_differences
+from btx_jax.devices import distributed
+from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
@@ -50,43 +50,21 @@ def begin(name: str, spec: dict) -> dict:
   return {
       'name': name, 'state': RUNNING, 'identity': identity(spec), 'spec': spec,
       'started': now(), 'steps_done': 0, 'seconds': 0.0, 'tokens_by_domain': {},
-      'versions': versions(),
+      'versions': _versions(),
   }
 
 
+def _versions() -> dict[str, str]:
+  return {'btx_jax': distributed.code_version(), **distributed.versions()}
+
+
 def resume(manifest: dict) -> dict:
-  """The manifest of a run that resumes; if package versions changed, the earlier ones are kept."""
+  """The manifest of a run that resumes; if versions changed, the earlier ones are kept."""
   manifest = {key: value for key, value in manifest.items() if key != 'error'}
-  if manifest['versions'] != versions():
+  if manifest['versions'] != _versions():
     manifest['earlier_versions'] = [
         *manifest.get('earlier_versions', []), manifest['versions']]
-  return manifest | {'state': RUNNING, 'versions': versions()}
-
-
-def check(folder: str, manifest: dict, spec: dict):
-  """Raises UsageError unless the run in `folder` is the one that `spec` describes."""
-  lines = differences(manifest, dict.fromkeys(manifest['spec']) | spec)
-  if lines:
-    raise UsageError(
-        f'{folder} belongs to another config:\n' + '\n'.join(f'  {line}' for line in lines) +
-        f'\nNothing was changed. {_way_on(manifest)}Use another --workdir, or delete that folder '
-        'to train the run again.')
-
-
-def _way_on(manifest: dict) -> str:
-  """How what is there can be used with other settings; '' if nothing was trained."""
-  name, done = manifest['spec'].get('name'), manifest.get('steps_done')
-  if not done:
-    return ''
-  return (f'To go on from what is there with more steps, fewer or other settings, leave {name!r} '
-          f'as it was, and add a run from base.checkpoint({name!r}, step={done}, state=True). ')
-
-
-def differences(manifest: dict, spec: dict) -> list[str]:
-  """How `spec`, or a part of one, differs from a manifest's: lines like 'steps: 6 there, 8 now'."""
-  known = {key: manifest['spec'].get(key) for key in spec}
-  return [f'{path}: {was!r} there, {now!r} now'
-          for path, was, now in nested_differences(known, spec)]
+  return manifest | {'state': RUNNING, 'versions': _versions()}
 
 
 def now() -> str:

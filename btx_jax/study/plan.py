@@ -11,6 +11,7 @@ import re
 
 from btx_jax import errors, selector
 from btx_jax.convert.hugging_face import Folder
+from btx_jax.data import domains
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
@@ -18,6 +19,7 @@ from btx_jax.model.config import OF_REFERENCE, ROPE, SIZES
 from btx_jax.recipe import Edit, Recipe, expert_names, routers_from_config, sources_of
 from btx_jax.recipe import from_config as recipe_from_config
 from btx_jax.run import (
+  BEST,
   CHECKPOINT,
   EDIT,
   ENSEMBLE,
@@ -42,17 +44,18 @@ _ROUTING = ('router', 'top_k', 'capacity_factor')
 
 
 def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None,
-              at_hand: bool = True) -> dict[str, Run]:
+              at_hand: bool = True, best: Mapping[str, int] | None = None) -> dict[str, Run]:
   """The runs of a config by name, each after the runs that it starts from.
 
   With config.seeds they are all runs of the first seed, then all of the second, and so on, so that
-  a study that is stopped has whole seeds. Nothing in a plan depends on a seed, so it is made once.
+  a study that is stopped has whole seeds. Only the best steps in a plan depend on the seed.
 
   Args:
     config: a ConfigDict from base.get_config.
     vocab_size: of the tokenizer.
     tokenizer: the tokenizer, if it exists already.
     at_hand: pretrained models must exist; otherwise a missing one has the sizes of `config.model`.
+    best: the steps that step='best' stands for where that is known; see recorded.best_steps.
 
   Raises:
     UsageError: something in the config cannot run. No compute has been spent then.
@@ -64,13 +67,21 @@ def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None,
       raise UsageError(f'stacked names {name!r}, which is not a run; '
                        f'{nearest(name, config.runs)}')
   _check_seeds(config)
-  runs: dict[str, Run] = {}
-  for name in _ordered(config.runs, config.stacked):
-    runs[name] = _make_run(name, config, runs, vocab_size, tokenizer, at_hand)
-  _check_stacked([runs[name] for name in config.stacked])
-  if not config.seeds:
+  names, best = _ordered(config.runs, config.stacked), best or {}
+
+  def make(series: str) -> dict[str, Run]:
+    runs: dict[str, Run] = {}
+    for name in names:
+      runs[name] = _make_run(name, config, runs, vocab_size, tokenizer, at_hand,
+                             best.get(os.path.join(series, name)))
+    _check_stacked([runs[name] for name in config.stacked])
     return runs
-  return {run.name: run for seed in config.seeds for run in _series(runs.values(), seed)}
+
+  if not config.seeds:
+    return make('')
+  of_all = None if best else make('')
+  return {run.name: run for seed in config.seeds
+          for run in _series((of_all or make(series_name(seed))).values(), seed)}
 
 
 def _check_seeds(config):
@@ -82,7 +93,7 @@ def _check_seeds(config):
     if seeds.count(seed) > 1:
       raise UsageError(f'config.seeds has {seed} twice; every run is trained once for each seed.')
   for name in config.runs:
-    if name.split('/')[0] in map(_series_name, seeds):
+    if name.split('/')[0] in map(series_name, seeds):
       raise UsageError(f'{name!r} cannot be the name of a run while config.seeds = '
                        f'{tuple(seeds)}: {name.split("/")[0]} is the directory of the runs with '
                        'that seed. Rename the run.')
@@ -93,19 +104,29 @@ def _series(runs: Iterable[Run], seed: int) -> list[Run]:
 
   A pretrained model that is not trained depends on no seed: all series share it as it is.
   """
-  series, made = _series_name(seed), {}
+  series, made = series_name(seed), {}
   for run in runs:
     if run.init == HUGGING_FACE and not run.steps:
       made[run.name] = run
     else:
       made[run.name] = dataclasses.replace(
-          run, name=f'{series}/{run.name}', series=series, seed=seed,
-          sources=tuple(made[source.name].first(source.steps) for source in run.sources))
+          run.on(made), name=f'{series}/{run.name}', series=series, seed=seed)
   return list(made.values())
 
 
-def _series_name(seed: int) -> str:
+def series_name(seed: int) -> str:
+  """The directory of all runs with a seed."""
   return f'seed-{seed}'
+
+
+def check_name(name: str) -> None:
+  """Raises UsageError unless a run can have this name."""
+  if name.split('/')[0] in _RESERVED or name.startswith('/'):
+    raise UsageError(f'{name!r} cannot be the name of a run: it is a directory in the working '
+                     f'directory, where {" and ".join(_RESERVED)} are taken.')
+  if re.search(r'[\s\'"]', name):
+    raise UsageError(f'{name!r} cannot be the name of a run, because the launch scripts split '
+                     'names at white space and quotes; use neither.')
 
 
 def groups(runs: Iterable[Run], stacked: Sequence[str]) -> list[list[Run]]:
@@ -150,7 +171,7 @@ def _fields_to_share(run: Run) -> dict:
   shared |= {'train.freeze': run.objective.freeze}
   return shared | {
       f'optimizer.{key}': value for key, value in dataclasses.asdict(run.optimizer).items()
-      if key not in ('peak_lr', 'warmup', 'final_lr')}
+      if key not in ('peak_lr', 'schedule', 'warmup', 'decay', 'final_lr')}
 
 
 def _ordered(entries, stacked: Sequence[str]) -> list[str]:
@@ -175,22 +196,17 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
     order.extend(together)
 
   for name in entries:
-    if name.split('/')[0] in _RESERVED or name.startswith('/'):
-      raise UsageError(f'{name!r} cannot be the name of a run: it is a directory in the working '
-                       f'directory, where {" and ".join(_RESERVED)} are taken.')
-    if re.search(r'[\s\'"]', name):
-      raise UsageError(f'{name!r} cannot be the name of a run, because the launch scripts split '
-                       'names at white space and quotes; use neither.')
+    check_name(name)
     visit(name, ())
   return order
 
 
 def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
-              tokenizer: Tokenizer | None, at_hand: bool) -> Run:
-  entry = config.runs[name]
+              tokenizer: Tokenizer | None, at_hand: bool, best: int | None) -> Run:
+  entry, trained = config.runs[name], domains.trained(config.domains)
   train = {**config.train, **entry.train}
   _check_batch(name, config.data.seq_len, train['batch_size'], train['microbatches'])
-  sources, recipe, edit, names = _start(name, config, runs)
+  sources, recipe, edit, names = _start(name, config, runs, best)
   pretrained = _pretrained(name, config, at_hand)
   # A run without domains and steps is what it starts from.
   untrained = entry.init.kind != RANDOM and not (
@@ -216,11 +232,11 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
     domain_of = {source.name: next(iter(source.weights)) for source in sources
                  if len(source.weights) == 1}
     routers = None if recipe is None else routers_from_config(
-        entry.init.routers, entry.init.runs, domain_of, config.domains, model.router,
+        entry.init.routers, entry.init.runs, domain_of, trained, model.router,
         entry.init.arrangement)
     selects = selector.from_config(
         entry.init, [source.name for source in sources], domain_of,
-        [source.name for source in sources if source.steps], config.domains,
+        [source.name for source in sources if source.steps], trained,
         model.num_layers) if entry.init.kind == ENSEMBLE else None
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
   run = Run(
@@ -236,7 +252,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
   if edit is None:
     return run
   with errors.about(f'runs.{name}'):
-    routers, edit = edits.routers(entry.init, run, config.domains)
+    routers, edit = edits.routers(entry.init, run, trained)
   biased = model.router_bias and (
       routers is None or (objective.balance_bias > 0 and not untrained))
   return dataclasses.replace(run, routers=routers, edit=edit,
@@ -269,8 +285,8 @@ def _steps(name: str, config, runs: Mapping[str, Run], model: model_config.Confi
   return steps
 
 
-def _start(name: str, config, runs: Mapping[str, Run]):
-  """The sources, recipe, edit and expert names of a run."""
+def _start(name: str, config, runs: Mapping[str, Run], best: int | None):
+  """The sources, recipe, edit and expert names of a run; `best`, what step='best' stands for."""
   init = config.runs[name].init
   if init.kind not in INITIALISERS:
     raise UsageError(f'runs.{name}.init.kind = {init.kind!r}; '
@@ -293,7 +309,9 @@ def _start(name: str, config, runs: Mapping[str, Run]):
     if init.kind == EDIT:
       edit, names = edits.resolve(name, init, sources, config.mix.router_std)
       return sources, None, edit, names
-    if init.kind == CHECKPOINT and init.step:
+    if init.kind == CHECKPOINT and init.step == BEST:
+      sources = (continued.best_steps(name, sources[0], best, config.evaluation.every),)
+    elif init.kind == CHECKPOINT and init.step:
       sources = (continued.first_steps(name, sources[0], init.step),)
     return sources, None, None, sources[0].expert_names if sources else ()
   names = sources_of(init)
@@ -396,12 +414,17 @@ def _model(name: str, config, runs: Mapping[str, Run], recipe: Recipe | None, ed
   return model
 
 
-def _weights(name: str, weights, domains) -> dict[str, float]:
+def _weights(name: str, weights, config_domains) -> dict[str, float]:
   """Each domain's share of the rows, from weights that need not add up to 1."""
+  trained = domains.trained(config_domains)
   for domain, weight in weights.items():
-    if domain not in domains:
+    if domain not in config_domains:
       raise UsageError(f'runs.{name}.domains names {domain!r}, which is not a domain; '
-                       f'{nearest(domain, domains)}')
+                       f'{nearest(domain, trained)}')
+    if domain not in trained:
+      raise UsageError(f'runs.{name}.domains names {domain!r}, which is only measured, as '
+                       f'domains.{domain}.paths is empty. Name files to train on there, or another '
+                       'domain here.')
     if not 0 <= weight < float('inf'):
       raise UsageError(f'runs.{name}.domains.{domain} = {weight}; weights are finite and not '
                        'negative.')

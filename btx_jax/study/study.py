@@ -3,12 +3,14 @@
 So any machine that sees the directory can inspect it, also while runs are in progress.
 """
 
+from collections.abc import Mapping
+import functools
 import os
 
-from btx_jax.data import corpora, text
+from btx_jax.data import domains, origin, text
 from btx_jax.errors import UsageError, nearest
 from btx_jax.run import Run
-from btx_jax.study import fields, manifest, plan
+from btx_jax.study import fields, manifest, plan, recorded
 
 MISSING = 'missing'
 
@@ -27,7 +29,7 @@ class Study:
     fields.check(config)
     self.config = config = fields.with_home(config)
     self.workdir = os.path.expanduser(workdir)
-    corpora.from_config(config.domains)
+    domains.from_config(config.domains)
     if not 0 < config.data.held_out < 1:
       raise UsageError(f'data.held_out = {config.data.held_out} must be a share between 0 and 1.')
     if not 0 <= config.data.max_skipped <= 1:
@@ -37,17 +39,33 @@ class Study:
         ('checkpoints_kept', config.checkpoints_kept, 1),
         ('checkpoints_kept_every', config.checkpoints_kept_every, 0),
         ('evaluation.every', config.evaluation.every, 0),
+        ('evaluation.stride', config.evaluation.stride, 0),
         ('evaluation.tokens', config.evaluation.tokens, 1)):
       if value < least:
         raise UsageError(f'{field} = {value} must be at least {least}.')
+    check_stride(config.evaluation.stride, config.data.seq_len)
     if not config.mix.ram_gb > 0:
       raise UsageError(f'mix.ram_gb = {config.mix.ram_gb} must be positive.')
     tokenizer = None
     if at_hand or os.path.exists(config.tokenizer.path):
       tokenizer = text.given(config, self.data_folder)
-    self.runs = plan.make_plan(
-        config, tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer,
-        at_hand)
+    self._plan = functools.partial(
+        plan.make_plan, config,
+        tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer, at_hand)
+    self.runs = self.plan(recorded.best_steps(config, self.folder))
+    self._tokenizer = tokenizer
+
+  def plan(self, best: Mapping[str, int]) -> dict[str, Run]:
+    """The runs, with the steps that step='best' stands for; see recorded.best_steps."""
+    return recorded.with_first_names(self._plan(best), self.folder)
+
+  @functools.cached_property
+  def text_changes(self) -> list[str]:
+    """What the tokenized text was made from and the config or the files have otherwise now; lines.
+
+    Looked up once, as there may be many files.
+    """
+    return list(origin.in_words(text.changed(self.config, self.data_folder, self._tokenizer)))
 
   @property
   def data_folder(self) -> str:
@@ -81,3 +99,10 @@ class Study:
     if name not in self.runs:
       raise UsageError(f'--run={name} is not a run of this config; {nearest(name, self.runs)}')
     return self.runs[name]
+
+
+def check_stride(stride: int, length: int) -> None:
+  """Raises UsageError if windows of `length` tokens leave gaps between them."""
+  if stride > length:
+    raise UsageError(f'evaluation.stride = {stride} is more than the {length} tokens of a window, '
+                     'so tokens between two windows would not be measured.')

@@ -23,12 +23,17 @@ _CHUNK = 1 << 26  # bytes of an array that are read or written at once
 
 
 class Checkpoints:
-  """The checkpoints of one run; a context manager."""
+  """The checkpoints of one run; a context manager.
+
+  Attributes:
+    best: a step whose checkpoint is kept until another one is named; 0 is none.
+  """
 
   def __init__(self, folder: str, newest: int = 2, every: int = 0, steps: Sequence[int] = ()):
     """Keeps the `newest` ones, those after multiples of `every` steps (0: none), and `steps`."""
+    self.best = 0
     policies = ocp.training.preservation_policies
-    kept = [policies.LatestN(newest), policies.CustomSteps(steps)]
+    kept = [policies.LatestN(newest), policies.CustomSteps(steps), _KeepsBest(self)]
     if every:
       kept.append(policies.EveryNSteps(every))
     self._folder = os.path.abspath(folder)
@@ -73,6 +78,18 @@ class Checkpoints:
     loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
         step, {'params': like.params, 'train': without_params(like), 'data': None})
     return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
+
+
+class _KeepsBest:
+  """A preservation policy of orbax: keeps the checkpoint of the best step."""
+
+  def __init__(self, of: Checkpoints):
+    self._of = of
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Whether each of the checkpoints is kept."""
+    del context
+    return [each.step == self._of.best for each in checkpoints]
 
 
 def _chunks(key, value):

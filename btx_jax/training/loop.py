@@ -20,6 +20,7 @@ from btx_jax.errors import RunError
 from btx_jax.model.config import Config
 from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
+from btx_jax.training.best import Best, held_out_loss
 from btx_jax.training.checkpoint import Checkpoints
 from btx_jax.training.program import Program, make_program
 from btx_jax.training.recorder import Recorder
@@ -58,16 +59,18 @@ class Job:
     make_state: makes the state at step 0, of the program that trains the run.
     order: the training rows, from mixture.order_of.
     steps_kept: further steps to save and keep, because other runs start from them.
+    best: the best step before, as Best.found.
   """
   run: Run
   folder: str
   make_state: Callable[[Program], TrainState]
   order: grain.MapDataset
   steps_kept: Sequence[int] = ()
+  best: Mapping[str, Any] | None = None
 
 
 Evaluate = Callable[[Config, dict], Mapping[str, Mapping]]
-OnCheckpoint = Callable[[str, int, dict[str, int]], None]
+OnCheckpoint = Callable[[str, int, dict[str, int], dict[str, Any] | None], None]
 
 
 def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
@@ -80,8 +83,8 @@ def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settin
     domains: names of the domains; a row's `domain` is an index into them.
     settings: when to log, evaluate and save.
     evaluate: (model, parameters) -> result by domain, from evaluate.bits.
-    on_checkpoint: called with the name of a run, the number of steps it has done, and the
-      number of targets it was trained on, by domain.
+    on_checkpoint: called with the name of a run, the number of steps it has done, the number of
+      targets it was trained on, by domain, and Best.found.
 
   Returns:
     The parameters at the end; of several runs stacked, leaves [slots, ...].
@@ -116,6 +119,7 @@ class Branch:
     checkpoints: the run's checkpoints.
     recorder: writes the run's metrics.
     steps_kept: as in Job.
+    best: its best step, whose checkpoint is kept.
   """
   run: Run
   folder: str
@@ -123,6 +127,7 @@ class Branch:
   checkpoints: Checkpoints
   recorder: Recorder
   steps_kept: Sequence[int]
+  best: Best
 
   def takes(self, step: int) -> bool:
     """A branch that is ahead of the others waits for them; one that is done stays as it is."""
@@ -141,13 +146,19 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   checkpoints = [stack.enter_context(Checkpoints(
       os.path.join(job.folder, 'checkpoints'), settings.checkpoints_kept,
       settings.checkpoints_kept_every, job.steps_kept)) for job in jobs]
-  starts = distributed.broadcast(lambda: [saved.latest or 0 for saved in checkpoints])
+  starts, kept = distributed.broadcast(lambda: (
+      [saved.latest or 0 for saved in checkpoints], [saved.steps for saved in checkpoints]))
+  # Of a run that was killed, the best step may not have been written.
+  bests = [Best(job.best if job.best and job.best['step'] in steps else None)
+           for job, steps in zip(jobs, kept)]
   states, seen = [], []
-  for job, saved, step in zip(jobs, checkpoints, starts):
+  for job, saved, step, best in zip(jobs, checkpoints, starts, bests):
+    saved.best = best.step
     if step:
       state, position = saved.restore(step, program.state_shapes)
       tokens_by_domain = position['tokens_by_domain']
-      on_checkpoint(job.run.name, step, tokens_by_domain)  # a kill may have come before
+      # A kill may have come before.
+      on_checkpoint(job.run.name, step, tokens_by_domain, best.found)
     else:
       state, tokens_by_domain = job.make_state(program), {}
     states.append(state)
@@ -157,11 +168,11 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   progress = stack.enter_context(Progress(
       {run.name: (step, run.steps) for run, step in zip(runs, starts)}))
   branches = []
-  for job, saved, step, tokens_by_domain in zip(jobs, checkpoints, starts, seen):
+  for job, saved, step, tokens_by_domain, best in zip(jobs, checkpoints, starts, seen, bests):
     recorder = stack.enter_context(Recorder(
         job.run, job.folder, domains, settings.log_every, step, tokens_by_domain,
         settings.sinks, progress))
-    branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept))
+    branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept, best))
   training = Training(program, branches, joined, [job.order for job in jobs], settings,
                       evaluate, on_checkpoint)
   if len(branches) > 1:
@@ -217,7 +228,8 @@ class Training:
     self._unrecorded = step, metrics
 
   def save_or_evaluate(self, step: int, i: int, branch: Branch, preempted: bool):
-    """Saves or evaluates branch i if it is time. Its last step, or a preempted one, is saved."""
+    """Evaluates or saves branch i if it is time. Its last step, its best or a preempted one is
+    saved."""
     settings = self._settings
     ends = step == branch.run.steps
     every = filter(None, (settings.checkpoint_every, settings.checkpoints_kept_every))
@@ -229,16 +241,18 @@ class Training:
       return
     self._record()
     state = self.program.branch_state(self.state, i)
-    if saves:
-      tokens_by_domain = branch.recorder.tokens_by_domain
-      branch.checkpoints.save(step, state, {'step': step, 'tokens_by_domain': tokens_by_domain})
-      self._on_checkpoint(branch.run.name, step, tokens_by_domain)
     if evaluates:
       began = time.monotonic()
       result = self._evaluate(branch.run.model, state.params)
       branch.recorder.write_evaluation(step, result)
       for each in self.branches:
         each.recorder.exclude(time.monotonic() - began)
+      if branch.best.improves(step, held_out_loss(branch.run, result)):
+        branch.checkpoints.best, saves = step, True
+    if saves:
+      tokens_by_domain = branch.recorder.tokens_by_domain
+      branch.checkpoints.save(step, state, {'step': step, 'tokens_by_domain': tokens_by_domain})
+      self._on_checkpoint(branch.run.name, step, tokens_by_domain, branch.best.found)
 
   def wait(self):
     """Waits until the devices have finished every step taken."""

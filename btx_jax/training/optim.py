@@ -1,4 +1,4 @@
-"""AdamW as the paper and Llama use it (clipping, warmup, cosine), the parameters it updates,
+"""AdamW as the paper and Llama use it (clipping, warmup, decay), the parameters it updates,
 and norms by part of a model."""
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from btx_jax.devices import sharding
-from btx_jax.run import Optimizer, trains
+from btx_jax.run import CONSTANT, COSINE, Optimizer, Run, trains
 
 # Norm scales and biases do not decay. Selected by path, not by rank: layers are stacked, so the
 # scales of all layers are one matrix.
@@ -50,12 +50,37 @@ def norms_by_part(tree) -> dict[str, jax.Array]:
   return {part: jnp.sqrt(sum(values)) for part, values in squares.items()}
 
 
-def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:
-  """Linear warmup from 0 to `peak_lr`, then a cosine down to `final_lr` times that."""
-  return optax.warmup_cosine_decay_schedule(
-      init_value=0.0, peak_value=cfg.peak_lr,
-      warmup_steps=min(round(cfg.warmup * steps), steps - 1), decay_steps=steps,
-      end_value=cfg.final_lr * cfg.peak_lr)
+def schedule_of(run: Run) -> optax.Schedule:
+  """The learning rates of a run, by the number of updates before, those of Run.schedule_start
+  included."""
+  return schedule(run.optimizer, run.steps, run.schedule_start, run.warmup_steps)
+
+
+def schedule(cfg: Optimizer, steps: int, start: int = 0, warmup: int | None = None
+             ) -> optax.Schedule:
+  """Linear warmup from 0 to `peak_lr`, then by cfg.schedule: a cosine down to `final_lr` times
+  that; the peak; or the peak until a linear decay to the same end.
+
+  Args:
+    cfg: the settings.
+    steps: of the run.
+    start: number of updates before its first step.
+    warmup: steps of the warmup, counted from 0; None is that of a run of so many steps.
+  """
+  warmup = cfg.warmup_steps(steps) if warmup is None else warmup
+  end, end_value = start + steps, cfg.final_lr * cfg.peak_lr
+  if cfg.schedule == COSINE:
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0, peak_value=cfg.peak_lr, warmup_steps=warmup, decay_steps=end,
+        end_value=end_value)
+  stable = optax.join_schedules(
+      [optax.linear_schedule(0.0, cfg.peak_lr, warmup), optax.constant_schedule(cfg.peak_lr)],
+      [warmup])
+  if cfg.schedule == CONSTANT:
+    return stable
+  begin = max(end - cfg.decay_steps(steps), warmup)
+  return optax.join_schedules(
+      [stable, optax.linear_schedule(cfg.peak_lr, end_value, end - begin)], [begin])
 
 
 def schedule_counts(opt_state) -> set[str]:

@@ -115,7 +115,7 @@ class SingleRun:
     self._shared = _shared(run.model, run.objective, _without_schedule(run.optimizer),
                            num_domains, mesh)
     self.state_shapes = self._shared.state_shapes
-    schedule = optim.schedule(run.optimizer, run.steps)
+    schedule = optim.schedule_of(run)
 
     def rate(count):
       return jnp.asarray(schedule(count), jnp.float32)  # of some schedules it has a weak type
@@ -221,7 +221,7 @@ class StackedBranches:
     self._rows = self._like.batch_size // self._like.microbatches
     axis_size = mesh.shape['expert']
     self.slots = -(-len(runs) // axis_size) * axis_size
-    self._schedules = [optim.schedule(run.optimizer, run.steps) for run in runs]
+    self._schedules = [optim.schedule_of(run) for run in runs]
     tx = optim.adamw(self._like.optimizer, self._schedules[0])
     self.state_shapes, self._create = _state_of(self._like.model, self._like.objective, tx, mesh)
 

@@ -34,7 +34,7 @@ class Recorder(contextlib.ExitStack):
     self._sums: dict[str, np.ndarray] = {}
     self._since = None  # when the clock of this interval started; None while compiling
     self._steps, self._input_wait = 0, 0.0  # since then
-    self._schedule = optim.schedule(run.optimizer, run.steps)
+    self._schedule = optim.schedule_of(run)
     self._progress = progress
     self._file = None  # only process 0 has one, and only for a run that is not done
     if not distributed.is_process_0() or start == run.steps:

@@ -1,0 +1,80 @@
+"""The flags of the command line. Each says in its help which command it is for."""
+
+from absl import flags
+from ml_collections import config_flags
+
+from btx_jax.devices import distributed
+from btx_jax.generation.settings import Sampling
+
+CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'The config: a file, like mine.py, or a recipe, like demo or demo:full.',
+    lock_config=True)
+WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Directory of checkpoints, tokens and the report; default runs/CONFIG_NAME.')
+RUN = flags.DEFINE_string('run', None, 'The name of a run: train only this one, as its own job.')
+PROFILE = flags.DEFINE_integer(
+    'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
+WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
+BASELINE = flags.DEFINE_string(
+    'baseline', '', 'report: the model that the others are compared with; default the first.')
+LATEX = flags.DEFINE_bool(
+    'latex', False, 'report: print the table for LaTeX (package booktabs), and write nothing.')
+JSON = flags.DEFINE_bool('json', False, 'status, evaluate, generate, preflight: print JSON.')
+TOPOLOGY = flags.DEFINE_string(
+    'topology', None,
+    'preflight: the devices to compile for, as in v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
+ON = flags.DEFINE_multi_string(
+    'on', [], 'evaluate: a directory, glob or file to score; may be given several times.')
+MODEL = flags.DEFINE_string(
+    'model', None, 'evaluate, generate: the folder of a pretrained model, in place of a run.')
+TEXT_FIELD = flags.DEFINE_string(
+    'text_field', 'text', 'evaluate: the field or column of the text, as of a domain.')
+SEPARATOR = flags.DEFINE_string(
+    'separator', '', 'evaluate: splits a plain text file into documents, as of a domain.')
+LENGTH = flags.DEFINE_integer(
+    'length', 0, 'evaluate: tokens of a window; 0 is data.seq_len, and without a config what the '
+    'model is for, up to 2,048.', lower_bound=0)
+STRIDE = flags.DEFINE_integer(
+    'stride', None, 'evaluate: tokens that each window moves on; default evaluation.stride.',
+    lower_bound=0)
+PROMPT = flags.DEFINE_multi_string(
+    'prompt', [], 'generate: a text to go on from; may be given several times. Without one, each '
+    'line of the standard input is a prompt.')
+STEP = flags.DEFINE_integer(
+    'step', 0, 'generate: the step of --run to write with; 0 is its end.', lower_bound=0)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    'max_new_tokens', 256, 'generate: the most tokens of a text.')
+TEMPERATURE = flags.DEFINE_float(
+    'temperature', Sampling.temperature,
+    'generate: divides the logits; 0 takes the likeliest token.')
+TOP_K = flags.DEFINE_integer(
+    'top_k', Sampling.top_k, 'generate: draw among this many likeliest tokens; 0 is all.')
+TOP_P = flags.DEFINE_float(
+    'top_p', Sampling.top_p,
+    'generate: draw among the likeliest tokens with this probability in all.')
+MIN_P = flags.DEFINE_float(
+    'min_p', Sampling.min_p,
+    'generate: draw among tokens at least this many times as likely as the likeliest.')
+REPETITION_PENALTY = flags.DEFINE_float(
+    'repetition_penalty', Sampling.repetition_penalty,
+    'generate: makes tokens that the text has less likely; 1 is none.')
+STOP = flags.DEFINE_multi_string(
+    'stop', [], 'generate: a string that ends a text; may be given several times.')
+SEED = flags.DEFINE_integer('seed', 0, 'generate: of the draws.')
+N = flags.DEFINE_integer('n', 1, 'generate: texts for each prompt.', lower_bound=1)
+EXPERTS = flags.DEFINE_bool(
+    'experts', False, 'generate: colour each token by the expert with the largest gate.')
+TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
+DTYPE = flags.DEFINE_string(
+    'dtype', 'bfloat16', 'export: the type of the weights, bfloat16 or float32.')
+DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'This is one of several processes, and jax finds the others itself: on '
+    'TPU VMs, GKE and Slurm. See docs/processes.md.')
+COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, for several processes started by hand.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the job has.')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'The number of this process, from 0.')
+COORDINATOR_TIMEOUT = flags.DEFINE_float(
+    'coordinator_timeout', distributed.TIMEOUT,
+    'Seconds to wait at the start until all processes are connected.', lower_bound=1)
+DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')

@@ -1,0 +1,151 @@
+"""The command `generate`: texts that follow prompts, by a run of a study or a pretrained folder."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import dataclasses
+import json
+import sys
+from typing import NamedTuple
+
+import jax
+from rich.text import Text
+
+from btx_jax import terminal
+from btx_jax.commands import models
+from btx_jax.commands.export import generation_of
+from btx_jax.data import text
+from btx_jax.devices import hardware
+from btx_jax.errors import UsageError
+from btx_jax.generation.generate import Generator
+from btx_jax.generation.settings import Sampling
+from btx_jax.generation.texts import Completion
+from btx_jax.run import Run
+from btx_jax.study import context, params, sources
+from btx_jax.study.study import Study
+from btx_jax.training import layout
+
+# Of experts, in order; they repeat.
+_COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
+
+
+class Asked(NamedTuple):
+  """What is generated, and how.
+
+  Attributes:
+    prompts: texts; none are read from the standard input, a line each.
+    max_new_tokens, sampling, stop, seed, n: as Generator takes them.
+    step: of the run; 0 is its end.
+    colours: whether each token has the colour of the expert with the largest gate.
+  """
+  prompts: Sequence[str]
+  max_new_tokens: int = 256
+  sampling: Sampling = Sampling()
+  stop: Sequence[str] = ()
+  seed: int = 0
+  n: int = 1
+  step: int = 0
+  colours: bool = False
+
+
+def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, as_json: bool
+                ) -> None:
+  """Writes texts and prints them.
+
+  Args:
+    study: the study whose run writes; None if there is no config, and a folder does.
+    run_name: the run; '' if it is a folder.
+    folder: a pretrained model in Hugging Face's format; '' if it is a run.
+    asked: what is generated.
+    as_json: prints a line of JSON for each prompt, and everything else to stderr.
+
+  Raises:
+    UsageError: there is no such run, step or folder; the run is not complete, or an ensemble; or a
+      prompt cannot be continued.
+  """
+  terminal.console.stderr = as_json
+  opened, whole = models.opened(study, run_name, folder)
+  run = _run(opened, whole, asked)
+  with contextlib.ExitStack() as stack:
+    write = _generator(opened, run, stack)
+    names = run.expert_names if asked.colours else ()
+    if names:
+      terminal.console.print(_legend(names))
+    if asked.prompts:
+      _print(write, asked.prompts, asked, names, as_json)
+      return
+    for prompt in _lines():
+      _print(write, [prompt], asked, names, as_json)
+
+
+def _run(study: Study, run: Run, asked: Asked) -> Run:
+  """The run, or its first steps. Raises UsageError if it cannot write."""
+  if run.selector:
+    raise UsageError(f'{run.name!r} is an ensemble, whose experts are chosen by the text so far; '
+                     'generate writes with a single model. Name a mixture or an expert.')
+  if asked.colours and not run.model.num_experts:
+    raise UsageError(f'{run.name!r} is a dense model; --experts colours the text of a mixture.')
+  if not asked.step:
+    models.check_readable(study, run, 'generate')
+    return run
+  kept = sources.kept(study, run)
+  if asked.step not in kept:
+    raise UsageError(f'--step={asked.step} of {run.name!r} is not kept. Kept steps: '
+                     f'{", ".join(map(str, kept)) or "none"}.')
+  return run.first(asked.step)
+
+
+def _generator(study: Study, run: Run, stack: contextlib.ExitStack) -> Generator:
+  devices = jax.devices()
+  mesh = layout.mesh(study.config, study.runs, devices, hardware.device_memory())
+  parameters = params.final(study, run, mesh)
+  if len(devices) > 1:
+    stack.enter_context(jax.set_mesh(mesh))
+  tokenizer = text.tokenizer(study.config, study.data_folder)
+  return Generator(run.model, parameters, tokenizer, generation_of(run, tokenizer).stop_ids,
+                   context.length(run))
+
+
+def _lines() -> Iterable[str]:
+  """Prompts from the standard input: lines, asked for if it is a terminal."""
+  if not sys.stdin.isatty():
+    yield from (line for line in sys.stdin.read().splitlines() if line)
+    return
+  with contextlib.suppress(EOFError):
+    while True:
+      yield terminal.console.input('> ')
+
+
+def _print(write: Generator, prompts: Sequence[str], asked: Asked, names: Sequence[str],
+           as_json: bool):
+  """Writes and prints the texts of some prompts; that of a single one while it is written."""
+  pieces: dict[tuple[int, int], list[Text]] = {}
+  single = len(prompts) == asked.n == 1 and not as_json
+
+  def on_text(prompt: int, number: int, new: str, gates_E):
+    style = _COLOURS[int(gates_E.argmax()) % len(_COLOURS)] if names else ''
+    if single:
+      terminal.console.print(Text(new, style), end='', soft_wrap=True)
+      sys.stdout.flush()
+    pieces.setdefault((prompt, number), []).append(Text(new, style))
+
+  if single:
+    terminal.console.print(prompts[0], end='', soft_wrap=True)
+  found = write(prompts, asked.max_new_tokens, asked.sampling, asked.stop, asked.seed, asked.n,
+                on_text)
+  for i, (prompt, texts) in enumerate(zip(prompts, found)):
+    if as_json:
+      print(json.dumps(_as_data(prompt, texts), ensure_ascii=False), flush=True)
+    for j in () if as_json or single else range(asked.n):
+      terminal.console.print(Text.assemble(prompt, *pieces[i, j]), soft_wrap=True)
+      terminal.console.print()
+  if single:
+    terminal.console.print()
+
+
+def _as_data(prompt: str, texts: Sequence[Completion]) -> Mapping:
+  return {'prompt': prompt, 'texts': [dataclasses.asdict(text) for text in texts]}
+
+
+def _legend(names: Sequence[str]) -> Text:
+  return Text.assemble('the expert with the largest mean gate: ', *(
+      (f'{name}  ', _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(names)))

@@ -1,0 +1,71 @@
+"""The model that `evaluate` and `generate` use: that of a run, or a pretrained one in a folder."""
+
+import os
+from typing import Any
+
+from btx_jax import base
+from btx_jax.convert import config_json
+from btx_jax.errors import UsageError
+from btx_jax.run import Run
+from btx_jax.study import manifest, sources
+from btx_jax.study.study import Study
+
+LONGEST = 2048  # tokens of a window without a config, if the model is for longer text
+_FOLDER = 'model'  # the run of a study that is made for a folder
+
+
+def opened(study: Study | None, run_name: str, folder: str, length: int = 0) -> tuple[Study, Run]:
+  """A model as a run, and the study that this is of.
+
+  Args:
+    study: that of the config; None without one.
+    run_name: the run; '' if the model is in a folder.
+    folder: a pretrained model in Hugging Face's format; '' if it is that of a run.
+    length: tokens of a window without a config; 0 is the text that the model is for, up to
+      LONGEST.
+
+  Raises:
+    UsageError: there is no such run or folder.
+  """
+  found = _of_folder(folder, study, length) if folder else study
+  assert found is not None
+  return found, found.run(run_name or _FOLDER)
+
+
+def _of_folder(folder: str, study: Study | None, length: int) -> Study:
+  """A study of one run, which is the pretrained model in a folder.
+
+  Args:
+    folder: in Hugging Face's format, with its tokenizer.
+    study: whose config decides how text is measured; None without a config.
+    length: of windows without a config; 0 is the text that the model is for, up to LONGEST.
+  """
+  if manifest.read(folder):
+    raise UsageError(f'--model={folder} is the directory of a run. Name the run, by '
+                     '--config=CONFIG and --run=NAME.')
+  if not os.path.exists(os.path.join(folder, config_json.FILE)):
+    raise UsageError(f'--model={folder} is not the folder of a pretrained model: it has no '
+                     f'{config_json.FILE}.')
+  config: Any = base.get_config()
+  config.tokenizer.path = folder
+  config.runs = {_FOLDER: base.run(base.hugging_face(folder))}
+  if study:
+    for section in ('data', 'evaluation', 'mesh'):
+      config[section] = study.config[section]
+  else:
+    longest = config_json.context_length(config_json.of_folder(folder))
+    config.data.seq_len = length or min(longest, LONGEST)
+  return Study(config, workdir='')
+
+
+def check_readable(study: Study, run: Run, command: str) -> None:
+  """Raises UsageError unless a run's parameters can be read, and are for the study's tokenizer."""
+  if run.vocabulary:
+    raise UsageError(f'--run={run.name} has a different vocabulary than the tokenizer of this '
+                     f'config; {command} by --model={run.folder}, with its own tokenizer.')
+  for source in run.sources if run.selector else (run,):
+    for needed in sources.trained(source):
+      state = study.state(needed.name)
+      if not needed.of_steps and state != manifest.COMPLETE:
+        raise UsageError(f'{command} reads complete runs, and {needed.name!r} is {state}; run '
+                         f'--run={needed.name} first.')

@@ -1,0 +1,1 @@
+"""Text from a model: weights laid out for decoding, a cache, sampling, and the loop around them."""

@@ -1,0 +1,177 @@
+"""The network with a cache: a pass over prompts, and steps of one token.
+
+The layers are those of model/llama.py, one after the other, each with arrays of its own (see
+weights.py). Rows are padded on the right, and a token's slot in the cache is its position. So what
+a row computes depends on nothing but itself: padding lies in slots that are not seen until a token
+of the row has overwritten them.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BATCH_AXES
+from btx_jax.generation.weights import Weights, stacked
+from btx_jax.model import llama, moe, routers
+from btx_jax.model.attention import attention, rope_tables
+from btx_jax.model.balance import dense_gates
+from btx_jax.model.config import Config
+from btx_jax.model.linear import swiglu
+
+# The keys and values of each layer, [B, K, S, H] of S slots.
+Cache = list[tuple[jax.Array, jax.Array]]
+
+
+class Decoded(NamedTuple):
+  """What a pass or a step gives.
+
+  Attributes:
+    logits: [B, V], float32, of the token that comes next.
+    cache: with the new tokens.
+    gates: [B, E], of the last token, the mean over layers; [B, 0] of a dense model.
+  """
+  logits: jax.Array
+  cache: Cache
+  gates: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int) -> Decoded:
+  """Reads prompts into a new cache.
+
+  Args:
+    cfg: of the model.
+    weights: from unstack.
+    tokens_BT: prompts, padded on the right with any ids.
+    lengths_B: tokens of each prompt, at least 1.
+    slots: S, at least T.
+  """
+  B, T = tokens_BT.shape
+  positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+  segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+  cache = []
+
+  def attend(layer, q_BNTH, k_BKTH, v_BKTH):
+    del layer
+    room = ((0, 0), (0, 0), (0, slots - T), (0, 0))
+    cache.append((_placed(jnp.pad(k_BKTH, room)), _placed(jnp.pad(v_BKTH, room))))
+    return attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, cfg.attention)
+
+  h_BTD, gates_BTE = _network(cfg, weights, tokens_BT, positions_BT, attend)
+  last_B11 = (lengths_B - 1)[:, None, None]
+  h_BD = jnp.take_along_axis(h_BTD, last_B11, 1)[:, 0]
+  return Decoded(_logits(weights, h_BD), cache, jnp.take_along_axis(gates_BTE, last_B11, 1)[:, 0])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def step(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache) -> Decoded:
+  """Reads one token of each row, at its position, into the cache, which is donated."""
+  new = []
+
+  def attend(layer, q_BNTH, k_BKTH, v_BKTH):
+    k_BKSH, v_BKSH = (_placed(_write(kept, x, positions_B))
+                      for kept, x in zip(cache[layer], (k_BKTH, v_BKTH)))
+    new.append((k_BKSH, v_BKSH))
+    return _attention_to_cache(q_BNTH, k_BKSH, v_BKSH, positions_B)
+
+  h_BTD, gates_BTE = _network(cfg, weights, tokens_B[:, None], positions_B[:, None], attend)
+  return Decoded(_logits(weights, h_BTD[:, 0]), new, gates_BTE[:, 0])
+
+
+def _network(cfg: Config, weights: Weights, tokens_BT, positions_BT, attend):
+  """The final hidden states [B, T, D], and gates [B, T, E] as in Decoded.
+
+  `attend` takes the number of a layer, its queries, keys and values, and returns [B, N, T, H].
+  """
+  x_BTD = weights['embed'][tokens_BT]
+  rope = rope_tables(positions_BT, cfg)
+  gates = []
+  for i, layer in enumerate(weights['layers']):
+    norm = functools.partial(_norm, cfg, layer['attn'])
+    q_BNTH, k_BKTH, v_BKTH = llama.heads(
+        cfg, layer['attn'], _norm(cfg, layer, 'attn_norm')(x_BTD), rope, norm)
+    x_BTD += llama.joined(attend(i, q_BNTH, k_BKTH, v_BKTH), layer['attn']['o'])
+    h_BTD = _norm(cfg, layer, 'ffn_norm')(x_BTD)
+    if cfg.num_experts:
+      y_BTD, gates_BTE = _mixture(cfg, layer['ffn'], h_BTD, routers.Context(
+          tokens_BT, jnp.ones_like(tokens_BT, bool), i))
+      x_BTD += y_BTD
+      gates.append(gates_BTE)
+    else:
+      x_BTD += swiglu(h_BTD, layer['ffn'])
+  gates_BTE = jnp.mean(jnp.stack(gates), 0) if gates else jnp.zeros((*tokens_BT.shape, 0))
+  return _norm(cfg, weights, 'norm')(x_BTD), gates_BTE
+
+
+def _norm(cfg: Config, weights, name: str):
+  """The RMSNorm whose scale is weights[name]."""
+  def apply(x: jax.Array) -> Any:
+    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=x.dtype).apply({'params': weights[name]}, x)
+
+  return apply
+
+
+def _mixture(cfg: Config, ffn, x_BTD, context: routers.Context):
+  """The mixture layer, and the gate of every expert [B, T, E]."""
+  logits_BTE = routers.logits(x_BTD, ffn['router']) if cfg.has_router else None
+  choice = routers.route(cfg, logits_BTE, context._replace(bias=ffn.get('router_bias')))
+  gates_BTE = dense_gates(choice.gates, choice.ids, cfg.num_experts)
+  experts = ffn['experts']
+  if isinstance(experts, list) and x_BTD.shape[1] == 1:
+    return _chosen_experts(x_BTD, experts, gates_BTE, choice.ids), gates_BTE
+  y_BTD = moe.sparse_experts(x_BTD, stacked(experts), choice.gates, choice.ids, cfg.dispatch,
+                             cfg.dispatch_factor, expected_k=cfg.k)
+  return y_BTD, gates_BTE
+
+
+def _chosen_experts(x_BTD, experts: list, gates_BTE, ids_BTk):
+  """Each expert that some token chose, on all of them: others are not read.
+
+  So few tokens take as long as reading the weights does.
+  """
+  y_BTD = jnp.zeros_like(x_BTD)
+  for e, expert in enumerate(experts):
+    def add(y_BTD, e=e, expert=expert):
+      return y_BTD + swiglu(x_BTD, expert) * gates_BTE[..., e:e + 1].astype(x_BTD.dtype)
+
+    y_BTD = jax.lax.cond((ids_BTk == e).any(), add, lambda y_BTD: y_BTD, y_BTD)
+  return y_BTD
+
+
+def _write(kept_BKSH, x_BK1H, positions_B):
+  """A cache with one token more in each row."""
+  def of_row(kept_KSH, x_K1H, position):
+    return jax.lax.dynamic_update_slice_in_dim(kept_KSH, x_K1H, position, 1)
+
+  return jax.vmap(of_row)(kept_BKSH, x_BK1H, positions_B)
+
+
+def _attention_to_cache(q_BN1H, k_BKSH, v_BKSH, positions_B):
+  """Attention of one query per row to the slots up to its own."""
+  B, N, _, H = q_BN1H.shape
+  K, S = k_BKSH.shape[1:3]
+  q_BKGH = q_BN1H.reshape(B, K, N // K, H) * H**-0.5
+  scores = jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+  visible = jnp.arange(S)[None, None, None] <= positions_B[:, None, None, None]
+  weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+  y = jnp.einsum('bkgs,bksh->bkgh', weights.astype(v_BKSH.dtype), v_BKSH,
+                 preferred_element_type=jnp.float32)
+  return y.astype(q_BN1H.dtype).reshape(B, N, 1, H)
+
+
+def _logits(weights: Weights, h_BD):
+  return jnp.dot(h_BD, llama.output_head(weights, h_BD.dtype), preferred_element_type=jnp.float32)
+
+
+def _placed(x_BKSH):
+  """Keys or values on the mesh in use: rows over its batch axes, heads over `tensor`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x_BKSH
+  return sharding.constrain(
+      x_BKSH, P(BATCH_AXES, sharding.axis_that_cuts('tensor', x_BKSH.shape[1])))

@@ -1,0 +1,232 @@
+"""What a working directory's runs were made with and the config has otherwise now, in words.
+
+A manifest has the spec of its run, and the specs of all that it descends from. So a difference is
+traced to the run where it began, and named by the field that the user writes in the config.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+import os
+from typing import Any, NamedTuple
+
+from btx_jax.data import tokens
+from btx_jax.errors import UsageError
+from btx_jax.run import HUGGING_FACE, Optimizer, Run
+from btx_jax.study import manifest, recorded
+from btx_jax.study.study import Study
+
+# Fields of a spec that have the name of a section before them in a config.
+_SECTIONS = {'seq_len': 'data.seq_len', 'batch_size': 'train.batch_size',
+             'microbatches': 'train.microbatches', 'state': 'init.state'}
+# Those of nested parts of a spec, by part.
+_PREFIXES = {'model': 'model', 'optimizer': 'optimizer', 'objective': 'train',
+             'routers': 'init.routers', 'selector': 'init.selector'}
+_OF_INIT = ('reader', 'layers', 'forget', 'hysteresis')  # arguments of base.ensemble itself
+# What follows from other fields, or is described in other words.
+_NOT_FIELDS = ('name', 'sources', 'of_steps', 'step', 'weights', 'recipe', 'edit', 'content',
+               'vocabulary', 'tokenizer', 'data')
+_FOLLOWS = ('model.num_experts', 'model.router_bias')
+_UNSET = {'init.state': False, 'init.routers': 'random'}
+
+
+class Change(NamedTuple):
+  """One reason why a run is another one than its directory holds.
+
+  Attributes:
+    root: the run that was made otherwise: the run itself, or one that it descends from.
+    direct: whether it is the run itself, or one that it starts from.
+    verb: how the root was made, 'trained' or 'made'.
+    field: the field that has another value; '' if `was` is not about a field.
+    was: its value then; or without a field, a clause with the root as its subject.
+    now: its value now.
+  """
+  root: str
+  direct: bool
+  verb: str
+  field: str
+  was: str
+  now: str = ''
+
+  @property
+  def what(self) -> tuple[str, str, str]:
+    """Equal for the same change in several runs."""
+    return self.field, self.was, self.now
+
+
+def of(study: Study, run: Run, found: Mapping[str, Any]) -> list[Change]:
+  """How a run of the config differs from what its directory holds; none if it does not.
+
+  What changed in the run itself is not named once more for those that it descends from. Files alone
+  decide: text that is not tokenized yet is not compared.
+
+  Args:
+    study: whose run it is.
+    run: the run.
+    found: its manifest.
+  """
+  earlier, texts = found.get('ancestors', {}), found.get('text', {})
+  known: dict[tuple, Change] = {}
+  for change in _changes(study, run, found['spec'], earlier, texts):
+    key = change.root, change.what
+    known[key] = change._replace(direct=change.direct or (key in known and known[key].direct))
+  own = {change.what for change in known.values() if change.root == run.name}
+  return [change for change in known.values() if change.root == run.name or change.what not in own]
+
+
+def text_of(study: Study, domains: Iterable[str]) -> dict[str, str]:
+  """What the text of domains was made from, in words, to be kept in a manifest."""
+  metas = {domain: _meta(study, domain) for domain in domains}
+  return {domain: str(meta['made_from']['text']) for domain, meta in metas.items() if meta}
+
+
+def _changes(study: Study, run: Run, was: Mapping[str, Any], earlier: Mapping[str, Any],
+             texts: Mapping[str, str]) -> Iterator[Change]:
+  """The changes of a run since it had the spec `was`; `earlier` are specs by their identity."""
+  inherited = []
+  recorded = was.get('sources', [])
+  pairs = [each if isinstance(each, list) else [each, ''] for each in recorded]
+  if [name for name, _ in pairs] == [source.first_name for source in run.sources]:
+    for (_, identity), source in zip(pairs, run.sources):
+      inherited += _of_source(study, source, identity, was.get('step', 0), earlier, texts)
+  verb = 'trained' if was.get('steps') else 'made'
+  fields = list(_fields_changed(was, run.spec()))
+  for change in fields:
+    yield Change(run.name, True, verb, *change)
+  for clause in _clauses(study, run, was, texts, bool(inherited or fields)):
+    yield Change(run.name, True, verb, '', clause)
+  yield from inherited
+
+
+def _fields_changed(was: Mapping[str, Any], now: Mapping[str, Any]
+                    ) -> Iterator[tuple[str, str, str]]:
+  """The fields of a config that differ between two specs, with their values."""
+  then, today = _fields(was), _fields(now)
+  for field in dict.fromkeys([*then, *today]):
+    if field not in _FOLLOWS and then.get(field) != today.get(field):
+      unset = _UNSET.get(field)
+      yield field, _shown(then.get(field, unset)), _shown(today.get(field, unset))
+
+
+def _of_source(study: Study, source: Run, identity: str, step: int, earlier: Mapping[str, Any],
+               texts: Mapping[str, str]) -> Iterator[Change]:
+  """The changes of what a run starts from, since it had this identity; `step`, of its steps."""
+  was = earlier.get(identity)
+  if was is None and identity:
+    found = recorded.read(study.folder(source.name))
+    if found:
+      spec = found['spec']
+      first = {'steps': step, 'of_steps': spec.get('steps')} if step else {}
+      was = spec | first if manifest.identity(spec | first) == identity else None
+      if was is None and spec.get('steps'):
+        yield Change(source.name, True, '', '', 'was another one: it has been trained again since')
+  if was is not None:
+    for change in _changes(study, source, was, earlier, texts):
+      yield change._replace(direct=change.root == source.name)
+
+
+def _clauses(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str, str],
+             explained: bool) -> Iterator[str]:
+  """What a run itself has otherwise besides fields, in clauses without a subject.
+
+  If other changes explain how it is mixed, that is not mentioned.
+  """
+  now = run.spec()
+  if was.get('name') != now['name']:
+    yield f'is the run {was.get("name")!r}, which was trained under that name'
+  names = [each[0] if isinstance(each, list) else each for each in was.get('sources', [])]
+  if names != now['sources']:
+    yield (f'started from {", ".join(names) or "none"} and starts from '
+           f'{", ".join(now["sources"]) or "none"} now')
+  elif was.get('step', 0) != now.get('step', 0):
+    then, today = (f'step {spec["step"]}' if spec.get('step') else 'its end' for spec in (was, now))
+    yield f'started from {then} of {run.sources[0].name} and starts from {today} now'
+  if was.get('content') != now.get('content'):
+    yield ('was read from another model than the one that is in '
+           f'{run.folder} now' if run.init == HUGGING_FACE else 'was read from a pretrained model')
+  elif was.get('vocabulary') != now.get('vocabulary'):
+    yield 'had another vocabulary beside that of the tokenizer'
+  if not explained and names == now['sources']:
+    yield from _of_mixture(was, now)
+  yield from _of_text(study, run, was, texts)
+
+
+def _of_mixture(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+  """What the arguments of base.mix, extend, replace or drop have otherwise."""
+  then, today = (spec.get('recipe') or {} for spec in (was, now))
+  if any(then.get(key) != today.get(key) for key in ('pieces', 'scale', 'tied')):
+    yield 'was mixed with other runs, arrangement or chunks in base.mix(...)'
+  elif then.get('rest') != today.get('rest'):
+    yield 'was mixed with other averaged or rules in base.mix(...)'
+  if was.get('edit') != now.get('edit'):
+    yield 'had other experts, or sums of other domains, from base.extend, replace or drop'
+
+
+def _of_text(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str, str]
+             ) -> Iterator[str]:
+  """Whether the text that is tokenized now is another one."""
+  metas = {domain: meta for domain in run.domains if (meta := _meta(study, domain))}
+  if 'tokenizer' in was and any(meta['made_from']['tokenizer'] != was['tokenizer']
+                                for meta in metas.values()):
+    yield f'was {"trained" if was.get("steps") else "made"} with another tokenizer'
+    return
+  others = []
+  for domain, meta in metas.items():
+    if was.get('data', {}).get(domain, meta['hash']['train']) != meta['hash']['train']:
+      then, today = texts.get(domain), meta['made_from']['text']
+      others.append(f'{domain} ({then}; {today} now)' if then and then != today else domain)
+  if others:
+    yield f'was trained on other text of {listed(others)}'
+
+
+def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
+  """The values of a spec by the fields that the user writes in a config."""
+  result = {}
+  for key, value in spec.items():
+    if key == 'weights':
+      result['domains'] = ' + '.join(f'{share:.3g} {domain}' for domain, share in value.items())
+    elif key == 'optimizer':
+      result |= {f'optimizer.{field}': x for field, x in _optimizer(value).items()}
+    elif key in _PREFIXES and isinstance(value, Mapping):
+      result |= {f'{"init" if field in _OF_INIT else _PREFIXES[key]}.{field}': x
+                 for field, x in value.items()}
+    elif key == 'steps':
+      result[key] = spec.get('of_steps') or value
+    elif key == 'init':
+      result[key] = f'base.{value}'
+    elif key not in _NOT_FIELDS:
+      result[_SECTIONS.get(key, key)] = value
+  if result.get('model.head_dim') == result.get('model.dim', 0) // (
+      result.get('model.num_heads') or 1):
+    result.pop('model.head_dim', None)  # follows from these two
+  if spec.get('recipe'):
+    result['mix.router_std'] = spec['recipe']['router_std']
+  return result
+
+
+def _optimizer(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of an optimizer, with those that a spec leaves out; see Optimizer.spec."""
+  defaults = dataclasses.asdict(Optimizer())
+  result = {**defaults, **fields}
+  if 'schedule' not in fields and result['final_lr'] == 1:
+    result |= {'schedule': 'constant', 'final_lr': defaults['final_lr']}
+  return result
+
+
+def _shown(value: Any) -> str:
+  if isinstance(value, float):
+    return f'{value:g}'
+  return value if isinstance(value, str) and value.isprintable() and value else repr(value)
+
+
+def listed(names: Iterable[str]) -> str:
+  """Names as a sentence has them: a, b and c."""
+  *most, last = names
+  return f'{", ".join(most)} and {last}' if most else last
+
+
+def _meta(study: Study, domain: str) -> dict | None:
+  """What the tokens of a domain were made from; None if there are none."""
+  try:
+    return tokens.read_meta(os.path.join(study.data_folder, domain))
+  except UsageError:
+    return None
