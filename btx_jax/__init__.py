@@ -6,7 +6,7 @@ library, all of it on plain parameter trees (docs/library.md):
 
   Config, Llama         a model's sizes, and the network
   load, save, logits    a Hugging Face folder or a run directory in; a folder out; a forward pass
-  generate              texts that follow prompts; Generator and Sampling, for more control
+  generate              continues prompts; Generator and Sampling give more control
   branch, stack         copies of a seed; experts that were trained apart, in the same form
   average, mix, Recipe  the dense baseline; the mixture of experts, and what it is made of
   make_train_step       the train step of experts and mixtures alike; create_state, its state

@@ -1,4 +1,4 @@
-"""The flags of the command line. Each says in its help which command it is for."""
+"""The flags of the command line. The help of each names the commands it is for."""
 
 from absl import flags
 from ml_collections import config_flags
@@ -22,48 +22,48 @@ LATEX = flags.DEFINE_bool(
 JSON = flags.DEFINE_bool('json', False, 'status, evaluate, generate, preflight: print JSON.')
 TOPOLOGY = flags.DEFINE_string(
     'topology', None,
-    'preflight: the devices to compile for, as in v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
+    'preflight: the devices to compile for, such as v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
 ON = flags.DEFINE_multi_string(
     'on', [], 'evaluate: a directory, glob or file to score; may be given several times.')
 MODEL = flags.DEFINE_string(
     'model', None, 'evaluate, generate: the folder of a pretrained model, in place of a run.')
 TEXT_FIELD = flags.DEFINE_string(
-    'text_field', 'text', 'evaluate: the field or column of the text, as of a domain.')
+    'text_field', 'text', 'evaluate: the JSON field or Parquet column with the text.')
 SEPARATOR = flags.DEFINE_string(
-    'separator', '', 'evaluate: splits a plain text file into documents, as of a domain.')
+    'separator', '', 'evaluate: splits a plain text file into documents.')
 LENGTH = flags.DEFINE_integer(
-    'length', 0, 'evaluate: tokens of a window; 0 is data.seq_len, and without a config what the '
-    'model is for, up to 2,048.', lower_bound=0)
+    'length', 0, 'evaluate: tokens per window; 0 means data.seq_len, or without a config the '
+    'context length of the model, up to 2,048.', lower_bound=0)
 STRIDE = flags.DEFINE_integer(
-    'stride', None, 'evaluate: tokens that each window moves on; default evaluation.stride.',
+    'stride', None, 'evaluate: tokens from one window to the next; default evaluation.stride.',
     lower_bound=0)
 PROMPT = flags.DEFINE_multi_string(
-    'prompt', [], 'generate: a text to go on from; may be given several times. Without one, each '
+    'prompt', [], 'generate: a text to continue; may be given several times. Without one, each '
     'line of the standard input is a prompt.')
 STEP = flags.DEFINE_integer(
-    'step', 0, 'generate: the step of --run to write with; 0 is its end.', lower_bound=0)
+    'step', 0, 'generate: the step of --run to generate with; 0 is its end.', lower_bound=0)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens', 256, 'generate: the most tokens of a text.')
+    'max_new_tokens', 256, 'generate: the most tokens to generate per text.')
 TEMPERATURE = flags.DEFINE_float(
     'temperature', Sampling.temperature,
     'generate: divides the logits; 0 takes the likeliest token.')
 TOP_K = flags.DEFINE_integer(
-    'top_k', Sampling.top_k, 'generate: draw among this many likeliest tokens; 0 is all.')
+    'top_k', Sampling.top_k, 'generate: sample from this many likeliest tokens; 0 is all.')
 TOP_P = flags.DEFINE_float(
     'top_p', Sampling.top_p,
-    'generate: draw among the likeliest tokens with this probability in all.')
+    'generate: sample from the fewest likeliest tokens with this total probability.')
 MIN_P = flags.DEFINE_float(
     'min_p', Sampling.min_p,
-    'generate: draw among tokens at least this many times as likely as the likeliest.')
+    'generate: sample from tokens at least this many times as likely as the likeliest.')
 REPETITION_PENALTY = flags.DEFINE_float(
     'repetition_penalty', Sampling.repetition_penalty,
-    'generate: makes tokens that the text has less likely; 1 is none.')
+    'generate: makes tokens that are already in the text less likely; 1 is no penalty.')
 STOP = flags.DEFINE_multi_string(
     'stop', [], 'generate: a string that ends a text; may be given several times.')
-SEED = flags.DEFINE_integer('seed', 0, 'generate: of the draws.')
-N = flags.DEFINE_integer('n', 1, 'generate: texts for each prompt.', lower_bound=1)
+SEED = flags.DEFINE_integer('seed', 0, 'generate: the random seed.')
+N = flags.DEFINE_integer('n', 1, 'generate: texts to generate for each prompt.', lower_bound=1)
 EXPERTS = flags.DEFINE_bool(
-    'experts', False, 'generate: colour each token by the expert with the largest gate.')
+    'experts', False, 'generate: colour each token by its expert with the largest gate.')
 TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
 DTYPE = flags.DEFINE_string(
     'dtype', 'bfloat16', 'export: the type of the weights, bfloat16 or float32.')

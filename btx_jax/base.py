@@ -68,8 +68,8 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict({
       # Tokens per row.
       'seq_len': 1024,
-      # Share of the documents that are held out from training, of domains that set no `held_out` of
-      # their own.
+      # Share of the documents that is held out from training, for domains that do not set their own
+      # `held_out`.
       'held_out': 0.02,
       # Share of a domain's records (lines, rows, files) that may be unusable: they are skipped
       # and counted. More than this is an error.
@@ -125,17 +125,18 @@ def get_config() -> ConfigDict:
   config.evaluation = ConfigDict({
       # Steps between evaluations during a run; 0 is none. The table is measured at the end in any
       # case. The step with the lowest held-out loss is saved and kept, for
-      # base.checkpoint(RUN, step='best'): bits per byte of the run's own domains, weighted as its
-      # training rows are.
+      # base.checkpoint(RUN, step='best'). That loss is in bits per byte, over the domains that the
+      # run is trained on, with the weights of its training rows.
       'every': 0,
       # Held-out tokens of each domain, in whole documents (at least one). Claims below the table
       # need 20 documents, or blocks of 1,024 tokens of longer ones. Files that a domain names in
-      # `held_out` are measured whole, whatever this says.
+      # `held_out` are always measured whole.
       'tokens': 65_536,
-      # Tokens that each window of held-out text moves on from the one before. 0 is data.seq_len:
-      # windows do not overlap, and a token at the beginning of one has little context. With fewer,
-      # only the last so many tokens of a window count, after data.seq_len less these as context:
-      # published perplexities are often made so. It takes data.seq_len / stride times as long.
+      # Tokens from the start of one window of held-out text to the start of the next. 0 is
+      # data.seq_len: windows do not overlap, and tokens at the beginning of one have little
+      # context. With a smaller stride, only the last `stride` tokens of a window count, and those
+      # before them are context. Published perplexities are often measured like this. It takes
+      # data.seq_len / stride times as long.
       'stride': 0,
       # Rows per batch. 0 is 32, or as few more as the devices can share evenly.
       'batch_size': 0,
@@ -149,13 +150,13 @@ def get_config() -> ConfigDict:
   config.log_every = 10
   # Steps between checkpoints; the end of a run is always saved.
   config.checkpoint_every = 500
-  # Where the figures of metrics.jsonl go as well, none unless they are named: 'tensorboard' (events
-  # in the directory of each run), 'wandb' (Weights & Biases), 'mlflow'; docs/sinks.md.
+  # Services that also get the figures of metrics.jsonl; by default none: 'tensorboard' (event files
+  # in the directory of each run), 'wandb' (Weights & Biases), 'mlflow'. See docs/sinks.md.
   config.sinks = ()
-  # The newest checkpoints of a run that are kept, beside the best one (evaluation.every) and those
-  # that other runs start from.
+  # How many of a run's newest checkpoints are kept, besides the best one (evaluation.every) and
+  # those that other runs start from.
   config.checkpoints_kept = 2
-  # Checkpoints after multiples of this many steps are saved and kept for ever; 0 is none.
+  # Checkpoints at multiples of this many steps are saved and never deleted; 0 is none.
   config.checkpoints_kept_every = 0
 
   # Thresholds of the checks under the table, in bits per byte.
@@ -195,8 +196,8 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
            held_out: float | str | Iterable[str] = ()) -> ConfigDict:
   """Text of one kind.
 
-  Without `paths`, but with files in `held_out`, it is only measured: every run is scored on it, and
-  none can be trained on it.
+  A domain without `paths`, but with files in `held_out`, is only measured: every run is scored on
+  it, but no run can be trained on it.
 
   Args:
     paths: directories, globs or files of plain text, JSON (an object a line, an array, or a
@@ -210,9 +211,9 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
     source: 'files', or the name of text that Python packages carry (btx_jax/data/demo.py).
     id_field: the field or column that holds the document's id, stored with the tokens; '' is none.
     held_out: a share of the documents, between 0 and 1, which is held out from training; or the
-      files of a validation or test set, named and read like `paths`: their text is measured, and
-      documents that equal one of theirs are left out of the training text of all domains. () is
-      the share data.held_out.
+      files of a validation or test set, named and read like `paths`. Their text is measured, and
+      copies of their documents are left out of the training text of all domains. () means the
+      share data.held_out.
   """
   return ConfigDict({'source': source, 'paths': _strings(paths), 'text_field': text_field,
                      'separator': separator, 'id_field': id_field,
@@ -253,25 +254,25 @@ def random() -> ConfigDict:
 def checkpoint(run_name: str, step: int | str = 0, state: bool = False) -> ConfigDict:
   """Starts from another run: to branch a seed, or to continue training.
 
-  Only the parameters are taken, unless `state` is set: Adam's moments and count, the order of the
-  data, the warmup and the schedule of the learning rate start anew. With `state` only the warmup
-  and the schedule do, for the steps of the new run. Not even these do if the rate was constant
+  Without `state`, only the parameters are taken: Adam's moments and count, the order of the data,
+  the warmup and the schedule of the learning rate start over. With `state`, only the warmup and the
+  schedule start over, for the steps of the new run. They continue too if the rate was constant
   until then (optimizer.schedule 'constant', or 'wsd' before its decay) and this run has one of
-  these two schedules: it is bit for bit the rest of a longer run, and its decay is over its own
-  last steps.
+  these two schedules. Then this run is bit for bit the rest of a longer run, and its decay is over
+  its own last steps.
 
   Args:
     run_name: the run to start from.
     step: the number of its steps to start after; 0 is its end. A step that a run of the config
-      starts from is saved and kept. Of a run that is past it, the step must be one of those that
-      are kept (config.checkpoints_kept, config.checkpoints_kept_every), and the run need not be
-      complete: train from it by --run=NAME. 'best' is the step with the lowest held-out loss among
-      those that were evaluated (config.evaluation.every) and the end. It is looked up when this run
-      starts, and stays the same from then on. The other run must be complete, or have been stopped
-      after an evaluation.
-    state: also take Adam's moments and count, and read on in the data where the run stopped. What
-      trains, the domains and their weights, data.seq_len, train.batch_size, optimizer.b1 and
-      optimizer.b2 must be the same.
+      starts from is saved and kept. If the other run is already past the step, the step must be
+      one that was kept (config.checkpoints_kept, config.checkpoints_kept_every). The other run need
+      not be complete: train from it with --run=NAME. 'best' is the step with the lowest held-out
+      loss among those that were evaluated (config.evaluation.every) and the end. It is looked up
+      when this run starts, and stays the same from then on. The other run must be complete, or have
+      been stopped after an evaluation.
+    state: whether to take Adam's moments and count too, and to read on in the data where the other
+      run stopped. The trained parameters, the domains and their weights, data.seq_len,
+      train.batch_size, optimizer.b1 and optimizer.b2 must be the same.
   """
   return ConfigDict({'kind': CHECKPOINT, 'runs': (run_name,), 'step': step, 'state': state})
 
@@ -329,8 +330,8 @@ def extend(mixture: str, *run_names: str, allow: tuple[str, ...] = (),
     state: whether to take the mixture's optimizer state as well; see checkpoint. Shared weights,
       old experts and kept columns of routers keep their moments; each domain is read on where the
       mixture stopped, and a new one from its beginning. The moments of new experts, and of routers
-      set anew, are zero under Adam's common count, which is large by then and corrects no bias. So
-      the first update of such a weight is (1 - b1) / sqrt(1 - b2) of the learning rate, whatever
+      that are set again, are zero under Adam's common count, which is large by then and corrects no
+      bias. So the first update of such a weight is (1 - b1) / sqrt(1 - b2) of the learning rate, whatever
       its gradient: 0.45 at the default 0.9 and 0.95, where a new run begins with 1. While the
       gradient stays the same, the n-th update is (1 - b1^n) / sqrt(1 - b2^n): it rises to 1.10 at
       n = 20 and falls to 1. Whatever the gradients, none is above

@@ -15,11 +15,11 @@ other commands:
              compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
-  evaluate   scores the text --on, by --run or by the pretrained --model, which needs no --config
-  generate   writes on from each --prompt, or line of the standard input, by --run or --model
+  evaluate   scores the text --on with --run, or with a pretrained --model, which needs no --config
+  generate   continues each --prompt, or line of the standard input, with --run or --model
              (--temperature, --stop, --n, --experts and more)
   export     writes the model of --run to the folder --to, in the format of Hugging Face
-  rename     gives a run another name, as in rename OLD NEW; it stays the same run
+  rename     gives a run another name: rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
              fit, how long will it take, how much is sent
 
@@ -134,10 +134,10 @@ def compare_experts(name: str, workdir: str):
 
 
 def evaluate_text(name: str, workdir: str):
-  """Scores text by a run or a pretrained folder."""
+  """Scores text with a run or a pretrained model."""
   del name
   if not flag.ON.value or bool(flag.RUN.value) == bool(flag.MODEL.value):
-    raise UsageError('evaluate needs --on=FILES, and what scores them: --config=CONFIG with '
+    raise UsageError('evaluate needs --on=FILES and a model: --config=CONFIG with '
                      '--run=NAME, or --model=FOLDER.')
   from btx_jax.commands import evaluate
   from btx_jax.devices import compiled
@@ -153,10 +153,10 @@ def evaluate_text(name: str, workdir: str):
 
 
 def generate_text(name: str, workdir: str):
-  """Writes texts that follow prompts, by a run or a pretrained folder."""
+  """Continues prompts with a run or a pretrained model."""
   del name
   if bool(flag.RUN.value) == bool(flag.MODEL.value):
-    raise UsageError('generate needs what writes: --config=CONFIG with --run=NAME, or '
+    raise UsageError('generate needs a model: --config=CONFIG with --run=NAME, or '
                      '--model=FOLDER.')
   from btx_jax.generation.settings import Sampling
   asked = {
@@ -198,8 +198,8 @@ def rename_run(name: str, workdir: str, *names: str):
   from btx_jax.terminal import say
   old, new = names
   folders = rename(Study(flag.CONFIG.value, workdir), old, new)
-  say(f'{old} is {new} now, in {", ".join(folders)}, and stays the same run. Name it {new} in the '
-      'config, too')
+  say(f'{old} is now called {new}, in {", ".join(folders)}, and stays the same run. Name it '
+      f'{new} in the config, too')
 
 
 def compile_for_topology(name: str, workdir: str):

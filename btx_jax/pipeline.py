@@ -132,8 +132,8 @@ class Pipeline(Study):
   def _not_superseded(self) -> list[Run]:
     left = distributed.broadcast(lambda: [run.name for run in sources.superseded(self)])
     for name in left:
-      say(f'{name} failed and is left as it is, because other runs start from steps of it that are '
-          f'kept; --run={name} tries it again')
+      say(f'{name} failed and is not tried again, because other runs start from its kept steps; '
+          f'--run={name} tries it again')
     return [run for run in self.runs.values() if run.name not in left]
 
   def _incomplete(self, asked: list[Run], only: str | None) -> list[str]:
@@ -187,7 +187,7 @@ class Pipeline(Study):
         say(line)
 
   def _follow_best(self):
-    """Plans anew with the steps that are the best now, where a run starts from one of these."""
+    """Updates the plan with the current best steps, if any run starts from a best step."""
     if any(entry.init.get('step') == BEST for entry in self.config.runs.values()):
       self.runs = self.plan(distributed.broadcast(
           lambda: recorded.best_steps(self.config, self.folder)))
@@ -271,7 +271,7 @@ class Pipeline(Study):
       say(f'{run.name} starts from step {source.steps:,} of {source.name}, its best')
     return manifest.begin(run.name, self.spec(run)) | {
         'rng_seed': run.rng_seed,
-        # So a later change of one of them can be described.
+        # So that a later change of an ancestor can be described.
         'ancestors': dict(self._ancestors(run)),
         'text': changes.text_of(self, run.domains),
         **({'from_best': True} if from_best else {})}
@@ -315,7 +315,7 @@ class Pipeline(Study):
       distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
 
   def _note_end(self, run: Run, trained: bool):
-    """Notes the end of a run as its best step, if it is; else says so of one just trained."""
+    """Records the end of a run as its best step if it is; if not, says so after training."""
     found, folder = scores.read(self, run, scores.FINAL), self.folder(run.name)
     if not found or not run.steps or not self.config.evaluation.every:
       return

@@ -20,7 +20,7 @@ from btx_jax.selector import Linear, Selector
 RANDOM, CHECKPOINT, MIX, HUGGING_FACE = 'random', 'checkpoint', 'mix', 'hugging_face'
 EDIT, ENSEMBLE = 'edit', 'ensemble'
 INITIALISERS = (RANDOM, CHECKPOINT, MIX, EDIT, HUGGING_FACE, ENSEMBLE)
-BEST = 'best'  # of the steps of a run, the one with the lowest held-out loss
+BEST = 'best'  # the step of a run with the lowest held-out loss
 BALANCE_SCOPES = ('microbatch', 'batch')
 # Schedules of the learning rate.
 COSINE, CONSTANT, WSD = SCHEDULES = ('cosine', 'constant', 'wsd')
@@ -34,12 +34,12 @@ class Optimizer:
 
   Attributes:
     peak_lr: learning rate after the warmup.
-    schedule: how the learning rate goes on after the warmup: 'cosine' falls until the last step;
-      'constant' stays at the peak; 'wsd' (warmup, stable, decay) stays there and falls linearly
-      over the last steps. So runs can start before the decay, and go on at the same rate.
-    warmup: during which the learning rate rises from 0: a share of the steps if below 1, otherwise
-      a number of steps. The last step is never part of it.
-    decay: share of the steps over which 'wsd' falls.
+    schedule: the learning rate after the warmup: 'cosine' falls until the last step; 'constant'
+      stays at the peak; 'wsd' (warmup, stable, decay) stays at the peak and falls linearly over the
+      last steps. Other runs can start before the decay and continue at the same rate.
+    warmup: how long the learning rate rises from 0: a share of the steps if below 1, otherwise a
+      number of steps. The last step is never part of it.
+    decay: the share of the steps over which 'wsd' falls.
     final_lr: learning rate at the end of the cosine or of the decay, as a share of the peak.
     b1: Adam's decay rate for the mean of the gradients.
     b2: Adam's decay rate for the mean of the squared gradients.
@@ -59,7 +59,7 @@ class Optimizer:
   clip_norm: float = 1.0
 
   def __post_init__(self):
-    object.__setattr__(self, 'warmup', float(self.warmup))  # of 100 and 100.0 one identity
+    object.__setattr__(self, 'warmup', float(self.warmup))  # 100 and 100.0: one identity
     if self.peak_lr <= 0:
       raise UsageError(f'optimizer.peak_lr = {self.peak_lr} must be positive.')
     if self.schedule not in SCHEDULES:
@@ -78,18 +78,18 @@ class Optimizer:
       raise UsageError(f'optimizer.clip_norm = {self.clip_norm} must be positive.')
 
   def warmup_steps(self, steps: int) -> int:
-    """The steps of the warmup of a run."""
+    """The number of warmup steps of a run with this many steps."""
     return min(round(self.warmup * steps if self.warmup < 1 else self.warmup), steps - 1)
 
   def decay_steps(self, steps: int) -> int:
-    """The steps over which the rate of a run with the schedule 'wsd' falls."""
+    """The number of steps over which 'wsd' falls, in a run with this many steps."""
     return max(round(self.decay * steps), 1)
 
   def spec(self) -> dict:
     """The settings that have an effect, as plain data.
 
-    Those of a cosine have no schedule, and a constant rate is one that ends at its peak, as before
-    there were schedules.
+    As in versions without schedules, a cosine has no `schedule`, and a constant rate is a rate
+    whose final_lr is 1.
     """
     found = dataclasses.asdict(self)
     if self.schedule != WSD:
@@ -193,14 +193,13 @@ class Run:
       depends on them; else ''.
     edit: which experts it has, if init is 'edit'. Its recipe is None, as the mixture of an edit is
       not averaged with the other sources.
-    state: whether it takes the optimizer state of its first source, and reads on where that source
-      stopped.
-    of_steps: of a run that stands for the first `steps` of a longer one, the steps of that one; 0
-      of any other run. The source of a run that starts from one of its steps is such a run.
-    until_best: whether it stands for the steps of a longer run up to the best one, which is not
-      known yet. Until then its `steps` are all of them.
-    renamed_from: the name that it was started under, if the command `rename` gave it another one;
-      else ''.
+    state: whether the run takes the optimizer state of its first source, and reads on in the data
+      where that source stopped.
+    of_steps: if this Run stands for the first `steps` of a longer run, the steps of the longer run;
+      otherwise 0. A run that starts from a step of another run has such a source.
+    until_best: whether this Run stands for a longer run up to its best step, which is not known
+      yet. Until it is, `steps` are all steps of the longer run.
+    renamed_from: the name that the run was started under, if `rename` has changed it; else ''.
   """
   name: str
   init: str
@@ -229,13 +228,13 @@ class Run:
   renamed_from: str = ''
 
   def first(self, steps: int) -> 'Run':
-    """The first steps of this run, as a run; itself if these are all."""
+    """The first `steps` of this run, as a run; the run itself if these are all of its steps."""
     if steps == self.steps:
       return self
     return dataclasses.replace(self, steps=steps, of_steps=self.of_steps or self.steps)
 
   def on(self, made: Mapping[str, 'Run']) -> 'Run':
-    """This run, starting from other forms of the runs that it starts from, by their names."""
+    """This run with its sources replaced by the runs of the same names in `made`."""
     return dataclasses.replace(self, sources=tuple(
         dataclasses.replace(made[source.name].first(source.steps), until_best=source.until_best)
         for source in self.sources))
@@ -244,7 +243,7 @@ class Run:
     """Everything in the run itself that decides its result, as plain data.
 
     The series does not: a run has the same spec whether its seed is the only one or one of several.
-    Neither does a name that it was given later.
+    The name is the one that the run was started under.
     """
     spec = dataclasses.asdict(dataclasses.replace(self, sources=()))
     spec['name'] = self.first_name
@@ -290,12 +289,12 @@ class Run:
 
   @property
   def first_name(self) -> str:
-    """The config's name for the run when it was started."""
+    """The name that the run had in the config when it was started."""
     return self.renamed_from or self.plain_name
 
   @property
   def label(self) -> str:
-    """The name, and the step if only the first steps are meant: different for other parameters."""
+    """The name, and the step if it is not the end: runs with different parameters differ in it."""
     if self.until_best:
       return f'{self.name}, its best step'
     return f'{self.name}, step {self.steps:,}' if self.of_steps else self.name
@@ -317,15 +316,15 @@ class Run:
 
   @property
   def schedule_start(self) -> int:
-    """The steps of the schedule before its first one: those of a source whose state it takes, if
-    the rate was constant until then and stays so; else 0, a schedule of its own."""
+    """The step of the schedule at which this run starts: after the steps of the source whose state
+    it takes, if the rate is constant before and after; else 0, for a schedule of its own."""
     if not self.state or self.optimizer.schedule == COSINE or not self.sources[0].is_stable:
       return 0
     return self.sources[0].schedule_start + self.sources[0].steps
 
   @property
   def warmup_steps(self) -> int:
-    """The steps of its schedule's warmup, which may lie in the run that it goes on from."""
+    """The warmup steps of its schedule, which may lie in the run that it continues."""
     if self.schedule_start:
       return self.sources[0].warmup_steps
     return self.optimizer.warmup_steps(self.of_steps or self.steps)
@@ -378,7 +377,7 @@ def seed_of(name: str, seed: int) -> int:
 def lineage(run: Run, until: Callable[[Run], bool] = lambda _: False) -> list[Run]:
   """The run and all that it comes from, each once, nearest first; not past runs `until` accepts.
 
-  Of a run of which other steps are meant in several places, the most.
+  If several runs start from different steps of one run, it is there once, with the most steps.
   """
   found = {run.name: run}
   for source in () if until(run) else run.sources:

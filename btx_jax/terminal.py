@@ -34,7 +34,7 @@ class Progress:
     self._bars = None
     longest = max(map(cells.cell_len, runs), default=0)
     digits = max((len(str(steps)) for _, steps in runs.values()), default=0)
-    room = console.width - longest - 2 * digits - _TEXT  # what a bar can have
+    room = console.width - longest - 2 * digits - _TEXT  # columns left for the bar
     self._has_speed = room >= _LEAST_BAR
     if console.is_terminal:
       bar = min(max(room + (0 if self._has_speed else _SPEED), _LEAST_BAR), _BAR)
@@ -77,7 +77,7 @@ class Progress:
 
 
 def _folded() -> rich_table.Column:
-  """A column whose text is folded where it is too narrow, not cut."""
+  """A column that folds text that is too wide, rather than cutting it."""
   return rich_table.Column(overflow='fold')
 
 
@@ -101,8 +101,8 @@ def say(text: str):
 
 
 def show(renderable: RenderableType):
-  """Prints a table in the columns of the terminal, or in those of COLUMNS if that is set; in 80 if
-  the output is piped."""
+  """Prints a table in the width of the terminal, or of COLUMNS if that is set; 80 columns if the
+  output is piped."""
   _VerbatimConsole(quiet=console.quiet).print(renderable)
 
 
@@ -123,7 +123,7 @@ class Table:
     groups: (title, number of columns) of columns that belong together, in their order; together
       they are all figures. A table that is split begins a new one with each of them.
     first: headings of the figures that come first in a group that is split.
-    drop: headings of figures that may be left out, the least important first.
+    drop: headings of figures that may be left out, least important first.
   """
   headings: Sequence[str]
   rows: Sequence[Sequence[str | Text]]
@@ -154,7 +154,7 @@ class Table:
       yield ''
 
   def _dropped(self, width: int) -> list[str]:
-    """Headings of figures that have no place."""
+    """The headings of figures that do not fit."""
     figures, dropped = list(range(self.names, len(self.headings))), []
     for heading in self.drop:
       if self._fits(figures, width):
@@ -183,7 +183,7 @@ class Table:
         left, title = left[fitting:], ''
 
   def _fits(self, figures: Sequence[int], width: int) -> bool:
-    """Whether these figures fit beside the names, of which long ones are folded."""
+    """Whether these figures fit beside the names, if long names are folded."""
     share = 0.35 if self.drop else 0.4 if self.names == 1 else 0.54 / self.names
     least = max(_LEAST_NAME, int(share * width))
     widths = [min(self._width(at, self.headings[at]), least) for at in range(self.names)]
@@ -220,8 +220,8 @@ class Table:
 
 
 def broken(text: str, width: int) -> str:
-  """A text in lines of a width, broken after spaces, hyphens, underscores and slashes; a longer
-  word remains in one piece."""
+  """Breaks a text into lines of this width, after spaces, hyphens, underscores and slashes; longer
+  words are not broken."""
   lines = ['']
   for word in re.findall(r'[^-_/ \n]*[-_/ \n]|[^-_/ \n]+', text):
     if lines[-1] and (lines[-1].endswith('\n')
@@ -232,13 +232,13 @@ def broken(text: str, width: int) -> str:
 
 
 def _wrapped(cell: str | Text, width: int) -> Text:
-  """A name in lines of a width, in its style."""
+  """A name broken into lines of this width, with its style."""
   style = '' if isinstance(cell, str) else cell.style
   return Text(broken(str(cell), width), style=style)
 
 
 def _shared(widths: Sequence[int], total: int) -> list[int]:
-  """The widths of columns that share a total: the widest are made narrower, down to a limit."""
+  """The widths of columns that must share `total`: the widest are made narrower."""
   least = max(widths, default=0)
   while least > 1 and sum(min(width, least) for width in widths) > total:
     least -= 1

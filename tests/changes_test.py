@@ -107,7 +107,7 @@ def test_the_best_step_is_kept_and_a_run_starts_from_it(folder, work):
   study = Study(config_of(folder / 'mine.py'), str(work))
   assert study.runs['best'].sources[0].steps == 1
   shown = {each['name']: each for each in status.collect(study)['runs']}
-  assert 'started from step 1 of seed, the best one then; now it is step 3' in (
+  assert 'started from step 1 of seed, the best one then; the best is now step 3' in (
       shown['best']['warnings'])
 
 
@@ -172,7 +172,7 @@ def test_text_that_changed_is_named_by_file(run, folder, tmp_path):
   shutil.copy(math, text / 'math2.jsonl')
   done = run(*arguments)
   expected = [f'code: {code} had {size:,} bytes and has {size + 17:,} now',
-              f'math: {math} has other content, of the same size',
+              f'math: {math} has different content of the same size',
               f'math: {text / "math2.jsonl"} is new, with {math.stat().st_size:,} bytes']
   assert [line.strip() for line in done.stderr.splitlines() if line.startswith('  ')] == expected
   assert 'give it a domain of another name, or use another --workdir' in done.stderr

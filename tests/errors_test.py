@@ -140,9 +140,9 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'compare'], 'compare needs --run=NAME, the mixture whose experts are compared.'),
     ([DEMO, 'compare', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
     ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
-    ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES, and what scores them'),
+    ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES and a model: --config=CONFIG'),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
-    ([DEMO, 'generate', '--prompt=a'], 'generate needs what writes: --config=CONFIG with --'),
+    ([DEMO, 'generate', '--prompt=a'], 'generate needs a model: --config=CONFIG with --'),
     ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),
     ([DEMO, 'generate', '--run=routed', '--prompt=a'], "'routed' is an ensemble, whose"),
     ([DEMO, 'generate', '--run=seed', '--experts'], "'seed' is a dense model; --experts colours"),
@@ -354,13 +354,13 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      'runs.new.init: state=True has no effect on a run that is not trained; give it domains'),
     ('config.runs.two = base.run(base.mix("seed"))\n' + new(
         init='base.extend("two", "expert/code", allow="shared", state=True)'),
-     "'two' is not trained here, so there is no optimizer state of it to take. Omit state=True"),
+     "'two' is not trained here, so it has no optimizer state to take. Omit state=True"),
     (new(init='base.checkpoint("seed", state=True)',
          train='{"batch_size": 8, "freeze": ("embed",)}', optimizer='{"b1": 0.8}'),
      "runs.new cannot take the optimizer state of 'seed' and read on where it stopped: "
      'train.batch_size is 16 there and 8 here; optimizer.b1 is 0.9 there and 0.8 here; domains is '
      "{'code': 0.25, 'math': 0.25, 'prose': 0.5} there and {'code': 1.0} here; train.freeze leaves "
-     'embed as they are only here. Make these equal'),
+     'embed only here. Make these equal'),
     (new(init='ConfigDict({"kind": "average", "runs": ("seed",)})'), "runs.new.init.kind = 'av"),
     (new(init='base.mix("seed", "btx")'), "runs.new mixes 'btx', which is a mixture already."),
     (new(init='base.random()', model='{"dim": 32}') + '\n' + new(
@@ -690,7 +690,7 @@ def test_names_that_a_run_cannot_get(run, config, work):
   arguments = config(), f'--workdir={work}', 'rename', 'seed'
   check(run(*arguments, 'data'), "'data' cannot be the name of a run: it is a directory in the")
   (work / 'new').mkdir()
-  check(run(*arguments, 'new'), 'new exists already; choose another name, or rename what is there')
+  check(run(*arguments, 'new'), 'new already exists; choose another name, or rename what is there')
   check(run(*arguments, 'seed/old'), 'choose a name that does not lie in it, and rename what lies')
 
 
@@ -833,7 +833,7 @@ def test_text_that_cannot_be_evaluated(run, config, work, tmp_path):
   done = run(config(), *on[:2], '--run=seed', f'--on={tmp_path / "x.jsonl"}')
   assert 'To use them, set --text_field to the field that holds the text; repair' in done.stderr
   check(run(config(pretrained(OTHER_TOKENIZER, **UNTRAINED)), *on, '--run=new'), '--run=new has a '
-        'different vocabulary than the tokenizer of this config; evaluate by --model=')
+        'different vocabulary than the tokenizer of this config; evaluate with --model=')
 
 
 def test_an_ensemble_whose_selector_cannot_be_exported(run, config, work):

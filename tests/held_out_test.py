@@ -97,7 +97,7 @@ def test_a_test_set_is_scored_by_runs_and_by_a_folder(run, own, tmp_path):
   config = f'--config={own / "mine.py"}', f'--workdir={tmp_path / "work"}'
   done = run(*config)
   assert done.code == 0, done.stderr
-  assert 'wiki: 25 documents' in done.stdout and 'only to be measured' in done.stdout
+  assert 'wiki: 25 documents' in done.stdout and 'only measured' in done.stdout
   report = json.loads((tmp_path / 'work' / 'report' / 'report.json').read_text())
   part = tokens.load(str(tmp_path / 'work' / 'data' / 'wiki'), 'held_out')
   raw = (own / 'wiki.txt').read_text().split(' = = \n')

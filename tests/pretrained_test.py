@@ -155,7 +155,7 @@ def test_a_pretrained_seed(text, tmp_path):
 
   shutil.rmtree(tmp_path / 'model')
   write_model(tmp_path / 'model', seed=1)
-  with pytest.raises(UsageError, match='config:\n  seed was read from another model than'):
+  with pytest.raises(UsageError, match='config:\n  seed was read from a different model than'):
     Pipeline(config, str(tmp_path / 'work')).train()
 
 

@@ -135,7 +135,7 @@ def test_a_service_that_fails_stops_no_run_and_gets_later_what_it_missed(
   train(tmp_path / 'b', 0, 4, [service])
   assert [line['step'] for line in metrics.read(str(tmp_path / 'a'))] == [1, 2, 2, 3, 4, 4]
   said = capsys.readouterr().out
-  assert said.count('training goes on without it') == 1  # for both runs
+  assert said.count('training continues without it') == 1  # for both runs
   assert '(OSError: https://***@host refused ***)' in said
   fakes.fail = lambda of, step: None
   train(tmp_path / 'a', 4, 6, [service])

@@ -147,8 +147,8 @@ def test_a_low_terminal_shows_the_runs_that_are_not_complete(study):
       ['seed', 'expert/code', 'expert/math', 'btx'], ['expert/code', 'expert/math', 'btx'],
       ['expert/code']]
   assert len(status.that_fit(found | {'runs': found['runs'][2:3] * 9}, 11)['runs']) == 4
-  assert shown[2]['notes'] == ['Runs that have no place here: 1 that are complete, 2 that are '
-                               'missing.']
+  assert shown[2]['notes'] == ['Runs that do not fit on the terminal: 1 that are complete, 2 that '
+                               'are missing.']
 
 
 def test_an_invalid_manifest_affects_its_own_run_only(study):

@@ -51,7 +51,7 @@ def checks(study: Study, rows: list[Row], series: str = '') -> list[Check]:
     unmixed = [*(source.plain_name for source in origin.sources),
                f'average of {scores.first_equivalent(study, origin).plain_name}']
     before = [f'{origin.plain_name} unfinetuned', *(each.plain_name for each in stages[:-1])]
-    if run is not origin:  # one that failed half way may have been continued
+    if run is not origin:  # a run that failed half way may have been continued
       before = [name for name in before if name in by_name]
     mixed = [*before, run.plain_name]
     if any(name not in by_name for name in (*unmixed, *mixed)):
@@ -102,8 +102,7 @@ def _of_mixture(study: Study, by_name: dict[str, Row], run: Run, compared: list[
 
 
 def by_subject(found: Iterable[Check]) -> dict[tuple[str, str], list[Check]]:
-  """The checks about the experts and those about each mixture, under what they are about and the
-  other rows that are compared."""
+  """Groups the checks by their subject, the experts or a mixture, and the other rows compared."""
   result: dict[tuple[str, str], list[Check]] = {}
   for check in found:
     others = ', '.join(name for name in check['compared'] if name != check['about'])
@@ -112,7 +111,7 @@ def by_subject(found: Iterable[Check]) -> dict[tuple[str, str], list[Check]]:
 
 
 def as_text(found: Sequence[Check]) -> Group:
-  """The claims for the terminal: those about each mixture together."""
+  """The claims for the terminal, grouped by mixture."""
   parts: list[RenderableType] = [Text(about(found))] if about(found) else []
   for (subject, others), of_subject in by_subject(found).items():
     parts += ['', Text(f'Claims about {subject}, among {others}', style='italic')]
@@ -205,7 +204,7 @@ def _branches(run: Run) -> list[Run]:
 
 
 def _stages(run: Run) -> list[Run]:
-  """The run, the one that it continues, and so on, the first of them first."""
+  """The run, the run that it continues, and so on; the earliest comes first."""
   found = [run]
   while found[0].init == CHECKPOINT:
     found.insert(0, found[0].sources[0])

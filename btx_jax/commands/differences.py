@@ -1,7 +1,7 @@
-"""By how much every model differs from one of them, the baseline, with the errors of that.
+"""The difference of every model's score from that of a baseline, with its error.
 
-Scores of one study are close together and share the text that they are measured on. So a difference
-shows what a score does not, and its error is that of paired units, see evaluate/error_bars.py.
+Scores of one study are close together and are measured on the same text. So the difference of two
+scores is more precise than either: its error is that of paired units, see evaluate/error_bars.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Entry = dict[str, Any]
 
 
 def baseline(rows: Sequence[Row], name: str = '') -> Row:
-  """The row that the others are compared with: the one of this name, or the first.
+  """The row that the others are compared with: the one called `name`, or the first.
 
   Raises:
     UsageError: no row has this name.
@@ -32,9 +32,9 @@ def of_rows(rows: Sequence[Row], base: Row, by_series: Sequence[Sequence[Row]] =
   """The differences of all rows from the row `base`.
 
   Args:
-    rows: see table.rows; means over several seeds, if there are several.
-    base: one of them.
-    by_series: the rows of each seed that the means are of.
+    rows: see table.rows; with several seeds, their means.
+    base: one of the rows.
+    by_series: with several seeds, the rows of each seed.
 
   Returns:
     for each row, `name`, and under 'bits_per_byte' by domain and under 'mean': `difference` in bits
@@ -57,7 +57,7 @@ def of_rows(rows: Sequence[Row], base: Row, by_series: Sequence[Sequence[Row]] =
 
 
 def panels(found: Sequence[Entry]) -> dict[str, list[Mapping[str, float | None]]]:
-  """The differences of all rows by domain, and last by 'mean'."""
+  """The differences of all rows for each domain, and last for 'mean'."""
   result = {domain: [entry['bits_per_byte'][domain] for entry in found]
             for domain in found[0]['bits_per_byte']}
   return result | {'mean': [entry['mean'] for entry in found]}

@@ -1,4 +1,4 @@
-"""Figures and texts of the pictures: layout, legends, and fonts that have the characters needed."""
+"""Layout, legends and fonts of the report's figures; fonts are chosen by the characters needed."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import functools
@@ -15,18 +15,18 @@ def panels(count: int, columns: int, height: float, left: float = 0.55,
             below: float = 0.45, above: float = 0.3, right: float = 0.15):
   """A figure with a grid of axes.
 
-  The layout is computed here, since matplotlib's layout engines take longer than all the drawing.
+  The layout is computed here, since matplotlib's layout engines take longer than drawing does.
 
   Args:
-    count: number of axes.
-    columns: of the grid.
-    height: of a row in inches, labels included.
+    count: the number of axes.
+    columns: the number of columns.
+    height: the height of a row in inches, labels included.
     left: inches for the labels of the first column.
     legend: the entries of the figure's legend.
-    width: of the figure in inches.
+    width: the width of the figure in inches.
     between: inches between columns.
     below, above: inches of `height` that are below and above the axis.
-    right: inches beside the last column.
+    right: inches to the right of the last column.
 
   Returns:
     The figure, and the list of its axes.
@@ -53,7 +53,7 @@ def panels(count: int, columns: int, height: float, left: float = 0.55,
 
 
 def scale(values: Sequence[Sequence[float]]) -> tuple[float, str]:
-  """The unit that suits the largest value, and its SI prefix."""
+  """The unit that suits the largest value, as a factor and its SI prefix."""
   largest = max((max(v, default=0) for v in values), default=0)
   for scale, prefix in ((1e18, 'E'), (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     if largest >= scale:
@@ -76,9 +76,9 @@ def limits(axes, losses: Sequence[Sequence[float]]):
 
 
 def legend(figure, axis, names: Sequence[str]):
-  """A legend of the first lines of an axis, below all panels."""
+  """Draws a legend of the first lines of an axis, below all panels."""
   write = Writer(names)
-  # The texts are set afterwards, since a label that begins with '_' is left out.
+  # The texts are set afterwards, since matplotlib leaves out labels that begin with '_'.
   legend = figure.legend(axis.get_lines()[:len(names)], ['-'] * len(names), loc='lower center',
                          ncol=_legend_columns(names), fontsize=8, frameon=False)
   for text, name in zip(legend.get_texts(), names):
@@ -91,12 +91,12 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 
 def longest(texts: Sequence[str]) -> int:
-  """The characters of the longest line."""
+  """The number of characters in the longest line."""
   return max((len(line) for text in texts for line in text.split('\n')), default=0)
 
 
 class Writer:
-  """Makes names drawable: as they are, in a font that has their characters.
+  """Makes names drawable: unchanged, in fonts that have their characters, or escaped.
 
   Attributes:
     style: properties of a matplotlib text that shows names.
@@ -122,9 +122,9 @@ class Writer:
 
 
 def fallbacks(default: str) -> Iterator[tuple[str, str]]:
-  """The family and file of the other upright fonts that are installed.
+  """The family and file of each other upright font that is installed.
 
-  Last Resort, which comes with matplotlib, draws a box for any character, so it is none of them.
+  Last Resort, which comes with matplotlib, draws a box for any character, so it is left out.
   """
   from matplotlib import font_manager
   fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist

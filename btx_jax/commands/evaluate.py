@@ -1,7 +1,7 @@
-"""The command `evaluate`: scores text after the fact, by a run of a study or a pretrained folder.
+"""The command `evaluate`: scores text after the fact, with a run of a study or a pretrained model.
 
-The text need not be in the config, and nothing is written: no run, and no score of one, changes. It
-is read, tokenized and scored by what does so for the held-out text of a study.
+The text need not be in the config. Nothing is written, so runs and their scores do not change. The
+text is read, tokenized and scored by the same code as the held-out text of a study.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,14 +34,14 @@ _NAME = '--on'  # the domain that a text is read as
 
 
 class Asked(NamedTuple):
-  """What is scored, and how.
+  """The text to score, and how to score it.
 
   Attributes:
-    paths: directories, globs or files, each scored by itself.
-    text_field, separator: as those of a domain.
-    length: tokens of a window; 0 is data.seq_len of the config, and without a config the text that
-      the model is for, up to models.LONGEST.
-    stride: tokens that each window moves on; None is evaluation.stride of the config.
+    paths: directories, globs or files, each scored separately.
+    text_field, separator: as in base.domain.
+    length: tokens per window; 0 means data.seq_len of the config, or without a config the model's
+      context length, up to models.LONGEST.
+    stride: tokens from the start of one window to the next; None means evaluation.stride.
   """
   paths: Sequence[str]
   text_field: str = 'text'
@@ -55,12 +55,12 @@ def print_scores(study: Study | None, run_name: str, folder: str, asked: Asked, 
   """Scores texts and prints the scores.
 
   Args:
-    study: the study whose run scores, and with whose training text the texts are compared; None if
-      there is no config, and a folder scores.
-    run_name: the run that scores; '' if it is a folder.
-    folder: a pretrained model in Hugging Face's format; '' if it is a run.
-    asked: what is scored.
-    as_json: prints JSON, and everything else to stderr.
+    study: the study of the run. The texts are compared with its training text. None if there is no
+      config; then `folder` is given.
+    run_name: the run that scores the texts; '' if a folder does.
+    folder: a pretrained model in Hugging Face's format; '' if a run scores the texts.
+    asked: the texts.
+    as_json: whether to print JSON; everything else then goes to stderr.
 
   Raises:
     UsageError: there is no such run or folder, it is not complete, or a text cannot be read.
@@ -82,11 +82,12 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
   """Scores texts with a run.
 
   Args:
-    study: whose run it is.
-    run: need not be trained, but the runs that its parameters are read from must be complete.
-    asked: what is scored.
+    study: the study of the run.
+    run: the run. It need not be trained, but all runs that its parameters are read from must be
+      complete.
+    asked: the texts.
     compared: the study whose training text the texts are compared with; None if there is none. If
-      it is `study`, only the text counts that the run and its ancestors were trained on.
+      it is `study`, only text that the run or its ancestors were trained on is compared.
 
   Returns:
     `model`; `length` and `stride` of the windows; and `texts`: path -> what units.score returns,
@@ -123,7 +124,7 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
              if domain in of_run or compared is not study}
     seen = {}
     if known and train:
-      if known.tokenizer.hash != tokenizer.hash:  # copies are found by their tokens
+      if known.tokenizer.hash != tokenizer.hash:  # copies are recognised by their tokens
         found = _read(asked, known.tokenizer, study.config.data.max_skipped,
                       os.path.join(folder, 'compared'))
       seen = seen_in_training(found, train)
@@ -134,16 +135,16 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
 
 def seen_in_training(found: Mapping[str, Tokens], train: Mapping[str, Tokens]
                      ) -> dict[str, dict[str, Any]]:
-  """How much of some texts is in training text too.
+  """How much of each text also occurs in training text.
 
   Args:
     found: the texts, by path.
     train: the training text by domain.
 
   Returns:
-    path -> `documents`, those that are in the training text of any domain; `by_domain`, their
-    number in each that has some; and `share`, the part of the tokens that lies in runs of
-    duplicates.RUN or more that are there too.
+    path -> `documents`, the number of documents in the training text of any domain; `by_domain`,
+    that number for each domain that has some; and `share`, the share of the tokens that lie in
+    runs of duplicates.RUN or more tokens that are also in training text.
   """
   overlaps = duplicates.overlaps(found, train)
   hashes = {path: tokens_of.document_hashes for path, tokens_of in found.items()}
@@ -161,14 +162,14 @@ def seen_in_training(found: Mapping[str, Tokens], train: Mapping[str, Tokens]
 
 
 def as_table(found: Mapping[str, Any]) -> terminal.Table:
-  """The scores, a row for each text."""
+  """A table of the scores, with a row for each text."""
   rows = []
   for path, score in found['texts'].items():
     perplexity = score['perplexity']
     rows.append([path, f'{score["bits_per_byte"]:.3f}', format_number(score['error'], '.3f'),
                  *(format_number(perplexity[kind], ',.2f') for kind in ('word', 'token')),
                  *(f'{score[kind]:,}' for kind in ('documents', 'bytes', 'tokens'))])
-  moved = f', each {found["stride"]:,} on from the one before' if found['stride'] else ''
+  moved = f', one every {found["stride"]:,}' if found['stride'] else ''
   return terminal.Table(
       ['text', 'bits per byte', 'error', 'perplexity of words', 'perplexity of tokens', 'documents',
        'bytes', 'tokens'], rows,
@@ -178,11 +179,11 @@ def as_table(found: Mapping[str, Any]) -> terminal.Table:
 
 
 def in_words(score: Mapping[str, Any]) -> list[str]:
-  """What a person must know to judge a score, a line each."""
+  """Lines that a reader needs in order to judge a score."""
   lines = []
   if score['units'] < error_bars.LEAST_UNITS:
-    lines.append(f'too little text to tell how sure the score is: {score["units"]} units, and it '
-                 f'takes {error_bars.LEAST_UNITS}')
+    lines.append(f'too little text to estimate the error of the score: {score["units"]} units, and '
+                 f'{error_bars.LEAST_UNITS} are needed')
   seen = score['trained_on']
   if seen:
     where = ', '.join(f'{count:,} in {domain}' for domain, count in seen['by_domain'].items())
@@ -193,7 +194,7 @@ def in_words(score: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(score: Mapping[str, Any]) -> dict[str, Any]:
-  """A score with its error and perplexities, without the scores of units."""
+  """A score with its error and perplexities, but without the scores of units."""
   figures = {key: score[key] for key in ('bits_per_byte', 'documents', 'bytes', 'tokens', 'words')}
   return figures | {'units': len(score['units']['bytes']),
                     'error': error_bars.error_of(score['units']),
@@ -202,7 +203,7 @@ def _figures(score: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(asked: Asked, tokenizer: Tokenizer, max_skipped: float, folder: str
           ) -> dict[str, Tokens]:
-  """The tokens of each text by its path, written into a folder."""
+  """Tokenizes each text into `folder`; returns the tokens by path."""
   result = {}
   for number, path in enumerate(dict.fromkeys(asked.paths)):
     domain = Domain(_NAME, text_field=asked.text_field, separator=asked.separator,
@@ -218,7 +219,7 @@ def _read(asked: Asked, tokenizer: Tokenizer, max_skipped: float, folder: str
 
 @contextlib.contextmanager
 def _in_flags(path: str) -> Iterator[None]:
-  """Names flags in messages about a text, which is read as a domain: its fields are flags here."""
+  """Replaces the fields of the domain in error messages by the flags that they come from."""
   try:
     yield
   except UsageError as error:

@@ -1,4 +1,4 @@
-"""The command `generate`: texts that follow prompts, by a run of a study or a pretrained folder."""
+"""The command `generate`: continues prompts with a run of a study or a pretrained model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import contextlib
@@ -26,18 +26,18 @@ from btx_jax.study import context, params, sources
 from btx_jax.study.study import Study
 from btx_jax.training import layout
 
-# Of experts, in order; they repeat.
+# The colours of experts, in order; they repeat.
 _COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 
 
 class Asked(NamedTuple):
-  """What is generated, and how.
+  """The texts to generate, and how to generate them.
 
   Attributes:
-    prompts: texts; none are read from the standard input, a line each.
-    max_new_tokens, sampling, stop, seed, n: as Generator takes them.
-    step: of the run; 0 is its end.
-    colours: whether each token has the colour of the expert with the largest gate.
+    prompts: the prompts; if there are none, each line of the standard input is one.
+    max_new_tokens, sampling, stop, seed, n: as in Generator.
+    step: the step of the run to use; 0 is its end.
+    colours: whether each token gets the colour of the expert with the largest gate.
   """
   prompts: Sequence[str]
   max_new_tokens: int = 256
@@ -51,18 +51,18 @@ class Asked(NamedTuple):
 
 def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, as_json: bool
                 ) -> None:
-  """Writes texts and prints them.
+  """Generates texts and prints them.
 
   Args:
-    study: the study whose run writes; None if there is no config, and a folder does.
-    run_name: the run; '' if it is a folder.
-    folder: a pretrained model in Hugging Face's format; '' if it is a run.
-    asked: what is generated.
-    as_json: prints a line of JSON for each prompt, and everything else to stderr.
+    study: the study of the run; None if there is no config, and then `folder` is given.
+    run_name: the run that generates; '' if a folder does.
+    folder: a pretrained model in Hugging Face's format; '' if a run generates.
+    asked: the prompts and settings.
+    as_json: whether to print a line of JSON for each prompt; everything else then goes to stderr.
 
   Raises:
-    UsageError: there is no such run, step or folder; the run is not complete, or an ensemble; or a
-      prompt cannot be continued.
+    UsageError: there is no such run, step or folder; the run is not complete, or is an ensemble; or
+      a prompt cannot be continued.
   """
   terminal.console.stderr = as_json
   opened, whole = models.opened(study, run_name, folder)
@@ -80,10 +80,10 @@ def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, a
 
 
 def _run(study: Study, run: Run, asked: Asked) -> Run:
-  """The run, or its first steps. Raises UsageError if it cannot write."""
+  """The run, or its first steps. Raises UsageError if it cannot generate text."""
   if run.selector:
     raise UsageError(f'{run.name!r} is an ensemble, whose experts are chosen by the text so far; '
-                     'generate writes with a single model. Name a mixture or an expert.')
+                     'generate needs a single model. Name a mixture or an expert.')
   if asked.colours and not run.model.num_experts:
     raise UsageError(f'{run.name!r} is a dense model; --experts colours the text of a mixture.')
   if not asked.step:
@@ -108,7 +108,7 @@ def _generator(study: Study, run: Run, stack: contextlib.ExitStack) -> Generator
 
 
 def _lines() -> Iterable[str]:
-  """Prompts from the standard input: lines, asked for if it is a terminal."""
+  """The lines of the standard input, as prompts; on a terminal, asks for each."""
   if not sys.stdin.isatty():
     yield from (line for line in sys.stdin.read().splitlines() if line)
     return
@@ -119,7 +119,7 @@ def _lines() -> Iterable[str]:
 
 def _print(write: Generator, prompts: Sequence[str], asked: Asked, names: Sequence[str],
            as_json: bool):
-  """Writes and prints the texts of some prompts; that of a single one while it is written."""
+  """Generates and prints texts for prompts; a single text is printed as it grows."""
   pieces: dict[tuple[int, int], list[Segment]] = {}
   single = len(prompts) == asked.n == 1 and not as_json
 

@@ -1,4 +1,4 @@
-"""The model that `evaluate` and `generate` use: that of a run, or a pretrained one in a folder."""
+"""Opens the model that `evaluate` and `generate` use: a run, or a pretrained model in a folder."""
 
 import os
 from typing import Any
@@ -10,19 +10,18 @@ from btx_jax.run import Run
 from btx_jax.study import manifest, sources
 from btx_jax.study.study import Study
 
-LONGEST = 2048  # tokens of a window without a config, if the model is for longer text
-_FOLDER = 'model'  # the run of a study that is made for a folder
+LONGEST = 2048  # most tokens per window without a config, even if the context is longer
+_FOLDER = 'model'  # name of the run in a study that is made for a folder
 
 
 def opened(study: Study | None, run_name: str, folder: str, length: int = 0) -> tuple[Study, Run]:
-  """A model as a run, and the study that this is of.
+  """Opens a model as a run; returns its study and the run.
 
   Args:
-    study: that of the config; None without one.
+    study: the study of the config; None without a config.
     run_name: the run; '' if the model is in a folder.
-    folder: a pretrained model in Hugging Face's format; '' if it is that of a run.
-    length: tokens of a window without a config; 0 is the text that the model is for, up to
-      LONGEST.
+    folder: a pretrained model in Hugging Face's format; '' if the model is a run's.
+    length: tokens per window without a config; 0 means the model's context length, up to LONGEST.
 
   Raises:
     UsageError: there is no such run or folder.
@@ -33,15 +32,15 @@ def opened(study: Study | None, run_name: str, folder: str, length: int = 0) -> 
 
 
 def _of_folder(folder: str, study: Study | None, length: int) -> Study:
-  """A study of one run, which is the pretrained model in a folder.
+  """A study with one run, the pretrained model in a folder.
 
   Args:
-    folder: in Hugging Face's format, with its tokenizer.
-    study: whose config decides how text is measured; None without a config.
-    length: of windows without a config; 0 is the text that the model is for, up to LONGEST.
+    folder: a model in Hugging Face's format, with its tokenizer.
+    study: the study whose config decides how text is measured; None without a config.
+    length: tokens per window without a config; 0 means the model's context length, up to LONGEST.
   """
   if os.path.isdir(folder) and manifest.read(folder):
-    raise UsageError(f'--model={folder} is the directory of a run. Name the run, by '
+    raise UsageError(f'--model={folder} is the directory of a run. Name the run with '
                      '--config=CONFIG and --run=NAME.')
   if not os.path.exists(os.path.join(folder, config_json.FILE)):
     raise UsageError(f'--model={folder} is not the folder of a pretrained model: it has no '
@@ -59,10 +58,10 @@ def _of_folder(folder: str, study: Study | None, length: int) -> Study:
 
 
 def check_readable(study: Study, run: Run, command: str) -> None:
-  """Raises UsageError unless a run's parameters can be read, and are for the study's tokenizer."""
+  """Raises UsageError unless a run's parameters can be read and match the study's tokenizer."""
   if run.vocabulary:
     raise UsageError(f'--run={run.name} has a different vocabulary than the tokenizer of this '
-                     f'config; {command} by --model={run.folder}, with its own tokenizer.')
+                     f'config; {command} with --model={run.folder}, which has its own tokenizer.')
   for source in run.sources if run.selector else (run,):
     for needed in sources.trained(source):
       state = study.state(needed.name)

@@ -16,7 +16,7 @@ _LABEL = 26  # characters in a line of a model's name
 
 
 class Picture(NamedTuple):
-  """A picture as the page has it.
+  """A picture of the HTML page.
 
   Attributes:
     src: its PNG as a data URL.
@@ -42,8 +42,8 @@ def differences(panels: Mapping[str, Sequence[Mapping]], names: Sequence[str], b
   Args:
     panels: see differences.panels; each has an entry for each name. A dark bar is one standard
       error to both sides; a light one is the spread over seeds.
-    names: of the models.
-    baseline: the name of the one with differences of 0.
+    names: the names of the models.
+    baseline: the name of the baseline, whose differences are 0.
   """
   write = drawing.Writer([*panels, *names])
   labels = [terminal.broken(write(name), _LABEL) for name in names]
@@ -63,7 +63,7 @@ def differences(panels: Mapping[str, Sequence[Mapping]], names: Sequence[str], b
 
 
 def _draw_differences(axis, entries: Sequence[Mapping], baseline: int, better: Sequence[int]):
-  """One panel of `differences`, whose range is that of the models `better` and those near them."""
+  """Draws a panel of `differences`; its range covers the models `better` and those near them."""
   values = [entry['difference'] for entry in entries]
   best = min(values)
   # A model that is far worse, like an expert on another domain, would leave the others no room.

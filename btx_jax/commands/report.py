@@ -1,5 +1,5 @@
 """WORKDIR/report: one self-contained HTML page, its pictures as PNG files, its figures as JSON, and
-the table as CSV and for LaTeX.
+the table as CSV and LaTeX.
 
 It is made from files alone, so it can be written at any time; what is not computed yet is omitted.
 """
@@ -44,9 +44,9 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
   """Writes the report; returns the path of its HTML file.
 
   Args:
-    study: whose report it is.
-    config_name: its title.
-    baseline: the model that the others are compared with; '' is the first of the table.
+    study: the study to report on.
+    config_name: the title of the report.
+    baseline: the model that the others are compared with; '' is the first in the table.
 
   Raises:
     UsageError: no run of the study has been started, so there is nothing to report; or no model has
@@ -83,7 +83,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
 
 
 def latex_table(study: Study) -> str:
-  """The table for LaTeX, as report.tex has it.
+  """The table for LaTeX, as in report.tex.
 
   Raises:
     UsageError: no model has been measured.
@@ -123,7 +123,7 @@ def _template() -> jinja2.Template:
 
 
 def _soft(name: str) -> markupsafe.Markup:
-  """A name that may be broken after hyphens, underscores, points and slashes."""
+  """A name that may be broken after hyphens, underscores, dots and slashes."""
   pieces = re.findall(r'[^-_./]*[-_./]|[^-_./]+', name)
   return markupsafe.Markup('<wbr>').join(pieces)
 

@@ -1,4 +1,4 @@
-"""The report's sections on experts: which of them a mixture or ensemble uses for which domain."""
+"""The report's sections on experts: which ones a mixture or ensemble uses for which domain."""
 
 from typing import Any
 import urllib.parse
@@ -14,7 +14,7 @@ from btx_jax.study.study import Study
 
 
 def ensembles(study: Study, rows: list[Row]) -> list[dict[str, Any]]:
-  """Which experts each ensemble predicts a domain with, a table for each."""
+  """A table for each ensemble: which experts predict each domain."""
   names = {run.plain_name: run.expert_names for run in study.runs.values()}
   return [{'name': row['name'],
            'headings': ['domain', *names[row['name']], 'switches per 1,000 tokens'],
@@ -25,7 +25,7 @@ def ensembles(study: Study, rows: list[Row]) -> list[dict[str, Any]]:
 
 def mixtures(study: Study, lines: dict[str, list], effects: dict[str, dict[str, Any]],
               save: pictures.SavePicture) -> list[dict[str, Any]]:
-  """See `_mixture`. Of several seeds only the first with results: the others look alike."""
+  """The section of each mixture, see `_mixture`; for several seeds only the first with results."""
   found = {}
   for run in study.runs.values():
     if run.model.num_experts and not found.get(run.plain_name):
@@ -35,7 +35,7 @@ def mixtures(study: Study, lines: dict[str, list], effects: dict[str, dict[str, 
 
 def _mixture(study: Study, run: Run, lines: list[dict[str, Any]], effect: dict[str, Any] | None,
              save: pictures.SavePicture) -> dict[str, Any] | None:
-  """Which experts serve which domain: their gates, what each one's absence costs (`effect`, see
+  """Which experts serve which domain: their gates, the cost of removing each (`effect`, see
   regression.effects), their load over time, and a piece of text."""
   file_name = run.name.replace('/', '_')
   if sum(name.replace('/', '_') == file_name for name in study.runs) > 1:
@@ -78,7 +78,7 @@ def _sample(run: Run, pieces: list[str], gates: list[list[float]]
             ) -> list[list[dict[str, str]]]:
   """The tokens of each document, coloured by the expert with the largest gate.
 
-  The marks between two documents stand for no text.
+  The marks between two documents have no text.
   """
   result: list[list[dict[str, str]]] = [[]]
   for piece, gates_E in zip(pieces, gates):

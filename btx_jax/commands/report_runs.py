@@ -1,4 +1,4 @@
-"""The report's sections on runs and text: their graph, what each run cost, and the domains."""
+"""The report's sections on runs and text: the graph of runs, the cost of each, and the domains."""
 
 import os
 from typing import Any
@@ -15,7 +15,7 @@ from btx_jax.terminal import duration, format_number
 
 
 def graph(study: Study, runs: list[dict[str, Any]], save: pictures.SavePicture) -> pictures.Picture:
-  """The graph of the runs, each with its state and cost; those of several seeds are one."""
+  """The graph of the runs, each with its state and cost; the seeds of a run are one node."""
   of_name: dict[str, list[tuple[Run, str]]] = {}
   for run, found in zip(study.runs.values(), runs):
     of_name.setdefault(run.plain_name, []).append((run, found['state']))
@@ -52,7 +52,7 @@ def cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> li
 
 
 def metas(study: Study) -> dict[str, dict[str, Any]]:
-  """What is known of the text of each domain that has been tokenized."""
+  """The meta.json of each domain that has been tokenized."""
   found = {}
   for domain in sorted(study.config.domains):
     try:

@@ -1,4 +1,4 @@
-"""The settings and versions that each run was trained with, for people who have to judge it."""
+"""The settings and versions that each run was trained with, for readers who must judge it."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -10,9 +10,9 @@ from btx_jax.run import Run
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 
-# Parts of a spec that other tables show, or that only say that two runs are the same.
+# Parts of a spec that other tables show, or that only identify a run.
 _ELSEWHERE = ('name', 'sources', 'recipe', 'weights', 'init', 'steps', 'content', 'edit')
-# Shown for every run, and first.
+# Shown first, and for every run.
 _FIRST = ('optimizer.peak_lr', 'batch_size', 'seq_len', 'seed', 'parameters')
 _NAMES = {'optimizer.peak_lr': 'learning rate (peak)', 'batch_size': 'batch, rows',
           'seq_len': 'length, tokens', 'objective.freeze': 'frozen'}
@@ -22,9 +22,9 @@ class Settings(NamedTuple):
   """The settings of all runs.
 
   Attributes:
-    same: (setting, value) of those that are the same in all runs that have them.
-    headings: of the table of the others; the first is the run.
-    rows: a run in each, or its several seeds.
+    same: (setting, value) of the settings that are the same in all runs that have them.
+    headings: the headings of the table of the other settings; the first is the run.
+    rows: one row for each run; its seeds share a row if nothing else differs.
   """
   same: list[tuple[str, str]]
   headings: list[str]
@@ -32,7 +32,7 @@ class Settings(NamedTuple):
 
 
 def of_study(study: Study) -> Settings:
-  """The settings of every run that was started or will be."""
+  """The settings of every run of the config, started or not."""
   by_run: dict[str, list[dict[str, str]]] = {}
   for run in study.runs.values():
     by_run.setdefault(run.plain_name, []).append(_of_run(study, run))
@@ -52,7 +52,7 @@ def of_study(study: Study) -> Settings:
 
 
 def _of_run(study: Study, run: Run) -> dict[str, str]:
-  """The settings of a run by their paths in its manifest, as text; in order."""
+  """The settings of a run as text, by their paths in its manifest and in that order."""
   found = read_manifest(study, run)
   spec = found.get('spec') or run.spec()
   result = {key: text for key, text in _flat(spec) if key.split('.')[0] not in _ELSEWHERE}
@@ -70,7 +70,7 @@ def _of_run(study: Study, run: Run) -> dict[str, str]:
 
 
 def read_manifest(study: Study, run: Run) -> dict[str, Any]:
-  """The manifest of a run; empty if there is none that can be read."""
+  """The manifest of a run; empty if there is none, or it cannot be read."""
   try:
     return manifest.read(study.folder(run.name)) or {}
   except UsageError:
@@ -104,7 +104,7 @@ def _text(value: Any) -> str:
 
 
 def _merged(of_seeds: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-  """The settings of the seeds of a run, where they differ in the seed only as one."""
+  """The settings of a run's seeds; seeds that differ in nothing else are merged."""
   result: list[dict[str, str]] = []
   for found in of_seeds:
     same = next((each for each in result if each | {'seed': ''} == found | {'seed': ''}), None)

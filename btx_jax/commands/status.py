@@ -21,7 +21,7 @@ from btx_jax.training import metrics
 
 STARTING, UNREADABLE = 'starting', 'unreadable'
 _WATCH_EVERY = 2.0  # seconds
-_FRAME = 7  # lines of a terminal: the head of the table, notes, and the cursor
+_FRAME = 7  # lines for the head of the table, notes and the cursor
 _SILENT = 600.0  # seconds without new metrics after which a running run gets a warning
 _STYLES = {'complete': 'green', 'running': 'cyan', 'starting': 'cyan', 'failed': 'red',
            'unreadable': 'red', 'stopped': 'yellow'}
@@ -48,8 +48,8 @@ def stages(study: Study) -> list[list[str]]:
   """Names of the runs that are not complete, in stages.
 
   A run starts from complete runs and runs of earlier stages only, so those of a stage can be
-  trained at the same time. Runs that failed and that others replace are left out, as the command
-  without --run does. Runs without steps are left out unless a run that is trained descends
+  trained at the same time. Failed runs that sources.superseded returns are left out, as they are by
+  the command without --run. Runs without steps are left out unless a run that is trained descends
   from them: the command without --run makes them last, on one machine.
   """
   depth: dict[str, int] = {}
@@ -127,7 +127,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
 
 def _about_best(study: Study, run: Run, found: dict[str, Any], lines: list[dict[str, Any]]
                 ) -> list[str]:
-  """Sentences about best steps: of a run whose held-out loss has risen, and where it started."""
+  """Sentences about the run's best step, if loss rose since, and the one it started from."""
   best, result = found.get('best'), []
   evaluated = [line['step'] for line in lines if 'bits_per_byte' in line]
   complete = found['state'] == manifest.COMPLETE
@@ -140,8 +140,8 @@ def _about_best(study: Study, run: Run, found: dict[str, Any], lines: list[dict[
     then, source = found['spec'].get('step', 0), run.sources[0]
     now = recorded.best_step(study.folder(source.name))
     if now is not None and then not in (now, 0):
-      result.append(f'started from step {then:,} of {source.name}, the best one then; now it is '
-                    + (f'step {now:,}' if now else 'the last one'))
+      result.append(f'started from step {then:,} of {source.name}, the best one then; '
+                    'the best is now ' + (f'step {now:,}' if now else 'the last one'))
   return result
 
 
@@ -186,8 +186,10 @@ def as_table(found: dict[str, Any]) -> Group:
 
 
 def that_fit(found: dict[str, Any], height: int) -> dict[str, Any]:
-  """What `collect` found without complete runs, then without missing ones, and then without the
-  last, if a terminal has fewer lines; a note says so."""
+  """The result of `collect` with fewer runs if the terminal has too few lines; a note says so.
+
+  Complete runs are left out first, then missing ones, then the last ones.
+  """
   def lines(runs: list[dict[str, Any]]) -> int:
     return sum(1 + bool(run['error']) + len(run['warnings']) for run in runs)
 
@@ -204,7 +206,7 @@ def that_fit(found: dict[str, Any], height: int) -> dict[str, Any]:
     hidden.append(f'{len(runs) - len(shown)} more')
   if not hidden:
     return found
-  note = f'Runs that have no place here: {", ".join(hidden)}.'
+  note = f'Runs that do not fit on the terminal: {", ".join(hidden)}.'
   return found | {'runs': shown, 'notes': [*found['notes'], note]}
 
 

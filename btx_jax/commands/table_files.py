@@ -1,4 +1,4 @@
-"""The results table for other programs: as CSV, and for LaTeX."""
+"""The results table as CSV and LaTeX, for other programs."""
 
 from collections.abc import Sequence
 import csv
@@ -19,9 +19,9 @@ _LATEX = {'\\': r'\textbackslash{}', '{': r'\{', '}': r'\}', '$': r'\$', '&': r'
 def as_csv(rows: Sequence[Row]) -> str:
   """A line for each model, with unrounded figures.
 
-  The columns: model; the score on each domain and their mean; the standard error of each from the
-  text, `error of ...`; with several seeds the spread of each, `spread of ...`; and the costs under
-  their names in report.json. What is not known is empty.
+  The columns: `model`; the score on each domain, and their mean; the standard error of each score
+  from the text, `error of ...`; with several seeds the spread of each, `spread of ...`; and the
+  costs, named as in report.json. Unknown values are empty.
   """
   scores = [*rows[0]['bits_per_byte'], 'mean']
   spread = any('spread' in row for row in rows)
@@ -58,11 +58,11 @@ def as_latex(rows: Sequence[Row], note: str = '') -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-  # A bracket or star after the \\ of the line before would be its argument.
+  # LaTeX would read a bracket or star after the \\ of the previous line as its argument.
   first = re.sub(r'^(?=[\[*])', '{}', cells[0])
   return ' & '.join([first, *cells[1:]]) + r' \\'
 
 
 def escaped(text: str) -> str:
-  """A text as LaTeX prints it verbatim, on one line."""
+  """Escapes a text so that LaTeX prints it unchanged, on one line."""
   return re.sub(r'--|[\\{}$&#%_^~<>|"±]', lambda found: _LATEX[found[0]], ' '.join(text.split()))

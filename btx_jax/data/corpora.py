@@ -106,7 +106,7 @@ class Tally:
 
 
 def summary(tallies: Sequence[Tally]) -> dict[str, Any]:
-  """What was read of a domain, for its meta.json: `skipped` records, and `files` by group."""
+  """A domain's entries for its meta.json: `skipped` records, and `files` by group."""
   reasons = collections.Counter()
   for tally in tallies:
     reasons.update(tally.reasons)
@@ -250,7 +250,7 @@ def describe(domain: Domain) -> str:
 
 
 def paths(domain: Domain) -> list[str]:
-  """The files of a domain that are read; none of a source of the demo.
+  """The files of a domain that are read; empty for a source of the demo.
 
   Raises:
     UsageError: a path matches no file.

@@ -1,4 +1,4 @@
-"""The domains of a config as plain data: where text comes from, and what of it is held out."""
+"""The domains of a config as plain data: where text comes from, and which part is held out."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -17,10 +17,10 @@ class Domain(NamedTuple):
     text_field: the JSON field or Parquet column that holds the text; 'a.b' is field b of a.
     separator: splits a plain text file into documents; if '', a file is one document.
     id_field: the field or column that holds a document's id; '' if there is none.
-    held_out: the share of its documents that is held out; files that are measured instead; or ()
-      for the share data.held_out.
-    field: the field of the config that names the files: 'paths', or 'held_out' of one that
-      `measured` returned.
+    held_out: the share of its documents that is held out; or files that are measured instead; or
+      (), which means the share data.held_out.
+    field: the config field that names the files: 'paths', or 'held_out' if `measured` returned
+      this domain.
   """
   name: str
   source: str = 'files'
@@ -33,16 +33,16 @@ class Domain(NamedTuple):
 
   @property
   def is_trained(self) -> bool:
-    """Whether it has text to train on; otherwise it is only measured."""
+    """Whether the domain has text to train on; otherwise it is only measured."""
     return self.source != 'files' or bool(self.paths)
 
   @property
   def names_held_out(self) -> bool:
-    """Whether the config names the files of its held-out text."""
+    """Whether the config names files as the held-out text of this domain."""
     return isinstance(self.held_out, tuple) and bool(self.held_out)
 
   def share(self, default: float) -> float:
-    """The share of its documents that is held out; `default` is that of the config."""
+    """The share of its documents that is held out; `default` is the config's share."""
     if isinstance(self.held_out, tuple):
       return 0.0 if self.held_out else default
     return self.held_out
@@ -61,8 +61,8 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
   """The domains of a config, sorted by name.
 
   Raises:
-    UsageError: a source does not exist, a domain of files names none, a share is not between 0 and
-      1, or a name clashes with another.
+    UsageError: a source does not exist, a domain of files names no files, a share is not between 0
+      and 1, or two names clash.
   """
   result = []
   for name, fields in sorted(domains.items()):
@@ -87,13 +87,13 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
 
 
 def trained(domains: Mapping[str, Mapping]) -> list[str]:
-  """The names of the domains of a config that have text to train on; the others are measured."""
+  """The names of a config's domains that have text to train on; the others are only measured."""
   return [domain.name for domain in from_config(domains) if domain.is_trained]
 
 
 def _check_name(name: str, domains: Iterable[str]):
-  """Raises UsageError if the folder of a domain's tokens would be in that of another."""
+  """Raises UsageError if a domain's token folder would lie inside that of another domain."""
   inside = next((other for other in domains if name.startswith(f'{other}/')), None)
   if inside is not None:
     raise UsageError(f'{name!r} cannot be the name of a domain beside {inside!r}, because its '
-                     'tokens would be written into the folder of that one; rename either.')
+                     f'tokens would be written into the folder of {inside!r}; rename either.')

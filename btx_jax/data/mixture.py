@@ -32,8 +32,8 @@ class Windows:
   def __init__(self, tokens: Tokens, length: int, domain: int, evaluation: bool = False,
                stride: int = 0):
     """For `evaluation`, an incomplete last window is padded, not dropped, and end marks have no
-    loss: they are no text. Windows may overlap then, where `stride` is not 0, which stands for
-    `length`; a target that an earlier row has too has no loss."""
+    loss: they are not text. Windows then overlap if `stride` is less than `length` (0 means
+    `length`); a target that an earlier row already has gets no loss."""
     self._tokens, self._length, self._domain = tokens, length, domain
     self._evaluation, self._stride = evaluation, stride or length
     after_first = len(tokens.ids) - 1 - length
@@ -74,15 +74,15 @@ class Windows:
 def order_of(run: Run, domains: Mapping[str, Tokens]) -> grain.MapDataset:
   """The rows that a run is trained on, see training_order.
 
-  With Run.state, they are those that its first source would have read next. Where the weights of
-  the domains are others, each domain goes on where the source stopped reading it.
+  With Run.state, they are the rows that its first source would have read next. If the weights of
+  the domains differ, each domain continues where the source stopped reading it.
   """
   first, read = _place(run, list(domains))
   return training_order(domains, run.weights, run.seq_len, run.training_seed, read)[first:]
 
 
 def _place(run: Run, domains: Sequence[str]) -> tuple[int, dict[str, int]]:
-  """Where a run begins: the first row of its order, and in that order that of each domain."""
+  """Where a run begins: the first row of its order, and the first row of each domain in it."""
   if not run.state:
     return 0, {}
   source = run.sources[0]
@@ -95,7 +95,7 @@ def _place(run: Run, domains: Sequence[str]) -> tuple[int, dict[str, int]]:
 
 
 def _rows_read(weights: Mapping[str, float], domains: Sequence[str], first: int) -> dict[str, int]:
-  """The rows of each domain among the first ones of an order: the number of its next row."""
+  """How many of the `first` rows of an order are of each domain: the index of its next row."""
   names = [name for name in domains if name in weights]
   numbers = [grain.MapDataset.range(sys.maxsize).map(functools.partial(_named, name))
              for name in names]
@@ -121,7 +121,7 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
     weights: each domain's share of the rows; a domain without a weight is not used.
     length: T.
     seed: seeds the shuffles, which differ for each pass over a domain.
-    read: rows of a domain that are left out at its beginning.
+    read: domain -> the number of rows to skip at its beginning.
 
   Raises:
     UsageError: a domain is shorter than one row.
@@ -211,10 +211,10 @@ def without_overlap(rows_RT: np.ndarray, count: int, stride: int = 0) -> np.ndar
   """The values at the positions of all windows of a split, in order and each once.
 
   Args:
-    rows_RT: of each window, [R, T, ...]; rows that fill the last batch may follow.
-    count: the number of positions, N: that of the split's tokens less 1, as the last predicts
+    rows_RT: the values of each window, [R, T, ...]; rows that fill the last batch may follow.
+    count: the number of positions, N: the tokens of the split less 1, since the last token predicts
       nothing.
-    stride: of the windows. Of positions in several windows, the first one counts.
+    stride: the stride of the windows. If a position is in several windows, the first one counts.
 
   Returns:
     [N, ...].
@@ -224,6 +224,6 @@ def without_overlap(rows_RT: np.ndarray, count: int, stride: int = 0) -> np.ndar
 
 
 def window_starts(positions: np.ndarray, length: int, stride: int = 0) -> np.ndarray:
-  """The first position of the window in which each position counts, see without_overlap."""
+  """The start of the window in which each position counts, see without_overlap."""
   stride = stride or length
   return np.maximum((positions - length) // stride + 1, 0) * stride

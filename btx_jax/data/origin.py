@@ -1,8 +1,8 @@
-"""What a domain's tokens were made from, and how the config or the files differ now, in words.
+"""The origin of a domain's tokens, and how the config or the files have changed since, in words.
 
-    DIR/meta.json     its `made_from` has the settings, and the number and size of the files
-    DIR/files.jsonl   [path, bytes, nanoseconds of its time stamp, a hash of both of its ends] of
-                      each file; folders older than this file do without
+    DIR/meta.json     `made_from` has the settings, and the number and size of the files
+    DIR/files.jsonl   for each file [path, bytes, time stamp in nanoseconds, hash of its first and
+                      last bytes]; token folders from older versions lack it
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ from typing import Any
 from btx_jax.errors import UsageError
 
 _FILES = 'files.jsonl'
-_ENDS = 1 << 20  # bytes at either end of a file that are compared
-_NAMED = 3  # files of a domain that a message names
+_ENDS = 1 << 20  # bytes compared at each end of a file
+_NAMED = 3  # the most files of a domain that a message names
 _FRAMING = {'begin': 'tokenizer.bos', 'end': 'tokenizer.eos', 'special': 'tokenizer.special'}
 
 
 def write(folder: str, paths: Iterable[str]) -> None:
-  """Notes the files of a domain in the folder of its tokens."""
+  """Records the files of a domain in the folder of its tokens."""
   with open(os.path.join(folder, _FILES), 'w', encoding='utf-8') as file:
     for path in paths:
       found = os.stat(path)
@@ -29,20 +29,20 @@ def write(folder: str, paths: Iterable[str]) -> None:
 
 
 def is_noted(folder: str) -> bool:
-  """Whether the files of a domain are noted; else `made_from` has their number and size."""
+  """Whether the files of a domain are recorded; if not, `made_from` has their number and size."""
   return os.path.exists(os.path.join(folder, _FILES))
 
 
 def differences(folder: str, name: str, was: Mapping[str, Any], now: Mapping[str, Any],
                 paths: Sequence[str]) -> Iterator[str]:
-  """Clauses on what the tokens in a folder were made from and the config has otherwise now.
+  """Yields a clause for each difference between what the tokens were made from and the config.
 
   Args:
-    folder: of the domain's tokens.
-    name: of the domain.
+    folder: the folder with the domain's tokens.
+    name: the name of the domain.
     was: `made_from` of the folder's meta.json.
-    now: the same of the config. What it lacks is not compared.
-    paths: the files now. Where there are none, they are not missed: the tokens suffice.
+    now: the same for the config. Keys that it lacks are not compared.
+    paths: the files now. If there are none, the files are not compared: the tokens suffice.
   """
   before = {path: tuple(facts) for path, *facts in _lines(folder)}
   for key, value in now.items():
@@ -50,7 +50,7 @@ def differences(folder: str, name: str, was: Mapping[str, Any], now: Mapping[str
     if then == value:
       continue
     if key == 'tokenizer':
-      yield 'the tokenizer was another one'
+      yield 'the tokenizer was a different one'
     elif key in ('text', 'held_out_text'):
       yield f'the text was {then} and is {value} now'
     elif isinstance(value, Mapping) and isinstance(then, Mapping):
@@ -70,7 +70,7 @@ def check(folder: str, found: Mapping[str, Iterable[str]]) -> None:
   """Raises UsageError if there are differences.
 
   Args:
-    folder: of the tokens of all domains.
+    folder: the folder with the tokens of all domains.
     found: the differences of each domain.
   """
   lines, concerned = list(in_words(found)), [name for name, clauses in found.items() if clauses]
@@ -79,8 +79,8 @@ def check(folder: str, found: Mapping[str, Iterable[str]]) -> None:
     raise UsageError(
         f'{folder} was made from another config:\n' + '\n'.join(f'  {line}' for line in lines) +
         '\nTo train on other text, give it a domain of another name, or use another --workdir; or '
-        f'delete {folders} if no run needs what is there: text that is only measured is needed by '
-        'none.')
+        f'delete {folders} if no run needs what is there: no run needs text that is only '
+        'measured.')
 
 
 def in_words(found: Mapping[str, Iterable[str]]) -> Iterator[str]:
@@ -94,7 +94,7 @@ def in_words(found: Mapping[str, Iterable[str]]) -> Iterator[str]:
 
 
 def _of_files(before: Mapping[str, tuple], paths: Sequence[str]) -> Iterator[str]:
-  """How the files of a domain have changed, given what was noted of each."""
+  """How the files of a domain have changed; `before` has their recorded facts by path."""
   clauses = [clause for path in paths if (clause := _of_file(path, before.get(path)))]
   clauses += [f'{path} is gone' for path in sorted(before.keys() - set(paths))]
   yield from clauses[:_NAMED]
@@ -111,7 +111,7 @@ def _of_file(path: str, before: tuple[int, int, str] | None) -> str:
   if found.st_size != size:
     return f'{path} had {size:,} bytes and has {found.st_size:,} now'
   if found.st_mtime_ns != time and _hash(path) != content:
-    return f'{path} has other content, of the same size'
+    return f'{path} has different content of the same size'
   return ''
 
 

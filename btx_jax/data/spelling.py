@@ -71,8 +71,7 @@ class Spelling:
   def sizes(self, ids: np.ndarray) -> np.ndarray:
     """The number of bytes that each token adds to those before it, [tokens].
 
-    Their sum is the length of `spell`'s text, and a byte more if the tokenizer puts a space before
-    it.
+    Their sum is the length of `spell`'s text, plus 1 if the tokenizer puts a space before the text.
     """
     sizes = self._sizes[ids].astype(np.int64)
     for at in 1 + np.flatnonzero(np.isin(ids[:-1], list(self._also_after))):

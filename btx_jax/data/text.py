@@ -38,12 +38,12 @@ def prepare(config, folder: str) -> Text:
     folder: WORKDIR/data.
 
   Returns:
-    All training tokens; and of the held-out text of each domain a sample of `evaluation.tokens`, or
+    All training tokens; and a sample of `evaluation.tokens` of the held-out text of each domain, or
     all of it if the domain names its files.
 
   Raises:
-    UsageError: see tokens.prepare and kept_out.check; or held-out files have less text than a
-      window.
+    UsageError: see tokens.prepare and kept_out.check; or the held-out files of a domain do not fill
+      one window.
   """
   wanted = domains.from_config(config.domains)
   tokenizer = _tokenizer(config, folder, wanted)
@@ -53,7 +53,7 @@ def prepare(config, folder: str) -> Text:
   unless = _named_held_out(config, wanted, folder, tokenizer)
   shares = {domain.name: domain.share(config.data.held_out) for domain in wanted
             if domain.is_trained}
-  # Copies of what a larger share holds out may be in domains of a smaller one, which come later.
+  # Domains with a smaller share come later: they may have copies of what a larger share holds out.
   for domain in sorted(wanted, key=lambda domain: -shares.get(domain.name, 0)):
     path = os.path.join(folder, domain.name)
     if not os.path.exists(path):
@@ -101,18 +101,18 @@ def _check_length(domain: Domain, measured: Tokens, length: int):
 
 
 def _in_words(domain: Domain, meta: Mapping[str, Any]) -> list[str]:
-  """What is in the folder of a domain, as lines for a person."""
+  """Lines that describe the token folder of a domain."""
   train, held_out = meta['train'], meta['held_out']
   lines = [f'{train["documents"]:,} documents, {train["bytes"] / 1e6:.1f} MB, '
            f'{train["tokens"] / 1e6:.2f} M tokens to train on; '
            f'{held_out["documents"]:,} documents held out' if domain.is_trained else
            f'{held_out["documents"]:,} documents, {held_out["bytes"] / 1e6:.1f} MB, '
-           f'{held_out["tokens"] / 1e6:.2f} M tokens, only to be measured']
+           f'{held_out["tokens"] / 1e6:.2f} M tokens, only measured']
   return lines + kept_out.in_words(meta) + remarks(meta)
 
 
 def remarks(meta: Mapping[str, Any]) -> list[str]:
-  """What was skipped, changed or left out, and what is odd, from the meta.json of a folder."""
+  """Lines on what was skipped, changed, left out or looks odd, from the meta.json of a folder."""
   lines = []
   skipped = meta.get('skipped')
   if skipped and skipped['count']:
@@ -125,9 +125,9 @@ def remarks(meta: Mapping[str, Any]) -> list[str]:
 
 
 def changed(config, folder: str, tokenizer: Tokenizer | None) -> dict[str, list[str]]:
-  """For each domain, what its tokens were made from and is otherwise now, in words.
+  """For each domain, the differences between what its tokens were made from and the config.
 
-  Without a tokenizer it is not compared. Domains that are not tokenized yet are left out.
+  Without a tokenizer, tokenizers are not compared. Domains that are not tokenized yet are left out.
   """
   paths = {domain: os.path.join(folder, domain.name)
            for domain in domains.from_config(config.domains)}

@@ -1,4 +1,4 @@
-"""Writes the files of a split of a domain; tokens.py says what is in them."""
+"""Writes the files of a split of a domain; tokens.py describes them."""
 
 import array
 from collections.abc import Container, Iterator
@@ -13,15 +13,15 @@ from btx_jax.data.records import Document
 from btx_jax.data.tokenizer import Tokenizer
 
 _BATCH = 256  # documents tokenized at a time
-_BATCH_CHARS = 16_000_000  # ends a batch early: as lists of ids, text takes many times its size
+_BATCH_CHARS = 16_000_000  # ends a batch early: lists of ids take many times the size of the text
 
 
 class Writer:
   """Writes the files of a split.
 
   Attributes:
-    documents: their number so far.
-    raw_bytes: of their text.
+    documents: the number of documents so far.
+    raw_bytes: the total size of their text.
   """
 
   def __init__(self, folder: str, split: str, tokenizer: Tokenizer, has_ids: bool):
@@ -37,16 +37,16 @@ class Writer:
     return len(self._boundaries) - 1
 
   def add(self, ids: np.ndarray, size: int, name: str, unless: Container[int] = ()) -> int | None:
-    """Adds a document, unless it equals one that must not be there.
+    """Adds a document, unless its hash is in `unless`.
 
     Args:
-      ids: of its text.
-      size: bytes of its text.
-      name: its id in its file.
+      ids: the token ids of its text.
+      size: the size of its text in bytes.
+      name: the document's id in its file.
       unless: the hashes of documents that must not be added.
 
     Returns:
-      Its hash if it was not added; None if it was.
+      None if the document was added; its hash if it was not.
     """
     before, after, unscored = framing.marks(self._tokenizer.framing, ids)
     document = b''.join((array.array(self._code, before), ids.data, array.array(self._code, after)))
@@ -74,7 +74,7 @@ class Writer:
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-  """The documents in lists, each of which is tokenized at once."""
+  """Groups the documents into lists that are tokenized in one call."""
   batch, chars = [], 0
   for document in documents:
     batch.append(document)

@@ -3,8 +3,8 @@
 The hash of its text alone decides whether a document is held out, so exact copies never end up on
 both sides, and adding documents moves no other document. (One exception: if no document of a small
 domain has a hash below the threshold, the one with the smallest hash is held out.) If a domain
-names the files of its held-out text, these are held out instead, and kept_out.py keeps copies of
-their documents out of training.
+names files as its held-out text, these are held out instead, and kept_out.py keeps copies of their
+documents out of training.
 
 Each document is compared with the text that its tokens stand for; see changes.py.
 
@@ -14,9 +14,9 @@ Each document is compared with the text that its tokens stand for; see changes.p
                                           byte of the raw text; the last row holds the totals
   DIR/train.ids.jsonl, held_out.ids.jsonl  only if the domain has an id_field: the id of each
                                           document, one JSON string per line ("" if it has none)
-  DIR/files.jsonl                         the files that they were made from, see origin.py
-  DIR/meta.json                           what they were made from, the skipped records, and the
-                                          documents kept out of training; written last
+  DIR/files.jsonl                         the files that the tokens were made from, see origin.py
+  DIR/meta.json                           the settings they were made with, the skipped records, and
+                                          the documents kept out of training; written last
 
 The hash of the tokens does not cover the ids, so runs do not depend on them.
 """
@@ -42,7 +42,7 @@ from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 
 SPLITS = ('train', 'held_out')
-# Above every hash of a document as a share: all of a domain's own held-out files is held out.
+# A share above any hash: every document in files named as held-out text is held out.
 _ALL = 2.0
 
 
@@ -71,7 +71,7 @@ class Tokens:
 
   @property
   def document_hashes(self) -> np.ndarray:
-    """[documents] uint64: equal for documents of equal text, of one tokenizer."""
+    """[documents] uint64: documents of equal text have equal hashes, given one tokenizer."""
     return np.fromiter((kept_out.hash_of(self.ids[a:b].tobytes())
                         for a, b in itertools.pairwise(self.starts)), np.uint64, self.num_documents)
 
@@ -129,11 +129,11 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
     folder: the folder of this domain.
     domain: where the text comes from.
     tokenizer: encodes the text.
-    held_out: the share of documents to hold out, unless the domain has its own, or names files.
+    held_out: the share of documents to hold out, unless the domain has its own share or files.
     max_skipped: the largest share of records that may be unusable, and of documents that the
       tokenizer may lose.
-    unless: document_hashes of documents that are not to be trained on -> the domain that they are
-      held out for.
+    unless: hash of a document that must not be trained on -> the domain that it is held out for;
+      see Tokens.document_hashes.
 
   Returns:
     The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
@@ -161,12 +161,12 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
 
 def differences(folder: str, domain: Domain, tokenizer: Tokenizer | None, held_out: float
                 ) -> list[str]:
-  """What the tokens in a folder were made from and is otherwise now, in words; see origin.py.
+  """The differences between what the tokens in a folder were made from and the config, in words.
 
-  Arguments as for `prepare`; without a tokenizer it is not compared.
+  See origin.py. Arguments as for `prepare`; without a tokenizer, tokenizers are not compared.
   """
   now, paths = _made_from(domain, tokenizer, held_out), []
-  with contextlib.suppress(UsageError):  # without the text, the tokens suffice
+  with contextlib.suppress(UsageError):  # if the text is gone, the tokens suffice
     paths = _paths(domain)
     if not origin.is_noted(folder):
       now |= _describe(domain)
@@ -186,7 +186,7 @@ def _paths(domain: Domain) -> list[str]:
 
 
 def _describe(domain: Domain) -> dict[str, str]:
-  """The files of both parts in few words."""
+  """A short description of the files of each part."""
   return {name: corpora.describe(part) for name, part in _parts(domain).items()}
 
 
@@ -216,7 +216,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
   tallies = [corpora.Tally() for _ in parts]
   written = _write(partial, parts, tokenizer, max_skipped, tallies, unless)
   if written.smallest is not None:
-    # Nothing was held out: hold out the document of the smallest hash.
+    # Nothing was held out: hold out the document with the smallest hash.
     written = _write(partial, [(domain, np.nextafter(written.smallest, 1))], tokenizer,
                      max_skipped, [corpora.Tally()], unless)
   meta = {'made_from': made_from, 'dtype': token_files.dtype_of(tokenizer).name, 'hash': {},
@@ -261,8 +261,8 @@ def _write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokeni
   """Writes both splits.
 
   Args:
-    folder: of the domain.
-    parts: what is read, each with the share of its documents to hold out.
+    folder: the folder to write.
+    parts: the domains to read, each with the share of its documents to hold out.
     tokenizer: encodes the text.
     max_skipped: see prepare.
     tallies: one for each part, which counts its records.
@@ -324,7 +324,7 @@ def _write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokeni
 
 def _encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally
              ) -> Iterator[tuple[Document, np.ndarray, bytes]]:
-  """Each document of a domain, the ids of its text, and the bytes that these spell."""
+  """Each document of a domain, the ids of its text, and the bytes that these ids spell."""
   dtype = token_files.dtype_of(tokenizer)
   for batch in token_files.batches(corpora.documents(domain, max_skipped, tally)):
     encoded = tokenizer.encode([document.text for document in batch])

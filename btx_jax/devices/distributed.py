@@ -263,8 +263,8 @@ def leave_job(code: int) -> int:
 
 @functools.cache
 def code_version() -> str:
-  """The version of this package: its number, and the git commit if it runs from a checkout, with a
-  hash of the source if that was changed since."""
+  """The version of this package: its number, and in a checkout the git commit, with a hash of the
+  source if it has uncommitted changes."""
   def git(*arguments: str) -> str:
     return subprocess.run(['git', '-C', folder, *arguments], capture_output=True, text=True,
                           check=True, timeout=10).stdout.strip()

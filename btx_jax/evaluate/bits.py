@@ -63,8 +63,8 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
     length: T, tokens per window; attention does not cross windows.
     batch_size: rows per batch.
     tokenizer: the tokenizer of the tokens.
-    stride: tokens that each window moves on; 0 is `length`. With fewer, a token counts where it is
-      first predicted, after at least `length` - `stride` tokens of its window.
+    stride: tokens from the start of one window to the next; 0 is `length`. If windows overlap, a
+      token counts in the first that predicts it, after at least `length` - `stride` tokens of it.
 
   Returns:
     domain -> what units.score returns. For a mixture also `gates`, the mean gate of each expert in

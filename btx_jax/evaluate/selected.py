@@ -119,7 +119,7 @@ def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tok
     weights_NE: of each expert for each token; they add up to 1.
     computed_NE: whether each expert is computed for each token.
     tokens: the text.
-    stride: of the windows, see bits.evaluate.
+    stride: the stride of the windows, see bits.evaluate.
 
   Returns:
     `share`, the mean weight of each expert, [E]; `switches`, for how many tokens of 1,000 an expert
@@ -129,7 +129,7 @@ def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tok
   computed_NE = computed_NE[counted_N]
   inputs_N = np.flatnonzero(counted_N) - 1  # where the expert was chosen
   starts_N = np.asarray(tokens.starts)[np.searchsorted(tokens.starts, inputs_N, side='right') - 1]
-  # Read before it, in the window.
+  # Tokens of the document that the window has before the input.
   before_N = inputs_N - np.maximum(starts_N, mixture.window_starts(inputs_N, T, stride))
   begins_NE = np.diff(computed_NE.astype(int), axis=0, prepend=0) > 0
   begins_NE &= (np.diff(starts_N, prepend=-1) == 0)[:, None]

@@ -31,8 +31,8 @@ def score(nll_N: np.ndarray, tokens: Tokens, tokenizer: Tokenizer) -> dict[str, 
     tokenizer: the tokenizer of the tokens.
 
   Returns:
-    `bits_per_byte`; `documents`; `tokens`, those that have a score; `bytes` and `words` of their
-    text; and `units`: `nll` in nats and `bytes` of each unit, which add up to the score.
+    `bits_per_byte`; `documents`; `tokens`, the number of scored tokens; `bytes` and `words` of
+    their text; and `units`: `nll` in nats and `bytes` of each unit, which add up to the score.
   """
   starts_U, bytes_U = cut(tokens, tokenizer)
   nll_U = np.add.reduceat(nll_N, starts_U, dtype=np.float64) if len(starts_U) else np.zeros(0)
@@ -45,7 +45,7 @@ def score(nll_N: np.ndarray, tokens: Tokens, tokenizer: Tokenizer) -> dict[str, 
 
 
 def perplexities(score: Mapping[str, Any]) -> dict[str, float | None] | None:
-  """The perplexity per token and per word of a score as `score` returns it.
+  """The perplexity per token and per word, from a score that `score` returned.
 
   None for a score that an earlier version measured; a perplexity is None if it is not finite.
   """
@@ -63,7 +63,7 @@ def _perplexity(nll: float, count: int) -> float | None:
 
 
 def words(tokens: Tokens, tokenizer: Tokenizer) -> int:
-  """The words in the text that has a score: runs of characters other than white space."""
+  """The number of words in the scored text: runs of characters other than white space."""
   count = 0
   for document, (first, end) in enumerate(itertools.pairwise(tokens.starts)):
     text = tokenizer.spell(np.asarray(tokens.ids[first + tokens.begins:end - tokens.ends]).tolist())

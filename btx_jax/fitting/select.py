@@ -68,7 +68,7 @@ def in_words(figures: dict[str, Any]) -> list[str]:
 def choices(study: Study, run: Run, parameters, tokens: Tokens, mesh) -> np.ndarray:
   """The expert chosen for each token of a split, [tokens]; it depends on earlier tokens only.
 
-  Hidden states are computed in the windows in which the experts predict; their mean is over the
+  Hidden states are computed in the same windows as the predictions; their mean is over the
   whole document so far. Entries for the first token of a document mean nothing.
 
   Args:

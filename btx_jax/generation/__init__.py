@@ -1,1 +1,1 @@
-"""Text from a model: weights laid out for decoding, a cache, sampling, and the loop around them."""
+"""Text generation: weights laid out for decoding, a cache, sampling, and the loop around them."""

@@ -1,9 +1,9 @@
-"""The network with a cache: a pass over prompts, and steps of one token.
+"""The network with a cache of keys and values: prefill for prompts, and steps of one token.
 
-The layers are those of model/llama.py, one after the other, each with arrays of its own (see
-weights.py). Rows are padded on the right, and a token's slot in the cache is its position. So what
-a row computes depends on nothing but itself: padding lies in slots that are not seen until a token
-of the row has overwritten them.
+The layers are those of model/llama.py, applied one by one, each with its own arrays (see
+weights.py). Rows are padded on the right, and a token's slot in the cache is its position. So the
+result of a row does not depend on other rows or on padding: padding lies in slots that are masked
+until a token of the row has overwritten them.
 """
 
 import functools
@@ -23,17 +23,17 @@ from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
 from btx_jax.model.linear import swiglu
 
-# The keys and values of each layer, [B, K, S, H] of S slots.
+# The keys and values of each layer, [B, K, S, H], with S slots.
 Cache = list[tuple[jax.Array, jax.Array]]
 
 
 class Decoded(NamedTuple):
-  """What a pass or a step gives.
+  """The result of `prefill` or `step`.
 
   Attributes:
-    logits: [B, V], float32, of the token that comes next.
-    cache: with the new tokens.
-    gates: [B, E], of the last token, the mean over layers; [B, 0] of a dense model.
+    logits: [B, V] float32, for the next token.
+    cache: the cache with the new tokens.
+    gates: [B, E], the gates of the last token, averaged over layers; [B, 0] for a dense model.
   """
   logits: jax.Array
   cache: Cache
@@ -45,10 +45,10 @@ def prefill(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int) -> 
   """Reads prompts into a new cache.
 
   Args:
-    cfg: of the model.
-    weights: from unstack.
+    cfg: the model's config.
+    weights: as returned by `unstack`.
     tokens_BT: prompts, padded on the right with any ids.
-    lengths_B: tokens of each prompt, at least 1.
+    lengths_B: the number of tokens in each prompt, at least 1.
     slots: S, at least T.
   """
   B, T = tokens_BT.shape
@@ -70,7 +70,7 @@ def prefill(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int) -> 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def step(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache) -> Decoded:
-  """Reads one token of each row, at its position, into the cache, which is donated."""
+  """Reads one token of each row, at its position, into the cache. The cache is donated."""
   new = []
 
   def attend(layer, q_BNTH, k_BKTH, v_BKTH):
@@ -130,9 +130,9 @@ def _mixture(cfg: Config, ffn, x_BTD, context: routers.Context):
 
 
 def _chosen_experts(x_BTD, experts: list, gates_BTE, ids_BTk):
-  """Each expert that some token chose, on all of them: others are not read.
+  """Applies each expert that any token chose to all tokens. The other experts are not read.
 
-  So few tokens take as long as reading the weights does.
+  With so few tokens the time is that of reading the weights.
   """
   y_BTD = jnp.zeros_like(x_BTD)
   for e, expert in enumerate(experts):
@@ -144,7 +144,7 @@ def _chosen_experts(x_BTD, experts: list, gates_BTE, ids_BTk):
 
 
 def _write(kept_BKSH, x_BK1H, positions_B):
-  """A cache with one token more in each row."""
+  """The cache with one more token in each row."""
   def of_row(kept_KSH, x_K1H, position):
     return jax.lax.dynamic_update_slice_in_dim(kept_KSH, x_K1H, position, 1)
 
@@ -152,7 +152,7 @@ def _write(kept_BKSH, x_BK1H, positions_B):
 
 
 def _attention_to_cache(q_BN1H, k_BKSH, v_BKSH, positions_B):
-  """Attention of one query per row to the slots up to its own."""
+  """Attention of one query per row to the slots up to the query's own."""
   B, N, _, H = q_BN1H.shape
   K, S = k_BKSH.shape[1:3]
   q_BKGH = q_BN1H.reshape(B, K, N // K, H) * H**-0.5
@@ -169,7 +169,7 @@ def _logits(weights: Weights, h_BD):
 
 
 def _placed(x_BKSH):
-  """Keys or values on the mesh in use: rows over its batch axes, heads over `tensor`."""
+  """Constrains keys or values to the current mesh: rows over batch axes, heads over `tensor`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x_BKSH

@@ -1,4 +1,4 @@
-"""Texts that follow prompts: batches of a few fixed shapes, decoded until every row has ended."""
+"""Continues prompts: batches of a few fixed shapes, decoded until every row has ended."""
 
 from collections.abc import Callable, Iterator, Sequence
 import math
@@ -21,8 +21,8 @@ from btx_jax.generation.weights import unstack
 from btx_jax.model.config import Config
 from btx_jax.model.trees import check_params
 
-# Called with the number of a prompt, the number of its text, what is new of the text, and the mean
-# gate of each expert [E] for the new token.
+# Called with the index of a prompt, the index of the text among the prompt's texts, the new part of
+# the text, and the gates of the new token averaged over layers [E].
 OnText = Callable[[int, int, str, np.ndarray], None]
 
 GREEDY = Sampling()
@@ -31,14 +31,14 @@ _SHORTEST, _FEWEST_SLOTS = 16, 128
 
 def generate(config: Config, params, tokenizer: str | Tokenizer, prompts: Sequence[str],
              max_new_tokens: int = 256, sampling: Sampling = GREEDY, seed: int = 0) -> list[str]:
-  """Writes a text for each prompt; see Generator, which has more options and can be kept.
+  """Generates a text for each prompt. Generator has more options, and can be used repeatedly.
 
   Args:
     config: the model's sizes.
-    params: its parameters, laid out as model/llama.py says.
-    tokenizer: as Generator takes it.
-    prompts: texts.
-    max_new_tokens, sampling, seed: as Generator takes them.
+    params: its parameters, laid out as in model/llama.py.
+    tokenizer: as in Generator.
+    prompts: the texts to continue.
+    max_new_tokens, sampling, seed: as in Generator.
 
   Example:
     >>> texts = generate(config, params, folder, ['The', 'A'], max_new_tokens=4)
@@ -50,7 +50,7 @@ def generate(config: Config, params, tokenizer: str | Tokenizer, prompts: Sequen
 
 
 class Generator:
-  """A model that is ready to write. Programs are compiled once for each rounded-up shape.
+  """A model that is ready to generate text. A program is compiled for each rounded-up shape.
 
   Example:
     >>> write = Generator(config, params, folder)
@@ -63,11 +63,11 @@ class Generator:
     """
     Args:
       config: the model's sizes.
-      params: its parameters, laid out as model/llama.py says.
-      tokenizer: a folder or file with the model's tokenizer, or one that was loaded here.
-      stop_ids: tokens that end a text, besides the tokenizer's own and those that the folder names.
-      context: positions that the model is for, prompt and text together; 0 is no limit.
-      batch_size: texts that are written at once.
+      params: its parameters, laid out as in model/llama.py.
+      tokenizer: a folder or file with the model's tokenizer, or a Tokenizer.
+      stop_ids: ids that end a text, besides those of the tokenizer and its folder.
+      context: the model's context length, prompt and text together; 0 is no limit.
+      batch_size: the number of texts generated at once.
     """
     check_params(config, params, 'generate')
     self._config, self._weights = config, unstack(config, params)
@@ -82,21 +82,22 @@ class Generator:
   def __call__(self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int = 256,
                sampling: Sampling = GREEDY, stop: Sequence[str] = (), seed: int = 0,
                n: int = 1, on_text: OnText | None = None) -> list[list[Completion]]:
-    """Writes `n` texts for each prompt.
+    """Generates `n` texts for each prompt.
 
-    A text depends on its prompt, the seed and its number, and not on the other prompts.
+    A text depends on its prompt, the seed and the indices of prompt and text, but not on the other
+    prompts.
 
     Args:
-      prompts: texts, which get the tokenizer's begin mark; or token ids, taken as they are.
-      max_new_tokens: the most tokens of a text.
+      prompts: strings, which get the tokenizer's begin mark; or token ids, used unchanged.
+      max_new_tokens: the most tokens to generate per text.
       sampling: how each token is chosen.
       stop: strings that end a text, and are left out of it.
-      seed: of the draws.
-      n: texts per prompt; more than one need a temperature above 0 to differ.
+      seed: the random seed.
+      n: texts per prompt; they differ only if the temperature is above 0.
       on_text: called for each token; see OnText.
 
     Returns:
-      for each prompt its n texts.
+      for each prompt, its n texts.
 
     Raises:
       UsageError: a prompt is empty or leaves no room for a token, or `stop` has an empty string.
@@ -123,7 +124,7 @@ class Generator:
 
   def _write(self, prompts: list, texts: list[Text], keys: list, sampling: Sampling
              ) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Decodes until all texts have ended; for each new token its row, new text, and gates."""
+    """Decodes until all texts have ended; yields the row, new text and gates of each token."""
     lengths = [len(prompt) for prompt in prompts]
     B, T = self._rows(len(prompts)), _rounded(max(lengths), _SHORTEST)
     slots = _rounded(max(T, *(length + text.most for length, text in zip(lengths, texts))),
@@ -155,17 +156,17 @@ class Generator:
       ids = list(prompt)
     if not ids:
       raise UsageError(f'Prompt {number} is empty, and the tokenizer puts no token before a text; '
-                       'a model needs at least one token to begin with.')
+                       'a model needs at least one token to start from.')
     if self._context and len(ids) >= self._context:
       raise UsageError(f'Prompt {number} has {len(ids)} tokens, which leaves no room for a text: '
-                       f'the model is for {self._context} positions. Shorten it.')
+                       f'the model has {self._context} positions. Shorten the prompt.')
     return ids
 
   def _room(self, ids: list[int], max_new_tokens: int) -> int:
     return min(max_new_tokens, self._context - len(ids)) if self._context else max_new_tokens
 
   def _rows(self, count: int) -> int:
-    """Rows of a batch: a power of two, shared evenly by the devices of a mesh."""
+    """The rows of a batch: a power of two, and a multiple of the devices that share the rows."""
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return math.lcm(_rounded(count, 1), ways)
@@ -178,5 +179,5 @@ class Generator:
 
 
 def _rounded(size: int, least: int) -> int:
-  """The next power of two, so that few programs are compiled."""
+  """`size` rounded up to a power of two, at least `least`, so that few programs are compiled."""
   return max(least, 1 << (size - 1).bit_length())

@@ -1,7 +1,7 @@
-"""From logits to a token: greedy, or drawn from a distribution that may be cut and sharpened.
+"""Chooses a token from logits: greedily, or sampled with a temperature, top-k, top-p and min-p.
 
-The settings and their order are those of transformers: the repetition penalty, the temperature,
-then top-k, top-p and min-p, each of what the one before has left.
+The settings and their order are those of transformers: repetition penalty, temperature, top-k,
+top-p, min-p. Each filter applies to the tokens that the previous one has kept.
 """
 
 import functools
@@ -19,9 +19,9 @@ def sample(settings: Sampling, logits_BV, seen_BV, keys_B, number) -> jax.Array:
   Args:
     settings: see Sampling.
     logits_BV: float32.
-    seen_BV: True for tokens that the row has; None without a repetition penalty.
-    keys_B: a key per row, so that a row's text does not depend on the others.
-    number: of the token within its text, folded into the keys.
+    seen_BV: True for tokens that the row already contains; None without a repetition penalty.
+    keys_B: a key per row, so that a row's text does not depend on other rows.
+    number: the index of the token in its text, folded into the keys.
   """
   logits_BV = penalised(settings, logits_BV, seen_BV)
   if not settings.temperature:
@@ -40,7 +40,7 @@ def penalised(settings: Sampling, logits_BV, seen_BV) -> jax.Array:
 
 
 def filtered(settings: Sampling, logits_BV) -> jax.Array:
-  """Logits of the distribution to draw from; -inf for tokens that cannot be drawn."""
+  """Logits of the distribution to sample from; -inf for tokens that are filtered out."""
   logits_BV = logits_BV / settings.temperature
   V = logits_BV.shape[-1]
   if 0 < settings.top_k < V:
@@ -49,7 +49,7 @@ def filtered(settings: Sampling, logits_BV) -> jax.Array:
   if settings.top_p < 1:
     order_BV = jnp.argsort(-logits_BV)
     sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV), order_BV, -1)
-    # A token is left out if those before it have the whole share.
+    # A token is left out if the likelier ones add up to top_p already.
     out_BV = jnp.cumsum(sorted_BV, -1) - sorted_BV >= settings.top_p
     out_BV = jnp.take_along_axis(out_BV, jnp.argsort(order_BV), -1)
     logits_BV = jnp.where(out_BV, -jnp.inf, logits_BV)

@@ -15,11 +15,11 @@ class Sampling:
 
   Attributes:
     temperature: divides the logits; 0 takes the likeliest token.
-    top_k: draws among this many likeliest tokens; 0 is all.
-    top_p: draws among the fewest likeliest tokens whose probabilities add up to this; 1 is all.
-    min_p: draws among tokens at least this many times as likely as the likeliest; 0 is all.
-    repetition_penalty: divides a positive logit, and multiplies a negative one, of each token that
-      the prompt or the text so far has; 1 is none.
+    top_k: samples from this many likeliest tokens; 0 is all.
+    top_p: samples from the fewest likeliest tokens whose probabilities add up to this; 1 is all.
+    min_p: samples from tokens at least this many times as likely as the likeliest; 0 is all.
+    repetition_penalty: for tokens that are in the prompt or the text so far, divides positive
+      logits and multiplies negative ones; 1 is no penalty.
   """
   temperature: float = 0.0
   top_k: int = 0

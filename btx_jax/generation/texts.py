@@ -1,4 +1,4 @@
-"""The text of one row while it grows: what may be shown already, and where it ends."""
+"""The text of one row while it grows: how much of it is final, and where it ends."""
 
 import codecs
 from collections.abc import Collection, Sequence
@@ -14,10 +14,10 @@ class Completion:
   """A generated text.
 
   Attributes:
-    text: without what ended it.
-    ids: the tokens that were generated, the one that ended the text included.
-    ended: 'stop' if the model ended the text or a stop string came; 'length' if there was no room
-      for more.
+    text: the text, without the stop string or token that ended it.
+    ids: the generated tokens, including the one that ended the text.
+    ended: 'stop' if a stop token or stop string ended the text; 'length' if it reached its most
+      tokens.
   """
   text: str
   ids: tuple[int, ...]
@@ -25,17 +25,17 @@ class Completion:
 
 
 class Text:
-  """What follows one prompt."""
+  """The text generated for one prompt."""
 
   def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], most: int,
                stop_ids: Collection[int], stop: Sequence[str]):
     """
     Args:
-      tokenizer: of the ids.
-      prompt: its ids, at least one.
-      most: tokens that it may have.
-      stop_ids: tokens that end it.
-      stop: strings that end it.
+      tokenizer: the tokenizer of the ids.
+      prompt: the ids of the prompt, at least one.
+      most: the most tokens of the text.
+      stop_ids: tokens that end the text.
+      stop: strings that end the text.
     """
     self._tokenizer, self._before = tokenizer, prompt[-1]
     self.most, self._stop_ids, self._stop = most, stop_ids, stop
@@ -45,7 +45,7 @@ class Text:
     self.text, self.ended = '', ''
 
   def add(self, token: int) -> str:
-    """Adds a token; returns the text that is certain now and was not before."""
+    """Adds a token; returns the part of the text that has become final."""
     self.ids.append(token)
     if token in self._stop_ids:
       self.ended = STOP
@@ -63,7 +63,7 @@ class Text:
     return new
 
   def done(self) -> Completion:
-    """The text, when it has ended."""
+    """The completion, once the text has ended."""
     return Completion(self.text, tuple(self.ids), self.ended)
 
   def _new_bytes(self) -> bytes:
@@ -78,7 +78,7 @@ class Text:
     return self._tokenizer.spell([i for i in ids if i < self._tokenizer.vocab_size])
 
   def _certain(self) -> int:
-    """The length of the text without an end that may be the beginning of a stop string."""
+    """The length of the final text: all but an ending that may be the start of a stop string."""
     held = (length for each in self._stop for length in range(1, len(each))
             if self.text.endswith(each[:length]))
     return len(self.text) - max(held, default=0)

@@ -1,7 +1,7 @@
-"""Parameters laid out for decoding: each layer, and each expert, in arrays of its own.
+"""Parameters laid out for decoding: each layer, and each expert, has its own arrays.
 
-A step of decoding reads every weight once and computes little, so its time is that of reading them.
-Training stacks layers and experts; a program that takes one of them out of a stack copies it first.
+A decoding step reads every weight once and computes little, so reading the weights takes most of
+its time. Training stacks layers and experts; a program that slices one out of a stack copies it.
 """
 
 import functools
@@ -15,19 +15,19 @@ import jax.numpy as jnp
 from btx_jax.devices import sharding
 from btx_jax.model.config import Config
 
-# embed, head (unless tied), norm, and `layers`: a list of what model/llama.py has under `layers`,
-# each without the leading axis. Without a mesh, ffn/experts is a list too, one entry per expert.
+# embed, head (unless tied), norm, and `layers`: a list with the parameters that model/llama.py has
+# under `layers`, without their leading axis. Without a mesh, ffn/experts is a list of experts too.
 Weights = dict[str, Any]
 
-_FLOAT32 = re.compile(r'(scale|router|router_bias)$')  # what the model computes in float32
+_FLOAT32 = re.compile(r'(scale|router|router_bias)$')  # parameters that the model uses in float32
 
 
 def unstack(cfg: Config, params) -> Weights:
-  """The weights of a model, in cfg.dtype where it computes in that; shardings follow RULES.
+  """The weights of a model, in cfg.dtype unless used in float32; shardings follow RULES.
 
   Args:
-    cfg: of the model.
-    params: as model/llama.py lays them out. Under a mesh (`jax.set_mesh`) the experts stay stacked,
+    cfg: the model's config.
+    params: laid out as in model/llama.py. Under a mesh (`jax.set_mesh`) the experts stay stacked,
       so that they can be spread over its `expert` axis.
   """
   flat: dict[str, Any] = traverse_util.flatten_dict(params, sep='/')
@@ -46,7 +46,7 @@ def unstack(cfg: Config, params) -> Weights:
 
 
 def _split(x: jax.Array, path: str, mesh) -> list[jax.Array]:
-  """A stacked array in parts along its first axis."""
+  """Splits a stacked array along its first axis."""
   if mesh.empty:
     return list(x)
   part = {path: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)}
@@ -55,7 +55,7 @@ def _split(x: jax.Array, path: str, mesh) -> list[jax.Array]:
 
 
 def _apart(layer: dict, num_experts: int) -> dict:
-  """A flat layer with its experts in a list, each gate, up and down."""
+  """A flat layer with its experts as a list of {gate, up, down}."""
   rest = {path: x for path, x in layer.items() if '/experts/' not in path}
   return rest | {'ffn/experts': [
       {name: layer[f'ffn/experts/{name}'][e] for name in ('gate', 'up', 'down')}

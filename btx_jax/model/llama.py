@@ -76,7 +76,7 @@ def heads(cfg: Config, w: Mapping[str, jax.Array], x_BTD, rope, norm: Callable[[
   """Queries [B, N, T, H], keys and values [B, K, T, H] of an attention layer, rotated.
 
   Args:
-    cfg: of the model.
+    cfg: the model's config.
     w: q, k and v [D, heads, H] in the dtype of x; with cfg.qkv_bias also q_bias, k_bias and v_bias
       [heads, H].
     x_BTD: the normalised residual stream.
@@ -97,7 +97,7 @@ def heads(cfg: Config, w: Mapping[str, jax.Array], x_BTD, rope, norm: Callable[[
 
 
 def joined(y_BNTH, o_NHD) -> jax.Array:
-  """The output [B, T, D] of an attention layer, from that of its heads."""
+  """The output [B, T, D] of an attention layer, from the outputs of its heads."""
   B, N, T, H = y_BNTH.shape
   return matmul(y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), o_NHD.reshape(N * H, -1))
 

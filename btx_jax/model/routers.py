@@ -94,7 +94,7 @@ def mask(cfg: Config, logits_BTE: jax.Array | None, context: Context
 
 
 def logits(x_BTD, router_DE) -> jax.Array:
-  """What a router decides by, [B, T, E] in float32, from the input of the feed-forward layer."""
+  """The router's logits, [B, T, E] in float32, from the input of the feed-forward layer."""
   return jnp.dot(x_BTD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -1,7 +1,7 @@
-"""What a working directory's runs were made with and the config has otherwise now, in words.
+"""How the runs in a working directory differ from those of the config, in words.
 
-A manifest has the spec of its run, and the specs of all that it descends from. So a difference is
-traced to the run where it began, and named by the field that the user writes in the config.
+A manifest has the spec of its run, and the specs of all runs that it descends from. So a difference
+is traced to the run where it began, and is named by the field that the user writes in the config.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,14 +15,14 @@ from btx_jax.run import HUGGING_FACE, Optimizer, Run
 from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
 
-# Fields of a spec that have the name of a section before them in a config.
+# Fields of a spec that belong to a section of the config.
 _SECTIONS = {'seq_len': 'data.seq_len', 'batch_size': 'train.batch_size',
              'microbatches': 'train.microbatches', 'state': 'init.state'}
-# Those of nested parts of a spec, by part.
+# The section of the fields of each nested part of a spec.
 _PREFIXES = {'model': 'model', 'optimizer': 'optimizer', 'objective': 'train',
              'routers': 'init.routers', 'selector': 'init.selector'}
 _OF_INIT = ('reader', 'layers', 'forget', 'hysteresis')  # arguments of base.ensemble itself
-# What follows from other fields, or is described in other words.
+# Fields that follow from others, or are described in other words.
 _NOT_FIELDS = ('name', 'sources', 'of_steps', 'step', 'weights', 'recipe', 'edit', 'content',
                'vocabulary', 'tokenizer', 'data')
 _FOLLOWS = ('model.num_experts', 'model.router_bias')
@@ -30,15 +30,15 @@ _UNSET = {'init.state': False, 'init.routers': 'random'}
 
 
 class Change(NamedTuple):
-  """One reason why a run is another one than its directory holds.
+  """One reason why a run of the config is not the run that its directory holds.
 
   Attributes:
-    root: the run that was made otherwise: the run itself, or one that it descends from.
-    direct: whether it is the run itself, or one that it starts from.
+    root: the run where the change began: the run itself, or one that it descends from.
+    direct: whether the root is the run itself, or one that it starts from.
     verb: how the root was made, 'trained' or 'made'.
-    field: the field that has another value; '' if `was` is not about a field.
-    was: its value then; or without a field, a clause with the root as its subject.
-    now: its value now.
+    field: the field whose value has changed; '' if the change is not about a field.
+    was: the old value; without a field, a clause with the root as its subject.
+    now: the new value.
   """
   root: str
   direct: bool
@@ -49,18 +49,18 @@ class Change(NamedTuple):
 
   @property
   def what(self) -> tuple[str, str, str]:
-    """Equal for the same change in several runs."""
+    """The change without its run: equal if several runs changed in the same way."""
     return self.field, self.was, self.now
 
 
 def of(study: Study, run: Run, found: Mapping[str, Any]) -> list[Change]:
-  """How a run of the config differs from what its directory holds; none if it does not.
+  """How a run of the config differs from what its directory holds; empty if it does not.
 
-  What changed in the run itself is not named once more for those that it descends from. Files alone
-  decide: text that is not tokenized yet is not compared.
+  A change in the run itself is not repeated for the runs that it descends from. Only files are
+  compared: text that is not tokenized yet is ignored.
 
   Args:
-    study: whose run it is.
+    study: the study of the run.
     run: the run.
     found: its manifest.
   """
@@ -74,14 +74,14 @@ def of(study: Study, run: Run, found: Mapping[str, Any]) -> list[Change]:
 
 
 def text_of(study: Study, domains: Iterable[str]) -> dict[str, str]:
-  """What the text of domains was made from, in words, to be kept in a manifest."""
+  """A description of each domain's text, to be kept in a manifest."""
   metas = {domain: _meta(study, domain) for domain in domains}
   return {domain: str(meta['made_from']['text']) for domain, meta in metas.items() if meta}
 
 
 def _changes(study: Study, run: Run, was: Mapping[str, Any], earlier: Mapping[str, Any],
              texts: Mapping[str, str]) -> Iterator[Change]:
-  """The changes of a run since it had the spec `was`; `earlier` are specs by their identity."""
+  """The changes of a run since it had the spec `was`; `earlier` has specs by their identity."""
   inherited = []
   recorded = was.get('sources', [])
   pairs = [each if isinstance(each, list) else [each, ''] for each in recorded]
@@ -109,7 +109,7 @@ def _fields_changed(was: Mapping[str, Any], now: Mapping[str, Any]
 
 def _of_source(study: Study, source: Run, identity: str, step: int, earlier: Mapping[str, Any],
                texts: Mapping[str, str]) -> Iterator[Change]:
-  """The changes of what a run starts from, since it had this identity; `step`, of its steps."""
+  """The changes of a source since it had this identity; `step` is the step that was taken."""
   was = earlier.get(identity)
   if was is None and identity:
     found = recorded.read(study.folder(source.name))
@@ -118,7 +118,8 @@ def _of_source(study: Study, source: Run, identity: str, step: int, earlier: Map
       first = {'steps': step, 'of_steps': spec.get('steps')} if step else {}
       was = spec | first if manifest.identity(spec | first) == identity else None
       if was is None and spec.get('steps'):
-        yield Change(source.name, True, '', '', 'was another one: it has been trained again since')
+        yield Change(source.name, True, '', '',
+                     'was a different run then: it has been trained again since')
   if was is not None:
     for change in _changes(study, source, was, earlier, texts):
       yield change._replace(direct=change.root == source.name)
@@ -126,9 +127,9 @@ def _of_source(study: Study, source: Run, identity: str, step: int, earlier: Map
 
 def _clauses(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str, str],
              explained: bool) -> Iterator[str]:
-  """What a run itself has otherwise besides fields, in clauses without a subject.
+  """The changes of a run itself other than those of fields, as clauses without a subject.
 
-  If other changes explain how it is mixed, that is not mentioned.
+  A change of the mixing is left out if other changes explain it.
   """
   now = run.spec()
   if was.get('name') != now['name']:
@@ -141,33 +142,33 @@ def _clauses(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str,
     then, today = (f'step {spec["step"]}' if spec.get('step') else 'its end' for spec in (was, now))
     yield f'started from {then} of {run.sources[0].name} and starts from {today} now'
   if was.get('content') != now.get('content'):
-    yield ('was read from another model than the one that is in '
-           f'{run.folder} now' if run.init == HUGGING_FACE else 'was read from a pretrained model')
+    yield ('was read from a different model than the one now in '
+           f'{run.folder}' if run.init == HUGGING_FACE else 'was read from a pretrained model')
   elif was.get('vocabulary') != now.get('vocabulary'):
-    yield 'had another vocabulary beside that of the tokenizer'
+    yield 'had a different vocabulary beside that of the tokenizer'
   if not explained and names == now['sources']:
     yield from _of_mixture(was, now)
   yield from _of_text(study, run, was, texts)
 
 
 def _of_mixture(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-  """What the arguments of base.mix, extend, replace or drop have otherwise."""
+  """Which arguments of base.mix, extend, replace or drop have changed."""
   then, today = (spec.get('recipe') or {} for spec in (was, now))
   if any(then.get(key) != today.get(key) for key in ('pieces', 'scale', 'tied')):
-    yield 'was mixed with other runs, arrangement or chunks in base.mix(...)'
+    yield 'was mixed with a different set of runs, arrangement or chunks in base.mix(...)'
   elif then.get('rest') != today.get('rest'):
-    yield 'was mixed with other averaged or rules in base.mix(...)'
+    yield 'was mixed with different `averaged` or `rules` in base.mix(...)'
   if was.get('edit') != now.get('edit'):
-    yield 'had other experts, or sums of other domains, from base.extend, replace or drop'
+    yield 'had different experts, or sums of other domains, from base.extend, replace or drop'
 
 
 def _of_text(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str, str]
              ) -> Iterator[str]:
-  """Whether the text that is tokenized now is another one."""
+  """Whether the tokenizer or the tokenized text has changed."""
   metas = {domain: meta for domain in run.domains if (meta := _meta(study, domain))}
   if 'tokenizer' in was and any(meta['made_from']['tokenizer'] != was['tokenizer']
                                 for meta in metas.values()):
-    yield f'was {"trained" if was.get("steps") else "made"} with another tokenizer'
+    yield f'was {"trained" if was.get("steps") else "made"} with a different tokenizer'
     return
   others = []
   for domain, meta in metas.items():
@@ -175,11 +176,11 @@ def _of_text(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str,
       then, today = texts.get(domain), meta['made_from']['text']
       others.append(f'{domain} ({then}; {today} now)' if then and then != today else domain)
   if others:
-    yield f'was trained on other text of {listed(others)}'
+    yield f'was trained on different text of {listed(others)}'
 
 
 def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
-  """The values of a spec by the fields that the user writes in a config."""
+  """The values of a spec, by the name of their field in a config."""
   result = {}
   for key, value in spec.items():
     if key == 'weights':
@@ -204,7 +205,7 @@ def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of an optimizer, with those that a spec leaves out; see Optimizer.spec."""
+  """The fields of an optimizer, including those that a spec omits; see Optimizer.spec."""
   defaults = dataclasses.asdict(Optimizer())
   result = {**defaults, **fields}
   if 'schedule' not in fields and result['final_lr'] == 1:
@@ -219,13 +220,13 @@ def _shown(value: Any) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-  """Names as a sentence has them: a, b and c."""
+  """Joins names for a sentence: a, b and c."""
   *most, last = names
   return f'{", ".join(most)} and {last}' if most else last
 
 
 def _meta(study: Study, domain: str) -> dict | None:
-  """What the tokens of a domain were made from; None if there are none."""
+  """The meta.json of a domain's tokens; None if there are none."""
   try:
     return tokens.read_meta(os.path.join(study.data_folder, domain))
   except UsageError:

@@ -1,4 +1,4 @@
-"""Runs that go on from a step of another run, or take its optimizer state: checked, no compute."""
+"""Checks of runs that start from a step of another run or take its optimizer state; no compute."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -11,9 +11,9 @@ def first_steps(name: str, source: Run, step: int) -> Run:
   """The first steps of a source, as a run; raises UsageError if the source has no such step.
 
   Args:
-    name: of the run that starts from it.
+    name: the run that starts from it.
     source: the whole source.
-    step: as base.checkpoint has it, not 0.
+    step: as in base.checkpoint, but not 0.
   """
   if not 0 < step <= source.steps:
     raise UsageError(f'runs.{name}.init: step = {step} is not a step of {source.name!r}, which is '
@@ -22,10 +22,10 @@ def first_steps(name: str, source: Run, step: int) -> Run:
 
 
 def best_steps(name: str, source: Run, best: int | None, every: int) -> Run:
-  """The steps of a source up to its best one, as a run; all of them while that is not known.
+  """The steps of a source up to its best one, as a run; all steps until that is known.
 
   Args:
-    name: of the run that starts from it.
+    name: the run that starts from it.
     source: the whole source.
     best: the best step, 0 for the end; None if it is not known.
     every: config.evaluation.every.
@@ -45,7 +45,7 @@ def best_steps(name: str, source: Run, best: int | None, every: int) -> Run:
 
 
 def check_state(run: Run) -> None:
-  """Raises UsageError if a run is to take the state of its source and cannot."""
+  """Raises UsageError if a run should take the state of its source but cannot."""
   if not run.state:
     return
   source = run.sources[0]
@@ -53,38 +53,38 @@ def check_state(run: Run) -> None:
     raise UsageError(f'runs.{run.name}.init: state=True has no effect on a run that is not '
                      'trained; give it domains and steps, or omit it.')
   if not source.steps:
-    raise UsageError(f'runs.{run.name}.init: {source.name!r} is not trained here, so there is no '
-                     'optimizer state of it to take. Omit state=True, and the moments start at '
+    raise UsageError(f'runs.{run.name}.init: {source.name!r} is not trained here, so it has no '
+                     'optimizer state to take. Omit state=True, and the moments start at '
                      'zero; or if it edits a mixture that is trained here, train the edit itself: '
                      'base.extend(..., state=True).')
   if differing := list(_differences(source, run)):
     raise UsageError(f'runs.{run.name} cannot take the optimizer state of {source.name!r} and read '
                      f'on where it stopped: {"; ".join(differing)}. Make these equal, or omit '
-                     'state=True, and moments and data start anew.')
+                     'state=True; then moments and data start from the beginning.')
 
 
 def _differences(source: Run, run: Run) -> Iterator[str]:
-  """What makes the moments of a source, or its place in the data, meaningless for a run."""
+  """The differences that make a source's moments or place in the data meaningless for a run."""
   fields = [(field, getattr(source, name), getattr(run, name)) for field, name in (
       ('data.seq_len', 'seq_len'), ('train.batch_size', 'batch_size'))]
   fields += [(f'optimizer.{name}', getattr(source.optimizer, name), getattr(run.optimizer, name))
              for name in ('b1', 'b2')]
-  if run.init == CHECKPOINT:  # an edit brings text of its own
+  if run.init == CHECKPOINT:  # an edit may train on other text
     fields.append(('domains', source.weights, run.weights))
   yield from (f'{field} is {was} there and {now} here' for field, was, now in fields if was != now)
   was, now = (set(each.objective.frozen_paths(run.model)) for each in (source, run))
   for paths, where in ((was - now, 'there'), (now - was, 'here')):
     if paths:
-      yield f'train.freeze leaves {", ".join(sorted(paths))} as they are only {where}'
+      yield f'train.freeze freezes {", ".join(sorted(paths))} only {where}'
 
 
 def check_kept(run: Run, done: int, kept: Sequence[int]) -> None:
   """Raises UsageError unless the step that a run starts from is kept.
 
   Args:
-    run: one that starts from a step of another run.
-    done: the steps that this one has done.
-    kept: those of its steps that are on disk.
+    run: the run, which starts from a step of another one.
+    done: the number of steps that the other run has done.
+    kept: the steps of the other run that are on disk.
   """
   source = run.sources[0]
   if source.steps in kept:
@@ -97,13 +97,13 @@ def check_kept(run: Run, done: int, kept: Sequence[int]) -> None:
 
 
 def steps_needed(run: Run, runs: Iterable[Run]) -> tuple[int, ...]:
-  """The steps of a run that some of these runs start from, its end left out."""
+  """The steps of a run, other than its end, that any of these runs starts from."""
   return tuple(sorted({other.from_step for other in runs
                        if other.from_step and other.sources[0].name == run.name}))
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:
-  """Lines about what runs take from a run that was trained before, and what starts anew."""
+  """Lines on what each run takes from its source, and what starts from the beginning."""
   alone: dict[str, list[str]] = {}
   lines = []
   for run in runs:

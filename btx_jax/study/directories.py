@@ -1,4 +1,4 @@
-"""Checks that the directories of a study hold the runs of its config; says in words if not."""
+"""Checks that the directories of a study hold the runs of its config, and explains differences."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import os
@@ -15,8 +15,8 @@ def check(study: Study, spec: Callable[[Run], dict]) -> None:
   """Raises UsageError unless every directory holds the run that the config has under its name.
 
   Args:
-    study: the runs.
-    spec: everything that decides a run's result.
+    study: the study with the runs.
+    spec: returns everything that decides a run's result.
   """
   changed, manifests = {}, {}
   for run in study.runs.values():
@@ -28,7 +28,7 @@ def check(study: Study, spec: Callable[[Run], dict]) -> None:
     elif any(nested_differences(found['spec'], spec(run))):
       manifests[run.name] = found
       changed[run.name] = changes.of(study, run, found) or [
-          Change(run.name, True, '', '', 'descends from runs with other settings')]
+          Change(run.name, True, '', '', 'descends from runs with different settings')]
   if not changed:
     return
   lines = '\n'.join(f'  {line}' for line in _lines(changed))
@@ -39,7 +39,7 @@ def check(study: Study, spec: Callable[[Run], dict]) -> None:
 
 
 def sentences(run: Run, found: Iterable[Change]) -> Iterator[str]:
-  """The changes of a run with it as the subject, which is not named."""
+  """The changes of a run, as sentences that leave out their subject, the run."""
   for (root, direct), of_root in _grouped(found, lambda change: (change.root, change.direct)):
     subject = '' if root == run.name else (
         f'{"starts" if direct else "descends"} from {root}, which ')
@@ -47,7 +47,7 @@ def sentences(run: Run, found: Iterable[Change]) -> Iterator[str]:
 
 
 def _lines(changed: Mapping[str, list[Change]]) -> Iterator[str]:
-  """A line for all changes that concern the same runs in the same way."""
+  """One line for all changes that affect the same runs in the same way."""
   runs: dict[tuple, list[tuple[str, Change]]] = {}
   for name, found in changed.items():
     for change in found:
@@ -68,7 +68,7 @@ def _lines(changed: Mapping[str, list[Change]]) -> Iterator[str]:
 
 
 def _grouped(items: Iterable, key: Callable[[Any], Any]) -> Iterable[tuple[Any, list]]:
-  """The items that have one key, for each key, in the order of the first ones."""
+  """Groups items by key; keys are in order of first appearance."""
   groups: dict[Any, list] = {}
   for item in items:
     groups.setdefault(key(item), []).append(item)
@@ -93,7 +93,7 @@ def _clause(found: Sequence[Change], plural: bool = False) -> str:
 
 def _way_on(study: Study, changed: Mapping[str, list[Change]], manifests: Mapping[str, dict]
             ) -> str:
-  """How what is there can be used; '' if nothing was trained."""
+  """Advice on how to use the existing runs; '' if nothing was trained."""
   for old, new in _perhaps_renamed(study, manifests):
     return (f'If {new!r} is the run that was {old!r}, `rename {old} {new}` moves it, and it stays '
             'the same run. ')
@@ -101,14 +101,14 @@ def _way_on(study: Study, changed: Mapping[str, list[Change]], manifests: Mappin
   for name, found in manifests.items():
     if name in roots and found.get('steps_done'):
       plain, step = study.runs[name].plain_name, found['steps_done']
-      return (f'To go on from what is there with more steps, fewer or other settings, leave '
+      return (f'To go on from this run with more steps, fewer steps or other settings, leave '
               f'{plain!r} as it was, and add a run from base.checkpoint({plain!r}, step={step}, '
               'state=True). ')
   return ''
 
 
 def _perhaps_renamed(study: Study, manifests: Mapping[str, dict]) -> Iterator[tuple[str, str]]:
-  """Pairs of names, then and now, of runs that may have been renamed by hand."""
+  """(old name, new name) of runs that may have been renamed by hand."""
   known = {run.first_name for run in study.runs.values()}
   for name, found in manifests.items():
     run = study.runs[name]
@@ -117,7 +117,7 @@ def _perhaps_renamed(study: Study, manifests: Mapping[str, dict]) -> Iterator[tu
     pairs += zip(names, run.sources) if len(names) == len(run.sources) else []
     for old, now in pairs:
       moved = study.folder(os.path.join(now.series, str(old)))
-      # Moved in the config only, or its directory only.
+      # Renamed in the config only, or only its directory was moved.
       in_config = manifest.read(moved) and not manifest.read(study.folder(now.name))
       if old not in known and (in_config or now.name in manifests):
         yield str(old), now.plain_name

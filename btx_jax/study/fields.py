@@ -43,7 +43,7 @@ def check(config) -> None:
 
 
 def _domain_like(domain: Any) -> ConfigDict:
-  """A domain with a value of the right type for each field; held_out may be of several types."""
+  """A domain with a value of the right type for each field; held_out may have several types."""
   held_out = domain.get('held_out', ()) if isinstance(domain, ConfigDict) else ()
   kind = 0.0 if isinstance(held_out, int | float) else '' if isinstance(held_out, str) else ()
   return base.domain(held_out=kind)

@@ -55,7 +55,7 @@ def make_plan(config, vocab_size: int, tokenizer: Tokenizer | None = None,
     vocab_size: of the tokenizer.
     tokenizer: the tokenizer, if it exists already.
     at_hand: pretrained models must exist; otherwise a missing one has the sizes of `config.model`.
-    best: the steps that step='best' stands for where that is known; see recorded.best_steps.
+    best: the steps that step='best' means, as far as they are known; see recorded.best_steps.
 
   Raises:
     UsageError: something in the config cannot run. No compute has been spent then.
@@ -286,7 +286,7 @@ def _steps(name: str, config, runs: Mapping[str, Run], model: model_config.Confi
 
 
 def _start(name: str, config, runs: Mapping[str, Run], best: int | None):
-  """The sources, recipe, edit and expert names of a run; `best`, what step='best' stands for."""
+  """The sources, recipe, edit and expert names of a run; `best` is the step that 'best' means."""
   init = config.runs[name].init
   if init.kind not in INITIALISERS:
     raise UsageError(f'runs.{name}.init.kind = {init.kind!r}; '

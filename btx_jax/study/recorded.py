@@ -1,5 +1,4 @@
-"""What the directories of runs decide about the plan of a config: the names that runs were started
-under, and the steps that are the best ones."""
+"""What a config's plan takes from run directories: original names of runs, and their best steps."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -15,7 +14,7 @@ Folder = Callable[[str], str]  # the name of a run -> its directory
 
 
 def read(folder: str) -> dict[str, Any] | None:
-  """The manifest of a run directory; None also if it cannot be read, which others report."""
+  """The manifest of a run directory; None if it is missing or unreadable (reported elsewhere)."""
   try:
     return manifest.read(folder)
   except (UsageError, NotADirectoryError):
@@ -25,8 +24,8 @@ def read(folder: str) -> dict[str, Any] | None:
 def best_step(folder: str, steps: int = 0) -> int | None:
   """The step with the lowest held-out loss of the run in a directory.
 
-  It is known once the run is complete, or has stopped or failed after an evaluation; else None.
-  0 is the end, as in base.checkpoint: the best step of a complete run that noted none.
+  It is known once the run is complete, or has stopped or failed after an evaluation; until then,
+  None. 0 is the end, as in base.checkpoint: the best step of a complete run that recorded none.
   """
   found = read(folder)
   if not found or (found['state'] == manifest.RUNNING and files.is_locked(folder)):
@@ -37,9 +36,9 @@ def best_step(folder: str, steps: int = 0) -> int | None:
 
 
 def best_steps(config, folder: Folder) -> dict[str, int]:
-  """The step that step='best' stands for, by the name of the run that starts from it.
+  """The step that step='best' means, by the name of the run that starts from it.
 
-  A run that has been started stays with the step that was the best then. Those of which it is not
+  A run that has been started keeps the step that was the best then. Runs whose best step is not
   known yet are left out.
   """
   result = {}
@@ -56,7 +55,7 @@ def best_steps(config, folder: Folder) -> dict[str, int]:
 
 
 def with_first_names(runs: Mapping[str, Run], folder: Folder) -> dict[str, Run]:
-  """The runs, with the names that they were started under where `rename` has changed them."""
+  """Sets `renamed_from`, the name a run was started under, for runs that `rename` renamed."""
   made: dict[str, Run] = {}
   for run in runs.values():
     found, first = read(folder(run.name)), ''

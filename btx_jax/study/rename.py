@@ -1,7 +1,7 @@
-"""The command `rename`: a run gets another name, and stays the same run.
+"""The command `rename`: gives a run another name; it stays the same run.
 
-Its spec keeps the name that it was started under. Everything random of it follows from that name,
-and so does its identity, which the runs that start from it have recorded: none of them changes.
+The spec keeps the name that the run was started under. Its random numbers follow from that name,
+and so does its identity, which the runs that start from it have recorded. So none of them changes.
 """
 
 import contextlib
@@ -16,15 +16,14 @@ from btx_jax.study.study import MISSING, Study
 def rename(study: Study, old: str, new: str) -> list[str]:
   """Moves a run's directory, in every series; returns the directories as they are now.
 
-  A directory that was moved by hand already is only given the name.
+  If a directory was already moved by hand, only the name in its manifest changes.
 
   Args:
-    study: the working directory.
-    old, new: the config's names of the run.
+    study: the study in the working directory.
+    old, new: names of the run in the config.
 
   Raises:
-    UsageError: there is no such run, the new name cannot be one or is taken, or the run is in
-      progress.
+    UsageError: there is no such run, the new name is invalid or taken, or the run is in progress.
   """
   plan.check_name(new)
   old, new = (name.rstrip('/') for name in (old, new))  # as a shell completes names of folders
@@ -48,24 +47,23 @@ def rename(study: Study, old: str, new: str) -> list[str]:
 
 def _check(study: Study, here: str, there: str):
   if os.path.exists(there):
-    raise UsageError(f'rename: {there} exists already; choose another name, or rename what is '
+    raise UsageError(f'rename: {there} already exists; choose another name, or rename what is '
                      'there first.')
   inside = [run.name for run in study.runs.values()
             if study.folder(run.name).startswith(here + os.sep)
             and os.path.exists(study.folder(run.name))]
   if inside or there.startswith(here + os.sep):
-    raise UsageError(f'rename: {here} also is the directory of '
-                     f'{", ".join(inside) or there}; choose a name that does not lie in it, and '
-                     'rename what lies in it first.')
+    raise UsageError(f'rename: {here} is also a parent of {", ".join(inside) or there}; choose '
+                     'a name that does not lie in it, and rename what lies in it first.')
 
 
 def _move(here: str, there: str, new: str):
-  """Notes the name, then moves: a run of which the name is only noted counts as not renamed."""
+  """Records the name, then moves: a run whose directory was not moved counts as not renamed."""
   folder = here if os.path.exists(here) else there
   with files.lock_folder(folder):
     manifest.write(folder, {**(manifest.read(folder) or {}), 'name': new})
     if folder == here:
       os.makedirs(os.path.dirname(there), exist_ok=True)
       os.rename(here, there)
-  with contextlib.suppress(OSError):  # of expert/code, the folder expert, if nothing else is in it
+  with contextlib.suppress(OSError):  # the parent, such as `expert`
     os.rmdir(os.path.dirname(here))

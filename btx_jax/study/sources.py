@@ -94,15 +94,15 @@ def checkpoints(study: Study, run: Run) -> str:
 
 
 def kept(study: Study, run: Run) -> list[int]:
-  """The steps of a run after which its state is on disk, in order."""
+  """The steps of a run that have a checkpoint on disk, in order."""
   from btx_jax.training.checkpoint import kept_steps
   return kept_steps(checkpoints(study, run))
 
 
 def superseded(study: Study) -> list[Run]:
-  """Runs that failed, and from steps of which that are kept all runs start that start from them.
+  """Failed runs whose kept steps suffice: every run that starts from one starts from a kept step.
 
-  They are not tried again with the study, which goes on with the others; only by --run.
+  The study continues without them. They are tried again only with --run.
   """
   result = []
   for run in study.runs.values():

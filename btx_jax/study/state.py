@@ -1,4 +1,4 @@
-"""The training state that a run starts from: its parameters, and moments that are zero or taken."""
+"""The training state a run starts from: parameters, and moments, zero or from its source."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,17 +23,17 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None,
             program: Program) -> TrainState:
   """The state at step 0 of a run.
 
-  With Run.state it has the step count and the optimizer state of the first source, of which each
-  process reads only what its devices hold. The count of the schedule starts anew unless the
-  learning rate is constant. Of an edit, what belongs to a new expert is zero, and so are the
-  moments of routers that were set anew.
+  With Run.state, the step count and the optimizer state are those of the first source; each process
+  reads only the slices that its devices hold. The schedule's count starts at zero unless the
+  learning rate is constant. After an edit, the moments of new experts are zero, and so are those of
+  routers that were initialised again.
 
   Args:
-    study: whose run it is.
+    study: the study of the run.
     run: the run.
-    mesh: to lay the state out on.
+    mesh: the mesh to lay the state out on.
     branches: as in params.initial.
-    program: that trains the run.
+    program: the program that trains the run.
   """
   parameters = params.initial(study, run, mesh, branches)
   if not run.state:
@@ -52,12 +52,12 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None,
 
 
 class Edited:
-  """A mixture's moments after its experts were exchanged: those of new experts are zero."""
+  """A mixture's moments after an edit of its experts: those of new experts are zero."""
 
   def __init__(self, stored: checkpoint.Saved, experts: Mapping[int, int],
                columns: Mapping[int, int]):
-    """`experts`: the number of an expert here -> its number in the mixture, for those that keep
-    their moments; `columns`: the same for their columns of the routers."""
+    """`experts`: index of an expert here -> its index in the mixture, for experts that keep their
+    moments; `columns`: the same for the experts' columns in the routers."""
     self._stored, self._experts, self._columns = stored, experts, columns
 
   def read(self, path: str, index: Index) -> np.ndarray:

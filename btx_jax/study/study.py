@@ -56,14 +56,14 @@ class Study:
     self._tokenizer = tokenizer
 
   def plan(self, best: Mapping[str, int]) -> dict[str, Run]:
-    """The runs, with the steps that step='best' stands for; see recorded.best_steps."""
+    """The runs, given the steps that step='best' means; see recorded.best_steps."""
     return recorded.with_first_names(self._plan(best), self.folder)
 
   @functools.cached_property
   def text_changes(self) -> list[str]:
-    """What the tokenized text was made from and the config or the files have otherwise now; lines.
+    """Lines on how the config or the files differ from what the tokenized text was made from.
 
-    Looked up once, as there may be many files.
+    Computed once, as there may be many files.
     """
     return list(origin.in_words(text.changed(self.config, self.data_folder, self._tokenizer)))
 

@@ -8,13 +8,13 @@ from btx_jax.run import Run
 
 
 def held_out_loss(run: Run, scores: Mapping[str, Mapping[str, Any]]) -> float:
-  """Bits per byte of held-out text, weighted as the run's training rows are.
+  """Bits per byte of held-out text, averaged with the weights of the run's training domains.
 
-  Domains that it is not trained on do not count.
+  Domains that the run is not trained on do not count.
 
   Args:
     run: the run.
-    scores: by domain, each with `bits_per_byte`.
+    scores: the score of each domain, with `bits_per_byte`.
   """
   return sum(share * scores[domain]['bits_per_byte'] for domain, share in run.weights.items())
 
@@ -23,7 +23,7 @@ class Best:
   """The best step so far.
 
   Attributes:
-    found: its `step` and its loss as `bits_per_byte`, as a manifest has them; None without one.
+    found: its `step`, and its loss as `bits_per_byte`, as in a manifest; None if there is none.
   """
 
   def __init__(self, found: Mapping[str, Any] | None = None):
@@ -31,11 +31,11 @@ class Best:
 
   @property
   def step(self) -> int:
-    """0 if no step was evaluated."""
+    """The best step; 0 if no step was evaluated."""
     return self.found['step'] if self.found else 0
 
   def improves(self, step: int, loss: float) -> bool:
-    """Notes the loss after a step; returns whether it is finite, and lower than all before."""
+    """Records the loss after a step; returns whether it is finite and the lowest so far."""
     if not math.isfinite(loss) or (self.found and loss >= self.found['bits_per_byte']):
       return False
     self.found = {'step': step, 'bits_per_byte': loss}

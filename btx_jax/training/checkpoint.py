@@ -26,11 +26,11 @@ class Checkpoints:
   """The checkpoints of one run; a context manager.
 
   Attributes:
-    best: a step whose checkpoint is kept until another one is named; 0 is none.
+    best: the step whose checkpoint is kept until another step is set; 0 is none.
   """
 
   def __init__(self, folder: str, newest: int = 2, every: int = 0, steps: Sequence[int] = ()):
-    """Keeps the `newest` ones, those after multiples of `every` steps (0: none), and `steps`."""
+    """Keeps the `newest` checkpoints, those at multiples of `every` (0: none), and `steps`."""
     self.best = 0
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(newest), policies.CustomSteps(steps), _KeepsBest(self)]
@@ -105,7 +105,7 @@ def _stacked(path: str) -> int:
 
 
 def without_params(state: TrainState) -> dict:
-  """What is saved beside the parameters, as a tree."""
+  """The saved state other than the parameters, as a tree."""
   return {'step': state.step, 'opt_state': state.opt_state}
 
 
@@ -137,7 +137,7 @@ class Saved:
   """
 
   def __init__(self, folder: str, step: int, item: str = 'params'):
-    """`item`: 'params', or 'train' for what is saved beside them."""
+    """`item`: 'params', or 'train' for the rest of the saved state."""
     self._path = _step_folder(folder, step)
     self._item = item
     self._arrays = {}

@@ -1,11 +1,11 @@
-"""Which lines of metrics.jsonl the sinks of a run get, and what happens if one fails.
+"""Delivers lines of metrics.jsonl to the sinks of a run, and handles sinks that fail.
 
 TensorBoard is a file, and is written like metrics.jsonl. A service (Weights & Biases, MLflow) can
-be slow or out of reach, so it is sent to from a thread of its own, and each line only once:
-WORKDIR/RUN/wandb.json, or mlflow.json, has the id of the service's run and the steps that it has. A
-run that is stopped goes on in the same run of the service. Steps that are trained again, because
-they came after the last checkpoint, are not sent again; lines that the service does not have yet,
-because it failed or was not asked for, are sent then.
+be slow or unreachable, so each has its own thread, which sends every line only once:
+WORKDIR/RUN/wandb.json, or mlflow.json, has the id of the service's run and the last steps that were
+sent. A run that was stopped continues the same run of the service. Steps that are trained again,
+because they came after the last checkpoint, are not sent again. Lines that the service lacks,
+because it failed or was not in the config, are sent when the run continues.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,20 +22,20 @@ from btx_jax import files
 from btx_jax.terminal import say
 from btx_jax.training import sinks
 
-_LATER = ('A run that goes on later sends what is missing; delete {}.json in its directory to send '
-          'all to a new run.')
+_LATER = ('When the run is continued, missing lines are sent; delete {}.json in its directory to '
+          'send all of them to a new run.')
 _ADVICE = {
     sinks.TENSORBOARD: 'Check the disk, and the version of tensorboardX.',
     sinks.WANDB: 'Run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline needs no network. '
                  + _LATER.format(sinks.WANDB),
     sinks.MLFLOW: 'Check MLFLOW_TRACKING_URI, and that its server answers. '
                   + _LATER.format(sinks.MLFLOW)}
-_WAIT = sinks.PATIENCE + 5  # seconds; a service that gives up by itself says why
-_SECRET = re.compile(r'KEY|TOKEN|PASSWORD|SECRET', re.IGNORECASE)  # in names of variables
+_WAIT = sinks.PATIENCE + 5  # seconds; so that a service can give up first, and report why
+_SECRET = re.compile(r'KEY|TOKEN|PASSWORD|SECRET', re.IGNORECASE)  # in variables' names
 
 
 class Service(sinks.Sink, Protocol):
-  """A sink with a run of its own; attributes as in sinks.WeightsAndBiases."""
+  """A sink that has its own run; attributes as in sinks.WeightsAndBiases."""
   id: str
   place: str
 
@@ -49,7 +49,7 @@ class Deliveries:
 
   def __init__(self, names: Iterable[str], subject: sinks.Subject, resume_step: int,
                kept: Sequence[Mapping[str, Any]]):
-    """`kept` are the lines up to `resume_step`, from which the run continues."""
+    """`kept` are the lines up to `resume_step`, the step that the run continues from."""
     names = dict.fromkeys(names)
     self._board: sinks.Sink | None = None
     if sinks.TENSORBOARD in names:
@@ -100,7 +100,7 @@ class _Delivery:
     self._path = os.path.join(subject.folder, f'{name}.json')
     self._lines: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
     self._finished = False
-    # A daemon: one that hangs does not keep the process from ending.
+    # A daemon thread: if it hangs, the process can still exit.
     self._thread = threading.Thread(target=self._work, daemon=True)
     self._thread.start()
 
@@ -108,12 +108,12 @@ class _Delivery:
     self._lines.put(line)
 
   def end(self, finished: bool):
-    """No line follows."""
+    """Marks the end of the lines."""
     self._finished = finished
     self._lines.put(None)
 
   def wait(self):
-    """Waits for the service, but not for ever."""
+    """Waits until the service has taken all lines, or _WAIT seconds."""
     self._thread.join(_WAIT)
     if self._thread.is_alive():
       _warn(self._name, 'it did not take the last figures in time')
@@ -121,7 +121,7 @@ class _Delivery:
   def _work(self):
     try:
       self._deliver()
-    # Whatever such a package raises, and it may be anything, is no reason to stop training.
+    # A service's package may raise anything; nothing that it raises is a reason to stop training.
     except Exception as error:
       _warn(self._name, f'{type(error).__name__}: {error}')
 
@@ -135,7 +135,7 @@ class _Delivery:
     self._save(state)
     say(_without_secrets(f'{self._subject.name}: {self._name}, {service.place}'))
     while (line := self._lines.get()) is not None:
-      # A step can have a line of each kind.
+      # A step can have one line of each kind.
       kind = 'evaluation' if 'bits_per_byte' in line else 'training'
       if line['step'] > state[kind]:
         service.write(line['step'], line['time'], dict(sinks.figures(line)))
@@ -149,14 +149,14 @@ class _Delivery:
 
 
 def _warn(name: str, problem: str):
-  """Says that the sink `name` fails, and what to do."""
-  _say_once(f'config.sinks: {name!r} fails, and training goes on without it '
+  """Prints that the sink `name` failed, and what to do."""
+  _say_once(f'config.sinks: {name!r} failed, and training continues without it '
             f'({_without_secrets(problem)[:300]}). metrics.jsonl has all figures. {_ADVICE[name]}')
 
 
 @functools.cache
 def _say_once(text: str):
-  """Prints a warning, unless another run of this process had the same trouble."""
+  """Prints a warning, unless this process has printed it already."""
   say(text)
 
 

@@ -1,9 +1,9 @@
-"""Where the figures of a run go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
+"""Sends the figures of a run to TensorBoard, Weights & Biases or MLflow, besides metrics.jsonl.
 
-A config names them, as in config.sinks = ('tensorboard', 'wandb'), and nothing is sent otherwise.
-Each is a `Sink`, and gets the numbers of a line of metrics.jsonl by name. delivery.py decides which
-lines are sent, and keeps a service that fails from stopping the run. Their packages are extras, and
-imported only here and only when a run starts.
+A config names its sinks, as in config.sinks = ('tensorboard', 'wandb'); by default nothing is sent.
+A `Sink` takes the numbers of a line of metrics.jsonl by name. delivery.py decides which lines are
+sent, and keeps a failing service from stopping the run. The packages are extras. They are imported
+only here, and only when a run starts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,23 +21,23 @@ from btx_jax.run import Run
 
 TENSORBOARD, WANDB, MLFLOW = 'tensorboard', 'wandb', 'mlflow'
 _PACKAGES = {TENSORBOARD: 'tensorboardX', WANDB: 'wandb', MLFLOW: 'mlflow'}
-_PROJECT = 'btx_jax'  # the project of W&B, or experiment of MLflow, unless their variables name one
+_PROJECT = 'btx_jax'  # W&B project or MLflow experiment, unless their variables name one
 # Limits of MLflow.
 _MLFLOW_METRICS, _MLFLOW_PARAMS, _MLFLOW_CHARACTERS = 1000, 100, 500
 
 _FLUSH_EVERY = 60.0  # seconds between writes of TensorBoard's events to the disk
-PATIENCE = 30.0  # seconds that a service may take to answer, or at the end to take the last lines
+PATIENCE = 30.0  # seconds a service may take to answer, and at the end to take the last lines
 
 
 class Sink(Protocol):
   """Takes figures of one run. Any method may raise whatever its package raises."""
 
   def write(self, step: int, time: float, figures: Mapping[str, float]) -> None:
-    """Takes the figures of a step, measured at `time` (seconds since 1970)."""
+    """Takes the figures of a step, measured at `time` in seconds since 1970."""
     ...
 
   def close(self, finished: bool) -> None:
-    """Ends; `finished` is False if the run has stopped or failed."""
+    """Closes the sink; `finished` is False if the run was stopped or has failed."""
     ...
 
 
@@ -46,10 +46,10 @@ class Subject:
   """The run whose figures are sent.
 
   Attributes:
-    name: of the run.
-    study: groups the runs of a working directory.
+    name: the run's name.
+    study: the name that groups the runs of a working directory.
     folder: the run's directory.
-    settings: what decides the run's result, from Run.spec.
+    settings: the settings that decide the run's result, from Run.spec.
   """
   name: str
   study: str
@@ -58,30 +58,30 @@ class Subject:
 
 
 def subject(run: Run, folder: str) -> Subject:
-  """A run as sinks show it; `folder` is its directory, WORKDIR/NAME."""
+  """The Subject of a run; `folder` is the run's directory, WORKDIR/NAME."""
   workdir = os.path.abspath(folder).removesuffix(os.path.normpath(run.name))
   return Subject(run.name, os.path.basename(os.path.normpath(workdir)), folder, run.spec())
 
 
 def check(names: Sequence[str]) -> None:
-  """Raises UsageError unless these are sinks whose packages are installed."""
+  """Raises UsageError unless all names are sinks whose packages are installed."""
   for name in names:
     if name not in _PACKAGES:
       several = f'write --config.sinks="{tuple(name.split(","))}".'
       hint = several if ',' in name else nearest(name, _PACKAGES)
       raise UsageError(f'config.sinks: {name!r} is not a sink; {hint}')
     spec = importlib.util.find_spec(_PACKAGES[name])
-    # A folder `wandb` in the current directory is found too, as a package without origin.
+    # A folder `wandb` in the current directory is found too, as a package without an origin.
     if spec is None or spec.origin is None:
       raise UsageError(f'config.sinks: {name!r} needs the package {_PACKAGES[name]}: pip install '
                        f"'btx_jax[{name}]'")
 
 
 class TensorBoard:
-  """Events in the run's directory, in the folder `tensorboard`."""
+  """Event files in the folder `tensorboard` of the run's directory."""
 
   def __init__(self, folder: str, resume_step: int):
-    """Events after `resume_step` of an earlier start are replaced by those that follow."""
+    """Events that an earlier start wrote after `resume_step` are replaced by new ones."""
     # Not its SummaryWriter, which writes in a thread, and waits for ever once that has failed.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2
@@ -113,13 +113,13 @@ class WeightsAndBiases:
   """A run of Weights & Biases.
 
   Attributes:
-    id: of that run; a later start of ours goes on with it.
-    place: where it can be seen.
+    id: the id of that run; a run of btx that is started again continues it.
+    place: where to look at it.
   """
 
   def __init__(self, of: Subject, known: str | None):
     import wandb
-    # Silent, for otherwise it asks for a key on a terminal; `place` is printed instead.
+    # Silent: otherwise wandb asks for a key on a terminal. `place` is printed instead.
     wandb.setup(settings=wandb.Settings(silent=True))
     self.id = known or uuid.uuid4().hex
     self._run = wandb.init(
@@ -132,7 +132,7 @@ class WeightsAndBiases:
     self.place = self._run.url or offline
 
   def write(self, step: int, time: float, figures: Mapping[str, float]) -> None:
-    del time  # it has a clock of its own
+    del time  # wandb uses its own clock
     self._run.log(dict(figures), step=step)
 
   def close(self, finished: bool) -> None:
@@ -176,7 +176,7 @@ def _mlflow_name(name: str) -> str:
 
 
 def _settings(values: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, str]]:
-  """Settings by path, as text."""
+  """(path, text) of each setting."""
   for key, value in values.items():
     if isinstance(value, Mapping) and value:
       yield from _settings(value, f'{prefix}{key}.')
@@ -185,7 +185,7 @@ def _settings(values: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str
 
 
 def figures(line: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, float]]:
-  """The numbers of a line of metrics.jsonl by path; a list by layer becomes its mean."""
+  """(path, number) of each figure in a line of metrics.jsonl; a list over layers gives its mean."""
   for key, value in line.items():
     name = f'{prefix}{key}'
     if name in ('step', 'time', 'warnings', 'troubles'):
