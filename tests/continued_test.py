@@ -200,8 +200,8 @@ def test_what_starts_anew_is_said(folder):
   assert continued.remarks(list(plan.make_plan(config, 272).values())) == [
       "again continues after step 2 of btx, with its moments, Adam's count and the place in the "
       'data; the learning rate stays constant until it falls over the last 2 steps',
-      "c continues after step 3 of again, with its moments, Adam's count and the place in the data; "
-      'warmup and schedule start over',
+      "c continues after step 3 of again, with its moments, Adam's count and the place in the "
+      'data; warmup and schedule start over',
       'a, b: only the parameters come from btx, step 2; moments, order of data, warmup and '
       'schedule start over']
 
