@@ -334,9 +334,9 @@ def extend(mixture: str, *run_names: str, allow: tuple[str, ...] = (),
       bias. So the first update of such a weight is (1 - b1) / sqrt(1 - b2) of the learning rate,
       whatever its gradient: 0.45 at the default 0.9 and 0.95, where a new run begins with 1. While
       the gradient stays the same, the n-th update is (1 - b1^n) / sqrt(1 - b2^n): it rises to 1.10
-      at n = 20 and falls to 1. Whatever the gradients, none is above (1 - b1) / sqrt((1 - b2) (1 -
-      b1^2 / b2)) = 1.17. (With b2 = 0.999 these are 3.2, 6.6 at n = 12, and 7.3: there it takes a
-      warmup.)
+      at n = 20 and falls to 1. Whatever the gradients, none is above
+      (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 1.17. (With b2 = 0.999 these are 3.2, 6.6 at
+      n = 12, and 7.3: there a warmup is needed.)
   """
   return _edit(mixture, added=_names(run_names), allow=allow, routers=routers, state=state)
 

@@ -70,7 +70,7 @@ NOTES = {
                                      'started with: the table would not say what it compares.',
         'was made from another config': 'The tokens there were made from other text, or with other '
                                        'settings. Files are compared by their size, and by 1 MB at '
-                                       'either end if their time stamp is another.',
+                                       'each end if their time stamp differs.',
         'does not hold tokens written': 'Something else wrote this folder, or it is damaged. If it '
                                         'holds nothing else, delete it.',
         'is not a btx_jax manifest': 'Something else wrote this file, or it is damaged.',

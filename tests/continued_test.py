@@ -198,12 +198,12 @@ def test_what_starts_anew_is_said(folder):
                       'b': base.run(base.checkpoint('btx', step=2), ALL, 1),
                       'c': going_on('again', 1, optimizer={'schedule': 'cosine'})})
   assert continued.remarks(list(plan.make_plan(config, 272).values())) == [
-      "again goes on after step 2 of btx, with its moments, Adam's count and the place in the "
+      "again continues after step 2 of btx, with its moments, Adam's count and the place in the "
       'data; the learning rate stays constant until it falls over the last 2 steps',
-      "c goes on after step 3 of again, with its moments, Adam's count and the place in the data; "
-      'warmup and schedule start anew',
-      'a, b: from btx, step 2 the parameters alone; moments, order of data, warmup and schedule '
-      'start anew']
+      "c continues after step 3 of again, with its moments, Adam's count and the place in the "
+      'data; warmup and schedule start over',
+      'a, b: only the parameters come from btx, step 2; moments, order of data, warmup and '
+      'schedule start over']
 
 
 def test_a_step_and_the_end_are_different_parameters(folder):

@@ -359,8 +359,8 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
          train='{"batch_size": 8, "freeze": ("embed",)}', optimizer='{"b1": 0.8}'),
      "runs.new cannot take the optimizer state of 'seed' and read on where it stopped: "
      'train.batch_size is 16 there and 8 here; optimizer.b1 is 0.9 there and 0.8 here; domains is '
-     "{'code': 0.25, 'math': 0.25, 'prose': 0.5} there and {'code': 1.0} here; train.freeze leaves "
-     'embed only here. Make these equal'),
+     "{'code': 0.25, 'math': 0.25, 'prose': 0.5} there and {'code': 1.0} here; train.freeze "
+     'freezes embed only here. Make these equal'),
     (new(init='ConfigDict({"kind": "average", "runs": ("seed",)})'), "runs.new.init.kind = 'av"),
     (new(init='base.mix("seed", "btx")'), "runs.new mixes 'btx', which is a mixture already."),
     (new(init='base.random()', model='{"dim": 32}') + '\n' + new(
@@ -677,13 +677,13 @@ def test_text_that_is_held_out_after_it_was_tokenized_or_not_any_more(run, confi
   lines = '''(here / "x.jsonl").write_text("".join(
     open(config.domains.code.paths[0]).readlines()[:{}]))
 config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
-  check(run(config(lines.format(60)), f'--workdir={work}', 'data'), 'domains.code: documents that '
-        'are held out are in its training text, which was tokenized before: 56 of 60 of wiki.')
+  check(run(config(lines.format(60)), f'--workdir={work}', 'data'), 'domains.code: its training '
+        'text, which is tokenized already, has documents that are held out: 56 of 60 of wiki.')
   new = f'--workdir={tmp_path / "new"}', 'data'
   done = run(config(lines.format(9)), *new)
   assert done.code == 0, done.stderr
   check(run(config(lines.format(8)), *new), 'x.jsonl had ')
-  check(run(config(), *new), 'document(s) that were held out when it was tokenized, and are not')
+  check(run(config(), *new), 'document(s) that were held out when it was tokenized and no longer')
 
 
 def test_names_that_a_run_cannot_get(run, config, work):

@@ -113,13 +113,13 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     if not run.state:
       alone.setdefault(source.label, []).append(run.name)
       continue
-    rate = 'warmup and schedule start anew'
+    rate = 'warmup and schedule start over'
     if run.schedule_start:
       rate = 'the learning rate stays constant' + (
           f' until it falls over the last {run.optimizer.decay_steps(run.steps):,} steps'
           if run.optimizer.schedule == WSD else '')
     place = 'the best step' if source.until_best else f'step {source.steps:,}'
-    lines.append(f'{run.name} goes on after {place} of {source.name}, with its '
+    lines.append(f'{run.name} continues after {place} of {source.name}, with its '
                  f"moments, Adam's count and the place in the data; {rate}")
-  return lines + [f'{", ".join(names)}: from {label} the parameters alone; moments, order of data, '
-                  'warmup and schedule start anew' for label, names in alone.items()]
+  return lines + [f'{", ".join(names)}: only the parameters come from {label}; moments, order of '
+                  'data, warmup and schedule start over' for label, names in alone.items()]
