@@ -147,7 +147,7 @@ def test_events_that_cannot_be_written_stop_no_run(fakes, tmp_path, capsys):
   (tmp_path / 'tensorboard').write_text('a file where the folder should be')
   train(tmp_path, 0, 4, [sinks.TENSORBOARD])
   assert len(metrics.read(str(tmp_path))) == 6
-  assert "config.sinks: 'tensorboard' fails" in capsys.readouterr().out
+  assert "config.sinks: 'tensorboard' failed" in capsys.readouterr().out
 
 
 def test_a_disk_that_fills_up_stops_no_run(fakes, tmp_path, capsys, monkeypatch):
