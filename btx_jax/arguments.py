@@ -38,7 +38,7 @@ STRIDE = flags.DEFINE_integer(
     'stride', None, 'evaluate: tokens from one window to the next; default evaluation.stride.',
     lower_bound=0)
 PROMPT = flags.DEFINE_multi_string(
-    'prompt', [], 'generate: a text to continue; may be given several times. Without one, each '
+    'prompt', [], 'generate: the text to continue; may be given several times. Without one, each '
     'line of the standard input is a prompt.')
 STEP = flags.DEFINE_integer(
     'step', 0, 'generate: the step of --run to generate with; 0 is its end.', lower_bound=0)

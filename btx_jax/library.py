@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 from typing import Any
 
@@ -17,7 +16,7 @@ from btx_jax.data.framing import CONFIG, NONE, Options
 from btx_jax.data.tokenizer import FILE, Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.devices import sharding
-from btx_jax.devices.mesh import BATCH_AXES
+from btx_jax.devices.mesh import row_ways
 from btx_jax.errors import UsageError
 from btx_jax.model import llama
 from btx_jax.model.config import Config
@@ -136,8 +135,7 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
       raise ValueError(f'logits: tokens lie between {tokens.min()} and {tokens.max()}, and the '
                        f'model has the ids 0 to {config.vocab_size - 1}.')
   rows_BT = jnp.atleast_2d(tokens)
-  mesh = jax.sharding.get_abstract_mesh()
-  ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  ways = row_ways(jax.sharding.get_abstract_mesh())
   padded_BT = jnp.pad(rows_BT, ((0, -len(rows_BT) % ways), (0, 0)))  # rows are shared evenly
   found = _logits(config, params, padded_BT)[:len(rows_BT)]
   return found if tokens.ndim == 2 else found[0]
@@ -166,8 +164,7 @@ def _logits(config: Config, params, tokens_BT):
   positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
   hidden_BTD, _ = llama.Llama(config).apply(
       {'params': params}, tokens_BT, jnp.ones_like(tokens_BT), positions_BT)
-  return jnp.dot(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
-                 preferred_element_type=jnp.float32)
+  return llama.logits(params, hidden_BTD)
 
 
 def _open(path: str) -> tuple[Source, Config]:

@@ -140,16 +140,10 @@ def evaluate_text(name: str, workdir: str):
     raise UsageError('evaluate needs --on=FILES and a model: --config=CONFIG with '
                      '--run=NAME, or --model=FOLDER.')
   from btx_jax.commands import evaluate
-  from btx_jax.devices import compiled
-  from btx_jax.study.study import Study
-  compiled.keep()
   asked = evaluate.Asked(
       [files.local_path('--on', path) for path in dict.fromkeys(flag.ON.value)],
       flag.TEXT_FIELD.value, flag.SEPARATOR.value, flag.LENGTH.value, flag.STRIDE.value)
-  study = Study(flag.CONFIG.value, workdir) if flag.CONFIG.value else None
-  evaluate.print_scores(
-      study, flag.RUN.value or '', files.local_path('--model', flag.MODEL.value or ''), asked,
-      flag.JSON.value)
+  evaluate.print_scores(*_model(workdir), asked, flag.JSON.value)
 
 
 def generate_text(name: str, workdir: str):
@@ -166,13 +160,16 @@ def generate_text(name: str, workdir: str):
       'stop': flag.STOP.value, 'seed': flag.SEED.value, 'n': flag.N.value,
       'step': flag.STEP.value, 'colours': flag.EXPERTS.value}
   from btx_jax.commands import generate
+  generate.print_texts(*_model(workdir), generate.Asked(**asked), flag.JSON.value)
+
+
+def _model(workdir: str):
+  """The study, the run and the folder that name a model for `evaluate` and `generate`."""
   from btx_jax.devices import compiled
   from btx_jax.study.study import Study
   compiled.keep()
   study = Study(flag.CONFIG.value, workdir) if flag.CONFIG.value else None
-  generate.print_texts(
-      study, flag.RUN.value or '', files.local_path('--model', flag.MODEL.value or ''),
-      generate.Asked(**asked), flag.JSON.value)
+  return study, flag.RUN.value or '', files.local_path('--model', flag.MODEL.value or '')
 
 
 def export_model(name: str, workdir: str):

@@ -15,7 +15,7 @@ from btx_jax.study import changes, directories, manifest
 from btx_jax.study.study import Study
 from btx_jax.training import metrics
 from btx_jax.training.best import Best
-from tests import command, studies
+from tests import studies
 
 CONFIG = '''
 import pathlib
@@ -41,12 +41,6 @@ def get_config():
 {lines}
   return config
 '''
-
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-  with command.Commands(str(tmp_path_factory.mktemp('output'))) as commands:
-    yield commands
 
 
 @pytest.fixture(scope='module')

@@ -17,7 +17,7 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
 import jax
 import pytest
 
-from tests import studies
+from tests import command, studies
 
 jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))  # or cuda, or tpu
 jax.config.update('jax_num_cpu_devices', 8)
@@ -30,3 +30,10 @@ def text(tmp_path_factory):
   folder = tmp_path_factory.mktemp('text')
   studies.write_text(folder)
   return folder
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """Runs commands, as tests/command.py says."""
+  with command.Commands(str(tmp_path_factory.mktemp('output'))) as commands:
+    yield commands

@@ -39,12 +39,6 @@ def get_config():
 '''
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-  with command.Commands(str(tmp_path_factory.mktemp('output'))) as commands:
-    yield commands
-
-
 @pytest.fixture
 def config(text, tmp_path):
   """Lines of Python that change a small config -> --config=FILE with them."""

@@ -18,7 +18,7 @@ from btx_jax.evaluate import units
 from btx_jax.model.config import Config
 from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest
-from tests import command, studies
+from tests import studies
 from tests.helpers import random_params
 
 T = 15  # data.seq_len of tests/studies.py
@@ -65,12 +65,6 @@ def own(text, tmp_path_factory):
       ' '.join(rng.choices(studies.WORDS['prose'], k=rng.randint(1, 12))) for _ in range(25)))
   (here / 'mine.py').write_text(CONFIG.format(here=str(here)))
   return here
-
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-  with command.Commands(str(tmp_path_factory.mktemp('output'))) as commands:
-    yield commands
 
 
 def score_by_numpy(folder, part: Tokens, stride: int):

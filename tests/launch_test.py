@@ -17,7 +17,7 @@ import yaml
 from btx_jax.commands import status
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
-from tests import command, studies
+from tests import studies
 from tests.jobs import ROOT, free_port, training, until
 
 CONFIG = '''
@@ -65,12 +65,6 @@ def environment(folder, **settings) -> dict[str, str]:
 def launch(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
   return subprocess.run([f'launch/{script}', *arguments], cwd=ROOT, text=True, timeout=300,
                         capture_output=True, **options)
-
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-  with command.Commands(str(tmp_path_factory.mktemp('output'))) as commands:
-    yield commands
 
 
 def commands_in(printed: str) -> list[list[str]]:

@@ -30,7 +30,7 @@ from btx_jax.study.study import Study, check_stride
 from btx_jax.terminal import format_number, say
 from btx_jax.training import layout
 
-_NAME = '--on'  # the domain that a text is read as
+_NAME = '--on'  # the name of the domain that each text is read into
 
 
 class Asked(NamedTuple):

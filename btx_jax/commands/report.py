@@ -34,7 +34,7 @@ from btx_jax.errors import UsageError
 from btx_jax.evaluate import regression
 from btx_jax.files import replacing
 from btx_jax.run import Run, lineage
-from btx_jax.study import manifest
+from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
 from btx_jax.terminal import format_number
 from btx_jax.training import metrics
@@ -64,7 +64,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
                'differences': compared, 'checks': results.checks,
                'runs': found['runs'], **_by_seed(results),
                'regressions': changes, 'without_each_expert': effects,
-               'manifests': {run.name: settings.read_manifest(study, run)
+               'manifests': {run.name: recorded.read(study.folder(run.name)) or {}
                              for run in study.runs.values()},
                'text': report_runs.metas(study)}, file, indent=1)
   if results.rows:

@@ -1,15 +1,12 @@
 """The report's sections on runs and text: the graph of runs, the cost of each, and the domains."""
 
-import os
 from typing import Any
 
 import numpy as np
 
-from btx_jax.commands import pictures, settings
-from btx_jax.data.tokens import read_meta
-from btx_jax.errors import UsageError
+from btx_jax.commands import pictures
 from btx_jax.run import CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX, Run
-from btx_jax.study import manifest
+from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
 from btx_jax.terminal import duration, format_number
 
@@ -25,7 +22,8 @@ def graph(study: Study, runs: list[dict[str, Any]], save: pictures.SavePicture) 
     if len(found) > 1:
       done = sum(each == manifest.COMPLETE for _, each in found)
       state = f'complete in {done} of {len(found)} seeds'
-    seconds = sum(settings.read_manifest(study, each).get('seconds', 0) for each, _ in found)
+    seconds = sum((recorded.read(study.folder(each.name)) or {}).get('seconds', 0)
+                  for each, _ in found)
     sources[name] = [source.plain_name for source in run.sources]
     notes[name] = (f'{state}\n{sum(each.tokens for each, _ in found) / 1e6:,.1f} M tokens, '
                    f'{duration(seconds)}')
@@ -35,7 +33,7 @@ def graph(study: Study, runs: list[dict[str, Any]], save: pictures.SavePicture) 
 def cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
   """The cells of a run in the table of origins and costs."""
   run = study.runs[found['name']]
-  about = settings.read_manifest(study, run)
+  about = recorded.read(study.folder(run.name)) or {}
   speeds = [(line['tokens_per_second'], line['mfu'])
             for line in lines if 'tokens_per_second' in line]
   speed, mfu = np.median(speeds, axis=0) if speeds else (None, None)
@@ -53,13 +51,8 @@ def cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> li
 
 def metas(study: Study) -> dict[str, dict[str, Any]]:
   """The meta.json of each domain that has been tokenized."""
-  found = {}
-  for domain in sorted(study.config.domains):
-    try:
-      found[domain] = read_meta(os.path.join(study.data_folder, domain))
-    except UsageError:
-      continue  # not tokenized yet
-  return found
+  return {domain: meta for domain in sorted(study.config.domains)
+          if (meta := study.text_meta(domain))}
 
 
 def texts(study: Study) -> list[list[str]]:

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 import json
 from typing import Any, NamedTuple
 
-from btx_jax.errors import UsageError
 from btx_jax.model.config import num_params
 from btx_jax.run import Run
-from btx_jax.study import manifest
+from btx_jax.study import recorded
 from btx_jax.study.study import Study
 
 # Parts of a spec that other tables show, or that only identify a run.
@@ -53,7 +52,7 @@ def of_study(study: Study) -> Settings:
 
 def _of_run(study: Study, run: Run) -> dict[str, str]:
   """The settings of a run as text, by their paths in its manifest and in that order."""
-  found = read_manifest(study, run)
+  found = recorded.read(study.folder(run.name)) or {}
   spec = found.get('spec') or run.spec()
   result = {key: text for key, text in _flat(spec) if key.split('.')[0] not in _ELSEWHERE}
   if not run.steps:  # nothing was trained
@@ -67,14 +66,6 @@ def _of_run(study: Study, run: Run) -> dict[str, str]:
   result['devices'] = found.get('devices', '')
   result['processes'] = str(found.get('processes', ''))
   return {key: text for key, text in result.items() if text}
-
-
-def read_manifest(study: Study, run: Run) -> dict[str, Any]:
-  """The manifest of a run; empty if there is none, or it cannot be read."""
-  try:
-    return manifest.read(study.folder(run.name)) or {}
-  except UsageError:
-    return {}
 
 
 def _flat(values: Mapping[str, Any], path: str = '') -> list[tuple[str, str]]:

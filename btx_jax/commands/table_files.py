@@ -64,5 +64,5 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def escaped(text: str) -> str:
-  """Escapes a text so that LaTeX prints it unchanged, on one line."""
+  """Escapes text so that LaTeX prints it unchanged, on one line."""
   return re.sub(r'--|[\\{}$&#%_^~<>|"±]', lambda found: _LATEX[found[0]], ' '.join(text.split()))

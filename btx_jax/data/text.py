@@ -48,7 +48,8 @@ def prepare(config, folder: str) -> Text:
   wanted = domains.from_config(config.domains)
   tokenizer = _tokenizer(config, folder, wanted)
   say(f'tokenizer: {tokenizer.framing}')
-  origin.check(folder, changed(config, folder, tokenizer))
+  found = changed(config, folder, tokenizer)
+  origin.check(folder, found)
   train, held_out = {}, {}
   unless = _named_held_out(config, wanted, folder, tokenizer)
   shares = {domain.name: domain.share(config.data.held_out) for domain in wanted
@@ -56,10 +57,14 @@ def prepare(config, folder: str) -> Text:
   # Domains with a smaller share come later: they may have copies of what a larger share holds out.
   for domain in sorted(wanted, key=lambda domain: -shares.get(domain.name, 0)):
     path = os.path.join(folder, domain.name)
-    if not os.path.exists(path):
-      say(f'{domain.name}: reading and tokenizing')
-    meta = tokens.prepare(path, domain, tokenizer, config.data.held_out, config.data.max_skipped,
-                          unless if domain.is_trained else kept_out.NOTHING)
+    not_trained_on = unless if domain.is_trained else kept_out.NOTHING
+    if domain.name in found:  # compared with the config already
+      meta = tokens.reopen(path, domain, not_trained_on)
+    else:
+      if not os.path.exists(path):
+        say(f'{domain.name}: reading and tokenizing')
+      meta = tokens.prepare(path, domain, tokenizer, config.data.held_out, config.data.max_skipped,
+                            not_trained_on)
     measured = tokens.load(path, 'held_out')
     if domain.is_trained:
       train[domain.name] = tokens.load(path, 'train')

@@ -149,7 +149,7 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
   if os.path.exists(folder):
     origin.check(os.path.dirname(folder),
                  {domain.name: differences(folder, domain, tokenizer, held_out)})
-    return kept_out.check(folder, domain.name, read_meta(folder), load(folder, 'train'), unless)
+    return reopen(folder, domain, unless)
 
   made_from = _made_from(domain, tokenizer, held_out) | _describe(domain)
   partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # other jobs may be preparing too
@@ -157,6 +157,12 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
     return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def reopen(folder: str, domain: Domain, unless: Mapping[int, str]) -> dict:
+  """What `prepare` does for a folder without `differences`: checks only the documents of `unless`.
+  """
+  return kept_out.check(folder, domain.name, read_meta(folder), load(folder, 'train'), unless)
 
 
 def differences(folder: str, domain: Domain, tokenizer: Tokenizer | None, held_out: float
@@ -241,7 +247,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
 
 
 class _Written(NamedTuple):
-  """What was written.
+  """A summary of the two splits that were written.
 
   Attributes:
     sizes: the bytes of raw text of each split.

@@ -111,9 +111,14 @@ def lay_devices(shape: tuple[int, ...], devices) -> np.ndarray:
       allow_split_physical_axes=True)
 
 
+def row_ways(mesh, batch_axes=BATCH_AXES) -> int:
+  """The number of devices that share the rows of a batch; 1 if the mesh is empty."""
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in batch_axes)
+
+
 def check_rows(mesh, rows: int, name: str, batch_axes=BATCH_AXES):
   """Raises UsageError, about `name`, unless `batch_axes` can share the rows evenly."""
-  ways = math.prod(mesh.shape[axis] for axis in batch_axes)
+  ways = row_ways(mesh, batch_axes)
   if rows < 1:
     raise UsageError(f'{name} = {rows} must be at least 1.')
   if rows % ways:

@@ -65,7 +65,8 @@ def prefill(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int) -> 
   h_BTD, gates_BTE = _network(cfg, weights, tokens_BT, positions_BT, attend)
   last_B11 = (lengths_B - 1)[:, None, None]
   h_BD = jnp.take_along_axis(h_BTD, last_B11, 1)[:, 0]
-  return Decoded(_logits(weights, h_BD), cache, jnp.take_along_axis(gates_BTE, last_B11, 1)[:, 0])
+  gates_BE = jnp.take_along_axis(gates_BTE, last_B11, 1)[:, 0]
+  return Decoded(llama.logits(weights, h_BD), cache, gates_BE)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -80,7 +81,7 @@ def step(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache) -> 
     return _attention_to_cache(q_BNTH, k_BKSH, v_BKSH, positions_B)
 
   h_BTD, gates_BTE = _network(cfg, weights, tokens_B[:, None], positions_B[:, None], attend)
-  return Decoded(_logits(weights, h_BTD[:, 0]), new, gates_BTE[:, 0])
+  return Decoded(llama.logits(weights, h_BTD[:, 0]), new, gates_BTE[:, 0])
 
 
 def _network(cfg: Config, weights: Weights, tokens_BT, positions_BT, attend):
@@ -162,10 +163,6 @@ def _attention_to_cache(q_BN1H, k_BKSH, v_BKSH, positions_B):
   y = jnp.einsum('bkgs,bksh->bkgh', weights.astype(v_BKSH.dtype), v_BKSH,
                  preferred_element_type=jnp.float32)
   return y.astype(q_BN1H.dtype).reshape(B, N, 1, H)
-
-
-def _logits(weights: Weights, h_BD):
-  return jnp.dot(h_BD, llama.output_head(weights, h_BD.dtype), preferred_element_type=jnp.float32)
 
 
 def _placed(x_BKSH):

@@ -11,7 +11,7 @@ import numpy as np
 from btx_jax.convert import generation
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
-from btx_jax.devices.mesh import BATCH_AXES
+from btx_jax.devices.mesh import row_ways
 from btx_jax.errors import UsageError
 from btx_jax.generation import decode
 from btx_jax.generation.sampling import sample
@@ -31,7 +31,7 @@ _SHORTEST, _FEWEST_SLOTS = 16, 128
 
 def generate(config: Config, params, tokenizer: str | Tokenizer, prompts: Sequence[str],
              max_new_tokens: int = 256, sampling: Sampling = GREEDY, seed: int = 0) -> list[str]:
-  """Generates a text for each prompt. Generator has more options, and can be used repeatedly.
+  """Generates one text per prompt. Generator has more options, and can be used repeatedly.
 
   Args:
     config: the model's sizes.
@@ -167,9 +167,7 @@ class Generator:
 
   def _rows(self, count: int) -> int:
     """The rows of a batch: a power of two, and a multiple of the devices that share the rows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return math.lcm(_rounded(count, 1), ways)
+    return math.lcm(_rounded(count, 1), row_ways(jax.sharding.get_abstract_mesh()))
 
   def _seen(self, tokens_BT, lengths_B):
     seen_BV = np.zeros((len(tokens_BT), self._config.vocab_size), bool)

@@ -226,6 +226,11 @@ def output_head(params, dtype=jnp.float32) -> jax.Array:
   return head.astype(dtype)
 
 
+def logits(params, hidden) -> jax.Array:
+  """Next-token logits [..., V] in float32, from final hidden states [..., D]."""
+  return jnp.dot(hidden, output_head(params, hidden.dtype), preferred_element_type=jnp.float32)
+
+
 def shapes(cfg: Config):
   """The parameters as a tree of jax.ShapeDtypeStruct."""
   return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))

@@ -6,11 +6,8 @@ is traced to the run where it began, and is named by the field that the user wri
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
-import os
 from typing import Any, NamedTuple
 
-from btx_jax.data import tokens
-from btx_jax.errors import UsageError
 from btx_jax.run import HUGGING_FACE, Optimizer, Run
 from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
@@ -75,7 +72,7 @@ def of(study: Study, run: Run, found: Mapping[str, Any]) -> list[Change]:
 
 def text_of(study: Study, domains: Iterable[str]) -> dict[str, str]:
   """A description of each domain's text, to be kept in a manifest."""
-  metas = {domain: _meta(study, domain) for domain in domains}
+  metas = {domain: study.text_meta(domain) for domain in domains}
   return {domain: str(meta['made_from']['text']) for domain, meta in metas.items() if meta}
 
 
@@ -83,10 +80,9 @@ def _changes(study: Study, run: Run, was: Mapping[str, Any], earlier: Mapping[st
              texts: Mapping[str, str]) -> Iterator[Change]:
   """The changes of a run since it had the spec `was`; `earlier` has specs by their identity."""
   inherited = []
-  recorded = was.get('sources', [])
-  pairs = [each if isinstance(each, list) else [each, ''] for each in recorded]
-  if [name for name, _ in pairs] == [source.first_name for source in run.sources]:
-    for (_, identity), source in zip(pairs, run.sources):
+  if manifest.source_names(was) == [source.first_name for source in run.sources]:
+    for each, source in zip(was.get('sources', []), run.sources):
+      identity = each[1] if isinstance(each, list) else ''
       inherited += _of_source(study, source, identity, was.get('step', 0), earlier, texts)
   verb = 'trained' if was.get('steps') else 'made'
   fields = list(_fields_changed(was, run.spec()))
@@ -134,7 +130,7 @@ def _clauses(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str,
   now = run.spec()
   if was.get('name') != now['name']:
     yield f'is the run {was.get("name")!r}, which was trained under that name'
-  names = [each[0] if isinstance(each, list) else each for each in was.get('sources', [])]
+  names = manifest.source_names(was)
   if names != now['sources']:
     yield (f'started from {", ".join(names) or "none"} and starts from '
            f'{", ".join(now["sources"]) or "none"} now')
@@ -165,7 +161,7 @@ def _of_mixture(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
 def _of_text(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str, str]
              ) -> Iterator[str]:
   """Whether the tokenizer or the tokenized text has changed."""
-  metas = {domain: meta for domain in run.domains if (meta := _meta(study, domain))}
+  metas = {domain: meta for domain in run.domains if (meta := study.text_meta(domain))}
   if 'tokenizer' in was and any(meta['made_from']['tokenizer'] != was['tokenizer']
                                 for meta in metas.values()):
     yield f'was {"trained" if was.get("steps") else "made"} with a different tokenizer'
@@ -223,11 +219,3 @@ def listed(names: Iterable[str]) -> str:
   """Joins names for a sentence: a, b and c."""
   *most, last = names
   return f'{", ".join(most)} and {last}' if most else last
-
-
-def _meta(study: Study, domain: str) -> dict | None:
-  """The meta.json of a domain's tokens; None if there are none."""
-  try:
-    return tokens.read_meta(os.path.join(study.data_folder, domain))
-  except UsageError:
-    return None

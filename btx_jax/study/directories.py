@@ -112,7 +112,7 @@ def _perhaps_renamed(study: Study, manifests: Mapping[str, dict]) -> Iterator[tu
   known = {run.first_name for run in study.runs.values()}
   for name, found in manifests.items():
     run = study.runs[name]
-    names = [each[0] if isinstance(each, list) else each for each in found['spec']['sources']]
+    names = manifest.source_names(found['spec'])
     pairs = [(found['spec'].get('name'), run)]
     pairs += zip(names, run.sources) if len(names) == len(run.sources) else []
     for old, now in pairs:

@@ -1,9 +1,11 @@
 """manifest.json: what a run directory holds and its state; replaced as a whole at every change."""
 
+from collections.abc import Mapping
 import datetime
 import hashlib
 import json
 import os
+from typing import Any
 
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
@@ -65,6 +67,11 @@ def resume(manifest: dict) -> dict:
     manifest['earlier_versions'] = [
         *manifest.get('earlier_versions', []), manifest['versions']]
   return manifest | {'state': RUNNING, 'versions': _versions()}
+
+
+def source_names(spec: Mapping[str, Any]) -> list[str]:
+  """The names of the runs that a run starts from; a manifest has them with their identities."""
+  return [each[0] if isinstance(each, list) else each for each in spec.get('sources', [])]
 
 
 def now() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import functools
 import os
 
-from btx_jax.data import domains, origin, text
+from btx_jax.data import domains, origin, text, tokens
 from btx_jax.errors import UsageError, nearest
 from btx_jax.run import Run
 from btx_jax.study import fields, manifest, plan, recorded
@@ -71,6 +71,13 @@ class Study:
   def data_folder(self) -> str:
     """The directory of the tokenized text."""
     return os.path.join(self.workdir, 'data')
+
+  def text_meta(self, domain: str) -> dict | None:
+    """The meta.json of a domain's tokens; None if it is not tokenized, or they are unreadable."""
+    try:
+      return tokens.read_meta(os.path.join(self.data_folder, domain))
+    except UsageError:
+      return None
 
   def folder(self, name: str) -> str:
     """The directory of a run."""

@@ -13,6 +13,7 @@ from btx_jax.devices.mesh import (
   choose_sizes,
   count_slices,
   make_mesh,
+  row_ways,
 )
 from btx_jax.errors import UsageError
 from btx_jax.model import llama
@@ -55,7 +56,7 @@ def evaluation_rows(config, mesh: jax.sharding.Mesh) -> int:
   if rows:
     check_rows(mesh, rows, 'evaluation.batch_size')
     return rows
-  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  ways = row_ways(mesh)
   return math.ceil(_EVALUATION_ROWS / ways) * ways
 
 

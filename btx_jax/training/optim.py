@@ -85,11 +85,18 @@ def schedule(cfg: Optimizer, steps: int, start: int = 0, warmup: int | None = No
 
 def schedule_counts(opt_state) -> set[str]:
   """The paths, in the state of `adamw`, of the counts that the learning rate is a function of."""
-  def is_of_schedule(node) -> bool:
-    return isinstance(node, optax.ScaleByScheduleState)
-
   return {f'{sharding.path_of(path)}/count' for path, node in jax.tree.leaves_with_path(
-      opt_state, is_leaf=is_of_schedule) if is_of_schedule(node)}
+      opt_state, is_leaf=_is_of_schedule) if _is_of_schedule(node)}
+
+
+def updates(opt_state: optax.OptState) -> jax.Array:
+  """The count, in the state of `adamw`, that the learning rate is a function of."""
+  found, = filter(_is_of_schedule, jax.tree.leaves(opt_state, is_leaf=_is_of_schedule))
+  return found.count
+
+
+def _is_of_schedule(node) -> bool:
+  return isinstance(node, optax.ScaleByScheduleState)
 
 
 def adamw(cfg: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:

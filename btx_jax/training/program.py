@@ -137,7 +137,7 @@ class SingleRun:
   def step(self, state: TrainState, batch: dict[str, jax.Array], active: Sequence[bool]
            ) -> tuple[TrainState, dict[str, Any]]:
     del active  # the only branch always is
-    rate = self._rate(_updates(state.opt_state))
+    rate = self._rate(optim.updates(state.opt_state))
     return self._shared.step(state, batch, rate, self._seed)
 
   def branch_metrics(self, metrics: dict[str, Any], branch: int) -> dict[str, Any]:
@@ -197,15 +197,6 @@ def _without_schedule(cfg: Optimizer) -> Optimizer:
   """The settings of an optimizer apart from its learning rates, which are the defaults."""
   return Optimizer(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
                    clip_norm=cfg.clip_norm)
-
-
-def _updates(opt_state: optax.OptState) -> jax.Array:
-  """The count that the learning rate is a function of."""
-  def is_of_schedule(node) -> bool:
-    return isinstance(node, optax.ScaleByScheduleState)
-
-  found, = filter(is_of_schedule, jax.tree.leaves(opt_state, is_leaf=is_of_schedule))
-  return found.count
 
 
 class StackedBranches:
