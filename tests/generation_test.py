@@ -100,6 +100,8 @@ def test_a_text_does_not_depend_on_its_batch():
   assert together[0] == generator(batch_size=16)(PROMPTS[:1], 12, sampling, n=2)[0]
   assert together[0][0] != together[0][1]
   assert together != generator(batch_size=16)(PROMPTS, 12, sampling, seed=1, n=2)
+  same, again = generator(batch_size=16)(PROMPTS[:1] * 2, 12, sampling)
+  assert same != again  # a prompt that comes twice is drawn twice
 
 
 def test_greedy_takes_the_likeliest_token_of_whole_passes():
