@@ -142,7 +142,7 @@ def test_an_exported_config_suits_transformers_4_and_5(folders, tmp_path):
   write_folder(tmp_path / 'mixture', folders['mixtral'].model, folders['mixtral'],
                balance_loss=0.02)
   found = json.loads((tmp_path / 'mixture' / 'config.json').read_text())
-  assert (found['output_router_logits'], found['router_aux_loss_coef']) == (True, 0.02)
+  assert (found['output_router_logits'], found['router_aux_loss_coef']) == (False, 0.02)
   assert (found['num_local_experts'], found['num_experts_per_tok']) == (4, 2)
 
 

@@ -94,6 +94,14 @@ def test_greedy_text_of_uneven_prompts_agrees(exported):
     found = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
                             eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
     assert ids == found[:len(ids)]  # ours may end with a token that ends texts
+  longest = max(map(len, prompts))  # in one batch, padded on the left
+  batch = theirs.generate(
+      torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts]),
+      attention_mask=torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt)
+                                   for prompt in prompts]),
+      max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+  for ids, row in zip(together, batch[:, longest:].tolist()):
+    assert ids == row[:len(ids)]
 
 
 @pytest.mark.parametrize('settings', [

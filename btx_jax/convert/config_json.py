@@ -236,8 +236,9 @@ def to_json(model: Config, dtype: str, max_length: int, balance_loss: float, bos
   if not model.num_experts:
     return result
   result |= {name: getattr(model, field) for field, name in _MIXTURE_FIELDS[kind].items()}
-  # Without output_router_logits, transformers trains mixtures without a balancing loss.
-  result |= {'num_experts_per_tok': model.k, 'output_router_logits': True,
+  # With output_router_logits, transformers computes the balancing loss when it generates too, and
+  # fails there on batches. trl turns it on by itself where router_aux_loss_coef is not 0.
+  result |= {'num_experts_per_tok': model.k, 'output_router_logits': False,
              'router_aux_loss_coef': balance_loss}
   if kind != 'mixtral':
     result['norm_topk_prob'] = model.router == 'top_k'
