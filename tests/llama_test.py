@@ -78,13 +78,18 @@ def test_scan_and_remat_change_nothing(cfg):
           {'params': layer}, x, i, rope, batch['segment_ids'], batch['tokens'], None, None)
     return nn.RMSNorm(epsilon=cfg.norm_eps).apply({'params': params['norm']}, x)
 
-  value_and_grad = lambda f: jax.jit(jax.value_and_grad(lambda p: (f(p) ** 2).mean()))(params)
-  expected, expected_grad = value_and_grad(unrolled)
-  _, sums = hidden_and_sums(cfg, params, batch)
+  def scanned(params, model):
+    hidden, sums = hidden_and_sums(model, params, batch)
+    return (hidden ** 2).mean(), sums
+
+  expected, expected_grad = jax.jit(
+      jax.value_and_grad(lambda params: (unrolled(params) ** 2).mean()))(params)
+  _, expected_sums = hidden_and_sums(cfg, params, batch)
   for remat in REMATS if cfg.num_experts else ('none', 'full'):
     model = dataclasses.replace(cfg, remat=remat)
-    assert_trees_close(hidden_and_sums(model, params, batch)[1], sums, rtol=1e-6)
-    value, grad = value_and_grad(lambda p, model=model: hidden_and_sums(model, p, batch)[0])
+    (value, sums), grad = jax.jit(jax.value_and_grad(scanned, has_aux=True), static_argnums=1)(
+        params, model)
+    assert_trees_close(sums, expected_sums, rtol=1e-6)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert_trees_close(grad, expected_grad, rtol=1e-4)
 
