@@ -9,12 +9,14 @@ import os
 from typing import Any
 
 from ml_collections import ConfigDict
+import numpy as np
 
 from btx_jax import base, files
 from btx_jax.errors import RENAMED, UsageError, nearest
 from btx_jax.run import BEST, CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX
 
 _OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
+_LARGEST = float(np.finfo(np.float32).max)
 _INTEGERS = ('seeds',)  # lists of integers; the others hold strings, or pairs of strings
 
 
@@ -110,7 +112,10 @@ def _unknown(owner: str, path: str, like: Iterable[str]) -> UsageError:
 
 
 def _check_value(path: str, value: Any, like: Any) -> None:
-  """Checks that a value has the type of `like`; lists hold strings, unless `like` has an item."""
+  """Checks that a value has the type of `like`; lists hold strings, unless `like` has an item.
+
+  Numbers must be finite in float32.
+  """
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   fits, wanted = _fits_list(value, like) if isinstance(like, tuple) else {
       bool: (isinstance(value, bool), 'True or False'),
@@ -121,6 +126,9 @@ def _check_value(path: str, value: Any, like: Any) -> None:
   if not fits:
     raise UsageError(f'{path} = {value!r} is of type {type(value).__name__}, and must be '
                      f'{wanted}.')
+  if type(like) is float and not abs(value) <= _LARGEST:
+    raise UsageError(f'{path} = {value!r} must be a finite number, at most {_LARGEST:.1e}, the '
+                     'largest in float32.')
 
 
 def _fits_list(value: Any, like: tuple) -> tuple[bool, str]:
