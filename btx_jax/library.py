@@ -181,4 +181,4 @@ def _open(path: str) -> tuple[Source, Config]:
     raise UsageError(f'load: {path} has no checkpoint: its run is {found["state"]}, of '
                      f'{found["spec"]["steps"]} steps. Train it, or write what a run of 0 steps '
                      'is with the command export.')
-  return checkpoint.Saved(folder, step), Config(**found['spec']['model'])
+  return checkpoint.Saved(folder, step, found['identity']), Config(**found['spec']['model'])

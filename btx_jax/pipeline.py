@@ -13,7 +13,7 @@ from btx_jax import files
 from btx_jax.data import mixture
 from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed, hardware
-from btx_jax.errors import UsageError
+from btx_jax.errors import RunError, UsageError
 from btx_jax.evaluate import bits, ensemble, regression, scores, selected
 from btx_jax.fitting import fit, samples, select
 from btx_jax.model.config import Config
@@ -34,7 +34,7 @@ from btx_jax.study import (
 )
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
-from btx_jax.training import layout, loop, sinks
+from btx_jax.training import checkpoint, layout, loop, sinks
 from btx_jax.training.best import Best, held_out_loss
 
 
@@ -67,7 +67,15 @@ class Pipeline(Study):
       UsageError: there is no such run, it starts from one that is not complete, it does not fit
         the mesh, a sink cannot be used, or a run's directory belongs to another config. No run has
         been touched then.
+      RunError: a loss is not finite; or a checkpoint that is needed is damaged. It is set aside
+        then, and the same command trains its run again from a sound one.
     """
+    try:
+      return self._train_all(only)
+    except checkpoint.Damaged as error:
+      raise self._set_aside(error) from error
+
+  def _train_all(self, only: str | None) -> bool:
     distributed.on_process_0(lambda: sinks.check(self.config.sinks))
     asked = self._not_superseded() if only is None else [self.run(only)]
     incomplete = distributed.broadcast(lambda: self._incomplete(asked, only))
@@ -208,7 +216,7 @@ class Pipeline(Study):
         if run.steps:
           make = functools.partial(state.initial, self, run, self.mesh, branches)
           jobs.append(loop.Job(run, self.folder(run.name), make, self._order(run),
-                               continued.steps_needed(run, self.runs.values()),
+                               found['identity'], continued.steps_needed(run, self.runs.values()),
                                found.get('best')))
     if not manifests:
       return None
@@ -262,6 +270,26 @@ class Pipeline(Study):
     found['processes'] = jax.process_count()
     manifest.write(folder, found)
     return found
+
+  def _set_aside(self, error: checkpoint.Damaged) -> RunError:
+    """Sets a damaged checkpoint aside, so that its run goes on from an earlier one next time.
+
+    It is left alone if its run has no other checkpoint before it, or is not of this config.
+    """
+    if not distributed.is_process_0():
+      return error
+    folder = os.path.abspath(error.folder)
+    run = next((each for each in self.runs.values()
+                if os.path.abspath(sources.checkpoints(self, each)) == folder), None)
+    before = max((step for step in sources.kept(self, run) if step < error.step),
+                 default=0) if run else 0
+    if not run or not before:
+      return error.is_the_last()
+    with files.lock_folder(self.folder(run.name)):
+      found = manifest.read(self.folder(run.name)) or {}
+      manifest.write(self.folder(run.name), found | {
+          'state': manifest.STOPPED, 'steps_done': before})
+      return error.set_aside(run.name, before)
 
   def _first_manifest(self, run: Run) -> dict:
     """The manifest of a run that starts now."""

@@ -76,7 +76,8 @@ def study(folder, tmp_path_factory):
 
 def stored(study, name, step):
   """What is saved beside the parameters after a step, by path."""
-  return Saved(sources.checkpoints(study, study.runs[name]), step, 'train')
+  run = study.runs[name]
+  return Saved(sources.checkpoints(study, run), step, sources.identity(study, run), 'train')
 
 
 def whole(source, path, dims):
@@ -115,7 +116,8 @@ def test_another_step_is_another_run(study, folder):
   found = Study(config, study.workdir)
   np.testing.assert_array_equal(
       whole(sources.final(found, found.runs['new']), 'embed', 2),
-      whole(Saved(sources.checkpoints(study, study.runs['btx']), 2), 'embed', 2))
+      whole(Saved(sources.checkpoints(study, study.runs['btx']), 2,
+                  sources.identity(study, study.runs['btx'])), 'embed', 2))
 
 
 @pytest.mark.parametrize('name', EDITS)

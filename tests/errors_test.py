@@ -14,9 +14,10 @@ MESSAGES = generate.messages()
 MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
-# Modules whose messages are met in distributed_test.py, library_test.py and generation_test.py.
+# Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py and
+# damage_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
-                  'generation/settings')
+                  'generation/settings', 'training/checkpoint')
 
 CONFIG = '''
 import pathlib, sys

@@ -11,7 +11,6 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-import tensorstore
 
 from btx_jax import base, btx, errors, recipe
 from btx_jax.commands import table
@@ -25,6 +24,7 @@ from btx_jax.run import seed_of
 from btx_jax.study import context, sources
 from btx_jax.study.study import Study
 from btx_jax.training import checkpoint
+from btx_jax.training.step import TrainState
 from tests import studies
 from tests.helpers import Arrays, assert_trees_equal, final_params, initial_params, random_params
 from tests.pretrained_test import MODEL, TOKENIZER
@@ -189,12 +189,14 @@ def test_numbers_that_are_not_finite_are_not_mixed(models, tmp_path, name):
 
 
 def test_numbers_that_are_not_finite_are_found_in_a_checkpoint(tmp_path):
-  (tmp_path / '3').mkdir()
-  saved = checkpoint.Saved(str(tmp_path), 3)
-  saved._arrays['embed'] = tensorstore.array(np.float32([[1, 2], [3, np.inf]]))
-  saved.read('embed', (slice(0, 1),))
+  params = {'embed': jax.numpy.float32([[1, 2], [3, np.inf]])}
+  with checkpoint.Checkpoints(str(tmp_path), '0' * 16) as checkpoints:
+    state = TrainState(jax.numpy.int32(3), params, {'count': jax.numpy.int32(0)})
+    checkpoints.save(3, state, {'step': 3})
+  saved = checkpoint.Saved(str(tmp_path), 3, '0' * 16)
+  saved.read('embed', (slice(0, 1), slice(0, 2)))
   with pytest.raises(UsageError, match=r'/3: embed has numbers that are not finite'):
-    saved.read('embed', (slice(1, 2),))
+    saved.read('embed', (slice(1, 2), slice(0, 2)))
 
 
 def test_a_mixture_keeps_the_context_and_the_stop_tokens_of_its_models(models, tmp_path):

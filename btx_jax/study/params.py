@@ -65,7 +65,8 @@ def final(study: Study, run: Run, mesh: Mesh):
   if not run.steps:
     return initial(study, run, mesh)
   return checkpoint.load_params(
-      sources.checkpoints(study, run), run.steps, like(run.model, mesh))
+      sources.checkpoints(study, run), run.steps, like(run.model, mesh),
+      sources.identity(study, run))
 
 
 def average(study: Study, run: Run, mesh: Mesh):

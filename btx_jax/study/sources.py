@@ -30,7 +30,7 @@ def final(study: Study, run: Run) -> Source:
   if not run.steps:
     return start(study, run)
   from btx_jax.training.checkpoint import Saved
-  return Saved(checkpoints(study, run), run.steps)
+  return Saved(checkpoints(study, run), run.steps, identity(study, run))
 
 
 def start(study: Study, run: Run) -> Source:
@@ -91,6 +91,11 @@ def trained(run: Run) -> list[Run]:
 def checkpoints(study: Study, run: Run) -> str:
   """The directory of a run's checkpoints."""
   return os.path.join(study.folder(run.name), 'checkpoints')
+
+
+def identity(study: Study, run: Run) -> str:
+  """The identity that a run's checkpoints were saved with; zeros if it has no manifest."""
+  return (manifest.read(study.folder(run.name)) or {}).get('identity', '0' * 16)
 
 
 def kept(study: Study, run: Run) -> list[int]:

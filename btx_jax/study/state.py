@@ -39,7 +39,8 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None,
   if not run.state:
     return program.create_state(parameters)
   source = run.sources[0]
-  stored: Any = checkpoint.Saved(sources.checkpoints(study, source), source.steps, 'train')
+  stored: Any = checkpoint.Saved(sources.checkpoints(study, source), source.steps,
+                                 sources.identity(study, source), 'train')
   if run.edit:
     stored = Edited(stored, run.edit.kept, {} if run.routers else run.edit.kept)
   anew = () if run.schedule_start else optim.schedule_counts(program.state_shapes.opt_state)

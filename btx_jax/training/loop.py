@@ -58,6 +58,7 @@ class Job:
     folder: the run's directory, for checkpoints and metrics.jsonl.
     make_state: makes the state at step 0, of the program that trains the run.
     order: the training rows, from mixture.order_of.
+    identity: of the run, see manifest.identity.
     steps_kept: further steps to save and keep, because other runs start from them.
     best: the best step before, as Best.found.
   """
@@ -65,6 +66,7 @@ class Job:
   folder: str
   make_state: Callable[[Program], TrainState]
   order: grain.MapDataset
+  identity: str
   steps_kept: Sequence[int] = ()
   best: Mapping[str, Any] | None = None
 
@@ -75,7 +77,7 @@ OnCheckpoint = Callable[[str, int, dict[str, int], dict[str, Any] | None], None]
 
 def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
         evaluate: Evaluate, on_checkpoint: OnCheckpoint) -> dict:
-  """Trains a run, or several as one program, each from its newest checkpoint if it has one.
+  """Trains a run, or several as one program, each from its newest sound checkpoint if it has one.
 
   Args:
     jobs: what to train.
@@ -90,7 +92,7 @@ def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settin
     The parameters at the end; of several runs stacked, leaves [slots, ...].
 
   Raises:
-    RunError: a loss or its gradient is not finite.
+    RunError: a loss or its gradient is not finite, or a run has checkpoints and none is sound.
     KeyboardInterrupt: preempted, with everything saved.
   """
   with contextlib.ExitStack() as stack:
@@ -144,25 +146,25 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   runs = [job.run for job in jobs]
   program = make_program(runs, mesh, len(domains))
   checkpoints = [stack.enter_context(Checkpoints(
-      os.path.join(job.folder, 'checkpoints'), settings.checkpoints_kept,
+      os.path.join(job.folder, 'checkpoints'), job.identity, settings.checkpoints_kept,
       settings.checkpoints_kept_every, job.steps_kept)) for job in jobs]
-  starts, kept = distributed.broadcast(lambda: (
-      [saved.latest or 0 for saved in checkpoints], [saved.steps for saved in checkpoints]))
-  # Of a run that was killed, the best step may not have been written.
-  bests = [Best(job.best if job.best and job.best['step'] in steps else None)
-           for job, steps in zip(jobs, kept)]
-  states, seen = [], []
-  for job, saved, step, best in zip(jobs, checkpoints, starts, bests):
+  starts, states, seen, bests = [], [], [], []
+  for job, saved in zip(jobs, checkpoints):
+    step, state, position = saved.newest(program.state_shapes)
+    # Of a run that was killed, the best step may not have been written.
+    kept = distributed.broadcast(lambda saved=saved: saved.steps)
+    best = Best(job.best if job.best and job.best['step'] in kept else None)
     saved.best = best.step
-    if step:
-      state, position = saved.restore(step, program.state_shapes)
+    if state is not None:
       tokens_by_domain = position['tokens_by_domain']
       # A kill may have come before.
       on_checkpoint(job.run.name, step, tokens_by_domain, best.found)
     else:
       state, tokens_by_domain = job.make_state(program), {}
+    starts.append(step)
     states.append(state)
     seen.append(tokens_by_domain)
+    bests.append(best)
   joined = program.join_states(states)
 
   progress = stack.enter_context(Progress(

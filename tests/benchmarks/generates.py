@@ -45,7 +45,8 @@ def parameters(run: str, folder: str):
   """The model of a run, and its parameters rounded as an export has them."""
   told, exported = manifest.read(run), hugging_face.Folder(folder)
   model = Config(**told['spec']['model'])
-  saved = checkpoint.Saved(os.path.join(run, 'checkpoints'), told['spec']['steps'])
+  saved = checkpoint.Saved(os.path.join(run, 'checkpoints'), told['spec']['steps'],
+                           told['identity'])
 
   def read(key_path, like):
     path = sharding.path_of(key_path)

@@ -1,0 +1,183 @@
+"""A checkpoint that is damaged is noticed by whoever reads it, and a run goes on from a sound one.
+
+tests/pipeline_test.py has kills; here files change on the disk.
+"""
+
+import os
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from btx_jax import load
+from btx_jax.devices import sharding
+from btx_jax.errors import RunError
+from btx_jax.pipeline import Pipeline
+from btx_jax.study import manifest, params, sources
+from btx_jax.training import checkpoint, checksums
+from tests import studies
+from tests.helpers import assert_trees_equal, final_params
+
+STEPS = 6  # with checkpoints after 2, 4 and 6
+
+
+@pytest.fixture(scope='module')
+def study(text, tmp_path_factory):
+  """A complete run, and one that was trained from it."""
+  config = studies.get_config(text)
+  config.evaluation.update(every=0)
+  config.mesh.update(fsdp=2, expert=1, tensor=1)
+  config.checkpoints_kept = 3
+  config.runs = {name: config.runs[name] for name in ('seed', 'expert/code')}
+  pipeline = Pipeline(config, str(tmp_path_factory.mktemp('study') / 'work'))
+  assert pipeline.train()
+  return pipeline
+
+
+@pytest.fixture
+def copy(study, tmp_path):
+  """The study in a directory of its own, to do harm to."""
+  return Pipeline(study.config, str(shutil.copytree(study.workdir, tmp_path / 'work')))
+
+
+def of_step(study, step: int, name: str = 'seed') -> str:
+  return os.path.join(sources.checkpoints(study, study.runs[name]), str(step))
+
+
+def read_all(study) -> dict[str, np.ndarray]:
+  """All parameters of the seed's last checkpoint, and its moments of the head, by slices."""
+  run = study.runs['seed']
+  shapes = {sharding.path_of(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(
+      params.like(run.model, study.mesh))}
+  wanted = {'params': shapes, 'train': {f'opt_state/1/0/mu/{path}': shapes[path]
+                                        for path in ('embed', 'layers/ffn/up')} | {'step': ()}}
+  found = {}
+  for item, shape_of in wanted.items():
+    saved = checkpoint.Saved(sources.checkpoints(study, run), run.steps,
+                             sources.identity(study, run), item)
+    for path, shape in shape_of.items():
+      found[f'{item}/{path}'] = saved.read(path, tuple(slice(0, n) for n in shape))
+  return found
+
+
+def flip(path: str, rng: random.Random):
+  """Flips one bit of a file."""
+  with open(path, 'r+b') as file:
+    at = rng.randrange(os.path.getsize(path))
+    file.seek(at)
+    byte = file.read(1)[0] ^ 1 << rng.randrange(8)
+    file.seek(at)
+    file.write(bytes([byte]))
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(study, copy):
+  sound = read_all(study)
+  folder, kept = of_step(copy, STEPS), of_step(study, STEPS)
+  names = sorted(os.path.relpath(os.path.join(root, name), folder)
+                 for root, _, files in os.walk(folder) for name in files
+                 if 'data' not in os.path.relpath(root, folder).split(os.sep))
+  rng, noticed = random.Random(0), 0
+  for trial in range(20):
+    data = [name for name in names if name.endswith('d') or '/d/' in name]
+    name = rng.choice(data if trial % 2 and data else names)
+    flip(os.path.join(folder, name), rng)
+    try:
+      found = read_all(copy)
+    except RunError as error:
+      assert f'{STEPS} is damaged: ' in str(error)
+      noticed += 1
+    else:
+      assert found.keys() == sound.keys()
+      for path, value in found.items():
+        np.testing.assert_array_equal(value, sound[path], f'{name}: {path}')
+    shutil.copyfile(os.path.join(kept, name), os.path.join(folder, name))
+  assert noticed > 5
+
+
+@pytest.mark.parametrize('harm, problem', [
+    (lambda study: os.rename(of_step(study, 4), of_step(study, STEPS)), 'it is that of step 4'),
+    (lambda study: shutil.copytree(of_step(study, 4) + '/params', of_step(study, STEPS) + '/params'
+                                   ), 'the checksums? of .*embed.* in params differ'),
+    (lambda study: shutil.copytree(of_step(study, 5, 'expert/code'), of_step(study, STEPS)),
+     'it is that of'),
+], ids=['another step', 'parameters of another step', 'another run'])
+def test_what_is_not_the_checkpoint_of_its_place_is_refused(copy, harm, problem):
+  shutil.rmtree(of_step(copy, STEPS) + ('/params' if 'params' in problem else ''))
+  harm(copy)
+  for read in (lambda: final_params(copy, 'seed'), lambda: read_all(copy),
+               lambda: load(copy.folder('seed'))):
+    with pytest.raises(RunError, match=rf'seed/checkpoints/{STEPS} is damaged: {problem}'):
+      read()
+
+
+def test_a_run_goes_on_from_the_newest_sound_checkpoint(study, copy, capsys):
+  folder = copy.folder('seed')
+  manifest.write(folder, manifest.read(folder) | {'state': manifest.STOPPED})
+  shutil.rmtree(os.path.join(of_step(copy, STEPS), 'train'))
+  rng = random.Random(1)
+  data = os.path.join(of_step(copy, 4), 'params', 'ocdbt.process_0', 'd')
+  flip(os.path.join(data, os.listdir(data)[0]), rng)
+  assert copy.train('seed')
+  said = capsys.readouterr().out
+  assert f'seed/checkpoints/{STEPS} is damaged: it cannot be read' in said
+  assert 'seed/checkpoints/4 is damaged: ' in said
+  assert 'going on from step 2, the newest checkpoint that is sound' in said
+  assert_trees_equal(final_params(copy, 'seed'), final_params(study, 'seed'))
+  kept = os.listdir(os.path.dirname(data.split('/4/')[0] + '/4'))
+  assert {'damaged-4', f'damaged-{STEPS}', '4', str(STEPS)} <= set(kept)
+
+
+def test_a_damaged_end_of_a_complete_run_is_trained_again(study, copy):
+  shutil.rmtree(copy.folder('expert/code'))
+  shutil.rmtree(os.path.join(of_step(copy, STEPS), 'params'))
+  with pytest.raises(RunError, match=rf'checkpoints/{STEPS} is damaged: .* It is now called '
+                     rf'damaged-{STEPS}, and the same command trains seed again from step 4'):
+    copy.train()
+  assert copy.state('seed') == manifest.STOPPED
+  assert copy.train()
+  for name in study.runs:
+    assert_trees_equal(final_params(copy, name), final_params(study, name))
+
+
+def test_without_a_sound_checkpoint_nothing_is_touched(copy):
+  folder = copy.folder('seed')
+  manifest.write(folder, manifest.read(folder) | {'state': manifest.STOPPED})
+  for step in (2, 4, STEPS):
+    shutil.rmtree(os.path.join(of_step(copy, step), 'sums'))
+  with pytest.raises(RunError, match=r'it has no checksums; .* No earlier one that is sound is '
+                     r'kept. Put back a copy, or delete .*work/seed to train'):
+    copy.train('seed')
+  assert {'2', '4', str(STEPS)} <= set(os.listdir(os.path.join(folder, 'checkpoints')))
+
+
+@pytest.mark.parametrize('path', ['embed', 'layers/ffn/up', 'layers/ffn/experts/up', 'step'])
+def test_checksums_of_pieces_add_up_to_that_of_the_array(path):
+  rng = np.random.default_rng(0)
+  shape = {'embed': (7, 5), 'layers/ffn/up': (3, 6, 4), 'step': ()}.get(path, (2, 3, 6, 4))
+  x = rng.normal(size=shape).astype(np.float32)
+  expected = checksums.of_tree(_nested(path, jax.numpy.array(x)), None)
+  [expected] = jax.tree.leaves(expected)
+  many = checksums.leading_axes(path)
+  leading = tuple(slice(0, n) for n in shape[:many])
+  total = np.zeros(shape[:many], np.uint32)
+  for piece in checksums.pieces(shape, leading, 8):
+    total += checksums.of_piece(x[piece], piece, many)
+  np.testing.assert_array_equal(total, expected)
+  assert sharding.path_of(jax.tree.leaves_with_path(_nested(path, x))[0][0]) == path
+
+
+def test_exchanged_rows_and_a_flipped_sign_change_a_checksum():
+  x = np.zeros((4, 3), np.float32)
+  x[0] = 1
+  index = (slice(0, 4), slice(0, 3))
+  one = checksums.of_piece(x, index, 0)
+  assert one != checksums.of_piece(x[::-1].copy(), index, 0)
+  assert one != checksums.of_piece(x[:, ::-1] * np.float32([1, 1, -1]), index, 0)
+
+
+def _nested(path: str, leaf):
+  for name in reversed(path.split('/')):
+    leaf = {name: leaf}
+  return leaf
