@@ -219,7 +219,9 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
     format: 'text', or 'chat': each record is a conversation (btx_jax/data/chats.py), written by the
       tokenizer's chat template. Runs are trained on the answers of the assistant, and scored by
       them. Rows hold whole conversations. `text_field` then names the field of the messages; 'text'
-      is any of the usual ones.
+      is any of the usual ones. Or 'pairs': each record is a pair of a chosen and a rejected answer
+      (btx_jax/data/pairs.py), for runs with train.loss 'dpo' or 'simpo'. Scores are those of the
+      chosen answers.
   """
   return ConfigDict({'source': source, 'paths': _strings(paths), 'text_field': text_field,
                      'separator': separator, 'id_field': id_field, 'format': format,

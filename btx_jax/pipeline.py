@@ -1,6 +1,6 @@
 """The runs of a config carried out: trained in their order, and measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
 import os
@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from btx_jax import files
 from btx_jax.data import mixture
@@ -15,7 +16,7 @@ from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed, hardware
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import bits, ensemble, regression, scores, selected
-from btx_jax.fitting import fit, samples, select
+from btx_jax.fitting import fit, reference, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import BEST, Run
 from btx_jax.selector import TFIDF, Merge
@@ -192,8 +193,8 @@ class Pipeline(Study):
       self.runs = self.plan(distributed.broadcast(
           lambda: recorded.best_steps(self.config, self.folder)))
 
-  def _order(self, run: Run):
-    return mixture.order_of(run, self.prepare_text().train)
+  def _order(self, run: Run, references: Mapping[str, np.ndarray] | None = None):
+    return mixture.order_of(run, self.prepare_text().train, references)
 
   # Training
 
@@ -205,11 +206,6 @@ class Pipeline(Study):
       found = distributed.broadcast(functools.partial(self._begin, run))
       if found:
         manifests[run.name] = found
-        if run.steps:
-          make = functools.partial(state.initial, self, run, self.mesh, branches)
-          jobs.append(loop.Job(run, self.folder(run.name), make, self._order(run),
-                               continued.steps_needed(run, self.runs.values()),
-                               found.get('best')))
     if not manifests:
       return None
     before = {name: found['seconds'] for name, found in manifests.items()}
@@ -238,6 +234,13 @@ class Pipeline(Study):
         if run.name in manifests:
           fit.fit(self, run, self.prepare_text(), self.mesh)
           select.fit(self, run, self.prepare_text(), self.mesh)
+          reference.compute(self, run, self.prepare_text(), self.mesh)
+          if run.steps:
+            make = functools.partial(state.initial, self, run, self.mesh, branches)
+            jobs.append(loop.Job(run, self.folder(run.name), make,
+                                 self._order(run, reference.of(self, run)),
+                                 continued.steps_needed(run, self.runs.values()),
+                                 manifests[run.name].get('best')))
       stacked = loop.run(jobs, self.mesh, list(self.prepare_text().train), settings,
                          self.evaluate, on_checkpoint) if jobs else None
       note(state=manifest.COMPLETE)

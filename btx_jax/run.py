@@ -7,6 +7,7 @@ the finetune of a mixture are the same kind of thing.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
+import math
 import re
 import zlib
 
@@ -24,6 +25,8 @@ BEST = 'best'  # the step of a run with the lowest held-out loss
 BALANCE_SCOPES = ('microbatch', 'batch')
 # Losses; those but the first are on pairs of answers.
 NEXT_TOKEN, DPO, SIMPO = LOSSES = ('next_token', 'dpo', 'simpo')
+# Fields of an objective that choose its loss, and of one of the losses, whose name they begin with.
+OF_LOSSES = ('loss', 'dpo_beta', 'simpo_beta', 'simpo_gamma')
 # Schedules of the learning rate.
 COSINE, CONSTANT, WSD = SCHEDULES = ('cosine', 'constant', 'wsd')
 # Fields of a model that change how it is computed, not what it computes.
@@ -137,7 +140,7 @@ class Objective:
     if self.loss not in LOSSES:
       raise UsageError(f'train.loss = {self.loss!r}; {nearest(self.loss, LOSSES)}')
     for field in ('dpo_beta', 'simpo_beta'):
-      if getattr(self, field) <= 0:
+      if not 0 < getattr(self, field) < math.inf:
         raise UsageError(f'train.{field} = {getattr(self, field)} must be positive.')
     for field in ('simpo_gamma', 'balance_loss', 'router_z', 'balance_bias'):
       if getattr(self, field) < 0:
@@ -176,16 +179,19 @@ class Objective:
     """Whether the loss is on pairs of answers."""
     return self.loss != NEXT_TOKEN
 
+  @property
+  def has_reference(self) -> bool:
+    """Whether the loss compares the model with what the run starts from."""
+    return self.loss == DPO
+
   def spec(self) -> dict:
     """The settings as plain data, without those of other losses.
 
     As in versions without losses on pairs, the next-token loss has no `loss`.
     """
     found = dataclasses.asdict(self)
-    keep = {NEXT_TOKEN: (), DPO: ('loss', 'dpo_beta'),
-            SIMPO: ('loss', 'simpo_beta', 'simpo_gamma')}[self.loss]
-    for field in ('loss', 'dpo_beta', 'simpo_beta', 'simpo_gamma'):
-      if field not in keep:
+    for field in OF_LOSSES:
+      if not self.on_pairs or not field.startswith(('loss', self.loss)):
         del found[field]
     return found
 

@@ -17,6 +17,9 @@ from btx_jax.data.tokenizer import Tokenizer
 # What a token is to the model: read only; to be written; or to be written, and no text but the end
 # of a turn, which bits per byte leave out.
 READ, WRITTEN, TURN_END = range(3)
+# A pair is stored as one document: the conversation with the chosen answer, then that with the
+# rejected one, the roles of whose tokens have this added.
+REJECTED = 3
 
 
 class Encoded(NamedTuple):

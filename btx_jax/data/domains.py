@@ -6,7 +6,7 @@ from typing import NamedTuple
 from btx_jax.data import demo
 from btx_jax.errors import UsageError, nearest
 
-TEXT, CHAT = FORMATS = ('text', 'chat')
+TEXT, CHAT, PAIRS = FORMATS = ('text', 'chat', 'pairs')
 
 
 class Domain(NamedTuple):
@@ -23,7 +23,7 @@ class Domain(NamedTuple):
       (), which means the share data.held_out.
     field: the config field that names the files: 'paths', or 'held_out' if `measured` returned
       this domain.
-    format: what its records are: TEXT, or CHAT, conversations of messages.
+    format: what its records are: TEXT; CHAT, conversations of messages; or PAIRS of these.
   """
   name: str
   source: str = 'files'

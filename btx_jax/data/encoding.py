@@ -5,8 +5,9 @@ import itertools
 
 import numpy as np
 
-from btx_jax.data import chat_tokens, chats, corpora, token_files
-from btx_jax.data.domains import CHAT, Domain
+from btx_jax.data import chat_tokens, chats, corpora, pairs, token_files
+from btx_jax.data.chat_tokens import REJECTED
+from btx_jax.data.domains import CHAT, PAIRS, TEXT, Domain
 from btx_jax.data.records import Document
 from btx_jax.data.token_files import Encoded
 from btx_jax.data.tokenizer import Tokenizer
@@ -18,11 +19,11 @@ _BATCH_CHARS = 16_000_000  # ends a batch early: lists of ids take many times th
 def encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally
             ) -> Iterator[Encoded]:
   """Each document of a domain as tokens; arguments as for corpora.documents."""
-  of_chats = domain.format == CHAT
-  reader = chats.reader(tokenizer.chat_template, tokenizer.special) if of_chats else None
-  found = corpora.documents(domain, max_skipped, tally, reader)
-  for batch in _batches(found):
-    yield from (_chats if of_chats else _texts)(batch, tokenizer)
+  kind, encode = {TEXT: (None, _texts), CHAT: (chats, _chats), PAIRS: (pairs, _pairs)}[
+      domain.format]
+  reader = kind.reader(tokenizer.chat_template, tokenizer.special) if kind else None
+  for batch in _batches(corpora.documents(domain, max_skipped, tally, reader)):
+    yield from encode(batch, tokenizer)
 
 
 def _texts(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
@@ -40,6 +41,15 @@ def _chats(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Encoded]
   for document, (ids, roles) in zip(batch, found):
     yield Encoded(document, np.array(ids, token_files.dtype_of(tokenizer)),
                   tokenizer.spell_chat(ids), roles)
+
+
+def _pairs(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
+  chosen = _chats(batch, tokenizer)
+  rejected = _chats([document._replace(parts=document.rejected) for document in batch], tokenizer)
+  for one, other in zip(chosen, rejected):
+    assert one.roles is not None and other.roles is not None
+    yield Encoded(one.document, np.concatenate([one.ids, other.ids]), one.spelled + other.spelled,
+                  np.concatenate([one.roles, other.roles + np.uint8(REJECTED)]))
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

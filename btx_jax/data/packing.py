@@ -49,7 +49,7 @@ class Packed:
     pieces = _windows(tokens, length, stride or length) if evaluation else _beginnings(
         tokens, length)
     self._firsts_P, self._ends_P, self._seen_P = (np.array(part, np.int64) for part in pieces)
-    self._pieces_R, self._starts_R = _packed(self._ends_P - self._firsts_P - 1, length)
+    self._pieces_R, self._starts_R = best_fit(self._ends_P - self._firsts_P - 1, length)
 
   def __len__(self) -> int:
     return len(self._starts_R) - 1
@@ -127,9 +127,10 @@ def _beginnings(tokens: Tokens, length: int) -> tuple[list[int], list[int], list
 
 
 def _windows(tokens: Tokens, length: int, stride: int) -> tuple[list[int], list[int], list[int]]:
-  """Pieces for evaluation, likewise."""
+  """Pieces for evaluation, likewise; of pairs those with the chosen answers."""
   firsts, ends, seen = [], [], []
-  for start, end in itertools.pairwise(np.asarray(tokens.starts).tolist()):
+  stops = (tokens.cuts if tokens.pairs else tokens.starts[1:]).tolist()
+  for start, end in zip(np.asarray(tokens.starts).tolist(), stops):
     for first in range(start, max(end - 1 - length + stride, start + 1), stride):
       firsts.append(first)
       ends.append(min(first + length + 1, end))
@@ -137,7 +138,7 @@ def _windows(tokens: Tokens, length: int, stride: int) -> tuple[list[int], list[
   return firsts, ends, seen
 
 
-def _packed(sizes_P: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+def best_fit(sizes_P: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
   """Puts pieces into rows: the pieces of all rows in order, and where each row begins in them."""
   rows: list[list[int]] = []
   open_rows: dict[int, list[int]] = {}  # room -> the rows that have it

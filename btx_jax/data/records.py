@@ -39,15 +39,18 @@ class Document(NamedTuple):
     id: its id in the file, or '' if it has none.
     place: 'PATH:NUMBER', the line, row or record where it begins, counted from 1.
     parts: those of a rendered conversation, which join to `text`; see chats.py. () for plain text.
+    rejected: of a pair, the parts with the rejected answer, which follow in `text`; see pairs.py.
   """
   text: str
   id: str = ''
   place: str = ''
   parts: tuple[Part, ...] = ()
+  rejected: tuple[Part, ...] = ()
 
 
 def answer_bytes(document: Document) -> int:
-  """The bytes of the answers in a conversation, without the tokens that end their turns."""
+  """The bytes of the answers in a conversation, without the tokens that end their turns; of a pair
+  those of the chosen answers."""
   return sum(len(part.text.removesuffix(part.end).encode('utf-8'))
              for part in document.parts if part.is_answer)
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from btx_jax.data import corpora, encoding, kept_out, token_files
 from btx_jax.data.changes import Changes
-from btx_jax.data.domains import CHAT, Domain
+from btx_jax.data.domains import TEXT, Domain
 from btx_jax.data.token_files import Encoded
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
@@ -71,7 +71,7 @@ def write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokeniz
   name, has_ids = parts[0][0].name, bool(parts[0][0].id_field)
   with contextlib.ExitStack() as stack:
     splits = {split: stack.enter_context(
-        token_files.Writer(folder, split, tokenizer, has_ids, parts[0][0].format == CHAT))
+        token_files.Writer(folder, split, tokenizer, has_ids, parts[0][0].format != TEXT))
               for split in SPLITS}
     kept = lambda: sum(writer.documents for writer in splits.values())
 

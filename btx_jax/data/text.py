@@ -7,9 +7,9 @@ import os
 import tempfile
 from typing import Any
 
-from btx_jax.data import corpora, domains, framing, kept_out, origin, packing, splits, tokens
+from btx_jax.data import corpora, domains, framing, kept_out, origin, packing, pair_rows, splits, tokens
 from btx_jax.data.changes import Changes
-from btx_jax.data.domains import CHAT, Domain
+from btx_jax.data.domains import CHAT, PAIRS, TEXT, Domain
 from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.data.tokens import Tokens
@@ -74,7 +74,8 @@ def prepare(config, folder: str) -> Text:
                              measured.sample(config.evaluation.tokens))
     lines = _in_words(domain, meta)
     if domain.name in train and train[domain.name].roles is not None:
-      lines += packing.in_words(train[domain.name], config.data.seq_len)
+      about = pair_rows if train[domain.name].pairs else packing
+      lines += about.in_words(train[domain.name], config.data.seq_len)
     for line in lines:
       say(f'{domain.name}: {line}')
   return Text(tokenizer, dict(sorted(train.items())), dict(sorted(held_out.items())))
@@ -112,7 +113,7 @@ def _check_length(domain: Domain, measured: Tokens, length: int):
 def _in_words(domain: Domain, meta: Mapping[str, Any]) -> list[str]:
   """Lines that describe the token folder of a domain."""
   train, held_out = meta['train'], meta['held_out']
-  kind = 'conversations' if domain.format == CHAT else 'documents'
+  kind = {TEXT: 'documents', CHAT: 'conversations', PAIRS: 'pairs'}[domain.format]
   lines = [f'{train["documents"]:,} {kind}, {train["bytes"] / 1e6:.1f} MB, '
            f'{train["tokens"] / 1e6:.2f} M tokens to train on; '
            f'{held_out["documents"]:,} {kind} held out' if domain.is_trained else
@@ -193,7 +194,7 @@ def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
                        f'= {size}. Set that, or use another --workdir.')
   for domain in wanted if not tokenizer else ():
-    if domain.format == CHAT:
+    if domain.format != TEXT:
       raise UsageError(f'domains.{domain.name}: chats need a tokenizer with special tokens, and '
                        'one that is trained here has none; set tokenizer.path to a '
                        'tokenizer.json.')

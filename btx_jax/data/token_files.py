@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from btx_jax.data import framing, kept_out, records
+from btx_jax.data.chat_tokens import READ, REJECTED
 from btx_jax.data.records import Document
 from btx_jax.data.tokenizer import Tokenizer
 
@@ -81,7 +82,7 @@ class Writer:
     self.raw_bytes += size
     if self._roles_file and roles is not None:
       self._roles_file.write(roles.tobytes())
-      size, written = records.answer_bytes(found.document), roles > 0
+      size, written = records.answer_bytes(found.document), roles % REJECTED != READ
       self._answers += int((np.diff(written, prepend=False) & written).sum())
       self._written += int(written.sum())
     for part in unscored:

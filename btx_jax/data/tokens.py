@@ -28,8 +28,8 @@ import uuid
 import numpy as np
 
 from btx_jax.data import corpora, kept_out, origin, splits, token_files
-from btx_jax.data.chat_tokens import WRITTEN
-from btx_jax.data.domains import CHAT, TEXT, Domain
+from btx_jax.data.chat_tokens import REJECTED, WRITTEN
+from btx_jax.data.domains import PAIRS, TEXT, Domain
 from btx_jax.data.framing import ENCODE
 from btx_jax.data.splits import SPLITS
 from btx_jax.data.tokenizer import Tokenizer
@@ -49,6 +49,7 @@ class Tokens:
     begins, ends: 1 if each document has a begin mark, an end mark; else 0.
     roles: [tokens] uint8, of conversations: which tokens a model is to write, see chat_tokens.py;
       None for text, of which it is to write all. `bytes` then counts the text of answers alone.
+    pairs: whether each document is a pair of conversations, see chat_tokens.REJECTED.
   """
   ids: np.ndarray
   starts: np.ndarray
@@ -57,11 +58,20 @@ class Tokens:
   begins: int = 1
   ends: int = 1
   roles: np.ndarray | None = None
+  pairs: bool = False
+
+  @property
+  def cuts(self) -> np.ndarray:
+    """[documents], of pairs: where the conversation with the rejected answer begins."""
+    if self.roles is None or not self.pairs:
+      raise ValueError('These documents are not pairs.')
+    return np.flatnonzero(np.diff(np.asarray(self.roles) >= REJECTED, prepend=False))[::2]
 
   @property
   def has_score(self) -> np.ndarray:
     """[tokens] bool: the tokens that `bytes` counts, which a score is made of. All but the first of
-    each document and end marks; of conversations the text of answers, without the ends of turns."""
+    each document and end marks; of conversations the text of answers, without the ends of turns,
+    and of pairs that of the chosen answers."""
     if self.roles is not None:
       return np.asarray(self.roles) == WRITTEN
     result = np.ones(len(self.ids), bool)
@@ -110,7 +120,8 @@ def load(folder: str, split: str) -> Tokens:
   roles = np.memmap(of_roles, np.uint8, mode='r') if os.path.exists(of_roles) else None
   begins, ends = (int(meta['made_from']['framing'][mark] is not None) for mark in ('begin', 'end'))
   return Tokens(
-      ids, documents[:, 0], documents[:, 1], meta['hash'][split], begins, ends, roles)
+      ids, documents[:, 0], documents[:, 1], meta['hash'][split], begins, ends, roles,
+      meta['made_from']['domain'].get('format') == PAIRS)
 
 
 def document_id(folder: str, split: str, number: int) -> str:
@@ -210,7 +221,7 @@ def _made_from(domain: Domain, tokenizer: Tokenizer | None, held_out: float) -> 
   made_from: dict = {'domain': fields}
   if tokenizer:
     framing = {field: mark and str(mark) for field, mark in tokenizer.framing._asdict().items()}
-    if domain.format == CHAT:
+    if domain.format != TEXT:
       framing = {'begin': None, 'end': None, 'special': ENCODE,
                  'chat_template': tokenizer.chat_template.hash}
     made_from |= {'framing': framing, 'tokenizer': tokenizer.hash}
