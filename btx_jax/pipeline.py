@@ -315,6 +315,10 @@ class Pipeline(Study):
       else:
         say(f'{shown}: measuring')
         found = self.evaluate(scores.sizes(run, stage), parameters)
+        for domain, values in found.items():
+          if values.get('preferred') is not None:
+            say(f'{shown}: held-out pairs of {domain} whose chosen answer is likelier per token: '
+                f'{values["preferred"]:.1%}')
       distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
 
   def _note_end(self, run: Run, trained: bool):

@@ -54,8 +54,8 @@ def test_records_that_are_no_pairs(record, reason):
 def split(tmp_path_factory):
   """The training split of forty pairs, its tokenizer, and meta.json; three records are unusable."""
   folder = tmp_path_factory.mktemp('pairs')
-  records = [{'prompt': f'{i} + {i}?', 'chosen': f'{2 * i} ' * (5 * (i % 6) + 1), 'rejected': f'{i}' * 3}
-             for i in range(40)]
+  records = [{'prompt': f'{i} + {i}?', 'chosen': f'{2 * i} ' * (5 * (i % 6) + 1),
+              'rejected': f'{i}' * 3} for i in range(40)]
   records[3:3] = [{'prompt': 'a', 'chosen': 'b', 'rejected': 'b'}] * 3
   (folder / 'pairs.jsonl').write_text('\n'.join(map(json.dumps, records)))
   path = make_tokenizers.write(folder, make_tokenizers.byte_level())
@@ -73,7 +73,7 @@ def test_rows_hold_whole_pairs_and_targets_are_the_answers(split):
   reference = np.arange(2 * train.num_documents, dtype=np.float32).reshape(-1, 2)
   rows = PairRows(train, length, 5, reference)
   fits = sizes <= length
-  assert 1 < len(sizes) / len(rows) and not fits.all()
+  assert len(sizes) > len(rows) and not fits.all()
   assert f'{(~fits).sum()} of {len(sizes)} pairs' in in_words(train, length)[0]
   assert sum(row['segment_ids'].max() for row in rows) == 2 * fits.sum()
 

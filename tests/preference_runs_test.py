@@ -1,4 +1,4 @@
-"""Preference runs in a study: the reference on disk, and mixtures of what they train."""
+"""A preference run in a study: its reference on disk, its figures and its scores."""
 
 import json
 import os
@@ -9,16 +9,17 @@ import pytest
 
 from btx_jax import base
 from btx_jax.data.pair_rows import PairRows
+from btx_jax.evaluate import ranking, scores
 from btx_jax.fitting import reference
 from btx_jax.pipeline import Pipeline
 from btx_jax.training import loop, metrics
 from btx_jax.training.step import forward
 from tests import make_tokenizers
-from tests.helpers import final_params
+from tests.helpers import initial_params
 
 
 def get_config(folder):
-  """A seed on chosen answers, a DPO run on its end, and a mixture of both that takes SimPO."""
+  """A model of the chosen answers, and DPO on its end."""
   pairs = [{'prompt': f'{i} + {i}?', 'chosen': f'{2 * i}', 'rejected': f'{i} ' * (1 + i % 3)}
            for i in range(40)]
   with open(folder / 'pairs.jsonl', 'w', encoding='utf-8') as file:
@@ -36,14 +37,15 @@ def get_config(folder):
   config.model.update(dim=16, ffn_dim=24, num_layers=1, num_heads=2, num_kv_heads=2)
   config.optimizer.update(peak_lr=3e-2, warmup=0.0)
   config.train.batch_size = 8
-  config.mesh.update(fsdp=1, expert=2, tensor=2)
+  config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.evaluation.update(tokens=500, batch_size=8)
   config.log_every = 1
   config.runs = {
-      'sft': base.run(base.random(), {'chats': 1}, steps=2),
-      'dpo': base.run(base.checkpoint('sft'), {'prefs': 1}, steps=8,
+      'sft': base.run(base.random(), {'chats': 1}, steps=1),
+      'dpo': base.run(base.checkpoint('sft'), {'prefs': 1}, steps=12,
                       train={'loss': 'dpo', 'dpo_beta': 0.5}),
-      'btx': base.run(base.mix('sft', 'dpo'), {'prefs': 1}, steps=4, train={'loss': 'simpo'}),
+      'more': base.run(base.checkpoint('dpo', state=True), {'prefs': 1}, steps=1,
+                       train={'loss': 'dpo', 'dpo_beta': 0.5}),
   }
   return config
 
@@ -72,17 +74,37 @@ def _killed(*_):
 
 def test_the_reference_is_what_a_second_model_in_memory_finds(study):
   run = study.runs['dpo']
-  rows = PairRows(study.prepare_text().train['prefs'], run.seq_len, 0)
+  train = study.prepare_text().train['prefs']
+  rows = PairRows(train, run.seq_len, 0)
   stored = reference.of(study, run)['prefs']
-  parameters = jax.device_get(final_params(study, 'sft'))
   batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-  nll = jax.jit(lambda params, batch: forward(run.model, params, batch).token_nll)(parameters, batch)
-  sums = np.zeros((len(rows), run.seq_len))
+
+  @jax.jit
+  def losses(params, batch):
+    return forward(run.model, params, batch).token_nll
+
+  parameters = initial_params(study, 'dpo')
+  nll = losses(jax.device_get(parameters), batch)
+  sums, means = np.zeros((2, len(rows), run.seq_len))
   for row, segments in enumerate(batch['segment_ids']):
     for segment in range(1, segments.max() + 1):
       sums[row, segment] = -np.float64(nll)[row, segments == segment].sum()
+      means[row, segment] = -nll[row, batch['loss_mask'][row] & (segments == segment)].mean()
   np.testing.assert_allclose(stored, rows.by_pair(sums), rtol=1e-4)
-  assert np.isfinite(stored).all() and stored.shape == (rows._tokens.num_documents, 2)
+  assert np.isfinite(stored).all() and stored.shape == (train.num_documents, 2)
+
+  # And how often the chosen answer is likelier per token.
+  with jax.set_mesh(study.mesh):
+    found = ranking.preferred(run.model, parameters, train, study.mesh, run.seq_len, 8)
+  expected = np.subtract(*rows.by_pair(means).T) > 0
+  assert found == expected.mean() and 0 < found < 1
+
+
+def test_a_run_that_continues_another_with_its_state_keeps_its_reference(study):
+  before, after = (reference.of(study, study.runs[name])['prefs'] for name in ('dpo', 'more'))
+  np.testing.assert_allclose(after, before, rtol=1e-6)
+  margin = metrics.read(study.folder('more'))[0]['preferences']['margin']
+  assert margin > metrics.read(study.folder('dpo'))[-1]['preferences']['margin'] / 2
 
 
 def test_dpo_starts_at_log_2_and_the_model_learns_what_is_preferred(study):
@@ -95,7 +117,10 @@ def test_dpo_starts_at_log_2_and_the_model_learns_what_is_preferred(study):
   assert last['preferences']['margin'] > 0
 
 
-def test_a_mixture_takes_a_loss_without_a_reference_and_its_balancing_loss(study):
-  lines = metrics.read(study.folder('btx'))
-  assert lines[-1]['loss'] < lines[0]['loss'] and lines[0]['balance'] > 0
-  assert not os.path.exists(os.path.join(study.folder('btx'), 'reference'))
+def test_held_out_pairs_are_scored_by_the_chosen_answers_and_ranked(study):
+  found = scores.read(study, study.runs['dpo'], scores.FINAL)
+  held_out = study.prepare_text().held_out['prefs']
+  assert len(found['prefs']['units']['bytes']) == held_out.num_documents
+  assert sum(found['prefs']['units']['bytes']) == held_out.bytes[-1]
+  assert found['prefs']['bits_per_byte'] > 0 and found['prefs']['preferred'] == 1
+  assert 'preferred' not in found['chats']

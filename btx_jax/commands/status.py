@@ -34,10 +34,10 @@ def collect(study: Study) -> dict[str, Any]:
     workdir, notes (sentences about the directory as a whole), text_changes (lines on text that was
     tokenized and has changed) and runs. A run has name, state
     ('missing', 'starting', 'running', 'stopped', 'failed', 'complete', 'unreadable'), step,
-    steps, loss, preferred (of a run on pairs, the share that it ranked as the data does), bits_per_byte
-    by domain, tokens_per_second, mfu, seconds_left, checkpoint (its
-    step), checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss
-    as bits_per_byte), error, and warnings. Unknown values are None.
+    steps, loss, preferred (of a run on pairs, the share that it ranked as the data does),
+    bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its step),
+    checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss as
+    bits_per_byte), error, and warnings. Unknown values are None.
   """
   now = time.time()
   runs = [_run(study, run, now) for run in study.runs.values()]
@@ -89,8 +89,8 @@ def _text_changes(study: Study) -> list[str]:
 def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   """The status of one run at the time `now`, see `collect`."""
   result = dict.fromkeys((
-      'loss', 'preferred', 'bits_per_byte', 'tokens_per_second', 'mfu', 'seconds_left', 'checkpoint',
-      'checkpoint_age', 'best', 'error'))
+      'loss', 'preferred', 'bits_per_byte', 'tokens_per_second', 'mfu', 'seconds_left',
+      'checkpoint', 'checkpoint_age', 'best', 'error'))
   result = {'name': run.name, 'state': MISSING, 'step': 0, 'steps': run.steps, **result,
             'warnings': []}
   folder = study.folder(run.name)
@@ -185,7 +185,8 @@ def as_table(found: dict[str, Any]) -> Group:
       lines.append(Text(f'{run["name"]}: {run["error"]}', style='red'))
     lines += [Text(f'{run["name"]}: {warning}', style='yellow') for warning in run['warnings']]
   return Group(terminal.Table(
-      ['run', 'state', 'step', 'loss', *(['preferred'] if on_pairs else []), 'bits/byte', 'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
+      ['run', 'state', 'step', 'loss', *(['preferred'] if on_pairs else []), 'bits/byte',
+       'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
       names=2, drop=('MFU', 'checkpoint', 'tokens/s')), *lines)
 
 

@@ -39,8 +39,8 @@ class PairRows:
 
   def __getitem__(self, index: int) -> Batch:
     T = self._length
-    row = {name: np.zeros(T, np.int32)
-           for name in ('tokens', 'targets', 'segment_ids', 'positions')}
+    row: Batch = {name: np.zeros(T, np.int32)
+                  for name in ('tokens', 'targets', 'segment_ids', 'positions')}
     row['loss_mask'] = np.zeros(T, bool)
     reference, at = np.zeros(T, np.float32), 0
     for number, pair in enumerate(self._of_row(index)):

@@ -69,18 +69,15 @@ def messages(record: Mapping[str, Any]) -> tuple[Messages, Messages]:
   prompt = record.get('prompt')
   if not all(isinstance(each, list | str) and each for each in given):
     raise Unfit(NO_PAIR, f" in 'chosen' and 'rejected'; {records.names_of(record)}")
-  if all(isinstance(each, str) for each in given):
-    if not prompt:
-      raise Unfit(NO_PAIR, " with its 'prompt', which answers that are texts need")
-    shared = chats.turn(chats.USER, prompt)
-    answers = [chats.turn(chats.ASSISTANT, each) for each in given]
-  elif all(isinstance(each, list) for each in given):
-    shared = prompt if isinstance(prompt, list) else []
-    answers = given
-  else:
+  are_texts = [isinstance(each, str) for each in given]
+  if any(are_texts) != all(are_texts):
     raise Unfit(NO_PAIR, ': one is a text, and the other is not')
+  if all(are_texts) and not prompt:
+    raise Unfit(NO_PAIR, " with its 'prompt', which answers that are texts need")
+  shared = chats.turn(chats.USER, prompt) if all(are_texts) or isinstance(prompt, list) else []
   before = [chats.message(each) for each in shared]
-  after = [[chats.message(each) for each in answer] for answer in answers]
+  after = [[chats.message(each) for each in chats.turn(chats.ASSISTANT, answer)]
+           for answer in given]
   if not before:
     common = next((i for i, (a, b) in enumerate(zip(*after)) if a != b), min(map(len, after)))
     before, after = after[0][:common], [answer[common:] for answer in after]

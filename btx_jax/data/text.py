@@ -7,7 +7,17 @@ import os
 import tempfile
 from typing import Any
 
-from btx_jax.data import corpora, domains, framing, kept_out, origin, packing, pair_rows, splits, tokens
+from btx_jax.data import (
+  corpora,
+  domains,
+  framing,
+  kept_out,
+  origin,
+  packing,
+  pair_rows,
+  splits,
+  tokens,
+)
 from btx_jax.data.changes import Changes
 from btx_jax.data.domains import CHAT, PAIRS, TEXT, Domain
 from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer

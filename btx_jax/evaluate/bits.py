@@ -11,7 +11,7 @@ from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
-from btx_jax.evaluate import units
+from btx_jax.evaluate import ranking, units
 from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
 from btx_jax.training.step import forward
@@ -69,7 +69,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       token counts in the first that predicts it, after at least `length` - `stride` tokens of it.
 
   Returns:
-    domain -> what units.score returns. For a mixture also `gates`, the mean gate of each expert in
+    domain -> what units.score returns; of pairs also `preferred`, see ranking.py. For a mixture also `gates`, the mean gate of each expert in
     each layer, [L][E], and `sample`, the first tokens of the text: their `pieces`, and their
     `gates` averaged over layers, [pieces][E].
   """
@@ -86,6 +86,8 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
     result[domain] = _score(nll, tokens, tokenizer, length, stride)
+    if tokens.pairs:
+      result[domain]['preferred'] = ranking.preferred(cfg, params, tokens, mesh, length, batch_size)
     if sample:
       result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}
   return result

@@ -9,7 +9,6 @@ one model in memory.
     reference/reference.json  the domains and how long it took, see study/stored.py
 """
 
-from collections.abc import Iterator
 import functools
 import time
 
@@ -17,9 +16,9 @@ import jax
 import numpy as np
 
 from btx_jax.data import mixture
-from btx_jax.data.mixture import Batch
 from btx_jax.data.pair_rows import PairRows
 from btx_jax.data.text import Text
+from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
 from btx_jax.model.config import Config
 from btx_jax.run import Run
@@ -48,11 +47,9 @@ def compute(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None
   parameters = params.initial(study, origin, mesh)
   arrays, counts = {}, {}
   for number, domain in enumerate(run.weights):
-    rows = PairRows(text.train[domain], run.seq_len, 0)
-    found = [jax.device_get(_answers(run.model, mesh)(parameters, sharding.from_whole(batch, mesh)))
-             for batch in _batches(study, rows)]
-    arrays[f'{number}.npy'] = rows.by_pair(np.concatenate(found))
-    counts[domain] = int(np.isfinite(arrays[f'{number}.npy'][:, 0]).sum())
+    found = answers(run.model, parameters, text.train[domain], mesh, run.seq_len,
+                    study.config.evaluation.batch_size)
+    arrays[f'{number}.npy'], counts[domain] = found, int(np.isfinite(found[:, 0]).sum())
   seconds = time.monotonic() - began
   stored.write(arrays, {'domains': list(run.weights), 'pairs': counts, 'seconds': seconds})
   say(f'{run.name}: reference computed in {seconds:.1f} s, of ' + ', '.join(
@@ -83,10 +80,23 @@ def origin_of(run: Run) -> Run:
   return run
 
 
-def _batches(study: Study, rows: PairRows) -> Iterator[Batch]:
-  size = study.config.evaluation.batch_size
-  for first in range(0, len(rows), size):
-    yield mixture.filled([rows[i] for i in range(first, min(first + size, len(rows)))], size)
+def answers(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int) -> np.ndarray:
+  """Log-probabilities of the answers of each pair, [pairs, 2]; NaN for pairs longer than a row.
+
+  Args:
+    cfg: the model.
+    params: its parameters.
+    tokens: a split of pairs.
+    mesh: the devices to use.
+    length: T, tokens per row.
+    batch_size: rows per batch.
+  """
+  rows, found = PairRows(tokens, length, 0), []
+  for first in range(0, len(rows), batch_size):
+    batch = mixture.filled(
+        [rows[i] for i in range(first, min(first + batch_size, len(rows)))], batch_size)
+    found.append(jax.device_get(_answers(cfg, mesh)(params, sharding.from_whole(batch, mesh))))
+  return rows.by_pair(np.concatenate(found or [np.zeros((0, length))]))
 
 
 @functools.cache

@@ -268,14 +268,13 @@ def _check_loss(run: Run, config_domains):
     if (config_domains[domain].format == domains.PAIRS) == run.objective.on_pairs:
       continue
     if run.objective.on_pairs:
-      raise UsageError(f'runs.{run.name}: train.loss = {loss!r} is computed on pairs of answers, and '
-                       f'domains.{domain} has none: its format is '
-                       f'{config_domains[domain].format!r}. Name domains of format '
-                       f"{domains.PAIRS!r}, or omit train.loss.")
-    raise UsageError(f'runs.{run.name}: the records of domains.{domain} are pairs of answers, and '
-                     f"train.loss = {loss!r} is not computed on pairs. Give the run train={{'loss': "
-                     f"'dpo'}} or 'simpo'; or to train on chosen answers alone, put them into a "
-                     f'domain of format {domains.CHAT!r}.')
+      raise UsageError(f'runs.{run.name}: train.loss = {loss!r} is for pairs of answers, and '
+                       f'domains.{domain} has format = {config_domains[domain].format!r}. Name '
+                       f'domains with format = {domains.PAIRS!r}, or omit train.loss.')
+    raise UsageError(f'runs.{run.name}: domains.{domain} has pairs of answers, and train.loss = '
+                     f"{loss!r} is not for pairs. Set train={{'loss': 'dpo'}} in the run, or "
+                     "'simpo'. To train on the chosen answers alone, put them into a domain with "
+                     f'format = {domains.CHAT!r}.')
 
 
 def _check_batch(name: str, seq_len: int, batch_size: int, microbatches: int):

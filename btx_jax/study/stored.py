@@ -1,8 +1,8 @@
 """Arrays that are computed once for a run, before its training, and kept in its directory.
 
-They lie in a folder of the run's directory as .npy files, beside a JSON file with figures, a hash of
-every array, and the identity of the run in its manifest: what was computed for another run does not
-count. The JSON file is written last, so that a folder without it does not count either.
+They lie in a folder of the run's directory as .npy files, beside a JSON file with figures, a hash
+of every array, and the identity of the run in its manifest: what was computed for another run does
+not count. The JSON file is written last, so that a folder without it does not count either.
 """
 
 from collections.abc import Mapping
@@ -57,8 +57,8 @@ class Stored(NamedTuple):
     except FileNotFoundError:
       return None
     except (ValueError, KeyError, TypeError) as error:
-      raise UsageError(f'{self.path} is damaged ({error}). Delete the directory of the run, and run '
-                       f'--run={self.run.name} again.') from error
+      raise UsageError(f'{self.path} is damaged ({error}). Delete the directory of the run, and '
+                       f'run --run={self.run.name} again.') from error
 
   def array(self, name: str, figures: Mapping[str, Any]) -> np.ndarray:
     """One of the arrays, given the figures. Raises UsageError if it is not what was written."""

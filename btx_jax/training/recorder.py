@@ -89,11 +89,14 @@ class Recorder(contextlib.ExitStack):
       self._write_line(self._file, step, metrics)
 
   def write_evaluation(self, step: int, result: Mapping[str, Mapping]):
-    """Writes the bits per byte that evaluate.bits found."""
+    """Writes the bits per byte that evaluate.bits found, and of pairs the share it ranks right."""
     if not self._file:
       return
-    self._sinks.send(self._file.write(step, bits_per_byte={
-        domain: values['bits_per_byte'] for domain, values in result.items()}))
+    found = {figure: {domain: values[figure] for domain, values in result.items()
+                      if values.get(figure) is not None}
+             for figure in ('bits_per_byte', 'preferred')}
+    self._sinks.send(self._file.write(
+        step, **{figure: of_domains for figure, of_domains in found.items() if of_domains}))
 
   def _write_line(self, file: MetricsFile, step: int, metrics: Mapping[str, Any]):
     """Writes the line of an interval, and starts the next."""

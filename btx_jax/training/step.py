@@ -199,8 +199,8 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
   """The train step: (state, batch) -> (state, metrics).
 
   It minimises `microbatch_loss`, summed over the microbatches (the leading axis of the batch)
-  and divided by the targets, or pairs, of the global batch. Only what is not frozen is differentiated,
-  clipped, and given to the optimizer.
+  and divided by the targets, or pairs, of the global batch. Only what is not frozen is
+  differentiated, clipped, and given to the optimizer.
 
   Args:
     cfg: of the model.
