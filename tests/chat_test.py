@@ -365,9 +365,9 @@ def config_of(folder, chat_template=''):
   config.optimizer.peak_lr = 3e-2
   config.evaluation.update(every=0, batch_size=8)
   config.runs = {
-      'seed': base.run(base.random(), {'text': 1}, steps=20),
+      'seed': base.run(base.random(), {'text': 1}, steps=10),
       'answers': base.run(base.checkpoint('seed'), {'chats': 1}, steps=60),
-      'btx': base.run(base.mix('seed', 'answers'), {'chats': 1, 'text': 1}, steps=20,
+      'btx': base.run(base.mix('answers', 'answers'), {'chats': 1, 'text': 1}, steps=4,
                       train={'freeze': base.FREEZE_ALL_BUT_ROUTER}),
       'either': base.run(base.ensemble('seed', 'answers', selector=base.from_text(
           'ridge', rows=5)))}
