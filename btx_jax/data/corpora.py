@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from btx_jax import errors, files
-from btx_jax.data import demo, folders, formats, records
+from btx_jax.data import chats, demo, folders, formats, records
 from btx_jax.data.domains import Domain
 from btx_jax.data.folders import LeftOut
 from btx_jax.data.records import Document, Reader, Unusable
@@ -230,6 +230,7 @@ def _why(domain: Domain, tally: Tally) -> str:
       records.NOT_UTF8: 'convert the text to UTF-8',
       records.LIST: 'join the items of each list into one text, or set '
                     f'domains.{domain.name}.text_field to a field that holds text',
+      chats.NO_MESSAGES: f'set domains.{domain.name}.text_field to the field of the messages',
   }
   ways = list(dict.fromkeys(way for reason, way in ways.items() if reason in tally.reasons))
   ways.append(

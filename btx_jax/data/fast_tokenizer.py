@@ -50,7 +50,7 @@ class FastTokenizer(spelling.Spelling):
     names = {token['content']: token.get('special', False) for token in added}
     special = framing.special_tokens(
         files, self._vocabulary, [name for name, is_special in names.items() if is_special])
-    self.special, self._path, self._template_name = special.all, path, options.chat_template
+    self.special, self._path, self.template_name = special.all, path, options.chat_template
     self._template: chat_template.ChatTemplate | None = None
     self.bos_id, self.eos_id = (self._vocabulary.get(name or '')
                                 for name in (special.bos, special.eos))
@@ -84,7 +84,7 @@ class FastTokenizer(spelling.Spelling):
     """How it writes conversations. Raises UsageError, see chat_template.of_tokenizer."""
     if self._template is None:
       self._template = chat_template.of_tokenizer(
-          self.files, self._template_name, self._vocabulary, self._path)
+          self.files, self.template_name, self._vocabulary, self._path)
     return self._template
 
   def encode_chat(self, texts: Sequence[str], goes_on: bool = False) -> list[list[int]]:

@@ -69,9 +69,9 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       token counts in the first that predicts it, after at least `length` - `stride` tokens of it.
 
   Returns:
-    domain -> what units.score returns; of pairs also `preferred`, see ranking.py. For a mixture also `gates`, the mean gate of each expert in
-    each layer, [L][E], and `sample`, the first tokens of the text: their `pieces`, and their
-    `gates` averaged over layers, [pieces][E].
+    domain -> what units.score returns; of pairs also `preferred`, see ranking.py. For a mixture
+    also `gates`, the mean gate of each expert in each layer, [L][E], and `sample`, the first tokens
+    of the text: their `pieces`, and their `gates` averaged over layers, [pieces][E].
   """
   result = {}
   for domain, tokens in held_out.items():
