@@ -31,7 +31,8 @@ MODEL = flags.DEFINE_string(
 TEXT_FIELD = flags.DEFINE_string(
     'text_field', 'text', 'evaluate: the JSON field or Parquet column with the text.')
 FORMAT = flags.DEFINE_enum(
-    'format', 'text', domains.FORMATS, 'evaluate: what the records are: texts, conversations or pairs.')
+    'format', 'text', domains.FORMATS,
+    'evaluate: what the records are: texts, conversations or pairs.')
 SEPARATOR = flags.DEFINE_string(
     'separator', '', 'evaluate: splits a plain text file into documents.')
 LENGTH = flags.DEFINE_integer(

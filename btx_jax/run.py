@@ -111,8 +111,9 @@ class Objective:
       (arXiv 2305.18290), whose reference is what the run starts from, or 'simpo' (arXiv
       2405.14734), which has no reference. It is averaged over targets, or over pairs.
     dpo_beta: how strongly 'dpo' holds the model to its reference: the larger, the less it moves.
-    simpo_beta: the scale of the difference between the mean log-probabilities of a token.
-    simpo_gamma: the target margin of 'simpo', by which that difference, scaled, should be positive.
+    simpo_beta: 'simpo' multiplies by it the difference of the answers' mean log-probabilities per
+      token.
+    simpo_gamma: the margin that 'simpo' asks for: it is subtracted from that product.
     balance_loss: alpha, weight of a mixture's load-balancing loss (paper 3.3). The router 'hash'
       has none.
     balance_scope: the tokens that the load-balancing loss is computed over: 'microbatch', or
@@ -125,7 +126,7 @@ class Objective:
     freeze: regular expressions; a parameter in whose path one of them is found does not change.
       Such lists: base.FREEZE_EXPERTS, base.FREEZE_ALL_BUT_EXPERTS, base.FREEZE_ALL_BUT_ROUTER.
   """
-  loss: str = NEXT_TOKEN
+  loss: str = 'next_token'
   dpo_beta: float = 0.1
   simpo_beta: float = 2.0
   simpo_gamma: float = 1.0

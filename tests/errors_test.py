@@ -514,8 +514,8 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     (new(train='{"loss": "dpo", "dpo_beta": 0.0}'), 'train.dpo_beta = 0.0 must be positive.'),
     (new(train='{"loss": "dpo"}'), "runs.new: train.loss = 'dpo' is for pairs of answers, and "
      "domains.code has format = 'text'. Name domains with format = 'pairs', or omit train.loss."),
-    ('config.domains.prefs = base.domain("x", format="pairs")\n' + new(domains='{"prefs": 1}'),
-     "runs.new: domains.prefs has pairs of answers, and train.loss = 'next_token' is not for"),
+    (chats(WRITES, 'config.domains.code.format = "pairs"'),
+     "runs.seed: domains.code has pairs of answers, and train.loss = 'next_token' is not for"),
     ('config.log_every = 0', 'log_every = 0 must be at least 1.'),
     ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
     ('config.evaluation.stride = 16', 'evaluation.stride = 16 is more than the 15 tokens of a'),

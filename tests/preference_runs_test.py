@@ -20,7 +20,8 @@ from tests.helpers import initial_params
 
 def get_config(folder):
   """A model of the chosen answers, and DPO on its end."""
-  pairs = [{'prompt': f'{i} + {i}?', 'chosen': f'{2 * i}', 'rejected': f'{i} ' * (1 + i % 3)}
+  pairs = [{'prompt': f'{i} + {i}?', 'chosen': f'{2 * i}' * (1 + i % 4),
+            'rejected': f'{i} ' * (1 + i % 3)}
            for i in range(40)]
   with open(folder / 'pairs.jsonl', 'w', encoding='utf-8') as file:
     file.writelines(json.dumps(pair) + '\n' for pair in pairs)
@@ -122,5 +123,5 @@ def test_held_out_pairs_are_scored_by_the_chosen_answers_and_ranked(study):
   held_out = study.prepare_text().held_out['prefs']
   assert len(found['prefs']['units']['bytes']) == held_out.num_documents
   assert sum(found['prefs']['units']['bytes']) == held_out.bytes[-1]
-  assert found['prefs']['bits_per_byte'] > 0 and found['prefs']['preferred'] == 1
+  assert found['prefs']['bits_per_byte'] > 0 and 0 <= found['prefs']['preferred'] <= 1
   assert 'preferred' not in found['chats']

@@ -166,7 +166,7 @@ def _age(moment: str | None, now: float) -> float | None:
 def as_table(found: dict[str, Any]) -> Group:
   """A table of the runs, and below it the notes, errors and warnings; for the terminal."""
   rows = []
-  on_pairs = any(run['preferred'] is not None for run in found['runs'])
+  on_pairs = any(run.get('preferred') is not None for run in found['runs'])
   for run in found['runs']:
     bits, age = run['bits_per_byte'], run['checkpoint_age']
     saved = f'{run["checkpoint"]:,}' if run['checkpoint'] else '-'
@@ -174,7 +174,7 @@ def as_table(found: dict[str, Any]) -> Group:
     rows.append([
         run['name'], Text(run['state'], style=_STYLES.get(run['state'], 'dim')),
         f'{run["step"]:,}/{run["steps"]:,}', format_number(run['loss'], '.3f'),
-        *([format_number(run['preferred'], '.1%')] if on_pairs else []),
+        *([format_number(run.get('preferred'), '.1%')] if on_pairs else []),
         format_number(mean, '.3f'), format_number(run['tokens_per_second'], ',.0f'),
         format_number(run['mfu'], '.1%'), terminal.duration(run['seconds_left']),
         saved if age is None else f'{saved}, {terminal.duration(age)} ago'])
