@@ -19,18 +19,13 @@ from tests.helpers import initial_params
 
 
 def get_config(folder):
-  """A model of the chosen answers, and DPO on its end."""
+  """DPO on a random model, and a run that continues it."""
   pairs = [{'prompt': f'{i} + {i}?', 'chosen': f'{2 * i}' * (1 + i % 4),
-            'rejected': f'{i} ' * (1 + i % 3)}
-           for i in range(40)]
+            'rejected': f'{i} ' * (1 + i % 3)} for i in range(40)]
   with open(folder / 'pairs.jsonl', 'w', encoding='utf-8') as file:
     file.writelines(json.dumps(pair) + '\n' for pair in pairs)
-  with open(folder / 'chats.jsonl', 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'prompt': pair['prompt'], 'completion': pair['chosen']}) + '\n'
-                    for pair in pairs)
   config = base.get_config()
-  config.domains = {'chats': base.domain(str(folder / 'chats.jsonl'), format='chat'),
-                    'prefs': base.domain(str(folder / 'pairs.jsonl'), format='pairs')}
+  config.domains = {'prefs': base.domain(str(folder / 'pairs.jsonl'), format='pairs')}
   config.tokenizer.update(path=str(make_tokenizers.write(
       folder / 'tokenizer', make_tokenizers.byte_level())), eos='<|endoftext|>',
                           chat_template='chatml')
@@ -42,8 +37,7 @@ def get_config(folder):
   config.evaluation.update(tokens=500, batch_size=8)
   config.log_every = 1
   config.runs = {
-      'sft': base.run(base.random(), {'chats': 1}, steps=1),
-      'dpo': base.run(base.checkpoint('sft'), {'prefs': 1}, steps=12,
+      'dpo': base.run(base.random(), {'prefs': 1}, steps=12,
                       train={'loss': 'dpo', 'dpo_beta': 0.5}),
       'more': base.run(base.checkpoint('dpo', state=True), {'prefs': 1}, steps=1,
                        train={'loss': 'dpo', 'dpo_beta': 0.5}),
@@ -56,7 +50,6 @@ def study(tmp_path_factory):
   """All runs, trained after a kill between the reference and the first step of 'dpo'."""
   folder = tmp_path_factory.mktemp('preferences')
   pipeline = Pipeline(get_config(folder), str(folder / 'work'))
-  pipeline.train('sft')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, 'run', _killed)
     with pytest.raises(KeyboardInterrupt):
@@ -124,4 +117,3 @@ def test_held_out_pairs_are_scored_by_the_chosen_answers_and_ranked(study):
   assert len(found['prefs']['units']['bytes']) == held_out.num_documents
   assert sum(found['prefs']['units']['bytes']) == held_out.bytes[-1]
   assert found['prefs']['bits_per_byte'] > 0 and 0 <= found['prefs']['preferred'] <= 1
-  assert 'preferred' not in found['chats']
