@@ -12,6 +12,7 @@ import sentencepiece as spm
 
 from btx_jax.convert import config_json, export, generation
 from btx_jax.convert.hugging_face import Folder
+from btx_jax.data import chat_template
 from btx_jax.data.framing import CONFIG, NONE, Options
 from btx_jax.data.tokenizer import FILE, Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
@@ -142,8 +143,13 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-  """A tokenizer's files by name; a bare sentencepiece model gets what transformers must know."""
+  """A tokenizer's files by name; a bare sentencepiece model gets what transformers must know.
+
+  A chat template that the config names is written with them, in place of the tokenizer's own.
+  """
   files = {name: content for name, content in tokenizer.files.items() if name != CONFIG}
+  if tokenizer.template_name:
+    files[chat_template.FILE] = tokenizer.chat_template.source.encode()
   if FILE not in files or 'tokenizer_config.json' in files:
     return files
   model = spm.SentencePieceProcessor(model_proto=files[FILE])

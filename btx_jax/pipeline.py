@@ -1,6 +1,6 @@
 """The runs of a config carried out: trained in their order, and measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
 import os
@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from btx_jax import files
 from btx_jax.data import mixture
@@ -15,7 +16,7 @@ from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed, hardware
 from btx_jax.errors import RunError, UsageError
 from btx_jax.evaluate import bits, ensemble, regression, scores, selected
-from btx_jax.fitting import fit, samples, select
+from btx_jax.fitting import fit, reference, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import BEST, Run
 from btx_jax.selector import TFIDF, Merge
@@ -200,8 +201,8 @@ class Pipeline(Study):
       self.runs = self.plan(distributed.broadcast(
           lambda: recorded.best_steps(self.config, self.folder)))
 
-  def _order(self, run: Run):
-    return mixture.order_of(run, self.prepare_text().train)
+  def _order(self, run: Run, references: Mapping[str, np.ndarray] | None = None):
+    return mixture.order_of(run, self.prepare_text().train, references)
 
   # Training
 
@@ -213,11 +214,6 @@ class Pipeline(Study):
       found = distributed.broadcast(functools.partial(self._begin, run))
       if found:
         manifests[run.name] = found
-        if run.steps:
-          make = functools.partial(state.initial, self, run, self.mesh, branches)
-          jobs.append(loop.Job(run, self.folder(run.name), make, self._order(run),
-                               found['identity'], continued.steps_needed(run, self.runs.values()),
-                               found.get('best')))
     if not manifests:
       return None
     before = {name: found['seconds'] for name, found in manifests.items()}
@@ -246,6 +242,14 @@ class Pipeline(Study):
         if run.name in manifests:
           fit.fit(self, run, self.prepare_text(), self.mesh)
           select.fit(self, run, self.prepare_text(), self.mesh)
+          reference.compute(self, run, self.prepare_text(), self.mesh)
+          if run.steps:
+            make = functools.partial(state.initial, self, run, self.mesh, branches)
+            jobs.append(loop.Job(run, self.folder(run.name), make,
+                                 self._order(run, reference.of(self, run)),
+                                 manifests[run.name]['identity'],
+                                 continued.steps_needed(run, self.runs.values()),
+                                 manifests[run.name].get('best')))
       stacked = loop.run(jobs, self.mesh, list(self.prepare_text().train), settings,
                          self.evaluate, on_checkpoint) if jobs else None
       note(state=manifest.COMPLETE)
@@ -340,6 +344,10 @@ class Pipeline(Study):
       else:
         say(f'{shown}: measuring')
         found = self.evaluate(scores.sizes(run, stage), parameters)
+        for domain, values in found.items():
+          if values.get('preferred') is not None:
+            say(f'{shown}: held-out pairs of {domain} whose chosen answer is likelier per token: '
+                f'{values["preferred"]:.1%}')
       distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
 
   def _note_end(self, run: Run, trained: bool):

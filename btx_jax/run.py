@@ -7,6 +7,7 @@ the finetune of a mixture are the same kind of thing.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
+import math
 import re
 import zlib
 
@@ -22,6 +23,10 @@ EDIT, ENSEMBLE = 'edit', 'ensemble'
 INITIALISERS = (RANDOM, CHECKPOINT, MIX, EDIT, HUGGING_FACE, ENSEMBLE)
 BEST = 'best'  # the step of a run with the lowest held-out loss
 BALANCE_SCOPES = ('microbatch', 'batch')
+# Losses; those but the first are on pairs of answers.
+NEXT_TOKEN, DPO, SIMPO = LOSSES = ('next_token', 'dpo', 'simpo')
+# Fields of an objective that choose its loss, and of one of the losses, whose name they begin with.
+OF_LOSSES = ('loss', 'dpo_beta', 'simpo_beta', 'simpo_gamma')
 # Schedules of the learning rate.
 COSINE, CONSTANT, WSD = SCHEDULES = ('cosine', 'constant', 'wsd')
 # Fields of a model that change how it is computed, not what it computes.
@@ -99,9 +104,16 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Next-token loss, what a mixture's routers add to it, and what stays frozen.
+  """The loss, what a mixture's routers add to it, and what stays frozen.
 
   Attributes:
+    loss: 'next_token'; or on domains of pairs, a chosen and a rejected answer to one prompt: 'dpo'
+      (arXiv 2305.18290), whose reference is what the run starts from, or 'simpo' (arXiv
+      2405.14734), which has no reference. It is averaged over targets, or over pairs.
+    dpo_beta: how strongly 'dpo' holds the model to its reference: the larger, the less it moves.
+    simpo_beta: 'simpo' multiplies by it the difference of the answers' mean log-probabilities per
+      token.
+    simpo_gamma: the margin that 'simpo' asks for: it is subtracted from that product.
     balance_loss: alpha, weight of a mixture's load-balancing loss (paper 3.3). The router 'hash'
       has none.
     balance_scope: the tokens that the load-balancing loss is computed over: 'microbatch', or
@@ -114,6 +126,10 @@ class Objective:
     freeze: regular expressions; a parameter in whose path one of them is found does not change.
       Such lists: base.FREEZE_EXPERTS, base.FREEZE_ALL_BUT_EXPERTS, base.FREEZE_ALL_BUT_ROUTER.
   """
+  loss: str = 'next_token'
+  dpo_beta: float = 0.1
+  simpo_beta: float = 2.0
+  simpo_gamma: float = 1.0
   balance_loss: float = 0.01
   balance_scope: str = 'microbatch'
   router_z: float = 0.0
@@ -122,7 +138,12 @@ class Objective:
 
   def __post_init__(self):
     object.__setattr__(self, 'freeze', tuple(self.freeze))
-    for field in ('balance_loss', 'router_z', 'balance_bias'):
+    if self.loss not in LOSSES:
+      raise UsageError(f'train.loss = {self.loss!r}; {nearest(self.loss, LOSSES)}')
+    for field in ('dpo_beta', 'simpo_beta'):
+      if not 0 < getattr(self, field) < math.inf:
+        raise UsageError(f'train.{field} = {getattr(self, field)} must be positive.')
+    for field in ('simpo_gamma', 'balance_loss', 'router_z', 'balance_bias'):
       if getattr(self, field) < 0:
         raise UsageError(f'train.{field} = {getattr(self, field)} cannot be negative.')
     if self.balance_scope not in BALANCE_SCOPES:
@@ -153,6 +174,27 @@ class Objective:
     if not any(trains(path, self.freeze) for path in paths):
       raise UsageError(f'train.freeze = {self.freeze} leaves nothing to train of '
                        f'{", ".join(paths)}.')
+
+  @property
+  def on_pairs(self) -> bool:
+    """Whether the loss is on pairs of answers."""
+    return self.loss != NEXT_TOKEN
+
+  @property
+  def has_reference(self) -> bool:
+    """Whether the loss compares the model with what the run starts from."""
+    return self.loss == DPO
+
+  def spec(self) -> dict:
+    """The settings as plain data, without those of other losses.
+
+    As in versions without losses on pairs, the next-token loss has no `loss`.
+    """
+    found = dataclasses.asdict(self)
+    for field in OF_LOSSES:
+      if not self.on_pairs or not field.startswith(('loss', self.loss)):
+        del found[field]
+    return found
 
   def frozen_paths(self, model: model_config.Config) -> tuple[str, ...]:
     """The paths of a model's parameters that have no gradient."""
@@ -249,6 +291,7 @@ class Run:
     spec['name'] = self.first_name
     spec['sources'] = [source.first_name for source in self.sources]
     spec['optimizer'] = self.optimizer.spec()
+    spec['objective'] = self.objective.spec()
     del spec['expert_names'], spec['series'], spec['until_best'], spec['renamed_from']
     for key in COMPUTE:
       del spec['model'][key]

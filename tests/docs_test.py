@@ -67,7 +67,8 @@ def test_a_section_has_the_fields_and_defaults_of_its_dataclass(section, cls, un
 @pytest.mark.parametrize('field, choices', [
     ('model.router', model_config.ROUTERS), ('model.dtype', model_config.DTYPES),
     ('model.remat', model_config.REMATS), ('model.attention', model_config.ATTENTIONS),
-    ('model.dispatch', model_config.DISPATCHES), ('train.balance_scope', run.BALANCE_SCOPES),
+    ('model.dispatch', model_config.DISPATCHES), ('train.loss', run.LOSSES),
+    ('train.balance_scope', run.BALANCE_SCOPES),
     ('arrangement', recipe.ARRANGEMENTS), ('allow', compatibility.COSTS)])
 def test_every_choice_of_a_field_is_described(field, choices):
   row, *_ = re.findall(rf'^\| `{re.escape(field)}` \|.*', generate.config_page(), re.MULTILINE)

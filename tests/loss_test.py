@@ -47,6 +47,30 @@ def test_value_and_gradients(chunk, vocab, mesh_shape, monkeypatch):
   assert_trees_close(grads, jax.tree.map(lambda x: 3 * x, expected_grads), rtol=1e-5)
 
 
+@pytest.mark.parametrize('chunk, vocab, mesh_shape', [
+    (7, 20, None), (512, 20, None), (7, 20, (1, 2, 2, 2)), (32, 21, (1, 1, 4, 2))])
+def test_gradients_through_the_loss_of_each_token(chunk, vocab, mesh_shape, monkeypatch):
+  monkeypatch.setattr(loss, 'TOKENS_PER_CHUNK', chunk)
+  hidden, head, targets, mask = arguments(vocab=vocab)
+  weights = jnp.asarray(normal(targets.shape, 2))
+
+  def plain_losses(hidden, head):
+    nll = optax.softmax_cross_entropy_with_integer_labels(hidden @ head, targets)
+    nll = jnp.where(mask, nll, 0)
+    return jnp.tanh(nll * weights).sum(), nll  # not a sum over tokens: each has its own cotangent
+
+  def ours(hidden, head):
+    total, nll = loss.token_losses(hidden, head, targets, mask)
+    return jnp.tanh(nll * weights).sum(), (total, nll)
+
+  (_, nll), grads = jax.jit(jax.value_and_grad(plain_losses, (0, 1), has_aux=True))(hidden, head)
+  with use_mesh(mesh_shape):
+    (_, found), ours_grads = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, head)
+  np.testing.assert_allclose(found[1], nll, atol=1e-4)
+  np.testing.assert_allclose(found[0], nll.sum(), rtol=1e-5)
+  assert_trees_close(ours_grads, grads, rtol=1e-5)
+
+
 def test_masked_targets_reach_neither_loss_nor_gradient():
   hidden, head, targets, mask = arguments()
   other = jnp.where(mask, targets, 0)

@@ -202,8 +202,8 @@ def _training(study: Study, lines: dict[str, list], save: pictures.SavePicture
   """The loss curves of all runs that have one; those of several seeds have one name and colour."""
   curves: dict[str, dict[str, list]] = {}
   for name in lines:
-    if lines[name]:
-      run = study.runs[name]
+    run = study.runs[name]
+    if lines[name] and not run.objective.on_pairs:  # their loss is not one of tokens
       before, curve = curves.get(run.plain_name), _curve(run, lines[name])
       curves[run.plain_name] = _after(before, curve) if before else curve
   if not curves:

@@ -34,9 +34,10 @@ def collect(study: Study) -> dict[str, Any]:
     workdir, notes (sentences about the directory as a whole), text_changes (lines on text that was
     tokenized and has changed) and runs. A run has name, state
     ('missing', 'starting', 'running', 'stopped', 'failed', 'complete', 'unreadable'), step,
-    steps, loss, bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its
-    step), checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss
-    as bits_per_byte), error, and warnings. Unknown values are None.
+    steps, loss, preferred (of a run on pairs, the share that it ranked as the data does),
+    bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its step),
+    checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss as
+    bits_per_byte), error, and warnings. Unknown values are None.
   """
   now = time.time()
   runs = [_run(study, run, now) for run in study.runs.values()]
@@ -88,8 +89,8 @@ def _text_changes(study: Study) -> list[str]:
 def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   """The status of one run at the time `now`, see `collect`."""
   result = dict.fromkeys((
-      'loss', 'bits_per_byte', 'tokens_per_second', 'mfu', 'seconds_left', 'checkpoint',
-      'checkpoint_age', 'best', 'error'))
+      'loss', 'preferred', 'bits_per_byte', 'tokens_per_second', 'mfu', 'seconds_left',
+      'checkpoint', 'checkpoint_age', 'best', 'error'))
   result = {'name': run.name, 'state': MISSING, 'step': 0, 'steps': run.steps, **result,
             'warnings': []}
   folder = study.folder(run.name)
@@ -118,7 +119,8 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   rate = last.get('tokens_per_second')
   left = run.seconds_left(step, rate) if state == manifest.RUNNING else None
   return result | {
-      'state': state, 'step': step, 'loss': last.get('loss'), 'tokens_per_second': rate,
+      'state': state, 'step': step, 'loss': last.get('loss'),
+      'preferred': last.get('preferences', {}).get('preferred'), 'tokens_per_second': rate,
       'mfu': last.get('mfu'), 'seconds_left': left, 'bits_per_byte': _bits(study, run, lines),
       'checkpoint': done or None, 'checkpoint_age': _age(found.get('saved'), now),
       'best': found.get('best'),
@@ -164,6 +166,7 @@ def _age(moment: str | None, now: float) -> float | None:
 def as_table(found: dict[str, Any]) -> Group:
   """A table of the runs, and below it the notes, errors and warnings; for the terminal."""
   rows = []
+  on_pairs = any(run.get('preferred') is not None for run in found['runs'])
   for run in found['runs']:
     bits, age = run['bits_per_byte'], run['checkpoint_age']
     saved = f'{run["checkpoint"]:,}' if run['checkpoint'] else '-'
@@ -171,6 +174,7 @@ def as_table(found: dict[str, Any]) -> Group:
     rows.append([
         run['name'], Text(run['state'], style=_STYLES.get(run['state'], 'dim')),
         f'{run["step"]:,}/{run["steps"]:,}', format_number(run['loss'], '.3f'),
+        *([format_number(run.get('preferred'), '.1%')] if on_pairs else []),
         format_number(mean, '.3f'), format_number(run['tokens_per_second'], ',.0f'),
         format_number(run['mfu'], '.1%'), terminal.duration(run['seconds_left']),
         saved if age is None else f'{saved}, {terminal.duration(age)} ago'])
@@ -181,7 +185,8 @@ def as_table(found: dict[str, Any]) -> Group:
       lines.append(Text(f'{run["name"]}: {run["error"]}', style='red'))
     lines += [Text(f'{run["name"]}: {warning}', style='yellow') for warning in run['warnings']]
   return Group(terminal.Table(
-      ['run', 'state', 'step', 'loss', 'bits/byte', 'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
+      ['run', 'state', 'step', 'loss', *(['preferred'] if on_pairs else []), 'bits/byte',
+       'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
       names=2, drop=('MFU', 'checkpoint', 'tokens/s')), *lines)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from btx_jax.data.packing import Batch, Packed
+from btx_jax.data.pair_rows import PairRows
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
 from btx_jax.run import Run, seed_of
-
-Batch = dict[str, np.ndarray]
 
 
 class Windows:
@@ -71,14 +71,33 @@ class Windows:
     return row | {'domain': np.array(self._domain, np.int32)}
 
 
-def order_of(run: Run, domains: Mapping[str, Tokens]) -> grain.MapDataset:
+  def by_token(self, rows_RT: np.ndarray) -> np.ndarray:
+    """The values at the position of each token but the last, see without_overlap."""
+    return without_overlap(rows_RT, len(self._tokens.ids) - 1, self._stride)
+
+
+def rows_of(tokens: Tokens, length: int, domain: int = 0) -> Windows | Packed | PairRows:
+  """A training split as rows: text in windows, conversations packed, pairs side by side."""
+  return PairRows(tokens, length, domain) if tokens.pairs else _scored(tokens, length, domain)
+
+
+def _scored(tokens: Tokens, length: int, domain: int = 0, evaluation: bool = False,
+            stride: int = 0) -> Windows | Packed:
+  """A split as rows of which every token has a score; of pairs the chosen answers have one."""
+  kind = Windows if tokens.roles is None else Packed
+  return kind(tokens, length, domain, evaluation, stride)
+
+
+def order_of(run: Run, domains: Mapping[str, Tokens],
+             references: Mapping[str, np.ndarray] | None = None) -> grain.MapDataset:
   """The rows that a run is trained on, see training_order.
 
   With Run.state, they are the rows that its first source would have read next. If the weights of
   the domains differ, each domain continues where the source stopped reading it.
   """
   first, read = _place(run, list(domains))
-  return training_order(domains, run.weights, run.seq_len, run.training_seed, read)[first:]
+  return training_order(domains, run.weights, run.seq_len, run.training_seed, read, references)[
+      first:]
 
 
 def _place(run: Run, domains: Sequence[str]) -> tuple[int, dict[str, int]]:
@@ -113,7 +132,8 @@ def _named(name: str, row: int) -> tuple[str, int]:
 
 
 def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], length: int,
-                   seed: int, read: Mapping[str, int] | None = None) -> grain.MapDataset:
+                   seed: int, read: Mapping[str, int] | None = None,
+                   references: Mapping[str, np.ndarray] | None = None) -> grain.MapDataset:
   """The endless mixture of windows: element i is the i-th row of training.
 
   Args:
@@ -122,6 +142,7 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
     length: T.
     seed: seeds the shuffles, which differ for each pass over a domain.
     read: domain -> the number of rows to skip at its beginning.
+    references: for a loss with a reference: domain of pairs -> its log-probabilities, see PairRows.
 
   Raises:
     UsageError: a domain is shorter than one row.
@@ -129,7 +150,14 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
   sources = []
   for index, (name, tokens) in enumerate(domains.items()):
     if name in weights:
-      windows = Windows(tokens, length, index)
+      windows = (PairRows(tokens, length, index, references[name]) if references
+                 else rows_of(tokens, length, index))
+      if not len(windows) and tokens.pairs:
+        raise UsageError(f'domains.{name}: none of its pairs fits into a row of data.seq_len = '
+                         f'{length} tokens; raise data.seq_len.')
+      if not len(windows) and tokens.roles is not None and len(tokens.ids):
+        raise UsageError(f'domains.{name}: no answer begins within the first data.seq_len = '
+                         f'{length} tokens of any conversation; raise data.seq_len.')
       if not len(windows):
         raise UsageError(f'domains.{name} has {len(tokens.ids)} training tokens, fewer than '
                          f'one row of data.seq_len = {length}.')
@@ -200,11 +228,22 @@ def filled(rows: Sequence[Batch], size: int) -> Batch:
 
 def evaluation_batches(tokens: Tokens, length: int, batch_size: int, stride: int = 0
                        ) -> Iterator[Batch]:
-  """All windows of a split in order, see Windows; empty rows fill the last batch."""
-  windows = Windows(tokens, length, 0, evaluation=True, stride=stride)
+  """All rows of a split in order, as they are scored; empty rows fill the last batch."""
+  windows = _scored(tokens, length, evaluation=True, stride=stride)
   for first in range(0, len(windows), batch_size):
     rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]
     yield filled(rows, batch_size)
+
+
+def by_token(tokens: Tokens, rows_RT: np.ndarray, length: int, stride: int = 0) -> np.ndarray:
+  """The values at the position of each token but the last, [tokens - 1, ...].
+
+  Args:
+    tokens: the split.
+    rows_RT: the values of the rows that `evaluation_batches` yields for it, [R, T, ...].
+    length, stride: as there.
+  """
+  return _scored(tokens, length, evaluation=True, stride=stride).by_token(rows_RT)
 
 
 def without_overlap(rows_RT: np.ndarray, count: int, stride: int = 0) -> np.ndarray:

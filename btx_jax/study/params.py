@@ -92,10 +92,12 @@ def expert(study: Study, run: Run, number: int, mesh: Mesh):
 def mixes(run: Run, branches: Sequence[Run]) -> bool:
   """Whether a run is trained from a mixture of all of these branches while they are in memory.
 
-  All of its sources must have the same vocabulary. Setting routers from text needs the memory.
+  All of its sources must have the same vocabulary. Setting routers from text, and computing a
+  reference, needs the memory.
   """
   names = {source.name for source in run.sources}
   return (run.init == MIX and run.steps > 0 and run.routers is None
+          and not run.objective.has_reference
           and all(branch.name in names for branch in branches)
           and len({source.model.vocab_size for source in run.sources}) == 1
           and not any(source.vocabulary for source in run.sources))

@@ -26,6 +26,7 @@ from btx_jax.run import (
   HUGGING_FACE,
   INITIALISERS,
   MIX,
+  OF_LOSSES,
   RANDOM,
   Objective,
   Optimizer,
@@ -168,7 +169,7 @@ def _fields_to_share(run: Run) -> dict:
   """The fields that must be equal in stacked runs."""
   shared = {field: getattr(run, field) for field in ('seq_len', 'batch_size', 'microbatches')}
   shared |= {f'model.{key}': value for key, value in dataclasses.asdict(run.model).items()}
-  shared |= {'train.freeze': run.objective.freeze}
+  shared |= {f'train.{key}': getattr(run.objective, key) for key in ('freeze', *OF_LOSSES)}
   return shared | {
       f'optimizer.{key}': value for key, value in dataclasses.asdict(run.optimizer).items()
       if key not in ('peak_lr', 'schedule', 'warmup', 'decay', 'final_lr')}
@@ -249,6 +250,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       vocabulary=vocabulary, routers=routers, edit=edit, selector=selects,
       state=entry.init.get('state', False))
   continued.check_state(run)
+  _check_loss(run, config.domains)
   if edit is None:
     return run
   with errors.about(f'runs.{name}'):
@@ -257,6 +259,22 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       routers is None or (objective.balance_bias > 0 and not untrained))
   return dataclasses.replace(run, routers=routers, edit=edit,
                              model=dataclasses.replace(model, router_bias=biased))
+
+
+def _check_loss(run: Run, config_domains):
+  """Raises UsageError if a run's loss cannot be computed on the text of one of its domains."""
+  loss = run.objective.loss
+  for domain in run.weights:
+    if (config_domains[domain].format == domains.PAIRS) == run.objective.on_pairs:
+      continue
+    if run.objective.on_pairs:
+      raise UsageError(f'runs.{run.name}: train.loss = {loss!r} is for pairs of answers, and '
+                       f'domains.{domain} has format = {config_domains[domain].format!r}. Name '
+                       f'domains with format = {domains.PAIRS!r}, or omit train.loss.')
+    raise UsageError(f'runs.{run.name}: domains.{domain} has pairs of answers, and train.loss = '
+                     f"{loss!r} is not for pairs. Set train={{'loss': 'dpo'}} in the run, or "
+                     "'simpo'. To train on the chosen answers alone, put them into a domain with "
+                     f'format = {domains.CHAT!r}.')
 
 
 def _check_batch(name: str, seq_len: int, batch_size: int, microbatches: int):

@@ -7,7 +7,13 @@ value, while a chunk's logits are still in cache; the backward pass only scales 
 If the vocabulary is sharded over the `tensor` axis, each device has the logits of its own
 shard: only the softmax's maximum and sum, the target's logit and the gradient of the hidden
 states are combined.
+
+`next_token_loss` is the sum over targets. A loss that is not, like that of preferences, takes
+`token_losses`.
 """
+
+from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +41,50 @@ def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
     its sum, a float32 scalar, differentiable with respect to the hidden states and the head,
     and that of each position [B, T], for reports, through which no gradient flows.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    total, nll_BT = _summed_nll(hidden_BTD, head_DV, targets_BT, mask_BT, None)
-    return total, jax.lax.stop_gradient(nll_BT)
-  vocab_axis = sharding.axis_that_cuts('tensor', head_DV.shape[1])
-
-  def local(hidden, head, targets, mask):
-    head = sharding.varying_like(head, hidden)
+  def local(hidden, head, targets, mask, vocab_axis):
     total, nll_BT = _summed_nll(hidden, head, targets, mask, vocab_axis)
-    return jax.lax.psum(total, batch_axes), jax.lax.stop_gradient(nll_BT)
+    if not jax.sharding.get_abstract_mesh().empty:
+      total = jax.lax.psum(total, batch_axes)
+    return total, jax.lax.stop_gradient(nll_BT)
 
-  rows = P(batch_axes)
-  return jax.shard_map(
-      local, in_specs=(rows, P(None, vocab_axis), rows, rows), out_specs=(P(), rows))(
-          hidden_BTD, head_DV, targets_BT, mask_BT)
+  return _over_mesh(local, (P(), P(batch_axes)), batch_axes)(
+      hidden_BTD, head_DV, targets_BT, mask_BT)
+
+
+def token_losses(hidden_BTD, head_DV, targets_BT, mask_BT,
+                 batch_axes=BATCH_AXES) -> tuple[jax.Array, jax.Array]:
+  """As next_token_loss, but gradients flow through the loss of each position, too.
+
+  The backward pass computes the logits once more.
+  """
+  nll_BT = _over_mesh(_each_nll, P(batch_axes), batch_axes)(
+      hidden_BTD, head_DV, targets_BT, mask_BT)
+  return nll_BT.sum(), nll_BT
+
+
+def _over_mesh(local: Callable, out_specs, batch_axes) -> Callable:
+  """(hidden, head, targets, mask) -> `local` of what each device has, if a mesh is in use.
+
+  Args:
+    local: takes these four, and the mesh axis over which V is sharded; None if it is not.
+    out_specs: of what it returns.
+    batch_axes: the mesh axes over which rows are sharded.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return lambda *arrays: local(*arrays, None)
+
+  def over_mesh(hidden_BTD, head_DV, targets_BT, mask_BT):
+    vocab_axis = sharding.axis_that_cuts('tensor', head_DV.shape[1])
+
+    def of_device(hidden, head, targets, mask):
+      return local(hidden, sharding.varying_like(head, hidden), targets, mask, vocab_axis)
+
+    rows = P(batch_axes)
+    return jax.shard_map(
+        of_device, in_specs=(rows, P(None, vocab_axis), rows, rows), out_specs=out_specs)(
+            hidden_BTD, head_DV, targets_BT, mask_BT)
+
+  return over_mesh
 
 
 def _nll(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis) -> tuple[jax.Array, jax.Array]:
@@ -95,6 +130,38 @@ def _scaled_gradients(vocab_axis, residuals, cotangents):
 
 _summed_nll = jax.custom_vjp(_nll, nondiff_argnums=(4,))
 _summed_nll.defvjp(_nll_and_gradients, _scaled_gradients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _each_nll(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis) -> jax.Array:
+  """The loss of each position [B, T]."""
+  return _nll(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis)[1]
+
+
+def _each_nll_forward(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
+  arrays = hidden_BTD, head_DV, targets_BT, mask_BT
+  return _each_nll(*arrays, vocab_axis), arrays
+
+
+def _each_nll_backward(vocab_axis, residuals, g_BT):
+  hidden_BTD, head_DV, targets_BT, mask_BT = residuals
+
+  def one_chunk(dhead_DV, chunk):
+    hidden, targets, mask, g = chunk
+    _, dlogits = _chunk_nll(hidden, targets, mask, head_DV, vocab_axis)
+    dlogits = jnp.where(mask[:, None], dlogits * g[:, None], 0).astype(hidden.dtype)
+    dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
+    return dhead_DV, dlogits @ head_DV.T
+
+  zeros = sharding.varying_like(jnp.zeros(head_DV.shape), head_DV)
+  dhead_DV, dhidden = jax.lax.scan(
+      one_chunk, zeros, _chunks(hidden_BTD, targets_BT, mask_BT, g_BT))
+  if vocab_axis:
+    dhidden = jax.lax.psum(dhidden, vocab_axis)
+  return _joined(dhidden, hidden_BTD), dhead_DV.astype(head_DV.dtype), None, None
+
+
+_each_nll.defvjp(_each_nll_forward, _each_nll_backward)
 
 
 def _chunks(*arrays):

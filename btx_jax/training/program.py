@@ -308,8 +308,11 @@ def _state_of(model: Config, objective: Objective, tx: optax.GradientTransformat
 def _batch_shapes(run: Run, mesh, slots: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
   """A global batch as shapes over the mesh; `slots` if it is one of stacked branches."""
   rows = ((slots,) if slots else ()) + (run.microbatches, run.batch_size // run.microbatches)
-  return batch_shapes(rows, run.seq_len,
-                      sharding.batch_sharding(mesh, leading=1, stacked=bool(slots)))
+  over = sharding.batch_sharding(mesh, leading=1, stacked=bool(slots))
+  shapes = batch_shapes(rows, run.seq_len, over)
+  if run.objective.has_reference:
+    shapes['reference'] = jax.ShapeDtypeStruct((*rows, run.seq_len), np.float32, sharding=over)
+  return shapes
 
 
 def batch_shapes(rows: tuple[int, ...], length: int, over: NamedSharding

@@ -73,6 +73,9 @@ class Recorder(contextlib.ExitStack):
     if not self._file:
       return
     sums = {'nll': metrics['nll_by_domain'], 'tokens': metrics['tokens_by_domain']}
+    if 'preferences' in metrics:
+      sums |= {f'preferences.{name}': value
+               for name, value in metrics['preferences']._asdict().items()}
     if 'routing' in metrics:
       sums |= {name: value for name, value in metrics['routing']._asdict().items()
                if value is not None}
@@ -86,21 +89,27 @@ class Recorder(contextlib.ExitStack):
       self._write_line(self._file, step, metrics)
 
   def write_evaluation(self, step: int, result: Mapping[str, Mapping]):
-    """Writes the bits per byte that evaluate.bits found."""
+    """Writes the bits per byte that evaluate.bits found, and of pairs the share it ranks right."""
     if not self._file:
       return
-    self._sinks.send(self._file.write(step, bits_per_byte={
-        domain: values['bits_per_byte'] for domain, values in result.items()}))
+    found = {figure: {domain: values[figure] for domain, values in result.items()
+                      if values.get(figure) is not None}
+             for figure in ('bits_per_byte', 'preferred')}
+    self._sinks.send(self._file.write(
+        step, **{figure: of_domains for figure, of_domains in found.items() if of_domains}))
 
   def _write_line(self, file: MetricsFile, step: int, metrics: Mapping[str, Any]):
     """Writes the line of an interval, and starts the next."""
     sums, now = self._sums, time.monotonic()
-    loss = sums['nll'].sum() / max(sums['tokens'].sum(), 1)
+    summed, counts = 'nll', 'tokens'
+    if self._run.objective.on_pairs:
+      summed, counts = 'preferences.loss', 'preferences.pairs'
+    loss = sums[summed].sum() / max(sums[counts].sum(), 1)
     speed = self._speed(now)
     values = {
         'loss': loss,
-        'loss_by_domain': {name: nll / tokens for name, nll, tokens in zip(
-            self._domains, sums['nll'], sums['tokens']) if tokens},
+        'loss_by_domain': {name: total / count for name, total, count in zip(
+            self._domains, sums[summed], sums[counts]) if count},
         'lr': float(np.asarray(self._schedule(self._run.schedule_start + step - 1))),
         'grad_norm': float(metrics['grad_norm']),
         **{name: {part: float(norm) for part, norm in metrics[name].items()}
@@ -109,6 +118,10 @@ class Recorder(contextlib.ExitStack):
         **speed,
         'memory': hardware.peak_memory(),
     }
+    if self._run.objective.on_pairs:
+      values['preferences'] = {
+          name: sums[f'preferences.{name}'].sum() / max(sums[counts].sum(), 1)
+          for name in ('preferred', 'margin', 'chosen', 'rejected')}
     if self._run.model.num_experts:
       values |= {'balance': float(metrics['balance']), 'router_z': float(metrics['router_z']),
                  'routing': routing_figures.describe(sums, self._domains),

@@ -21,8 +21,9 @@ from btx_jax.model.balance import (
 from btx_jax.model.config import Config
 from btx_jax.model.routers import NoiseKey
 from btx_jax.run import Objective, frozen
-from btx_jax.training import optim
-from btx_jax.training.loss import next_token_loss
+from btx_jax.training import optim, preferences
+from btx_jax.training.loss import next_token_loss, token_losses
+from btx_jax.training.preferences import Preferences
 
 
 @jax.tree_util.register_dataclass
@@ -56,19 +57,32 @@ class Scores(NamedTuple):
   Attributes:
     nll: negative log likelihood in nats, summed over targets; the one to differentiate.
     tokens: number of targets in that sum.
-    token_nll: [B, T], that of each target; no gradient flows through it.
+    token_nll: [B, T], that of each target; no gradient flows through it, unless `forward` was given
+      token_losses.
     row_tokens: [B].
     routed: of a mixture, [L, B, ...]; None for a dense model.
+    preferences: [B] each, if the loss is on pairs of answers; else None.
   """
   nll: jax.Array
   tokens: jax.Array
   token_nll: jax.Array
   row_tokens: jax.Array
   routed: Routing | None
+  preferences: Preferences | None = None
+
+  @property
+  def loss(self) -> jax.Array:
+    """The loss to differentiate, summed over targets or pairs."""
+    return self.nll if self.preferences is None else self.preferences.loss.sum()
+
+  @property
+  def count(self) -> jax.Array:
+    """The number of targets, or of pairs."""
+    return self.tokens if self.preferences is None else self.preferences.pairs.sum()
 
 
 def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
-            noise: NoiseKey | None = None, masked_E=None) -> Scores:
+            noise: NoiseKey | None = None, masked_E=None, losses=next_token_loss) -> Scores:
   """Runs the model on a batch.
 
   Args:
@@ -78,13 +92,14 @@ def forward(cfg: Config, params, batch, batch_axes=BATCH_AXES,
     batch_axes: the mesh axes over which rows are sharded.
     noise: seeds the routers' noise in training; None in evaluation.
     masked_E: True for experts of a mixture that are left out; None is none.
+    losses: next_token_loss, or token_losses for gradients through `token_nll`.
   """
   outputs: Any = llama.Llama(cfg, batch_axes).apply(
       {'params': params}, batch['tokens'], batch['segment_ids'], batch['positions'],
       noise, masked_E)
   hidden_BTD, routed = outputs
-  nll, token_nll = next_token_loss(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
-                                   batch['targets'], batch['loss_mask'], batch_axes)
+  nll, token_nll = losses(hidden_BTD, llama.output_head(params, hidden_BTD.dtype),
+                          batch['targets'], batch['loss_mask'], batch_axes)
   return Scores(nll, batch['loss_mask'].sum(), token_nll, batch['loss_mask'].sum(1),
                 routed)
 
@@ -93,28 +108,28 @@ class BatchTotals(NamedTuple):
   """The figures of the whole batch that the loss of one microbatch depends on.
 
   Attributes:
-    targets: number of targets.
-    targets_per_token: targets per token that is not padding.
+    count: number of targets, or of pairs for a loss on these.
+    count_per_token: the same per token that is not padding.
     routing: RoutingSums [L, G, ...] of the whole batch, for balance_scope 'batch'; else None.
   """
-  targets: jax.Array
-  targets_per_token: jax.Array
+  count: jax.Array
+  count_per_token: jax.Array
   routing: RoutingSums | None
 
 
 def microbatch_loss(scores: Scores, objective: Objective, totals: BatchTotals
                     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The loss of one microbatch, in nats summed over its targets.
+  """The loss of one microbatch, summed over its targets, or over its pairs.
 
-    nll + balance_loss * balancing loss (paper 3.3) + router_z * router z-loss
+    scores.loss + balance_loss * balancing loss (paper 3.3) + router_z * router z-loss
 
   The z-loss is a mean over tokens that are not padding, and the balancing loss is a product of
-  means, so each is multiplied by a number of targets here. Microbatches then simply add up,
-  and dividing their sum by the targets of the batch gives the loss of the batch.
+  means, so each is multiplied by a number of targets (or pairs) here. Microbatches then simply add
+  up, and dividing their sum by the number in the batch gives the loss of the batch.
 
   A product of means is not a sum over microbatches, so the balancing loss has a scope:
 
-    'microbatch'  of each microbatch, over all devices, averaged by targets;
+    'microbatch'  of each microbatch, over all devices, averaged by targets (or pairs);
     'batch'       of the whole batch: exact, for one more forward pass per microbatch.
 
   Args:
@@ -126,18 +141,18 @@ def microbatch_loss(scores: Scores, objective: Objective, totals: BatchTotals
     the loss, and for a mixture its two unweighted terms, 'balance' and 'router_z'.
   """
   if scores.routed is None:
-    return scores.nll, {}
+    return scores.loss, {}
   sums = scores.routed.sums
-  router_z = totals.targets_per_token * sums.z.sum()
+  router_z = totals.count_per_token * sums.z.sum()
   if totals.routing is None:
-    balance = share = scores.tokens * balance_loss(sums)
+    balance = share = scores.count * balance_loss(sums)
   else:
     # With gate sums u and probability sums p, d(u p) = u dp + p du: with the whole batch's u and
     # p held fixed, the shares of the microbatches add up to the gradient of the whole batch's
-    # loss, times its targets.
-    share = totals.targets * balance_loss_share(sums, totals.routing)
+    # loss, times its targets (or pairs).
+    share = totals.count * balance_loss_share(sums, totals.routing)
     balance = share / 2  # the shares' values add up to twice the loss
-  loss = scores.nll + objective.balance_loss * share + objective.router_z * router_z
+  loss = scores.loss + objective.balance_loss * share + objective.router_z * router_z
   return loss, {'balance': balance, 'router_z': router_z}
 
 
@@ -145,13 +160,13 @@ class Sums(NamedTuple):
   """Sums over a microbatch, which add up to those of the batch.
 
   Attributes:
-    nll: summed over targets.
-    tokens: number of targets.
+    loss: summed over targets or pairs, without what routers add.
+    count: number of targets or pairs.
     by_domain: see sums_by_domain.
-    router_losses: 'balance' and 'router_z' of a mixture, times targets.
+    router_losses: 'balance' and 'router_z' of a mixture, times `count`.
   """
-  nll: jax.Array
-  tokens: jax.Array
+  loss: jax.Array
+  count: jax.Array
   by_domain: dict[str, Any]
   router_losses: dict[str, jax.Array]
 
@@ -160,8 +175,8 @@ def sums_by_domain(scores: Scores, domain_B, num_domains: int) -> dict[str, Any]
   """Sums over the rows of each domain.
 
   Returns:
-    nll_by_domain and tokens_by_domain [num_domains], and for a mixture routing, the RoutingSums
-    [L, num_domains, ...].
+    nll_by_domain and tokens_by_domain [num_domains]; for a mixture routing, the RoutingSums
+    [L, num_domains, ...]; and for a loss on pairs preferences, Preferences [num_domains].
   """
   member_BG = jax.nn.one_hot(domain_B, num_domains, dtype=jnp.int32)
   sums: dict[str, Any] = {
@@ -169,6 +184,9 @@ def sums_by_domain(scores: Scores, domain_B, num_domains: int) -> dict[str, Any]
       'tokens_by_domain': (scores.row_tokens[:, None] * member_BG).sum(0)}
   if scores.routed is not None:
     sums['routing'] = by_domain(scores.routed.sums, domain_B, num_domains)
+  if scores.preferences is not None:
+    sums['preferences'] = jax.tree.map(
+        lambda x_B: (x_B[:, None] * member_BG).sum(0), scores.preferences)
   return sums
 
 
@@ -181,8 +199,8 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
   """The train step: (state, batch) -> (state, metrics).
 
   It minimises `microbatch_loss`, summed over the microbatches (the leading axis of the batch)
-  and divided by the targets of the global batch. Only what is not frozen is differentiated,
-  clipped, and given to the optimizer.
+  and divided by the targets, or pairs, of the global batch. Only what is not frozen is
+  differentiated, clipped, and given to the optimizer.
 
   Args:
     cfg: of the model.
@@ -195,10 +213,11 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     seed: of the routers' noise.
 
   Returns:
-    A pure function. Its metrics: loss (nats per target), nll_by_domain and tokens_by_domain
-    [num_domains] (sums), grad_norm, grad_norms (of what trains) and param_norms by part of the
-    model, and for a mixture balance and router_z (the unweighted losses, summed over layers) and
-    routing, the RoutingSums [L, num_domains, ...].
+    A pure function. Its metrics: loss (nats per target, or per pair), nll_by_domain and
+    tokens_by_domain [num_domains] (sums over targets), grad_norm, grad_norms (of what trains) and
+    param_norms by part of the model; for a mixture balance and router_z (the unweighted losses,
+    summed over layers) and routing, the RoutingSums [L, num_domains, ...]; and for a loss on pairs
+    preferences, Preferences [num_domains].
 
   Example:
     >>> step = jax.jit(make_train_step(config, optimizer))
@@ -216,7 +235,13 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
 
     def score(params, microbatch):
       rows, index = microbatch
-      scores = forward(cfg, params, rows, batch_axes, NoiseKey(seed, state.step, index))
+      noise = NoiseKey(seed, state.step, index)
+      if losses.on_pairs:
+        scores = forward(cfg, params, rows, batch_axes, noise, losses=token_losses)
+        scores = scores._replace(
+            preferences=preferences.score(scores.token_nll, rows, losses))
+      else:
+        scores = forward(cfg, params, rows, batch_axes, noise)
       return scores, sums_by_domain(scores, rows['domain'], num_domains)
 
     def routing_of(microbatch):
@@ -225,26 +250,27 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     def loss_of(trained, microbatch):
       scores, domains = score(optim.join(trained, fixed), microbatch)
       loss, router_losses = microbatch_loss(scores, losses, totals)
-      return loss, Sums(scores.nll, scores.tokens, domains, router_losses)
+      return loss, Sums(scores.loss, scores.count, domains, router_losses)
 
     def gradient_of(microbatch):
       return jax.grad(loss_of, has_aux=True)(trained, microbatch)
 
     whole = losses.balance_loss and losses.balance_scope == 'batch'
-    targets = batch['loss_mask'].sum()
+    count = (preferences.pairs(batch['segment_ids']) if losses.on_pairs
+             else batch['loss_mask']).sum()
     totals = BatchTotals(
-        targets, targets / jnp.maximum((batch['segment_ids'] > 0).sum(), 1),
+        count, count / jnp.maximum((batch['segment_ids'] > 0).sum(), 1),
         _sum_over_microbatches(routing_of, microbatches) if whole else None)
     grads, sums = _sum_over_microbatches(gradient_of, microbatches)
-    grads = jax.tree.map(lambda g: g / sums.tokens, grads)
+    grads = jax.tree.map(lambda g: g / sums.count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = optim.join(optax.apply_updates(trained, updates), fixed)
     if cfg.router_bias and not frozen('layers/ffn/router_bias', losses.freeze):
       params = _with_balanced_bias(params, sums.by_domain['routing'], losses.balance_bias)
 
-    router_losses = {name: value / sums.tokens for name, value in sums.router_losses.items()}
+    router_losses = {name: value / sums.count for name, value in sums.router_losses.items()}
     metrics = sums.by_domain | router_losses | {
-        'loss': sums.nll / sums.tokens,
+        'loss': sums.loss / sums.count,
         'grad_norm': optax.tree.norm(grads),
         'grad_norms': optim.norms_by_part(grads),
         'param_norms': optim.norms_by_part(state.params),

@@ -1,0 +1,94 @@
+"""Pairs of answers: records with a chosen and a rejected one, and their messages.
+
+A record has `chosen` and `rejected`, each a text or a list of messages (chats.py), and `prompt`:
+
+  prompt a text, answers texts           the question, and each answer, as one message
+  prompt messages, answers messages      each answer follows the prompt
+  answers messages                       what both begin with is the prompt; a prompt that is a text
+                                         is not read
+
+The answers of the assistant in the prompt are not learned: they are the same in both.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from btx_jax.data import chats, records
+from btx_jax.data.chat_template import ChatTemplate
+from btx_jax.data.chats import Unfit
+from btx_jax.data.records import Document, Fields, Part, Reader, Unusable
+from btx_jax.errors import UsageError
+
+# Why a record is unusable.
+NO_PAIR, EQUAL = 'has no pair of answers', 'has equal answers'
+
+Messages = list[dict[str, Any]]
+
+
+def reader(template: ChatTemplate, special: Collection[str]) -> Reader:
+  """Makes documents of records that are pairs: `parts` of the chosen one, and `rejected`.
+
+  Args:
+    template: renders them.
+    special: the names of the tokenizer's special tokens.
+  """
+  def read(record: Mapping[str, Any], place: str, fields: Fields) -> Document | Unusable:
+    try:
+      chosen, rejected = (chats.parts(template, found, special) for found in messages(record))
+    except Unfit as unfit:
+      return Unusable(place, unfit.reason, unfit.detail)
+    except UsageError as error:
+      return Unusable(place, chats.REFUSED, f': {error}')
+    if not all(any(part.is_answer for part in parts) for parts in (chosen, rejected)):
+      return Unusable(place, chats.NO_ANSWER, ' to learn: the template rewrites it')
+    if _answers(chosen) == _answers(rejected):
+      return Unusable(place, EQUAL)
+    text = ''.join(part.text for part in (*chosen, *rejected))
+    try:
+      text.encode('utf-8')
+    except UnicodeEncodeError:
+      return Unusable(place, records.SURROGATE)
+    return Document(text, records.id_of(record, fields), place, tuple(chosen), tuple(rejected))
+
+  return read
+
+
+def messages(record: Mapping[str, Any]) -> tuple[Messages, Messages]:
+  """The conversations with the chosen and with the rejected answer, each up to its last answer.
+
+  Args:
+    record: see the top of this file.
+
+  Returns:
+    two lists of messages with the same beginning, whose answers have `weight` 0.
+
+  Raises:
+    Unfit: the record is not a pair to learn from.
+  """
+  given = [record.get(name) for name in ('chosen', 'rejected')]
+  prompt = record.get('prompt')
+  if not all(isinstance(each, list | str) and each for each in given):
+    raise Unfit(NO_PAIR, f" in 'chosen' and 'rejected'; {records.names_of(record)}")
+  are_texts = [isinstance(each, str) for each in given]
+  if any(are_texts) != all(are_texts):
+    raise Unfit(NO_PAIR, ': one is a text, and the other is not')
+  if all(are_texts) and not prompt:
+    raise Unfit(NO_PAIR, " with its 'prompt', which answers that are texts need")
+  shared = chats.turn(chats.USER, prompt) if all(are_texts) or isinstance(prompt, list) else []
+  before = [chats.message(each) for each in shared]
+  after = [[chats.message(each) for each in chats.turn(chats.ASSISTANT, answer)]
+           for answer in given]
+  if not before:
+    common = next((i for i, (a, b) in enumerate(zip(*after)) if a != b), min(map(len, after)))
+    before, after = after[0][:common], [answer[common:] for answer in after]
+    if not any(after):
+      raise Unfit(EQUAL)
+  read = [each | {'weight': 0} if each['role'] == chats.ASSISTANT else each for each in before]
+  chosen, rejected = (read + chats.to_last_answer(answer) for answer in after)
+  if chosen == rejected:
+    raise Unfit(EQUAL)
+  return chosen, rejected
+
+
+def _answers(parts: list[Part]) -> list[str]:
+  return [part.text for part in parts if part.is_answer]

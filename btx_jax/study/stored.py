@@ -1,0 +1,107 @@
+"""Arrays that are computed once for a run, before its training, and kept in its directory.
+
+They lie in a folder of the run's directory as .npy files, beside a JSON file with figures, a hash
+of every array, and the identity of the run in its manifest: what was computed for another run does
+not count. The JSON file is written last, so that a folder without it does not count either.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from btx_jax.devices import distributed
+from btx_jax.errors import UsageError
+from btx_jax.files import replacing
+from btx_jax.run import Run
+from btx_jax.study import manifest
+from btx_jax.study.study import Study
+
+
+class Stored(NamedTuple):
+  """A place for arrays in the directory of a run.
+
+  Attributes:
+    study: whose run it is.
+    run: the run.
+    name: of the folder in its directory.
+    file: the name of the JSON file there.
+  """
+  study: Study
+  run: Run
+  name: str
+  file: str
+
+  @property
+  def folder(self) -> str:
+    return os.path.join(self.study.folder(self.run.name), self.name)
+
+  @property
+  def path(self) -> str:
+    """Of the JSON file."""
+    return os.path.join(self.folder, self.file)
+
+  def figures(self) -> dict[str, Any] | None:
+    """The figures; None if nothing was written for this run.
+
+    Raises:
+      UsageError: the file is damaged.
+    """
+    try:
+      with open(self.path, encoding='utf-8') as file:
+        found = json.load(file)
+      return found if found['run'] == self._identity() else None
+    except FileNotFoundError:
+      return None
+    except (ValueError, KeyError, TypeError) as error:
+      raise UsageError(f'{self.path} is damaged ({error}). Delete the directory of the run, and '
+                       f'run --run={self.run.name} again.') from error
+
+  def array(self, name: str, figures: Mapping[str, Any]) -> np.ndarray:
+    """One of the arrays, given the figures. Raises UsageError if it is not what was written."""
+    path = os.path.join(self.folder, name)
+    try:
+      damaged = _hash(path) != figures['files'][name]
+    except (OSError, KeyError):
+      damaged = True
+    if damaged:
+      raise UsageError(f'{path} is missing or damaged: it is not what was written. Delete the '
+                       'directory of the run, and train the run again.')
+    return np.load(path, allow_pickle=False)
+
+  def exists(self) -> bool:
+    """Whether it was written, for all processes: those waiting for shared storage wait here."""
+    done = distributed.broadcast(lambda: self.figures() is not None)
+    if done:
+      distributed.wait_for(self.path)
+    return done
+
+  def write(self, arrays: Mapping[str, np.ndarray], figures: Mapping[str, Any]) -> None:
+    """Writes arrays, by the names of their files, and figures.
+
+    Process 0 writes; all return once they see it.
+    """
+    distributed.on_process_0(lambda: self._write(arrays, figures))
+    distributed.wait_for(self.path)
+
+  def _write(self, arrays: Mapping[str, np.ndarray], figures: Mapping[str, Any]) -> None:
+    hashes = {}
+    for name, array in arrays.items():
+      path = os.path.join(self.folder, name)
+      with replacing(path, 'wb') as file:
+        np.save(file, array, allow_pickle=False)
+      hashes[name] = _hash(path)
+    with replacing(self.path) as file:
+      json.dump({'run': self._identity(), 'files': hashes, **figures}, file, indent=1)
+
+  def _identity(self) -> str:
+    found = manifest.read(self.study.folder(self.run.name))
+    return found['identity'] if found else ''
+
+
+def _hash(path: str) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -1,0 +1,85 @@
+"""Losses on pairs of answers to one prompt, of which one was preferred.
+
+DPO (arXiv 2305.18290) compares how much likelier the model finds each answer than the reference
+does, the model before training. SimPO (arXiv 2405.14734) needs no reference: it compares the mean
+log-probability of a token. Both are the logistic loss of a margin, so all else is the same.
+
+A row holds whole pairs: its segments 1, 3, 5, ... are chosen answers, each with its prompt, and
+the segments 2, 4, 6, ... the rejected ones. `loss_mask` marks the targets of the answers, and entry
+s of `reference` [T] is the log-probability of segment s under the reference.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from btx_jax.run import DPO, Objective
+
+
+class Preferences(NamedTuple):
+  """Sums over the pairs of each row, [B], or of each domain.
+
+  Attributes:
+    loss: to differentiate; no gradient flows through the others.
+    pairs: their number.
+    preferred: the pairs whose margin is positive: the model ranks them as the data does.
+    margin: what the loss is the logistic loss of; of SimPO with its target margin subtracted.
+    chosen, rejected: log-probabilities of the answers in nats.
+  """
+  loss: jax.Array
+  pairs: jax.Array
+  preferred: jax.Array
+  margin: jax.Array
+  chosen: jax.Array
+  rejected: jax.Array
+
+
+def segment_sums(values_BT, segment_ids_BT) -> jax.Array:
+  """The sum over each segment of a row, [B, T]; entry s is that of segment s."""
+  def of_row(values_T, segment_ids_T):
+    return jnp.zeros(values_T.shape, values_T.dtype).at[segment_ids_T].add(values_T)
+
+  return jax.vmap(of_row)(values_BT, segment_ids_BT)
+
+
+def score(token_nll_BT, batch: Mapping[str, jax.Array], objective: Objective) -> Preferences:
+  """The loss of each row, summed over its pairs.
+
+  Args:
+    token_nll_BT: the loss of each target, through which gradients flow: loss.token_losses.
+    batch: arrays [B, T] of whole pairs; with `reference` for the loss 'dpo'.
+    objective: the loss and its settings.
+  """
+  segment_ids_BT = batch['segment_ids']
+  logp_BT = -segment_sums(token_nll_BT, segment_ids_BT)
+  tokens_BT = segment_sums(batch['loss_mask'].astype(jnp.float32), segment_ids_BT)
+  chosen_BP, rejected_BP = _by_pair(logp_BT)
+  if objective.loss == DPO:
+    before_chosen_BP, before_rejected_BP = _by_pair(batch['reference'])
+    margin_BP = objective.dpo_beta * (
+        (chosen_BP - before_chosen_BP) - (rejected_BP - before_rejected_BP))
+  else:
+    means_BT = logp_BT / jnp.maximum(tokens_BT, 1)
+    margin_BP = objective.simpo_beta * jnp.subtract(*_by_pair(means_BT)) - objective.simpo_gamma
+  exists_BP = jnp.arange(1, chosen_BP.shape[1] + 1)[None] <= pairs(segment_ids_BT)[:, None]
+
+  def total(values_BP):
+    return jnp.where(exists_BP, values_BP, 0).sum(1)
+
+  figures = (total(each) for each in (exists_BP.astype(jnp.float32),
+                                      (margin_BP > 0).astype(jnp.float32), margin_BP,
+                                      chosen_BP, rejected_BP))
+  return Preferences(total(-jax.nn.log_sigmoid(margin_BP)), *map(jax.lax.stop_gradient, figures))
+
+
+def pairs(segment_ids) -> jax.Array:
+  """The number of pairs in each row, from segment ids [..., T]."""
+  return segment_ids.max(-1) // 2
+
+
+def _by_pair(values_BT) -> tuple[jax.Array, jax.Array]:
+  """Values by segment -> those of chosen and of rejected answers, [B, P] each."""
+  P = (values_BT.shape[1] - 1) // 2
+  return values_BT[:, 1:2 * P:2], values_BT[:, 2:2 * P + 1:2]
