@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from btx_jax import base, library
+from btx_jax import base, library, selector
 from btx_jax.commands import export_ensemble, table
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.convert.safetensors import File
@@ -226,7 +226,7 @@ def test_the_posterior_predicts_a_document_as_the_mean_of_its_experts_would(stud
 @pytest.mark.parametrize('top', [1, 2])
 def test_tf_idf_predicts_with_the_experts_whose_text_is_most_similar(study, monkeypatch, top):
   """Block by block of each document; before the first comparison, with all experts."""
-  monkeypatch.setattr(ensemble, 'BLOCK', 16)
+  monkeypatch.setattr(selector, 'BLOCK', 16)
   text, T = study.prepare_text(), study.config.data.seq_len
   trained = {domain: text.tokenizer.decode(tokens.ids[:900].tolist())
              for domain, tokens in text.train.items()}
