@@ -7,24 +7,20 @@ import json
 import sys
 from typing import NamedTuple
 
-import jax
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
 from btx_jax import terminal
-from btx_jax.commands import models
-from btx_jax.commands.export import generation_of
-from btx_jax.data import text
-from btx_jax.devices import hardware
+from btx_jax.commands import generators, models
 from btx_jax.errors import UsageError
 from btx_jax.generation.generate import Generator
 from btx_jax.generation.settings import Sampling
 from btx_jax.generation.texts import Completion
 from btx_jax.run import Run
-from btx_jax.study import context, params, sources
+from btx_jax.selector import Linear
+from btx_jax.study import sources
 from btx_jax.study.study import Study
-from btx_jax.training import layout
 
 # The colours of experts, in order; they repeat.
 _COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
@@ -37,7 +33,8 @@ class Asked(NamedTuple):
     prompts: the prompts; if there are none, each line of the standard input is one.
     max_new_tokens, sampling, stop, seed, n: as in Generator.
     step: the step of the run to use; 0 is its end.
-    colours: whether each token gets the colour of the expert with the largest gate.
+    colours: whether each token gets the colour of the expert that counted most.
+    dtype: of the weights; '' means that of the model.
   """
   prompts: Sequence[str]
   max_new_tokens: int = 256
@@ -47,6 +44,7 @@ class Asked(NamedTuple):
   n: int = 1
   step: int = 0
   colours: bool = False
+  dtype: str = ''
 
 
 def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, as_json: bool
@@ -61,17 +59,17 @@ def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, a
     as_json: whether to print a line of JSON for each prompt; everything else then goes to stderr.
 
   Raises:
-    UsageError: there is no such run, step or folder; the run is not complete, or is an ensemble; or
-      a prompt cannot be continued.
+    UsageError: there is no such run, step or folder; the run is not complete; or a prompt cannot be
+      continued.
   """
   terminal.console.stderr = as_json
   opened, whole = models.opened(study, run_name, folder)
   run = _run(opened, whole, asked)
   with contextlib.ExitStack() as stack:
-    write = _generator(opened, run, stack)
+    write = generators.open_generator(opened, run, asked.dtype, stack)
     names = run.expert_names if asked.colours else ()
     if names:
-      terminal.console.print(_legend(names))
+      terminal.console.print(_legend(run, names))
     if asked.prompts:
       _print(write, asked.prompts, asked, names, as_json)
       return
@@ -81,11 +79,9 @@ def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, a
 
 def _run(study: Study, run: Run, asked: Asked) -> Run:
   """The run, or its first steps. Raises UsageError if it cannot generate text."""
-  if run.selector:
-    raise UsageError(f'{run.name!r} is an ensemble, whose experts are chosen by the text so far; '
-                     'generate needs a single model. Name a mixture or an expert.')
-  if asked.colours and not run.model.num_experts:
-    raise UsageError(f'{run.name!r} is a dense model; --experts colours the text of a mixture.')
+  if asked.colours and not run.expert_names:
+    raise UsageError(f'{run.name!r} is a dense model; --experts colours the text of a mixture or '
+                     'an ensemble.')
   if not asked.step:
     models.check_readable(study, run, 'generate')
     return run
@@ -94,17 +90,6 @@ def _run(study: Study, run: Run, asked: Asked) -> Run:
     raise UsageError(f'--step={asked.step} of {run.name!r} is not kept. Kept steps: '
                      f'{", ".join(map(str, kept)) or "none"}.')
   return run.first(asked.step)
-
-
-def _generator(study: Study, run: Run, stack: contextlib.ExitStack) -> Generator:
-  devices = jax.devices()
-  mesh = layout.mesh(study.config, study.runs, devices, hardware.device_memory())
-  parameters = params.final(study, run, mesh)
-  if len(devices) > 1:
-    stack.enter_context(jax.set_mesh(mesh))
-  tokenizer = text.tokenizer(study.config, study.data_folder)
-  return Generator(run.model, parameters, tokenizer, generation_of(run, tokenizer).stop_ids,
-                   context.length(run))
 
 
 def _lines() -> Iterable[str]:
@@ -123,8 +108,8 @@ def _print(write: Generator, prompts: Sequence[str], asked: Asked, names: Sequen
   pieces: dict[tuple[int, int], list[Segment]] = {}
   single = len(prompts) == asked.n == 1 and not as_json
 
-  def on_text(prompt: int, number: int, new: str, gates_E):
-    style = Style.parse(_COLOURS[int(gates_E.argmax()) % len(_COLOURS)]) if names else None
+  def on_text(prompt: int, number: int, new: str, shares_E):
+    style = Style.parse(_COLOURS[int(shares_E.argmax()) % len(_COLOURS)]) if names else None
     piece = Segment(new, style)
     if single:
       _show(piece)
@@ -153,6 +138,9 @@ def _as_data(prompt: str, texts: Sequence[Completion]) -> Mapping:
   return {'prompt': prompt, 'texts': [dataclasses.asdict(text) for text in texts]}
 
 
-def _legend(names: Sequence[str]) -> Text:
-  return Text.assemble('the expert with the largest mean gate: ', *(
+def _legend(run: Run, names: Sequence[str]) -> Text:
+  shown = ('the expert with the largest mean gate' if run.selector is None else
+           'the expert that was chosen' if isinstance(run.selector, Linear) else
+           'the expert with the largest weight')
+  return Text.assemble(f'{shown}: ', *(
       (f'{name}  ', _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(names)))

@@ -84,7 +84,7 @@ class _EnsembleRows:
     if len(rows) == len(self._texts):
       self._logits[e], self._caches[e] = found.logits, found.cache
       return
-    rows_b = np.append(rows, [B] * (len(lengths_b) - len(rows)))  # B: dropped
+    rows_b = np.array([*rows, *[B] * (len(lengths_b) - len(rows))], np.int32)  # B: dropped
     kept = self._caches[e] or decode.empty_cache(expert.config, expert.weights, B, self._slots)
     self._caches[e] = decode.insert(kept, found.cache, rows_b)
     self._logits[e] = _replaced(self._logits[e], found.logits, rows_b)

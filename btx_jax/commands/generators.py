@@ -1,0 +1,91 @@
+"""Makes a Generator of a run: of its model, or of the models of an ensemble."""
+
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import os
+
+import jax
+import numpy as np
+
+from btx_jax.commands.export import generation_of
+from btx_jax.data import text, tokens
+from btx_jax.data.text import Text
+from btx_jax.data.tokenizer import Tokenizer
+from btx_jax.devices import hardware
+from btx_jax.errors import UsageError
+from btx_jax.evaluate.ensemble import Similarity
+from btx_jax.fitting import samples
+from btx_jax.generation.engine import Engine, Model
+from btx_jax.generation.ensemble import Ensemble
+from btx_jax.generation.generate import Generator
+from btx_jax.generation.selection import ByPosterior, ByReader, BySimilarity, Selection
+from btx_jax.run import Run, linear_of, reader_model
+from btx_jax.selector import POSTERIOR, Merge
+from btx_jax.study import context, params, routers
+from btx_jax.study.study import Study
+from btx_jax.training import layout
+
+
+def open_generator(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack) -> Generator:
+  """A Generator with the parameters of a run in memory; nothing is written.
+
+  Args:
+    study: whose run it is.
+    run: a run that can be read, see models.check_readable.
+    dtype: of the weights; '' means that of the run's model.
+    stack: sets the mesh if there are several devices.
+
+  Raises:
+    UsageError: a selector has not been fitted, or the text that it compares with is missing.
+  """
+  devices = jax.devices()
+  mesh = layout.mesh(study.config, study.runs, devices, hardware.device_memory())
+  tokenizer = text.tokenizer(study.config, study.data_folder)
+  parts = {each.name: params.final(study, each, mesh)
+           for each in (run.sources if run.selector else (run,))}
+  if len(devices) > 1:
+    stack.enter_context(jax.set_mesh(mesh))
+  engines = {}
+  for each in run.sources if run.selector else (run,):
+    model = dataclasses.replace(each.model, dtype=dtype or each.model.dtype)
+    engines[each.name] = Model(model, parts.pop(each.name))
+  engine = _ensemble(study, run, engines, tokenizer) if run.selector else engines[run.name]
+  return Generator.of(engine, tokenizer, generation_of(run, tokenizer).stop_ids,
+                      context.length(run))
+
+
+def _ensemble(study: Study, run: Run, engines: dict[str, Model], tokenizer: Tokenizer) -> Engine:
+  experts = [engines[expert.name] for expert in run.experts]
+  return Ensemble(experts, _selection(study, run, engines, tokenizer))
+
+
+def _selection(study: Study, run: Run, engines: dict[str, Model], tokenizer: Tokenizer
+               ) -> Selection:
+  selector, E = run.selector, len(run.experts)
+  if isinstance(selector, Merge):
+    if selector.kind == POSTERIOR:
+      return ByPosterior(E, selector.top)
+    similarity = Similarity(_seen(study, run, tokenizer))
+
+    def similarities(texts: Sequence[Sequence[int]]) -> np.ndarray:
+      return similarity([tokenizer.decode(list(ids)) for ids in texts])
+
+    return BySimilarity(similarities, E, selector.top)
+  columns_1DE = routers.of(study, run)
+  assert columns_1DE is not None
+  reader = engines[run.reader.name]
+  config = dataclasses.replace(reader.config, num_layers=reader_model(run).num_layers)
+  return ByReader(config, reader.weights, columns_1DE[0], linear_of(run))
+
+
+def _seen(study: Study, run: Run, tokenizer: Tokenizer) -> list[list[str]]:
+  """Samples of the text that each expert was trained on."""
+  train = {}
+  for domain in {domain for expert in run.experts for domain in expert.weights}:
+    folder = os.path.join(study.data_folder, domain)
+    if not os.path.exists(folder):
+      raise UsageError(f'{run.name!r} compares texts with the training text of its experts, and '
+                       f'{folder} does not exist; run --run={run.name} first.')
+    train[domain] = tokens.load(folder, 'train')
+  return [samples.seen(expert, Text(tokenizer, train, {})) for expert in run.experts]
