@@ -60,8 +60,10 @@ def get_config() -> ConfigDict:
       # the one that ends a chat turn.
       'eos': '',
       # How special tokens in the text (<|im_start|>) are read: as 'text', or with 'encode' as
-      # those tokens, for rendered chats.
+      # those tokens. In domains of chats they always are those tokens.
       'special': 'text',
+      # The chat template by name, 'chatml' or 'llama3'. If empty, the tokenizer's own.
+      'chat_template': '',
   })
 
   # How tokens become training rows, and what is held out.

@@ -13,10 +13,11 @@ import json
 import re
 from typing import Any
 
-from btx_jax.data import framing, spelling
+from btx_jax.data import chat_template, framing, spelling
 from btx_jax.errors import UsageError
 
 FILE = framing.TOKENIZER_JSON
+_BEFORE = '\n'  # put before a text that goes on, and taken away again, where a text gets a space
 
 
 class FastTokenizer(spelling.Spelling):
@@ -49,6 +50,8 @@ class FastTokenizer(spelling.Spelling):
     names = {token['content']: token.get('special', False) for token in added}
     special = framing.special_tokens(
         files, self._vocabulary, [name for name, is_special in names.items() if is_special])
+    self.special, self._path, self._template_name = special.all, path, options.chat_template
+    self._template: chat_template.ChatTemplate | None = None
     self.bos_id, self.eos_id = (self._vocabulary.get(name or '')
                                 for name in (special.bos, special.eos))
     self.framing = framing.decide(options, files, found, self._vocabulary, special, False, path)
@@ -63,6 +66,7 @@ class FastTokenizer(spelling.Spelling):
     after = cuts if after_cuts else []
     # Where a text begins with a space, or goes on with one after a cut, another has to be put.
     self._cut = re.compile(f'({"|".join(map(re.escape, after))}) ') if after else None
+    self._puts_space = before
     super().__init__(_bytes_of(found, self._vocabulary, set(names), set(cuts)), before,
                      [self._vocabulary[name] for name in after])
 
@@ -71,6 +75,27 @@ class FastTokenizer(spelling.Spelling):
     if self._missing:
       texts = [self._with_spaces(text) for text in texts]
     return self._marks.encode(self._ids, texts) if self._marks else self._ids(texts)
+
+  @property
+  def chat_template(self) -> chat_template.ChatTemplate:
+    """How it writes conversations. Raises UsageError, see chat_template.of_tokenizer."""
+    if self._template is None:
+      self._template = chat_template.of_tokenizer(
+          self.files, self._template_name, self._vocabulary, self._path)
+    return self._template
+
+  def encode_chat(self, texts: Sequence[str], goes_on: bool = False) -> list[list[int]]:
+    """Token ids of each part of a rendered conversation; see data.tokenizer.Tokenizer."""
+    kept = _BEFORE if goes_on and self._puts_space else ''
+    before = self._model.encode_special_tokens
+    self._model.encode_special_tokens = False
+    try:
+      first = self._ids([kept])[0] if kept else []
+      found = self._ids([kept + text for text in texts])
+      return [ids[len(first):] if ids[:len(first)] == first else self._ids([text])[0]
+              for text, ids in zip(texts, found)]
+    finally:
+      self._model.encode_special_tokens = before
 
   def _ids(self, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in self._model.encode_batch_fast(

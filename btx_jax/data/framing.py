@@ -44,6 +44,7 @@ class Options(NamedTuple):
   bos: str = ''
   eos: str = ''
   special: str = TEXT
+  chat_template: str = ''
 
 
 AUTOMATIC = Options()
@@ -58,7 +59,7 @@ def options(section: Mapping[str, Any]) -> Options:
   if section['special'] not in (TEXT, ENCODE):
     raise UsageError(f'tokenizer.special = {section["special"]!r}; '
                      f'{nearest(section["special"], (TEXT, ENCODE))}')
-  return Options(section['bos'], section['eos'], section['special'])
+  return Options(section['bos'], section['eos'], section['special'], section['chat_template'])
 
 
 class Mark(NamedTuple):

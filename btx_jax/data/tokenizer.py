@@ -7,7 +7,7 @@ normalise, keeps whitespace pieces and falls back to bytes. One case remains, U+
 itself, which spelling.py handles.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import functools
 import hashlib
 import io
@@ -17,14 +17,14 @@ from typing import Protocol
 import numpy as np
 import sentencepiece as spm
 
-from btx_jax.data import fast_tokenizer, framing, spelling
+from btx_jax.data import chat_template, fast_tokenizer, framing, spelling
 from btx_jax.errors import UsageError
 from btx_jax.files import check_no_lfs_pointer
 
 FILE = 'tokenizer.model'
 # Files that belong to a tokenizer and are kept with it. The config.json is the model's.
 COMPANIONS = (*framing.NAMING, framing.CONFIG, FILE, fast_tokenizer.FILE, 'added_tokens.json',
-              'chat_template.jinja', 'chat_template.json', 'vocab.json', 'merges.txt')
+              chat_template.FILE, 'chat_template.json', 'vocab.json', 'merges.txt')
 _SENTENCE = 4000  # characters of a training sentence; sentencepiece skips longer ones
 
 
@@ -37,6 +37,7 @@ class Tokenizer(Protocol):
     vocab_size: all ids are below it.
     bos_id, eos_id: the tokens that it names so; None if it names none.
     framing: what begins and ends a document; bos_id and eos_id alone do not decide it.
+    special: the names of its special tokens.
   """
   files: dict[str, bytes]
   hash: str
@@ -44,9 +45,25 @@ class Tokenizer(Protocol):
   bos_id: int | None
   eos_id: int | None
   framing: framing.Framing
+  special: Collection[str]
+
+  @property
+  def chat_template(self) -> chat_template.ChatTemplate:
+    """How it writes conversations. Raises UsageError if it cannot, see chat_template.of_tokenizer.
+    """
+    ...
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
+    ...
+
+  def encode_chat(self, texts: Sequence[str], goes_on: bool = False) -> list[list[int]]:
+    """Token ids of each part of a rendered conversation: special tokens in it are those tokens.
+
+    Args:
+      texts: the parts.
+      goes_on: whether other text stands before each of them, so that no space is put there.
+    """
     ...
 
   def spell(self, ids: Sequence[int]) -> bytes:
@@ -103,6 +120,7 @@ class Sentencepiece(spelling.Spelling):
     special = framing.special_tokens(
         files, self._vocabulary,
         [name for name, i in self._vocabulary.items() if model.is_control(i)], bos, eos)
+    self.special, self._path = special.all, path
     self.bos_id, self.eos_id = (self._vocabulary.get(name or '')
                                 for name in (special.bos, special.eos))
     self.framing = framing.decide(
@@ -118,6 +136,21 @@ class Sentencepiece(spelling.Spelling):
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
     return self._marks.encode(functools.partial(self._model.encode, num_threads=-1), texts)
+
+  @property
+  def chat_template(self) -> chat_template.ChatTemplate:
+    """Raises UsageError, as this kind has no special tokens in text."""
+    raise self._no_chats()
+
+  def encode_chat(self, texts: Sequence[str], goes_on: bool = False) -> list[list[int]]:
+    """Raises UsageError, as this kind has no special tokens in text."""
+    raise self._no_chats()
+
+  def _no_chats(self) -> UsageError:
+    return UsageError(
+        f'Chats need a tokenizer.json, and {self._path} is a sentencepiece model. Set '
+        'tokenizer.path to the tokenizer.json beside it, or save the tokenizer with transformers, '
+        'which writes one.')
 
   def vocabulary(self) -> dict[str, int]:
     """Token name, as stored, to id."""
@@ -157,6 +190,7 @@ def load(path: str, options: framing.Options = framing.AUTOMATIC) -> Tokenizer:
     UsageError: the file cannot be read, is not a tokenizer, changes letters, or see
       framing.decide.
   """
+  chat_template.check_name(options.chat_template)
   main = file_name(path, options.special)
   where = os.path.join(path, main) if os.path.isdir(path) else path
   files = {name: os.path.join(os.path.dirname(where), name) for name in COMPANIONS}

@@ -1,0 +1,73 @@
+"""Conversations as token ids, and which of them a model is to write."""
+
+from collections.abc import Sequence
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from btx_jax.data import chats
+from btx_jax.data.chat_template import Message
+from btx_jax.data.chats import Part
+from btx_jax.data.tokenizer import Tokenizer
+
+# What a token is to the model: read only; to be written; or to be written, and no text but the end
+# of a turn, which bits per byte leave out.
+READ, WRITTEN, TURN_END = range(3)
+
+
+class Encoded(NamedTuple):
+  """A conversation.
+
+  Attributes:
+    ids: [tokens], without begin and end marks: the template writes what there is of them.
+    roles: [tokens] uint8, READ, WRITTEN or TURN_END.
+  """
+  ids: list[int]
+  roles: np.ndarray
+
+
+def encode(tokenizer: Tokenizer, conversations: Sequence[Sequence[Part]]) -> list[Encoded]:
+  """The tokens of conversations, each given as its parts, which are encoded one by one."""
+  flat = list(itertools.chain.from_iterable(conversations))
+  begins = {0, *itertools.accumulate(map(len, conversations))}
+  found: dict[int, list[int]] = {}
+  for goes_on in (False, True):
+    chosen = [i for i in range(len(flat)) if (i not in begins) == goes_on]
+    found |= zip(chosen, tokenizer.encode_chat([flat[i].text for i in chosen], goes_on))
+  result, at = [], 0
+  for conversation in conversations:
+    ids, roles = [], []
+    for part in conversation:
+      new = found[at]
+      ids += new
+      roles += [WRITTEN if part.is_answer else READ] * len(new)
+      if part.end:
+        roles[-1] = TURN_END
+      at += 1
+    result.append(Encoded(ids, np.array(roles, np.uint8)))
+  return result
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+  """The ids of a conversation and the generation prompt, for a model to go on from.
+
+  Args:
+    tokenizer: encodes the text, and has the template.
+    messages: of the conversation; their content is text.
+
+  Raises:
+    UsageError: the tokenizer has no chat template, or the template fails.
+  """
+  parts = chats.prompt(tokenizer.chat_template, messages, tokenizer.special)
+  return encode(tokenizer, [parts])[0].ids
+
+
+def stop_id(tokenizer: Tokenizer) -> int | None:
+  """The id of the token that ends a turn of the assistant; None if its template writes none.
+
+  Raises:
+    UsageError: the tokenizer has no chat template, or the template fails.
+  """
+  name = chats.turn_end(tokenizer.chat_template, tokenizer.special)
+  return tokenizer.vocabulary()[name] if name else None
