@@ -39,33 +39,35 @@ def open_generator(study: Study, run: Run, dtype: str, stack: contextlib.ExitSta
   Raises:
     UsageError: a selector has not been fitted, or the text that it compares with is missing.
   """
+  tokenizer = text.tokenizer(study.config, study.data_folder)
+  return Generator.of(open_engine(study, run, dtype, stack), tokenizer,
+                      generation_of(run, tokenizer).stop_ids, context.length(run))
+
+
+def open_engine(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack) -> Engine:
+  """The engine of a run; see open_generator."""
   devices = jax.devices()
   mesh = layout.mesh(study.config, study.runs, devices, hardware.device_memory())
-  tokenizer = text.tokenizer(study.config, study.data_folder)
-  parts = {each.name: params.final(study, each, mesh)
-           for each in (run.sources if run.selector else (run,))}
+  parts = run.sources if run.selector else (run,)
+  parameters = [params.final(study, each, mesh) for each in parts]
   if len(devices) > 1:
     stack.enter_context(jax.set_mesh(mesh))
   engines = {}
-  for each in run.sources if run.selector else (run,):
+  for each in parts:  # training's layout goes as soon as decoding's is there
     model = dataclasses.replace(each.model, dtype=dtype or each.model.dtype)
-    engines[each.name] = Model(model, parts.pop(each.name))
-  engine = _ensemble(study, run, engines, tokenizer) if run.selector else engines[run.name]
-  return Generator.of(engine, tokenizer, generation_of(run, tokenizer).stop_ids,
-                      context.length(run))
+    engines[each.name] = Model(model, parameters.pop(0))
+  if run.selector is None:
+    return engines[run.name]
+  return Ensemble([engines[expert.name] for expert in run.experts],
+                  _selection(study, run, engines))
 
 
-def _ensemble(study: Study, run: Run, engines: dict[str, Model], tokenizer: Tokenizer) -> Engine:
-  experts = [engines[expert.name] for expert in run.experts]
-  return Ensemble(experts, _selection(study, run, engines, tokenizer))
-
-
-def _selection(study: Study, run: Run, engines: dict[str, Model], tokenizer: Tokenizer
-               ) -> Selection:
+def _selection(study: Study, run: Run, engines: dict[str, Model]) -> Selection:
   selector, E = run.selector, len(run.experts)
   if isinstance(selector, Merge):
     if selector.kind == POSTERIOR:
       return ByPosterior(E, selector.top)
+    tokenizer = text.tokenizer(study.config, study.data_folder)
     similarity = Similarity(_seen(study, run, tokenizer))
 
     def similarities(texts: Sequence[Sequence[int]]) -> np.ndarray:
