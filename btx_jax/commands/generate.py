@@ -7,12 +7,16 @@ import json
 import sys
 from typing import NamedTuple
 
+import numpy as np
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
 from btx_jax import terminal
-from btx_jax.commands import generators, models
+from btx_jax.commands import chat, generators, models
+from btx_jax.commands.prompts import Prompt
+from btx_jax.data import chat_template, chat_tokens, text
+from btx_jax.data.tokenizer import Sentencepiece
 from btx_jax.errors import UsageError
 from btx_jax.generation.generate import Generator
 from btx_jax.generation.settings import Sampling
@@ -31,12 +35,19 @@ class Asked(NamedTuple):
 
   Attributes:
     prompts: the prompts; if there are none, each line of the standard input is one.
+    chat: whether lines of the standard input are turns of a conversation.
+    system: the system message of that conversation; '' for none.
+    chat_template: the name of the chat template of a folder; '' for its tokenizer's own. A run's is
+      in its config.
     max_new_tokens, sampling, stop, seed, n: as in Generator.
     step: the step of the run to use; 0 is its end.
     colours: whether each token gets the colour of the expert that counted most.
     dtype: of the weights; '' means that of the model.
   """
-  prompts: Sequence[str]
+  prompts: Sequence[Prompt]
+  chat: bool = False
+  system: str = ''
+  chat_template: str = ''
   max_new_tokens: int = 256
   sampling: Sampling = Sampling()
   stop: Sequence[str] = ()
@@ -63,8 +74,12 @@ def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, a
       continued.
   """
   terminal.console.stderr = as_json
-  opened, whole = models.opened(study, run_name, folder)
+  chats = asked.chat or any(prompt.messages for prompt in asked.prompts)
+  opened, whole = models.opened(study, run_name, folder, chat_template=asked.chat_template,
+                                chats=chats)
   run = _run(opened, whole, asked)
+  if chats:
+    _check_chats(opened)
   with contextlib.ExitStack() as stack:
     write = generators.open_generator(opened, run, asked.dtype, stack)
     names = run.expert_names if asked.colours else ()
@@ -72,9 +87,12 @@ def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, a
       terminal.console.print(_legend(run, names))
     if asked.prompts:
       _print(write, asked.prompts, asked, names, as_json)
-      return
-    for prompt in _lines():
-      _print(write, [prompt], asked, names, as_json)
+    elif asked.chat:
+      chat.converse(write, _lines(), asked.system, asked.max_new_tokens, asked.sampling, asked.stop,
+                    asked.seed, lambda new, shares_E: _show(_piece(new, shares_E, names)), as_json)
+    else:
+      for line in _lines():
+        _print(write, [Prompt(line)], asked, names, as_json)
 
 
 def _run(study: Study, run: Run, asked: Asked) -> Run:
@@ -92,6 +110,17 @@ def _run(study: Study, run: Run, asked: Asked) -> Run:
   return run.first(asked.step)
 
 
+def _check_chats(study: Study) -> None:
+  """Raises UsageError unless the tokenizer can write conversations; see chat_template.py."""
+  tokenizer, name = text.tokenizer(study.config, study.data_folder), study.config.tokenizer
+  if not (isinstance(tokenizer, Sentencepiece) or name.chat_template
+          or chat_template.own_source(tokenizer.files)):
+    raise UsageError('The tokenizer has no chat template. Name one, as in --chat_template=chatml '
+                     f'(valid: {", ".join(chat_template.NAMED)}), or put a {chat_template.FILE} '
+                     'beside the tokenizer.')
+  chat_tokens.stop_id(tokenizer)
+
+
 def _lines() -> Iterable[str]:
   """The lines of the standard input, as prompts; on a terminal, asks for each."""
   if not sys.stdin.isatty():
@@ -102,40 +131,45 @@ def _lines() -> Iterable[str]:
       yield terminal.console.input('> ')
 
 
-def _print(write: Generator, prompts: Sequence[str], asked: Asked, names: Sequence[str],
+def _print(write: Generator, prompts: Sequence[Prompt], asked: Asked, names: Sequence[str],
            as_json: bool):
   """Generates and prints texts for prompts; a single text is printed as it grows."""
   pieces: dict[tuple[int, int], list[Segment]] = {}
   single = len(prompts) == asked.n == 1 and not as_json
 
   def on_text(prompt: int, number: int, new: str, shares_E):
-    style = Style.parse(_COLOURS[int(shares_E.argmax()) % len(_COLOURS)]) if names else None
-    piece = Segment(new, style)
+    piece = _piece(new, shares_E, names)
     if single:
       _show(piece)
-      sys.stdout.flush()
     pieces.setdefault((prompt, number), []).append(piece)
 
   if single:
-    _show(Segment(prompts[0]))
-  found = write(prompts, asked.max_new_tokens, asked.sampling, asked.stop, asked.seed, asked.n,
-                on_text)
+    _show(Segment(prompts[0].shown()))
+  found = write([prompt.for_model() for prompt in prompts], asked.max_new_tokens, asked.sampling,
+                asked.stop, asked.seed, asked.n, on_text)
   for i, (prompt, texts) in enumerate(zip(prompts, found)):
     if as_json:
       print(json.dumps(_as_data(prompt, texts), ensure_ascii=False), flush=True)
     for j in () if as_json or single else range(asked.n):
-      _show(Segment(prompt), *pieces[i, j], Segment('\n\n'))
+      _show(Segment(prompt.shown()), *pieces[i, j], Segment('\n\n'))
   if single:
     terminal.console.print()
+
+
+def _piece(new: str, shares_E: np.ndarray, names: Sequence[str]) -> Segment:
+  """A part of a text, in the colour of the expert that counted most; without names, uncoloured."""
+  colour = _COLOURS[int(shares_E.argmax()) % len(_COLOURS)] if names else ''
+  return Segment(new, Style.parse(colour) if colour else None)
 
 
 def _show(*pieces: Segment):
   """Prints text as it is: as a Text, its tabs would become spaces."""
   terminal.console.print(Segments(pieces), end='', soft_wrap=True)
+  sys.stdout.flush()
 
 
-def _as_data(prompt: str, texts: Sequence[Completion]) -> Mapping:
-  return {'prompt': prompt, 'texts': [dataclasses.asdict(text) for text in texts]}
+def _as_data(prompt: Prompt, texts: Sequence[Completion]) -> Mapping:
+  return {**prompt.as_data(), 'texts': [dataclasses.asdict(each) for each in texts]}
 
 
 def _legend(run: Run, names: Sequence[str]) -> Text:

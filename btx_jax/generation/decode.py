@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES
-from btx_jax.generation.weights import Weights, stacked
+from btx_jax.generation.weights import Weights, logits, matmul, stacked
 from btx_jax.model import llama, moe, routers
 from btx_jax.model.attention import attention, rope_tables
 from btx_jax.model.balance import dense_gates
@@ -81,7 +81,7 @@ def prefill_and_score(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots
 
   def score(of_chunk):
     h_BcD, targets_Bc = of_chunk
-    log_probs_BcV = jax.nn.log_softmax(llama.logits(weights, h_BcD))
+    log_probs_BcV = jax.nn.log_softmax(logits(weights, h_BcD))
     return -jnp.take_along_axis(log_probs_BcV, targets_Bc[..., None], -1)[..., 0]
 
   chunks = (x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
@@ -104,7 +104,7 @@ def read_prompts(cfg: Config, weights: Weights, columns_DE, tokens_BT, lengths_B
 def step(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache) -> Decoded:
   """Reads one token of each row, at its position, into the cache. The cache is donated."""
   h_BD, gates_BE, new = _token(cfg, weights, tokens_B, positions_B, cache)
-  return Decoded(llama.logits(weights, h_BD), new, gates_BE)
+  return Decoded(logits(weights, h_BD), new, gates_BE)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -150,7 +150,7 @@ def _after_prompts(weights: Weights, lengths_B, h_BTD, gates_BTE, cache: Cache) 
   last_B11 = (lengths_B - 1)[:, None, None]
   h_BD = jnp.take_along_axis(h_BTD, last_B11, 1)[:, 0]
   gates_BE = jnp.take_along_axis(gates_BTE, last_B11, 1)[:, 0]
-  return Decoded(llama.logits(weights, h_BD), cache, gates_BE)
+  return Decoded(logits(weights, h_BD), cache, gates_BE)
 
 
 def _token(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache):
@@ -182,8 +182,8 @@ def _network(cfg: Config, weights: Weights, tokens_BT, positions_BT, attend):
   for i, layer in enumerate(weights['layers']):
     norm = functools.partial(_norm, cfg, layer['attn'])
     q_BNTH, k_BKTH, v_BKTH = llama.heads(
-        cfg, layer['attn'], _norm(cfg, layer, 'attn_norm')(x_BTD), rope, norm)
-    x_BTD += llama.joined(attend(i, q_BNTH, k_BKTH, v_BKTH), layer['attn']['o'])
+        cfg, layer['attn'], _norm(cfg, layer, 'attn_norm')(x_BTD), rope, norm, matmul)
+    x_BTD += llama.joined(attend(i, q_BNTH, k_BKTH, v_BKTH), layer['attn']['o'], matmul)
     h_BTD = _norm(cfg, layer, 'ffn_norm')(x_BTD)
     if cfg.num_experts:
       y_BTD, gates_BTE = _mixture(cfg, layer['ffn'], h_BTD, routers.Context(
@@ -191,7 +191,7 @@ def _network(cfg: Config, weights: Weights, tokens_BT, positions_BT, attend):
       x_BTD += y_BTD
       gates.append(gates_BTE)
     else:
-      x_BTD += swiglu(h_BTD, layer['ffn'])
+      x_BTD += swiglu(h_BTD, layer['ffn'], matmul)
   gates_BTE = jnp.mean(jnp.stack(gates), 0) if gates else jnp.zeros((*tokens_BT.shape, 0))
   return _norm(cfg, weights, 'norm')(x_BTD), gates_BTE
 
@@ -225,7 +225,7 @@ def _chosen_experts(x_BTD, experts: list, gates_BTE, ids_BTk):
   y_BTD = jnp.zeros_like(x_BTD)
   for e, expert in enumerate(experts):
     def add(y_BTD, e=e, expert=expert):
-      return y_BTD + swiglu(x_BTD, expert) * gates_BTE[..., e:e + 1].astype(x_BTD.dtype)
+      return y_BTD + swiglu(x_BTD, expert, matmul) * gates_BTE[..., e:e + 1].astype(x_BTD.dtype)
 
     y_BTD = jax.lax.cond((ids_BTk == e).any(), add, lambda y_BTD: y_BTD, y_BTD)
   return y_BTD
@@ -236,6 +236,9 @@ def _write(kept_BKSH, x_BK1H, positions_B):
   def of_row(kept_KSH, x_K1H, position):
     return jax.lax.dynamic_update_slice_in_dim(kept_KSH, x_K1H, position, 1)
 
+  if kept_BKSH.dtype == jnp.bfloat16:  # as bits: on a CPU the whole cache would be made float32
+    kept, x = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (kept_BKSH, x_BK1H))
+    return jax.lax.bitcast_convert_type(jax.vmap(of_row)(kept, x, positions_B), jnp.bfloat16)
   return jax.vmap(of_row)(kept_BKSH, x_BK1H, positions_B)
 
 

@@ -1,13 +1,16 @@
 """Continues prompts: batches of a few fixed shapes, decoded until every row has ended."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import os
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from btx_jax.convert import generation
+from btx_jax.data import chat_tokens
+from btx_jax.data.chat_template import Message
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.errors import UsageError
@@ -22,11 +25,23 @@ from btx_jax.model.config import Config
 # over layers; in an ensemble its weight.
 OnText = Callable[[int, int, str, np.ndarray], None]
 
+# A text, which gets the tokenizer's begin mark; token ids, which are used unchanged; or the
+# messages of a conversation, which the tokenizer's chat template writes.
+Prompt = str | Sequence[int] | Sequence[Message]
+
 GREEDY = Sampling()
 _FEWEST_SLOTS = 128
 
 
-def generate(config: Config, params, tokenizer: str | Tokenizer, prompts: Sequence[str],
+class TooLong(UsageError):
+  """A prompt leaves no room for a text; `length` is its number of tokens."""
+
+  def __init__(self, message: str, length: int):
+    super().__init__(message)
+    self.length = length
+
+
+def generate(config: Config, params, tokenizer: str | Tokenizer, prompts: Sequence[Prompt],
              max_new_tokens: int = 256, sampling: Sampling = GREEDY, seed: int = 0) -> list[str]:
   """Generates one text per prompt. Generator has more options, and can be used repeatedly.
 
@@ -34,7 +49,7 @@ def generate(config: Config, params, tokenizer: str | Tokenizer, prompts: Sequen
     config: the model's sizes.
     params: its parameters, laid out as in model/llama.py.
     tokenizer: as in Generator.
-    prompts: the texts to continue.
+    prompts: as in Generator.
     max_new_tokens, sampling, seed: as in Generator.
 
   Example:
@@ -48,6 +63,10 @@ def generate(config: Config, params, tokenizer: str | Tokenizer, prompts: Sequen
 
 class Generator:
   """A model that is ready to generate text. A program is compiled for each rounded-up shape.
+
+  Attributes:
+    tokenizer: the model's.
+    context: the model's context length, prompt and text together; 0 is no limit.
 
   Example:
     >>> write = Generator(config, params, folder)
@@ -82,12 +101,12 @@ class Generator:
     if isinstance(tokenizer, str):
       path = os.path.expanduser(tokenizer)
       tokenizer, stop_ids = load_tokenizer(path), (*stop_ids, *generation.read(path).stop_ids)
-    self._tokenizer, self._context, self._batch_size = tokenizer, context, batch_size
+    self.tokenizer, self.context, self._batch_size = tokenizer, context, batch_size
     marks = (tokenizer.framing.begin, tokenizer.framing.end)
     self._begin, end = (mark.id if mark else None for mark in marks)
     self._stop_ids = {*stop_ids, *(i for i in (end, tokenizer.eos_id) if i is not None)}
 
-  def __call__(self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int = 256,
+  def __call__(self, prompts: Sequence[Prompt], max_new_tokens: int = 256,
                sampling: Sampling = GREEDY, stop: Sequence[str] = (), seed: int = 0,
                n: int = 1, on_text: OnText | None = None) -> list[list[Completion]]:
     """Generates `n` texts for each prompt.
@@ -96,7 +115,8 @@ class Generator:
     prompts.
 
     Args:
-      prompts: strings, which get the tokenizer's begin mark; or token ids, used unchanged.
+      prompts: see Prompt. The token that ends a turn of the chat template ends the answer to a
+        conversation.
       max_new_tokens: the most tokens to generate per text.
       sampling: how each token is chosen.
       stop: strings that end a text, and are left out of it.
@@ -108,7 +128,8 @@ class Generator:
       for each prompt, its n texts.
 
     Raises:
-      UsageError: a prompt is empty or leaves no room for a token, or `stop` has an empty string.
+      UsageError: a prompt is empty, `stop` has an empty string, or the tokenizer cannot write a
+        conversation; TooLong if a prompt leaves no room for a token.
     """
     ids = [self._ids(i, prompt) for i, prompt in enumerate(prompts)]
     if '' in stop:
@@ -121,8 +142,8 @@ class Generator:
     results = {}
     for first in range(0, len(rows), self._batch_size):
       batch = rows[first:first + self._batch_size]
-      texts = [Text(self._tokenizer, ids[i], self._room(ids[i], max_new_tokens), self._stop_ids,
-                    stop) for i, _ in batch]
+      texts = [Text(self.tokenizer, ids[i], self._room(ids[i], max_new_tokens),
+                    self._ends(prompts[i]), stop) for i, _ in batch]
       keys_B = [jax.random.fold_in(jax.random.fold_in(key, i), j) for i, j in batch]
       for number, new, shares_E in self._write([ids[i] for i, _ in batch], texts, keys_B, sampling):
         if on_text:
@@ -153,25 +174,36 @@ class Generator:
       if all(text.ended for text in texts):
         return
 
-  def _ids(self, number: int, prompt: str | Sequence[int]) -> list[int]:
+  def _ids(self, number: int, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
       begin = [] if self._begin is None else [self._begin]
-      ids = begin + self._tokenizer.encode([prompt])[0]
+      ids = begin + self.tokenizer.encode([prompt])[0]
+    elif _is_conversation(prompt):
+      ids = chat_tokens.prompt_ids(self.tokenizer, prompt)
     else:
       ids = list(prompt)
     if not ids:
       raise UsageError(f'Prompt {number} is empty, and the tokenizer puts no token before a text; '
                        'a model needs at least one token to start from.')
-    if self._context and len(ids) >= self._context:
-      raise UsageError(f'Prompt {number} has {len(ids)} tokens, which leaves no room for a text: '
-                       f'the model has {self._context} positions. Shorten the prompt.')
+    if self.context and len(ids) >= self.context:
+      raise TooLong(f'Prompt {number} has {len(ids)} tokens, which leaves no room for a text: '
+                    f'the model has {self.context} positions. Shorten the prompt.', len(ids))
     return ids
 
+  def _ends(self, prompt: Prompt) -> set[int]:
+    """The tokens that end the text for a prompt."""
+    end = chat_tokens.stop_id(self.tokenizer) if _is_conversation(prompt) else None
+    return self._stop_ids if end is None else {*self._stop_ids, end}
+
   def _room(self, ids: list[int], max_new_tokens: int) -> int:
-    return min(max_new_tokens, self._context - len(ids)) if self._context else max_new_tokens
+    return min(max_new_tokens, self.context - len(ids)) if self.context else max_new_tokens
 
   def _seen(self, prompts: list, rows: int) -> jax.Array:
     seen_BV = np.zeros((rows, self._engine.vocab_size), bool)
     for seen_V, prompt in zip(seen_BV, prompts):
       seen_V[prompt] = True
     return jnp.asarray(seen_BV)
+
+
+def _is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+  return not isinstance(prompt, str) and any(isinstance(each, Mapping) for each in prompt)
