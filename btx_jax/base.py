@@ -195,7 +195,7 @@ def _section(cls, without: tuple[str, ...] = (), **own) -> ConfigDict:
 
 def domain(paths=(), text_field: str = 'text', separator: str = '',
            source: str = 'files', id_field: str = '',
-           held_out: float | str | Iterable[str] = ()) -> ConfigDict:
+           held_out: float | str | Iterable[str] = (), format: str = 'text') -> ConfigDict:
   """Text of one kind.
 
   A domain without `paths`, but with files in `held_out`, is only measured: every run is scored on
@@ -216,9 +216,13 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
       files of a validation or test set, named and read like `paths`. Their text is measured, and
       copies of their documents are left out of the training text of all domains. () means the
       share data.held_out.
+    format: 'text', or 'chat': each record is a conversation (btx_jax/data/chats.py), written by the
+      tokenizer's chat template. Runs are trained on the answers of the assistant, and scored by
+      them. Rows hold whole conversations. `text_field` then names the field of the messages; 'text'
+      is any of the usual ones.
   """
   return ConfigDict({'source': source, 'paths': _strings(paths), 'text_field': text_field,
-                     'separator': separator, 'id_field': id_field,
+                     'separator': separator, 'id_field': id_field, 'format': format,
                      # A config may set either kind of value later.
                      'held_out': FieldReference(held_out, field_type=object)})
 

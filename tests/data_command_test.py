@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from btx_jax.commands import data
-from btx_jax.data import duplicates, tokens
+from btx_jax.data import duplicates, splits
 from btx_jax.data.tokens import Tokens
 from tests import studies
 
@@ -110,8 +110,8 @@ def planted(tmp_path):
   studies.write_text(tmp_path)
   passage = ' '.join(f'{rng.choice(studies.WORDS["prose"])} {rng.randint(0, 99)}'
                      for _ in range(40))
-  held = next(text for i in range(1000) if tokens.share(text := f'{i} tells: {passage}!') < 0.1)
-  train = next(text for i in range(1000) if tokens.share(text := f'# {i}\n{passage}') >= 0.1)
+  held = next(text for i in range(1000) if splits.share(text := f'{i} tells: {passage}!') < 0.1)
+  train = next(text for i in range(1000) if splits.share(text := f'# {i}\n{passage}') >= 0.1)
   for name, text in (('prose', held), ('code', train), ('code', train)):
     with open(tmp_path / f'{name}.jsonl', 'a', encoding='utf-8') as file:
       file.write(json.dumps({'text': text, 'url': f'planted-{name}'}) + '\n')
@@ -138,7 +138,7 @@ def test_the_planted_passage_is_found_and_named(planted, tmp_path):
   with open(tmp_path / 'prose.jsonl', encoding='utf-8') as file:
     texts = [json.loads(line)['text'] for line in file]
   assert any(text.startswith(prose.sample) for text in texts)
-  assert sum(tokens.share(text) < 0.1 for text in texts) == prose.held_out['documents']
+  assert sum(splits.share(text) < 0.1 for text in texts) == prose.held_out['documents']
 
 
 def test_the_command_reports_it_without_jax(planted, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from btx_jax import run as run_lib
-from btx_jax.data import corpora, demo, domains, mixture, tokenizer, tokens
+from btx_jax.data import corpora, demo, domains, mixture, splits, tokenizer, tokens
 from btx_jax.errors import UsageError
 
 TRICKY = [
@@ -230,7 +230,7 @@ def test_the_first_line_of_a_document_tells_how_large_its_numbers_are(documents)
       sizes[level].add(int(question.split()[1]))
   for smaller, larger in itertools.pairwise(sizes.values()):
     assert max(smaller) < min(larger)
-  held_out = [text.splitlines()[0] for text in documents if tokens.share(text) < 0.02]
+  held_out = [text.splitlines()[0] for text in documents if splits.share(text) < 0.02]
   assert min(map(held_out.count, [*sizes][:3])) > 80
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from btx_jax.commands import claims, measured, report, seeds, table
-from btx_jax.data import corpora, tokens
+from btx_jax.data import corpora, splits, tokens
 from btx_jax.data.tokens import Tokens
 from btx_jax.evaluate import error_bars, scores, units
 from btx_jax.study import manifest
@@ -97,7 +97,7 @@ def test_blocks_of_documents_have_the_bytes_of_their_text(tmp_path, monkeypatch,
   assert (ends - starts)[~whole].min() >= 8 and (ends - starts).max() < 24 + lengths.min()
   assert np.array_equal(starts[np.isin(starts, part.starts)],
                         part.starts[:-1][lengths > 1 + part.ends])  # others have no score
-  held_out = [text for text in texts if tokens.share(text) < 0.5]
+  held_out = [text for text in texts if splits.share(text) < 0.5]
   for text, first, end, size in zip(
       held_out, part.starts[:-1], part.starts[1:], np.diff(part.bytes), strict=True):
     inside = np.flatnonzero((starts >= first) & (starts < end))

@@ -10,7 +10,7 @@ import pytest
 import btx_jax
 from btx_jax import base
 from btx_jax.commands import evaluate
-from btx_jax.data import duplicates, mixture, text, tokenizer, tokens
+from btx_jax.data import duplicates, mixture, splits, text, tokenizer, tokens
 from btx_jax.data.domains import Domain
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
@@ -181,7 +181,7 @@ def test_measured_text_is_in_no_identity_unless_it_removed_something(own, tmp_pa
   config.domains.wiki = base.domain(held_out=str(own / 'wiki.txt'), separator=' = = \n')
   assert identities(config, tmp_path / 'work') == before  # in the same directory
   assert identities(config, tmp_path / 'fresh') == before
-  trained = [each for each in documents_of(own, 'prose') if tokens.share(each) >= 0.1]
+  trained = [each for each in documents_of(own, 'prose') if splits.share(each) >= 0.1]
   path = write(tmp_path / 'test.jsonl', [*trained[:3], 'other text', *trained[3:5]])
   config.domains.other = base.domain(held_out=path)
   with pytest.raises(UsageError, match=r'domains\.prose: its training text, which is tokenized '
@@ -211,12 +211,12 @@ def test_documents_that_are_held_out_are_in_the_training_text_of_no_domain(own, 
   for domain, others in (('prose', prose), ('code', [*code, prose[1], prose[1]])):
     trained = training_text(found, domain)
     share = 0.0 if domain == measured else 0.1
-    assert trained == [each for each in others if each not in test and tokens.share(each) >= share]
+    assert trained == [each for each in others if each not in test and splits.share(each) >= share]
   assert found.train['math'].num_documents == sum(
-      tokens.share(each) >= 0.5 for each in documents_of(own, 'math'))
+      splits.share(each) >= 0.5 for each in documents_of(own, 'math'))
   meta = tokens.read_meta(str(tmp_path / 'data' / 'code'))
-  assert meta['kept_out']['documents'] == {measured: 2 * (tokens.share(prose[1]) >= 0.1)} or (
-      tokens.share(prose[1]) < 0.1)
+  assert meta['kept_out']['documents'] == {measured: 2 * (splits.share(prose[1]) >= 0.1)} or (
+      splits.share(prose[1]) < 0.1)
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(own, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_a_larger_share_holds_copies_out_of_the_other_domains(own, tmp_path):
   config = make_config(own)
   config.domains.copy = base.domain(config.domains.prose.paths, held_out=0.6)
   found = text.prepare(config, str(tmp_path / 'data'))
-  shares = [tokens.share(each) for each in documents_of(own, 'prose')]
+  shares = [splits.share(each) for each in documents_of(own, 'prose')]
   for domain, part in found.train.items():
     assert domain == 'math' or domain == 'code' or part.num_documents == sum(
         share >= 0.6 for share in shares)

@@ -1,4 +1,7 @@
-"""Conversations as token ids, and which of them a model is to write."""
+"""Conversations as token ids, and which of them a model is to write.
+
+The parts of a conversation (chats.py) are encoded one by one, in training and for generation.
+"""
 
 from collections.abc import Sequence
 import itertools

@@ -1,31 +1,137 @@
-"""Conversations: messages, and the parts of their rendered text that a model is to write.
+"""Conversations: records, their messages, and the parts of their text that a model is to write.
+
+A record has one of these, each as JSON has it:
+
+  messages             the messages: role, and content, a text or a list of {type: 'text', text}
+  conversations        the same, or with from ('human', 'gpt') and value
+  prompt, completion   texts, or lists of messages
+  instruction, output  texts; input, if it is not empty, belongs to the instruction
 
 A model reads a conversation up to the generation prompt of the template, and writes the answer and
 the token that ends its turn. So the rendered text is cut there, and each part is encoded by itself
 (chat_tokens.py): training sees the ids that generation sees.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import re
-from typing import NamedTuple
+from typing import Any
 
+from btx_jax.data import records
 from btx_jax.data.chat_template import ChatTemplate, Message
+from btx_jax.data.records import Document, Fields, Part, Reader, Unusable
 from btx_jax.errors import UsageError
 
 SYSTEM, USER, ASSISTANT = ROLES = ('system', 'user', 'assistant')
+_ROLE_OF = {'human': USER, 'gpt': ASSISTANT}  # in a `from`
+_OF_TOOLS = ('tool_calls', 'function_call', 'tools', 'functions')
+
+# Why a record is unusable.
+NO_MESSAGES, NO_ANSWER = 'has no conversation', 'has no answer of the assistant'
+EMPTY_ANSWER, NOT_TEXT = 'has an empty answer', 'has a message that is not text'
+ROLE, TOOLS = 'has a role other than system, user and assistant', 'uses tools'
+REFUSED = 'is refused by the chat template'
 
 
-class Part(NamedTuple):
-  """A part of a rendered conversation.
+class _Bad(Exception):
+  """A record that is no conversation to train on: the reason, and details."""
 
-  Attributes:
-    text: of it.
-    is_answer: whether a model is to write it.
-    end: the special token at the end of `text` that ends the turn; '' if there is none.
+  def __init__(self, reason: str, detail: str = ''):
+    super().__init__(reason, detail)
+    self.reason, self.detail = reason, detail
+
+
+def reader(template: ChatTemplate, special: Collection[str]) -> Reader:
+  """Makes documents of records that are conversations.
+
+  Args:
+    template: renders them.
+    special: the names of the tokenizer's special tokens.
   """
-  text: str
-  is_answer: bool = False
-  end: str = ''
+  def read(record: Mapping[str, Any], place: str, fields: Fields) -> Document | Unusable:
+    try:
+      found = messages(record, fields.text)
+      rendered = parts(template, found, special)
+    except _Bad as bad:
+      return Unusable(place, bad.reason, bad.detail)
+    except UsageError as error:
+      return Unusable(place, REFUSED, f': {error}')
+    if not any(part.is_answer for part in rendered):
+      return Unusable(place, NO_ANSWER, ' to learn: the template rewrites it, or its weight is 0')
+    text = ''.join(part.text for part in rendered)
+    try:
+      text.encode('utf-8')
+    except UnicodeEncodeError:
+      return Unusable(place, records.SURROGATE)
+    return Document(text, records.id_of(record, fields), place, tuple(rendered))
+
+  return read
+
+
+def messages(record: Mapping[str, Any], field: str = 'text') -> list[dict[str, Any]]:
+  """The messages of a record, up to the last answer.
+
+  Args:
+    record: see the top of this file.
+    field: of the messages, if it is not 'text', the default of text_field.
+
+  Returns:
+    `role` and `content` of each, and `weight` where it is 0.
+
+  Raises:
+    _Bad: the record is no conversation to train on.
+  """
+  if any(record.get(key) for key in _OF_TOOLS):
+    raise _Bad(TOOLS)
+  found = [_message(each) for each in _listed(record, field)]
+  last = max((i for i, each in enumerate(found) if each['role'] == ASSISTANT), default=None)
+  if last is None:
+    raise _Bad(NO_ANSWER)
+  if any(each['role'] == ASSISTANT and not each['content'].strip() for each in found):
+    raise _Bad(EMPTY_ANSWER)
+  return found[:last + 1]
+
+
+def _listed(record: Mapping[str, Any], field: str) -> list:
+  """The messages as the record has them."""
+  names = ('messages', 'conversations') if field == 'text' else (field,)
+  for name in names:
+    if isinstance(record.get(name), list) and record[name]:
+      return record[name]
+  if field == 'text' and record.get('prompt') and record.get('completion'):
+    return [*_turn(USER, record['prompt']), *_turn(ASSISTANT, record['completion'])]
+  if field == 'text' and record.get('instruction') and 'output' in record:
+    asked = [record['instruction'], record.get('input')]
+    if not all(isinstance(each, str) for each in asked if each):
+      raise _Bad(NOT_TEXT, " (instruction, input)")
+    return [{'role': USER, 'content': '\n\n'.join(filter(None, asked))},
+            {'role': ASSISTANT, 'content': record['output']}]
+  raise _Bad(NO_MESSAGES, f' in {" or ".join(map(repr, names))}; {records.names_of(record)}')
+
+
+def _turn(role: str, given: Any) -> list:
+  return given if isinstance(given, list) else [{'role': role, 'content': given}]
+
+
+def _message(given: Any) -> dict[str, Any]:
+  """A message as templates read it."""
+  if not isinstance(given, Mapping):
+    raise _Bad(NOT_TEXT, f': {str(given)[:60]!r}')
+  role = given.get('role') or _ROLE_OF.get(given.get('from', ''), given.get('from'))
+  if role in ('tool', 'function') or any(given.get(key) for key in _OF_TOOLS):
+    raise _Bad(TOOLS)
+  if role not in ROLES:
+    raise _Bad(ROLE, f': {role!r}')
+  content = given.get('content', given.get('value'))
+  if isinstance(content, list):
+    texts = [part.get('text') if isinstance(part, Mapping) and part.get('type', 'text') == 'text'
+             else None for part in content]
+    content = None if None in texts else ''.join(map(str, texts))
+  if content is None and role == ASSISTANT:
+    content = ''
+  if not isinstance(content, str):
+    raise _Bad(NOT_TEXT, f' ({role})')
+  weight = {'weight': 0} if given.get('weight') == 0 else {}
+  return {'role': role, 'content': content} | weight
 
 
 def parts(template: ChatTemplate, messages: Sequence[Message], special: Collection[str]
@@ -71,6 +177,8 @@ def _parts(template: ChatTemplate, messages: Sequence[Message], special: Collect
     if message['role'] != ASSISTANT:
       continue
     before = template.render(messages[:i], add_generation_prompt=True)
+    if not before:
+      continue  # nothing to predict its first token from
     if not whole.startswith(before) or len(before) < at:
       raise UsageError('The chat template writes an answer in another way than it prompts for one.')
     content, first = message['content'].strip(), len(before)

@@ -11,10 +11,10 @@ import os
 from typing import Any
 
 from btx_jax import errors, files
-from btx_jax.data import demo, folders, formats, records
+from btx_jax.data import chats, demo, folders, formats, records
 from btx_jax.data.domains import Domain
 from btx_jax.data.folders import LeftOut
-from btx_jax.data.records import Document, Unusable
+from btx_jax.data.records import Document, Reader, Unusable
 from btx_jax.errors import UsageError
 
 _CHECK_AFTER = 100  # records: a wrong config fails here, not after a whole corpus
@@ -115,21 +115,22 @@ def summary(tallies: Sequence[Tally]) -> dict[str, Any]:
           'files': [group for tally in tallies for group in tally.read_as()]}
 
 
-def documents(domain: Domain, max_skipped: float = 0.1,
-              tally: Tally | None = None) -> Iterator[Document]:
+def documents(domain: Domain, max_skipped: float = 0.1, tally: Tally | None = None,
+              reader: Reader | None = None) -> Iterator[Document]:
   """The documents of a domain in a fixed order, without empty ones.
 
   Args:
     domain: where they come from.
     max_skipped: the largest share of records that may be unusable.
     tally: is updated with each record.
+    reader: makes documents of records, see formats.read.
 
   Raises:
     UsageError: a file does not exist or cannot be opened, too many records are unusable, there
       is no text at all, or no document has an id although id_field is set.
   """
   tally = tally if tally is not None else Tally()
-  for record in _documents(domain, max_skipped, tally):
+  for record in _documents(domain, max_skipped, tally, reader):
     tally.documents += 1
     tally.identified += bool(record.id)
     if tally.documents == _CHECK_AFTER:
@@ -143,7 +144,8 @@ def documents(domain: Domain, max_skipped: float = 0.1,
   _check_ids(domain, tally)
 
 
-def _documents(domain: Domain, max_skipped: float, tally: Tally) -> Iterator[Document]:
+def _documents(domain: Domain, max_skipped: float, tally: Tally, reader: Reader | None
+               ) -> Iterator[Document]:
   """The documents of a domain without empty ones; `tally` counts what is skipped."""
   if domain.source != 'files':
     for number, text in enumerate(demo.SOURCES[domain.source](), 1):
@@ -156,19 +158,19 @@ def _documents(domain: Domain, max_skipped: float, tally: Tally) -> Iterator[Doc
   for path, explicit in found.items():
     try:
       with errors.about(f'domains.{domain.name}'):
-        yield from _of_file(domain, path, explicit, max_skipped, tally)
+        yield from _of_file(domain, path, explicit, max_skipped, tally, reader)
     except OSError as error:
       raise UsageError(f'domains.{domain.name}: {path} cannot be read: {error}') from error
 
 
-def _of_file(domain: Domain, path: str, explicit: bool, max_skipped: float, tally: Tally
-             ) -> Iterator[Document]:
+def _of_file(domain: Domain, path: str, explicit: bool, max_skipped: float, tally: Tally,
+             reader: Reader | None) -> Iterator[Document]:
   """The documents of a file; `explicit`: it was named, and not only its folder."""
   about, group = formats.Reading(), None
   # Files of a folder need not all be records: settings of one object are left out.
   lone = not explicit and domain.text_field == formats.TEXT_FIELD
   for record in formats.read(path, domain.text_field, domain.id_field, domain.separator, about,
-                             lone):
+                             lone, reader):
     if isinstance(record, Document):
       group = group or tally.group(path, about.kind, is_read=True)
       if record.text.strip():
@@ -228,6 +230,7 @@ def _why(domain: Domain, tally: Tally) -> str:
       records.NOT_UTF8: 'convert the text to UTF-8',
       records.LIST: 'join the items of each list into one text, or set '
                     f'domains.{domain.name}.text_field to a field that holds text',
+      chats.NO_MESSAGES: f'set domains.{domain.name}.text_field to the field of the messages',
   }
   ways = list(dict.fromkeys(way for reason, way in ways.items() if reason in tally.reasons))
   ways.append(

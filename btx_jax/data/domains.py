@@ -6,6 +6,8 @@ from typing import NamedTuple
 from btx_jax.data import demo
 from btx_jax.errors import UsageError, nearest
 
+TEXT, CHAT = FORMATS = ('text', 'chat')
+
 
 class Domain(NamedTuple):
   """Where the text of a domain comes from.
@@ -21,6 +23,7 @@ class Domain(NamedTuple):
       (), which means the share data.held_out.
     field: the config field that names the files: 'paths', or 'held_out' if `measured` returned
       this domain.
+    format: what its records are: TEXT, or CHAT, conversations of messages.
   """
   name: str
   source: str = 'files'
@@ -30,6 +33,7 @@ class Domain(NamedTuple):
   id_field: str = ''
   held_out: float | tuple[str, ...] = ()
   field: str = 'paths'
+  format: str = TEXT
 
   @property
   def is_trained(self) -> bool:
@@ -76,6 +80,12 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
     if domain.source not in valid:
       raise UsageError(f'domains.{name}.source = {domain.source!r} is not a source; '
                        f'{nearest(domain.source, valid)}')
+    if domain.format not in FORMATS:
+      raise UsageError(f'domains.{name}.format = {domain.format!r} is not a format; '
+                       f'{nearest(domain.format, FORMATS)}')
+    if domain.format != TEXT and domain.source != 'files':
+      raise UsageError(f'domains.{name}.source = {domain.source!r} is text, and format = '
+                       f'{domain.format!r} is for files; omit either.')
     if isinstance(domain.held_out, int | float) and not 0 < domain.held_out < 1:
       raise UsageError(f'domains.{name}.held_out = {domain.held_out} must be a share between 0 and '
                        '1, or name the files that are measured.')

@@ -69,6 +69,9 @@ class FastTokenizer(spelling.Spelling):
     self._puts_space = before
     super().__init__(_bytes_of(found, self._vocabulary, set(names), set(cuts)), before,
                      [self._vocabulary[name] for name in after])
+    self._of_chats = spelling.Spelling(
+        _bytes_of(found, self._vocabulary, set(names), set(names)), before,
+        [self._vocabulary[name] for name in names if after_cuts])
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
@@ -96,6 +99,10 @@ class FastTokenizer(spelling.Spelling):
               for text, ids in zip(texts, found)]
     finally:
       self._model.encode_special_tokens = before
+
+  def spell_chat(self, ids: Sequence[int]) -> bytes:
+    """The bytes of a rendered conversation: the names of special tokens are part of it."""
+    return self._of_chats.spell(ids)
 
   def _ids(self, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in self._model.encode_batch_fast(

@@ -26,6 +26,7 @@ from btx_jax.data.records import (
   NOT_UTF8,
   Document,
   Fields,
+  Reader,
   Unusable,
 )
 from btx_jax.data.streams import Stream
@@ -77,7 +78,8 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def read(path: str, text_field: str = TEXT_FIELD, id_field: str = '', separator: str = '',
-         about: Reading | None = None, lone: bool = False) -> Iterator[Document | Unusable]:
+         about: Reading | None = None, lone: bool = False, reader: Reader | None = None
+         ) -> Iterator[Document | Unusable]:
   """The records of a file in order.
 
   Args:
@@ -90,6 +92,7 @@ def read(path: str, text_field: str = TEXT_FIELD, id_field: str = '', separator:
     about: is updated with what is found out about the file.
     lone: whether a file of a single JSON object that lacks the field is NO_RECORDS, and a CSV file
       that lacks the column NO_COLUMN.
+    reader: makes documents of records that are more than a text; None if they are texts.
 
   Raises:
     OSError: the file cannot be opened.
@@ -97,7 +100,7 @@ def read(path: str, text_field: str = TEXT_FIELD, id_field: str = '', separator:
   """
   about = about if about is not None else Reading()
   with open(path, 'rb') as file:
-    found = _records(path, file, Fields(text_field, id_field), separator, about, lone)
+    found = _records(path, file, Fields(text_field, id_field, reader), separator, about, lone)
     first = next(found, Unusable(path, EMPTY))
     yield first
     yield from found
@@ -144,7 +147,7 @@ def _stream(path: str, named: str, stream: Stream, fields: Fields, separator: st
     about.kind = f'binary data{compressed}'
     yield Unusable(path, BINARY)
     return
-  if named in csv_files.DELIMITERS:
+  if named in csv_files.DELIMITERS and not fields.read:
     about.kind = CSV + compressed
     yield from csv_files.read(path, stream, csv_files.DELIMITERS[named], fields, lenient=lone)
     return
@@ -156,6 +159,9 @@ def _stream(path: str, named: str, stream: Stream, fields: Fields, separator: st
     _check_fields(path, fields, has_text=bool(fields.text), has_id=True)
     yield from json_files.read(path, stream, layout, fields, lone and not is_lines)
     return
+  if fields.read:
+    raise UsageError(f'{path} is {CSV if named in csv_files.DELIMITERS else TEXT}; conversations '
+                     'are read from JSON, Parquet and Arrow files. Narrow the paths to such.')
   _check_fields(path, fields, has_text=fields.text in ('', TEXT_FIELD), has_id=False)
   for piece in pieces(path, stream, separator_of(separator)):
     if isinstance(piece, Unusable):

@@ -14,11 +14,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from btx_jax.data.packing import Batch, Packed
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
 from btx_jax.run import Run, seed_of
-
-Batch = dict[str, np.ndarray]
 
 
 class Windows:
@@ -69,6 +68,18 @@ class Windows:
       row['loss_mask'][:T - self._stride] = False
     row = {name: np.pad(values, (0, T + 1 - len(ids))) for name, values in row.items()}
     return row | {'domain': np.array(self._domain, np.int32)}
+
+
+  def by_token(self, rows_RT: np.ndarray) -> np.ndarray:
+    """The values at the position of each token but the last, see without_overlap."""
+    return without_overlap(rows_RT, len(self._tokens.ids) - 1, self._stride)
+
+
+def rows_of(tokens: Tokens, length: int, domain: int = 0, evaluation: bool = False,
+            stride: int = 0) -> Windows | Packed:
+  """A split as rows: text in windows, conversations packed."""
+  kind = Windows if tokens.roles is None else Packed
+  return kind(tokens, length, domain, evaluation, stride)
 
 
 def order_of(run: Run, domains: Mapping[str, Tokens]) -> grain.MapDataset:
@@ -129,7 +140,10 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
   sources = []
   for index, (name, tokens) in enumerate(domains.items()):
     if name in weights:
-      windows = Windows(tokens, length, index)
+      windows = rows_of(tokens, length, index)
+      if not len(windows) and tokens.roles is not None and len(tokens.ids):
+        raise UsageError(f'domains.{name}: no answer begins within the first data.seq_len = '
+                         f'{length} tokens of any conversation; raise data.seq_len.')
       if not len(windows):
         raise UsageError(f'domains.{name} has {len(tokens.ids)} training tokens, fewer than '
                          f'one row of data.seq_len = {length}.')
@@ -200,11 +214,22 @@ def filled(rows: Sequence[Batch], size: int) -> Batch:
 
 def evaluation_batches(tokens: Tokens, length: int, batch_size: int, stride: int = 0
                        ) -> Iterator[Batch]:
-  """All windows of a split in order, see Windows; empty rows fill the last batch."""
-  windows = Windows(tokens, length, 0, evaluation=True, stride=stride)
+  """All rows of a split in order, see rows_of; empty rows fill the last batch."""
+  windows = rows_of(tokens, length, evaluation=True, stride=stride)
   for first in range(0, len(windows), batch_size):
     rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]
     yield filled(rows, batch_size)
+
+
+def by_token(tokens: Tokens, rows_RT: np.ndarray, length: int, stride: int = 0) -> np.ndarray:
+  """The values at the position of each token but the last, [tokens - 1, ...].
+
+  Args:
+    tokens: the split.
+    rows_RT: the values of the rows that `evaluation_batches` yields for it, [R, T, ...].
+    length, stride: as there.
+  """
+  return rows_of(tokens, length, evaluation=True, stride=stride).by_token(rows_RT)
 
 
 def without_overlap(rows_RT: np.ndarray, count: int, stride: int = 0) -> np.ndarray:

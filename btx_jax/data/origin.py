@@ -16,7 +16,8 @@ from btx_jax.errors import UsageError
 _FILES = 'files.jsonl'
 _ENDS = 1 << 20  # bytes compared at each end of a file
 _NAMED = 3  # the most files of a domain that a message names
-_FRAMING = {'begin': 'tokenizer.bos', 'end': 'tokenizer.eos', 'special': 'tokenizer.special'}
+_FRAMING = {'begin': 'tokenizer.bos', 'end': 'tokenizer.eos', 'special': 'tokenizer.special',
+            'chat_template': 'the chat template (tokenizer.chat_template)'}
 
 
 def write(folder: str, paths: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """Records of files: a Document, or an Unusable with the reason; and the fields of JSON objects."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 import json
 from typing import Any, NamedTuple
 
@@ -18,17 +18,38 @@ NO_RECORDS, NO_COLUMN = 'is a single JSON object without field', 'is a table wit
 LFS_POINTER = 'is a Git LFS pointer'
 
 
+class Part(NamedTuple):
+  """A part of a rendered conversation.
+
+  Attributes:
+    text: of it.
+    is_answer: whether a model is to write it.
+    end: the special token at the end of `text` that ends the turn; '' if there is none.
+  """
+  text: str
+  is_answer: bool = False
+  end: str = ''
+
+
 class Document(NamedTuple):
   """One document.
 
   Attributes:
-    text: its content.
+    text: its content; of a conversation as it is rendered.
     id: its id in the file, or '' if it has none.
     place: 'PATH:NUMBER', the line, row or record where it begins, counted from 1.
+    parts: those of a rendered conversation, which join to `text`; see chats.py. () for plain text.
   """
   text: str
   id: str = ''
   place: str = ''
+  parts: tuple[Part, ...] = ()
+
+
+def answer_bytes(document: Document) -> int:
+  """The bytes of the answers in a conversation, without the tokens that end their turns."""
+  return sum(len(part.text.removesuffix(part.end).encode('utf-8'))
+             for part in document.parts if part.is_answer)
 
 
 class Unusable(NamedTuple):
@@ -48,9 +69,15 @@ class Fields(NamedTuple):
     text: the field or column of the text. 'a.b' is the field b of the object in field a, unless a
       field is called 'a.b'.
     id: likewise of the id; '' if there is none.
+    read: makes a document of a record that is more than a text; None if `text` is all of it.
   """
   text: str
   id: str = ''
+  read: 'Reader | None' = None
+
+
+# A record as JSON has it, its place, and the fields -> the document.
+Reader = Callable[[Mapping[str, Any], str, Fields], Document | Unusable]
 
 
 def from_json(raw: bytes | bytearray, place: str, fields: Fields) -> Document | Unusable:
@@ -67,6 +94,8 @@ def from_json(raw: bytes | bytearray, place: str, fields: Fields) -> Document | 
     return Unusable(place, NOT_JSON, f': {error}')
   if not isinstance(record, dict):
     return Unusable(place, NO_TEXT, f' {fields.text!r}: it is not an object but {_kind(record)}')
+  if fields.read:
+    return fields.read(record, place, fields)
   found = record.get(fields.text)
   if not isinstance(found, str):
     found = found if fields.text in record else _nested(record, fields.text)
@@ -80,20 +109,25 @@ def from_json(raw: bytes | bytearray, place: str, fields: Fields) -> Document | 
     found.encode('utf-8')
   except UnicodeEncodeError as error:
     return Unusable(place, SURROGATE, f' (character {error.start})')
+  return Document(found, id_of(record, fields), place)
+
+
+def id_of(record: Mapping[str, Any], fields: Fields) -> str:
+  """The id of a record; '' if it has none."""
   if not fields.id:
-    return Document(found, '', place)
+    return ''
   value = record[fields.id] if fields.id in record else _nested(record, fields.id)
-  return Document(found, '' if value is _MISSING else id_text(value), place)
+  return '' if value is _MISSING else id_text(value)
 
 
 _MISSING = object()
 
 
-def _nested(record: dict, name: str) -> Any:
+def _nested(record: Mapping[str, Any], name: str) -> Any:
   """The value at a path of names joined by dots, or _MISSING."""
   value: Any = record
   for part in name.split('.'):
-    if not isinstance(value, dict) or part not in value:
+    if not isinstance(value, Mapping) or part not in value:
       return _MISSING
     value = value[part]
   return value

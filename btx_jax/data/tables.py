@@ -63,6 +63,9 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
   with open(path, 'rb') as file:
     try:
       table = open_table(file)
+      if fields.read:
+        yield from _records(path, table, fields)
+        return
       text_name, id_name = _check_columns(path, table.schema, fields)
       columns = dict.fromkeys('.'.join(name) for name in (text_name, id_name) if name)
       for batch in table.batches(list(columns)):
@@ -72,6 +75,16 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
           yield _from_row(text, identity if fields.id else None, f'{path}:{row}', fields.text)
     except (pa.ArrowException, OSError) as error:  # the file itself was opened above
       yield Unusable(f'{path}:{row + 1}' if row else path, DAMAGED, f': {error}')
+
+
+def _records(path: str, table: _Table, fields: Fields) -> Iterator[Document | Unusable]:
+  """The documents of rows that are more than a text."""
+  assert fields.read
+  row = 0
+  for batch in table.batches(list(table.schema.names)):
+    for record in batch.to_pylist():
+      row += 1
+      yield fields.read(record, f'{path}:{row}', fields)
 
 
 def _open_parquet(file) -> _Table:

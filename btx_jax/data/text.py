@@ -7,9 +7,9 @@ import os
 import tempfile
 from typing import Any
 
-from btx_jax.data import corpora, domains, framing, kept_out, origin, tokens
+from btx_jax.data import corpora, domains, framing, kept_out, origin, packing, splits, tokens
 from btx_jax.data.changes import Changes
-from btx_jax.data.domains import Domain
+from btx_jax.data.domains import CHAT, Domain
 from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.data.tokens import Tokens
@@ -72,7 +72,10 @@ def prepare(config, folder: str) -> Text:
         unless = dict.fromkeys(measured.document_hashes.tolist(), domain.name) | unless
     held_out[domain.name] = (measured if domain.names_held_out else
                              measured.sample(config.evaluation.tokens))
-    for line in _in_words(domain, meta):
+    lines = _in_words(domain, meta)
+    if domain.name in train and train[domain.name].roles is not None:
+      lines += packing.in_words(train[domain.name], config.data.seq_len)
+    for line in lines:
       say(f'{domain.name}: {line}')
   return Text(tokenizer, dict(sorted(train.items())), dict(sorted(held_out.items())))
 
@@ -92,7 +95,8 @@ def _named_held_out(config, wanted: Sequence[Domain], folder: str, tokenizer: To
         path = os.path.join(temporary, domain.name)
         tokens.prepare(path, domain.only_measured(), tokenizer, 0.0, config.data.max_skipped)
       measured = tokens.load(path, 'held_out')
-      _check_length(domain, measured, config.data.seq_len)
+      if measured.roles is None:
+        _check_length(domain, measured, config.data.seq_len)
       result |= dict.fromkeys(measured.document_hashes.tolist(), domain.name)
   return result
 
@@ -108,11 +112,16 @@ def _check_length(domain: Domain, measured: Tokens, length: int):
 def _in_words(domain: Domain, meta: Mapping[str, Any]) -> list[str]:
   """Lines that describe the token folder of a domain."""
   train, held_out = meta['train'], meta['held_out']
-  lines = [f'{train["documents"]:,} documents, {train["bytes"] / 1e6:.1f} MB, '
+  kind = 'conversations' if domain.format == CHAT else 'documents'
+  lines = [f'{train["documents"]:,} {kind}, {train["bytes"] / 1e6:.1f} MB, '
            f'{train["tokens"] / 1e6:.2f} M tokens to train on; '
-           f'{held_out["documents"]:,} documents held out' if domain.is_trained else
-           f'{held_out["documents"]:,} documents, {held_out["bytes"] / 1e6:.1f} MB, '
+           f'{held_out["documents"]:,} {kind} held out' if domain.is_trained else
+           f'{held_out["documents"]:,} {kind}, {held_out["bytes"] / 1e6:.1f} MB, '
            f'{held_out["tokens"] / 1e6:.2f} M tokens, only measured']
+  if 'answers' in train:
+    answers, written, all_tokens = (train[key] + held_out[key]
+                                    for key in ('answers', 'written', 'tokens'))
+    lines.append(f'{answers:,} answers, {written / all_tokens:.1%} of the tokens')
   return lines + kept_out.in_words(meta) + remarks(meta)
 
 
@@ -183,6 +192,11 @@ def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
     if tokenizer.vocab_size != size:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
                        f'= {size}. Set that, or use another --workdir.')
+  for domain in wanted if not tokenizer else ():
+    if domain.format == CHAT:
+      raise UsageError(f'domains.{domain.name}: chats need a tokenizer with special tokens, and '
+                       'one that is trained here has none; set tokenizer.path to a '
+                       'tokenizer.json.')
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
     tokenizer = train_tokenizer(_sample(config, wanted), size, framing.options(config.tokenizer))
@@ -200,11 +214,11 @@ def _sample(config, wanted: Sequence[Domain]) -> Iterator[str]:
   share = max((domain.share(config.data.held_out) for domain in trained), default=0.0)
   # Skipped records are reported later, when the domain is tokenized.
   named = {text for domain in wanted if domain.names_held_out
-           for text, _, _ in corpora.documents(domain.measured(), config.data.max_skipped)}
+           for text, *_ in corpora.documents(domain.measured(), config.data.max_skipped)}
   for domain in trained:
     left = config.tokenizer.sample_chars
-    for text, _, _ in corpora.documents(domain, config.data.max_skipped):
-      if tokens.share(text) < share or text in named:
+    for text, *_ in corpora.documents(domain, config.data.max_skipped):
+      if splits.share(text) < share or text in named:
         continue
       yield text[:left]
       left -= len(text)

@@ -1,19 +1,34 @@
 """Writes the files of a split of a domain; tokens.py describes them."""
 
 import array
-from collections.abc import Container, Iterator
+from collections.abc import Container
 import hashlib
 import json
 import os
+from typing import NamedTuple
 
 import numpy as np
 
-from btx_jax.data import framing, kept_out
+from btx_jax.data import framing, kept_out, records
 from btx_jax.data.records import Document
 from btx_jax.data.tokenizer import Tokenizer
 
-_BATCH = 256  # documents tokenized at a time
-_BATCH_CHARS = 16_000_000  # ends a batch early: lists of ids take many times the size of the text
+ROLES = '.roles.bin'  # a file of conversations: the role of each token, one byte
+
+
+class Encoded(NamedTuple):
+  """A document as tokens.
+
+  Attributes:
+    document: the document.
+    ids: [tokens], without marks.
+    spelled: the bytes that the ids spell: those of the document's text, if nothing was lost.
+    roles: [tokens] uint8, of a conversation, see chat_tokens.py; None for text.
+  """
+  document: Document
+  ids: np.ndarray
+  spelled: bytes
+  roles: np.ndarray | None = None
 
 
 class Writer:
@@ -24,38 +39,51 @@ class Writer:
     raw_bytes: the total size of their text.
   """
 
-  def __init__(self, folder: str, split: str, tokenizer: Tokenizer, has_ids: bool):
+  def __init__(self, folder: str, split: str, tokenizer: Tokenizer, has_ids: bool,
+               has_roles: bool = False):
     path = os.path.join(folder, split)
     self._tokenizer, self._code = tokenizer, dtype_of(tokenizer).char
     self._boundaries, self._boundaries_file = [(0, 0)], f'{path}.documents.npy'
-    self.raw_bytes = 0
+    self.raw_bytes = self._answers = self._written = 0
     self._tokens_file = open(f'{path}.bin', 'wb')
     self._ids_file = open(f'{path}.ids.jsonl', 'w', encoding='utf-8') if has_ids else None
+    self._roles_file = open(f'{path}{ROLES}', 'wb') if has_roles else None
 
   @property
   def documents(self) -> int:
     return len(self._boundaries) - 1
 
-  def add(self, ids: np.ndarray, size: int, name: str, unless: Container[int] = ()) -> int | None:
-    """Adds a document, unless its hash is in `unless`.
+  @property
+  def of_chats(self) -> dict[str, int]:
+    """Of conversations, the number of `answers` so far, and of `written` tokens: those that a model
+    is to write. {} for text."""
+    return {'answers': self._answers, 'written': self._written} if self._roles_file else {}
+
+  def add(self, found: Encoded, unless: Container[int] = ()) -> int | None:
+    """Adds a document, unless its hash is in `unless`. A conversation gets no marks.
 
     Args:
-      ids: the token ids of its text.
-      size: the size of its text in bytes.
-      name: the document's id in its file.
+      found: the document.
       unless: the hashes of documents that must not be added.
 
     Returns:
       None if the document was added; its hash if it was not.
     """
-    before, after, unscored = framing.marks(self._tokenizer.framing, ids)
+    ids, roles, size = found.ids, found.roles, len(found.document.text.encode('utf-8'))
+    before, after, unscored = (([], [], []) if roles is not None else
+                               framing.marks(self._tokenizer.framing, ids))
     document = b''.join((array.array(self._code, before), ids.data, array.array(self._code, after)))
-    if unless and (found := kept_out.hash_of(document)) in unless:
-      return found
+    if unless and (copy := kept_out.hash_of(document)) in unless:
+      return copy
     self._tokens_file.write(document)
     if self._ids_file:
-      self._ids_file.write(json.dumps(name) + '\n')
+      self._ids_file.write(json.dumps(found.document.id) + '\n')
     self.raw_bytes += size
+    if self._roles_file and roles is not None:
+      self._roles_file.write(roles.tobytes())
+      size, written = records.answer_bytes(found.document), roles > 0
+      self._answers += int((np.diff(written, prepend=False) & written).sum())
+      self._written += int(written.sum())
     for part in unscored:
       size -= len(self._tokenizer.spell(part))
     tokens, scored_bytes = self._boundaries[-1]
@@ -68,22 +96,10 @@ class Writer:
 
   def __exit__(self, *error):
     self._tokens_file.close()
-    if self._ids_file:
-      self._ids_file.close()
+    for file in (self._ids_file, self._roles_file):
+      if file:
+        file.close()
     np.save(self._boundaries_file, np.array(self._boundaries, np.int64))
-
-
-def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-  """Groups the documents into lists that are tokenized in one call."""
-  batch, chars = [], 0
-  for document in documents:
-    batch.append(document)
-    chars += len(document.text)
-    if len(batch) == _BATCH or chars >= _BATCH_CHARS:
-      yield batch
-      batch, chars = [], 0
-  if batch:
-    yield batch
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
@@ -94,7 +110,9 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype:
 def hash_of_files(folder: str, split: str) -> str:
   """A hash of the tokens and boundaries of a split."""
   digest = hashlib.sha256()
-  for name in (f'{split}.bin', f'{split}.documents.npy'):
+  roles = f'{split}{ROLES}'
+  names = [f'{split}.bin', f'{split}.documents.npy']
+  for name in [*names, *([roles] if os.path.exists(os.path.join(folder, roles)) else [])]:
     with open(os.path.join(folder, name), 'rb') as file:
       while block := file.read(1 << 20):
         digest.update(block)

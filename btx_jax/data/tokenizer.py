@@ -66,6 +66,10 @@ class Tokenizer(Protocol):
     """
     ...
 
+  def spell_chat(self, ids: Sequence[int]) -> bytes:
+    """The bytes of a rendered conversation: the names of special tokens are part of it."""
+    ...
+
   def spell(self, ids: Sequence[int]) -> bytes:
     """The bytes of the text that the ids stand for."""
     ...
@@ -143,6 +147,10 @@ class Sentencepiece(spelling.Spelling):
     raise self._no_chats()
 
   def encode_chat(self, texts: Sequence[str], goes_on: bool = False) -> list[list[int]]:
+    """Raises UsageError, as this kind has no special tokens in text."""
+    raise self._no_chats()
+
+  def spell_chat(self, ids: Sequence[int]) -> bytes:
     """Raises UsageError, as this kind has no special tokens in text."""
     raise self._no_chats()
 

@@ -1,12 +1,6 @@
 """Text tokenized once into flat files on disk, with document boundaries and a held-out split.
 
-The hash of its text alone decides whether a document is held out, so exact copies never end up on
-both sides, and adding documents moves no other document. (One exception: if no document of a small
-domain has a hash below the threshold, the one with the smallest hash is held out.) If a domain
-names files as its held-out text, these are held out instead, and kept_out.py keeps copies of their
-documents out of training.
-
-Each document is compared with the text that its tokens stand for; see changes.py.
+splits.py decides which documents are held out, and writes these files:
 
   DIR/train.bin, held_out.bin              token ids, uint16 or uint32; each document is
                                           begin mark, text, end mark (see framing.py)
@@ -14,6 +8,7 @@ Each document is compared with the text that its tokens stand for; see changes.p
                                           byte of the raw text; the last row holds the totals
   DIR/train.ids.jsonl, held_out.ids.jsonl  only if the domain has an id_field: the id of each
                                           document, one JSON string per line ("" if it has none)
+  DIR/train.roles.bin, held_out...         only of conversations: a byte a token, see chat_tokens.py
   DIR/files.jsonl                         the files that the tokens were made from, see origin.py
   DIR/meta.json                           the settings they were made with, the skipped records, and
                                           the documents kept out of training; written last
@@ -21,29 +16,24 @@ Each document is compared with the text that its tokens stand for; see changes.p
 The hash of the tokens does not cover the ids, so runs do not depend on them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
 import shutil
-from typing import NamedTuple
 import uuid
 
 import numpy as np
 
-from btx_jax.data import corpora, kept_out, origin, token_files
-from btx_jax.data.changes import Changes
-from btx_jax.data.domains import Domain
-from btx_jax.data.records import Document
+from btx_jax.data import corpora, kept_out, origin, splits, token_files
+from btx_jax.data.chat_tokens import WRITTEN
+from btx_jax.data.domains import CHAT, TEXT, Domain
+from btx_jax.data.framing import ENCODE
+from btx_jax.data.splits import SPLITS
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
-
-SPLITS = ('train', 'held_out')
-# A share above any hash: every document in files named as held-out text is held out.
-_ALL = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +47,8 @@ class Tokens:
       documents have no begin mark, their first token is not scored, and its bytes do not count.
     hash: identifies the ids and boundaries.
     begins, ends: 1 if each document has a begin mark, an end mark; else 0.
+    roles: [tokens] uint8, of conversations: which tokens a model is to write, see chat_tokens.py;
+      None for text, of which it is to write all. `bytes` then counts the text of answers alone.
   """
   ids: np.ndarray
   starts: np.ndarray
@@ -64,6 +56,19 @@ class Tokens:
   hash: str
   begins: int = 1
   ends: int = 1
+  roles: np.ndarray | None = None
+
+  @property
+  def has_score(self) -> np.ndarray:
+    """[tokens] bool: the tokens that `bytes` counts, which a score is made of. All but the first of
+    each document and end marks; of conversations the text of answers, without the ends of turns."""
+    if self.roles is not None:
+      return np.asarray(self.roles) == WRITTEN
+    result = np.ones(len(self.ids), bool)
+    result[self.starts[:-1]] = False
+    if self.ends:
+      result[self.starts[1:] - 1] = False
+    return result
 
   @property
   def num_documents(self) -> int:
@@ -81,18 +86,11 @@ class Tokens:
     total = np.cumsum(np.diff(self.starts)[order])
     chosen = np.sort(order[:max(1, np.searchsorted(total, num_tokens, side='right'))])
     after = lambda boundaries: np.concatenate([[0], np.cumsum(np.diff(boundaries)[chosen])])
-    ids = np.concatenate([self.ids[self.starts[i]:self.starts[i + 1]] for i in chosen])
+    of_chosen = lambda values: np.concatenate(
+        [values[self.starts[i]:self.starts[i + 1]] for i in chosen])
     return dataclasses.replace(
-        self, ids=ids, starts=after(self.starts), bytes=after(self.bytes))
-
-
-def share(text: str) -> float:
-  """The hash of a document as a number from 0 to 1; it is held out if that is below `held_out`."""
-  return _share(text.encode('utf-8'))
-
-
-def _share(raw: bytes) -> float:
-  return int.from_bytes(hashlib.sha256(raw).digest()[:8], 'big') / 2**64
+        self, ids=of_chosen(self.ids), starts=after(self.starts), bytes=after(self.bytes),
+        roles=None if self.roles is None else of_chosen(self.roles))
 
 
 def load(folder: str, split: str) -> Tokens:
@@ -108,8 +106,11 @@ def load(folder: str, split: str) -> Tokens:
     return Tokens(np.zeros(0, meta['dtype']), nothing, nothing, meta['hash'][split])
   documents = np.load(os.path.join(folder, f'{split}.documents.npy'))
   ids = np.memmap(tokens, dtype=meta['dtype'], mode='r')
-  return Tokens(ids, documents[:, 0], documents[:, 1], meta['hash'][split],
-                *(int(meta['made_from']['framing'][mark] is not None) for mark in ('begin', 'end')))
+  of_roles = os.path.join(folder, f'{split}{token_files.ROLES}')
+  roles = np.memmap(of_roles, np.uint8, mode='r') if os.path.exists(of_roles) else None
+  begins, ends = (int(meta['made_from']['framing'][mark] is not None) for mark in ('begin', 'end'))
+  return Tokens(
+      ids, documents[:, 0], documents[:, 1], meta['hash'][split], begins, ends, roles)
 
 
 def document_id(folder: str, split: str, number: int) -> str:
@@ -137,8 +138,9 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
 
   Returns:
     The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
-    split, `changes`: the fields of Changes, and `skipped`: the number of unusable records, in all
-    and by reason, and the first places. `files`: what was read as what, and what was left out
+    split, and of conversations what token_files.Writer.of_chats says; `changes`: the fields of
+    Changes; and `skipped`: the number of unusable records, in all and by reason, and the first
+    places. `files`: what was read as what, and what was left out
     (corpora.Group). `notes`: what is odd about that, in words. `kept_out`: see kept_out.py.
 
   Raises:
@@ -200,13 +202,18 @@ def _made_from(domain: Domain, tokenizer: Tokenizer | None, held_out: float) -> 
   """The settings that tokens are made with, as plain data."""
   fields = {**domain._asdict(), 'paths': list(domain.paths)}
   del fields['held_out'], fields['field']
+  # Folders older than these fields stay valid.
   if not domain.id_field:
-    del fields['id_field']  # folders older than this field stay valid
+    del fields['id_field']
+  if domain.format == TEXT:
+    del fields['format']
   made_from: dict = {'domain': fields}
   if tokenizer:
-    made_from |= {'framing': {field: mark and str(mark)
-                              for field, mark in tokenizer.framing._asdict().items()},
-                  'tokenizer': tokenizer.hash}
+    framing = {field: mark and str(mark) for field, mark in tokenizer.framing._asdict().items()}
+    if domain.format == CHAT:
+      framing = {'begin': None, 'end': None, 'special': ENCODE,
+                 'chat_template': tokenizer.chat_template.hash}
+    made_from |= {'framing': framing, 'tokenizer': tokenizer.hash}
   return made_from | {'held_out': list(domain.measured().paths) if domain.names_held_out else
                       domain.share(held_out)}
 
@@ -215,15 +222,15 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
   # Each domain that is read, with the share of its documents to hold out.
   parts = [(domain, domain.share(held_out))] if domain.is_trained else []
   if domain.names_held_out:
-    parts.append((domain.measured(), _ALL))
+    parts.append((domain.measured(), splits.ALL))
   # Before they are read: what changes meanwhile is then noticed.
   os.makedirs(partial)
   origin.write(partial, _paths(domain))
   tallies = [corpora.Tally() for _ in parts]
-  written = _write(partial, parts, tokenizer, max_skipped, tallies, unless)
+  written = splits.write(partial, parts, tokenizer, max_skipped, tallies, unless)
   if written.smallest is not None:
     # Nothing was held out: hold out the document with the smallest hash.
-    written = _write(partial, [(domain, np.nextafter(written.smallest, 1))], tokenizer,
+    written = splits.write(partial, [(domain, np.nextafter(written.smallest, 1))], tokenizer,
                      max_skipped, [corpora.Tally()], unless)
   meta = {'made_from': made_from, 'dtype': token_files.dtype_of(tokenizer).name, 'hash': {},
           'changes': dataclasses.asdict(written.changes), **corpora.summary(tallies),
@@ -233,7 +240,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
   for split in SPLITS:
     totals = np.load(os.path.join(partial, f'{split}.documents.npy'))
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
-                   'bytes': written.sizes[split]}
+                   'bytes': written.sizes[split], **written.answers[split]}
     meta['hash'][split] = token_files.hash_of_files(partial, split)
   with open(os.path.join(partial, kept_out.META), 'w', encoding='utf-8') as file:
     json.dump(meta, file, indent=1)
@@ -244,101 +251,6 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
       raise  # otherwise another job was faster
     return prepare(folder, domain, tokenizer, held_out, max_skipped, unless)
   return meta
-
-
-class _Written(NamedTuple):
-  """A summary of the two splits that were written.
-
-  Attributes:
-    sizes: the bytes of raw text of each split.
-    smallest: the smallest hash if no document was held out although one must be, else None.
-    changes: the documents that the tokenizer changed.
-    removed: the documents that were kept out of training.
-  """
-  sizes: dict[str, int]
-  smallest: float | None
-  changes: Changes
-  removed: kept_out.Removed
-
-
-def _write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokenizer,
-           max_skipped: float, tallies: Sequence[corpora.Tally], unless: Mapping[int, str]
-           ) -> _Written:
-  """Writes both splits.
-
-  Args:
-    folder: the folder to write.
-    parts: the domains to read, each with the share of its documents to hold out.
-    tokenizer: encodes the text.
-    max_skipped: see prepare.
-    tallies: one for each part, which counts its records.
-    unless: see prepare.
-  """
-  os.makedirs(folder, exist_ok=True)
-  smallest, changes, removed = None, Changes(), kept_out.Removed()
-  name, has_ids = parts[0][0].name, bool(parts[0][0].id_field)
-  with contextlib.ExitStack() as stack:
-    splits = {split: stack.enter_context(
-        token_files.Writer(folder, split, tokenizer, has_ids)) for split in SPLITS}
-    kept = lambda: sum(writer.documents for writer in splits.values())
-
-    def train(ids: np.ndarray, size: int, document_id: str):
-      found = splits['train'].add(ids, size, document_id, unless)
-      if found is not None:
-        removed.add(found, unless[found])
-
-    for (part, threshold), tally in zip(parts, tallies):
-      for document, ids, spelled in _encoded(part, tokenizer, max_skipped, tally):
-        raw = document.text.encode('utf-8')
-        if spelled != raw:
-          decoded = spelled.decode('utf-8', errors='replace')
-          if not changes.is_normal_form(document.text, decoded):
-            changes.check(name, max_skipped, kept())
-          elif _share(spelled) < threshold:  # on the side of a document of this form
-            changes.left_out += 1
-          else:
-            changes.normalised += 1
-            train(ids, len(raw), document.id)
-          continue
-        place = _share(raw)
-        smallest = place if smallest is None else min(smallest, place)
-        if place < threshold:
-          splits['held_out'].add(ids, len(raw), document.id)
-        else:
-          train(ids, len(raw), document.id)
-  changes.check(name, max_skipped, kept(), at_end=True)
-  train_count, held_out_count = (splits[split].documents for split in SPLITS)
-  read, by_share = train_count + removed.count, parts[-1][1] != _ALL
-  if (read > 1 and smallest is None) if by_share else not held_out_count:
-    raise UsageError(
-        f'The tokenizer changes every document of domains.{name}, for example '
-        f'{next(iter(changes.examples.values()))}, so none can be held out: bits per byte count '
-        'the bytes of the raw text. Normalise the files first.')
-  if removed.count and not train_count:
-    raise UsageError(
-        f'domains.{name} has nothing to train on: {removed.in_words()}. Name other files in '
-        f'domains.{name}.paths, or in held_out there.')
-  if by_share and (read + held_out_count == 1 or not train_count):
-    raise UsageError(
-        f'domains.{name} has {read + held_out_count} document(s), and held-out text shares no '
-        f'document with training: there must be at least two. Set domains.{name}.separator (for '
-        'example a blank line) to split text files into documents, lower data.held_out, or name '
-        f'the files of its held-out text in domains.{name}.held_out.')
-  sizes = {split: writer.raw_bytes for split, writer in splits.items()}
-  return _Written(sizes, smallest if by_share and not held_out_count else None, changes, removed)
-
-
-def _encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally
-             ) -> Iterator[tuple[Document, np.ndarray, bytes]]:
-  """Each document of a domain, the ids of its text, and the bytes that these ids spell."""
-  dtype = token_files.dtype_of(tokenizer)
-  for batch in token_files.batches(corpora.documents(domain, max_skipped, tally)):
-    encoded = tokenizer.encode([document.text for document in batch])
-    starts = [0, *itertools.accumulate(map(len, encoded))]
-    all_ids = np.fromiter(itertools.chain.from_iterable(encoded), dtype, starts[-1])
-    for document, (first, end), spelled in zip(
-        batch, itertools.pairwise(starts), tokenizer.spell_each(all_ids, starts)):
-      yield document, all_ids[first:end], spelled
 
 
 def read_meta(folder: str) -> dict:

@@ -54,6 +54,8 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
   Bits per byte is the information of the documents' tokens, without end-of-document tokens,
   divided by the bytes of their raw text, so the unit does not depend on the tokenizer. If
   documents have no begin mark, their first token and its bytes do not count: nothing predicts it.
+  Of conversations the information of the answers counts, without the tokens that end their turns,
+  divided by the bytes of the answers.
 
   Args:
     cfg: the model.
@@ -83,7 +85,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
         count += float(routed[1])
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
-    result[domain] = _score(nll, tokens, tokenizer, stride)
+    result[domain] = _score(nll, tokens, tokenizer, length, stride)
     if sample:
       result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}
   return result
@@ -118,17 +120,17 @@ def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mes
       nll_EBT = jax.device_get([step(params, batch, masked_E) for masked_E in masks_EE])
       for of_expert, nll_BT in zip(nll, nll_EBT):
         of_expert.append(nll_BT)
-    scored = [_score(of_expert, tokens, tokenizer, stride) for of_expert in nll]
+    scored = [_score(of_expert, tokens, tokenizer, length, stride) for of_expert in nll]
     result[domain] = {'bits_per_byte': [score['bits_per_byte'] for score in scored],
                       'units': {'nll': [score['units']['nll'] for score in scored],
                                 'bytes': scored[0]['units']['bytes']}}
   return result
 
 
-def _score(nll: list[np.ndarray], tokens: Tokens, tokenizer: Tokenizer, stride: int
+def _score(nll: list[np.ndarray], tokens: Tokens, tokenizer: Tokenizer, length: int, stride: int
            ) -> dict[str, Any]:
   """The score of a split from the losses of its batches, [B, T] each; see units.score."""
-  nll_N = mixture.without_overlap(np.concatenate(nll), len(tokens.ids) - 1, stride)
+  nll_N = mixture.by_token(tokens, np.concatenate(nll), length, stride)
   # Nothing predicts the first token.
   return units.score(np.append(np.float32(0), nll_N), tokens, tokenizer)
 

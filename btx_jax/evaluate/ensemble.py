@@ -45,7 +45,7 @@ def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size
   for batch in mixture.evaluation_batches(tokens, length, batch_size, stride):
     batch = sharding.from_whole(batch, mesh)
     parts.append(np.asarray(_token_nll(cfg, mesh)(params, batch), np.float64))
-  nll_N = mixture.without_overlap(np.concatenate(parts), len(tokens.ids) - 1, stride)
+  nll_N = mixture.by_token(tokens, np.concatenate(parts), length, stride)
   return np.append(0.0, nll_N)
 
 
@@ -119,18 +119,8 @@ def averaged_nll(nll_NE: np.ndarray, log_weights_NE: np.ndarray) -> np.ndarray:
   return -selector.logsumexp(log_weights_NE - nll_NE)[:, 0]
 
 
-def counted(tokens: Tokens) -> np.ndarray:
-  """Which tokens of a split have a score, [tokens]: all but the first of each document, and end
-  marks."""
-  result = np.ones(len(tokens.ids), bool)
-  result[tokens.starts[:-1]] = False
-  if tokens.ends:
-    result[tokens.starts[1:] - 1] = False
-  return result
-
-
 def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens,
                   tokenizer: Tokenizer) -> dict:
   """The score of the averaged probabilities, see units.score."""
-  nll_N = np.where(counted(tokens), averaged_nll(nll_NE, log_weights_NE), 0.0)
+  nll_N = np.where(tokens.has_score, averaged_nll(nll_NE, log_weights_NE), 0.0)
   return units.score(nll_N, tokens, tokenizer)

@@ -85,7 +85,7 @@ def _nll(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh,
   nll = {domain: np.zeros(found.shape) for domain, found in computed.items()}
   for number, expert in enumerate(run.experts):
     wanted = [domain for domain, tokens in text.held_out.items()
-              if computed[domain][ensemble.counted(tokens), number].any()]
+              if computed[domain][tokens.has_score, number].any()]
     if not wanted:
       continue
     say(f'{run.name}: measuring {expert.name} on {", ".join(wanted)}')
@@ -125,12 +125,15 @@ def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tok
     `share`, the mean weight of each expert, [E]; `switches`, for how many tokens of 1,000 an expert
     takes over that was not computed for the token before; `forward_flops` per token.
   """
-  counted_N, T = ensemble.counted(tokens), run.seq_len
+  counted_N, T = tokens.has_score, run.seq_len
   computed_NE = computed_NE[counted_N]
   inputs_N = np.flatnonzero(counted_N) - 1  # where the expert was chosen
   starts_N = np.asarray(tokens.starts)[np.searchsorted(tokens.starts, inputs_N, side='right') - 1]
   # Tokens of the document that the window has before the input.
-  before_N = inputs_N - np.maximum(starts_N, mixture.window_starts(inputs_N, T, stride))
+  # Windows of text begin with the text, those of conversations with each of them.
+  first_N = 0 if tokens.roles is None else starts_N
+  windows_N = first_N + mixture.window_starts(inputs_N - first_N, T, stride)
+  before_N = inputs_N - np.maximum(starts_N, windows_N)
   begins_NE = np.diff(computed_NE.astype(int), axis=0, prepend=0) > 0
   begins_NE &= (np.diff(starts_N, prepend=-1) == 0)[:, None]
   predict_E = np.array([forward_flops_per_token(each.model, T) for each in run.experts])

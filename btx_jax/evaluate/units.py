@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from btx_jax.data.chat_tokens import WRITTEN
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.evaluate import error_bars
@@ -25,8 +26,8 @@ def score(nll_N: np.ndarray, tokens: Tokens, tokenizer: Tokenizer) -> dict[str, 
   """The score of a model on a split, from that of its tokens.
 
   Args:
-    nll_N: negative log likelihood of each token, [tokens] in nats; 0 for the first of each document
-      and for end marks.
+    nll_N: negative log likelihood of each token, [tokens] in nats; 0 for those without a score, see
+      Tokens.has_score.
     tokens: the split.
     tokenizer: the tokenizer of the tokens.
 
@@ -65,6 +66,10 @@ def _perplexity(nll: float, count: int) -> float | None:
 def words(tokens: Tokens, tokenizer: Tokenizer) -> int:
   """The number of words in the scored text: runs of characters other than white space."""
   count = 0
+  if tokens.roles is not None:
+    edges = np.flatnonzero(np.diff(tokens.has_score, prepend=False, append=False))
+    return sum(len(tokenizer.decode(np.asarray(tokens.ids[first:end]).tolist()).split())
+               for first, end in zip(edges[::2], edges[1::2]))
   for document, (first, end) in enumerate(itertools.pairwise(tokens.starts)):
     text = tokenizer.spell(np.asarray(tokens.ids[first + tokens.begins:end - tokens.ends]).tolist())
     scored = int(tokens.bytes[document + 1] - tokens.bytes[document])
@@ -94,6 +99,8 @@ def cut(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 def _counts(tokens: Tokens) -> np.ndarray:
   """The number of tokens of each document that have a score, [documents]."""
+  if tokens.roles is not None:
+    return np.add.reduceat(tokens.has_score, tokens.starts[:-1], dtype=np.int64)
   return np.maximum(np.diff(tokens.starts) - 1 - tokens.ends, 0)
 
 
@@ -104,6 +111,8 @@ def _block_bytes(tokens: Tokens, tokenizer: Tokenizer, document: int, begins: np
   sizes = tokenizer.sizes(np.asarray(tokens.ids[first:end]))
   if tokens.ends:
     sizes[-1] = 0
+  if tokens.roles is not None:
+    sizes[tokens.roles[first:end] != WRITTEN] = 0
   result = np.add.reduceat(sizes, begins)
   # The beginning of a text is unlike the rest: marks, a first token without a score, a space before
   # it. All of that is in the first block.

@@ -82,4 +82,4 @@ def about(run: Run, rows: Mapping[str, Sequence[Batch]], began: float) -> dict[s
 
 def available(run: Run, text: Text, domain: str) -> int:
   """The training rows of a domain."""
-  return len(mixture.Windows(text.train[domain], run.seq_len, 0))
+  return len(mixture.rows_of(text.train[domain], run.seq_len))

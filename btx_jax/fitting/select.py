@@ -83,7 +83,7 @@ def choices(study: Study, run: Run, parameters, tokens: Tokens, mesh) -> np.ndar
   rows, stride = study.config.evaluation.batch_size, study.config.evaluation.stride
   batches = mixture.evaluation_batches(tokens, run.seq_len, rows, stride)
   logits_RTE = reading.logits(reader_model(run), parameters, columns_1DE[0], batches, mesh)
-  logits_NE = mixture.without_overlap(logits_RTE, len(tokens.ids) - 1, stride)
+  logits_NE = mixture.by_token(tokens, logits_RTE, run.seq_len, stride)
   chosen = in_documents(logits_NE, tokens.starts, linear_of(run))
   return np.concatenate([[0], chosen])
 

