@@ -421,3 +421,11 @@ def test_texts_are_generated_by_the_experts_that_score_them(study, name, monkeyp
         np.testing.assert_allclose(found.shares[i], shares[i, length + number], atol=1e-4)
         assert log_probs[i, new[i]] == pytest.approx(expected[i, length + number], abs=1e-4)
       found.add(jax.numpy.array(new), [True] * len(rows))
+
+
+def test_tf_idf_needs_the_text_that_it_compares_with(study):
+  run = dataclasses.replace(study.runs['posterior'], selector=Merge('tfidf', 1), sources=tuple(
+      dataclasses.replace(source, weights={'gone': 1.0}) for source in study.runs['all'].experts))
+  message = r"'posterior' compares texts with .*data/gone does not"
+  with contextlib.ExitStack() as stack, pytest.raises(UsageError, match=message):
+    generators.open_engine(study, run, '', stack)
