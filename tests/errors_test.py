@@ -18,7 +18,7 @@ _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slic
 # generate_command_test.py and select_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
                   'generation/settings', 'commands/prompts', 'commands/generate',
-                  'commands/generators')
+                  'commands/generators', 'commands/exported')
 
 CONFIG = '''
 import pathlib, sys

@@ -19,6 +19,7 @@ from btx_jax.data import tokenizer as tokenizers
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
 from btx_jax.generation import decode
+from btx_jax.generation.engine import padded
 from btx_jax.generation.generate import Generator
 from btx_jax.generation.sampling import filtered, penalised, sample
 from btx_jax.generation.settings import Sampling
@@ -177,6 +178,12 @@ def test_rows_of_a_model_beyond_its_tokenizer_stand_for_no_text():
 def test_what_cannot_be_generated_is_refused(call, message):
   with pytest.raises(UsageError, match=message.replace('.', r'\.')):
     call()
+
+
+def test_prompts_of_all_sizes_need_few_programs():
+  shapes = {padded([[1] * length] * rows)[0].shape
+            for length in range(1, 257) for rows in range(1, 17)}
+  assert shapes == {(B, T) for B in (1, 2, 4, 8, 16) for T in (16, 32, 64, 128, 256)}
 
 
 def test_a_text_ends_where_the_context_does():

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece as spm
 
 from btx_jax import base, library, selector
-from btx_jax.commands import export_ensemble, generators, table
+from btx_jax.commands import export_ensemble, exported, generators, table
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.convert.safetensors import File
 from btx_jax.data.tokens import Tokens
@@ -361,6 +361,18 @@ def test_it_is_exported_as_its_models_and_its_selector(study, tmp_path, monkeypa
   with jax.set_mesh(study.mesh):
     math_params = params.final(study, study.runs['math'], study.mesh)
   np.testing.assert_array_equal(Folder(str(out / 'math')).read('embed'), math_params['embed'])
+  opened, run, columns = exported.opened(str(out))
+  assert run.selector.decay == pytest.approx(about['decay'])
+  with contextlib.ExitStack() as stack:
+    texts = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    expected = generators.open_engine(study, study.runs['all'], '', stack).start(texts, 32)
+  with contextlib.ExitStack() as stack:
+    found = generators.open_engine(opened, run, '', stack, columns).start(texts, 32)
+  np.testing.assert_array_equal(found.shares, expected.shares)
+  np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
+  (out / 'selector.json').write_text('{}')
+  with pytest.raises(UsageError, match=r"json is damaged \(KeyError\('experts'\)\); export the"):
+    exported.opened(str(out))
 
 
 def test_the_line_on_a_domain_names_the_experts_that_it_used(study):

@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.text import Text
 
 from btx_jax import terminal
-from btx_jax.commands import chat, generators, models
+from btx_jax.commands import chat, exported, generators, models
 from btx_jax.commands.prompts import Prompt
 from btx_jax.data import chat_template, chat_tokens, text
 from btx_jax.data.tokenizer import Sentencepiece
@@ -65,7 +65,8 @@ def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, a
   Args:
     study: the study of the run; None if there is no config, and then `folder` is given.
     run_name: the run that generates; '' if a folder does.
-    folder: a pretrained model in Hugging Face's format; '' if a run generates.
+    folder: a pretrained model in Hugging Face's format, or an exported ensemble; '' if a run
+      generates.
     asked: the prompts and settings.
     as_json: whether to print a line of JSON for each prompt; everything else then goes to stderr.
 
@@ -75,13 +76,17 @@ def print_texts(study: Study | None, run_name: str, folder: str, asked: Asked, a
   """
   terminal.console.stderr = as_json
   chats = asked.chat or any(prompt.messages for prompt in asked.prompts)
-  opened, whole = models.opened(study, run_name, folder, chat_template=asked.chat_template,
-                                chats=chats)
+  columns_DE = None
+  if folder and exported.is_ensemble(folder):
+    opened, whole, columns_DE = exported.opened(folder, asked.chat_template)
+  else:
+    opened, whole = models.opened(study, run_name, folder, chat_template=asked.chat_template,
+                                  chats=chats)
   run = _run(opened, whole, asked)
   if chats:
     _check_chats(opened)
   with contextlib.ExitStack() as stack:
-    write = generators.open_generator(opened, run, asked.dtype, stack)
+    write = generators.open_generator(opened, run, asked.dtype, stack, columns_DE)
     names = run.expert_names if asked.colours else ()
     if names:
       terminal.console.print(_legend(run, names))

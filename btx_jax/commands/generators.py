@@ -27,7 +27,8 @@ from btx_jax.study.study import Study
 from btx_jax.training import layout
 
 
-def open_generator(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack) -> Generator:
+def open_generator(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack,
+                   columns_DE: np.ndarray | None = None) -> Generator:
   """A Generator with the parameters of a run in memory; nothing is written.
 
   Args:
@@ -35,16 +36,18 @@ def open_generator(study: Study, run: Run, dtype: str, stack: contextlib.ExitSta
     run: a run that can be read, see models.check_readable.
     dtype: of the weights; '' means that of the run's model.
     stack: sets the mesh if there are several devices.
+    columns_DE: the map of a linear selector; None if the run's directory has it.
 
   Raises:
     UsageError: a selector has not been fitted, or the text that it compares with is missing.
   """
   tokenizer = text.tokenizer(study.config, study.data_folder)
-  return Generator.of(open_engine(study, run, dtype, stack), tokenizer,
+  return Generator.of(open_engine(study, run, dtype, stack, columns_DE), tokenizer,
                       generation_of(run, tokenizer).stop_ids, context.length(run))
 
 
-def open_engine(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack) -> Engine:
+def open_engine(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack,
+                columns_DE: np.ndarray | None = None) -> Engine:
   """The engine of a run; see open_generator."""
   devices = jax.devices()
   mesh = layout.mesh(study.config, study.runs, devices, hardware.device_memory())
@@ -59,10 +62,11 @@ def open_engine(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack)
   if run.selector is None:
     return engines[run.name]
   return Ensemble([engines[expert.name] for expert in run.experts],
-                  _selection(study, run, engines))
+                  _selection(study, run, engines, columns_DE))
 
 
-def _selection(study: Study, run: Run, engines: dict[str, Model]) -> Selection:
+def _selection(study: Study, run: Run, engines: dict[str, Model], columns_DE: np.ndarray | None
+               ) -> Selection:
   selector, E = run.selector, len(run.experts)
   if isinstance(selector, Merge):
     if selector.kind == POSTERIOR:
@@ -74,11 +78,13 @@ def _selection(study: Study, run: Run, engines: dict[str, Model]) -> Selection:
       return similarity([tokenizer.decode(list(ids)) for ids in texts])
 
     return BySimilarity(similarities, E, selector.top)
-  columns_1DE = routers.of(study, run)
-  assert columns_1DE is not None
+  if columns_DE is None:
+    columns_1DE = routers.of(study, run)
+    assert columns_1DE is not None
+    columns_DE = columns_1DE[0]
   reader = engines[run.reader.name]
   config = dataclasses.replace(reader.config, num_layers=reader_model(run).num_layers)
-  return ByReader(config, reader.weights, columns_1DE[0], linear_of(run))
+  return ByReader(config, reader.weights, columns_DE, linear_of(run))
 
 
 def _seen(study: Study, run: Run, tokenizer: Tokenizer) -> list[list[str]]:

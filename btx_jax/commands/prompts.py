@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from btx_jax.data.chat_template import Message
 from btx_jax.data.chats import ROLES, SYSTEM, USER
@@ -105,7 +105,7 @@ def _of_json(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[Prompt]:
                        'list of {"role": ..., "content": ...}, whose values are texts.')
 
 
-def _are_messages(found: Any) -> bool:
+def _are_messages(found: Any) -> TypeGuard[list[dict[str, str]]]:
   return isinstance(found, list) and bool(found) and all(
       isinstance(message, dict) and isinstance(message.get('role'), str)
       and isinstance(message.get('content'), str) for message in found)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import os
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,7 @@ class Generator:
     elif _is_conversation(prompt):
       ids = chat_tokens.prompt_ids(self.tokenizer, prompt)
     else:
-      ids = list(prompt)
+      ids = list(cast(Sequence[int], prompt))
     if not ids:
       raise UsageError(f'Prompt {number} is empty, and the tokenizer puts no token before a text; '
                        'a model needs at least one token to start from.')
