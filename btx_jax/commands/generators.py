@@ -78,13 +78,16 @@ def _selection(study: Study, run: Run, engines: dict[str, Model], columns_DE: np
       return similarity([tokenizer.decode(list(ids)) for ids in texts])
 
     return BySimilarity(similarities, E, selector.top)
-  if columns_DE is None:
-    columns_1DE = routers.of(study, run)
-    assert columns_1DE is not None
-    columns_DE = columns_1DE[0]
   reader = engines[run.reader.name]
   config = dataclasses.replace(reader.config, num_layers=reader_model(run).num_layers)
-  return ByReader(config, reader.weights, columns_DE, linear_of(run))
+  return ByReader(config, reader.weights, _fitted(study, run) if columns_DE is None else columns_DE,
+                  linear_of(run))
+
+
+def _fitted(study: Study, run: Run) -> np.ndarray:
+  columns_1DE = routers.of(study, run)
+  assert columns_1DE is not None
+  return columns_1DE[0]
 
 
 def _seen(study: Study, run: Run, tokenizer: Tokenizer) -> list[list[str]]:
