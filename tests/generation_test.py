@@ -19,9 +19,11 @@ from btx_jax.data import tokenizer as tokenizers
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
 from btx_jax.generation import decode
-from btx_jax.generation.engine import padded
+from btx_jax.generation.engine import Model, padded
+from btx_jax.generation.ensemble import Ensemble
 from btx_jax.generation.generate import Generator
 from btx_jax.generation.sampling import filtered, penalised, sample
+from btx_jax.generation.selection import ByPosterior
 from btx_jax.generation.settings import Sampling
 from btx_jax.generation.texts import LENGTH, STOP, Text
 from btx_jax.generation.weights import unstack
@@ -114,6 +116,16 @@ def test_greedy_takes_the_likeliest_token_of_whole_passes():
   found = generator()([prompt], 6)[0][0]
   logits = btx_jax.logits(cfg, params, np.array(prompt + list(found.ids[:-1])))
   assert list(found.ids) == logits[len(prompt) - 1:].argmax(-1).tolist()
+
+
+def test_an_ensemble_of_copies_is_the_model():
+  cfg = dataclasses.replace(TINY_MIXTURE, vocab_size=tokenizer().vocab_size)
+  model = Model(cfg, random_params(cfg))
+  write = Generator.of(Ensemble([model] * 2, ByPosterior(2)), str(TOKENIZER))
+  shares = []
+  found = write(PROMPTS[:2], 6, on_text=lambda *given: shares.append(given[-1]))
+  assert found == generator()(PROMPTS[:2], 6)
+  np.testing.assert_allclose(shares, 0.5)
 
 
 def test_what_streams_adds_up_to_the_text_and_gates_to_one():
