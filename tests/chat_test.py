@@ -339,7 +339,9 @@ def test_bits_per_byte_are_those_of_the_answers_alone(text, model):
   np.testing.assert_allclose(found['bits_per_byte'], nll / math.log(2) / size, rtol=1e-5)
   assert (found['bytes'], sum(found['units']['bytes'])) == (size, size)
   assert found['tokens'] == (held_out.roles == chat_tokens.WRITTEN).sum()
-  np.testing.assert_allclose(each.sum(), nll, rtol=1e-5)
+  np.testing.assert_allclose(each[held_out.has_score].sum(), nll, rtol=1e-5)
+  assert (each[held_out.starts[:-1]] == 0).all() and (each > 0).sum() == (
+      len(held_out.ids) - held_out.num_documents)  # prompts weight the experts of an ensemble
 
 
 # Export
