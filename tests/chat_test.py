@@ -104,7 +104,7 @@ def test_an_input_belongs_to_its_instruction_and_a_field_can_be_named():
     ({'messages': [user([{'type': 'image_url'}]), assistant('b')]}, chats.NOT_TEXT),
     ({'messages': ['a', 'b']}, chats.NOT_TEXT),
     ({'instruction': ['a'], 'output': 'b'}, chats.NOT_TEXT)])
-def test_a_record_that_is_no_conversation_to_learn_from_is_skipped(record, reason, model, tmp_path):
+def test_a_record_without_an_answer_to_learn_is_skipped(record, reason, model, tmp_path):
   good = [{'messages': each} for each in CONVERSATIONS]
   meta, *_ = prepared(tmp_path, model, [*good, record])
   assert meta['skipped']['reasons'] == {reason: 1}
@@ -121,7 +121,7 @@ def test_what_the_template_refuses_is_skipped_with_its_words(model, tmp_path):
   meta, *_ = prepared(tmp_path, tokenizer.load(str(folder)), records)
   assert 'is refused by the chat template: ' in meta['skipped']['first'][0]
   assert 'Ask me' in meta['skipped']['first'][0]
-  # And no conversation at all is an error that says so.
+  # A domain without any conversation is an error that says so.
   with pytest.raises(UsageError, match='text_field to the field of the messages'):
     prepared(tmp_path / 'none', model, [{'text': 'x'}] * 2)
 
