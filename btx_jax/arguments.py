@@ -3,6 +3,7 @@
 from absl import flags
 from ml_collections import config_flags
 
+from btx_jax.data import domains
 from btx_jax.devices import distributed
 from btx_jax.generation.settings import Sampling
 
@@ -29,6 +30,8 @@ MODEL = flags.DEFINE_string(
     'model', None, 'evaluate, generate: the folder of a pretrained model, in place of a run.')
 TEXT_FIELD = flags.DEFINE_string(
     'text_field', 'text', 'evaluate: the JSON field or Parquet column with the text.')
+FORMAT = flags.DEFINE_enum(
+    'format', 'text', domains.FORMATS, 'evaluate: what the records are, texts or conversations.')
 SEPARATOR = flags.DEFINE_string(
     'separator', '', 'evaluate: splits a plain text file into documents.')
 LENGTH = flags.DEFINE_integer(

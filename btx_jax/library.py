@@ -12,6 +12,7 @@ import sentencepiece as spm
 
 from btx_jax.convert import config_json, export, generation
 from btx_jax.convert.hugging_face import Folder
+from btx_jax.data import chat_template, chat_tokens
 from btx_jax.data.framing import CONFIG, NONE, Options
 from btx_jax.data.tokenizer import FILE, Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
@@ -93,6 +94,8 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     beside = os.path.expanduser(tokenizer)
     tokenizer = load_tokenizer(beside, Options(eos=NONE))
     found, descends_from = config_json.of_folder(beside), generation.read(beside)
+  if tokenizer and tokenizer.template_name:
+    descends_from = generation.combine([descends_from, of_chats(tokenizer)])
   if not max_length:
     max_length = config_json.context_length(found) if found else 4096
   experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
@@ -141,9 +144,20 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
   return found if tokens.ndim == 2 else found[0]
 
 
+def of_chats(tokenizer: Tokenizer) -> generation.Generation:
+  """The token that ends an answer, as a stop token."""
+  end = chat_tokens.stop_id(tokenizer)
+  return generation.Generation(stop_ids=() if end is None else (end,))
+
+
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-  """A tokenizer's files by name; a bare sentencepiece model gets what transformers must know."""
+  """A tokenizer's files by name; a bare sentencepiece model gets what transformers must know.
+
+  A chat template that the config names is written with them, in place of the tokenizer's own.
+  """
   files = {name: content for name, content in tokenizer.files.items() if name != CONFIG}
+  if tokenizer.template_name:
+    files[chat_template.FILE] = tokenizer.chat_template.source.encode()
   if FILE not in files or 'tokenizer_config.json' in files:
     return files
   model = spm.SentencePieceProcessor(model_proto=files[FILE])

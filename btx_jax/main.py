@@ -143,7 +143,8 @@ def evaluate_text(name: str, workdir: str):
   from btx_jax.commands import evaluate
   asked = evaluate.Asked(
       [files.local_path('--on', path) for path in dict.fromkeys(flag.ON.value)],
-      flag.TEXT_FIELD.value, flag.SEPARATOR.value, flag.LENGTH.value, flag.STRIDE.value)
+      flag.TEXT_FIELD.value, flag.SEPARATOR.value, flag.LENGTH.value, flag.STRIDE.value,
+      flag.FORMAT.value)
   evaluate.print_scores(*_model(workdir), asked, flag.JSON.value)
 
 

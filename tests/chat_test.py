@@ -11,11 +11,18 @@ import pyarrow as pa
 from pyarrow import parquet
 import pytest
 
+from btx_jax import base, library
+from btx_jax.commands.export import export_run, of_chats
 from btx_jax.data import chat_tokens, chats, corpora, mixture, packing, tokenizer, tokens
+from btx_jax.data import text as text_lib
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import bits, ensemble
+from btx_jax.evaluate import bits, ensemble, scores
+from btx_jax.generation.generate import Generator
+from btx_jax.library import tokenizer_files
 from btx_jax.model.attention import rope_frequencies
 from btx_jax.model.config import Config
+from btx_jax.pipeline import Pipeline
+from btx_jax.study.study import Study
 from btx_jax.training.step import create_state, make_train_step
 from tests import make_tokenizers
 from tests.helpers import random_params, use_mesh
@@ -97,7 +104,7 @@ def test_an_input_belongs_to_its_instruction_and_a_field_can_be_named():
     ({'messages': [user([{'type': 'image_url'}]), assistant('b')]}, chats.NOT_TEXT),
     ({'messages': ['a', 'b']}, chats.NOT_TEXT),
     ({'instruction': ['a'], 'output': 'b'}, chats.NOT_TEXT)])
-def test_a_record_that_is_no_conversation_to_learn_from_is_skipped(record, reason, model, tmp_path):
+def test_a_record_without_an_answer_to_learn_is_skipped(record, reason, model, tmp_path):
   good = [{'messages': each} for each in CONVERSATIONS]
   meta, *_ = prepared(tmp_path, model, [*good, record])
   assert meta['skipped']['reasons'] == {reason: 1}
@@ -114,7 +121,7 @@ def test_what_the_template_refuses_is_skipped_with_its_words(model, tmp_path):
   meta, *_ = prepared(tmp_path, tokenizer.load(str(folder)), records)
   assert 'is refused by the chat template: ' in meta['skipped']['first'][0]
   assert 'Ask me' in meta['skipped']['first'][0]
-  # And no conversation at all is an error that says so.
+  # A domain without any conversation is an error that says so.
   with pytest.raises(UsageError, match='text_field to the field of the messages'):
     prepared(tmp_path / 'none', model, [{'text': 'x'}] * 2)
 
@@ -332,4 +339,77 @@ def test_bits_per_byte_are_those_of_the_answers_alone(text, model):
   np.testing.assert_allclose(found['bits_per_byte'], nll / math.log(2) / size, rtol=1e-5)
   assert (found['bytes'], sum(found['units']['bytes'])) == (size, size)
   assert found['tokens'] == (held_out.roles == chat_tokens.WRITTEN).sum()
-  np.testing.assert_allclose(each.sum(), nll, rtol=1e-5)
+  np.testing.assert_allclose(each[held_out.has_score].sum(), nll, rtol=1e-5)
+  assert (each[held_out.starts[:-1]] == 0).all() and (each > 0).sum() == (
+      len(held_out.ids) - held_out.num_documents)  # prompts weight the experts of an ensemble
+
+
+# Export
+
+
+def config_of(folder, chat_template=''):
+  """A study of a tiny model that learns chats; its `expert` has seen only text."""
+  config = base.get_config()
+  path = folder / 'chats.jsonl'
+  path.write_text(''.join(json.dumps({'messages': each}) + '\n' for each in CONVERSATIONS))
+  (folder / 'text.jsonl').write_text(''.join(
+      json.dumps({'text': f'the {i} ' * 40}) + '\n' for i in range(30)))
+  own = {} if chat_template else {'chat_template': CHATML}
+  config.tokenizer.path = str(make_tokenizers.write(
+      folder / 'own', make_tokenizers.byte_level(),
+      tokenizer_config={'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast', **own}))
+  config.tokenizer.chat_template = chat_template
+  config.domains = {'chats': base.domain(str(path), format='chat', held_out=0.2),
+                    'text': base.domain(str(folder / 'text.jsonl'), held_out=0.2)}
+  config.model.update(dim=32, ffn_dim=48, num_layers=2, num_heads=2, num_kv_heads=2)
+  config.data.seq_len = 96
+  config.train.batch_size = 8
+  config.optimizer.peak_lr = 3e-2
+  config.evaluation.update(every=0, batch_size=8)
+  config.runs = {
+      'seed': base.run(base.random(), {'text': 1}, steps=10),
+      'answers': base.run(base.checkpoint('seed'), {'chats': 1}, steps=60),
+      'btx': base.run(base.mix('answers', 'answers'), {'chats': 1, 'text': 1}, steps=4,
+                      train={'freeze': base.FREEZE_ALL_BUT_ROUTER}),
+      'either': base.run(base.ensemble('seed', 'answers', selector=base.from_text(
+          'ridge', rows=5)))}
+  return config
+
+
+@pytest.mark.parametrize('chat_template', ['', 'chatml'])
+def test_a_model_that_learned_chats_is_exported_with_their_template_and_end(
+    tmp_path, chat_template):
+  study = Study(config_of(tmp_path, chat_template), str(tmp_path / 'work'))
+  found = text_lib.tokenizer(study.config, study.data_folder)
+  end = found.vocabulary()['<|im_end|>']
+  stop_ids = {run.name: of_chats(study, run, found).stop_ids for run in study.runs.values()}
+  assert stop_ids == {'seed': (end,) if chat_template else (), 'answers': (end,), 'btx': (end,),
+                      'either': (end,)}
+  files = tokenizer_files(found)
+  assert ('chat_template.jinja' in files) == bool(chat_template)
+  assert chat_tokens.stop_id(found) == end
+
+
+@pytest.mark.reference
+@pytest.mark.filterwarnings('ignore')
+def test_transformers_asks_an_exported_mixture_and_stops_at_the_end_of_the_turn(tmp_path):
+  import torch
+  transformers = pytest.importorskip('transformers')
+  pipeline = Pipeline(config_of(tmp_path, 'chatml'), str(tmp_path / 'work'))
+  assert pipeline.train()
+  scored = {name: scores.read(pipeline, run, scores.FINAL) for name, run in pipeline.runs.items()}
+  assert all(each['chats']['bits_per_byte'] > 0 for each in scored.values())
+  assert scored['answers']['chats']['bits_per_byte'] < scored['seed']['chats']['bits_per_byte']
+  export_run(pipeline, 'btx', str(tmp_path / 'out'), 'float32')
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
+  own = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  ours = tokenizer.load(str(tmp_path / 'out'))
+  write = Generator(*library.load(str(tmp_path / 'out')), str(tmp_path / 'out'))
+  for i in range(6):
+    messages = [user(f'What is {i}?')]
+    ids = own.apply_chat_template(messages, add_generation_prompt=True)['input_ids']
+    assert ids == chat_tokens.prompt_ids(ours, messages)
+    made = theirs.generate(torch.tensor([ids]), max_new_tokens=30, pad_token_id=0)[0, len(ids):]
+    assert made[-1] == chat_tokens.stop_id(ours) and len(made) < 30
+    answer = own.decode(made, skip_special_tokens=True)
+    assert answer == write([ids], 30)[0][0].text and answer.startswith('It is ')

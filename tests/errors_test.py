@@ -161,6 +161,9 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'preflight', '--topology=cpu:3'], 'evaluation.batch_size: 16 rows cannot'),
     ([DEMO, "--config.runs['expert/code'].steps=-1"], 'steps = -1 must be at least 1.'),
     ([DEMO, '--config.domains.code.source=stdlb'], "did you mean 'stdlib'?"),
+    ([DEMO, '--config.domains.code.format=chta'], "format = 'chta' is not a format; did"),
+    ([DEMO, '--config.domains.code.format=chat'], "domains.code.source = 'stdlib' is text, and"),
+    ([DEMO, '--config.tokenizer.chat_template=chatlm'], "did you mean 'chatml'? '' is the "),
     ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
     ([DEMO, '--config.tokenizer.path=gs://b/t'], 'tokenizer.path = gs://b/t is a URL, not'),
     ([DEMO, "--config.domains.code.paths=('gs://b/*.txt',)"], 'domains.code.paths = gs://b/*.txt'),
@@ -259,6 +262,21 @@ SMALL_TOKENIZER = '''import sentencepiece as spm
 spm.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), vocab_size=16,
                                model_prefix=str(here / "x"), hard_vocab_limit=False, minloglevel=9)
 config.tokenizer.path = str(here / "x.model")'''
+
+
+WRITES = '{% for m in messages %}{{ m.content }}<|end|>{% endfor %}'
+
+
+def chats(template, harm=''):
+  """Lines that make a domain of chats with this template; then the lines `harm`."""
+  return f'''import json, os, shutil
+shutil.copytree("tests/fixtures/tokenizer", here / "own")
+(here / "own" / "chat_template.jinja").write_text({template!r})
+config.tokenizer.path = str(here / "own")
+(here / "x.jsonl").write_text(json.dumps({{"prompt": "few words " * 20, "completion": "x"}}) + "\\n"
+                              + json.dumps({{"prompt": "other " * 40, "completion": "y"}}))
+config.domains.code = base.domain(str(here / "x.jsonl"), format="chat", held_out=0.01)
+{harm}'''
 
 
 # A tokenizer that normalises the text.
@@ -584,6 +602,14 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('(here / "x.model").write_text("IQ== 0\\nIg== 1\\n")\n'
      'config.tokenizer.path = str(here / "x.model")', 'x.model is a tiktoken file, and no'),
     (NORMALISING.format('Lowercase'), "tokenizer.json turns 'A' into 'a': a model cannot"),
+    ('config.domains.code.format = "chat"', 'domains.code: chats need a tokenizer with special'),
+    (SMALL_TOKENIZER + '\nconfig.domains.code.format = "chat"', 'Chats need a tokenizer.json, and'),
+    (chats('', 'os.remove(here / "own" / "chat_template.jinja")'), 'has no chat template. Set '),
+    (chats('', 'config.tokenizer.chat_template = "llama3"'), "'llama3' writes <|begin_of_text|>, "),
+    (chats('{% if'), 'is not one that Jinja can read: unexpected'),
+    (chats('{{ messages[0].name.x }}'), 'fails on this conversation: '),
+    (chats('{{ messages[-1].content }}{% if add_generation_prompt %}?{% endif %}'),
+     'The chat template writes an answer in another way than it prompts for one.'),
     # Pretrained models
     (new(init='base.hugging_face("none")'), "runs.new starts from a pretrained model, which knows "
      "only the tokenizer that it was trained with: set tokenizer.path = 'none'."),
@@ -639,6 +665,9 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
      'domains.wiki.held_out has 10 tokens, fewer than one window of data.seq_len = 15. Name'),
     ('config.domains.code = base.domain(config.domains.code.paths, '
      'held_out=config.domains.code.paths)', 'domains.code has nothing to train on: 60 document(s)'),
+    (chats(WRITES, 'config.domains.code.paths = (str(here / "mine.py"),)'),
+     'mine.py is plain text; conversations are read from JSON, Parquet and Arrow files. Narrow'),
+    (chats(WRITES), 'domains.code: no answer begins within the first data.seq_len = 15 tokens of'),
 ])
 def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)

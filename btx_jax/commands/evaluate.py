@@ -17,7 +17,7 @@ import numpy as np
 from btx_jax import terminal
 from btx_jax.commands import models
 from btx_jax.data import duplicates, folders, text, tokens
-from btx_jax.data.domains import Domain
+from btx_jax.data.domains import TEXT, Domain
 from btx_jax.data.text import Text
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
@@ -42,12 +42,14 @@ class Asked(NamedTuple):
     length: tokens per window; 0 means data.seq_len of the config, or without a config the model's
       context length, up to models.LONGEST.
     stride: tokens from the start of one window to the next; None means evaluation.stride.
+    format: as in base.domain.
   """
   paths: Sequence[str]
   text_field: str = 'text'
   separator: str = ''
   length: int = 0
   stride: int | None = None
+  format: str = TEXT
 
 
 def print_scores(study: Study | None, run_name: str, folder: str, asked: Asked, as_json: bool
@@ -207,7 +209,7 @@ def _read(asked: Asked, tokenizer: Tokenizer, max_skipped: float, folder: str
   result = {}
   for number, path in enumerate(dict.fromkeys(asked.paths)):
     domain = Domain(_NAME, text_field=asked.text_field, separator=asked.separator,
-                    held_out=(path,))
+                    held_out=(path,), format=asked.format)
     place = os.path.join(folder, str(number))
     with _in_flags(path):
       meta = tokens.prepare(place, domain, tokenizer, 0.0, max_skipped)

@@ -5,12 +5,12 @@ import os
 import resource
 import time
 
+from btx_jax import library
 from btx_jax.convert import config_json, export, generation
-from btx_jax.data import text
+from btx_jax.data import domains, text
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
-from btx_jax.library import tokenizer_files
 from btx_jax.run import EDIT, HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
 from btx_jax.study import compatibility, context, manifest, routers, sources
 from btx_jax.study.study import Study
@@ -43,12 +43,14 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
   for line in compatibility.remarks(run) if not run.steps else ():
     say(line)
   tokenizer = text.tokenizer(study.config, study.data_folder)
+  found = generation.combine([generation_of(run, tokenizer), of_chats(study, run, tokenizer)])
   began = time.monotonic()
   written = export.export(
       folder, run.model, sources.final(study, run), dtype,
       max_length=context.length(run), balance_loss=run.objective.balance_loss,
-      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
-      card=''.join(_card(study, run, origin)), descends_from=generation_of(run, tokenizer),
+      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
+      tokenizer_files=library.tokenizer_files(tokenizer),
+      card=''.join(_card(study, run, origin)), descends_from=found,
       ram=int(study.config.mix.ram_gb * 1e9), identity=identity(study, run), origin=origin)
   seconds = time.monotonic() - began
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -77,6 +79,19 @@ def generation_of(run: Run, tokenizer: Tokenizer) -> generation.Generation:
   found = [generation.read(folder) for folder in dict.fromkeys(each.folder for each in known)]
   end = tokenizer.framing.end
   return generation.combine([*found, generation.Generation(stop_ids=(end.id,) if end else ())])
+
+
+def of_chats(study: Study, run: Run, tokenizer: Tokenizer) -> generation.Generation:
+  """The token that ends an answer, as a stop token, if the run answers.
+
+  It does if it was trained on conversations, or if the config names a chat template.
+  """
+  of_chats = {domain.name for domain in domains.from_config(study.config.domains)
+              if domain.format == domains.CHAT}
+  if not study.config.tokenizer.chat_template and not any(
+      of_chats & set(each.weights) for each in lineage(run)):
+    return generation.UNKNOWN
+  return library.of_chats(tokenizer)
 
 
 def _origin(run: Run) -> str:

@@ -22,7 +22,7 @@ from btx_jax.data.records import Document, Fields, Part, Reader, Unusable
 from btx_jax.errors import UsageError
 
 SYSTEM, USER, ASSISTANT = ROLES = ('system', 'user', 'assistant')
-_ROLE_OF = {'human': USER, 'gpt': ASSISTANT}  # in a `from`
+_ROLE_OF = {'human': USER, 'gpt': ASSISTANT}  # other names
 _OF_TOOLS = ('tool_calls', 'function_call', 'tools', 'functions')
 
 # Why a record is unusable.
@@ -32,8 +32,8 @@ ROLE, TOOLS = 'has a role other than system, user and assistant', 'uses tools'
 REFUSED = 'is refused by the chat template'
 
 
-class _Bad(Exception):
-  """A record that is no conversation to train on: the reason, and details."""
+class Unfit(Exception):
+  """A record that cannot be trained on as a conversation: the reason, and details."""
 
   def __init__(self, reason: str, detail: str = ''):
     super().__init__(reason, detail)
@@ -51,8 +51,8 @@ def reader(template: ChatTemplate, special: Collection[str]) -> Reader:
     try:
       found = messages(record, fields.text)
       rendered = parts(template, found, special)
-    except _Bad as bad:
-      return Unusable(place, bad.reason, bad.detail)
+    except Unfit as unfit:
+      return Unusable(place, unfit.reason, unfit.detail)
     except UsageError as error:
       return Unusable(place, REFUSED, f': {error}')
     if not any(part.is_answer for part in rendered):
@@ -78,16 +78,20 @@ def messages(record: Mapping[str, Any], field: str = 'text') -> list[dict[str, A
     `role` and `content` of each, and `weight` where it is 0.
 
   Raises:
-    _Bad: the record is no conversation to train on.
+    Unfit: the record cannot be trained on as a conversation.
   """
   if any(record.get(key) for key in _OF_TOOLS):
-    raise _Bad(TOOLS)
-  found = [_message(each) for each in _listed(record, field)]
+    raise Unfit(TOOLS)
+  return to_last_answer([message(each) for each in _listed(record, field)])
+
+
+def to_last_answer(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Messages up to the last answer. Raises Unfit if there is none, or if an answer is empty."""
   last = max((i for i, each in enumerate(found) if each['role'] == ASSISTANT), default=None)
   if last is None:
-    raise _Bad(NO_ANSWER)
+    raise Unfit(NO_ANSWER)
   if any(each['role'] == ASSISTANT and not each['content'].strip() for each in found):
-    raise _Bad(EMPTY_ANSWER)
+    raise Unfit(EMPTY_ANSWER)
   return found[:last + 1]
 
 
@@ -98,29 +102,31 @@ def _listed(record: Mapping[str, Any], field: str) -> list:
     if isinstance(record.get(name), list) and record[name]:
       return record[name]
   if field == 'text' and record.get('prompt') and record.get('completion'):
-    return [*_turn(USER, record['prompt']), *_turn(ASSISTANT, record['completion'])]
+    return [*turn(USER, record['prompt']), *turn(ASSISTANT, record['completion'])]
   if field == 'text' and record.get('instruction') and 'output' in record:
     asked = [record['instruction'], record.get('input')]
     if not all(isinstance(each, str) for each in asked if each):
-      raise _Bad(NOT_TEXT, " (instruction, input)")
+      raise Unfit(NOT_TEXT, ' (instruction, input)')
     return [{'role': USER, 'content': '\n\n'.join(filter(None, asked))},
             {'role': ASSISTANT, 'content': record['output']}]
-  raise _Bad(NO_MESSAGES, f' in {" or ".join(map(repr, names))}; {records.names_of(record)}')
+  raise Unfit(NO_MESSAGES, f' in {" or ".join(map(repr, names))}; {records.names_of(record)}')
 
 
-def _turn(role: str, given: Any) -> list:
+def turn(role: str, given: Any) -> list:
+  """A text as a message of this role; messages as they are."""
   return given if isinstance(given, list) else [{'role': role, 'content': given}]
 
 
-def _message(given: Any) -> dict[str, Any]:
-  """A message as templates read it."""
+def message(given: Any) -> dict[str, Any]:
+  """A message as templates read it. Raises Unfit if it is not one."""
   if not isinstance(given, Mapping):
-    raise _Bad(NOT_TEXT, f': {str(given)[:60]!r}')
-  role = given.get('role') or _ROLE_OF.get(given.get('from', ''), given.get('from'))
+    raise Unfit(NOT_TEXT, f': {str(given)[:60]!r}')
+  role = given.get('role') or given.get('from')
+  role = _ROLE_OF.get(role, role) if isinstance(role, str) else role
   if role in ('tool', 'function') or any(given.get(key) for key in _OF_TOOLS):
-    raise _Bad(TOOLS)
+    raise Unfit(TOOLS)
   if role not in ROLES:
-    raise _Bad(ROLE, f': {role!r}')
+    raise Unfit(ROLE, f': {role!r}')
   content = given.get('content', given.get('value'))
   if isinstance(content, list):
     texts = [part.get('text') if isinstance(part, Mapping) and part.get('type', 'text') == 'text'
@@ -129,7 +135,7 @@ def _message(given: Any) -> dict[str, Any]:
   if content is None and role == ASSISTANT:
     content = ''
   if not isinstance(content, str):
-    raise _Bad(NOT_TEXT, f' ({role})')
+    raise Unfit(NOT_TEXT, f' ({role})')
   weight = {'weight': 0} if given.get('weight') == 0 else {}
   return {'role': role, 'content': content} | weight
 

@@ -50,7 +50,7 @@ class FastTokenizer(spelling.Spelling):
     names = {token['content']: token.get('special', False) for token in added}
     special = framing.special_tokens(
         files, self._vocabulary, [name for name, is_special in names.items() if is_special])
-    self.special, self._path, self._template_name = special.all, path, options.chat_template
+    self.special, self._path, self.template_name = special.all, path, options.chat_template
     self._template: chat_template.ChatTemplate | None = None
     self.bos_id, self.eos_id = (self._vocabulary.get(name or '')
                                 for name in (special.bos, special.eos))
@@ -67,11 +67,11 @@ class FastTokenizer(spelling.Spelling):
     # Where a text begins with a space, or goes on with one after a cut, another has to be put.
     self._cut = re.compile(f'({"|".join(map(re.escape, after))}) ') if after else None
     self._puts_space = before
-    super().__init__(_bytes_of(found, self._vocabulary, set(names), set(cuts)), before,
-                     [self._vocabulary[name] for name in after])
+    bytes_of = _bytes_of(found, self._vocabulary, set(names), set(cuts))
+    super().__init__(bytes_of, before, [self._vocabulary[name] for name in after])
+    ids = {self._vocabulary[name]: name.encode('utf-8') for name in names}
     self._of_chats = spelling.Spelling(
-        _bytes_of(found, self._vocabulary, set(names), set(names)), before,
-        [self._vocabulary[name] for name in names if after_cuts])
+        [ids.get(i, piece) for i, piece in enumerate(bytes_of)], before, ids if after_cuts else ())
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
@@ -84,7 +84,7 @@ class FastTokenizer(spelling.Spelling):
     """How it writes conversations. Raises UsageError, see chat_template.of_tokenizer."""
     if self._template is None:
       self._template = chat_template.of_tokenizer(
-          self.files, self._template_name, self._vocabulary, self._path)
+          self.files, self.template_name, self._vocabulary, self._path)
     return self._template
 
   def encode_chat(self, texts: Sequence[str], goes_on: bool = False) -> list[list[int]]:

@@ -7,7 +7,18 @@ import os
 import tempfile
 from typing import Any
 
-from btx_jax.data import corpora, domains, framing, kept_out, origin, packing, splits, tokens
+from btx_jax.data import (
+  chat_template,
+  chat_tokens,
+  corpora,
+  domains,
+  framing,
+  kept_out,
+  origin,
+  packing,
+  splits,
+  tokens,
+)
 from btx_jax.data.changes import Changes
 from btx_jax.data.domains import CHAT, Domain
 from btx_jax.data.tokenizer import Tokenizer, file_name, train_tokenizer
@@ -167,13 +178,25 @@ def given(config, folder: str) -> Tokenizer | None:
   """The tokenizer that the config names, or None if one is to be trained.
 
   If its file is missing, the copy in `folder` is read.
+
+  Raises:
+    UsageError: see tokenizer.load; or there are domains of chats, and it cannot write chats.
   """
   options = framing.options(config.tokenizer)
+  chat_template.check_name(options.chat_template)
+  of_chats = [name for name, domain in config.domains.items() if domain.format == CHAT]
   path, kept = config.tokenizer.path, _kept(config, folder)
   if not path:
+    if of_chats:
+      raise UsageError(f'domains.{of_chats[0]}: chats need a tokenizer with special tokens, and '
+                       'one that is trained here has none; set tokenizer.path to a '
+                       'tokenizer.json.')
     return None
   path = path if os.path.exists(path) or not os.path.exists(kept) else kept
-  return load_tokenizer(path, options)
+  result = load_tokenizer(path, options)
+  if of_chats:
+    chat_tokens.stop_id(result)  # its template must write the simplest conversation
+  return result
 
 
 def _kept(config, folder: str) -> str:
@@ -192,11 +215,6 @@ def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
     if tokenizer.vocab_size != size:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
                        f'= {size}. Set that, or use another --workdir.')
-  for domain in wanted if not tokenizer else ():
-    if domain.format == CHAT:
-      raise UsageError(f'domains.{domain.name}: chats need a tokenizer with special tokens, and '
-                       'one that is trained here has none; set tokenizer.path to a '
-                       'tokenizer.json.')
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
     tokenizer = train_tokenizer(_sample(config, wanted), size, framing.options(config.tokenizer))

@@ -38,6 +38,7 @@ class Tokenizer(Protocol):
     bos_id, eos_id: the tokens that it names so; None if it names none.
     framing: what begins and ends a document; bos_id and eos_id alone do not decide it.
     special: the names of its special tokens.
+    template_name: the chat template that the config names; '' for the tokenizer's own.
   """
   files: dict[str, bytes]
   hash: str
@@ -46,6 +47,7 @@ class Tokenizer(Protocol):
   eos_id: int | None
   framing: framing.Framing
   special: Collection[str]
+  template_name: str
 
   @property
   def chat_template(self) -> chat_template.ChatTemplate:
@@ -124,7 +126,7 @@ class Sentencepiece(spelling.Spelling):
     special = framing.special_tokens(
         files, self._vocabulary,
         [name for name, i in self._vocabulary.items() if model.is_control(i)], bos, eos)
-    self.special, self._path = special.all, path
+    self.special, self._path, self.template_name = special.all, path, options.chat_template
     self.bos_id, self.eos_id = (self._vocabulary.get(name or '')
                                 for name in (special.bos, special.eos))
     self.framing = framing.decide(
