@@ -44,6 +44,16 @@ STRIDE = flags.DEFINE_integer(
 PROMPT = flags.DEFINE_multi_string(
     'prompt', [], 'generate: the text to continue; may be given several times. Without one, each '
     'line of the standard input is a prompt.')
+PROMPTS = flags.DEFINE_string(
+    'prompts', '', 'generate: a file of prompts, one a line. In a .jsonl file, a line is an object '
+    'with a field prompt, a text, or messages, a conversation to answer.')
+CHAT = flags.DEFINE_bool(
+    'chat', False, "generate: each prompt is a user's turn, which the model answers; without "
+    'prompts, the lines of the standard input are the turns of one conversation.')
+SYSTEM = flags.DEFINE_string('system', '', 'generate --chat: the system message.')
+CHAT_TEMPLATE = flags.DEFINE_string(
+    'chat_template', '', "generate: the chat template by name, chatml or llama3; default the "
+    "tokenizer's own.")
 STEP = flags.DEFINE_integer(
     'step', 0, 'generate: the step of --run to generate with; 0 is its end.', lower_bound=0)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -67,10 +77,12 @@ STOP = flags.DEFINE_multi_string(
 SEED = flags.DEFINE_integer('seed', 0, 'generate: the random seed.')
 N = flags.DEFINE_integer('n', 1, 'generate: texts to generate for each prompt.', lower_bound=1)
 EXPERTS = flags.DEFINE_bool(
-    'experts', False, 'generate: colour each token by its expert with the largest gate.')
+    'experts', False, 'generate: colour each token by the expert with the largest gate, or in an '
+    'ensemble with the largest weight.')
 TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
 DTYPE = flags.DEFINE_string(
-    'dtype', 'bfloat16', 'export: the type of the weights, bfloat16 or float32.')
+    'dtype', '', 'export, generate: the type of the weights, bfloat16 or float32; the default is '
+    "bfloat16 to export, and the model's to generate.")
 DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'This is one of several processes, and jax finds the others itself: on '
     'TPU VMs, GKE and Slurm. See docs/processes.md.')

@@ -16,8 +16,9 @@ other commands:
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
   evaluate   scores the text --on with --run, or with a pretrained --model, which needs no --config
-  generate   continues each --prompt, or line of the standard input, with --run or --model
-             (--temperature, --stop, --n, --experts and more)
+  generate   continues each --prompt, line of the file --prompts, or line of the standard input,
+             with --run or --model (--temperature, --stop, --n, --experts and more); --chat answers
+             them, or talks
   export     writes the model of --run to the folder --to, in the format of Hugging Face
   rename     gives a run another name: rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
@@ -153,9 +154,17 @@ def generate_text(name: str, workdir: str):
   if bool(flag.RUN.value) == bool(flag.MODEL.value):
     raise UsageError('generate needs a model: --config=CONFIG with --run=NAME, or '
                      '--model=FOLDER.')
+  from btx_jax.commands import prompts
   from btx_jax.generation.settings import Sampling
+  found = prompts.collect(flag.PROMPT.value, files.local_path('--prompts', flag.PROMPTS.value),
+                          flag.CHAT.value, flag.SYSTEM.value)
+  if flag.CHAT.value and not found and flag.N.value > 1:
+    raise UsageError(f'--n={flag.N.value}: a conversation goes on from a single answer; omit --n, '
+                     'or give a --prompt.')
   asked = {
-      'prompts': flag.PROMPT.value, 'max_new_tokens': flag.MAX_NEW_TOKENS.value,
+      'prompts': found, 'chat': flag.CHAT.value, 'system': flag.SYSTEM.value,
+      'chat_template': flag.CHAT_TEMPLATE.value, 'dtype': flag.DTYPE.value,
+      'max_new_tokens': flag.MAX_NEW_TOKENS.value,
       'sampling': Sampling(flag.TEMPERATURE.value, flag.TOP_K.value, flag.TOP_P.value,
                            flag.MIN_P.value, flag.REPETITION_PENALTY.value),
       'stop': flag.STOP.value, 'seed': flag.SEED.value, 'n': flag.N.value,
@@ -169,7 +178,11 @@ def _model(workdir: str):
   from btx_jax.devices import compiled
   from btx_jax.study.study import Study
   compiled.keep()
-  study = Study(flag.CONFIG.value, workdir) if flag.CONFIG.value else None
+  study = None
+  if flag.CONFIG.value:
+    if flag.CHAT_TEMPLATE.value:
+      flag.CONFIG.value.tokenizer.chat_template = flag.CHAT_TEMPLATE.value
+    study = Study(flag.CONFIG.value, workdir)
   return study, flag.RUN.value or '', files.local_path('--model', flag.MODEL.value or '')
 
 
@@ -183,7 +196,8 @@ def export_model(name: str, workdir: str):
   from btx_jax.study.study import Study
   study = Study(flag.CONFIG.value, workdir)
   export = export_ensemble if study.run(flag.RUN.value).selector else export_run
-  export(study, flag.RUN.value, files.local_path('--to', flag.TO.value), flag.DTYPE.value)
+  export(study, flag.RUN.value, files.local_path('--to', flag.TO.value),
+         flag.DTYPE.value or 'bfloat16')
 
 
 def rename_run(name: str, workdir: str, *names: str):

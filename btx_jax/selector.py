@@ -18,6 +18,8 @@ from btx_jax.recipe import ROUTER_KINDS, labels_from_config
 
 KINDS = ROUTER_KINDS[1:]  # random numbers choose nothing
 TFIDF, POSTERIOR = MERGES = ('tfidf', 'posterior')
+BLOCK = 64  # tokens between tf-idf's comparisons of the text so far
+TEMPERATURE = 0.1  # c-BTM's (Gururangan et al. 2023), of squared distances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +79,55 @@ class Merge:
 Selector = Linear | Merge
 
 
-def choose(logits_TE: np.ndarray, decay: float, hysteresis: float) -> np.ndarray:
-  """The expert for the token after each position of one document, [T].
+class Chooser:
+  """Chooses the expert for the next token of one document, position by position."""
 
-  Args:
-    logits_TE: of each position's own hidden state.
-    decay: see Linear.decay.
-    hysteresis: how far the mean logit of another expert must lead before it is chosen.
+  def __init__(self, decay: float, hysteresis: float):
+    """
+    Args:
+      decay: see Linear.decay.
+      hysteresis: how far the mean logit of another expert must lead before it is chosen.
+    """
+    self._decay, self._hysteresis = decay, hysteresis
+    self._total_E, self._weight, self._chosen = 0.0, 0.0, -1
+
+  def add(self, logits_E: np.ndarray) -> int:
+    """The expert for the token after this position, given the logits of its own hidden state."""
+    total_E = self._total_E = self._decay * self._total_E + logits_E.astype(np.float64)
+    self._weight = self._decay * self._weight + 1
+    best = int(total_E.argmax())
+    if self._chosen < 0 or (total_E[best] - total_E[self._chosen]) / self._weight > (
+        self._hysteresis):
+      self._chosen = best
+    return self._chosen
+
+
+def choose(logits_TE: np.ndarray, decay: float, hysteresis: float) -> np.ndarray:
+  """The expert for the token after each position of one document, [T]; see Chooser."""
+  chooser = Chooser(decay, hysteresis)
+  return np.array([chooser.add(logits_E) for logits_E in logits_TE], np.int32)
+
+
+def similarity_log_weights(cosines_NE: np.ndarray, top: int) -> np.ndarray:
+  """Log weights [tokens, E] of the most similar experts: a softmax of squared distances."""
+  return log_softmax_of_top(2 * cosines_NE / TEMPERATURE, top)  # |a - b|^2 = 2 - 2 cos
+
+
+def log_softmax_of_top(logits_NE: np.ndarray, top: int) -> np.ndarray:
+  """Log softmax over the `top` largest logits of each token, all if 0; -inf for the others.
+
+  All that equal the last of the largest are kept.
   """
-  total, weight, chosen = np.zeros(logits_TE.shape[1]), 0.0, np.zeros(len(logits_TE), np.int32)
-  for i, logits_E in enumerate(logits_TE.astype(np.float64)):
-    total, weight = decay * total + logits_E, decay * weight + 1
-    best = total.argmax()
-    lead = (total[best] - total[chosen[i - 1]]) / weight
-    chosen[i] = best if i == 0 or lead > hysteresis else chosen[i - 1]
-  return chosen
+  if top:
+    least_N1 = np.sort(logits_NE, 1)[:, -top, None]
+    logits_NE = np.where(logits_NE >= least_N1, logits_NE, -np.inf)
+  return logits_NE - logsumexp(logits_NE)
+
+
+def logsumexp(x_NE: np.ndarray) -> np.ndarray:
+  """log(sum(exp(x))) over the last axis, which is kept."""
+  most = x_NE.max(1, keepdims=True)
+  return most + np.log(np.exp(x_NE - most).sum(1, keepdims=True))
 
 
 def from_config(init, sources: Sequence[str], domain_of: Mapping[str, str],

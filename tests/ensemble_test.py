@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from btx_jax import base
+from btx_jax import base, selector
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import make_mesh
@@ -76,7 +76,7 @@ def similarities(cosines=(0.1, 0.3, 0.2)):
 def log_weights(kind, top, nll=NLL):
   if kind == 'posterior':
     return ensemble.posterior_log_weights(nll, TOKENS.starts, top)
-  return ensemble.similarity_log_weights(similarities(), top)
+  return selector.similarity_log_weights(similarities(), top)
 
 
 @pytest.mark.parametrize('top', [0, 1, 2])
@@ -91,7 +91,7 @@ def test_the_most_similar_expert_alone_is_exactly_that_expert():
   """From the second block on; in the first block the weights are uniform."""
   weights = log_weights('tfidf', 1)
   place = np.concatenate([np.arange(b - a) for a, b in zip(TOKENS.starts, TOKENS.starts[1:])])
-  known = place >= ensemble.BLOCK
+  known = place >= selector.BLOCK
   assert known.any() and (~known).any()
   mixed = ensemble.averaged_nll(NLL, weights)
   np.testing.assert_array_equal(mixed[known], NLL[known, 1])
@@ -104,7 +104,7 @@ def test_weights_are_a_softmax_over_the_most_similar():
   for top, left_out in ((0, []), (2, [(0, 0), (1, 2)]), (1, [(0, 0), (0, 2), (1, 2)])):
     for at in left_out:  # those that equal the last are kept
       expected[at] = 0
-    found = np.exp(ensemble.similarity_log_weights(cosines, top))
+    found = np.exp(selector.similarity_log_weights(cosines, top))
     np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True))
 
 

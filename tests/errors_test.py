@@ -14,10 +14,11 @@ MESSAGES = generate.messages()
 MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
-# Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py and
-# damage_test.py.
+# Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py,
+# generate_command_test.py, select_test.py and damage_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
-                  'generation/settings', 'training/checkpoint')
+                  'generation/settings', 'commands/prompts', 'commands/generate',
+                  'commands/generators', 'commands/exported', 'training/checkpoint')
 
 CONFIG = '''
 import pathlib, sys
@@ -139,7 +140,8 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
     ([DEMO, 'generate', '--prompt=a'], 'generate needs a model: --config=CONFIG with --'),
     ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),
-    ([DEMO, 'generate', '--run=routed', '--prompt=a'], "'routed' is an ensemble, whose"),
+    ([DEMO, 'generate', '--run=routed', '--prompt=a'], "reads complete runs, and 'seed' is missi"),
+    ([DEMO, 'generate', '--run=seed', '--chat', '--n=2'], '--n=2: a conversation goes on from a s'),
     ([DEMO, 'generate', '--run=seed', '--experts'], "'seed' is a dense model; --experts colours"),
     ([DEMO, 'generate', '--run=seed', '--step=3', '--prompt=a'], 'is not kept. Kept steps: none.'),
     (['evaluate', '--model=docs', '--on=docs'], '--model=docs is not the folder of a pretrained'),

@@ -1,5 +1,6 @@
 """Ensembles: what their selector reads and chooses, against NumPy, and a study that has one."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from btx_jax import base, library
-from btx_jax.commands import export_ensemble, table
+from btx_jax import base, library, selector
+from btx_jax.commands import export_ensemble, exported, generators, table
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.convert.safetensors import File
+from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import ensemble, scores, selected
 from btx_jax.fitting import reading, samples, select, solve
@@ -226,7 +228,7 @@ def test_the_posterior_predicts_a_document_as_the_mean_of_its_experts_would(stud
 @pytest.mark.parametrize('top', [1, 2])
 def test_tf_idf_predicts_with_the_experts_whose_text_is_most_similar(study, monkeypatch, top):
   """Block by block of each document; before the first comparison, with all experts."""
-  monkeypatch.setattr(ensemble, 'BLOCK', 16)
+  monkeypatch.setattr(selector, 'BLOCK', 16)
   text, T = study.prepare_text(), study.config.data.seq_len
   trained = {domain: text.tokenizer.decode(tokens.ids[:900].tolist())
              for domain, tokens in text.train.items()}
@@ -359,6 +361,18 @@ def test_it_is_exported_as_its_models_and_its_selector(study, tmp_path, monkeypa
   with jax.set_mesh(study.mesh):
     math_params = params.final(study, study.runs['math'], study.mesh)
   np.testing.assert_array_equal(Folder(str(out / 'math')).read('embed'), math_params['embed'])
+  opened, run, columns = exported.opened(str(out))
+  assert run.selector.decay == pytest.approx(about['decay'])
+  with contextlib.ExitStack() as stack:
+    texts = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    expected = generators.open_engine(study, study.runs['all'], '', stack).start(texts, 32)
+  with contextlib.ExitStack() as stack:
+    found = generators.open_engine(opened, run, '', stack, columns).start(texts, 32)
+  np.testing.assert_array_equal(found.shares, expected.shares)
+  np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
+  (out / 'selector.json').write_text('{}')
+  with pytest.raises(UsageError, match=r"json is damaged \(KeyError\('experts'\)\); export the"):
+    exported.opened(str(out))
 
 
 def test_the_line_on_a_domain_names_the_experts_that_it_used(study):
@@ -366,3 +380,64 @@ def test_the_line_on_a_domain_names_the_experts_that_it_used(study):
   assert selected.in_words(study.runs['all'], 'code', found) == (
       'tokens of code by prose 25.0%, math 75.0%; 3.0 switches per 1,000 tokens; '
       '2.00 MFLOP per token')
+
+
+# What is changed in the selectors, so that experts take over within a few tokens.
+SELECTORS = {
+    'all': lambda linear: dataclasses.replace(linear, forget=3.0),
+    'posterior': lambda merge: merge,
+    'tfidf': lambda merge: Merge('tfidf', 1)}
+
+
+@pytest.mark.parametrize('name', SELECTORS)
+def test_texts_are_generated_by_the_experts_that_score_them(study, name, monkeypatch):
+  """Token by token, weights and log-probabilities are those of evaluation, which scores each row by
+  itself, in a batch of uneven rows whose domain changes."""
+  monkeypatch.setattr(selector, 'BLOCK', 8)
+  text, T = study.prepare_text(), study.config.data.seq_len
+  trained = {domain: text.tokenizer.decode(tokens.ids[:900].tolist())
+             for domain, tokens in text.train.items()}
+  monkeypatch.setattr(samples, 'seen', lambda expert, _: [trained[expert.name]])
+  run = study.runs['posterior' if name == 'tfidf' else name]
+  run = dataclasses.replace(run, selector=SELECTORS[name](run.selector))
+  held_out = text.held_out
+  rows = [[*held_out[a].ids[:first], *held_out[b].ids[5:5 + T - first]] for a, b, first in (
+      ('prose', 'code', 12), ('code', 'math', 20), ('math', 'prose', 9))]
+  ids = np.array([token for row in rows for token in row])
+  starts = np.arange(4) * T
+  tokens = Tokens(ids, starts, starts, '', 1, 0)
+  with contextlib.ExitStack() as stack:
+    engine = generators.open_engine(study, run, '', stack)
+    parameters = {each.name: params.final(study, each, study.mesh) for each in run.sources}
+    nll = np.stack([ensemble.token_nll(expert.model, parameters[expert.name], tokens, study.mesh,
+                                       T, 8) for expert in run.experts], 1)
+    if name == 'all':
+      chosen = select.choices(study, run, parameters[run.reader.name], tokens, study.mesh)
+      log_weights = np.where(np.eye(3, dtype=bool)[chosen], 0.0, -np.inf)
+    elif name == 'posterior':
+      log_weights = ensemble.posterior_log_weights(nll, starts, 0)
+    else:
+      similarity = ensemble.Similarity([[trained[domain]] for domain in DOMAINS])
+      log_weights = selector.similarity_log_weights(ensemble.similarities(
+          similarity, tokens, text.tokenizer, 3), 1)
+    expected = -ensemble.averaged_nll(nll, log_weights).reshape(3, T)
+    shares = np.exp(log_weights).reshape(3, T, 3)
+    assert (np.abs(np.diff(shares[:, 9:], axis=1)).max(-1) > 0.5).any(), 'no expert takes over'
+    lengths = [9, 3, 6]
+    found = engine.start([row[:length] for row, length in zip(rows, lengths)], 32)
+    for number in range(T - 9):
+      log_probs = np.asarray(jax.nn.log_softmax(found.logits))
+      new = [0] * len(log_probs)
+      for i, (row, length) in enumerate(zip(rows, lengths)):
+        new[i] = row[length + number]
+        np.testing.assert_allclose(found.shares[i], shares[i, length + number], atol=1e-4)
+        assert log_probs[i, new[i]] == pytest.approx(expected[i, length + number], abs=1e-4)
+      found.add(jax.numpy.array(new), [True] * len(rows))
+
+
+def test_tf_idf_needs_the_text_that_it_compares_with(study):
+  run = dataclasses.replace(study.runs['posterior'], selector=Merge('tfidf', 1), sources=tuple(
+      dataclasses.replace(source, weights={'gone': 1.0}) for source in study.runs['all'].experts))
+  message = r"'posterior' compares texts with .*data/gone does not"
+  with contextlib.ExitStack() as stack, pytest.raises(UsageError, match=message):
+    generators.open_engine(study, run, '', stack)

@@ -18,7 +18,8 @@ from btx_jax.study import routers
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
-_WEIGHT = 'weight'  # as torch's Linear has it
+SELECTOR, WEIGHTS = 'selector.json', 'selector.safetensors'
+WEIGHT = 'weight'  # as torch's Linear has it
 _UNFINISHED = 'unfinished.json'  # says which export the models of an unfinished folder belong to
 
 
@@ -58,10 +59,10 @@ def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
       if not os.path.exists(os.path.join(into, 'config.json')):
         export_run(study, source.name, into, dtype)
     weight_ED = np.ascontiguousarray(columns_1DE[0].T)
-    with Writer(os.path.join(partial, 'selector.safetensors'),
-                {_WEIGHT: (weight_ED.shape, weight_ED.dtype)}) as writer:
-      writer.write(_WEIGHT, weight_ED)
-    with files.replacing(os.path.join(partial, 'selector.json')) as file:
+    with Writer(os.path.join(partial, WEIGHTS),
+                {WEIGHT: (weight_ED.shape, weight_ED.dtype)}) as writer:
+      writer.write(WEIGHT, weight_ED)
+    with files.replacing(os.path.join(partial, SELECTOR)) as file:
       json.dump(about(run), file, indent=2)
     with files.replacing(os.path.join(partial, 'README.md')) as file:
       file.writelines(_card(study, run))

@@ -5,6 +5,7 @@ from typing import Any
 
 from btx_jax import base
 from btx_jax.convert import config_json
+from btx_jax.data import fast_tokenizer
 from btx_jax.errors import UsageError
 from btx_jax.run import Run
 from btx_jax.study import manifest, sources
@@ -14,7 +15,8 @@ LONGEST = 2048  # most tokens per window without a config, even if the context i
 _FOLDER = 'model'  # name of the run in a study that is made for a folder
 
 
-def opened(study: Study | None, run_name: str, folder: str, length: int = 0) -> tuple[Study, Run]:
+def opened(study: Study | None, run_name: str, folder: str, length: int = 0,
+           chat_template: str = '', chats: bool = False) -> tuple[Study, Run]:
   """Opens a model as a run; returns its study and the run.
 
   Args:
@@ -22,22 +24,26 @@ def opened(study: Study | None, run_name: str, folder: str, length: int = 0) -> 
     run_name: the run; '' if the model is in a folder.
     folder: a pretrained model in Hugging Face's format; '' if the model is a run's.
     length: tokens per window without a config; 0 means the model's context length, up to LONGEST.
+    chat_template: the name of the chat template of a model in a folder; '' for its tokenizer's own.
+    chats: whether its tokenizer has to write conversations.
 
   Raises:
     UsageError: there is no such run or folder.
   """
-  found = _of_folder(folder, study, length) if folder else study
+  found = _of_folder(folder, study, length, chat_template, chats) if folder else study
   assert found is not None
   return found, found.run(run_name or _FOLDER)
 
 
-def _of_folder(folder: str, study: Study | None, length: int) -> Study:
+def _of_folder(folder: str, study: Study | None, length: int, chat_template: str, chats: bool
+               ) -> Study:
   """A study with one run, the pretrained model in a folder.
 
   Args:
     folder: a model in Hugging Face's format, with its tokenizer.
     study: the study whose config decides how text is measured; None without a config.
     length: tokens per window without a config; 0 means the model's context length, up to LONGEST.
+    chat_template, chats: see `opened`.
   """
   if os.path.isdir(folder) and manifest.read(folder):
     raise UsageError(f'--model={folder} is the directory of a run. Name the run with '
@@ -46,7 +52,10 @@ def _of_folder(folder: str, study: Study | None, length: int) -> Study:
     raise UsageError(f'--model={folder} is not the folder of a pretrained model: it has no '
                      f'{config_json.FILE}.')
   config: Any = base.get_config()
-  config.tokenizer.path = folder
+  fast = os.path.join(folder, fast_tokenizer.FILE)
+  # A sentencepiece model, which comes first otherwise, has no special tokens in text.
+  config.tokenizer.path = fast if chats and os.path.exists(fast) else folder
+  config.tokenizer.chat_template = chat_template
   config.runs = {_FOLDER: base.run(base.hugging_face(folder))}
   if study:
     for section in ('data', 'evaluation', 'mesh'):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from btx_jax import selector
 from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
@@ -22,9 +23,6 @@ from btx_jax.evaluate import units
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.training.loss import next_token_loss
-
-BLOCK = 64  # tokens between comparisons of the text so far
-TEMPERATURE = 0.1  # c-BTM's (Gururangan et al. 2023), of squared distances
 
 
 @functools.cache
@@ -42,9 +40,12 @@ def _token_nll(cfg: Config, mesh):
 def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int,
               stride: int = 0) -> np.ndarray:
   """Negative log likelihood of each token of a split, [tokens] in nats; 0 for the first of each
-  document, and for end marks. `length` and `stride` are those of bits.evaluate."""
+  document, and for end marks. Of conversations also that of what is read only, by which experts are
+  weighted. `length` and `stride` are those of bits.evaluate."""
   parts = []
   for batch in mixture.evaluation_batches(tokens, length, batch_size, stride):
+    if tokens.roles is not None:
+      batch = batch | {'loss_mask': batch['segment_ids'] > 0}
     batch = sharding.from_whole(batch, mesh)
     parts.append(np.asarray(_token_nll(cfg, mesh)(params, batch), np.float64))
   nll_N = mixture.by_token(tokens, np.concatenate(parts), length, stride)
@@ -99,17 +100,12 @@ def similarities(similarity: Callable[[Sequence[str]], np.ndarray], tokens: Toke
   """
   result = np.zeros((len(tokens.ids), experts))
   for first, end in itertools.pairwise(tokens.starts):
-    begins = range(first + BLOCK, end, BLOCK)
+    begins = range(first + selector.BLOCK, end, selector.BLOCK)
     if begins:
       before = [tokenizer.decode(tokens.ids[first:begin].tolist()) for begin in begins]
       for begin, cosines_E in zip(begins, similarity(before)):
-        result[begin:min(begin + BLOCK, end)] = cosines_E
+        result[begin:min(begin + selector.BLOCK, end)] = cosines_E
   return result
-
-
-def similarity_log_weights(cosines_NE: np.ndarray, top: int) -> np.ndarray:
-  """Log weights [tokens, E] of the most similar experts: a softmax of squared distances."""
-  return log_softmax_of_top(2 * cosines_NE / TEMPERATURE, top)  # |a - b|^2 = 2 - 2 cos
 
 
 def posterior_log_weights(nll_NE: np.ndarray, starts: np.ndarray, top: int) -> np.ndarray:
@@ -118,23 +114,12 @@ def posterior_log_weights(nll_NE: np.ndarray, starts: np.ndarray, top: int) -> n
   before_NE = np.empty_like(nll_NE)
   for first, end in itertools.pairwise(starts):
     before_NE[first:end] = np.cumsum(nll_NE[first:end], 0) - nll_NE[first:end]
-  return log_softmax_of_top(-before_NE, top)
-
-
-def log_softmax_of_top(logits_NE: np.ndarray, top: int) -> np.ndarray:
-  """Log softmax over the `top` largest logits of each token, all if 0; -inf for the others.
-
-  All that equal the last of the largest are kept.
-  """
-  if top:
-    least_N1 = np.sort(logits_NE, 1)[:, -top, None]
-    logits_NE = np.where(logits_NE >= least_N1, logits_NE, -np.inf)
-  return logits_NE - _logsumexp(logits_NE)
+  return selector.log_softmax_of_top(-before_NE, top)
 
 
 def averaged_nll(nll_NE: np.ndarray, log_weights_NE: np.ndarray) -> np.ndarray:
   """Negative log likelihood [tokens] of the weighted mean of the experts' probabilities."""
-  return -_logsumexp(log_weights_NE - nll_NE)[:, 0]
+  return -selector.logsumexp(log_weights_NE - nll_NE)[:, 0]
 
 
 def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens,
@@ -142,8 +127,3 @@ def bits_per_byte(nll_NE: np.ndarray, log_weights_NE: np.ndarray, tokens: Tokens
   """The score of the averaged probabilities, see units.score."""
   nll_N = np.where(tokens.has_score, averaged_nll(nll_NE, log_weights_NE), 0.0)
   return units.score(nll_N, tokens, tokenizer)
-
-
-def _logsumexp(x_NE: np.ndarray) -> np.ndarray:
-  most = x_NE.max(1, keepdims=True)
-  return most + np.log(np.exp(x_NE - most).sum(1, keepdims=True))

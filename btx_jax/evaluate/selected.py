@@ -18,7 +18,7 @@ from btx_jax.evaluate import ensemble
 from btx_jax.fitting import samples, select
 from btx_jax.model.config import forward_flops_per_token
 from btx_jax.run import Run, reader_model
-from btx_jax.selector import POSTERIOR, Linear, Merge
+from btx_jax.selector import POSTERIOR, Linear, Merge, similarity_log_weights
 from btx_jax.study import params
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -67,7 +67,7 @@ def _by_similarity(run: Run, text: Text, selector: Merge) -> dict[str, np.ndarra
   """Log weights [tokens, E] by domain, by tf-idf."""
   say(f'{run.name}: comparing texts by tf-idf')
   similarity = ensemble.Similarity([samples.seen(expert, text) for expert in run.experts])
-  return {domain: ensemble.similarity_log_weights(ensemble.similarities(
+  return {domain: similarity_log_weights(ensemble.similarities(
       similarity, tokens, text.tokenizer, len(run.experts)), selector.top)
           for domain, tokens in text.held_out.items()}
 

@@ -7,6 +7,7 @@ until a token of the row has overwritten them.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES
-from btx_jax.generation.weights import Weights, stacked
+from btx_jax.generation.weights import Weights, logits, matmul, stacked
 from btx_jax.model import llama, moe, routers
 from btx_jax.model.attention import attention, rope_tables
 from btx_jax.model.balance import dense_gates
@@ -25,6 +26,7 @@ from btx_jax.model.linear import swiglu
 
 # The keys and values of each layer, [B, K, S, H], with S slots.
 Cache = list[tuple[jax.Array, jax.Array]]
+_POSITIONS_SCORED = 16  # at once
 
 
 class Decoded(NamedTuple):
@@ -40,6 +42,18 @@ class Decoded(NamedTuple):
   gates: jax.Array
 
 
+class Read(NamedTuple):
+  """What a linear selector reads: the result of `read_prompts` or `read_token`.
+
+  Attributes:
+    logits: the selector's logits for each expert, of each position's own hidden state: float32
+      [B, T, E] of prompts, [B, E] of a token.
+    cache: the reader's cache with the new tokens.
+  """
+  logits: jax.Array
+  cache: Cache
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def prefill(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int) -> Decoded:
   """Reads prompts into a new cache.
@@ -51,6 +65,72 @@ def prefill(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int) -> 
     lengths_B: the number of tokens in each prompt, at least 1.
     slots: S, at least T.
   """
+  return _after_prompts(weights, lengths_B, *_prompts(cfg, weights, tokens_BT, lengths_B, slots))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill_and_score(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int
+                      ) -> tuple[Decoded, jax.Array]:
+  """`prefill`, and the negative log likelihood of each prompt token, [B, T] in nats.
+
+  It is 0 for the first token of a prompt, and for padding.
+  """
+  h_BTD, gates_BTE, cache = _prompts(cfg, weights, tokens_BT, lengths_B, slots)
+  B, T = tokens_BT.shape
+  chunk = math.gcd(T, _POSITIONS_SCORED)  # the logits of all positions may not fit in memory
+
+  def score(of_chunk):
+    h_BcD, targets_Bc = of_chunk
+    log_probs_BcV = jax.nn.log_softmax(logits(weights, h_BcD))
+    return -jnp.take_along_axis(log_probs_BcV, targets_Bc[..., None], -1)[..., 0]
+
+  chunks = (x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
+            for x in (h_BTD, jnp.roll(tokens_BT, -1, 1)))
+  nll_BT = jax.lax.map(score, tuple(chunks)).swapaxes(0, 1).reshape(B, T)
+  at_BT = jnp.arange(T)[None]
+  nll_BT = jnp.where((at_BT > 0) & (at_BT < lengths_B[:, None]), jnp.roll(nll_BT, 1, 1), 0.0)
+  return _after_prompts(weights, lengths_B, h_BTD, gates_BTE, cache), nll_BT
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def read_prompts(cfg: Config, weights: Weights, columns_DE, tokens_BT, lengths_B, slots: int
+                 ) -> Read:
+  """Reads prompts for a linear selector, whose map is columns_DE; see `prefill`."""
+  h_BTD, _, cache = _prompts(cfg, weights, tokens_BT, lengths_B, slots)
+  return Read(_selector_logits(h_BTD, columns_DE), cache)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def step(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache) -> Decoded:
+  """Reads one token of each row, at its position, into the cache. The cache is donated."""
+  h_BD, gates_BE, new = _token(cfg, weights, tokens_B, positions_B, cache)
+  return Decoded(logits(weights, h_BD), new, gates_BE)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def read_token(cfg: Config, weights: Weights, columns_DE, tokens_B, positions_B, cache: Cache
+               ) -> Read:
+  """Reads one token of each row for a linear selector; see `read_prompts` and `step`."""
+  h_BD, _, new = _token(cfg, weights, tokens_B, positions_B, cache)
+  return Read(_selector_logits(h_BD, columns_DE), new)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def empty_cache(cfg: Config, weights: Weights, rows: int, slots: int) -> Cache:
+  """A cache of zeros."""
+  shape = rows, cfg.num_kv_heads, slots, cfg.head_dim
+  zeros = jnp.zeros(shape, weights['embed'].dtype)
+  return [(_placed(zeros), _placed(zeros)) for _ in weights['layers']]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert(cache: Cache, new: Cache, rows_b) -> Cache:
+  """The cache with these rows replaced by those of `new`; rows beyond the last are dropped."""
+  return jax.tree.map(lambda old, x: _placed(old.at[rows_b].set(x, mode='drop')), cache, new)
+
+
+def _prompts(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int):
+  """Final hidden states [B, T, D] and gates [B, T, E] of prompts, and a cache with them."""
   B, T = tokens_BT.shape
   positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
   segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
@@ -63,15 +143,18 @@ def prefill(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int) -> 
     return attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, cfg.attention)
 
   h_BTD, gates_BTE = _network(cfg, weights, tokens_BT, positions_BT, attend)
+  return h_BTD, gates_BTE, cache
+
+
+def _after_prompts(weights: Weights, lengths_B, h_BTD, gates_BTE, cache: Cache) -> Decoded:
   last_B11 = (lengths_B - 1)[:, None, None]
   h_BD = jnp.take_along_axis(h_BTD, last_B11, 1)[:, 0]
   gates_BE = jnp.take_along_axis(gates_BTE, last_B11, 1)[:, 0]
-  return Decoded(llama.logits(weights, h_BD), cache, gates_BE)
+  return Decoded(logits(weights, h_BD), cache, gates_BE)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def step(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache) -> Decoded:
-  """Reads one token of each row, at its position, into the cache. The cache is donated."""
+def _token(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache):
+  """The final hidden state [B, D] and gates [B, E] of one token of each row, and the cache."""
   new = []
 
   def attend(layer, q_BNTH, k_BKTH, v_BKTH):
@@ -81,7 +164,11 @@ def step(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache) -> 
     return _attention_to_cache(q_BNTH, k_BKSH, v_BKSH, positions_B)
 
   h_BTD, gates_BTE = _network(cfg, weights, tokens_B[:, None], positions_B[:, None], attend)
-  return Decoded(llama.logits(weights, h_BTD[:, 0]), new, gates_BTE[:, 0])
+  return h_BTD[:, 0], gates_BTE[:, 0], new
+
+
+def _selector_logits(hidden, columns_DE) -> jax.Array:
+  return jnp.dot(hidden.astype(jnp.float32), columns_DE, precision=jax.lax.Precision.HIGHEST)
 
 
 def _network(cfg: Config, weights: Weights, tokens_BT, positions_BT, attend):
@@ -95,8 +182,8 @@ def _network(cfg: Config, weights: Weights, tokens_BT, positions_BT, attend):
   for i, layer in enumerate(weights['layers']):
     norm = functools.partial(_norm, cfg, layer['attn'])
     q_BNTH, k_BKTH, v_BKTH = llama.heads(
-        cfg, layer['attn'], _norm(cfg, layer, 'attn_norm')(x_BTD), rope, norm)
-    x_BTD += llama.joined(attend(i, q_BNTH, k_BKTH, v_BKTH), layer['attn']['o'])
+        cfg, layer['attn'], _norm(cfg, layer, 'attn_norm')(x_BTD), rope, norm, matmul)
+    x_BTD += llama.joined(attend(i, q_BNTH, k_BKTH, v_BKTH), layer['attn']['o'], matmul)
     h_BTD = _norm(cfg, layer, 'ffn_norm')(x_BTD)
     if cfg.num_experts:
       y_BTD, gates_BTE = _mixture(cfg, layer['ffn'], h_BTD, routers.Context(
@@ -104,7 +191,7 @@ def _network(cfg: Config, weights: Weights, tokens_BT, positions_BT, attend):
       x_BTD += y_BTD
       gates.append(gates_BTE)
     else:
-      x_BTD += swiglu(h_BTD, layer['ffn'])
+      x_BTD += swiglu(h_BTD, layer['ffn'], matmul)
   gates_BTE = jnp.mean(jnp.stack(gates), 0) if gates else jnp.zeros((*tokens_BT.shape, 0))
   return _norm(cfg, weights, 'norm')(x_BTD), gates_BTE
 
@@ -138,7 +225,7 @@ def _chosen_experts(x_BTD, experts: list, gates_BTE, ids_BTk):
   y_BTD = jnp.zeros_like(x_BTD)
   for e, expert in enumerate(experts):
     def add(y_BTD, e=e, expert=expert):
-      return y_BTD + swiglu(x_BTD, expert) * gates_BTE[..., e:e + 1].astype(x_BTD.dtype)
+      return y_BTD + swiglu(x_BTD, expert, matmul) * gates_BTE[..., e:e + 1].astype(x_BTD.dtype)
 
     y_BTD = jax.lax.cond((ids_BTk == e).any(), add, lambda y_BTD: y_BTD, y_BTD)
   return y_BTD
@@ -149,6 +236,9 @@ def _write(kept_BKSH, x_BK1H, positions_B):
   def of_row(kept_KSH, x_K1H, position):
     return jax.lax.dynamic_update_slice_in_dim(kept_KSH, x_K1H, position, 1)
 
+  if kept_BKSH.dtype == jnp.bfloat16:  # as bits: on a CPU the whole cache would be made float32
+    kept, x = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (kept_BKSH, x_BK1H))
+    return jax.lax.bitcast_convert_type(jax.vmap(of_row)(kept, x, positions_B), jnp.bfloat16)
   return jax.vmap(of_row)(kept_BKSH, x_BK1H, positions_B)
 
 

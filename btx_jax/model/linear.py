@@ -31,6 +31,11 @@ def _backward(residuals, dy):
 matmul.defvjp(_forward, _backward)
 
 
+def project(x, w) -> jax.Array:
+  """x [..., D] @ w, whose axes are flattened to [D, F]: a projection to heads, or from them."""
+  return matmul(x, w.reshape(x.shape[-1], -1))
+
+
 def swiglu(x, w, matmul: Callable[..., jax.Array] = matmul,
            share: jax.Array | int = 1) -> jax.Array:
   """share * (silu(x @ gate) * (x @ up)) @ down, on the last dimension of x.

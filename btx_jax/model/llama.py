@@ -26,7 +26,7 @@ from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.model import balance, moe, routers
 from btx_jax.model.attention import attention, rope_tables, rotate
 from btx_jax.model.config import Config
-from btx_jax.model.linear import matmul, swiglu
+from btx_jax.model.linear import project, swiglu
 
 _init = nn.initializers.normal(0.02)
 
@@ -71,8 +71,8 @@ class Attention(nn.Module):
     return joined(y_BNTH, w['o'])
 
 
-def heads(cfg: Config, w: Mapping[str, jax.Array], x_BTD, rope, norm: Callable[[str], Callable]
-          ) -> list[jax.Array]:
+def heads(cfg: Config, w: Mapping[str, jax.Array], x_BTD, rope, norm: Callable[[str], Callable],
+          project: Callable[..., jax.Array] = project) -> list[jax.Array]:
   """Queries [B, N, T, H], keys and values [B, K, T, H] of an attention layer, rotated.
 
   Args:
@@ -82,11 +82,12 @@ def heads(cfg: Config, w: Mapping[str, jax.Array], x_BTD, rope, norm: Callable[[
     x_BTD: the normalised residual stream.
     rope: from rope_tables.
     norm: 'q_norm' or 'k_norm' -> that RMSNorm; used with cfg.qk_norm.
+    project: see linear.project.
   """
-  B, T, D = x_BTD.shape
+  B, T = x_BTD.shape[:2]
   result = []
   for name in 'qkv':
-    y_BTNH = matmul(x_BTD, w[name].reshape(D, -1)).reshape(B, T, -1, cfg.head_dim)
+    y_BTNH = project(x_BTD, w[name]).reshape(B, T, -1, cfg.head_dim)
     if cfg.qkv_bias:
       y_BTNH += w[f'{name}_bias'][None, None]
     y_BNTH = y_BTNH.swapaxes(1, 2)
@@ -96,10 +97,10 @@ def heads(cfg: Config, w: Mapping[str, jax.Array], x_BTD, rope, norm: Callable[[
   return result
 
 
-def joined(y_BNTH, o_NHD) -> jax.Array:
+def joined(y_BNTH, o_NHD, project: Callable[..., jax.Array] = project) -> jax.Array:
   """The output [B, T, D] of an attention layer, from the outputs of its heads."""
   B, N, T, H = y_BNTH.shape
-  return matmul(y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), o_NHD.reshape(N * H, -1))
+  return project(y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), o_NHD)
 
 
 class SwiGLU(nn.Module):

@@ -1,0 +1,111 @@
+"""The prompts of the command `generate`: texts and conversations, from flags and files."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import json
+from typing import Any, NamedTuple, TypeGuard
+
+from btx_jax.data.chat_template import Message
+from btx_jax.data.chats import ROLES, SYSTEM, USER
+from btx_jax.errors import UsageError, nearest
+
+JSON_LINES = '.jsonl'
+
+
+class Prompt(NamedTuple):
+  """What a model goes on from: a text, or a conversation that it answers.
+
+  Attributes:
+    text: the text; '' for a conversation.
+    messages: of the conversation; () for a text.
+  """
+  text: str = ''
+  messages: tuple[Message, ...] = ()
+
+  def for_model(self) -> str | tuple[Message, ...]:
+    """The prompt as a Generator takes it."""
+    return self.messages or self.text
+
+  def shown(self) -> str:
+    """What is printed before the generated text."""
+    return f'> {self.messages[-1]["content"]}\n' if self.messages else self.text
+
+  def as_data(self) -> Mapping[str, Any]:
+    """The prompt as it is in a file of JSON lines."""
+    return {'messages': list(self.messages)} if self.messages else {'prompt': self.text}
+
+
+def collect(texts: Sequence[str], path: str, chat: bool, system: str) -> list[Prompt]:
+  """All prompts, in order.
+
+  Args:
+    texts: of --prompt.
+    path: a file of further prompts, see `of_file`; '' for none.
+    chat: whether texts are turns of a user.
+    system: the system message before such a turn; '' for none.
+
+  Raises:
+    UsageError: `system` has no effect, or see of_file.
+  """
+  if system and not chat:
+    raise UsageError('--system has no effect without --chat, which makes each prompt a turn of a '
+                     'conversation; add it, or omit --system.')
+  found = [Prompt(text) for text in texts]
+  if path:
+    found += of_file(path)
+  return [turn(prompt.text, system) if chat and not prompt.messages else prompt
+          for prompt in found]
+
+
+def turn(text: str, system: str = '', before: Sequence[Message] = ()) -> Prompt:
+  """A conversation that a user's text begins, or goes on with."""
+  begin = [{'role': SYSTEM, 'content': system}] if system and not before else []
+  return Prompt(messages=(*begin, *before, {'role': USER, 'content': text}))
+
+
+def of_file(path: str) -> list[Prompt]:
+  """The prompts of a file.
+
+  Each line that is not empty is a prompt. In a file that is named *.jsonl it is a JSON object with
+  a field `prompt`, a text, or `messages`, a list of {"role": ..., "content": ...}.
+
+  Raises:
+    UsageError: the file cannot be read, has no prompt, or a line is something else.
+  """
+  try:
+    with open(path, encoding='utf-8') as file:
+      lines = [(i, line.rstrip('\r\n')) for i, line in enumerate(file, 1) if line.strip()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UsageError(f'--prompts={path} cannot be read: {error}') from error
+  if not lines:
+    raise UsageError(f'--prompts={path} has no prompts: each line that is not empty is one.')
+  return list(_of_json(path, lines) if path.endswith(JSON_LINES) else
+              (Prompt(line) for _, line in lines))
+
+
+def _of_json(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[Prompt]:
+  for number, line in lines:
+    where = f'--prompts={path}, line {number}'
+    try:
+      found = json.loads(line)
+    except ValueError as error:
+      raise UsageError(f'{where} is not JSON: {error}. Lines of plain text can be prompts in a '
+                       f'file that is not named *{JSON_LINES}.') from error
+    text, messages = (found.get(key) if isinstance(found, dict) else None
+                      for key in ('prompt', 'messages'))
+    if isinstance(text, str) and messages is None:
+      yield Prompt(text)
+    elif _are_messages(messages) and text is None:
+      for message in messages:
+        if message['role'] not in ROLES:
+          raise UsageError(f'{where}: role = {message["role"]!r}; '
+                           f'{nearest(message["role"], ROLES)}')
+      yield Prompt(messages=tuple(messages))
+    else:
+      raise UsageError(f'{where} must be an object with a text `prompt`, or with `messages`, a '
+                       'list of {"role": ..., "content": ...}, whose values are texts.')
+
+
+def _are_messages(found: Any) -> TypeGuard[list[dict[str, str]]]:
+  return isinstance(found, list) and bool(found) and all(
+      isinstance(message, dict) and isinstance(message.get('role'), str)
+      and isinstance(message.get('content'), str) for message in found)
