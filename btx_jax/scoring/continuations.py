@@ -158,9 +158,10 @@ def _program(cfg: Config, count: int, mesh):
 
     def chunk(inputs):
       hidden_BcD, next_Bc = inputs
-      logits_BcV = llama.logits(params, hidden_BcD)
-      target_Bc = jnp.take_along_axis(logits_BcV, next_Bc[..., None], -1)[..., 0]
-      return jax.nn.logsumexp(logits_BcV, -1) - target_Bc, logits_BcV.argmax(-1)
+      # The maximum is subtracted first: a sum of large logits would round small losses off.
+      log_probs_BcV = jax.nn.log_softmax(llama.logits(params, hidden_BcD))
+      next_Bc1 = next_Bc[..., None]
+      return -jnp.take_along_axis(log_probs_BcV, next_Bc1, -1)[..., 0], log_probs_BcV.argmax(-1)
 
     nll_BC, likeliest_BC = _in_chunks(chunk, (hidden_BCD, next_BC), _power_of_2(steps))
     last_BV = jax.nn.log_softmax(llama.logits(params, hidden_BCD[:, -1]))

@@ -9,10 +9,11 @@ import contextlib
 import difflib
 import hashlib
 import importlib
-import logging
+import io
 import os
 import random
 import re
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +29,8 @@ CONTEXT = 2048  # tokens that a model reads if nothing says how many
 _CLOSE = 3  # names that are suggested for one that is unknown
 # Iterations of a bootstrap; the errors of means need none.
 _BOOTSTRAP = 1000
-# Read when the harness and its libraries are imported: no progress bars, and no processes that are
-# forked beside jax's threads.
-_ENVIRONMENT = {'TQDM_DISABLE': '1', 'LMEVAL_DISABLE_MULTIPROC': '1',
-                'HF_DATASETS_DISABLE_PROGRESS_BARS': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+# Read when the harness is imported: no processes that are forked beside jax's threads.
+_ENVIRONMENT = {'LMEVAL_DISABLE_MULTIPROC': '1'}
 _OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE')
 _RUN_CODE = 'HF_ALLOW_CODE_EVAL'  # the harness's metrics ask for it too
 
@@ -189,7 +188,7 @@ def score(loaded: Loaded, config: Config, params, tokenizer: Tokenizer, context:
 
   from btx_jax.scoring import harness
   model = harness.Model(config, params, tokenizer, context, stop_ids, batch_size,
-                        on_progress=on_progress)
+                        on_progress=on_progress and _aloud(on_progress))
   random.seed(defaults.DEFAULT_RANDOM_SEED)
   np.random.seed(defaults.DEFAULT_OTHER_SEED)
   for task in loaded.tasks.values():
@@ -360,13 +359,17 @@ def _prepare_imports(download: bool, run_code: bool):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """The harness and datasets log errors only."""
-  loggers = [logging.getLogger(name) for name in ('lm_eval', 'datasets')]
-  before = [logger.level for logger in loggers]
-  for logger in loggers:
-    logger.setLevel(logging.ERROR)
-  try:
+  """Drops what Python code prints: the harness and its libraries have bars and lines of their own."""
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     yield
-  finally:
-    for logger, level in zip(loggers, before):
-      logger.setLevel(level)
+
+
+def _aloud(report: OnProgress) -> OnProgress:
+  """`report`, which prints to where Python printed before `_quiet`."""
+  out, errors = sys.stdout, sys.stderr
+
+  def aloud(*progress):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+      report(*progress)
+
+  return aloud
