@@ -48,12 +48,13 @@ if TYPE_CHECKING:
 _HOME = {
     'Config': 'model.config', 'Generator': 'generation.generate', 'Llama': 'model.llama',
     'Recipe': 'recipe', 'Sampling': 'generation.settings', 'average': 'btx', 'branch': 'btx',
-    'create_state': 'training.step', 'evaluate': 'scoring.tasks', 'generate': 'generation.generate', 'load': 'library',
-    'logits': 'library', 'make_train_step': 'training.step', 'mix': 'btx', 'save': 'library',
-    'stack': 'btx'}
+    'create_state': 'training.step', 'evaluate': 'scoring.tasks',
+    'generate': 'generation.generate', 'load': 'library', 'logits': 'library',
+    'make_train_step': 'training.step', 'mix': 'btx', 'save': 'library', 'stack': 'btx'}
 
 __all__ = ['Config', 'Generator', 'Llama', 'Recipe', 'Sampling', '__version__', 'average', 'branch',
-           'create_state', 'evaluate', 'generate', 'load', 'logits', 'make_train_step', 'mix', 'save', 'stack']
+           'create_state', 'evaluate', 'generate', 'load', 'logits', 'make_train_step', 'mix',
+           'save', 'stack']
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,9 @@ import textwrap
 
 CITIES = {'France': 'Paris', 'Germany': 'Berlin', 'Italy': 'Rome', 'Spain': 'Madrid',
           'Japan': 'Tokyo', 'Egypt': 'Cairo', 'Greece': 'Athens', 'Cuba': 'Havana'}
-# Each needs more than 64 tokens of most tokenizers, but for the first.
-PROSE = ['It was late.', 'The committee met on Tuesday to discuss the budget. ' * 8 + 'Nobody came.',
+# Each has more than 64 tokens of most tokenizers, but for the first.
+PROSE = ['It was late, and the last guests had gone home before the rain stopped.',
+         'The committee met on Tuesday to discuss the budget. ' * 8 + 'Nobody came.',
          ''.join(f'On day {day} it rained for {day * 7 % 11} hours, and then it stopped.\n'
                  for day in range(20))]
 NAMES = ('capitals', 'letters', 'capital_names', 'last_words', 'prose')

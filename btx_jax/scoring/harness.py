@@ -59,7 +59,7 @@ class Model(TemplateLM):
   @property
   def eot_token_id(self) -> int:
     """The token that ends a text."""
-    return self._prefix if self._writer.eos_id is None else self._writer.eos_id
+    return self.prefix_token_id if self._writer.eos_id is None else self._writer.eos_id
 
   @property
   def prefix_token_id(self) -> int:
@@ -173,6 +173,6 @@ def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
   if not isinstance(tokenizer, fast_tokenizer.FastTokenizer):
     return tokenizer
   begin, end, _ = tokenizer.framing
-  options = framing.Options(*(mark.name if mark else framing.NONE for mark in (begin, end)),
-                            framing.ENCODE)
+  options = framing.Options(begin.name if begin else framing.NONE,
+                            end.name if end else framing.NONE, framing.ENCODE)
   return fast_tokenizer.FastTokenizer(tokenizer.files, fast_tokenizer.FILE, options)
