@@ -5,6 +5,7 @@ import math
 import os
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -140,8 +141,8 @@ class Generator:
       tokens_B = sample(sampling, found.logits, seen_BV, keys_B, number)
       if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(B), tokens_B].set(True)
-      gates_BE = np.asarray(found.gates)
-      for i, (text, token) in enumerate(zip(texts, np.asarray(tokens_B).tolist())):
+      gates_BE = _on_host(found.gates)
+      for i, (text, token) in enumerate(zip(texts, _on_host(tokens_B).tolist())):
         if not text.ended:
           yield i, text.add(token), gates_BE[i]
       if all(text.ended for text in texts):
@@ -174,6 +175,13 @@ class Generator:
     for seen, row, length in zip(seen_BV, tokens_BT, lengths_B):
       seen[row[:length]] = True
     return jnp.asarray(seen_BV)
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+  """The whole array, of whose rows this process may hold a part."""
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _rounded(size: int, least: int) -> int:

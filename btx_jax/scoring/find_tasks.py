@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 from btx_jax.errors import UsageError
 
 _CLOSE = 3  # names that are suggested for one that is unknown
-# Read when the harness is imported: no processes that are forked beside jax's threads.
-_ENVIRONMENT = {'LMEVAL_DISABLE_MULTIPROC': '1'}
 _OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE')
+_ONE_PROCESS = 'DISABLE_MULTIPROC'  # of the bootstrap in the harness's metrics
 _RUN_CODE = 'HF_ALLOW_CODE_EVAL'  # the harness's metrics ask for it too
 
 
@@ -199,8 +198,6 @@ def _prepare_imports(download: bool, run_code: bool):
   Raises:
     UsageError: the extra is missing.
   """
-  for name, value in _ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
   for name in _OFFLINE:
     if download:
       os.environ[name] = '0'
@@ -223,6 +220,16 @@ def _prepare_imports(download: bool, run_code: bool):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Drops what Python code prints: the harness and its libraries have their own bars and lines."""
-  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    yield
+  """Drops what Python code prints: the harness and its libraries have their own bars and lines.
+
+  The harness also starts no processes then: forked beside jax's threads they wait forever.
+  """
+  before = os.environ.get(_ONE_PROCESS)
+  os.environ[_ONE_PROCESS] = '1'
+  try:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+      yield
+  finally:
+    del os.environ[_ONE_PROCESS]
+    if before is not None:
+      os.environ[_ONE_PROCESS] = before
