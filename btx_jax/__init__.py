@@ -7,6 +7,7 @@ library, all of it on plain parameter trees (docs/library.md):
   Config, Llama         a model's sizes, and the network
   load, save, logits    a Hugging Face folder or a run directory in; a folder out; a forward pass
   generate              continues prompts; Generator and Sampling give more control
+  evaluate              scores tasks of lm-evaluation-harness
   branch, stack         copies of a seed; experts that were trained apart, in the same form
   average, mix, Recipe  the dense baseline; the mixture of experts, and what it is made of
   make_train_step       the train step of experts and mixtures alike; create_state, its state
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
   from btx_jax.model.config import Config
   from btx_jax.model.llama import Llama
   from btx_jax.recipe import Recipe
+  from btx_jax.scoring.tasks import evaluate
   from btx_jax.training.step import create_state, make_train_step
 
   __version__: str
@@ -46,12 +48,13 @@ if TYPE_CHECKING:
 _HOME = {
     'Config': 'model.config', 'Generator': 'generation.generate', 'Llama': 'model.llama',
     'Recipe': 'recipe', 'Sampling': 'generation.settings', 'average': 'btx', 'branch': 'btx',
-    'create_state': 'training.step', 'generate': 'generation.generate', 'load': 'library',
-    'logits': 'library', 'make_train_step': 'training.step', 'mix': 'btx', 'save': 'library',
-    'stack': 'btx'}
+    'create_state': 'training.step', 'evaluate': 'scoring.tasks',
+    'generate': 'generation.generate', 'load': 'library', 'logits': 'library',
+    'make_train_step': 'training.step', 'mix': 'btx', 'save': 'library', 'stack': 'btx'}
 
 __all__ = ['Config', 'Generator', 'Llama', 'Recipe', 'Sampling', '__version__', 'average', 'branch',
-           'create_state', 'generate', 'load', 'logits', 'make_train_step', 'mix', 'save', 'stack']
+           'create_state', 'evaluate', 'generate', 'load', 'logits', 'make_train_step', 'mix',
+           'save', 'stack']
 
 
 def __getattr__(name: str) -> Any:

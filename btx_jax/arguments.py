@@ -41,6 +41,20 @@ LENGTH = flags.DEFINE_integer(
 STRIDE = flags.DEFINE_integer(
     'stride', None, 'evaluate: tokens from one window to the next; default evaluation.stride.',
     lower_bound=0)
+TASKS = flags.DEFINE_list(
+    'tasks', [], 'evaluate: tasks of lm-evaluation-harness, as in arc_easy,gsm8k:8, the latter '
+    'with 8 shots; default evaluation.tasks.')
+INCLUDE_PATH = flags.DEFINE_string(
+    'include_path', '', 'evaluate: a directory with tasks of your own, in YAML files.')
+SHOTS = flags.DEFINE_integer(
+    'shots', None, 'evaluate: examples before each question, in tasks that do not fix them.',
+    lower_bound=0)
+LIMIT = flags.DEFINE_integer(
+    'limit', None, 'evaluate: the most documents of each task.', lower_bound=1)
+DOWNLOAD = flags.DEFINE_bool(
+    'download', False, 'evaluate: download data sets of tasks that are not on this machine.')
+RUN_CODE = flags.DEFINE_bool(
+    'run_code', False, 'evaluate: run the code that the model writes, for tasks that test it.')
 PROMPT = flags.DEFINE_multi_string(
     'prompt', [], 'generate: the text to continue; may be given several times. Without one, each '
     'line of the standard input is a prompt.')

@@ -146,6 +146,10 @@ def get_config() -> ConfigDict:
       # helps which domain. It takes as long as measuring the mixture once per expert. Mixtures of
       # the router 'hash' are left out.
       'mask_experts': False,
+      # Tasks that the command evaluate scores unless --tasks or --on is given: names of
+      # lm-evaluation-harness (pip install 'btx_jax[eval]'), 'gsm8k:8' with 8 shots. See
+      # docs/evaluate.md.
+      'tasks': (),
   })
 
   # Steps between lines of metrics.jsonl.

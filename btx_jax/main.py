@@ -15,7 +15,8 @@ other commands:
              compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
-  evaluate   scores the text --on with --run, or with a pretrained --model, which needs no --config
+  evaluate   scores the text --on, or the --tasks of lm-evaluation-harness, with --run or with a
+             pretrained --model, which needs no --config
   generate   continues each --prompt, line of the file --prompts, or line of the standard input,
              with --run or --model (--temperature, --stop, --n, --experts and more); --chat answers
              them, or talks
@@ -29,8 +30,10 @@ processes, start each with --distributed, or with --coordinator, --num_processes
 (docs/processes.md).
 """
 
+from collections.abc import Mapping
 import os
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -46,13 +49,8 @@ from btx_jax.errors import UsageError, nearest
 
 def train_runs(name: str, workdir: str):
   """Trains and measures the runs that are not complete; then prints and reports the results."""
-  distributed.initialize(
-      rollcall.place_from_flags(
-          flag.COORDINATOR.value, flag.NUM_PROCESSES.value, flag.PROCESS_ID.value),
-      flag.DISTRIBUTED.value,
-      {'config': flag.CONFIG.value.to_dict(), '--run': flag.RUN.value,
-       '--profile': flag.PROFILE.value, '--workdir': os.path.realpath(workdir)},
-      flag.COORDINATOR_TIMEOUT.value)
+  _join_processes({'config': flag.CONFIG.value.to_dict(), '--run': flag.RUN.value,
+                   '--profile': flag.PROFILE.value, '--workdir': os.path.realpath(workdir)})
   import jax
 
   from btx_jax.commands import claims, measured, regression, report, seeds, table
@@ -95,6 +93,14 @@ def show_status(name: str, workdir: str):
   print_status(Study(flag.CONFIG.value, workdir), flag.JSON.value, flag.WATCH.value)
 
 
+def _join_processes(facts: Mapping[str, Any]):
+  """Joins the processes of the job, if there are several; they must agree about `facts`."""
+  distributed.initialize(
+      rollcall.place_from_flags(
+          flag.COORDINATOR.value, flag.NUM_PROCESSES.value, flag.PROCESS_ID.value),
+      flag.DISTRIBUTED.value, facts, flag.COORDINATOR_TIMEOUT.value)
+
+
 def list_jobs(name: str, workdir: str):
   """Prints the runs that are not complete, a line for each stage."""
   del name
@@ -134,12 +140,23 @@ def compare_experts(name: str, workdir: str):
   print_comparison(Study(flag.CONFIG.value, workdir), flag.RUN.value)
 
 
-def evaluate_text(name: str, workdir: str):
-  """Scores text with a run or a pretrained model."""
+def evaluate_model(name: str, workdir: str):
+  """Scores a run or a pretrained model, on text or on tasks."""
   del name
-  if not flag.ON.value or bool(flag.RUN.value) == bool(flag.MODEL.value):
-    raise UsageError('evaluate needs --on=FILES and a model: --config=CONFIG with '
-                     '--run=NAME, or --model=FOLDER.')
+  config = flag.CONFIG.value
+  tasks = tuple(flag.TASKS.value) or (
+      tuple(config.evaluation.tasks) if config and not flag.ON.value else ())
+  if bool(flag.ON.value) == bool(tasks) or bool(flag.RUN.value) == bool(flag.MODEL.value):
+    raise UsageError('evaluate needs --on=FILES or --tasks=NAMES, and a model: --config=CONFIG '
+                     'with --run=NAME, or --model=FOLDER.')
+  if tasks:
+    _join_processes({'--tasks': tasks, '--run': flag.RUN.value, '--model': flag.MODEL.value})
+    from btx_jax.commands import evaluate_tasks
+    evaluate_tasks.print_scores(*_model(workdir), evaluate_tasks.Asked(
+        tasks, files.local_path('--include_path', flag.INCLUDE_PATH.value), flag.SHOTS.value,
+        flag.LIMIT.value, flag.DOWNLOAD.value, flag.RUN_CODE.value, flag.LENGTH.value),
+        flag.JSON.value)
+    return
   from btx_jax.commands import evaluate
   asked = evaluate.Asked(
       [files.local_path('--on', path) for path in dict.fromkeys(flag.ON.value)],
@@ -230,7 +247,7 @@ def compile_for_topology(name: str, workdir: str):
 
 
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
-            'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_text,
+            'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_model,
             'generate': generate_text, 'export': export_model, 'rename': rename_run,
             'preflight': compile_for_topology}
 
@@ -249,7 +266,8 @@ def run_command(argv: list[str]):
     raise UsageError(f'The command {command} is now {errors.RENAMED[command]}.')
   if command not in COMMANDS:
     raise UsageError(f'Unknown command {command!r}; {nearest(command, COMMANDS)}')
-  if command != 'train' and (flag.DISTRIBUTED.value or flag.COORDINATOR.value):
+  several = command == 'train' or (command == 'evaluate' and not flag.ON.value)
+  if not several and (flag.DISTRIBUTED.value or flag.COORDINATOR.value):
     raise UsageError(f'{command} runs in a single process: omit --distributed, --coordinator, '
                      '--num_processes and --process_id.')
   if (command in ('evaluate', 'generate') and flag.MODEL.value

@@ -15,10 +15,10 @@ from btx_jax.data import mixture
 from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed, hardware
 from btx_jax.errors import RunError, UsageError
-from btx_jax.evaluate import bits, ensemble, regression, scores, selected
 from btx_jax.fitting import fit, reference, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import BEST, Run
+from btx_jax.scoring import bits, ensemble, regression, scores, selected
 from btx_jax.selector import TFIDF, Merge
 from btx_jax.study import (
   changes,

@@ -16,12 +16,12 @@ from btx_jax.commands.export import export_run, of_chats
 from btx_jax.data import chat_tokens, chats, corpora, mixture, packing, tokenizer, tokens
 from btx_jax.data import text as text_lib
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import bits, ensemble, scores
 from btx_jax.generation.generate import Generator
 from btx_jax.library import tokenizer_files
 from btx_jax.model.attention import rope_frequencies
 from btx_jax.model.config import Config
 from btx_jax.pipeline import Pipeline
+from btx_jax.scoring import bits, ensemble, scores
 from btx_jax.study.study import Study
 from btx_jax.training.step import create_state, make_train_step
 from tests import make_tokenizers

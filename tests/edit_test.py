@@ -11,8 +11,8 @@ from btx_jax import base, library
 from btx_jax.commands.export import export_run
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import scores
 from btx_jax.pipeline import Pipeline
+from btx_jax.scoring import scores
 from btx_jax.study import compatibility, edits, plan, routers, sources
 from btx_jax.study.study import Study
 from tests import studies

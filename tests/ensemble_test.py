@@ -10,7 +10,7 @@ from btx_jax import base, selector
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import make_mesh
-from btx_jax.evaluate import bits, ensemble, scores
+from btx_jax.scoring import bits, ensemble, scores
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from tests import studies

@@ -11,7 +11,7 @@ import pytest
 from btx_jax.commands import claims, measured, report, seeds, table
 from btx_jax.data import corpora, splits, tokens
 from btx_jax.data.tokens import Tokens
-from btx_jax.evaluate import error_bars, scores, units
+from btx_jax.scoring import error_bars, scores, units
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from tests import make_tokenizers as make

@@ -15,10 +15,11 @@ MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 # Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py,
-# generate_command_test.py, select_test.py and damage_test.py.
+# generate_command_test.py, select_test.py, damage_test.py and tasks_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
                   'generation/settings', 'commands/prompts', 'commands/generate',
-                  'commands/generators', 'commands/exported', 'training/checkpoint')
+                  'commands/generators', 'commands/exported', 'training/checkpoint',
+                  'scoring/continuations', 'scoring/find_tasks', 'scoring/harness')
 
 CONFIG = '''
 import pathlib, sys
@@ -136,7 +137,8 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'compare'], 'compare needs --run=NAME, the mixture whose experts are compared.'),
     ([DEMO, 'compare', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
     ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
-    ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES and a model: --config=CONFIG'),
+    ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES or --tasks=NAMES, and a model: '),
+    ([DEMO, 'evaluate', '--run=seed', '--on=docs', '--tasks=a'], 'needs --on=FILES or --tasks='),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
     ([DEMO, 'generate', '--prompt=a'], 'generate needs a model: --config=CONFIG with --'),
     ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),
@@ -870,6 +872,8 @@ def test_text_that_cannot_be_evaluated(run, config, work, tmp_path):
   check(run('evaluate', f'--model={work / "seed"}', '--on=README.md'), 'is the directory of a run.')
   check(run(config(ensemble(EXPERTS)), *on, '--run=new', '--length=5'), "--length=5: 'new' is an "
         'ensemble, which is measured in windows of data.seq_len = 15; omit --length.')
+  check(run(config(ensemble(EXPERTS)), on[0], 'evaluate', '--tasks=x', '--run=new'), "'new' is an "
+        'ensemble; evaluate --tasks needs a single model.')
   check(run(config(), *on, '--run=seed', '--stride=16'), 'evaluation.stride = 16 is more than the')
   check(run(config(), *on, '--run=seed', '--on=none'), '--on=none matches no file (looked from')
   (tmp_path / 'x.jsonl').write_text('{"body": "x"}\n')

@@ -10,8 +10,8 @@ import numpy as np
 
 from btx_jax import base
 from btx_jax.data import domains, tokens
-from btx_jax.evaluate import error_bars, scores
 from btx_jax.run import MIX, Run, lineage
+from btx_jax.scoring import error_bars, scores
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.training import metrics

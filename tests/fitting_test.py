@@ -12,13 +12,13 @@ from btx_jax import base, btx
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import scores
 from btx_jax.fitting import fit, passes, samples, solve
 from btx_jax.model import llama
 from btx_jax.model.attention import rope_tables
 from btx_jax.model.linear import swiglu
 from btx_jax.pipeline import Pipeline
 from btx_jax.run import dense_model
+from btx_jax.scoring import scores
 from btx_jax.study import params, routers
 from btx_jax.study.routers import Sums
 from tests import studies

@@ -20,7 +20,7 @@ FLOORS = (
     ('training', 'generation'),
     ('study',),
     ('fitting',),
-    ('evaluate', 'library', 'preflight'),
+    ('scoring', 'library', 'preflight'),
     ('pipeline', 'commands', 'arguments'),
     ('main',),
     ('__init__', '__main__'),

@@ -14,9 +14,9 @@ from btx_jax.data import duplicates, mixture, splits, text, tokenizer, tokens
 from btx_jax.data.domains import Domain
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import units
 from btx_jax.model.config import Config
 from btx_jax.pipeline import Pipeline
+from btx_jax.scoring import units
 from btx_jax.study import manifest
 from tests import studies
 from tests.helpers import random_params

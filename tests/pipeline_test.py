@@ -19,9 +19,9 @@ from btx_jax import base, btx, load
 from btx_jax.commands import claims, compare, report, table
 from btx_jax.devices import sharding
 from btx_jax.errors import RunError, UsageError
-from btx_jax.evaluate import scores
 from btx_jax.model import llama
 from btx_jax.pipeline import Pipeline
+from btx_jax.scoring import scores
 from btx_jax.study import manifest, sources
 from btx_jax.study import params as params_lib
 from btx_jax.study.study import Study

@@ -9,9 +9,9 @@ import pytest
 
 from btx_jax import base
 from btx_jax.data.pair_rows import PairRows
-from btx_jax.evaluate import ranking, scores
 from btx_jax.fitting import reference
 from btx_jax.pipeline import Pipeline
+from btx_jax.scoring import ranking, scores
 from btx_jax.training import loop, metrics
 from btx_jax.training.step import forward
 from tests import make_tokenizers

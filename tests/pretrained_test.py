@@ -18,9 +18,9 @@ from btx_jax.convert import export, hugging_face
 from btx_jax.data import text, tokenizer
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import scores
 from btx_jax.model.config import ROPE, SIZES
 from btx_jax.pipeline import Pipeline
+from btx_jax.scoring import scores
 from btx_jax.study import compatibility, manifest, plan
 from tests import studies
 from tests.data_test import TRICKY

@@ -10,8 +10,8 @@ import pytest
 from btx_jax import base
 from btx_jax.commands import regression as printed
 from btx_jax.data.tokens import Tokens
-from btx_jax.evaluate import bits, error_bars, regression, scores
 from btx_jax.model import balance, routers
+from btx_jax.scoring import bits, error_bars, regression, scores
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from tests import studies

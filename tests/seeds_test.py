@@ -9,10 +9,10 @@ import pytest
 from btx_jax import base
 from btx_jax.commands import claims, report, seeds, status, table
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import scores
 from btx_jax.model.config import forward_flops_per_token
 from btx_jax.pipeline import Pipeline
 from btx_jax.preflight import measure, topology
+from btx_jax.scoring import scores
 from btx_jax.study import manifest, plan, sources
 from btx_jax.study.study import Study
 from tests import studies

@@ -18,11 +18,11 @@ from btx_jax.convert.hugging_face import Folder
 from btx_jax.convert.safetensors import File
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import ensemble, scores, selected
 from btx_jax.fitting import reading, samples, select, solve
 from btx_jax.model import llama
 from btx_jax.model.config import num_params
 from btx_jax.pipeline import Pipeline
+from btx_jax.scoring import ensemble, scores, selected
 from btx_jax.selector import Merge, choose
 from btx_jax.study import params, routers
 from btx_jax.study.study import Study

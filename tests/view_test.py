@@ -28,8 +28,8 @@ from btx_jax.commands import (
 )
 from btx_jax.data import duplicates
 from btx_jax.data.corpora import Group
-from btx_jax.evaluate import error_bars, scores
-from btx_jax.evaluate.regression import regressions
+from btx_jax.scoring import error_bars, scores
+from btx_jax.scoring.regression import regressions
 from btx_jax.study.study import Study
 from tests import finished
 

@@ -9,9 +9,9 @@ from rich.text import Text
 
 from btx_jax.commands import table
 from btx_jax.commands.table import Row
-from btx_jax.evaluate import scores
-from btx_jax.evaluate.error_bars import LEAST_UNITS, Difference
 from btx_jax.run import CHECKPOINT, MIX, Run
+from btx_jax.scoring import scores
+from btx_jax.scoring.error_bars import LEAST_UNITS, Difference
 from btx_jax.study.study import Study
 
 Check = dict[str, Any]

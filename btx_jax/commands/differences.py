@@ -1,7 +1,7 @@
 """The difference of every model's score from that of a baseline, with its error.
 
 Scores of one study are close together and are measured on the same text. So the difference of two
-scores is more precise than either: its error is that of paired units, see evaluate/error_bars.py.
+scores is more precise than either: its error is that of paired units, see scoring/error_bars.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -23,8 +23,8 @@ from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import hardware
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import bits, error_bars, selected, units
 from btx_jax.run import Run, lineage
+from btx_jax.scoring import bits, error_bars, selected, units
 from btx_jax.study import params
 from btx_jax.study.study import Study, check_stride
 from btx_jax.terminal import format_number, say

@@ -10,8 +10,8 @@ from btx_jax.convert import config_json, export, generation
 from btx_jax.data import domains, text
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import scores
 from btx_jax.run import EDIT, HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
+from btx_jax.scoring import scores
 from btx_jax.study import compatibility, context, manifest, routers, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import say

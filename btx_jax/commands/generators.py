@@ -14,13 +14,13 @@ from btx_jax.data.text import Text
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.devices import hardware
 from btx_jax.errors import UsageError
-from btx_jax.evaluate.ensemble import Similarity
 from btx_jax.fitting import samples
 from btx_jax.generation.engine import Engine, Model
 from btx_jax.generation.ensemble import Ensemble
 from btx_jax.generation.generate import Generator
 from btx_jax.generation.selection import ByPosterior, ByReader, BySimilarity, Selection
 from btx_jax.run import Run, linear_of, reader_model
+from btx_jax.scoring.ensemble import Similarity
 from btx_jax.selector import POSTERIOR, Merge
 from btx_jax.study import context, params, routers
 from btx_jax.study.study import Study

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from btx_jax.commands.table import MEASURED, Row
-from btx_jax.evaluate.units import BLOCK
+from btx_jax.scoring.units import BLOCK
 from btx_jax.terminal import Table, format_number
 
 HEADINGS = ('domain', *MEASURED, 'units', 'error')

@@ -1,4 +1,4 @@
-"""Tables of evaluate/regression.py for the terminal."""
+"""Tables of scoring/regression.py for the terminal."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from btx_jax import terminal
-from btx_jax.evaluate import regression
+from btx_jax.scoring import regression
 from btx_jax.study.study import Study
 from btx_jax.terminal import Table
 

@@ -27,13 +27,14 @@ from btx_jax.commands import (
   status,
   table,
   table_files,
+  task_table,
 )
 from btx_jax.commands import regression as regression_table
 from btx_jax.data import domains
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import regression
 from btx_jax.files import replacing
 from btx_jax.run import Run, lineage
+from btx_jax.scoring import regression
 from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
 from btx_jax.terminal import format_number
@@ -63,6 +64,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
     json.dump({'config': config_name, 'rows': table.without_units(results.rows),
                'differences': compared, 'checks': results.checks,
                'runs': found['runs'], **_by_seed(results),
+               'tasks': task_table.of_study(study),
                'regressions': changes, 'without_each_expert': effects,
                'manifests': {run.name: recorded.read(study.folder(run.name)) or {}
                              for run in study.runs.values()},
@@ -162,6 +164,7 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'checks': {subject: [{'verdict': claims.verdict(check), **check} for check in found]
                  for subject, found in claims.by_subject(results.checks).items()},
       'about_checks': claims.about(results.checks),
+      'tasks': _tasks(study),
       'training': _training(study, lines, save),
       'mixtures': report_experts.mixtures(
           study, lines, {each['name']: each for each in effects}, save),
@@ -195,6 +198,12 @@ def _models(results: seeds.Results, compared: dict[str, Any], save: pictures.Sav
           differences.panels(compared['rows']), [row['name'] for row in rows], base),
           f'Bits per byte of every model minus those of {base}'),
   }
+
+
+def _tasks(study: Study) -> dict[str, Any]:
+  """The table of scores on tasks."""
+  found = task_table.of_study(study)
+  return {'headings': task_table.headings(found), 'rows': list(task_table.cells(found))}
 
 
 def _training(study: Study, lines: dict[str, list], save: pictures.SavePicture

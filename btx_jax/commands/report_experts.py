@@ -8,8 +8,8 @@ import numpy as np
 from btx_jax.commands import pictures
 from btx_jax.commands import regression as regression_table
 from btx_jax.commands.table import Row
-from btx_jax.evaluate import scores
 from btx_jax.run import Run
+from btx_jax.scoring import scores
 from btx_jax.study.study import Study
 
 

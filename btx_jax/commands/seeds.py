@@ -12,7 +12,7 @@ import numpy as np
 
 from btx_jax.commands import claims, table
 from btx_jax.commands.table import Row
-from btx_jax.evaluate import scores
+from btx_jax.scoring import scores
 from btx_jax.study.study import Study
 
 

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from btx_jax import files, terminal
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import scores
 from btx_jax.run import Run, lineage
+from btx_jax.scoring import scores
 from btx_jax.study import changes, directories, manifest, recorded, sources
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import format_number

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.text import Text
 
-from btx_jax.evaluate import error_bars, scores, units
-from btx_jax.evaluate.error_bars import Difference
+from btx_jax.scoring import error_bars, scores, units
+from btx_jax.scoring.error_bars import Difference
 from btx_jax.study.study import Study
 from btx_jax.terminal import Table
 

@@ -5,6 +5,7 @@ import os
 from typing import TypeGuard, cast
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -167,8 +168,8 @@ class Generator:
         seen_BV = seen_BV.at[jnp.arange(B), tokens_B].set(True)
       if number + 1 < most:  # the devices go on while this token is turned into text
         rows.add(tokens_B, [not text.ended for text in texts])
-      shares_BE = np.asarray(shares_BE)
-      for i, (text, token) in enumerate(zip(texts, np.asarray(tokens_B).tolist())):
+      shares_BE = _on_host(shares_BE)
+      for i, (text, token) in enumerate(zip(texts, _on_host(tokens_B).tolist())):
         if not text.ended:
           yield i, text.add(token), shares_BE[i]
       if all(text.ended for text in texts):
@@ -207,3 +208,10 @@ class Generator:
 
 def _is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
   return not isinstance(prompt, str) and any(isinstance(each, Mapping) for each in prompt)
+
+
+def _on_host(x: jax.Array | np.ndarray) -> np.ndarray:
+  """The whole array, of whose rows this process may hold a part."""
+  if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return multihost_utils.process_allgather(x, tiled=True)

@@ -20,11 +20,11 @@ import numpy as np
 
 from btx_jax.configs import modular
 from btx_jax.data.tokens import Tokens
-from btx_jax.evaluate import ensemble, selected
 from btx_jax.fitting import select
 from btx_jax.model.config import forward_flops_per_token
 from btx_jax.pipeline import Pipeline
 from btx_jax.run import Run, linear_of
+from btx_jax.scoring import ensemble, selected
 from btx_jax.selector import Linear
 from btx_jax.study import params
 

@@ -19,9 +19,9 @@ from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
-from btx_jax.evaluate import units
 from btx_jax.model import llama
 from btx_jax.model.config import Config
+from btx_jax.scoring import units
 from btx_jax.training.loss import next_token_loss
 
 

@@ -11,9 +11,9 @@ from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
-from btx_jax.evaluate import ranking, units
 from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
+from btx_jax.scoring import ranking, units
 from btx_jax.training.step import forward
 
 _SHOWN = 256  # tokens of each domain whose gates are stored one by one

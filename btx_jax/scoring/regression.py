@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import math
 from typing import Any
 
-from btx_jax.evaluate import error_bars, scores
 from btx_jax.model.config import Config
 from btx_jax.run import CHECKPOINT, Run
+from btx_jax.scoring import error_bars, scores
 from btx_jax.study.study import Study
 
 

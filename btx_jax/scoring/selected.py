@@ -14,10 +14,10 @@ import numpy as np
 from btx_jax.data import mixture
 from btx_jax.data.text import Text
 from btx_jax.data.tokens import Tokens
-from btx_jax.evaluate import ensemble
 from btx_jax.fitting import samples, select
 from btx_jax.model.config import forward_flops_per_token
 from btx_jax.run import Run, reader_model
+from btx_jax.scoring import ensemble
 from btx_jax.selector import POSTERIOR, Linear, Merge, similarity_log_weights
 from btx_jax.study import params
 from btx_jax.study.study import Study

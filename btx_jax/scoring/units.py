@@ -15,7 +15,7 @@ import numpy as np
 from btx_jax.data.chat_tokens import WRITTEN
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
-from btx_jax.evaluate import error_bars
+from btx_jax.scoring import error_bars
 
 # Tokens of a block. A longer document is cut into such blocks; a rest of less than half a block
 # belongs to the block before it.

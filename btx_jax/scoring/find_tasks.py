@@ -1,0 +1,235 @@
+"""Finds and loads tasks of lm-evaluation-harness, before a model is read.
+
+The harness and the data sets of its tasks are optional (the extra `eval`). Nothing is downloaded,
+and no code that a model has written is run, unless the caller allows it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import difflib
+import importlib
+import io
+import os
+import re
+from typing import Any, NamedTuple
+
+from btx_jax.errors import UsageError
+
+_CLOSE = 3  # names that are suggested for one that is unknown
+_OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE')
+_ONE_PROCESS = 'DISABLE_MULTIPROC'  # of the bootstrap in the harness's metrics
+_RUN_CODE = 'HF_ALLOW_CODE_EVAL'  # the harness's metrics ask for it too
+
+
+class Wanted(NamedTuple):
+  """A task by name.
+
+  Attributes:
+    name: of a task, a group or a tag of the harness.
+    shots: examples before each question; None is the number in the task's file, or else 0.
+  """
+  name: str
+  shots: int | None
+
+
+class Loaded(NamedTuple):
+  """Tasks that are ready to be scored.
+
+  Attributes:
+    wanted: what was asked for.
+    tasks, groups: the harness's objects by name.
+    members: for each name in `wanted`, the names of its tasks and groups.
+    limit: the most documents of each task; None is all.
+    run_code: whether code that a model has written may run.
+  """
+  wanted: Sequence[Wanted]
+  tasks: Mapping[str, Any]
+  groups: Mapping[str, Any]
+  members: Mapping[str, Sequence[str]]
+  limit: int | None
+  run_code: bool
+
+
+def parse(names: Sequence[str], shots: int | None = None) -> list[Wanted]:
+  """Reads names like 'arc_easy', or 'gsm8k:8' with a number of shots; `shots` is for the others.
+
+  Raises:
+    UsageError: there is no name, or a name comes twice.
+  """
+  result = []
+  for name in names:
+    found = re.fullmatch(r'(.+):(\d+)', name)
+    result.append(Wanted(found[1], int(found[2])) if found else Wanted(name, shots))
+  for number, (name, _) in enumerate(result):
+    if not name or name in [other.name for other in result[:number]]:
+      raise UsageError(f'The tasks {",".join(names)} have {name!r} twice, or an empty name; name '
+                       'each task once.')
+  return result
+
+
+def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = None,
+         download: bool = False, run_code: bool = False) -> Loaded:
+  """Finds tasks and reads their data sets; before a model is read.
+
+  Args:
+    wanted: the tasks.
+    include_path: a directory with tasks of one's own (YAML files), searched first; '' is none.
+    limit: the most documents of each task; None is all.
+    download: whether data sets may be downloaded from the Hugging Face Hub.
+    run_code: whether tasks that run what the model writes are allowed.
+
+  Raises:
+    UsageError: the extra is missing, there is no such task, its data set is not on this machine, or
+      it runs code.
+  """
+  _prepare_imports(download, run_code)
+  if include_path and not os.path.isdir(include_path):
+    raise UsageError(f'--include_path={include_path} is not a directory (looked from '
+                     f'{os.getcwd()}).')
+  with quiet():
+    manager = _manager([each.name for each in wanted], include_path)
+    tasks, groups, members = {}, {}, {}
+    for name, shots in wanted:
+      if name not in manager.task_index:
+        raise UsageError(_unknown(name, manager.all_tasks))
+      unsafe = [each for each in _reached(manager, name)
+                if (manager.task_index[each].cfg or {}).get('unsafe_code')]
+      if unsafe and not run_code:
+        raise UsageError(f'The task {unsafe[0]!r} runs the code that the model writes, on this '
+                         'machine and with your rights. Use a container or a machine of its own, '
+                         'and add --run_code; or leave the task out.')
+      found = _load_one(manager, name)
+      if twice := tasks.keys() & found['tasks'].keys():
+        raise UsageError(f'The task {min(twice)!r} belongs to {name!r} and to another name in '
+                         '--tasks; name one of them.')
+      for task in found['tasks'].values():
+        _set_shots(task, shots)
+      tasks |= found['tasks']
+      groups |= found['groups']
+      members[name] = [*found['tasks'], *found['groups']]
+  return Loaded(wanted, tasks, groups, members, limit, run_code)
+
+
+def _set_shots(task, shots: int | None):
+  """As the harness does: a task whose file says 0 shots keeps them."""
+  fixed = task.get_config('num_fewshot')
+  if fixed is None or (shots is not None and fixed != 0):
+    task.set_config(key='num_fewshot', value=shots or 0)
+
+
+def _load_one(manager, name: str) -> dict[str, Any]:
+  """A task, or the tasks of a group or tag, with their data sets."""
+  try:
+    for each in _reached(manager, name):
+      _find_data_beside(manager.task_index[each])
+    return manager.load([name])
+  except ImportError as error:
+    raise UsageError(f'The task {name!r} needs a package that is not installed: {error}') from error
+  except (ConnectionError, FileNotFoundError) as error:
+    raise UsageError(
+        f'The data set of the task {name!r} is not on this machine ({error}). To download it, add '
+        '--download (in Python download=True); without a network, describe the task in a '
+        'file beside its data, and name that directory in --include_path (docs/evaluate.md).'
+    ) from error
+  except Exception as error:  # a task is code and templates of anybody's
+    raise UsageError(f'The task {name!r} cannot be loaded: {type(error).__name__}: {error}'
+                     ) from error
+
+
+def _find_data_beside(entry):
+  """Changes relative data_files of an entry that lie beside its YAML file to whole paths."""
+  from lm_eval.tasks._yaml_loader import load_yaml
+  files = ((entry.cfg or {}).get('dataset_kwargs') or {}).get('data_files')
+  if not files or not entry.yaml_path:
+    return
+  folder = os.path.dirname(os.path.abspath(entry.yaml_path))
+
+  def whole(path):
+    if isinstance(path, str):
+      there = os.path.join(folder, path)
+      return there if os.path.exists(there) and not os.path.exists(path) else path
+    if isinstance(path, dict):
+      return {split: whole(each) for split, each in path.items()}
+    return [whole(each) for each in path]
+
+  found = load_yaml(entry.yaml_path, resolve_func=True)
+  entry.cfg = {**found, 'dataset_kwargs': {**found['dataset_kwargs'], 'data_files': whole(files)}}
+  entry.yaml_path = None  # the harness would read the file again
+
+
+def _manager(names: Sequence[str], include_path: str):
+  """The index of tasks; without the harness's own, which takes seconds to read, if all names are
+  among those of include_path.
+  """
+  from lm_eval.tasks import TaskManager
+  if include_path:
+    own = TaskManager(include_path=include_path, include_defaults=False)
+    if set(names) <= set(own.all_subtasks):
+      return own
+  return TaskManager(include_path=include_path or None)
+
+
+def _reached(manager, name: str) -> Iterator[str]:
+  """A name, and those of the tasks and groups that belong to it."""
+  entry = manager.task_index.get(name)
+  if entry is None:
+    return
+  yield name
+  inner: list[Any] = sorted(entry.tags) if name in manager.all_tags else []
+  if name in manager.all_groups:
+    inner = (entry.cfg or {}).get('task') or []
+  for each in inner:
+    if isinstance(each, dict):
+      each = each.get('group') or each.get('task')
+    if isinstance(each, str) and each != name:
+      yield from _reached(manager, each)
+
+
+def _unknown(name: str, valid: Sequence[str]) -> str:
+  close = difflib.get_close_matches(name, valid, n=_CLOSE, cutoff=0.6)
+  hint = (f'did you mean {" or ".join(map(repr, close))}?' if close else
+          'lm-eval ls tasks lists those of the harness, and --include_path adds your own.')
+  return f'There is no task {name!r}; {hint}'
+
+
+def _prepare_imports(download: bool, run_code: bool):
+  """Imports the harness with the environment that it is to see.
+
+  Raises:
+    UsageError: the extra is missing.
+  """
+  for name in _OFFLINE:
+    if download:
+      os.environ[name] = '0'
+    else:
+      os.environ.setdefault(name, '1')
+  if run_code:
+    os.environ[_RUN_CODE] = '1'
+  try:
+    for name in ('lm_eval.evaluator', 'datasets.config', 'huggingface_hub.constants'):
+      importlib.import_module(name)
+  except ImportError as error:
+    raise UsageError("Tasks need lm-evaluation-harness: pip install 'btx_jax[eval]' "
+                     f'({error}).') from error
+  # If a caller has imported them before, they have read the environment already.
+  import datasets
+  from huggingface_hub import constants
+  offline = os.environ['HF_HUB_OFFLINE'] not in ('0', '')
+  constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Drops what Python code prints: the harness and its libraries have their own bars and lines.
+
+  The harness also starts no processes then: forked beside jax's threads they wait forever.
+  """
+  before = os.environ.get(_ONE_PROCESS)
+  os.environ[_ONE_PROCESS] = '1'
+  try:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+      yield
+  finally:
+    del os.environ[_ONE_PROCESS]
+    if before is not None:
+      os.environ[_ONE_PROCESS] = before

@@ -1,0 +1,51 @@
+"""Reads and writes what runs score on tasks of lm-evaluation-harness, in the run directories."""
+
+from collections.abc import Mapping
+import glob
+import json
+import os
+from typing import Any
+from urllib.parse import quote
+
+from btx_jax.files import replacing
+from btx_jax.run import Run
+from btx_jax.study import manifest
+from btx_jax.study.study import Study
+
+
+def write(study: Study, run: Run, found: Mapping[str, Any]) -> list[str]:
+  """Stores what tasks.score found, a file for each task that was asked for; returns the files.
+
+  Another score of the same task with as many shots is replaced.
+  """
+  by_name: dict[str, list[dict]] = {}
+  for task in found['tasks']:
+    by_name.setdefault(task['part_of'] or task['name'], []).append(task)
+  paths = []
+  for name, tasks in by_name.items():
+    path = os.path.join(study.folder(run.name), f'tasks_{quote(name, "")}_{tasks[0]["shots"]}.json')
+    with replacing(path) as file:
+      json.dump({'measured_on': _measured_on(study, run), 'harness': found['harness'],
+                 'context': found['context'], 'tasks': tasks}, file, indent=1)
+    paths.append(path)
+  return paths
+
+
+def read(study: Study, run: Run) -> list[dict[str, Any]]:
+  """The scores that are stored of a run, as in tasks.score; without those of another model."""
+  result = []
+  folder = glob.escape(study.folder(run.name))
+  for path in sorted(glob.glob(os.path.join(folder, 'tasks_*.json'))):
+    try:
+      with open(path, encoding='utf-8') as file:
+        kept = json.load(file)
+      if kept['measured_on'] == _measured_on(study, run):
+        result += kept['tasks']
+    except (OSError, ValueError, KeyError, TypeError):
+      continue  # as if it had not been measured
+  return result
+
+
+def _measured_on(study: Study, run: Run) -> dict[str, Any]:
+  found = manifest.read(study.folder(run.name)) or {}
+  return {'run': found.get('identity'), 'folder': run.folder or ''}
