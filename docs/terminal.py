@@ -69,8 +69,9 @@ def page() -> str:
            _text(compare.summary_table(found['compare']))
            + '\n\n' + _text(compare.layer_table(found['compare']))),
           ('generate', 'With `--run=routed --prompts=FILE --max_new_tokens=24 --experts`, from a '
-           'file of two lines. On a terminal each token has the colour of its expert. With `--json` '
-           'each prompt is a line, an object with its `prompt` and `texts`.', _GENERATED)))
+           'file of two lines. On a terminal each token has the colour of its expert. With '
+           '`--json` each prompt is a line, an object with its `prompt` and `texts`.',
+           _GENERATED)))
 
 
 def _text(shown: RenderableType, columns: int = 80) -> str:
