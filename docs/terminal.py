@@ -35,6 +35,15 @@ Nothing is cut.
 Below are the tables of `configs/demo.py:full` at `COLUMNS=80`.
 """
 
+# The text does not follow from docs/terminal.json; it is that of a run of the demo.
+_GENERATED = """the expert that was chosen: seed  expert/code  expert/math  expert/knowledge
+1 + 2 = 1200, so 12222 metres
+What is 10004 plus
+
+The economy of Norway: Economing
+Legislative branch: 1999
+Legislative branch: total: 10.6"""
+
 
 def page() -> str:
   """docs/terminal.md."""
@@ -58,7 +67,11 @@ def page() -> str:
            _text(claims.as_text(found['checks']))),
           ('compare', 'With `--run=btx`. With up to three experts there is a table by layer too.',
            _text(compare.summary_table(found['compare']))
-           + '\n\n' + _text(compare.layer_table(found['compare'])))))
+           + '\n\n' + _text(compare.layer_table(found['compare']))),
+          ('generate', 'With `--run=routed --prompts=FILE --max_new_tokens=24 --experts`, from a '
+           'file of two lines. On a terminal each token has the colour of its expert. With '
+           '`--json` each prompt is a line, an object with its `prompt` and `texts`.',
+           _GENERATED)))
 
 
 def _text(shown: RenderableType, columns: int = 80) -> str:

@@ -134,6 +134,7 @@ def _lines() -> Iterable[str]:
   with contextlib.suppress(EOFError):
     while True:
       yield terminal.console.input('> ')
+  terminal.console.print()
 
 
 def _print(write: Generator, prompts: Sequence[Prompt], asked: Asked, names: Sequence[str],
