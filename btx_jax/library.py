@@ -12,7 +12,7 @@ import sentencepiece as spm
 
 from btx_jax.convert import config_json, export, generation
 from btx_jax.convert.hugging_face import Folder
-from btx_jax.data import chat_template
+from btx_jax.data import chat_template, chat_tokens
 from btx_jax.data.framing import CONFIG, NONE, Options
 from btx_jax.data.tokenizer import FILE, Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
@@ -94,6 +94,8 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     beside = os.path.expanduser(tokenizer)
     tokenizer = load_tokenizer(beside, Options(eos=NONE))
     found, descends_from = config_json.of_folder(beside), generation.read(beside)
+  if tokenizer and tokenizer.template_name:
+    descends_from = generation.combine([descends_from, of_chats(tokenizer)])
   if not max_length:
     max_length = config_json.context_length(found) if found else 4096
   experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
@@ -140,6 +142,12 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
   padded_BT = jnp.pad(rows_BT, ((0, -len(rows_BT) % ways), (0, 0)))  # rows are shared evenly
   found = _logits(config, params, padded_BT)[:len(rows_BT)]
   return found if tokens.ndim == 2 else found[0]
+
+
+def of_chats(tokenizer: Tokenizer) -> generation.Generation:
+  """The token that ends an answer, as a stop token."""
+  end = chat_tokens.stop_id(tokenizer)
+  return generation.Generation(stop_ids=() if end is None else (end,))
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -104,7 +104,7 @@ def test_an_input_belongs_to_its_instruction_and_a_field_can_be_named():
     ({'messages': [user([{'type': 'image_url'}]), assistant('b')]}, chats.NOT_TEXT),
     ({'messages': ['a', 'b']}, chats.NOT_TEXT),
     ({'instruction': ['a'], 'output': 'b'}, chats.NOT_TEXT)])
-def test_a_record_that_is_no_conversation_to_learn_from_is_skipped(record, reason, model, tmp_path):
+def test_a_record_without_an_answer_to_learn_is_skipped(record, reason, model, tmp_path):
   good = [{'messages': each} for each in CONVERSATIONS]
   meta, *_ = prepared(tmp_path, model, [*good, record])
   assert meta['skipped']['reasons'] == {reason: 1}
@@ -121,7 +121,7 @@ def test_what_the_template_refuses_is_skipped_with_its_words(model, tmp_path):
   meta, *_ = prepared(tmp_path, tokenizer.load(str(folder)), records)
   assert 'is refused by the chat template: ' in meta['skipped']['first'][0]
   assert 'Ask me' in meta['skipped']['first'][0]
-  # And no conversation at all is an error that says so.
+  # A domain without any conversation is an error that says so.
   with pytest.raises(UsageError, match='text_field to the field of the messages'):
     prepared(tmp_path / 'none', model, [{'text': 'x'}] * 2)
 
@@ -339,7 +339,9 @@ def test_bits_per_byte_are_those_of_the_answers_alone(text, model):
   np.testing.assert_allclose(found['bits_per_byte'], nll / math.log(2) / size, rtol=1e-5)
   assert (found['bytes'], sum(found['units']['bytes'])) == (size, size)
   assert found['tokens'] == (held_out.roles == chat_tokens.WRITTEN).sum()
-  np.testing.assert_allclose(each.sum(), nll, rtol=1e-5)
+  np.testing.assert_allclose(each[held_out.has_score].sum(), nll, rtol=1e-5)
+  assert (each[held_out.starts[:-1]] == 0).all() and (each > 0).sum() == (
+      len(held_out.ids) - held_out.num_documents)  # prompts weight the experts of an ensemble
 
 
 # Export

@@ -5,12 +5,12 @@ import os
 import resource
 import time
 
+from btx_jax import library
 from btx_jax.convert import config_json, export, generation
-from btx_jax.data import chat_tokens, domains, text
+from btx_jax.data import domains, text
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 from btx_jax.evaluate import scores
-from btx_jax.library import tokenizer_files
 from btx_jax.run import EDIT, HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
 from btx_jax.study import compatibility, context, manifest, routers, sources
 from btx_jax.study.study import Study
@@ -48,7 +48,8 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
   written = export.export(
       folder, run.model, sources.final(study, run), dtype,
       max_length=context.length(run), balance_loss=run.objective.balance_loss,
-      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokenizer_files=tokenizer_files(tokenizer),
+      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
+      tokenizer_files=library.tokenizer_files(tokenizer),
       card=''.join(_card(study, run, origin)), descends_from=found,
       ram=int(study.config.mix.ram_gb * 1e9), identity=identity(study, run), origin=origin)
   seconds = time.monotonic() - began
@@ -90,8 +91,7 @@ def of_chats(study: Study, run: Run, tokenizer: Tokenizer) -> generation.Generat
   if not study.config.tokenizer.chat_template and not any(
       of_chats & set(each.weights) for each in lineage(run)):
     return generation.UNKNOWN
-  end = chat_tokens.stop_id(tokenizer)
-  return generation.Generation(stop_ids=() if end is None else (end,))
+  return library.of_chats(tokenizer)
 
 
 def _origin(run: Run) -> str:

@@ -22,7 +22,7 @@ from btx_jax.data.records import Document, Fields, Part, Reader, Unusable
 from btx_jax.errors import UsageError
 
 SYSTEM, USER, ASSISTANT = ROLES = ('system', 'user', 'assistant')
-_ROLE_OF = {'human': USER, 'gpt': ASSISTANT}  # in a `from`
+_ROLE_OF = {'human': USER, 'gpt': ASSISTANT}  # other names
 _OF_TOOLS = ('tool_calls', 'function_call', 'tools', 'functions')
 
 # Why a record is unusable.
@@ -33,7 +33,7 @@ REFUSED = 'is refused by the chat template'
 
 
 class Unfit(Exception):
-  """A record that is no conversation to train on: the reason, and details."""
+  """A record that cannot be trained on as a conversation: the reason, and details."""
 
   def __init__(self, reason: str, detail: str = ''):
     super().__init__(reason, detail)
@@ -78,7 +78,7 @@ def messages(record: Mapping[str, Any], field: str = 'text') -> list[dict[str, A
     `role` and `content` of each, and `weight` where it is 0.
 
   Raises:
-    Unfit: the record is no conversation to train on.
+    Unfit: the record cannot be trained on as a conversation.
   """
   if any(record.get(key) for key in _OF_TOOLS):
     raise Unfit(TOOLS)
@@ -106,7 +106,7 @@ def _listed(record: Mapping[str, Any], field: str) -> list:
   if field == 'text' and record.get('instruction') and 'output' in record:
     asked = [record['instruction'], record.get('input')]
     if not all(isinstance(each, str) for each in asked if each):
-      raise Unfit(NOT_TEXT, " (instruction, input)")
+      raise Unfit(NOT_TEXT, ' (instruction, input)')
     return [{'role': USER, 'content': '\n\n'.join(filter(None, asked))},
             {'role': ASSISTANT, 'content': record['output']}]
   raise Unfit(NO_MESSAGES, f' in {" or ".join(map(repr, names))}; {records.names_of(record)}')
@@ -121,7 +121,8 @@ def message(given: Any) -> dict[str, Any]:
   """A message as templates read it. Raises Unfit if it is not one."""
   if not isinstance(given, Mapping):
     raise Unfit(NOT_TEXT, f': {str(given)[:60]!r}')
-  role = given.get('role') or _ROLE_OF.get(given.get('from', ''), given.get('from'))
+  role = given.get('role') or given.get('from')
+  role = _ROLE_OF.get(role, role) if isinstance(role, str) else role
   if role in ('tool', 'function') or any(given.get(key) for key in _OF_TOOLS):
     raise Unfit(TOOLS)
   if role not in ROLES:

@@ -67,11 +67,11 @@ class FastTokenizer(spelling.Spelling):
     # Where a text begins with a space, or goes on with one after a cut, another has to be put.
     self._cut = re.compile(f'({"|".join(map(re.escape, after))}) ') if after else None
     self._puts_space = before
-    super().__init__(_bytes_of(found, self._vocabulary, set(names), set(cuts)), before,
-                     [self._vocabulary[name] for name in after])
+    bytes_of = _bytes_of(found, self._vocabulary, set(names), set(cuts))
+    super().__init__(bytes_of, before, [self._vocabulary[name] for name in after])
+    ids = {self._vocabulary[name]: name.encode('utf-8') for name in names}
     self._of_chats = spelling.Spelling(
-        _bytes_of(found, self._vocabulary, set(names), set(names)), before,
-        [self._vocabulary[name] for name in names if after_cuts])
+        [ids.get(i, piece) for i, piece in enumerate(bytes_of)], before, ids if after_cuts else ())
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""

@@ -42,9 +42,12 @@ def _token_nll(cfg: Config, mesh):
 def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int,
               stride: int = 0) -> np.ndarray:
   """Negative log likelihood of each token of a split, [tokens] in nats; 0 for the first of each
-  document, and for end marks. `length` and `stride` are those of bits.evaluate."""
+  document, and for end marks. Of conversations also that of what is read only, by which experts are
+  weighted. `length` and `stride` are those of bits.evaluate."""
   parts = []
   for batch in mixture.evaluation_batches(tokens, length, batch_size, stride):
+    if tokens.roles is not None:
+      batch = batch | {'loss_mask': batch['segment_ids'] > 0}
     batch = sharding.from_whole(batch, mesh)
     parts.append(np.asarray(_token_nll(cfg, mesh)(params, batch), np.float64))
   nll_N = mixture.by_token(tokens, np.concatenate(parts), length, stride)
