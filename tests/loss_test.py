@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BRANCH_BATCH_AXES
 from btx_jax.training import loss
 from tests.helpers import assert_trees_close, normal, use_mesh
 
@@ -69,6 +71,21 @@ def test_gradients_through_the_loss_of_each_token(chunk, vocab, mesh_shape, monk
   np.testing.assert_allclose(found[1], nll, atol=1e-4)
   np.testing.assert_allclose(found[0], nll.sum(), rtol=1e-5)
   assert_trees_close(ours_grads, grads, rtol=1e-5)
+
+
+def test_gradients_through_the_loss_of_each_token_in_stacked_branches():
+  branches = [arguments(vocab=vocab)[:1] + arguments()[1:] for vocab in (20, 22)]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *branches)
+
+  def ours(hidden, head, targets, mask):
+    return jnp.tanh(loss.token_losses(hidden, head, targets, mask, BRANCH_BATCH_AXES)[1]).sum()
+
+  with use_mesh((1, 2, 2, 2)) as mesh:
+    stacked = jax.device_put(stacked, sharding.batch_sharding(mesh, stacked=True))
+    grads = jax.jit(jax.vmap(jax.grad(ours, (0, 1)), spmd_axis_name='expert'))(*stacked)
+  for i, args in enumerate(branches):
+    expected = jax.jit(jax.grad(ours, (0, 1)))(*args)
+    assert_trees_close(jax.tree.map(lambda x, at=i: x[at], grads), expected, rtol=1e-5)
 
 
 def test_masked_targets_reach_neither_loss_nor_gradient():

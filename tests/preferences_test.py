@@ -69,12 +69,12 @@ def oracle(batch, logits, objective):
         where.append(at)
         scores.append(score)
       target = objective.simpo_gamma if objective.loss == 'simpo' else 0
-      margin = scores[0] - scores[1] - target
-      pairs.append((np.log1p(np.exp(-margin)), margin))
+      margin = scores[0] - scores[1]
+      pairs.append((np.log1p(np.exp(target - margin)), margin))
       for at, sign in zip(where, (-1, 1)):
         scale = objective.dpo_beta if objective.loss == 'dpo' else objective.simpo_beta / len(at)
         for i in at:
-          by_logp = sign * scale / (1 + np.exp(margin))
+          by_logp = sign * scale / (1 + np.exp(margin - target))
           gradient[row, i] -= by_logp * np.exp(logp[row, i])
           gradient[row, i, batch['targets'][row, i]] += by_logp
   return np.array(pairs).T, gradient
@@ -128,6 +128,14 @@ def test_a_step_follows_the_mean_over_pairs_and_the_balancing_loss(
   assert metrics['preferences'].pairs.tolist() == [8, 4]  # of the two domains
   if weight:
     np.testing.assert_allclose(metrics['balance'], balancing, rtol=1e-4)
+
+
+def test_specs_of_runs_without_pairs_are_as_before_and_others_have_what_concerns_them():
+  before = {'balance_loss': 0.01, 'balance_scope': 'microbatch', 'router_z': 0.0,
+            'balance_bias': 0.0, 'freeze': ()}
+  assert Objective(dpo_beta=0.2, simpo_gamma=3.0).spec() == before
+  assert DPO.spec() == before | {'loss': 'dpo', 'dpo_beta': 0.5}
+  assert SIMPO.spec() == before | {'loss': 'simpo', 'simpo_beta': 1.5, 'simpo_gamma': 0.5}
 
 
 def step(cfg, params, batch, objective, microbatches, mesh_shape):

@@ -149,7 +149,8 @@ def _each_nll_backward(vocab_axis, residuals, g_BT):
   def one_chunk(dhead_DV, chunk):
     hidden, targets, mask, g = chunk
     _, dlogits = _chunk_nll(hidden, targets, mask, head_DV, vocab_axis)
-    dlogits = jnp.where(mask[:, None], dlogits * g[:, None], 0).astype(hidden.dtype)
+    # Masked before it meets the logits: jax 0.10 cannot map `dlogits * g[:, None]` over branches.
+    dlogits = (dlogits * jnp.where(mask, g, 0)[:, None]).astype(hidden.dtype)
     dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
     return dhead_DV, dlogits @ head_DV.T
 

@@ -17,8 +17,8 @@ Every line has `step` and `time` (seconds since 1970). A line on training has
   balance             load-balancing loss of this step, summed over layers
   router_z            router z-loss of this step, summed over layers
   preferences         of a run on pairs, means over the pairs since the previous line: preferred,
-                      the share whose margin is positive; margin, what the loss is the logistic loss
-                      of (of 'simpo' less its target); chosen and rejected, log-probabilities of the
+                      the share whose margin is positive; margin, the reward of the chosen answer
+                      less that of the rejected one; chosen and rejected, log-probabilities of the
                       answers in nats
   routing             see routing_figures.describe
   troubles            of the routing, see routing_figures.troubles; each only once in a run

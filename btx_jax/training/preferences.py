@@ -2,7 +2,8 @@
 
 DPO (arXiv 2305.18290) compares how much likelier the model finds each answer than the reference
 does, the model before training. SimPO (arXiv 2405.14734) needs no reference: it compares the mean
-log-probability of a token. Both are the logistic loss of a margin, so all else is the same.
+log-probability of a token. Both are the logistic loss of a margin, the difference between the
+rewards of the two answers, so all else is the same.
 
 A row holds whole pairs: its segments 1, 3, 5, ... are chosen answers, each with its prompt, and
 the segments 2, 4, 6, ... the rejected ones. `loss_mask` marks the targets of the answers, and entry
@@ -25,7 +26,7 @@ class Preferences(NamedTuple):
     loss: to differentiate; no gradient flows through the others.
     pairs: their number.
     preferred: the pairs whose margin is positive: the model ranks them as the data does.
-    margin: what the loss is the logistic loss of; of SimPO with its target margin subtracted.
+    margin: the reward of the chosen answer less that of the rejected one.
     chosen, rejected: log-probabilities of the answers in nats.
   """
   loss: jax.Array
@@ -56,13 +57,15 @@ def score(token_nll_BT, batch: Mapping[str, jax.Array], objective: Objective) ->
   logp_BT = -segment_sums(token_nll_BT, segment_ids_BT)
   tokens_BT = segment_sums(batch['loss_mask'].astype(jnp.float32), segment_ids_BT)
   chosen_BP, rejected_BP = _by_pair(logp_BT)
+  target = 0.0
   if objective.loss == DPO:
     before_chosen_BP, before_rejected_BP = _by_pair(batch['reference'])
     margin_BP = objective.dpo_beta * (
         (chosen_BP - before_chosen_BP) - (rejected_BP - before_rejected_BP))
   else:
     means_BT = logp_BT / jnp.maximum(tokens_BT, 1)
-    margin_BP = objective.simpo_beta * jnp.subtract(*_by_pair(means_BT)) - objective.simpo_gamma
+    margin_BP = objective.simpo_beta * jnp.subtract(*_by_pair(means_BT))
+    target = objective.simpo_gamma
   exists_BP = jnp.arange(1, chosen_BP.shape[1] + 1)[None] <= pairs(segment_ids_BT)[:, None]
 
   def total(values_BP):
@@ -71,7 +74,8 @@ def score(token_nll_BT, batch: Mapping[str, jax.Array], objective: Objective) ->
   figures = (total(each) for each in (exists_BP.astype(jnp.float32),
                                       (margin_BP > 0).astype(jnp.float32), margin_BP,
                                       chosen_BP, rejected_BP))
-  return Preferences(total(-jax.nn.log_sigmoid(margin_BP)), *map(jax.lax.stop_gradient, figures))
+  losses_BP = -jax.nn.log_sigmoid(margin_BP - target)
+  return Preferences(total(losses_BP), *map(jax.lax.stop_gradient, figures))
 
 
 def pairs(segment_ids) -> jax.Array:
