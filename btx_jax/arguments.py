@@ -25,6 +25,8 @@ TOPOLOGY = flags.DEFINE_string(
     'preflight: the devices to compile for, such as v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
 ON = flags.DEFINE_multi_string(
     'on', [], 'evaluate: a directory, glob or file to score; may be given several times.')
+TASKS = flags.DEFINE_list(
+    'tasks', [], 'evaluate: built-in tasks to score, such as arithmetic_choice; see evaluation.tasks.')
 MODEL = flags.DEFINE_string(
     'model', None, 'evaluate, generate: the folder of a pretrained model, in place of a run.')
 TEXT_FIELD = flags.DEFINE_string(

@@ -144,6 +144,12 @@ def get_config() -> ConfigDict:
       # helps which domain. It takes as long as measuring the mixture once per expert. Mixtures of
       # the router 'hash' are left out.
       'mask_experts': False,
+      # Built-in tasks: questions about text of the extra `demo`, none of which is trained on.
+      # 'arithmetic' and 'factbook': the answer, generated greedily, must be right. 'code': the line
+      # must parse with the end that was generated. 'arithmetic_choice', 'factbook_choice' and
+      # 'code_choice': the right one of four answers must be likeliest per byte; the form for small
+      # models. Every model of the table is scored, but ensembles only on choices.
+      'tasks': (),
   })
 
   # Steps between lines of metrics.jsonl.

@@ -15,7 +15,8 @@ other commands:
              compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
-  evaluate   scores the text --on with --run, or with a pretrained --model, which needs no --config
+  evaluate   scores the text --on, or answers the questions of --tasks, with --run, or with a
+             pretrained --model, which needs no --config
   generate   continues each --prompt, or line of the standard input, with --run or --model
              (--temperature, --stop, --n, --experts and more)
   export     writes the model of --run to the folder --to, in the format of Hugging Face
@@ -54,7 +55,7 @@ def train_runs(name: str, workdir: str):
       flag.COORDINATOR_TIMEOUT.value)
   import jax
 
-  from btx_jax.commands import claims, measured, regression, report, seeds, table
+  from btx_jax.commands import claims, measured, regression, report, seeds, table, tasks_table
   from btx_jax.devices import compiled
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
@@ -76,6 +77,8 @@ def train_runs(name: str, workdir: str):
     results = seeds.results(pipeline)
     show(table.as_table(results.rows, results.note))
     show(measured.as_table(results.rows))
+    if tasks_table.names(results.rows):
+      show(tasks_table.as_table(results.rows))
     regression.show(pipeline)
     show(claims.as_text(results.checks))
     say(f'Report: {report.write_report(pipeline, name)}')
@@ -136,9 +139,12 @@ def compare_experts(name: str, workdir: str):
 def evaluate_text(name: str, workdir: str):
   """Scores text with a run or a pretrained model."""
   del name
-  if not flag.ON.value or bool(flag.RUN.value) == bool(flag.MODEL.value):
-    raise UsageError('evaluate needs --on=FILES and a model: --config=CONFIG with '
+  if bool(flag.ON.value) == bool(flag.TASKS.value) or bool(flag.RUN.value) == bool(flag.MODEL.value):
+    raise UsageError('evaluate needs --on=FILES or --tasks=NAMES, and a model: --config=CONFIG with '
                      '--run=NAME, or --model=FOLDER.')
+  if flag.TASKS.value:
+    from btx_jax.commands import answer
+    return answer.print_scores(*_model(workdir), flag.TASKS.value, flag.JSON.value)
   from btx_jax.commands import evaluate
   asked = evaluate.Asked(
       [files.local_path('--on', path) for path in dict.fromkeys(flag.ON.value)],

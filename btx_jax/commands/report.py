@@ -27,6 +27,7 @@ from btx_jax.commands import (
   status,
   table,
   table_files,
+  tasks_table,
 )
 from btx_jax.commands import regression as regression_table
 from btx_jax.data import domains
@@ -190,6 +191,9 @@ def _models(results: seeds.Results, compared: dict[str, Any], save: pictures.Sav
       'measured': {'headings': measured.HEADINGS, 'rows': measured.cells(rows),
                    'about': measured.about(rows)},
       'errors': measured.errors(rows),
+      'tasks': {'title': tasks_table.TITLE, 'headings': ['model', *tasks_table.names(rows)],
+                'rows': tasks_table.cells(rows), 'modules': tasks_table.modules(rows),
+                'about': tasks_table.about(tasks_table.first_of_each(rows))},
       'baseline': base,
       'picture': save('differences', pictures.differences(
           differences.panels(compared['rows']), [row['name'] for row in rows], base),
