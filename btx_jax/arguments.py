@@ -26,7 +26,8 @@ TOPOLOGY = flags.DEFINE_string(
 ON = flags.DEFINE_multi_string(
     'on', [], 'evaluate: a directory, glob or file to score; may be given several times.')
 TASKS = flags.DEFINE_list(
-    'tasks', [], 'evaluate: built-in tasks to score, such as arithmetic_choice; see evaluation.tasks.')
+    'tasks', [], 'evaluate: built-in tasks, separated by commas, such as arithmetic_choice; see '
+    'evaluation.tasks.')
 MODEL = flags.DEFINE_string(
     'model', None, 'evaluate, generate: the folder of a pretrained model, in place of a run.')
 TEXT_FIELD = flags.DEFINE_string(

@@ -139,9 +139,10 @@ def compare_experts(name: str, workdir: str):
 def evaluate_text(name: str, workdir: str):
   """Scores text with a run or a pretrained model."""
   del name
-  if bool(flag.ON.value) == bool(flag.TASKS.value) or bool(flag.RUN.value) == bool(flag.MODEL.value):
-    raise UsageError('evaluate needs --on=FILES or --tasks=NAMES, and a model: --config=CONFIG with '
-                     '--run=NAME, or --model=FOLDER.')
+  asked_for, model = (flag.ON.value, flag.TASKS.value), (flag.RUN.value, flag.MODEL.value)
+  if any(bool(one) == bool(other) for one, other in (asked_for, model)):
+    raise UsageError('evaluate needs --on=FILES or --tasks=NAMES, and a model: --config=CONFIG '
+                     'with --run=NAME, or --model=FOLDER.')
   if flag.TASKS.value:
     from btx_jax.commands import answer
     return answer.print_scores(*_model(workdir), flag.TASKS.value, flag.JSON.value)

@@ -14,9 +14,10 @@ MESSAGES = generate.messages()
 MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
-# Modules whose messages are met in distributed_test.py, library_test.py and generation_test.py.
+# Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py and
+# builtin_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
-                  'generation/settings')
+                  'generation/settings', 'data/questions')
 
 CONFIG = '''
 import pathlib, sys
@@ -134,7 +135,11 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'compare'], 'compare needs --run=NAME, the mixture whose experts are compared.'),
     ([DEMO, 'compare', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
     ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
-    ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES and a model: --config=CONFIG'),
+    ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES or --tasks=NAMES, and a model'),
+    ([DEMO, 'evaluate', '--run=seed', '--tasks=code,factbok'], "--tasks has the unknown task "
+     "'factbok'; did you mean 'factbook'?"),
+    ([DEMO, 'evaluate', '--run=routed', '--tasks=code'], "--tasks=code cannot score 'routed': an "
+     'ensemble does not generate. Name a task with _choice.'),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
     ([DEMO, 'generate', '--prompt=a'], 'generate needs a model: --config=CONFIG with --'),
     ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),

@@ -35,11 +35,11 @@ def print_scores(study: Study | None, run_name: str, folder: str, names: Sequenc
   terminal.console.stderr = as_json
   builtin.check(names, '--tasks')
   opened, run = models.opened(study, run_name, folder, _LENGTH)
-  models.check_readable(opened, run, 'evaluate')
   for name in names:
     if reason := answers.why_not(run, name):
       raise UsageError(f'--tasks={name} cannot score {run.name!r}: {reason}. Name a task with '
                        '_choice.')
+  models.check_readable(opened, run, 'evaluate')
   mesh = layout.mesh(opened.config, opened.runs, jax.devices(), hardware.device_memory())
   opened.config.evaluation.batch_size = layout.evaluation_rows(opened.config, mesh)
   with jax.set_mesh(mesh):

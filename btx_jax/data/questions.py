@@ -144,8 +144,8 @@ def factbook(documents: list[str], rng: random.Random, count: int) -> Iterator[Q
     section = lines[0].rpartition(': ')[2]
     others = [f' {other}' for other in values if other != value]
     if len(others) >= WRONG:
-      yield Question(section, *(_before(lines, at, size) + field for size in (_SHORT, _LONG)),
-                     f' {value}', _drawn(rng, others))
+      short, long = (_before(lines, at, size) + field for size in (_SHORT, _LONG))
+      yield Question(section, short, long, f' {value}', _drawn(rng, others))
 
 
 def code(documents: list[str], rng: random.Random, count: int) -> Iterator[Question]:
@@ -172,8 +172,8 @@ def code(documents: list[str], rng: random.Random, count: int) -> Iterator[Quest
       if len(wrong) < WRONG and not parses(start + other):
         wrong.append(other)
     if len(wrong) == WRONG:
-      yield Question(kind, *(_before(lines, at, size) + indent + start for size in (_SHORT_CODE, _LONG)),
-                     end, tuple(wrong), start)
+      short, long = (_before(lines, at, size) + indent + start for size in (_SHORT_CODE, _LONG))
+      yield Question(kind, short, long, end, tuple(wrong), start)
 
 
 def _simple_statements(source_code: str) -> dict[int, str]:

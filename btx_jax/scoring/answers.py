@@ -1,11 +1,13 @@
 """Lets a model answer the questions of the built-in tasks."""
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 from typing import Any
 
 import jax
+import numpy as np
 
 from btx_jax.data.text import Text
 from btx_jax.data.tokenizer import Tokenizer
@@ -16,6 +18,8 @@ from btx_jax.scoring import bits, builtin, selected
 from btx_jax.study.study import Study
 
 _ROWS = 32  # texts that are generated at once
+# On one device: a mixture then reads only the experts that a token chose.
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
 def why_not(run: Run, name: str) -> str:
@@ -44,8 +48,9 @@ def of_model(study: Study, cfg: Config, parameters, names: Sequence[str], tokeni
   for name in names:
     found = builtin.of_task(name, study.config)
     if builtin.is_generated(name):
-      result[name] = builtin.generated(found, functools.partial(
-          _write, Generator(cfg, parameters, tokenizer, batch_size=_ROWS)))
+      with jax.set_mesh(_NO_MESH) if mesh.size == 1 else contextlib.nullcontext():
+        result[name] = builtin.generated(found, functools.partial(
+            _write, Generator(cfg, parameters, tokenizer, batch_size=_ROWS)))
     else:
       answers = builtin.choices(found, tokenizer, length, settings.stride)
       result[name] = builtin.chosen(found, answers, bits.token_nll(

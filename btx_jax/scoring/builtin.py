@@ -1,7 +1,8 @@
 """The built-in tasks: questions about the demo's text, in two forms.
 
   arithmetic, factbook         the answer, generated greedily, must equal the right one
-  code                         the line must parse with the end that was generated greedily
+  code                         the line must parse with the end that was generated greedily; lines
+                               that a number would complete are left out
   arithmetic_choice, ...       of four answers, the right one must be likeliest per byte
 
 Small models fail nearly all tasks of the first form; the second shows what they know. A choice
@@ -70,7 +71,10 @@ def of_task(name: str, config) -> tuple[Question, ...]:
     config: the study's; its held-out share decides which documents questions may be about.
   """
   subject = _subject(name)
-  return questions.of_subject(subject, _held_out(subject, config))
+  found = questions.of_subject(subject, _held_out(subject, config))
+  if subject == 'code' and is_generated(name):
+    return tuple(question for question in found if not questions.parses(f'{question.line} 0'))
+  return found
 
 
 class Choices(NamedTuple):

@@ -50,8 +50,8 @@ def token_nll(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> di
 
 def _scored(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh
             ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """By domain, for each token and expert, [tokens, E]: its negative log likelihood, the log weight of
-  the expert, and whether the expert is computed."""
+  """By domain three arrays, [tokens, E]: the negative log likelihood of each token by each expert,
+  the log weight of the expert, and whether the expert is computed."""
   selector, held_out = run.selector, text.held_out
   if isinstance(selector, Merge) and selector.kind == POSTERIOR:
     computed = {domain: np.ones((len(tokens.ids), len(run.experts)), bool)
