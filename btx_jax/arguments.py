@@ -42,8 +42,9 @@ STRIDE = flags.DEFINE_integer(
     'stride', None, 'evaluate: tokens from one window to the next; default evaluation.stride.',
     lower_bound=0)
 TASKS = flags.DEFINE_list(
-    'tasks', [], 'evaluate: tasks of lm-evaluation-harness, as in arc_easy,gsm8k:8, the latter '
-    'with 8 shots; default evaluation.tasks.')
+    'tasks', [], 'evaluate: built-in tasks (see evaluation.tasks) and tasks of '
+    'lm-evaluation-harness, as in code,arc_easy,gsm8k:8, the last with 8 shots; default the '
+    'harness\'s tasks in evaluation.tasks.')
 INCLUDE_PATH = flags.DEFINE_string(
     'include_path', '', 'evaluate: a directory with tasks of your own, in YAML files.')
 SHOTS = flags.DEFINE_integer(

@@ -146,9 +146,14 @@ def get_config() -> ConfigDict:
       # helps which domain. It takes as long as measuring the mixture once per expert. Mixtures of
       # the router 'hash' are left out.
       'mask_experts': False,
-      # Tasks that the command evaluate scores unless --tasks or --on is given: names of
-      # lm-evaluation-harness (pip install 'btx_jax[eval]'), 'gsm8k:8' with 8 shots. See
-      # docs/evaluate.md.
+      # Questions to score models on: built-in tasks, and tasks of lm-evaluation-harness. Built-in
+      # ones need the extra `demo`, and are about text that no run is trained on. Every model of the
+      # table answers them as soon as it is measured. 'arithmetic' and 'factbook': the answer,
+      # generated greedily, must be right. 'code': the line must parse with the generated end.
+      # 'arithmetic_choice', 'factbook_choice' and 'code_choice': the right one of four answers must
+      # be likeliest per byte; the form for small models. Other names are the harness's
+      # (pip install 'btx_jax[eval]'), 'gsm8k:8' with 8 shots; the command evaluate scores --run on
+      # them. See docs/evaluate.md.
       'tasks': (),
   })
 

@@ -15,8 +15,8 @@ other commands:
              compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
-  evaluate   scores the text --on, or the --tasks of lm-evaluation-harness, with --run or with a
-             pretrained --model, which needs no --config
+  evaluate   scores the text --on, or answers the questions of --tasks (built in, or of
+             lm-evaluation-harness), with --run or with a pretrained --model, which needs no --config
   generate   continues each --prompt, line of the file --prompts, or line of the standard input,
              with --run or --model (--temperature, --stop, --n, --experts and more); --chat answers
              them, or talks
@@ -53,7 +53,7 @@ def train_runs(name: str, workdir: str):
                    '--profile': flag.PROFILE.value, '--workdir': os.path.realpath(workdir)})
   import jax
 
-  from btx_jax.commands import claims, measured, regression, report, seeds, table
+  from btx_jax.commands import answers_table, claims, measured, regression, report, seeds, table
   from btx_jax.devices import compiled
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
@@ -75,6 +75,8 @@ def train_runs(name: str, workdir: str):
     results = seeds.results(pipeline)
     show(table.as_table(results.rows, results.note))
     show(measured.as_table(results.rows))
+    if answers_table.names(results.rows):
+      show(answers_table.as_table(results.rows))
     regression.show(pipeline)
     show(claims.as_text(results.checks))
     say(f'Report: {report.write_report(pipeline, name)}')
@@ -143,9 +145,10 @@ def compare_experts(name: str, workdir: str):
 def evaluate_model(name: str, workdir: str):
   """Scores a run or a pretrained model, on text or on tasks."""
   del name
-  config = flag.CONFIG.value
-  tasks = tuple(flag.TASKS.value) or (
-      tuple(config.evaluation.tasks) if config and not flag.ON.value else ())
+  config, tasks = flag.CONFIG.value, tuple(flag.TASKS.value)
+  if config and not flag.ON.value and not tasks:
+    from btx_jax.scoring import builtin
+    tasks = builtin.others(config.evaluation.tasks)
   if bool(flag.ON.value) == bool(tasks) or bool(flag.RUN.value) == bool(flag.MODEL.value):
     raise UsageError('evaluate needs --on=FILES or --tasks=NAMES, and a model: --config=CONFIG '
                      'with --run=NAME, or --model=FOLDER.')

@@ -18,7 +18,7 @@ from btx_jax.errors import RunError, UsageError
 from btx_jax.fitting import fit, reference, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import BEST, Run
-from btx_jax.scoring import bits, ensemble, regression, scores, selected
+from btx_jax.scoring import answers, bits, builtin, ensemble, regression, scores, selected
 from btx_jax.selector import TFIDF, Merge
 from btx_jax.study import (
   changes,
@@ -49,6 +49,7 @@ class Pipeline(Study):
 
   def __init__(self, config, workdir: str, profile: int = 0):
     super().__init__(config, workdir)
+    builtin.check(self.config.evaluation.tasks, 'evaluation.tasks')
     self.profile = profile
     self._text: Text | None = None
     if any(isinstance(run.selector, Merge) and run.selector.kind == TFIDF
@@ -319,36 +320,56 @@ class Pipeline(Study):
 
   def _measure(self, run: Run) -> None:
     """Measures the models of a complete run that were not measured yet."""
-    def missing() -> list[list[str]]:
-      stages = [(model.name, model.stage) for model in scores.models(self) if model.run is run]
-      if stages and self.config.evaluation.mask_experts and not regression.why_unmasked(run.model):
-        stages.append((run.name, scores.MASKED))
-      return [[name, stage] for name, stage in stages if scores.read(self, run, stage) is None]
+    def missing() -> list[tuple[str, str, bool, list[str]]]:
+      """(name, stage, whether bits per byte are missing, the tasks that are missing)."""
+      models = [(model.name, model.stage) for model in scores.models(self) if model.run is run]
+      result = []
+      for name, stage in models:
+        scored = scores.read_answers(self, run, stage)
+        result.append((name, stage, scores.read(self, run, stage) is None,
+                       [task for task in tasks if task not in scored]))
+      if models and self.config.evaluation.mask_experts and not regression.why_unmasked(run.model):
+        result.append((run.name, scores.MASKED, scores.read(self, run, scores.MASKED) is None, []))
+      return [each for each in result if each[2] or each[3]]
 
     make = {scores.START: params.initial, scores.AVERAGE: params.average,
             scores.FINAL: params.final, scores.MASKED: params.final}
+    tasks = [name for name in builtin.own(self.config.evaluation.tasks)
+             if not answers.why_not(run, name)]
     wanted = distributed.broadcast(missing)
-    if run.selector and wanted:
-      found = selected.evaluate(self, run, self.prepare_text(), self.mesh)
-      distributed.on_process_0(lambda: scores.write(self, run, scores.FINAL, found))
-      return
     made = parameters = None
-    for name, stage in wanted:
-      if made is not make[stage]:  # the final model serves two stages
+    for name, stage, is_unmeasured, unanswered in wanted:
+      if not run.selector and made is not make[stage]:  # the final model serves two stages
         made, parameters = make[stage], None  # one model at a time
         parameters = made(self, run, self.mesh)
       shown = os.path.join(run.series, name)
-      if stage == scores.MASKED:
-        say(f'{shown}: measuring without each of its {run.model.num_experts} experts')
-        found = self._without_each_expert(run.model, parameters)
-      else:
-        say(f'{shown}: measuring')
-        found = self.evaluate(scores.sizes(run, stage), parameters)
-        for domain, values in found.items():
-          if values.get('preferred') is not None:
-            say(f'{shown}: held-out pairs of {domain} whose chosen answer is likelier per token: '
-                f'{values["preferred"]:.1%}')
-      distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
+      if is_unmeasured:
+        found = self._scores(run, stage, parameters, shown)
+        distributed.on_process_0(functools.partial(scores.write, self, run, stage, found))
+      if unanswered:
+        say(f'{shown}: answering questions of {", ".join(unanswered)}')
+        answered = (
+            answers.of_ensemble(self, run, unanswered, self.prepare_text(), self.mesh)
+            if run.selector else
+            answers.of_model(self, scores.sizes(run, stage), parameters, unanswered,
+                             self.prepare_text().tokenizer, self.mesh))
+        distributed.on_process_0(
+            functools.partial(scores.write_answers, self, run, stage, answered))
+
+  def _scores(self, run: Run, stage: str, parameters, shown: str) -> dict[str, dict]:
+    """The scores by domain of a run's model at a stage; `shown` is its name for people."""
+    if run.selector:
+      return selected.evaluate(self, run, self.prepare_text(), self.mesh)
+    if stage == scores.MASKED:
+      say(f'{shown}: measuring without each of its {run.model.num_experts} experts')
+      return self._without_each_expert(run.model, parameters)
+    say(f'{shown}: measuring')
+    found = self.evaluate(scores.sizes(run, stage), parameters)
+    for domain, values in found.items():
+      if values.get('preferred') is not None:
+        say(f'{shown}: held-out pairs of {domain} whose chosen answer is likelier per token: '
+            f'{values["preferred"]:.1%}')
+    return found
 
   def _note_end(self, run: Run, trained: bool):
     """Records the end of a run as its best step if it is; if not, says so after training."""

@@ -37,7 +37,8 @@ def get_config(form: str = ''):
   config.model.update(dim=128, ffn_dim=352, num_layers=4, num_heads=4, num_kv_heads=4,
                       tied_head=True, remat='full')
   config.train.batch_size = 8
-  config.evaluation.update(tokens=32_768, batch_size=16)
+  config.evaluation.update(
+      tokens=32_768, batch_size=16, tasks=('arithmetic_choice', 'factbook_choice', 'code_choice'))
   config.checkpoint_every = 100
   config.checks.expert_gain = 0.2
 

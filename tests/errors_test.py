@@ -15,11 +15,12 @@ MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 # Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py,
-# generate_command_test.py, select_test.py, damage_test.py and tasks_test.py.
+# generate_command_test.py, select_test.py, damage_test.py, tasks_test.py and builtin_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
                   'generation/settings', 'commands/prompts', 'commands/generate',
                   'commands/generators', 'commands/exported', 'training/checkpoint',
-                  'scoring/continuations', 'scoring/find_tasks', 'scoring/harness')
+                  'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
+                  'data/questions')
 
 CONFIG = '''
 import pathlib, sys
@@ -139,6 +140,8 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
     ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES or --tasks=NAMES, and a model: '),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs', '--tasks=a'], 'needs --on=FILES or --tasks='),
+    ([DEMO, 'evaluate', '--run=routed', '--tasks=code'], "--tasks=code cannot score 'routed': an "
+     'ensemble does not generate. Name a task with _choice.'),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
     ([DEMO, 'generate', '--prompt=a'], 'generate needs a model: --config=CONFIG with --'),
     ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),

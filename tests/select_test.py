@@ -16,13 +16,14 @@ from btx_jax import base, library, selector
 from btx_jax.commands import export_ensemble, exported, generators, table
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.convert.safetensors import File
+from btx_jax.data.questions import Question
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
 from btx_jax.fitting import reading, samples, select, solve
 from btx_jax.model import llama
 from btx_jax.model.config import num_params
 from btx_jax.pipeline import Pipeline
-from btx_jax.scoring import ensemble, scores, selected
+from btx_jax.scoring import answers, builtin, ensemble, scores, selected
 from btx_jax.selector import Merge, choose
 from btx_jax.study import params, routers
 from btx_jax.study.study import Study
@@ -182,6 +183,32 @@ def test_an_ensemble_is_better_than_each_of_its_models(study):
   assert rows['all']['forward_flops'] > rows['prose']['forward_flops'] * 1.3
   assert rows['posterior']['mean'] < min(rows[name]['mean'] for name in DOMAINS) - 0.1
   assert rows['posterior']['forward_flops'] == 3 * rows['prose']['forward_flops']
+
+
+def test_models_answer_questions_and_ensembles_those_with_choices(study, monkeypatch):
+  found = tuple(Question(domain, start, start, end, (' the', '1', 'x'))
+                for domain, start, end in (
+                    ('prose', 'the king', ' said'), ('math', '1 + ', '2 = 3')))
+  monkeypatch.setattr(builtin, 'of_task', lambda name, config: found)
+  monkeypatch.setattr(answers, '_write', lambda write, prompts, most: [' said', ''])
+  study.config.evaluation.tasks = ('arithmetic', 'arithmetic_choice')
+  try:
+    study.train()
+    rows = {row['name']: row['answers'] for row in table.rows(study)}
+    path = os.path.join(study.folder('all'), 'answers_final.json')
+    before = os.stat(path).st_mtime_ns
+    study.train()
+    assert os.stat(path).st_mtime_ns == before
+  finally:
+    study.config.evaluation.tasks = ()
+  run, T = study.runs['prose'], study.config.data.seq_len
+  asked = builtin.choices(found, study.prepare_text().tokenizer, T)
+  with jax.set_mesh(study.mesh):
+    nll = ensemble.token_nll(run.model, params.final(study, run, study.mesh), asked.tokens,
+                             study.mesh, T, study.config.evaluation.batch_size)
+  assert rows['prose'] == {'arithmetic': builtin.summary(found, [True, False], 0.0),
+                           'arithmetic_choice': builtin.chosen(found, asked, nll)}
+  assert [*rows['all']] == [*rows['posterior']] == ['arithmetic_choice']
 
 
 def test_its_score_and_costs_are_those_of_the_chosen_experts(study):

@@ -1,24 +1,26 @@
-"""`evaluate --tasks`: scores a run or a pretrained model on tasks of lm-evaluation-harness.
+"""`evaluate --tasks`: scores a run or a pretrained model on built-in tasks, and on tasks of
+lm-evaluation-harness.
 
 With several processes each runs the harness as the only one, on the same requests, and their
-devices share the rows. Scores of a run are kept in its directory, where the report finds them.
+devices share the rows. A run's scores from the harness are kept in its directory, where the report
+finds them; its scores on built-in tasks are kept if the config names these.
 """
 
 import contextlib
 import json
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from btx_jax import terminal
-from btx_jax.commands import models, task_table
+from btx_jax.commands import answer, answers_table, models, task_table
 from btx_jax.commands.export import generation_of
 from btx_jax.data import text
 from btx_jax.devices import distributed, hardware
 from btx_jax.errors import UsageError
 from btx_jax.run import Run
-from btx_jax.scoring import find_tasks, task_scores, tasks
+from btx_jax.scoring import builtin, find_tasks, task_scores, tasks
 from btx_jax.study import context, params
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -57,28 +59,37 @@ def print_scores(study: Study | None, run_name: str, folder: str, asked: Asked, 
     as_json: whether to print JSON; everything else then goes to stderr.
 
   Raises:
-    UsageError: there is no such run, folder or task; the run is not complete, or is an ensemble; or
-      see find_tasks.load.
+    UsageError: there is no such run, folder or task; the run is not complete, or is an ensemble
+      that a task cannot score; or see find_tasks.load.
   """
   terminal.console.stderr = as_json
+  builtin.check(asked.names, '--tasks')
+  own, others = builtin.own(asked.names), builtin.others(asked.names)
   opened, run = models.opened(study, run_name, folder, asked.length)
-  if run.selector:
-    raise UsageError(f'{run.name!r} is an ensemble; evaluate --tasks needs a single model. Name a '
-                     'mixture or an expert.')
+  answer.check(run, own)
+  if run.selector and others:
+    raise UsageError(f'{run.name!r} is an ensemble; --tasks={others[0]} needs a single model. Name '
+                     'a mixture or an expert.')
   models.check_readable(opened, run, 'evaluate')
   loaded = find_tasks.load(
-      find_tasks.parse(asked.names, asked.shots), asked.include_path, asked.limit, asked.download,
-      asked.run_code)
-  found = _score(opened, run, loaded, asked.length)
-  del found['samples']
-  found['model'] = run_name or folder
+      find_tasks.parse(others, asked.shots), asked.include_path, asked.limit, asked.download,
+      asked.run_code) if others else None
+  found: dict[str, Any] = {'model': run_name or folder}
+  if own:
+    found['answers'] = answer.scores(opened, run, own)
+  if loaded:
+    found |= _score(opened, run, loaded, asked.length)
+    del found['samples']
   if not distributed.is_process_0():
     return
-  if run_name:
+  if run_name and loaded:
     task_scores.write(opened, run, found)
   if as_json:
     print(json.dumps(found, indent=1))
-  else:
+    return
+  if own:
+    terminal.show(answers_table.as_table([{'name': found['model'], 'answers': found['answers']}]))
+  if loaded:
     terminal.show(task_table.as_table(found))
     if run_name:
       say(f'Kept in {opened.folder(run.name)}; the command report shows the scores of all runs')

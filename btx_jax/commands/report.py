@@ -16,6 +16,7 @@ import jinja2
 import markupsafe
 
 from btx_jax.commands import (
+  answers_table,
   claims,
   differences,
   measured,
@@ -193,6 +194,9 @@ def _models(results: seeds.Results, compared: dict[str, Any], save: pictures.Sav
       'measured': {'headings': measured.HEADINGS, 'rows': measured.cells(rows),
                    'about': measured.about(rows)},
       'errors': measured.errors(rows),
+      'answers': {'title': answers_table.TITLE, 'headings': ['model', *answers_table.names(rows)],
+                'rows': answers_table.cells(rows), 'modules': answers_table.modules(rows),
+                'about': answers_table.about(answers_table.first_of_each(rows))},
       'baseline': base,
       'picture': save('differences', pictures.differences(
           differences.panels(compared['rows']), [row['name'] for row in rows], base),

@@ -12,7 +12,7 @@ import numpy as np
 
 from btx_jax.commands import claims, table
 from btx_jax.commands.table import Row
-from btx_jax.scoring import scores
+from btx_jax.scoring import builtin, scores
 from btx_jax.study.study import Study
 
 
@@ -83,6 +83,8 @@ def mean_row(rows: Sequence[Row]) -> Row:
            if all(domain in row['units'] for row in rows)}
   return table.with_errors(rows[0] | {
       'units': units,
+      'answers': {name: builtin.mean([row['answers'][name] for row in rows])
+                for name in rows[0]['answers'] if all(name in row['answers'] for row in rows)},
       'bits_per_byte': {domain: statistics.fmean(values) for domain, values in bits.items()},
       'mean': statistics.fmean(means),
       'spread': {

@@ -32,7 +32,8 @@ def rows(study: Study, series: str = '') -> list[Row]:
   frozen), which include every run the model descends from; gates by domain ({} for a dense model);
   by domain of an ensemble ({} for others) share and switches, see selected.usage; by domain
   measured, the documents, bytes, tokens, words and units of the text that was measured; units, see
-  units.score; and error, perplexity, see with_errors. Scores that an earlier version measured have
+  units.score; answers, the scores of built-in tasks by name, see builtin.summary; and error,
+  perplexity, see with_errors. Scores that an earlier version measured have
   neither documents nor units.
   """
   result = []
@@ -53,6 +54,7 @@ def rows(study: Study, series: str = '') -> list[Row]:
         'tokens': sum(run.tokens for run in model.trained),
         'train_flops': sum(run.flops for run in model.trained),
         'train_flops_unfrozen': sum(run.flops_unfrozen for run in model.trained),
+        'answers': scores.read_answers(study, model.run, model.stage),
         'measured': {domain: {kind: score.get(kind) for kind in (*MEASURED, 'words')}
                      | {'units': len(score['units']['bytes']) if 'units' in score else None}
                      for domain, score in found.items()},

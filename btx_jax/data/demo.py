@@ -29,9 +29,14 @@ from btx_jax.errors import UsageError
 _EXCLUDED = ('test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-packages')
 # Smallest and largest factor at each level of difficulty. Other operands lie between their squares,
 # so each number belongs to one level.
-_FACTORS = {'easy': (2, 20), 'medium': (21, 100), 'hard': (101, 500), 'harder': (501, 2_000)}
-_LEVELS = ('easy', 'medium', 'hard')
+FACTORS = {'easy': (2, 20), 'medium': (21, 100), 'hard': (101, 500), 'harder': (501, 2_000)}
+LEVELS = ('easy', 'medium', 'hard')
 _DOCUMENTS, _PROBLEMS = 17_000, 8
+# The kinds of problems, in the order of the cases in `problem`.
+MODULES = (
+    'addition', 'subtraction', 'multiplication', 'division', 'product_from_difference',
+    'product_of_sum', 'common_divisor', 'percentage', 'equation_plus', 'equation_minus', 'greater',
+    'sorting', 'sequence', 'smaller_units', 'larger_units', 'buying', 'sharing')
 _UNITS = (
     ('minutes', 'seconds', 60), ('hours', 'minutes', 60), ('days', 'hours', 24),
     ('weeks', 'days', 7), ('years', 'months', 12), ('metres', 'centimetres', 100),
@@ -41,6 +46,7 @@ _THINGS = ('apples', 'books', 'coins', 'marbles', 'pens', 'stamps', 'stickers', 
 
 
 def package_folder(module: str, package: str) -> str:
+  """The folder of an installed package. Raises UsageError if the package is missing."""
   spec = importlib.util.find_spec(module)
   if spec is None or not spec.submodule_search_locations:
     raise UsageError(f"The demo's text needs the package {package!r}: "
@@ -95,7 +101,7 @@ def plain(markup: str) -> str:
   return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', markup)).split())
 
 
-def arithmetic(levels: Sequence[str] = _LEVELS, documents: int = _DOCUMENTS) -> Iterator[str]:
+def arithmetic(levels: Sequence[str] = LEVELS, documents: int = _DOCUMENTS) -> Iterator[str]:
   """Documents of eight problems with answers, all of the level that the first line names.
 
   The text is always the same: it is drawn by `random.Random.random` alone, which returns the same
@@ -103,36 +109,56 @@ def arithmetic(levels: Sequence[str] = _LEVELS, documents: int = _DOCUMENTS) -> 
   in common, so held-out text never repeats a question of the training text.
 
   Args:
-    levels: keys of `_FACTORS`; documents take them in turn.
+    levels: keys of `FACTORS`; documents take them in turn.
     documents: how many to make.
   """
-  rng = random.Random(' '.join(levels))
+  for level, problems in _problems(levels, documents):
+    lines = [f'Level: {level}', *(f'{question} {answer}' for question, answer in problems)]
+    yield '\n'.join(lines) + '\n'
+
+
+def questions() -> set[str]:
+  """All questions of `arithmetic`."""
+  return {question for _, problems in _problems(LEVELS, _DOCUMENTS) for question, _ in problems}
+
+
+def _problems(levels: Sequence[str], documents: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+  """The level of each document, and its questions with their answers."""
+  draw = drawer(' '.join(levels))
   asked = set()
+  for number in range(documents):
+    level = levels[number % len(levels)]
+    problems: list[tuple[str, str]] = []
+    while len(problems) < _PROBLEMS:
+      question, answer = problem(draw, *FACTORS[level])
+      if question not in asked:
+        asked.add(question)
+        problems.append((question, answer))
+    yield level, problems
+
+
+def drawer(seed: str) -> Callable[[int, int], int]:
+  """A function that returns a random integer between two others, inclusive."""
+  rng = random.Random(seed)
 
   def draw(low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
-  for number in range(documents):
-    level = levels[number % len(levels)]
-    lines = [f'Level: {level}']
-    while len(lines) <= _PROBLEMS:
-      question, answer = problem(draw, *_FACTORS[level])
-      if question not in asked:
-        asked.add(question)
-        lines.append(f'{question} {answer}')
-    yield '\n'.join(lines) + '\n'
+  return draw
 
 
-def problem(draw: Callable[[int, int], int], low: int, high: int) -> tuple[str, str]:
+def problem(draw: Callable[[int, int], int], low: int, high: int, module: str = ''
+            ) -> tuple[str, str]:
   """A random question and its answer.
 
   Args:
-    draw: returns a random integer between two others, inclusive.
+    draw: see drawer.
     low, high: the range of factors; other operands lie between their squares.
+    module: one of MODULES; '' draws one.
   """
   a, b = draw(low**2, high**2), draw(low**2, high**2)
   k, x = draw(low, high), draw(low, high)
-  match draw(0, 16):
+  match MODULES.index(module) if module else draw(0, len(MODULES) - 1):
     case 0:
       return f'What is {a} plus {b}?', f'{a + b}'
     case 1:

@@ -21,14 +21,17 @@ _SHORTEST = 16  # positions of a prompt that are computed
 
 
 class Rows(Protocol):
-  """A batch of texts that are being generated.
+  """A batch of texts that are being generated."""
 
-  Attributes:
-    logits: [B, V] float32, for the next token of each row.
-    shares: [B, E], how much each expert counted in these logits; [B, 0] without experts.
-  """
-  logits: jax.Array
-  shares: jax.Array | np.ndarray
+  @property
+  def logits(self) -> jax.Array:
+    """[B, V] float32, for the next token of each row."""
+    ...
+
+  @property
+  def shares(self) -> jax.Array | np.ndarray:
+    """[B, E], how much each expert counted in these logits; [B, 0] without experts."""
+    ...
 
   def add(self, tokens_B: jax.Array, live: Sequence[bool]) -> None:
     """Reads one more token of each row.

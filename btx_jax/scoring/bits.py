@@ -93,6 +93,16 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
   return result
 
 
+def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int,
+              stride: int = 0) -> np.ndarray:
+  """Negative log likelihood of each token, [tokens] in nats, by the program that `evaluate` runs; 0
+  for the first of each document. Arguments as for `evaluate`."""
+  nll = [jax.device_get(_eval_step(cfg, mesh)(params, batch)[0])
+         for _, batch in _batches(tokens, mesh, length, batch_size, stride)]
+  nll_N = mixture.without_overlap(np.concatenate(nll), len(tokens.ids) - 1, stride)
+  return np.append(0.0, nll_N)
+
+
 def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
                         batch_size: int, tokenizer: Tokenizer, stride: int = 0) -> dict[str, dict]:
   """Scores a mixture as `evaluate` does, once without each of its experts.

@@ -1,6 +1,7 @@
 """Reads and writes the held-out scores of a study's models, stored in the run directories."""
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import json
 import os
 import statistics
@@ -11,6 +12,7 @@ from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
 from btx_jax.run import HUGGING_FACE, MIX, Run, averaged_model, lineage, reader_model
+from btx_jax.scoring import builtin
 from btx_jax.selector import Merge
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -127,8 +129,45 @@ def write(study: Study, run: Run, stage: str, scores: dict) -> None:
     json.dump({'measured_on': _measured_on(study, run), 'domains': scores}, file)
 
 
-def _path(study: Study, run: Run, stage: str) -> str:
-  return os.path.join(study.folder(run.name), f'evaluation_{stage}.json')
+def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
+  """Reads the scores of the built-in tasks that the config names, as builtin.summary returns them.
+
+  Without tasks that were not scored yet, or with other questions.
+  """
+  result = {}
+  kept = _kept_answers(study, run, stage)
+  for name in builtin.own(study.config.evaluation.tasks):
+    with contextlib.suppress(KeyError, TypeError, UsageError):
+      if kept[name]['made_from'] == _answers_made_from(study, run, name):
+        result[name] = kept[name]['found']
+  return result
+
+
+def write_answers(study: Study, run: Run, stage: str, found: Mapping[str, dict]) -> None:
+  """Stores scores of built-in tasks, by name, as builtin.summary returned them."""
+  kept = _kept_answers(study, run, stage)
+  kept |= {name: {'made_from': _answers_made_from(study, run, name), 'found': score}
+           for name, score in found.items()}
+  with replacing(_path(study, run, stage, 'answers')) as file:
+    json.dump(kept, file, indent=1)
+
+
+def _kept_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
+  try:
+    with open(_path(study, run, stage, 'answers'), encoding='utf-8') as file:
+      kept = json.load(file)
+  except (OSError, ValueError):
+    return {}
+  return kept if isinstance(kept, dict) else {}
+
+
+def _answers_made_from(study: Study, run: Run, name: str) -> dict:
+  found = manifest.read(study.folder(run.name)) or {}
+  return {'run': found['identity'], **builtin.made_from(name, study.config)}
+
+
+def _path(study: Study, run: Run, stage: str, kind: str = 'evaluation') -> str:
+  return os.path.join(study.folder(run.name), f'{kind}_{stage}.json')
 
 
 def _measured_on(study: Study, run: Run) -> dict:

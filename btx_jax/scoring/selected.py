@@ -30,6 +30,28 @@ def evaluate(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dic
   Returns:
     domain -> what ensemble.bits_per_byte returns, and what `usage` does.
   """
+  found = _scored(study, run, text, mesh)
+  result = {}
+  for domain, tokens in text.held_out.items():
+    nll_NE, log_weights_NE, computed_NE = found[domain]
+    score = ensemble.bits_per_byte(nll_NE, log_weights_NE, tokens, text.tokenizer)
+    result[domain] = score | usage(run, np.exp(log_weights_NE), computed_NE, tokens,
+                                   study.config.evaluation.stride)
+    say(f'{run.name}: {in_words(run, domain, result[domain])}')
+  return result
+
+
+def token_nll(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+  """Negative log likelihood of each token by an ensemble, [tokens] in nats by domain of
+  `text.held_out`. A linear selector must have been fitted."""
+  return {domain: ensemble.averaged_nll(nll_NE, log_weights_NE) for
+          domain, (nll_NE, log_weights_NE, _) in _scored(study, run, text, mesh).items()}
+
+
+def _scored(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh
+            ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+  """By domain three arrays, [tokens, E]: the negative log likelihood of each token by each expert,
+  the log weight of the expert, and whether the expert is computed."""
   selector, held_out = run.selector, text.held_out
   if isinstance(selector, Merge) and selector.kind == POSTERIOR:
     computed = {domain: np.ones((len(tokens.ids), len(run.experts)), bool)
@@ -43,13 +65,7 @@ def evaluate(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dic
                    _by_choice(study, run, text, mesh))
     computed = {domain: np.isfinite(found) for domain, found in log_weights.items()}
     nll = _nll(study, run, text, mesh, computed)
-  result = {}
-  for domain, tokens in held_out.items():
-    score = ensemble.bits_per_byte(nll[domain], log_weights[domain], tokens, text.tokenizer)
-    result[domain] = score | usage(run, np.exp(log_weights[domain]), computed[domain], tokens,
-                                    study.config.evaluation.stride)
-    say(f'{run.name}: {in_words(run, domain, result[domain])}')
-  return result
+  return {domain: (nll[domain], log_weights[domain], computed[domain]) for domain in held_out}
 
 
 def _by_choice(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh
