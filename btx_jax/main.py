@@ -16,7 +16,7 @@ other commands:
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
   evaluate   scores the text --on, or answers the questions of --tasks (built in, or of
-             lm-evaluation-harness), with --run or with a pretrained --model, which needs no --config
+             lm-evaluation-harness), with --run or a pretrained --model, which needs no --config
   generate   continues each --prompt, line of the file --prompts, or line of the standard input,
              with --run or --model (--temperature, --stop, --n, --experts and more); --chat answers
              them, or talks

