@@ -20,6 +20,7 @@ import btx_jax
 from btx_jax.devices import sharding
 from btx_jax.errors import UsageError
 from btx_jax.model import llama
+from tests import own_tasks
 from tests.helpers import (
   TINY,
   TINY_MIXTURE,
@@ -57,14 +58,18 @@ def test_the_notebook_of_the_docs_runs(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('name', sorted({*btx_jax.__all__} - {'__version__'}))
-def test_the_example_of_a_docstring_is_right(name, folders, tmp_path):
+def test_the_example_of_a_docstring_is_right(name, folders, tmp_path, monkeypatch):
+  if name == 'evaluate':
+    pytest.importorskip('lm_eval')
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
   thing = getattr(btx_jax, name)
   params = random_params(MODEL)
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], random_batch(MODEL, rows=2, length=8))
   names = {each: getattr(btx_jax, each) for each in btx_jax.__all__} | {
       'jax': jax, 'jnp': jnp, 'dataclasses': dataclasses, 'config': MODEL, 'params': params,
       'seed': params, 'code': params, 'math': random_params(MODEL, 1), 'batch': batch,
-      'optimizer': optax.sgd(0.1), 'folder': str(folders / 'law'), 'out': str(tmp_path / 'out')}
+      'optimizer': optax.sgd(0.1), 'folder': str(folders / 'law'), 'out': str(tmp_path / 'out'),
+      'own_tasks': own_tasks.write(tmp_path / 'own_tasks')}
   example = doctest.DocTestParser().get_doctest(inspect.getdoc(thing), names, name, None, None)
   assert example.examples
   assert doctest.DocTestRunner().run(example).failed == 0

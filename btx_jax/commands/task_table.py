@@ -63,10 +63,13 @@ def headings(found: Mapping[str, Any]) -> list[str]:
 def cells(found: Mapping[str, Any]) -> Iterator[Sequence[str]]:
   """The cells of each row of it."""
   for row in found['rows']:
-    scores = [format_number(row['values'].get(run), _DIGITS)
-              + (f' ±{row["errors"][run]:{_DIGITS}}' if row['errors'].get(run) else '')
-              for run in found['runs']]
+    scores = [_score(row['values'].get(run), row['errors'].get(run)) for run in found['runs']]
     yield [_name(row), _label(row), str(row['shots']), f'{row["documents"]:,}', *scores]
+
+
+def _score(value: float | None, error: float | None) -> str:
+  shown = format_number(value, _DIGITS)
+  return shown if error is None else f'{shown} ±{error:{_DIGITS}}'
 
 
 def _name(task: Mapping[str, Any]) -> str:
