@@ -11,6 +11,7 @@ for ensembles, on meshes and by several processes alike.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import difflib
 import importlib.util
 import itertools
 import math
@@ -35,18 +36,22 @@ Write = Callable[[Sequence[str], int], list[str]]
 
 
 def check(names: Sequence[str], where: str) -> None:
-  """Raises UsageError if a task's package is missing, or without lm-eval if it is not built in.
+  """Checks tasks that a config or a flag names. Others than built-in ones may be the harness's.
 
   Args:
     names: the tasks.
     where: the field or flag that names them.
+
+  Raises:
+    UsageError: the package of a built-in task is missing; or the harness is, and the name of
+      another task looks like that of a built-in one.
   """
   for name in own(names):
     questions.version(_subject(name))
-  if others(names) and importlib.util.find_spec('lm_eval') is None:
-    name = others(names)[0]
-    raise UsageError(f'{where}: {name!r} is not a built-in task; {nearest(name, NAMES)} Tasks of '
-                     "lm-evaluation-harness need pip install 'btx_jax[eval]'.")
+  for name in others(names) if importlib.util.find_spec('lm_eval') is None else ():
+    if difflib.get_close_matches(name, NAMES, cutoff=0.8):
+      raise UsageError(f'{where}: {name!r} is not a built-in task; {nearest(name, NAMES)} Tasks of '
+                       "lm-evaluation-harness need pip install 'btx_jax[eval]'.")
 
 
 def own(names: Sequence[str]) -> list[str]:
