@@ -89,7 +89,7 @@ def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = N
   with quiet():
     manager = _manager([each.name for each in wanted], include_path)
     tasks, groups, members = {}, {}, {}
-    for name, shots in wanted:
+    for name, _ in wanted:
       if name not in manager.task_index:
         raise UsageError(_unknown(name, manager.all_tasks))
       unsafe = [each for each in _reached(manager, name)
@@ -98,6 +98,7 @@ def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = N
         raise UsageError(f'The task {unsafe[0]!r} runs the code that the model writes, on this '
                          'machine and with your rights. Use a container or a machine of its own, '
                          'and add --run_code; or leave the task out.')
+    for name, shots in wanted:
       found = _load_one(manager, name)
       if twice := tasks.keys() & found['tasks'].keys():
         raise UsageError(f'The task {min(twice)!r} belongs to {name!r} and to another name in '
