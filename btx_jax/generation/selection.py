@@ -1,7 +1,7 @@
 """How an ensemble weights its experts for the next token of each row of a batch.
 
 These are the selectors of selector.py while texts grow. The weights are those that
-evaluate/selected.py computes for the same text: the choice for a token follows from all text before
+scoring/selected.py computes for the same text: the choice for a token follows from all text before
 it, from the first token on.
 """
 

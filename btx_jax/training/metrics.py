@@ -25,7 +25,7 @@ Every line has `step` and `time` (seconds since 1970). A line on training has
   warnings            the same in sentences
 
 and a line on evaluation has `bits_per_byte` by domain, and for domains of pairs `preferred`, the
-share of held-out pairs that the model ranks as the data does (evaluate/ranking.py).
+share of held-out pairs that the model ranks as the data does (scoring/ranking.py).
 """
 
 from collections.abc import Iterator
