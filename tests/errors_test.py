@@ -314,7 +314,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ("config.train.batch_size = None", 'train.batch_size = None is of type NoneType'),
     ("config.train = {'batch_size': 8}", 'train.balance_bias is missing. Start from'),
     ("config.domains = {'code': '/x/*.txt'}", "domains.code = '/x/*.txt' is of type str"),
-    ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.held_out is missing'),
+    ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.format is missing'),
     ("config.domains.code.paths = 5", 'paths = 5 is of type int, and must be of type tuple'),
     ("config.domains.code = base.domain([5])", 'paths = (5,) is of type tuple, and must be a'),
     ("config.domains.code = base.domain(here)", 'mine.py, line 17: TypeError: '),
