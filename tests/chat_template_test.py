@@ -138,6 +138,6 @@ def test_a_template_stays_in_its_sandbox(source, message):
 
 
 def test_a_broken_template_is_refused_at_once():
-  with pytest.raises(UsageError, match='not one that Jinja can read: unexpected'):
+  with pytest.raises(UsageError, match='is not valid Jinja: unexpected'):
     ChatTemplate('{% if', {}, 'x')
   assert json.loads(ChatTemplate('{{ messages | tojson }}', {}, 'x').render(TURN)) == TURN

@@ -119,7 +119,7 @@ def test_what_the_template_refuses_is_skipped_with_its_words(model, tmp_path):
       tokenizer_config={'eos_token': '</s>', 'chat_template': refuses})
   records = [{'messages': each} for each in [*CONVERSATIONS, [user('No'), assistant('c')]]]
   meta, *_ = prepared(tmp_path, tokenizer.load(str(folder)), records)
-  assert 'is refused by the chat template: ' in meta['skipped']['first'][0]
+  assert 'is rejected by the chat template: ' in meta['skipped']['first'][0]
   assert 'Ask me' in meta['skipped']['first'][0]
   # A domain without any conversation is an error that says so.
   with pytest.raises(UsageError, match='text_field to the field of the messages'):

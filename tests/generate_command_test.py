@@ -41,14 +41,14 @@ def test_a_file_has_a_prompt_in_each_line(tmp_path, name, lines, expected):
 
 @pytest.mark.parametrize('name, lines, message', [
     ('none.txt', None, 'none.txt cannot be read: '),
-    ('p.txt', '\n \n', 'p.txt has no prompts: each line'),
+    ('p.txt', '\n \n', 'p.txt has no prompts; every'),
     ('p.txt', b'\xff\n', 'p.txt cannot be read: '),
     ('p.jsonl', 'plain\n', 'p.jsonl, line 1 is not JSON: '),
-    ('p.jsonl', '\n["a"]', 'p.jsonl, line 2 must be an object with a text `prompt`, or'),
+    ('p.jsonl', '\n["a"]', 'p.jsonl, line 2 must be an object with `prompt`, a'),
     ('p.jsonl', '{"prompt": 1}', 'line 1 must be an object'),
     ('p.jsonl', '{"messages": []}', 'line 1 must be an object'),
     ('p.jsonl', '{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', 'line 1 must'),
-    ('p.jsonl', '{"messages": [{"role": "user", "content": ["b"]}]}', 'whose values are texts.'),
+    ('p.jsonl', '{"messages": [{"role": "user", "content": ["b"]}]}', 'whose values are strings.'),
     ('p.jsonl', '{"messages": [{"role": "usr", "content": "b"}]}', "'usr'; did you mean 'user'?")])
 def test_a_file_that_has_something_else_is_refused(tmp_path, name, lines, message):
   if lines is not None:
@@ -172,7 +172,7 @@ def test_the_command_answers_turns_and_says_when_they_do_not_fit(folder, capsys,
 @pytest.mark.parametrize('template, message', [
     (None, r'has no chat template\. Name one, as in --chat_template=chatml \(valid: chatml, lla'),
     ('{{ raise_exception("needs tools") }}', 'fails on this conversation: needs tools'),
-    ('{% if %}', 'is not one that Jinja can read')])
+    ('{% if %}', 'is not valid Jinja')])
 def test_a_template_that_cannot_write_is_refused_before_the_model_is_read(
     folder, tmp_path, monkeypatch, template, message):
   other = tmp_path / 'model'
