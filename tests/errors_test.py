@@ -688,7 +688,7 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
      'held_out=config.domains.code.paths)', 'domains.code has nothing to train on: 60 document(s)'),
     (chats(WRITES, 'config.domains.code.paths = (str(here / "mine.py"),)'),
      'mine.py is plain text; conversations are read from JSON, Parquet and Arrow files. Narrow'),
-    (chats(WRITES, PAIRS), 'domains.code: none of its pairs fits into a row of data.seq_len = 15'),
+    (chats(WRITES, PAIRS), 'domains.code: none of its pairs fits in a row of data.seq_len = 15'),
     (chats(WRITES), 'domains.code: no answer begins within the first data.seq_len = 15 tokens of'),
 ])
 def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
