@@ -13,8 +13,8 @@ from btx_jax.configs import eval_paper.
 
 from btx_jax import base
 
-# The harness's prompts are not always the paper's, which follow Touvron et al. (2023) and Roziere et
-# al. (2023). So compare models that were measured in the same way, not with the paper's figures.
+# The harness's prompts are not always those of the paper, which follows Touvron et al. (2023) and
+# Roziere et al. (2023). Compare models that were measured in the same way, not with its figures.
 TASKS = (
     'gsm8k_cot:8', 'minerva_math:4',  # math: exact match
     'humaneval:0', 'mbpp:3',  # code: pass@1

@@ -1,6 +1,6 @@
-"""A checkpoint that is damaged is noticed by whoever reads it, and a run goes on from a sound one.
+"""Every reader notices a damaged checkpoint, and a run continues from a sound one.
 
-tests/pipeline_test.py has kills; here files change on the disk.
+tests/pipeline_test.py kills runs; here files change on disk.
 """
 
 import os
@@ -25,7 +25,7 @@ STEPS = 6  # with checkpoints after 2, 4 and 6
 
 @pytest.fixture(scope='module')
 def study(text, tmp_path_factory):
-  """A complete run, and one that was trained from it."""
+  """A complete run, and another one that started from it."""
   config = studies.get_config(text)
   config.evaluation.update(every=0)
   config.mesh.update(fsdp=2, expert=1, tensor=1)
@@ -38,7 +38,7 @@ def study(text, tmp_path_factory):
 
 @pytest.fixture
 def copy(study, tmp_path):
-  """The study in a directory of its own, to do harm to."""
+  """The study in a directory of its own, where a test may damage it."""
   return Pipeline(study.config, str(shutil.copytree(study.workdir, tmp_path / 'work')))
 
 

@@ -273,7 +273,7 @@ WRITES = '{% for m in messages %}{{ m.content }}<|end|>{% endfor %}'
 
 
 def chats(template, harm=''):
-  """Lines that make a domain of chats with this template; then the lines `harm`."""
+  """Lines of a config with a domain of conversations and this template; then the lines `harm`."""
   return f'''import json, os, shutil
 shutil.copytree("tests/fixtures/tokenizer", here / "own")
 (here / "own" / "chat_template.jinja").write_text({template!r})
@@ -284,7 +284,7 @@ config.domains.code = base.domain(str(here / "x.jsonl"), format="chat", held_out
 {harm}'''
 
 
-# Lines that follow those, and make pairs of the chats.
+# Lines that follow those, and turn the conversations into pairs.
 PAIRS = '''pairs = [{"prompt": "few words " * i, "chosen": "x", "rejected": "y"} for i in (9, 8)]
 (here / "x.jsonl").write_text("\\n".join(map(json.dumps, pairs)))
 config.domains.code.format, config.train.loss = "pairs", "dpo"

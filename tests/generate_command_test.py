@@ -1,4 +1,4 @@
-"""The command `generate`: prompts from files, conversations, and what a chat template needs."""
+"""The command `generate`: prompts from files, conversations, and checks of chat templates."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def test_a_system_message_needs_a_conversation():
 
 
 class Echo:
-  """A model that answers with the number of messages it was given."""
+  """A model that answers with the number of messages that it read."""
   context = 50
 
   def __init__(self):
@@ -150,7 +150,7 @@ def test_the_answer_to_a_conversation_ends_with_its_turn(folder):
   assert (answer.text, answer.ended, answer.ids) == ('Yes.', STOP, (*ids, end))
   assert engine.prompts == [chat_tokens.prompt_ids(tokenizer, messages)]
   text, = write(['Is it?'], len(ids) + 3)[0]
-  assert (text.text, text.ended) == ('Yes.Ye', LENGTH)  # it is no turn, and goes on
+  assert (text.text, text.ended) == ('Yes.Ye', LENGTH)  # a text has no turns to end
 
 
 def test_the_command_answers_turns_and_says_when_they_do_not_fit(folder, capsys, monkeypatch):
@@ -186,5 +186,5 @@ def test_a_template_that_cannot_write_is_refused_before_the_model_is_read(
   asked = command.Asked((), True, max_new_tokens=6)
   with pytest.raises(UsageError, match=message):
     command.print_texts(None, '', str(other), asked, True)
-  with pytest.raises(TypeError):  # the model would be read now
+  with pytest.raises(TypeError):  # next, the model would be read
     command.print_texts(None, '', str(other), asked._replace(chat_template='chatml'), True)

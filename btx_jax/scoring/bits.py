@@ -95,7 +95,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
 
 def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int,
               stride: int = 0) -> np.ndarray:
-  """Negative log likelihood of each token, [tokens] in nats; 0 for the first token of each document.
+  """Negative log likelihood of each token, [tokens] in nats; 0 for each first token of a document.
 
   It is computed by the program that `evaluate` runs. Arguments as for `evaluate`.
   """
