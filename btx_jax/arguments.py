@@ -32,7 +32,7 @@ TEXT_FIELD = flags.DEFINE_string(
     'text_field', 'text', 'evaluate: the JSON field or Parquet column with the text.')
 FORMAT = flags.DEFINE_enum(
     'format', 'text', domains.FORMATS,
-    'evaluate: what the records are: texts, conversations or pairs.')
+    'evaluate: what the records of --on are: texts, conversations or pairs.')
 SEPARATOR = flags.DEFINE_string(
     'separator', '', 'evaluate: splits a plain text file into documents.')
 LENGTH = flags.DEFINE_integer(
@@ -43,15 +43,16 @@ STRIDE = flags.DEFINE_integer(
     lower_bound=0)
 TASKS = flags.DEFINE_list(
     'tasks', [], 'evaluate: built-in tasks (see evaluation.tasks) and tasks of '
-    'lm-evaluation-harness, as in code,arc_easy,gsm8k:8, the last with 8 shots; default the '
-    'harness\'s tasks in evaluation.tasks.')
+    'lm-evaluation-harness, as in code,arc_easy,gsm8k:8 (the last with 8 shots); the default is '
+    'the harness\'s tasks in evaluation.tasks.')
 INCLUDE_PATH = flags.DEFINE_string(
-    'include_path', '', 'evaluate: a directory with tasks of your own, in YAML files.')
+    'include_path', '', 'evaluate: a directory with your own tasks, as YAML files.')
 SHOTS = flags.DEFINE_integer(
-    'shots', None, 'evaluate: examples before each question, in tasks that do not fix them.',
+    'shots', None, 'evaluate: the number of examples before each question, for tasks named without '
+    'a number.',
     lower_bound=0)
 LIMIT = flags.DEFINE_integer(
-    'limit', None, 'evaluate: the most documents of each task.', lower_bound=1)
+    'limit', None, 'evaluate: the most documents to score of each task.', lower_bound=1)
 DOWNLOAD = flags.DEFINE_bool(
     'download', False, 'evaluate: download data sets of tasks that are not on this machine.')
 RUN_CODE = flags.DEFINE_bool(
@@ -60,15 +61,15 @@ PROMPT = flags.DEFINE_multi_string(
     'prompt', [], 'generate: the text to continue; may be given several times. Without one, each '
     'line of the standard input is a prompt.')
 PROMPTS = flags.DEFINE_string(
-    'prompts', '', 'generate: a file of prompts, one a line. In a .jsonl file, a line is an object '
-    'with a field prompt, a text, or messages, a conversation to answer.')
+    'prompts', '', 'generate: a file with one prompt per line. In a .jsonl file, a line is an '
+    'object with the field prompt, a string, or messages, a conversation to answer.')
 CHAT = flags.DEFINE_bool(
     'chat', False, "generate: each prompt is a user's turn, which the model answers; without "
-    'prompts, the lines of the standard input are the turns of one conversation.')
+    'prompts, the lines of standard input are the turns of one conversation.')
 SYSTEM = flags.DEFINE_string('system', '', 'generate --chat: the system message.')
 CHAT_TEMPLATE = flags.DEFINE_string(
-    'chat_template', '', "generate: the chat template by name, chatml or llama3; default the "
-    "tokenizer's own.")
+    'chat_template', '', 'generate: the name of a chat template, chatml or llama3; the default is '
+    "the tokenizer's own.")
 STEP = flags.DEFINE_integer(
     'step', 0, 'generate: the step of --run to generate with; 0 is its end.', lower_bound=0)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -97,7 +98,7 @@ EXPERTS = flags.DEFINE_bool(
 TO = flags.DEFINE_string('to', None, 'export: the folder to write.')
 DTYPE = flags.DEFINE_string(
     'dtype', '', 'export, generate: the type of the weights, bfloat16 or float32; the default is '
-    "bfloat16 to export, and the model's to generate.")
+    "bfloat16 for export, and the model's own for generate.")
 DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'This is one of several processes, and jax finds the others itself: on '
     'TPU VMs, GKE and Slurm. See docs/processes.md.')

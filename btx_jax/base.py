@@ -60,9 +60,9 @@ def get_config() -> ConfigDict:
       # the one that ends a chat turn.
       'eos': '',
       # How special tokens in the text (<|im_start|>) are read: as 'text', or with 'encode' as
-      # those tokens. In domains of chats they always are those tokens.
+      # those tokens. In domains of conversations and pairs they are always those tokens.
       'special': 'text',
-      # The chat template by name, 'chatml' or 'llama3'. If empty, the tokenizer's own.
+      # The name of a chat template, 'chatml' or 'llama3'. If empty, the tokenizer's own is used.
       'chat_template': '',
   })
 
@@ -146,14 +146,14 @@ def get_config() -> ConfigDict:
       # helps which domain. It takes as long as measuring the mixture once per expert. Mixtures of
       # the router 'hash' are left out.
       'mask_experts': False,
-      # Questions to score models on: built-in tasks, and tasks of lm-evaluation-harness. Built-in
-      # ones need the extra `demo`, and are about text that no run is trained on. Every model of the
-      # table answers them as soon as it is measured. 'arithmetic' and 'factbook': the answer,
-      # generated greedily, must be right. 'code': the line must parse with the generated end.
-      # 'arithmetic_choice', 'factbook_choice' and 'code_choice': the right one of four answers must
-      # be likeliest per byte; the form for small models. Other names are the harness's
-      # (pip install 'btx_jax[eval]'), 'gsm8k:8' with 8 shots; the command evaluate scores --run on
-      # them. See docs/evaluate.md.
+      # Tasks to score models on: built-in tasks, and tasks of lm-evaluation-harness. Built-in tasks
+      # need the extra `demo`, ask about text that no run is trained on, and are scored for every
+      # model of the table. 'arithmetic', 'factbook': the text generated greedily must equal the
+      # answer. 'code': the line must parse with the generated end. 'arithmetic_choice',
+      # 'factbook_choice', 'code_choice', which suit small models: the right one of four answers
+      # must be the likeliest per byte. Other names are tasks of the harness
+      # (pip install 'btx_jax[eval]'), 'gsm8k:8' with 8 shots, on which the command evaluate scores
+      # --run. See docs/evaluate.md.
       'tasks': (),
   })
 
@@ -225,12 +225,12 @@ def domain(paths=(), text_field: str = 'text', separator: str = '',
       files of a validation or test set, named and read like `paths`. Their text is measured, and
       copies of their documents are left out of the training text of all domains. () means the
       share data.held_out.
-    format: 'text', or 'chat': each record is a conversation (btx_jax/data/chats.py), written by the
-      tokenizer's chat template. Runs are trained on the answers of the assistant, and scored by
-      them. Rows hold whole conversations. `text_field` then names the field of the messages; 'text'
-      is any of the usual ones. Or 'pairs': each record is a pair of a chosen and a rejected answer
-      (btx_jax/data/pairs.py), for runs with train.loss 'dpo' or 'simpo'. Scores are those of the
-      chosen answers.
+    format: what each record is: 'text', 'chat' or 'pairs'. 'chat' is a conversation
+      (btx_jax/data/chats.py), rendered by the tokenizer's chat template. Only the assistant's
+      answers are trained on and scored, and rows hold whole conversations. `text_field` then names
+      the field with the messages; 'text' means the usual fields. 'pairs' is a chosen and a
+      rejected answer to one prompt (btx_jax/data/pairs.py), for runs with train.loss 'dpo' or
+      'simpo'. Only the chosen answers are scored.
   """
   return ConfigDict({'source': source, 'paths': _strings(paths), 'text_field': text_field,
                      'separator': separator, 'id_field': id_field, 'format': format,

@@ -145,7 +145,7 @@ def logits(config: Config, params: dict, tokens) -> jax.Array:
 
 
 def of_chats(tokenizer: Tokenizer) -> generation.Generation:
-  """The token that ends an answer, as a stop token."""
+  """Generation settings with the token that ends an answer as the stop token."""
   end = chat_tokens.stop_id(tokenizer)
   return generation.Generation(stop_ids=() if end is None else (end,))
 
@@ -153,7 +153,7 @@ def of_chats(tokenizer: Tokenizer) -> generation.Generation:
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
   """A tokenizer's files by name; a bare sentencepiece model gets what transformers must know.
 
-  A chat template that the config names is written with them, in place of the tokenizer's own.
+  A chat template that the config names replaces the tokenizer's own.
   """
   files = {name: content for name, content in tokenizer.files.items() if name != CONFIG}
   if tokenizer.template_name:

@@ -15,11 +15,11 @@ other commands:
              compared with; --latex: prints the table for LaTeX instead)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
-  evaluate   scores the text --on, or answers the questions of --tasks (built in, or of
-             lm-evaluation-harness), with --run or a pretrained --model, which needs no --config
-  generate   continues each --prompt, line of the file --prompts, or line of the standard input,
-             with --run or --model (--temperature, --stop, --n, --experts and more); --chat answers
-             them, or talks
+  evaluate   scores --run, or a pretrained --model, which needs no --config: on the text --on, or
+             on --tasks (built-in tasks, or those of lm-evaluation-harness)
+  generate   continues each --prompt, line of the file --prompts, or line of standard input,
+             with --run or --model (--temperature, --stop, --n, --experts and more); with --chat
+             it answers them as turns of a user, or holds a conversation
   export     writes the model of --run to the folder --to, in the format of Hugging Face
   rename     gives a run another name: rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
@@ -96,7 +96,7 @@ def show_status(name: str, workdir: str):
 
 
 def _join_processes(facts: Mapping[str, Any]):
-  """Joins the processes of the job, if there are several; they must agree about `facts`."""
+  """Joins the processes of the job, if there are several; they must agree on `facts`."""
   distributed.initialize(
       rollcall.place_from_flags(
           flag.COORDINATOR.value, flag.NUM_PROCESSES.value, flag.PROCESS_ID.value),
@@ -179,7 +179,7 @@ def generate_text(name: str, workdir: str):
   found = prompts.collect(flag.PROMPT.value, files.local_path('--prompts', flag.PROMPTS.value),
                           flag.CHAT.value, flag.SYSTEM.value)
   if flag.CHAT.value and not found and flag.N.value > 1:
-    raise UsageError(f'--n={flag.N.value}: a conversation goes on from a single answer; omit --n, '
+    raise UsageError(f'--n={flag.N.value}: a conversation continues from one answer; omit --n, '
                      'or give a --prompt.')
   asked = {
       'prompts': found, 'chat': flag.CHAT.value, 'system': flag.SYSTEM.value,

@@ -69,8 +69,8 @@ class Pipeline(Study):
       UsageError: there is no such run, it starts from one that is not complete, it does not fit
         the mesh, a sink cannot be used, or a run's directory belongs to another config. No run has
         been touched then.
-      RunError: a loss is not finite; or a checkpoint that is needed is damaged. It is set aside
-        then, and the same command trains its run again from a sound one.
+      RunError: a loss is not finite; or a checkpoint that is needed is damaged. That checkpoint is
+        set aside, and the same command then trains its run again from a sound one.
     """
     try:
       return self._train_all(only)
@@ -277,9 +277,9 @@ class Pipeline(Study):
     return found
 
   def _set_aside(self, error: checkpoint.Damaged) -> RunError:
-    """Sets a damaged checkpoint aside, so that its run goes on from an earlier one next time.
+    """Sets a damaged checkpoint aside, so that its run continues from an earlier one next time.
 
-    It is left alone if its run has no other checkpoint before it, or is not of this config.
+    It is left in place if its run has no earlier checkpoint, or is not in this config.
     """
     if not distributed.is_process_0():
       return error
@@ -339,7 +339,7 @@ class Pipeline(Study):
     wanted = distributed.broadcast(missing)
     made = parameters = None
     for name, stage, is_unmeasured, unanswered in wanted:
-      if not run.selector and made is not make[stage]:  # the final model serves two stages
+      if not run.selector and made is not make[stage]:  # two stages use the final model
         made, parameters = make[stage], None  # one model at a time
         parameters = made(self, run, self.mesh)
       shown = os.path.join(run.series, name)
@@ -357,7 +357,7 @@ class Pipeline(Study):
             functools.partial(scores.write_answers, self, run, stage, answered))
 
   def _scores(self, run: Run, stage: str, parameters, shown: str) -> dict[str, dict]:
-    """The scores by domain of a run's model at a stage; `shown` is its name for people."""
+    """The scores by domain of a run's model at a stage; `shown` is its name in messages."""
     if run.selector:
       return selected.evaluate(self, run, self.prepare_text(), self.mesh)
     if stage == scores.MASKED:

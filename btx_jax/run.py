@@ -23,9 +23,9 @@ EDIT, ENSEMBLE = 'edit', 'ensemble'
 INITIALISERS = (RANDOM, CHECKPOINT, MIX, EDIT, HUGGING_FACE, ENSEMBLE)
 BEST = 'best'  # the step of a run with the lowest held-out loss
 BALANCE_SCOPES = ('microbatch', 'batch')
-# Losses; those but the first are on pairs of answers.
+# Losses; all but the first are on pairs of answers.
 NEXT_TOKEN, DPO, SIMPO = LOSSES = ('next_token', 'dpo', 'simpo')
-# Fields of an objective that choose its loss, and of one of the losses, whose name they begin with.
+# Fields of an objective for its loss; the name of a setting begins with the name of its loss.
 OF_LOSSES = ('loss', 'dpo_beta', 'simpo_beta', 'simpo_gamma')
 # Schedules of the learning rate.
 COSINE, CONSTANT, WSD = SCHEDULES = ('cosine', 'constant', 'wsd')
@@ -104,16 +104,16 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The loss, what a mixture's routers add to it, and what stays frozen.
+  """The loss, the terms that a mixture's routers add to it, and what stays frozen.
 
   Attributes:
-    loss: 'next_token'; or on domains of pairs, a chosen and a rejected answer to one prompt: 'dpo'
-      (arXiv 2305.18290), whose reference is what the run starts from, or 'simpo' (arXiv
-      2405.14734), which has no reference. It is averaged over targets, or over pairs.
-    dpo_beta: how strongly 'dpo' holds the model to its reference: the larger, the less it moves.
-    simpo_beta: 'simpo' multiplies by it the difference of the answers' mean log-probabilities per
-      token.
-    simpo_gamma: the margin that 'simpo' asks for: it is subtracted from that product.
+    loss: 'next_token', averaged over targets; or on domains of pairs (a chosen and a rejected
+      answer to one prompt), averaged over pairs: 'dpo' (arXiv 2305.18290), whose reference is the
+      model that the run starts from, or 'simpo' (arXiv 2405.14734), which has no reference.
+    dpo_beta: how strongly 'dpo' holds the model to its reference; larger values move it less.
+    simpo_beta: 'simpo' multiplies the difference between the answers' mean log-probabilities per
+      token by this.
+    simpo_gamma: the target margin of 'simpo', which is subtracted from that product.
     balance_loss: alpha, weight of a mixture's load-balancing loss (paper 3.3). The router 'hash'
       has none.
     balance_scope: the tokens that the load-balancing loss is computed over: 'microbatch', or
@@ -182,13 +182,13 @@ class Objective:
 
   @property
   def has_reference(self) -> bool:
-    """Whether the loss compares the model with what the run starts from."""
+    """Whether the loss compares the model with the one that the run starts from."""
     return self.loss == DPO
 
   def spec(self) -> dict:
-    """The settings as plain data, without those of other losses.
+    """The settings as plain data, without the settings of other losses.
 
-    As in versions without losses on pairs, the next-token loss has no `loss`.
+    The next-token loss has no `loss` here, so that runs from before losses on pairs stay valid.
     """
     found = dataclasses.asdict(self)
     for field in OF_LOSSES:

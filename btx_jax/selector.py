@@ -92,7 +92,7 @@ class Chooser:
     self._total_E, self._weight, self._chosen = 0.0, 0.0, -1
 
   def add(self, logits_E: np.ndarray) -> int:
-    """The expert for the token after this position, given the logits of its own hidden state."""
+    """The expert for the token after this position, given the logits from its hidden state."""
     total_E = self._total_E = self._decay * self._total_E + logits_E.astype(np.float64)
     self._weight = self._decay * self._weight + 1
     best = int(total_E.argmax())
@@ -116,7 +116,7 @@ def similarity_log_weights(cosines_NE: np.ndarray, top: int) -> np.ndarray:
 def log_softmax_of_top(logits_NE: np.ndarray, top: int) -> np.ndarray:
   """Log softmax over the `top` largest logits of each token, all if 0; -inf for the others.
 
-  All that equal the last of the largest are kept.
+  Logits equal to the smallest of these are kept, too.
   """
   if top:
     least_N1 = np.sort(logits_NE, 1)[:, -top, None]
@@ -125,7 +125,7 @@ def log_softmax_of_top(logits_NE: np.ndarray, top: int) -> np.ndarray:
 
 
 def logsumexp(x_NE: np.ndarray) -> np.ndarray:
-  """log(sum(exp(x))) over the last axis, which is kept."""
+  """log(sum(exp(x))) over the last axis, which becomes 1."""
   most = x_NE.max(1, keepdims=True)
   return most + np.log(np.exp(x_NE - most).sum(1, keepdims=True))
 

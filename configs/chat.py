@@ -1,9 +1,9 @@
-"""A pretrained model becomes a mixture that answers questions: SmolLM2-135M on two kinds of chats.
+"""A pretrained model becomes a mixture that answers questions: SmolLM2-135M, two kinds of chats.
 
-One expert learns to answer questions about countries, and one to solve arithmetic problems, both
-in as few words as possible. They are mixed with the seed and finetuned on both. Loss and scores are
-of the answers alone. So short a training teaches the form of the answers more than their content.
-Half an hour of CPU time and 16 GB; docs/chat.md has the results.
+One expert learns to answer questions about countries, the other to solve arithmetic problems, both
+in as few words as possible. They are mixed with the seed and finetuned on both. Only the answers
+are trained on and scored. Such short training teaches the form of the answers more than their
+content. It takes half an hour of CPU time and 16 GB; docs/chat.md has the results.
 
   python -m btx_jax.data.demo_chats runs/chats
   python -m btx_jax.main --config=configs/chat.py:/models/SmolLM2-135M

@@ -35,7 +35,7 @@ Nothing is cut.
 Below are the tables of `configs/demo.py:full` at `COLUMNS=80`.
 """
 
-# The text does not follow from docs/terminal.json; it is that of a run of the demo.
+# Not derived from docs/terminal.json: a run of the demo printed this.
 _GENERATED = """the expert that was chosen: seed  expert/code  expert/math  expert/knowledge
 1 + 2 = 1200, so 12222 metres
 What is 10004 plus
@@ -69,8 +69,8 @@ def page() -> str:
            _text(compare.summary_table(found['compare']))
            + '\n\n' + _text(compare.layer_table(found['compare']))),
           ('generate', 'With `--run=routed --prompts=FILE --max_new_tokens=24 --experts`, from a '
-           'file of two lines. On a terminal each token has the colour of its expert. With '
-           '`--json` each prompt is a line, an object with its `prompt` and `texts`.',
+           'file of two lines. On a terminal each token has the colour of its expert. `--json` '
+           'prints a line for each prompt, an object with its `prompt` and `texts`.',
            _GENERATED)))
 
 

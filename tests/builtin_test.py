@@ -1,4 +1,4 @@
-"""The built-in tasks: their questions, and the scores of answers."""
+"""The built-in tasks: their questions, and how answers are scored."""
 
 import json
 import os

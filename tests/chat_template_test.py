@@ -1,4 +1,4 @@
-"""Chat templates: as transformers renders them, bounded, and cut where a model begins to write."""
+"""Chat templates: rendered as in transformers, sandboxed, and cut where a model begins to write."""
 
 import functools
 import json
@@ -54,7 +54,7 @@ def write(tmp_path_factory):
 
 
 def main_of(name: str) -> dict:
-  """A tokenizer as the template has: one that puts a space before, or Llama 3's cuts and tokens."""
+  """A tokenizer to match the template: one that adds a space in front, or one like Llama 3's."""
   if name == 'mistral':
     return make_tokenizers.space_marks('first')
   if name != 'llama3':
@@ -96,7 +96,7 @@ def test_a_model_writes_the_answer_and_the_end_of_its_turn(name, write):
   assert [part.end for part in answers] == [end, end]
   assert [part.text.removesuffix(end).strip() for part in answers] == [
       'the house', '<think>\n\n</think>\n\n4' if name == 'qwen' else '4']
-  # What a model reads before each answer in training is what it reads when it is asked.
+  # Before each answer a model reads the same ids in training as in generation.
   (ids, roles), = chat_tokens.encode(ours, [parts])
   begins = [i for i in range(1, len(ids)) if roles[i] and not roles[i - 1]]
   assert [ids[:i] for i in begins] == [chat_tokens.prompt_ids(ours, TURN[:n]) for n in (1, 3)]
@@ -138,6 +138,6 @@ def test_a_template_stays_in_its_sandbox(source, message):
 
 
 def test_a_broken_template_is_refused_at_once():
-  with pytest.raises(UsageError, match='not one that Jinja can read: unexpected'):
+  with pytest.raises(UsageError, match='is not valid Jinja: unexpected'):
     ChatTemplate('{% if', {}, 'x')
   assert json.loads(ChatTemplate('{{ messages | tojson }}', {}, 'x').render(TURN)) == TURN

@@ -49,7 +49,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
-  """A byte-level tokenizer with the tokens of ChatML, and this as its template."""
+  """A byte-level tokenizer with the tokens of ChatML, and ChatML as its template."""
   folder = make_tokenizers.write(
       tmp_path_factory.mktemp('own') / 'tokenizer', make_tokenizers.byte_level(),
       tokenizer_config={'eos_token': '</s>', 'chat_template': CHATML})
@@ -119,7 +119,7 @@ def test_what_the_template_refuses_is_skipped_with_its_words(model, tmp_path):
       tokenizer_config={'eos_token': '</s>', 'chat_template': refuses})
   records = [{'messages': each} for each in [*CONVERSATIONS, [user('No'), assistant('c')]]]
   meta, *_ = prepared(tmp_path, tokenizer.load(str(folder)), records)
-  assert 'is refused by the chat template: ' in meta['skipped']['first'][0]
+  assert 'is rejected by the chat template: ' in meta['skipped']['first'][0]
   assert 'Ask me' in meta['skipped']['first'][0]
   # A domain without any conversation is an error that says so.
   with pytest.raises(UsageError, match='text_field to the field of the messages'):
@@ -184,7 +184,7 @@ def test_another_template_is_a_difference_and_a_text_domain_has_no_such_setting(
 
 
 def random_chats(sizes, seed=0):
-  """Conversations of random roles with distinct ids; the first token of each is read only."""
+  """Conversations with random roles and distinct ids; the first token of each is read only."""
   rng = np.random.default_rng(seed)
   starts = np.concatenate([[0], np.cumsum(sizes)])
   roles = rng.integers(0, 3, starts[-1]).astype(np.uint8)
@@ -210,7 +210,7 @@ def test_rows_hold_whole_conversations_apart(length):
       ids = row['tokens'][at]
       document = np.searchsorted(chat.starts, ids[0] - 1, side='right') - 1
       first, end = chat.starts[document:document + 2]
-      # It begins at its beginning, is whole up to the length of a row, and stands in one piece.
+      # It begins with its first token, is whole up to the length of a row, and is contiguous.
       np.testing.assert_array_equal(ids, np.arange(first, min(end - 1, first + length)) + 1)
       np.testing.assert_array_equal(row['targets'][at], ids + 1)
       np.testing.assert_array_equal(row['positions'][at], np.arange(len(at)))
@@ -220,7 +220,7 @@ def test_rows_hold_whole_conversations_apart(length):
   used = [bool(chat.roles[a + 1:min(a + length + 1, b)].any())
           for a, b in itertools.pairwise(chat.starts)]
   assert sorted(seen) == np.flatnonzero(used).tolist()
-  # No more rows than twice what the tokens need, which any-fit packing guarantees.
+  # At most twice the rows that the tokens need, as any-fit packing guarantees.
   assert len(rows) <= 2 * math.ceil(sum(seen.values()) / length)
   cut = packing.truncated(chat, length)
   assert cut.conversations == sum(np.diff(chat.starts) > length + 1)
@@ -236,10 +236,10 @@ def test_in_evaluation_every_token_of_an_answer_has_one_score(length, stride):
                         for batch in rows for i in range(4)])
   counted = rows['targets'][rows['loss_mask']]
   np.testing.assert_array_equal(np.sort(counted), chat.ids[chat.has_score])
-  # Each value returns to the place of its token.
+  # Each value is returned at the place of its token.
   back = mixture.by_token(chat, np.where(rows['loss_mask'], rows['targets'], 0), length, stride)
   np.testing.assert_array_equal(np.append(0, back)[chat.has_score], chat.ids[chat.has_score])
-  # A conversation that a row holds is whole in one.
+  # A conversation that fits in a row is whole in one.
   for a, b in itertools.pairwise(chat.starts):
     assert b - a > length + 1 or any(
         set(chat.ids[a:b - 1]) <= set(row) for row in rows['tokens'].tolist())
@@ -348,7 +348,7 @@ def test_bits_per_byte_are_those_of_the_answers_alone(text, model):
 
 
 def config_of(folder, chat_template=''):
-  """A study of a tiny model that learns chats; its `expert` has seen only text."""
+  """A study of a tiny model that learns conversations; its `expert` has seen only text."""
   config = base.get_config()
   path = folder / 'chats.jsonl'
   path.write_text(''.join(json.dumps({'messages': each}) + '\n' for each in CONVERSATIONS))

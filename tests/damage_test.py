@@ -1,6 +1,6 @@
-"""A checkpoint that is damaged is noticed by whoever reads it, and a run goes on from a sound one.
+"""Every reader notices a damaged checkpoint, and a run continues from a sound one.
 
-tests/pipeline_test.py has kills; here files change on the disk.
+tests/pipeline_test.py kills runs; here files change on disk.
 """
 
 import os
@@ -25,7 +25,7 @@ STEPS = 6  # with checkpoints after 2, 4 and 6
 
 @pytest.fixture(scope='module')
 def study(text, tmp_path_factory):
-  """A complete run, and one that was trained from it."""
+  """A complete run, and another one that started from it."""
   config = studies.get_config(text)
   config.evaluation.update(every=0)
   config.mesh.update(fsdp=2, expert=1, tensor=1)
@@ -38,7 +38,7 @@ def study(text, tmp_path_factory):
 
 @pytest.fixture
 def copy(study, tmp_path):
-  """The study in a directory of its own, to do harm to."""
+  """The study in a directory of its own, where a test may damage it."""
   return Pipeline(study.config, str(shutil.copytree(study.workdir, tmp_path / 'work')))
 
 
@@ -97,11 +97,11 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(study, copy):
 
 
 @pytest.mark.parametrize('harm, problem', [
-    (lambda study: os.rename(of_step(study, 4), of_step(study, STEPS)), 'it is that of step 4'),
+    (lambda study: os.rename(of_step(study, 4), of_step(study, STEPS)), 'it belongs to step 4'),
     (lambda study: shutil.copytree(of_step(study, 4) + '/params', of_step(study, STEPS) + '/params'
                                    ), 'the checksums? of .*embed.* in params differ'),
     (lambda study: shutil.copytree(of_step(study, 5, 'expert/code'), of_step(study, STEPS)),
-     'it is that of'),
+     'it belongs to'),
 ], ids=['another step', 'parameters of another step', 'another run'])
 def test_what_is_not_the_checkpoint_of_its_place_is_refused(copy, harm, problem):
   shutil.rmtree(of_step(copy, STEPS) + ('/params' if 'params' in problem else ''))
@@ -123,7 +123,7 @@ def test_a_run_goes_on_from_the_newest_sound_checkpoint(study, copy, capsys):
   said = capsys.readouterr().out
   assert f'seed/checkpoints/{STEPS} is damaged: it cannot be read' in said
   assert 'seed/checkpoints/4 is damaged: ' in said
-  assert 'going on from step 2, the newest checkpoint that is sound' in said
+  assert 'continuing from step 2, the newest sound checkpoint' in said
   assert_trees_equal(final_params(copy, 'seed'), final_params(study, 'seed'))
   kept = os.listdir(os.path.dirname(data.split('/4/')[0] + '/4'))
   assert {'damaged-4', f'damaged-{STEPS}', '4', str(STEPS)} <= set(kept)
@@ -146,8 +146,8 @@ def test_without_a_sound_checkpoint_nothing_is_touched(copy):
   manifest.write(folder, manifest.read(folder) | {'state': manifest.STOPPED})
   for step in (2, 4, STEPS):
     shutil.rmtree(os.path.join(of_step(copy, step), 'sums'))
-  with pytest.raises(RunError, match=r'it has no checksums; .* No earlier one that is sound is '
-                     r'kept. Put back a copy, or delete .*work/seed to train'):
+  with pytest.raises(RunError, match=r'it has no checksums; .* No earlier sound checkpoint is '
+                     r'kept. Restore a copy, or delete .*work/seed to train'):
     copy.train('seed')
   assert {'2', '4', str(STEPS)} <= set(os.listdir(os.path.join(folder, 'checkpoints')))
 

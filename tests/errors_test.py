@@ -140,13 +140,13 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
     ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES or --tasks=NAMES, and a model: '),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs', '--tasks=a'], 'needs --on=FILES or --tasks='),
-    ([DEMO, 'evaluate', '--run=routed', '--tasks=code'], "--tasks=code cannot score 'routed': an "
-     'ensemble does not generate. Name a task with _choice.'),
+    ([DEMO, 'evaluate', '--run=routed', '--tasks=code'], "--tasks=code cannot score 'routed': "
+     'ensembles are scored on choices only. Name a task that ends in _choice.'),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
     ([DEMO, 'generate', '--prompt=a'], 'generate needs a model: --config=CONFIG with --'),
     ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),
     ([DEMO, 'generate', '--run=routed', '--prompt=a'], "reads complete runs, and 'seed' is missi"),
-    ([DEMO, 'generate', '--run=seed', '--chat', '--n=2'], '--n=2: a conversation goes on from a s'),
+    ([DEMO, 'generate', '--run=seed', '--chat', '--n=2'], '--n=2: a conversation continues from o'),
     ([DEMO, 'generate', '--run=seed', '--experts'], "'seed' is a dense model; --experts colours"),
     ([DEMO, 'generate', '--run=seed', '--step=3', '--prompt=a'], 'is not kept. Kept steps: none.'),
     (['evaluate', '--model=docs', '--on=docs'], '--model=docs is not the folder of a pretrained'),
@@ -273,7 +273,7 @@ WRITES = '{% for m in messages %}{{ m.content }}<|end|>{% endfor %}'
 
 
 def chats(template, harm=''):
-  """Lines that make a domain of chats with this template; then the lines `harm`."""
+  """Lines of a config with a domain of conversations and this template; then the lines `harm`."""
   return f'''import json, os, shutil
 shutil.copytree("tests/fixtures/tokenizer", here / "own")
 (here / "own" / "chat_template.jinja").write_text({template!r})
@@ -284,7 +284,7 @@ config.domains.code = base.domain(str(here / "x.jsonl"), format="chat", held_out
 {harm}'''
 
 
-# Lines that follow those, and make pairs of the chats.
+# Lines that follow those, and turn the conversations into pairs.
 PAIRS = '''pairs = [{"prompt": "few words " * i, "chosen": "x", "rejected": "y"} for i in (9, 8)]
 (here / "x.jsonl").write_text("\\n".join(map(json.dumps, pairs)))
 config.domains.code.format, config.train.loss = "pairs", "dpo"
@@ -623,14 +623,14 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('(here / "x.model").write_text("IQ== 0\\nIg== 1\\n")\n'
      'config.tokenizer.path = str(here / "x.model")', 'x.model is a tiktoken file, and no'),
     (NORMALISING.format('Lowercase'), "tokenizer.json turns 'A' into 'a': a model cannot"),
-    ('config.domains.code.format = "chat"', 'domains.code: chats need a tokenizer with special'),
-    (SMALL_TOKENIZER + '\nconfig.domains.code.format = "chat"', 'Chats need a tokenizer.json, and'),
+    ('config.domains.code.format = "chat"', 'domains.code: conversations need a tokenizer with'),
+    (SMALL_TOKENIZER + '\nconfig.domains.code.format = "chat"', 'Conversations need a tokenizer.j'),
     (chats('', 'os.remove(here / "own" / "chat_template.jinja")'), 'has no chat template. Set '),
     (chats('', 'config.tokenizer.chat_template = "llama3"'), "'llama3' writes <|begin_of_text|>, "),
-    (chats('{% if'), 'is not one that Jinja can read: unexpected'),
+    (chats('{% if'), 'is not valid Jinja: unexpected'),
     (chats('{{ messages[0].name.x }}'), 'fails on this conversation: '),
     (chats('{{ messages[-1].content }}{% if add_generation_prompt %}?{% endif %}'),
-     'The chat template writes an answer in another way than it prompts for one.'),
+     'The chat template does not write its generation prompt before an answer.'),
     # Pretrained models
     (new(init='base.hugging_face("none")'), "runs.new starts from a pretrained model, which knows "
      "only the tokenizer that it was trained with: set tokenizer.path = 'none'."),
@@ -688,7 +688,7 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
      'held_out=config.domains.code.paths)', 'domains.code has nothing to train on: 60 document(s)'),
     (chats(WRITES, 'config.domains.code.paths = (str(here / "mine.py"),)'),
      'mine.py is plain text; conversations are read from JSON, Parquet and Arrow files. Narrow'),
-    (chats(WRITES, PAIRS), 'domains.code: none of its pairs fits into a row of data.seq_len = 15'),
+    (chats(WRITES, PAIRS), 'domains.code: none of its pairs fits in a row of data.seq_len = 15'),
     (chats(WRITES), 'domains.code: no answer begins within the first data.seq_len = 15 tokens of'),
 ])
 def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
@@ -876,7 +876,7 @@ def test_text_that_cannot_be_evaluated(run, config, work, tmp_path):
   check(run(config(ensemble(EXPERTS)), *on, '--run=new', '--length=5'), "--length=5: 'new' is an "
         'ensemble, which is measured in windows of data.seq_len = 15; omit --length.')
   check(run(config(ensemble(EXPERTS)), on[0], 'evaluate', '--tasks=x', '--run=new'), "'new' is an "
-        'ensemble; evaluate --tasks needs a single model.')
+        'ensemble; --tasks=x needs a single model.')
   check(run(config(), *on, '--run=seed', '--stride=16'), 'evaluation.stride = 16 is more than the')
   check(run(config(), *on, '--run=seed', '--on=none'), '--on=none matches no file (looked from')
   (tmp_path / 'x.jsonl').write_text('{"body": "x"}\n')

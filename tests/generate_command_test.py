@@ -1,4 +1,4 @@
-"""The command `generate`: prompts from files, conversations, and what a chat template needs."""
+"""The command `generate`: prompts from files, conversations, and checks of chat templates."""
 
 import io
 import json
@@ -41,14 +41,14 @@ def test_a_file_has_a_prompt_in_each_line(tmp_path, name, lines, expected):
 
 @pytest.mark.parametrize('name, lines, message', [
     ('none.txt', None, 'none.txt cannot be read: '),
-    ('p.txt', '\n \n', 'p.txt has no prompts: each line'),
+    ('p.txt', '\n \n', 'p.txt has no prompts; every'),
     ('p.txt', b'\xff\n', 'p.txt cannot be read: '),
     ('p.jsonl', 'plain\n', 'p.jsonl, line 1 is not JSON: '),
-    ('p.jsonl', '\n["a"]', 'p.jsonl, line 2 must be an object with a text `prompt`, or'),
+    ('p.jsonl', '\n["a"]', 'p.jsonl, line 2 must be an object with `prompt`, a'),
     ('p.jsonl', '{"prompt": 1}', 'line 1 must be an object'),
     ('p.jsonl', '{"messages": []}', 'line 1 must be an object'),
     ('p.jsonl', '{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', 'line 1 must'),
-    ('p.jsonl', '{"messages": [{"role": "user", "content": ["b"]}]}', 'whose values are texts.'),
+    ('p.jsonl', '{"messages": [{"role": "user", "content": ["b"]}]}', 'whose values are strings.'),
     ('p.jsonl', '{"messages": [{"role": "usr", "content": "b"}]}', "'usr'; did you mean 'user'?")])
 def test_a_file_that_has_something_else_is_refused(tmp_path, name, lines, message):
   if lines is not None:
@@ -64,7 +64,7 @@ def test_a_system_message_needs_a_conversation():
 
 
 class Echo:
-  """A model that answers with the number of messages it was given."""
+  """A model that answers with the number of messages that it read."""
   context = 50
 
   def __init__(self):
@@ -150,7 +150,7 @@ def test_the_answer_to_a_conversation_ends_with_its_turn(folder):
   assert (answer.text, answer.ended, answer.ids) == ('Yes.', STOP, (*ids, end))
   assert engine.prompts == [chat_tokens.prompt_ids(tokenizer, messages)]
   text, = write(['Is it?'], len(ids) + 3)[0]
-  assert (text.text, text.ended) == ('Yes.Ye', LENGTH)  # it is no turn, and goes on
+  assert (text.text, text.ended) == ('Yes.Ye', LENGTH)  # a text has no turns to end
 
 
 def test_the_command_answers_turns_and_says_when_they_do_not_fit(folder, capsys, monkeypatch):
@@ -172,7 +172,7 @@ def test_the_command_answers_turns_and_says_when_they_do_not_fit(folder, capsys,
 @pytest.mark.parametrize('template, message', [
     (None, r'has no chat template\. Name one, as in --chat_template=chatml \(valid: chatml, lla'),
     ('{{ raise_exception("needs tools") }}', 'fails on this conversation: needs tools'),
-    ('{% if %}', 'is not one that Jinja can read')])
+    ('{% if %}', 'is not valid Jinja')])
 def test_a_template_that_cannot_write_is_refused_before_the_model_is_read(
     folder, tmp_path, monkeypatch, template, message):
   other = tmp_path / 'model'
@@ -186,5 +186,5 @@ def test_a_template_that_cannot_write_is_refused_before_the_model_is_read(
   asked = command.Asked((), True, max_new_tokens=6)
   with pytest.raises(UsageError, match=message):
     command.print_texts(None, '', str(other), asked, True)
-  with pytest.raises(TypeError):  # the model would be read now
+  with pytest.raises(TypeError):  # next, the model would be read
     command.print_texts(None, '', str(other), asked._replace(chat_template='chatml'), True)

@@ -1,5 +1,5 @@
-"""Scores of lm-evaluation-harness are those of its own `hf` model: pytest -m reference, if torch,
-transformers and lm-eval are installed. $BTX_REFERENCE_MODEL names a folder to compare, too."""
+"""Scores on tasks of lm-evaluation-harness equal those of its own `hf` model: pytest -m reference,
+if torch, transformers and lm-eval are installed. $BTX_REFERENCE_MODEL names one more folder."""
 
 import os
 import pathlib

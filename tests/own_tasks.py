@@ -1,4 +1,4 @@
-"""Small tasks of lm-evaluation-harness in files, one of each type of request."""
+"""Small tasks of lm-evaluation-harness in files, one for each type of request."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Domains of pairs: how records are read, what is refused, and whole pairs in rows."""
+"""Domains of pairs: how records are read or rejected, and how rows hold whole pairs."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ READ = {**GOOD, 'weight': 0}  # an answer in the prompt, which is not learned
      ([USER, GOOD], [USER, BAD])),
     ({'prompt': [USER], 'chosen': [GOOD], 'rejected': [BAD]}, ([USER, GOOD], [USER, BAD])),
     ({'chosen': [USER, GOOD], 'rejected': [USER, BAD]}, ([USER, GOOD], [USER, BAD])),
-    # A prompt that is a text beside conversations, as UltraFeedback has it.
+    # A prompt that is a string beside lists of messages, as in UltraFeedback.
     ({'prompt': 'Is it red?', 'chosen': [USER, GOOD], 'rejected': [USER, BAD]},
      ([USER, GOOD], [USER, BAD])),
     ({'chosen': [USER, GOOD, MORE, GOOD, MORE], 'rejected': [USER, GOOD, MORE, BAD]},
@@ -44,7 +44,7 @@ def test_records_in_the_forms_that_people_have(record, expected):
     ({'prompt': 'a', 'chosen': 'b'}, pairs.NO_PAIR), ({'chosen': 'b', 'rejected': 'c'},
                                                       pairs.NO_PAIR),
     ({'prompt': 'a', 'chosen': 'b', 'rejected': [BAD]}, pairs.NO_PAIR)])
-def test_records_that_are_no_pairs(record, reason):
+def test_records_that_are_not_pairs(record, reason):
   with pytest.raises(Unfit) as unfit:
     pairs.messages(record)
   assert unfit.value.reason == reason

@@ -47,7 +47,7 @@ def get_config(folder):
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-  """All runs, trained after a kill between the reference and the first step of 'dpo'."""
+  """All runs; they were killed between the reference and the first step of 'dpo', then resumed."""
   folder = tmp_path_factory.mktemp('preferences')
   pipeline = Pipeline(get_config(folder), str(folder / 'work'))
   with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +87,7 @@ def test_the_reference_is_what_a_second_model_in_memory_finds(study):
   np.testing.assert_allclose(stored, rows.by_pair(sums), rtol=1e-4)
   assert np.isfinite(stored).all() and stored.shape == (train.num_documents, 2)
 
-  # And how often the chosen answer is likelier per token.
+  # Likewise the share of pairs whose chosen answer is likelier per token.
   with jax.set_mesh(study.mesh):
     found = ranking.preferred(run.model, parameters, train, study.mesh, run.seq_len, 8)
   expected = np.subtract(*rows.by_pair(means).T) > 0

@@ -30,7 +30,7 @@ SIMPO = Objective(loss='simpo', simpo_beta=1.5, simpo_gamma=0.5)
 
 
 def pairs_batch(cfg, counts=(2, 1, 3, 0, 2, 1, 1, 2), length=31, seed=0):
-  """Rows of so many pairs: prompts of one or two tokens, answers of one to three."""
+  """Rows with these numbers of pairs: prompts of one or two tokens, answers of one to three."""
   rng = np.random.default_rng(seed)
   rows = []
   for count in counts:
@@ -51,8 +51,7 @@ def pairs_batch(cfg, counts=(2, 1, 3, 0, 2, 1, 1, 2), length=31, seed=0):
 
 
 def oracle(batch, logits, objective):
-  """The loss of each pair in float64 and the gradient by the logits, by the formulas of the papers.
-  """
+  """The loss of each pair in float64, and its gradient by the logits, by the papers' formulas."""
   logits = np.float64(logits)
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   gradient, pairs = np.zeros_like(logits), []
@@ -82,7 +81,7 @@ def oracle(batch, logits, objective):
 
 @pytest.mark.parametrize('objective', [DPO, SIMPO])
 def test_loss_and_gradient_against_numpy(objective):
-  """By the logits; the head is the identity, so that hidden states are logits."""
+  """The gradient is by the logits: the head is the identity, so hidden states are logits."""
   batch = pairs_batch(TINY)
   logits = normal((*batch['tokens'].shape, TINY.vocab_size))
 
@@ -105,7 +104,7 @@ def test_loss_and_gradient_against_numpy(objective):
     (TINY, SIMPO, 2, (1, 1, 2, 2)), (TINY_MIXTURE, DPO, 1, None)])
 def test_a_step_follows_the_mean_over_pairs_and_the_balancing_loss(
     cfg, objective, microbatches, mesh_shape):
-  """The rows have different numbers of pairs, one of them none."""
+  """The rows have different numbers of pairs; one row has none."""
   weight = 0.5 if cfg.num_experts else 0.0
   params, batch = random_params(cfg), pairs_batch(cfg)
 

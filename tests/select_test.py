@@ -418,8 +418,8 @@ SELECTORS = {
 
 @pytest.mark.parametrize('name', SELECTORS)
 def test_texts_are_generated_by_the_experts_that_score_them(study, name, monkeypatch):
-  """Token by token, weights and log-probabilities are those of evaluation, which scores each row by
-  itself, in a batch of uneven rows whose domain changes."""
+  """For each token, weights and log-probabilities equal those of evaluation, which scores each row
+  alone, in a batch of rows of different lengths whose domain changes."""
   monkeypatch.setattr(selector, 'BLOCK', 8)
   text, T = study.prepare_text(), study.config.data.seq_len
   trained = {domain: text.tokenizer.decode(tokens.ids[:900].tolist())

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: what a model scores is what its logits say."""
+"""Tasks of lm-evaluation-harness: scores follow from the model's logits."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def params():
 
 @pytest.fixture(scope='module')
 def found(params, tmp_path_factory):
-  """What the model scores on tasks in files, and the folder of the tasks."""
+  """The model's scores on tasks in files, and the folder of the tasks."""
   pytest.importorskip('lm_eval')
   folder = tmp_path_factory.mktemp('tasks')
   with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,7 @@ def found(params, tmp_path_factory):
 
 
 def log_probs(params, ids) -> np.ndarray:
-  """Of every next token, in float64."""
+  """The log-probabilities of every next token, in float64."""
   logits = np.asarray(btx_jax.logits(MODEL, params, np.pad(ids, (0, 80 - len(ids)))), np.float64)
   logits -= logits.max(-1, keepdims=True)
   return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:len(ids)]
@@ -57,7 +57,7 @@ def expected(params, before, after, context: int) -> tuple[float, bool]:
 
 
 def test_a_continuation_scores_what_the_logits_say_on_any_mesh(params):
-  """Long contexts lose their beginning; alternatives of the last token share a row."""
+  """Long contexts lose their beginning; alternatives for the last token share a row."""
   rng = np.random.default_rng(0)
   draw = lambda most: rng.integers(0, MODEL.vocab_size, rng.integers(1, most)).tolist()
   pairs = [(draw(60), draw(20)) for _ in range(9)]

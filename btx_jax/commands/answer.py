@@ -1,4 +1,4 @@
-"""What `evaluate --tasks` does for built-in tasks."""
+"""Scores a run on built-in tasks, for `evaluate --tasks`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +16,11 @@ from btx_jax.training import layout
 
 
 def check(run: Run, names: Sequence[str]) -> None:
-  """Raises UsageError if the model of a run cannot answer the questions of a built-in task."""
+  """Raises UsageError if a run cannot be scored on one of these built-in tasks."""
   for name in names:
     if reason := answers.why_not(run, name):
-      raise UsageError(f'--tasks={name} cannot score {run.name!r}: {reason}. Name a task with '
-                       '_choice.')
+      raise UsageError(f'--tasks={name} cannot score {run.name!r}: {reason}. Name a task that ends '
+                       'in _choice.')
 
 
 def scores(study: Study, run: Run, names: Sequence[str]) -> dict[str, dict[str, Any]]:

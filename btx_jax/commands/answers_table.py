@@ -18,7 +18,7 @@ def names(rows: Sequence[Row]) -> list[str]:
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, bool]]]]:
-  """For each model that was scored, its name and (score, whether it is the best) by task."""
+  """For each scored model, its name and a (score, whether it is the best) for each task."""
   result = []
   for row in rows:
     if row['answers']:
@@ -34,15 +34,15 @@ def in_words(found: Mapping[str, Any]) -> str:
 
 
 def about(scored: Mapping[str, Mapping[str, Any]]) -> str:
-  """Lines that explain the scores of tasks, given one score of each."""
+  """Sentences that explain the scores of tasks, given one score of each."""
   counts = ', '.join(f'{found["questions"]} of {name}' for name, found in scored.items())
   parts = [f'Questions are new problems, or about held-out documents: {counts}. ± is the binomial '
            'standard error. All models answer the same questions.']
   if any(not is_generated(name) for name in scored):
-    parts.append('Of a task with _choice, the likeliest of four answers counts, and a guess is '
-                 'right in 25 percent.')
+    parts.append('For tasks that end in _choice, the likeliest of four answers counts; chance is '
+                 '25 percent.')
   if any(is_generated(name) for name in scored):
-    parts.append('Of other tasks, the text that is generated greedily counts.')
+    parts.append('For the other tasks, the text generated greedily counts.')
   return ' '.join(parts)
 
 
@@ -67,7 +67,7 @@ def first_of_each(rows: Sequence[Row]) -> dict[str, Mapping[str, Any]]:
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-  """The table for the terminal; there must be a score."""
+  """The table for the terminal; at least one model must be scored."""
   return Table(['model', *names(rows)], [
       [name, *(Text(text, style='bold' if best else '') for text, best in scores)]
       for name, scores in cells(rows)],

@@ -18,19 +18,18 @@ RESET = '/reset'
 def converse(write: Generator, lines: Iterable[str], system: str, max_new_tokens: int,
              sampling: Sampling, stop: Sequence[str], seed: int,
              show: Callable[[str, np.ndarray], None], as_json: bool) -> None:
-  """Answers each line, as a turn of the user, in the light of all turns before it.
+  """Answers each line as a turn of the user; the model reads all turns before it.
 
   Args:
     write: the model.
-    lines: what the user says; RESET begins a new conversation.
+    lines: the user's turns; RESET begins a new conversation.
     system: the system message of each conversation; '' for none.
     max_new_tokens, sampling, stop: as in Generator, for each answer.
-    seed: the random seed of the first answer; each further answer has the next one.
+    seed: the random seed of the first answer; it increases by one with each answer.
     show: prints a part of an answer, given the shares of the experts [E].
-    as_json: whether to print each conversation as a line of JSON after each answer, and nothing
-      else.
+    as_json: whether to print, after each answer, only the conversation as a line of JSON.
   """
-  terminal.console.print(f'{RESET} begins a new conversation, Ctrl-D ends.', soft_wrap=True)
+  terminal.console.print(f'{RESET} begins a new conversation, Ctrl-D exits.', soft_wrap=True)
   messages, answers = (), 0
   for line in lines:
     if line.strip() == RESET:
@@ -49,8 +48,8 @@ def converse(write: Generator, lines: Iterable[str], system: str, max_new_tokens
     except TooLong as error:
       terminal.console.print(
           f'The conversation does not fit: it has {error.length:,} tokens with this turn, and the '
-          f'model has {write.context:,} positions. {RESET} begins a new one; a shorter turn may '
-          'fit, too.', soft_wrap=True)
+          f'model has {write.context:,} positions. Enter a shorter turn, or {RESET} to begin a new '
+          'conversation.', soft_wrap=True)
       continue
     messages, answers = (*prompt.messages, {'role': ASSISTANT, 'content': answer.text}), answers + 1
     if as_json:
@@ -60,4 +59,4 @@ def converse(write: Generator, lines: Iterable[str], system: str, max_new_tokens
     if answer.ended == LENGTH and len(answer.ids) < max_new_tokens:
       terminal.console.print(
           f'The answer was cut off: the conversation fills the {write.context:,} positions of the '
-          f'model. {RESET} begins a new one.', soft_wrap=True)
+          f'model. {RESET} begins a new conversation.', soft_wrap=True)

@@ -1,9 +1,9 @@
 """`evaluate --tasks`: scores a run or a pretrained model on built-in tasks, and on tasks of
 lm-evaluation-harness.
 
-With several processes each runs the harness as the only one, on the same requests, and their
-devices share the rows. A run's scores from the harness are kept in its directory, where the report
-finds them; its scores on built-in tasks are kept if the config names these.
+With several processes, each runs the harness on the same requests, and their devices share the
+rows. A run's scores from the harness are kept in its directory, where the report finds them. Scores
+on built-in tasks are only printed here; the training command keeps those that the config names.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ class Asked(NamedTuple):
   """The tasks, and how to score them.
 
   Attributes:
-    names: of the tasks, see find_tasks.parse.
+    names: the names of the tasks, see find_tasks.parse.
     include_path, limit, download, run_code: as in find_tasks.load.
     shots: as in find_tasks.parse.
-    length: the most tokens that the model reads; 0 is its context length.
+    length: the most tokens that the model reads; 0 means its context length.
   """
   names: tuple[str, ...]
   include_path: str = ''
@@ -49,18 +49,18 @@ class Asked(NamedTuple):
 
 def print_scores(study: Study | None, run_name: str, folder: str, asked: Asked, as_json: bool
                  ) -> None:
-  """Scores a model on tasks and prints the scores; those of a run are kept too.
+  """Scores a model on tasks and prints the scores; a run's scores from the harness are kept, too.
 
   Args:
-    study: the study of the run; None if there is no config, and then `folder` is given.
-    run_name: the run to score; '' if a folder is.
-    folder: a pretrained model in Hugging Face's format; '' if a run is scored.
+    study: the study of the run; None if there is no config, in which case `folder` is given.
+    run_name: the run to score; '' to score `folder`.
+    folder: a pretrained model in Hugging Face's format; '' to score a run.
     asked: the tasks.
     as_json: whether to print JSON; everything else then goes to stderr.
 
   Raises:
-    UsageError: there is no such run, folder or task; the run is not complete, or is an ensemble
-      that a task cannot score; or see find_tasks.load.
+    UsageError: there is no such run, folder or task; the run is not complete; it is an ensemble,
+      and a task cannot score these; or see find_tasks.load.
   """
   terminal.console.stderr = as_json
   builtin.check(asked.names, '--tasks')
@@ -110,7 +110,7 @@ def _score(study: Study, run: Run, loaded: find_tasks.Loaded, length: int) -> di
 
 
 def _progress() -> tasks.OnProgress:
-  """Says how many requests are done, every ten seconds."""
+  """Returns a function that prints how many requests are done, every ten seconds."""
   printed = time.monotonic()
 
   def report(what: str, done: int, of: int):

@@ -82,9 +82,9 @@ def generation_of(run: Run, tokenizer: Tokenizer) -> generation.Generation:
 
 
 def of_chats(study: Study, run: Run, tokenizer: Tokenizer) -> generation.Generation:
-  """The token that ends an answer, as a stop token, if the run answers.
+  """The token that ends an answer, as a stop token, if the model answers conversations.
 
-  It does if it was trained on conversations, or if the config names a chat template.
+  It does if the run was trained on conversations, or if the config names a chat template.
   """
   of_chats = {domain.name for domain in domains.from_config(study.config.domains)
               if domain.format != domains.TEXT}

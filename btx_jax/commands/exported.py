@@ -1,4 +1,4 @@
-"""An ensemble that `export` has written (export_ensemble.py), opened for `generate`."""
+"""Opens an exported ensemble (export_ensemble.py) for `generate`."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ def opened(folder: str, chat_template: str = '') -> tuple[Study, Run, np.ndarray
   """Opens an exported ensemble as a run.
 
   Args:
-    folder: as written by `export_ensemble`.
+    folder: the folder that `export_ensemble` wrote.
     chat_template: the name of a chat template; '' for that of the reader's tokenizer.
 
   Returns:
-    a study that has the models as runs; the ensemble; and the map [D, E] of its selector.
+    a study with the models as runs; the ensemble; and the map [D, E] of its selector.
 
   Raises:
     UsageError: a file of the folder is missing or damaged.

@@ -37,12 +37,12 @@ class Asked(NamedTuple):
     prompts: the prompts; if there are none, each line of the standard input is one.
     chat: whether lines of the standard input are turns of a conversation.
     system: the system message of that conversation; '' for none.
-    chat_template: the name of the chat template of a folder; '' for its tokenizer's own. A run's is
-      in its config.
+    chat_template: the name of a chat template for a model in a folder; '' for its tokenizer's own.
+      A run's template is in its config.
     max_new_tokens, sampling, stop, seed, n: as in Generator.
     step: the step of the run to use; 0 is its end.
-    colours: whether each token gets the colour of the expert that counted most.
-    dtype: of the weights; '' means that of the model.
+    colours: whether each token gets the colour of the expert that contributed most.
+    dtype: the type of the weights; '' means that of the model.
   """
   prompts: Sequence[Prompt]
   chat: bool = False
@@ -116,7 +116,7 @@ def _run(study: Study, run: Run, asked: Asked) -> Run:
 
 
 def _check_chats(study: Study) -> None:
-  """Raises UsageError unless the tokenizer can write conversations; see chat_template.py."""
+  """Raises UsageError unless the tokenizer can render conversations; see chat_template.py."""
   tokenizer, name = text.tokenizer(study.config, study.data_folder), study.config.tokenizer
   if not (isinstance(tokenizer, Sentencepiece) or name.chat_template
           or chat_template.own_source(tokenizer.files)):
@@ -163,7 +163,8 @@ def _print(write: Generator, prompts: Sequence[Prompt], asked: Asked, names: Seq
 
 
 def _piece(new: str, shares_E: np.ndarray, names: Sequence[str]) -> Segment:
-  """A part of a text, in the colour of the expert that counted most; without names, uncoloured."""
+  """A part of a text, in the colour of the expert that contributed most; uncoloured without names.
+  """
   colour = _COLOURS[int(shares_E.argmax()) % len(_COLOURS)] if names else ''
   return Segment(new, Style.parse(colour) if colour else None)
 

@@ -1,4 +1,4 @@
-"""Makes a Generator of a run: of its model, or of the models of an ensemble."""
+"""Makes a Generator for a run: from its model, or from the models of an ensemble."""
 
 from collections.abc import Sequence
 import contextlib
@@ -32,14 +32,14 @@ def open_generator(study: Study, run: Run, dtype: str, stack: contextlib.ExitSta
   """A Generator with the parameters of a run in memory; nothing is written.
 
   Args:
-    study: whose run it is.
+    study: the study of the run.
     run: a run that can be read, see models.check_readable.
-    dtype: of the weights; '' means that of the run's model.
-    stack: sets the mesh if there are several devices.
-    columns_DE: the map of a linear selector; None if the run's directory has it.
+    dtype: the type of the weights; '' means that of the run's model.
+    stack: gets the mesh as a context if there are several devices.
+    columns_DE: the map of a linear selector; None to read it from the run's directory.
 
   Raises:
-    UsageError: a selector has not been fitted, or the text that it compares with is missing.
+    UsageError: a selector has not been fitted, or the text with which it compares is missing.
   """
   tokenizer = text.tokenizer(study.config, study.data_folder)
   return Generator.of(open_engine(study, run, dtype, stack, columns_DE), tokenizer,
@@ -56,7 +56,7 @@ def open_engine(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack,
   if len(devices) > 1:
     stack.enter_context(jax.set_mesh(mesh))
   engines = {}
-  for each in parts:  # training's layout goes as soon as decoding's is there
+  for each in parts:  # frees each model's training layout once its decoding layout exists
     model = dataclasses.replace(each.model, dtype=dtype or each.model.dtype)
     engines[each.name] = Model(model, parameters.pop(0))
   if run.selector is None:

@@ -24,8 +24,8 @@ def opened(study: Study | None, run_name: str, folder: str, length: int = 0,
     run_name: the run; '' if the model is in a folder.
     folder: a pretrained model in Hugging Face's format; '' if the model is a run's.
     length: tokens per window without a config; 0 means the model's context length, up to LONGEST.
-    chat_template: the name of the chat template of a model in a folder; '' for its tokenizer's own.
-    chats: whether its tokenizer has to write conversations.
+    chat_template: the name of a chat template for a model in a folder; '' for its tokenizer's own.
+    chats: whether its tokenizer must render conversations.
 
   Raises:
     UsageError: there is no such run or folder.
@@ -53,7 +53,7 @@ def _of_folder(folder: str, study: Study | None, length: int, chat_template: str
                      f'{config_json.FILE}.')
   config: Any = base.get_config()
   fast = os.path.join(folder, fast_tokenizer.FILE)
-  # A sentencepiece model, which comes first otherwise, has no special tokens in text.
+  # A sentencepiece model, which is preferred otherwise, cannot encode special tokens in text.
   config.tokenizer.path = fast if chats and os.path.exists(fast) else folder
   config.tokenizer.chat_template = chat_template
   config.runs = {_FOLDER: base.run(base.hugging_face(folder))}

@@ -12,11 +12,11 @@ JSON_LINES = '.jsonl'
 
 
 class Prompt(NamedTuple):
-  """What a model goes on from: a text, or a conversation that it answers.
+  """What a model is given: a text to continue, or a conversation to answer.
 
   Attributes:
     text: the text; '' for a conversation.
-    messages: of the conversation; () for a text.
+    messages: the messages of the conversation; () for a text.
   """
   text: str = ''
   messages: tuple[Message, ...] = ()
@@ -38,9 +38,9 @@ def collect(texts: Sequence[str], path: str, chat: bool, system: str) -> list[Pr
   """All prompts, in order.
 
   Args:
-    texts: of --prompt.
-    path: a file of further prompts, see `of_file`; '' for none.
-    chat: whether texts are turns of a user.
+    texts: the values of --prompt.
+    path: a file with further prompts, see `of_file`; '' for none.
+    chat: whether each text is a turn of the user.
     system: the system message before such a turn; '' for none.
 
   Raises:
@@ -57,7 +57,7 @@ def collect(texts: Sequence[str], path: str, chat: bool, system: str) -> list[Pr
 
 
 def turn(text: str, system: str = '', before: Sequence[Message] = ()) -> Prompt:
-  """A conversation that a user's text begins, or goes on with."""
+  """A conversation whose last turn is a user's text."""
   begin = [{'role': SYSTEM, 'content': system}] if system and not before else []
   return Prompt(messages=(*begin, *before, {'role': USER, 'content': text}))
 
@@ -65,11 +65,11 @@ def turn(text: str, system: str = '', before: Sequence[Message] = ()) -> Prompt:
 def of_file(path: str) -> list[Prompt]:
   """The prompts of a file.
 
-  Each line that is not empty is a prompt. In a file that is named *.jsonl it is a JSON object with
-  a field `prompt`, a text, or `messages`, a list of {"role": ..., "content": ...}.
+  Each non-empty line is a prompt. In a file named *.jsonl it is a JSON object with a field
+  `prompt`, a string, or `messages`, a list of {"role": ..., "content": ...}.
 
   Raises:
-    UsageError: the file cannot be read, has no prompt, or a line is something else.
+    UsageError: the file cannot be read or has no prompt, or a line is not a prompt.
   """
   try:
     with open(path, encoding='utf-8') as file:
@@ -77,7 +77,7 @@ def of_file(path: str) -> list[Prompt]:
   except (OSError, UnicodeDecodeError) as error:
     raise UsageError(f'--prompts={path} cannot be read: {error}') from error
   if not lines:
-    raise UsageError(f'--prompts={path} has no prompts: each line that is not empty is one.')
+    raise UsageError(f'--prompts={path} has no prompts; every non-empty line is a prompt.')
   return list(_of_json(path, lines) if path.endswith(JSON_LINES) else
               (Prompt(line) for _, line in lines))
 
@@ -88,8 +88,8 @@ def _of_json(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[Prompt]:
     try:
       found = json.loads(line)
     except ValueError as error:
-      raise UsageError(f'{where} is not JSON: {error}. Lines of plain text can be prompts in a '
-                       f'file that is not named *{JSON_LINES}.') from error
+      raise UsageError(f'{where} is not JSON: {error}. If its lines are plain text, rename the '
+                       f'file: only files named *{JSON_LINES} are read as JSON.') from error
     text, messages = (found.get(key) if isinstance(found, dict) else None
                       for key in ('prompt', 'messages'))
     if isinstance(text, str) and messages is None:
@@ -101,8 +101,8 @@ def _of_json(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[Prompt]:
                            f'{nearest(message["role"], ROLES)}')
       yield Prompt(messages=tuple(messages))
     else:
-      raise UsageError(f'{where} must be an object with a text `prompt`, or with `messages`, a '
-                       'list of {"role": ..., "content": ...}, whose values are texts.')
+      raise UsageError(f'{where} must be an object with `prompt`, a string, or `messages`, a list '
+                       'of {"role": ..., "content": ...} whose values are strings.')
 
 
 def _are_messages(found: Any) -> TypeGuard[list[dict[str, str]]]:

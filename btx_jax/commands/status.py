@@ -34,7 +34,7 @@ def collect(study: Study) -> dict[str, Any]:
     workdir, notes (sentences about the directory as a whole), text_changes (lines on text that was
     tokenized and has changed) and runs. A run has name, state
     ('missing', 'starting', 'running', 'stopped', 'failed', 'complete', 'unreadable'), step,
-    steps, loss, preferred (of a run on pairs, the share that it ranked as the data does),
+    steps, loss, preferred (for a run on pairs, the share that it ranks as the data does),
     bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its step),
     checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss as
     bits_per_byte), error, and warnings. Unknown values are None.

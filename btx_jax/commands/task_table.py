@@ -1,4 +1,4 @@
-"""Tables of scores on tasks: of one model in the terminal, of all runs in the report."""
+"""Tables of scores on tasks of the harness: one model in the terminal, all runs in the report."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ _DIGITS = '.3f'
 
 
 def as_table(found: Mapping[str, Any]) -> terminal.Table:
-  """A table of what one model scores, with a row for each metric of each task.
+  """A table of one model's scores, with a row for each metric of each task.
 
   Args:
-    found: what tasks.score returns, with `model`, its name.
+    found: the result of tasks.score, with the model's name added as `model`.
   """
   rows = []
   for task in found['tasks']:
@@ -36,8 +36,8 @@ def of_study(study: Study) -> dict[str, Any]:
   """The scores of all runs of a study side by side.
 
   Returns:
-    `runs`, the names of those that have scores; and `rows`, one for each metric of each task as it
-    was measured (shots, limit, version and documents), with `values` and `errors` by run.
+    `runs`, the names of those that have scores; and `rows`, one for each metric of each task and
+    way of measuring it (shots, limit, version, documents), with `values` and `errors` by run.
   """
   by_run = {name: found for name, run in study.runs.items()
             if (found := task_scores.read(study, run))}
@@ -56,12 +56,12 @@ def of_study(study: Study) -> dict[str, Any]:
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-  """Headings of the report's table of `of_study`; two of names, then figures."""
+  """Headings of the report's table, given the result of `of_study`."""
   return ['task', 'metric', 'shots', 'documents', *found['runs']]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[Sequence[str]]:
-  """The cells of each row of it."""
+  """The cells of each row of that table."""
   for row in found['rows']:
     scores = [_score(row['values'].get(run), row['errors'].get(run)) for run in found['runs']]
     yield [_name(row), _label(row), str(row['shots']), f'{row["documents"]:,}', *scores]

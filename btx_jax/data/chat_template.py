@@ -1,6 +1,6 @@
-"""Chat templates: how a conversation becomes one text, as by transformers' apply_chat_template.
+"""Chat templates render a conversation as one text, as transformers' apply_chat_template does.
 
-A template is a Jinja program that comes with a tokenizer, or one of NAMED. It is run in a sandbox
+A template is a Jinja program that comes with a tokenizer, or one of NAMED. It runs in a sandbox
 (sandbox.py), and reads the messages and the names of the tokenizer's special tokens.
 """
 
@@ -32,14 +32,14 @@ _LLAMA_3 = """\
   {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
 {%- endif -%}
 """
-# Templates by name, for tokenizers without one; and the tokens that each writes.
+# Templates by name, for tokenizers that have none, and the special tokens that each writes.
 NAMED = {
     'chatml': (_CHATML, ('<|im_start|>', '<|im_end|>')),
     'llama3': (_LLAMA_3, ('<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>',
                           '<|eot_id|>')),
 }
 
-# A message has the keys 'role' and 'content', both text; templates may read others.
+# A message has the keys 'role' and 'content', both strings; templates may read others.
 Message = Mapping[str, Any]
 
 
@@ -69,13 +69,13 @@ class ChatTemplate:
     self.source, self._special, self._where = source, dict(special), where
     identity = json.dumps([source, sorted(self._special.items())])
     self.hash = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    from btx_jax.data import sandbox  # late: status and others do without jinja2
+    from btx_jax.data import sandbox  # imported late: status and other commands need no jinja2
     self._write = sandbox.write
     try:
       self._template = sandbox.compile_template(source)
-    except Exception as error:  # beyond a syntax error: whatever its constants compute
-      raise UsageError(f'The chat template of {where} is not one that Jinja can read: {error}. '
-                       'Repair it, or name another in tokenizer.chat_template: '
+    except Exception as error:  # not only syntax errors: constant expressions are evaluated
+      raise UsageError(f'The chat template of {where} is not valid Jinja: {error}. Repair it, or '
+                       'name another in tokenizer.chat_template: '
                        f'{", ".join(NAMED)}.') from error
 
   def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -83,10 +83,11 @@ class ChatTemplate:
 
     Args:
       messages: the messages in order. Keys whose value is None are dropped.
-      add_generation_prompt: whether what begins an answer follows, for a model to go on from.
+      add_generation_prompt: whether to add the text that precedes an answer, so that a model
+        writes one.
 
     Raises:
-      UsageError: the template fails on, or refuses, these messages; or writes too much.
+      UsageError: the template fails on these messages, rejects them, or writes too much.
     """
     plain = [{key: value for key, value in message.items() if value is not None}
              for message in messages]
@@ -94,7 +95,7 @@ class ChatTemplate:
               'add_generation_prompt': add_generation_prompt}
     try:
       return self._write(self._template, values)
-    except Exception as error:  # a template can fail in any way that an expression can
+    except Exception as error:  # a template can raise any error
       raise UsageError(f'The chat template of {self._where} fails on this conversation: '
                        f'{str(error) or type(error).__name__}') from error
 
@@ -112,12 +113,12 @@ def of_tokenizer(files: Mapping[str, bytes], name: str, vocabulary: Mapping[str,
   """The chat template of a tokenizer.
 
   Args:
-    files: the tokenizer's files by name. Their own template is chat_template.jinja, or
-      `chat_template` in tokenizer_config.json or chat_template.json: a text, or a list of named
-      ones, of which 'default' counts.
-    name: of a template in NAMED to use instead; '' for the tokenizer's own.
+    files: the tokenizer's files by name. Its own template is chat_template.jinja, or
+      `chat_template` in tokenizer_config.json or chat_template.json: a string, or a list of named
+      templates, of which 'default' is used.
+    name: the name of a template in NAMED to use instead; '' for the tokenizer's own.
     vocabulary: the id of each token by name.
-    path: of the tokenizer, for messages.
+    path: the path of the tokenizer, for messages.
 
   Raises:
     UsageError: there is no such template, or the tokenizer lacks its tokens.

@@ -1,4 +1,4 @@
-"""Conversations as token ids, and which of them a model is to write.
+"""Encodes conversations as token ids, and marks those that a model is to write.
 
 The parts of a conversation (chats.py) are encoded one by one, in training and for generation.
 """
@@ -14,11 +14,11 @@ from btx_jax.data.chat_template import Message
 from btx_jax.data.chats import Part
 from btx_jax.data.tokenizer import Tokenizer
 
-# What a token is to the model: read only; to be written; or to be written, and no text but the end
-# of a turn, which bits per byte leave out.
+# The role of a token: read only; to be written; or to be written as the end of a turn, which bits
+# per byte leave out.
 READ, WRITTEN, TURN_END = range(3)
-# A pair is stored as one document: the conversation with the chosen answer, then that with the
-# rejected one, the roles of whose tokens have this added.
+# A pair is stored as one document: the conversation with the chosen answer, then the one with the
+# rejected answer. This is added to the roles of the latter's tokens.
 REJECTED = 3
 
 
@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
   """A conversation.
 
   Attributes:
-    ids: [tokens], without begin and end marks: the template writes what there is of them.
+    ids: [tokens], without added begin and end marks: the template writes its own.
     roles: [tokens] uint8, READ, WRITTEN or TURN_END.
   """
   ids: list[int]
@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, conversations: Sequence[Sequence[Part]]) -> list[Encoded]:
-  """The tokens of conversations, each given as its parts, which are encoded one by one."""
+  """Encodes conversations, each given as its parts, part by part."""
   flat = list(itertools.chain.from_iterable(conversations))
   begins = {0, *itertools.accumulate(map(len, conversations))}
   found: dict[int, list[int]] = {}
@@ -56,11 +56,11 @@ def encode(tokenizer: Tokenizer, conversations: Sequence[Sequence[Part]]) -> lis
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-  """The ids of a conversation and the generation prompt, for a model to go on from.
+  """The ids of a conversation and the generation prompt, for a model to answer.
 
   Args:
     tokenizer: encodes the text, and has the template.
-    messages: of the conversation; their content is text.
+    messages: the messages of the conversation; their content is a string.
 
   Raises:
     UsageError: the tokenizer has no chat template, or the template fails.
@@ -70,7 +70,7 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def stop_id(tokenizer: Tokenizer) -> int | None:
-  """The id of the token that ends a turn of the assistant; None if its template writes none.
+  """The id of the token that ends an assistant's turn; None if the template writes none.
 
   Raises:
     UsageError: the tokenizer has no chat template, or the template fails.

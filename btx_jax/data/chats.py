@@ -1,15 +1,15 @@
-"""Conversations: records, their messages, and the parts of their text that a model is to write.
+"""Reads conversations from records, and finds the answers in their rendered text.
 
-A record has one of these, each as JSON has it:
+A record has one of these sets of fields:
 
-  messages             the messages: role, and content, a text or a list of {type: 'text', text}
-  conversations        the same, or with from ('human', 'gpt') and value
-  prompt, completion   texts, or lists of messages
-  instruction, output  texts; input, if it is not empty, belongs to the instruction
+  messages             messages with role, and content: a string or a list of {type: 'text', text}
+  conversations        the same, or messages with from ('human', 'gpt') and value
+  prompt, completion   strings, or lists of messages
+  instruction, output  strings; input, if not empty, is appended to the instruction
 
-A model reads a conversation up to the generation prompt of the template, and writes the answer and
-the token that ends its turn. So the rendered text is cut there, and each part is encoded by itself
-(chat_tokens.py): training sees the ids that generation sees.
+When a model answers, it reads a conversation up to the template's generation prompt, and writes the
+answer and the token that ends the turn. So the rendered text is cut there, and each part is encoded
+by itself (chat_tokens.py): training and generation see the same ids.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ _OF_TOOLS = ('tool_calls', 'function_call', 'tools', 'functions')
 NO_MESSAGES, NO_ANSWER = 'has no conversation', 'has no answer of the assistant'
 EMPTY_ANSWER, NOT_TEXT = 'has an empty answer', 'has a message that is not text'
 ROLE, TOOLS = 'has a role other than system, user and assistant', 'uses tools'
-REFUSED = 'is refused by the chat template'
+REFUSED = 'is rejected by the chat template'
 
 
 class Unfit(Exception):
@@ -41,7 +41,7 @@ class Unfit(Exception):
 
 
 def reader(template: ChatTemplate, special: Collection[str]) -> Reader:
-  """Makes documents of records that are conversations.
+  """Returns a function that makes a document of a record that is a conversation.
 
   Args:
     template: renders them.
@@ -72,10 +72,10 @@ def messages(record: Mapping[str, Any], field: str = 'text') -> list[dict[str, A
 
   Args:
     record: see the top of this file.
-    field: of the messages, if it is not 'text', the default of text_field.
+    field: the field with the messages. 'text', the default of text_field, means the usual ones.
 
   Returns:
-    `role` and `content` of each, and `weight` where it is 0.
+    `role` and `content` of each message, and `weight` if it is 0.
 
   Raises:
     Unfit: the record cannot be trained on as a conversation.
@@ -96,7 +96,7 @@ def to_last_answer(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _listed(record: Mapping[str, Any], field: str) -> list:
-  """The messages as the record has them."""
+  """The messages in the form that the record has."""
   names = ('messages', 'conversations') if field == 'text' else (field,)
   for name in names:
     if isinstance(record.get(name), list) and record[name]:
@@ -113,12 +113,12 @@ def _listed(record: Mapping[str, Any], field: str) -> list:
 
 
 def turn(role: str, given: Any) -> list:
-  """A text as a message of this role; messages as they are."""
+  """Makes a string a message of this role; returns a list of messages unchanged."""
   return given if isinstance(given, list) else [{'role': role, 'content': given}]
 
 
 def message(given: Any) -> dict[str, Any]:
-  """A message as templates read it. Raises Unfit if it is not one."""
+  """A message in the form that templates read. Raises Unfit if it is not a message."""
   if not isinstance(given, Mapping):
     raise Unfit(NOT_TEXT, f': {str(given)[:60]!r}')
   role = given.get('role') or given.get('from')
@@ -142,32 +142,32 @@ def message(given: Any) -> dict[str, Any]:
 
 def parts(template: ChatTemplate, messages: Sequence[Message], special: Collection[str]
           ) -> list[Part]:
-  """The rendered conversation in parts, which join to it.
+  """Cuts a rendered conversation into parts, whose concatenation is the rendered text.
 
-  An answer is what follows the generation prompt, up to the special token that ends its turn, or
-  to the end of its content if the template writes none there. Answers that the template rewrites
-  (some drop the reasoning of earlier turns), and those of `weight` 0, are not answers here, and
-  belong to the text between.
+  An answer is the text after the generation prompt, up to the special token that ends the turn, or
+  to the end of its content if the template writes no such token. Answers that the template rewrites
+  (some drop the reasoning of earlier turns) and answers with `weight` 0 are not marked as answers;
+  they belong to the text between.
 
   Args:
-    template: renders it.
-    messages: of the conversation.
+    template: renders the conversation.
+    messages: the messages of the conversation.
     special: the names of the tokenizer's special tokens.
 
   Raises:
-    UsageError: the template fails, or writes an answer in another way than it prompts for one.
+    UsageError: the template fails, or an answer does not follow its generation prompt.
   """
   return _parts(template, messages, special, template.render(messages))
 
 
 def prompt(template: ChatTemplate, messages: Sequence[Message], special: Collection[str]
            ) -> list[Part]:
-  """The parts of a conversation and of the generation prompt, for a model to go on from."""
+  """The parts of a conversation and of the generation prompt, for a model to answer."""
   return _parts(template, messages, special, template.render(messages, add_generation_prompt=True))
 
 
 def turn_end(template: ChatTemplate, special: Collection[str]) -> str:
-  """The special token that ends a turn of the assistant; '' if the template writes none."""
+  """The special token that ends an assistant's turn; '' if the template writes none."""
   found = parts(template, [{'role': USER, 'content': 'a'}, {'role': ASSISTANT, 'content': 'b'}],
                 special)
   return next((part.end for part in found if part.is_answer), '')
@@ -184,13 +184,13 @@ def _parts(template: ChatTemplate, messages: Sequence[Message], special: Collect
       continue
     before = template.render(messages[:i], add_generation_prompt=True)
     if not before:
-      continue  # nothing to predict its first token from
+      continue  # there is no token from which to predict its first token
     if not whole.startswith(before) or len(before) < at:
-      raise UsageError('The chat template writes an answer in another way than it prompts for one.')
+      raise UsageError('The chat template does not write its generation prompt before an answer.')
     content, first = message['content'].strip(), len(before)
     while whole[first:first + 1].isspace():
       first += 1
-    if not whole.startswith(content, first):  # something stands before it, perhaps only at the end
+    if not whole.startswith(content, first):  # text precedes it, perhaps only in the last turn
       turn = template.render(messages[:i + 1])
       found = tail.search(turn, len(before))
       stop = found.start() if found else 0

@@ -1,9 +1,9 @@
-"""Conversations for configs/chat.py, with nothing to download: about countries, and arithmetic.
+"""Makes conversations for configs/chat.py, about countries and arithmetic; downloads nothing.
 
   python -m btx_jax.data.demo_chats FOLDER
 
 writes countries.jsonl and arithmetic.jsonl into the folder, and countries.test.jsonl and
-arithmetic.test.jsonl with other countries and problems. A line is a conversation of three
+arithmetic.test.jsonl with other countries and problems. Each line is a conversation of three
 questions. Most answers are a word or a number. The countries are those of the CIA World Factbook:
 pip install 'btx_jax[demo]'.
 """
@@ -24,9 +24,9 @@ _QUESTIONS = (  # about a country, and where the factbook has the answer
     ('What is the internet code of {}?', ('Communications', 'Internet country code')),
     ('What adjective belongs to {}?', ('People and Society', 'Nationality', 'adjective')),
 )
-_ASKED = 3  # questions of a conversation
-_LONGEST = 30  # characters of an answer
-_TEST = 8  # every eighth conversation
+_ASKED = 3  # questions per conversation
+_LONGEST = 30  # characters of the longest answer
+_TEST = 8  # every eighth conversation is a test
 _PROBLEMS, _FACTORS = 320, (2, 12)
 
 Conversation = list[dict[str, str]]
@@ -47,7 +47,7 @@ def countries() -> Iterator[Conversation]:
 
 
 def arithmetic() -> Iterator[Conversation]:
-  """Problems that are asked once each."""
+  """Conversations of three problems; no problem occurs twice."""
   rng, asked, chosen = random.Random('chats'), set(), []
   while len(asked) < _PROBLEMS * _ASKED:
     question, answer = demo.problem(rng.randint, *_FACTORS)

@@ -23,7 +23,7 @@ class Domain(NamedTuple):
       (), which means the share data.held_out.
     field: the config field that names the files: 'paths', or 'held_out' if `measured` returned
       this domain.
-    format: what its records are: TEXT; CHAT, conversations of messages; or PAIRS of these.
+    format: what its records are: TEXT; CHAT, conversations; or PAIRS, pairs of conversations.
   """
   name: str
   source: str = 'files'
@@ -85,7 +85,7 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
                        f'{nearest(domain.format, FORMATS)}')
     if domain.format != TEXT and domain.source != 'files':
       raise UsageError(f'domains.{name}.source = {domain.source!r} is text, and format = '
-                       f'{domain.format!r} is for files; omit either.')
+                       f'{domain.format!r} is for files; omit one of them.')
     if isinstance(domain.held_out, int | float) and not 0 < domain.held_out < 1:
       raise UsageError(f'domains.{name}.held_out = {domain.held_out} must be a share between 0 and '
                        '1, or name the files that are measured.')

@@ -1,4 +1,4 @@
-"""Documents of a domain as token ids, by the format of its records."""
+"""Encodes the documents of a domain, according to the format of its records."""
 
 from collections.abc import Iterator, Sequence
 import itertools

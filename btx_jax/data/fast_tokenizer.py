@@ -17,7 +17,9 @@ from btx_jax.data import chat_template, framing, spelling
 from btx_jax.errors import UsageError
 
 FILE = framing.TOKENIZER_JSON
-_BEFORE = '\n'  # put before a text that goes on, and taken away again, where a text gets a space
+# If the tokenizer adds a space before a text, this is put before a text that continues another one,
+# so that no space is added; its ids are removed again.
+_BEFORE = '\n'
 
 
 class FastTokenizer(spelling.Spelling):
@@ -81,7 +83,7 @@ class FastTokenizer(spelling.Spelling):
 
   @property
   def chat_template(self) -> chat_template.ChatTemplate:
-    """How it writes conversations. Raises UsageError, see chat_template.of_tokenizer."""
+    """Its chat template. Raises UsageError, see chat_template.of_tokenizer."""
     if self._template is None:
       self._template = chat_template.of_tokenizer(
           self.files, self.template_name, self._vocabulary, self._path)
@@ -101,7 +103,7 @@ class FastTokenizer(spelling.Spelling):
       self._model.encode_special_tokens = before
 
   def spell_chat(self, ids: Sequence[int]) -> bytes:
-    """The bytes of a rendered conversation: the names of special tokens are part of it."""
+    """The bytes of a rendered conversation, including the names of special tokens."""
     return self._of_chats.spell(ids)
 
   def _ids(self, texts: Sequence[str]) -> list[list[int]]:

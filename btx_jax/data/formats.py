@@ -92,7 +92,7 @@ def read(path: str, text_field: str = TEXT_FIELD, id_field: str = '', separator:
     about: is updated with what is found out about the file.
     lone: whether a file of a single JSON object that lacks the field is NO_RECORDS, and a CSV file
       that lacks the column NO_COLUMN.
-    reader: makes documents of records that are more than a text; None if they are texts.
+    reader: makes documents of records in JSON, such as conversations; None if records are texts.
 
   Raises:
     OSError: the file cannot be opened.
@@ -161,7 +161,7 @@ def _stream(path: str, named: str, stream: Stream, fields: Fields, separator: st
     return
   if fields.read:
     raise UsageError(f'{path} is {CSV if named in csv_files.DELIMITERS else TEXT}; conversations '
-                     'are read from JSON, Parquet and Arrow files. Narrow the paths to such.')
+                     'are read from JSON, Parquet and Arrow files. Narrow the paths to such files.')
   _check_fields(path, fields, has_text=fields.text in ('', TEXT_FIELD), has_id=False)
   for piece in pieces(path, stream, separator_of(separator)):
     if isinstance(piece, Unusable):

@@ -77,13 +77,13 @@ class Windows:
 
 
 def rows_of(tokens: Tokens, length: int, domain: int = 0) -> Windows | Packed | PairRows:
-  """A training split as rows: text in windows, conversations packed, pairs side by side."""
+  """A training split as rows: windows of text, packed conversations, or packed pairs."""
   return PairRows(tokens, length, domain) if tokens.pairs else _scored(tokens, length, domain)
 
 
 def _scored(tokens: Tokens, length: int, domain: int = 0, evaluation: bool = False,
             stride: int = 0) -> Windows | Packed:
-  """A split as rows of which every token has a score; of pairs the chosen answers have one."""
+  """A split as rows in which every token has a score; of pairs only the chosen answers have one."""
   kind = Windows if tokens.roles is None else Packed
   return kind(tokens, length, domain, evaluation, stride)
 
@@ -142,7 +142,8 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
     length: T.
     seed: seeds the shuffles, which differ for each pass over a domain.
     read: domain -> the number of rows to skip at its beginning.
-    references: for a loss with a reference: domain of pairs -> its log-probabilities, see PairRows.
+    references: domain of pairs -> log-probabilities of the reference, see PairRows; None for a loss
+      without one.
 
   Raises:
     UsageError: a domain is shorter than one row.
@@ -153,7 +154,7 @@ def training_order(domains: Mapping[str, Tokens], weights: Mapping[str, float], 
       windows = (PairRows(tokens, length, index, references[name]) if references
                  else rows_of(tokens, length, index))
       if not len(windows) and tokens.pairs:
-        raise UsageError(f'domains.{name}: none of its pairs fits into a row of data.seq_len = '
+        raise UsageError(f'domains.{name}: none of its pairs fits in a row of data.seq_len = '
                          f'{length} tokens; raise data.seq_len.')
       if not len(windows) and tokens.roles is not None and len(tokens.ids):
         raise UsageError(f'domains.{name}: no answer begins within the first data.seq_len = '

@@ -1,8 +1,8 @@
-"""Conversations as rows: whole ones, several in a row, none cut by the end of a row.
+"""Packs whole conversations into rows.
 
 Text is cut wherever a row ends. An answer without its question teaches little, so conversations are
 packed instead: the longest first, each into the fullest row that has room for it (best fit
-decreasing, arXiv 2404.10830). The rows follow from the tokens and the length of a row alone.
+decreasing, arXiv 2404.10830). The rows depend only on the tokens and the length of a row.
 """
 
 import bisect
@@ -19,12 +19,12 @@ Batch = dict[str, np.ndarray]
 
 
 class Truncated(NamedTuple):
-  """What rows of a length leave out of conversations in training.
+  """What training loses because conversations are longer than a row.
 
   Attributes:
-    conversations: number of conversations that are longer than a row, and are cut at its end.
-    unused: number of those without an answer before that, which are not trained on.
-    written: number of tokens of answers that are lost so.
+    conversations: number of conversations that are longer than a row and are truncated.
+    unused: number of those that have no answer left, and are not trained on.
+    written: number of tokens of answers that are lost.
   """
   conversations: int
   unused: int
@@ -34,14 +34,14 @@ class Truncated(NamedTuple):
 class Packed:
   """A split of conversations as rows of `length` tokens to predict; see mixture.Windows.
 
-  In training a conversation that is longer than a row is cut at the row's end, and left out if no
-  answer begins before it. In evaluation it is cut into pieces that begin every `stride` tokens, as
+  In training a conversation that is longer than a row is truncated, and left out if no answer
+  begins within the row. In evaluation it is cut into pieces that begin every `stride` tokens, as
   mixture.Windows cuts text, so that every answer has a score.
   """
 
   def __init__(self, tokens: Tokens, length: int, domain: int, evaluation: bool = False,
                stride: int = 0):
-    """Arguments as for mixture.Windows; tokens with `roles`."""
+    """Arguments as for mixture.Windows; `tokens` must have roles."""
     assert tokens.roles is not None
     self._roles = tokens.roles
     self._tokens, self._length, self._domain = tokens, length, domain
@@ -71,8 +71,8 @@ class Packed:
     return row | {'domain': np.array(self._domain, np.int32)}
 
   def by_token(self, rows_RT: np.ndarray) -> np.ndarray:
-    """The values at the position of each token but the last, [tokens - 1, ...]; 0 where a token is
-    in no row.
+    """The values at the position of each token but the last, [tokens - 1, ...]; 0 for tokens that
+    are in no row.
 
     Args:
       rows_RT: the values of each row, [R, T, ...]; further rows may follow.
@@ -85,14 +85,14 @@ class Packed:
     return result
 
   def _places(self, index: int) -> Iterator[tuple[int, int]]:
-    """The pieces of a row, and where in it they begin."""
+    """The pieces of a row, and where they begin in it."""
     pieces = self._pieces_R[self._starts_R[index]:self._starts_R[index + 1]]
     sizes = self._ends_P[pieces] - self._firsts_P[pieces] - 1
     return zip(pieces.tolist(), (np.cumsum(sizes) - sizes).tolist())
 
 
 def truncated(tokens: Tokens, length: int) -> Truncated:
-  """What rows of `length` leave out of conversations in training."""
+  """What training loses if rows have `length` tokens."""
   cut = unused = written = 0
   roles, starts = tokens.roles, np.asarray(tokens.starts)
   assert roles is not None
@@ -105,17 +105,18 @@ def truncated(tokens: Tokens, length: int) -> Truncated:
 
 
 def in_words(tokens: Tokens, length: int) -> list[str]:
-  """A line on the conversations that are longer than a row of `length`; none if there are none."""
+  """A line about the conversations that are longer than a row of `length`, if there are any."""
   found = truncated(tokens, length)
   if not found.conversations:
     return []
   return [f'{found.conversations:,} conversations are longer than a row of data.seq_len = '
-          f'{length:,} tokens and are cut there, which loses {found.written:,} tokens of answers; '
-          f'{found.unused:,} of them have no answer before, and are not trained on']
+          f'{length:,} tokens and are truncated, which loses {found.written:,} tokens of answers; '
+          f'{found.unused:,} of them have no answer left, and are not trained on']
 
 
 def _beginnings(tokens: Tokens, length: int) -> tuple[list[int], list[int], list[int]]:
-  """Pieces for training: their first tokens, their ends, and the targets that others have."""
+  """Pieces for training: the first token of each, its end, and the number of its first targets
+  that an earlier piece covers."""
   firsts, ends = [], []
   assert tokens.roles is not None
   for first, end in itertools.pairwise(np.asarray(tokens.starts).tolist()):
@@ -127,7 +128,7 @@ def _beginnings(tokens: Tokens, length: int) -> tuple[list[int], list[int], list
 
 
 def _windows(tokens: Tokens, length: int, stride: int) -> tuple[list[int], list[int], list[int]]:
-  """Pieces for evaluation, likewise; of pairs those with the chosen answers."""
+  """Pieces for evaluation, likewise; of pairs only the conversations with the chosen answers."""
   firsts, ends, seen = [], [], []
   stops = (tokens.cuts if tokens.pairs else tokens.starts[1:]).tolist()
   for start, end in zip(np.asarray(tokens.starts).tolist(), stops):
@@ -139,7 +140,7 @@ def _windows(tokens: Tokens, length: int, stride: int) -> tuple[list[int], list[
 
 
 def best_fit(sizes_P: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Puts pieces into rows: the pieces of all rows in order, and where each row begins in them."""
+  """Puts pieces into rows; returns the pieces of all rows in order, and where each row begins."""
   rows: list[list[int]] = []
   open_rows: dict[int, list[int]] = {}  # room -> the rows that have it
   rooms: list[int] = []  # its keys, sorted

@@ -1,8 +1,8 @@
-"""Pairs of answers as rows: whole pairs, several in a row, each with its prompt twice.
+"""Packs whole pairs into rows, each pair with its prompt twice.
 
 Segments 1, 3, 5, ... of a row are conversations with a chosen answer, and 2, 4, 6, ... those with
-the rejected one. A pair that is longer than a row is left out: cutting it would cut the longer of
-the two answers more, and so change which is better.
+the rejected one. A pair that is longer than a row is left out: truncating it would remove more of
+the longer answer, which could change which of the two is better.
 """
 
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ class PairRows:
 
 
 def in_words(tokens: Tokens, length: int) -> list[str]:
-  """A line on the pairs that are longer than a row of `length`; none if there are none."""
+  """A line about the pairs that are longer than a row of `length`, if there are any."""
   left_out = int((np.diff(np.asarray(tokens.starts)) - 2 > length).sum())
   if not left_out:
     return []

@@ -1,13 +1,13 @@
-"""Pairs of answers: records with a chosen and a rejected one, and their messages.
+"""Reads pairs of a chosen and a rejected answer from records.
 
-A record has `chosen` and `rejected`, each a text or a list of messages (chats.py), and `prompt`:
+A record has `chosen` and `rejected`, each a string or a list of messages (chats.py), and `prompt`:
 
-  prompt a text, answers texts           the question, and each answer, as one message
+  prompt a string, answers strings       the prompt and each answer become one message each
   prompt messages, answers messages      each answer follows the prompt
-  answers messages                       what both begin with is the prompt; a prompt that is a text
-                                         is not read
+  answers messages                       the messages that both begin with are the prompt; a prompt
+                                         that is a string is ignored
 
-The answers of the assistant in the prompt are not learned: they are the same in both.
+The assistant's answers in the prompt are not learned: they are the same in both conversations.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,7 +26,7 @@ Messages = list[dict[str, Any]]
 
 
 def reader(template: ChatTemplate, special: Collection[str]) -> Reader:
-  """Makes documents of records that are pairs: `parts` of the chosen one, and `rejected`.
+  """Returns a function that makes a document of a record that is a pair: `parts` and `rejected`.
 
   Args:
     template: renders them.
@@ -54,16 +54,16 @@ def reader(template: ChatTemplate, special: Collection[str]) -> Reader:
 
 
 def messages(record: Mapping[str, Any]) -> tuple[Messages, Messages]:
-  """The conversations with the chosen and with the rejected answer, each up to its last answer.
+  """The conversations with the chosen and the rejected answer, each up to its last answer.
 
   Args:
     record: see the top of this file.
 
   Returns:
-    two lists of messages with the same beginning, whose answers have `weight` 0.
+    two lists of messages; answers in the prompt, with which both begin, have `weight` 0.
 
   Raises:
-    Unfit: the record is not a pair to learn from.
+    Unfit: the record cannot be trained on as a pair.
   """
   given = [record.get(name) for name in ('chosen', 'rejected')]
   prompt = record.get('prompt')

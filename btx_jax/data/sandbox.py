@@ -1,9 +1,9 @@
 """The Jinja environment of chat templates: that of transformers, with bounded operators.
 
-A template comes with a tokenizer, from wherever that was downloaded. The sandbox lets it read only
-what it is given, and change none of that. Its text is bounded, and so are products and powers. Its
-time is not, as a template can loop without writing anything; nor is the memory of filters that pad
-a text.
+A template comes with a tokenizer, which may come from an unknown source. In the sandbox it can read
+only the values it is given, and cannot change them. The length of its text is bounded, and so are
+products and powers. Its time is not, because a template can loop without writing anything; nor is
+the memory of filters that pad a text.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _MOST_BITS = 4096  # of a number that a template computes
 
 
 class _Generation(ext.Extension):
-  """{% generation %} marks answers in some templates; what is inside is written as it is."""
+  """{% generation %} marks answers in some templates; its body is written unchanged."""
   tags: ClassVar[set[str]] = {'generation'}
 
   def parse(self, parser):
@@ -47,7 +47,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Namespace(utils.Namespace):
-  """A namespace without underscored names, through which a template could leave the sandbox."""
+  """A namespace without underscored names, by which a template could leave the sandbox."""
 
   def __init__(*args, **kwargs):  # without `self`, which may be one of its names
     self, *rest = args
@@ -72,13 +72,12 @@ class _Dict:
 
 
 def compile_template(source: str) -> jinja2.Template:
-  """A template that is ready to write. Raises one of many errors if `source` is not one."""
+  """Compiles a template. Raises errors of many kinds if `source` is not a template."""
   return _environment().from_string(source)
 
 
 def write(template: jinja2.Template, values: Mapping[str, Any]) -> str:
-  """The text of a template. Raises OverflowError beyond MAX_CHARS, or whatever the template does.
-  """
+  """Renders a template. Raises OverflowError beyond MAX_CHARS, or any error of the template."""
   pieces, size = [], 0
   for piece in template.generate(values):
     pieces.append(piece)

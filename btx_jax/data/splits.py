@@ -44,7 +44,8 @@ class Written(NamedTuple):
     smallest: the smallest hash if no document was held out although one must be, else None.
     changes: the documents that the tokenizer changed.
     removed: the documents that were kept out of training.
-    answers: of conversations, the `answers` and `written` tokens of each split; else {}.
+    answers: for each split of conversations, its number of `answers` and of `written` tokens; {}
+      for text.
   """
   sizes: dict[str, int]
   smallest: float | None

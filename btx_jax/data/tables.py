@@ -78,7 +78,7 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
 
 
 def _records(path: str, table: _Table, fields: Fields) -> Iterator[Document | Unusable]:
-  """The documents of rows that are more than a text."""
+  """The documents of rows that `fields.read` reads, such as conversations."""
   assert fields.read
   row = 0
   for batch in table.batches(list(table.schema.names)):

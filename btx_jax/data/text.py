@@ -182,7 +182,8 @@ def given(config, folder: str) -> Tokenizer | None:
   If its file is missing, the copy in `folder` is read.
 
   Raises:
-    UsageError: see tokenizer.load; or there are domains of chats, and it cannot write chats.
+    UsageError: see tokenizer.load; or there are domains of conversations or pairs, and it cannot
+      render conversations.
   """
   options = framing.options(config.tokenizer)
   chat_template.check_name(options.chat_template)
@@ -190,14 +191,14 @@ def given(config, folder: str) -> Tokenizer | None:
   path, kept = config.tokenizer.path, _kept(config, folder)
   if not path:
     if of_chats:
-      raise UsageError(f'domains.{of_chats[0]}: chats need a tokenizer with special tokens, and '
-                       'one that is trained here has none; set tokenizer.path to a '
+      raise UsageError(f'domains.{of_chats[0]}: conversations need a tokenizer with special '
+                       'tokens, and one that is trained here has none; set tokenizer.path to a '
                        'tokenizer.json.')
     return None
   path = path if os.path.exists(path) or not os.path.exists(kept) else kept
   result = load_tokenizer(path, options)
   if of_chats:
-    chat_tokens.stop_id(result)  # its template must write the simplest conversation
+    chat_tokens.stop_id(result)  # fails early if its template cannot render a conversation
   return result
 
 

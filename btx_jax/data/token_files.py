@@ -14,7 +14,7 @@ from btx_jax.data.chat_tokens import READ, REJECTED
 from btx_jax.data.records import Document
 from btx_jax.data.tokenizer import Tokenizer
 
-ROLES = '.roles.bin'  # a file of conversations: the role of each token, one byte
+ROLES = '.roles.bin'  # only for conversations: the role of each token, one byte
 
 
 class Encoded(NamedTuple):
@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
     document: the document.
     ids: [tokens], without marks.
     spelled: the bytes that the ids spell: those of the document's text, if nothing was lost.
-    roles: [tokens] uint8, of a conversation, see chat_tokens.py; None for text.
+    roles: [tokens] uint8, the roles of a conversation's tokens, see chat_tokens.py; None for text.
   """
   document: Document
   ids: np.ndarray
@@ -56,8 +56,8 @@ class Writer:
 
   @property
   def of_chats(self) -> dict[str, int]:
-    """Of conversations, the number of `answers` so far, and of `written` tokens: those that a model
-    is to write. {} for text."""
+    """For conversations, the number of `answers` so far, and of `written` tokens, which a model is
+    to write; {} for text."""
     return {'answers': self._answers, 'written': self._written} if self._roles_file else {}
 
   def add(self, found: Encoded, unless: Container[int] = ()) -> int | None:

@@ -51,8 +51,7 @@ class Tokenizer(Protocol):
 
   @property
   def chat_template(self) -> chat_template.ChatTemplate:
-    """How it writes conversations. Raises UsageError if it cannot, see chat_template.of_tokenizer.
-    """
+    """Its chat template. Raises UsageError if it has none, see chat_template.of_tokenizer."""
     ...
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -60,16 +59,16 @@ class Tokenizer(Protocol):
     ...
 
   def encode_chat(self, texts: Sequence[str], goes_on: bool = False) -> list[list[int]]:
-    """Token ids of each part of a rendered conversation: special tokens in it are those tokens.
+    """Token ids of each part of a rendered conversation, with special tokens encoded as such.
 
     Args:
       texts: the parts.
-      goes_on: whether other text stands before each of them, so that no space is put there.
+      goes_on: whether other text precedes each part, so that no space is added in front of it.
     """
     ...
 
   def spell_chat(self, ids: Sequence[int]) -> bytes:
-    """The bytes of a rendered conversation: the names of special tokens are part of it."""
+    """The bytes of a rendered conversation, including the names of special tokens."""
     ...
 
   def spell(self, ids: Sequence[int]) -> bytes:
@@ -145,20 +144,20 @@ class Sentencepiece(spelling.Spelling):
 
   @property
   def chat_template(self) -> chat_template.ChatTemplate:
-    """Raises UsageError, as this kind has no special tokens in text."""
+    """Raises UsageError: this kind cannot encode special tokens in text."""
     raise self._no_chats()
 
   def encode_chat(self, texts: Sequence[str], goes_on: bool = False) -> list[list[int]]:
-    """Raises UsageError, as this kind has no special tokens in text."""
+    """Raises UsageError: this kind cannot encode special tokens in text."""
     raise self._no_chats()
 
   def spell_chat(self, ids: Sequence[int]) -> bytes:
-    """Raises UsageError, as this kind has no special tokens in text."""
+    """Raises UsageError: this kind cannot encode special tokens in text."""
     raise self._no_chats()
 
   def _no_chats(self) -> UsageError:
     return UsageError(
-        f'Chats need a tokenizer.json, and {self._path} is a sentencepiece model. Set '
+        f'Conversations need a tokenizer.json, and {self._path} is a sentencepiece model. Set '
         'tokenizer.path to the tokenizer.json beside it, or save the tokenizer with transformers, '
         'which writes one.')
 

@@ -8,7 +8,7 @@ splits.py decides which documents are held out, and writes these files:
                                           byte of the raw text; the last row holds the totals
   DIR/train.ids.jsonl, held_out.ids.jsonl  only if the domain has an id_field: the id of each
                                           document, one JSON string per line ("" if it has none)
-  DIR/train.roles.bin, held_out...         only of conversations: a byte a token, see chat_tokens.py
+  DIR/train.roles.bin, held_out...         conversations only: one byte per token, chat_tokens.py
   DIR/files.jsonl                         the files that the tokens were made from, see origin.py
   DIR/meta.json                           the settings they were made with, the skipped records, and
                                           the documents kept out of training; written last
@@ -47,8 +47,8 @@ class Tokens:
       documents have no begin mark, their first token is not scored, and its bytes do not count.
     hash: identifies the ids and boundaries.
     begins, ends: 1 if each document has a begin mark, an end mark; else 0.
-    roles: [tokens] uint8, of conversations: which tokens a model is to write, see chat_tokens.py;
-      None for text, of which it is to write all. `bytes` then counts the text of answers alone.
+    roles: [tokens] uint8, which tokens of conversations a model is to write, see chat_tokens.py;
+      None for text, where it writes all. With roles, `bytes` counts only the text of answers.
     pairs: whether each document is a pair of conversations, see chat_tokens.REJECTED.
   """
   ids: np.ndarray
@@ -62,16 +62,18 @@ class Tokens:
 
   @property
   def cuts(self) -> np.ndarray:
-    """[documents], of pairs: where the conversation with the rejected answer begins."""
+    """[documents], for pairs: where the conversation with the rejected answer begins."""
     if self.roles is None or not self.pairs:
       raise ValueError('These documents are not pairs.')
     return np.flatnonzero(np.diff(np.asarray(self.roles) >= REJECTED, prepend=False))[::2]
 
   @property
   def has_score(self) -> np.ndarray:
-    """[tokens] bool: the tokens that `bytes` counts, which a score is made of. All but the first of
-    each document and end marks; of conversations the text of answers, without the ends of turns,
-    and of pairs that of the chosen answers."""
+    """[tokens] bool: the tokens that `bytes` counts, and that are scored.
+
+    In text these are all but end marks and the first token of each document; in conversations the
+    answers, without the ends of turns; and in pairs the chosen answers.
+    """
     if self.roles is not None:
       return np.asarray(self.roles) == WRITTEN
     result = np.ones(len(self.ids), bool)
@@ -149,7 +151,7 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
 
   Returns:
     The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
-    split, and of conversations what token_files.Writer.of_chats says; `changes`: the fields of
+    split, and for conversations those of token_files.Writer.of_chats; `changes`: the fields of
     Changes; and `skipped`: the number of unusable records, in all and by reason, and the first
     places. `files`: what was read as what, and what was left out
     (corpora.Group). `notes`: what is odd about that, in words. `kept_out`: see kept_out.py.

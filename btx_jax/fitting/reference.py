@@ -1,12 +1,12 @@
-"""Log-probabilities of the pairs that a run learns from, under what it starts from: its reference.
+"""Computes and stores DPO's reference: log-probabilities under the model that a run starts from.
 
-They are computed once, before the training, and kept in the run's directory, so that training has
-one model in memory.
+They are computed once, before the training, and kept in the run's directory, so that training needs
+only one model in memory.
 
-    reference/N.npy           [pairs, 2] float32, of domain number N in the training of the run: the
-                              chosen and the rejected answers, in nats; NaN for pairs that are
+    reference/N.npy           [pairs, 2] float32, for the run's domain number N: log-probabilities
+                              of the chosen and the rejected answer in nats; NaN for pairs that are
                               longer than a row
-    reference/reference.json  the domains and how long it took, see study/stored.py
+    reference/reference.json  the domains, and the time it took; see study/stored.py
 """
 
 import functools
@@ -31,11 +31,11 @@ from btx_jax.training.step import forward
 
 
 def compute(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None:
-  """Computes and stores the reference of a run, unless that has been done.
+  """Computes and stores the reference of a run, unless it is stored already.
 
   Args:
-    study: whose run it is.
-    run: the run; one whose loss has no reference is left alone.
+    study: the study of the run.
+    run: the run. If its loss has no reference, nothing is done.
     text: the tokenized text.
     mesh: the devices to use.
   """
@@ -52,8 +52,8 @@ def compute(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None
     arrays[f'{number}.npy'], counts[domain] = found, int(np.isfinite(found[:, 0]).sum())
   seconds = time.monotonic() - began
   stored.write(arrays, {'domains': list(run.weights), 'pairs': counts, 'seconds': seconds})
-  say(f'{run.name}: reference computed in {seconds:.1f} s, of ' + ', '.join(
-      f'{count:,} pairs of {domain}' for domain, count in counts.items()))
+  pairs = ', '.join(f'{count:,} pairs of {domain}' for domain, count in counts.items())
+  say(f'{run.name}: computed the reference of {pairs} in {seconds:.1f} s')
 
 
 def of(study: Study, run: Run) -> dict[str, np.ndarray] | None:
@@ -73,15 +73,14 @@ def of(study: Study, run: Run) -> dict[str, np.ndarray] | None:
 
 
 def origin_of(run: Run) -> Run:
-  """The run whose start is the reference: the run itself, or if it continues another one with that
-  one's state, that one."""
+  """The run whose initial model is the reference: this run, or the run whose state it continues."""
   while run.state and run.sources[0].objective.has_reference:
     run = run.sources[0]
   return run
 
 
 def answers(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int) -> np.ndarray:
-  """Log-probabilities of the answers of each pair, [pairs, 2]; NaN for pairs longer than a row.
+  """Log-probabilities of both answers of each pair, [pairs, 2]; NaN for pairs longer than a row.
 
   Args:
     cfg: the model.

@@ -26,7 +26,7 @@ from btx_jax.model.linear import swiglu
 
 # The keys and values of each layer, [B, K, S, H], with S slots.
 Cache = list[tuple[jax.Array, jax.Array]]
-_POSITIONS_SCORED = 16  # at once
+_POSITIONS_SCORED = 16  # positions whose logits are in memory at once
 
 
 class Decoded(NamedTuple):
@@ -43,11 +43,11 @@ class Decoded(NamedTuple):
 
 
 class Read(NamedTuple):
-  """What a linear selector reads: the result of `read_prompts` or `read_token`.
+  """The result of `read_prompts` or `read_token`, for a linear selector.
 
   Attributes:
-    logits: the selector's logits for each expert, of each position's own hidden state: float32
-      [B, T, E] of prompts, [B, E] of a token.
+    logits: the selector's logits for each expert, from the hidden state of each position: float32
+      [B, T, E] for prompts, [B, E] for a token.
     cache: the reader's cache with the new tokens.
   """
   logits: jax.Array
@@ -130,7 +130,7 @@ def insert(cache: Cache, new: Cache, rows_b) -> Cache:
 
 
 def _prompts(cfg: Config, weights: Weights, tokens_BT, lengths_B, slots: int):
-  """Final hidden states [B, T, D] and gates [B, T, E] of prompts, and a cache with them."""
+  """Final hidden states [B, T, D] and gates [B, T, E] of prompts, and a cache filled with them."""
   B, T = tokens_BT.shape
   positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
   segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
@@ -154,7 +154,7 @@ def _after_prompts(weights: Weights, lengths_B, h_BTD, gates_BTE, cache: Cache) 
 
 
 def _token(cfg: Config, weights: Weights, tokens_B, positions_B, cache: Cache):
-  """The final hidden state [B, D] and gates [B, E] of one token of each row, and the cache."""
+  """The final hidden state [B, D] and gates [B, E] of one token per row, and the updated cache."""
   new = []
 
   def attend(layer, q_BNTH, k_BKTH, v_BKTH):
@@ -236,7 +236,7 @@ def _write(kept_BKSH, x_BK1H, positions_B):
   def of_row(kept_KSH, x_K1H, position):
     return jax.lax.dynamic_update_slice_in_dim(kept_KSH, x_K1H, position, 1)
 
-  if kept_BKSH.dtype == jnp.bfloat16:  # as bits: on a CPU the whole cache would be made float32
+  if kept_BKSH.dtype == jnp.bfloat16:  # as bits: a CPU would convert the whole cache to float32
     kept, x = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (kept_BKSH, x_BK1H))
     return jax.lax.bitcast_convert_type(jax.vmap(of_row)(kept, x, positions_B), jnp.bfloat16)
   return jax.vmap(of_row)(kept_BKSH, x_BK1H, positions_B)

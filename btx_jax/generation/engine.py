@@ -1,7 +1,7 @@
-"""What generates tokens: an engine reads prompts, and then one token of each row at a time.
+"""Engines predict tokens: they read prompts, and then one token of each row at a time.
 
-Here is the engine of one model; ensemble.py has that of several. The loop in generate.py knows only
-the interface.
+This file has the interface and the engine of one model; ensemble.py has the engine of several. The
+loop in generate.py uses only the interface.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from btx_jax.generation.weights import unstack
 from btx_jax.model.config import Config
 from btx_jax.model.trees import check_params
 
-_SHORTEST = 16  # positions of a prompt that are computed
+_SHORTEST = 16  # the fewest positions that are computed for a prompt
 
 
 class Rows(Protocol):
@@ -25,7 +25,7 @@ class Rows(Protocol):
 
   @property
   def logits(self) -> jax.Array:
-    """[B, V] float32, for the next token of each row."""
+    """[B, V] float32, the logits of the next token of each row."""
     ...
 
   @property
@@ -38,14 +38,14 @@ class Rows(Protocol):
 
     Args:
       tokens_B: the tokens.
-      live: whether the text of each row goes on; other rows, and those that only fill the batch,
-        may get any logits.
+      live: whether the text of each row continues; the logits of other rows, and of those that
+        only fill the batch, are undefined.
     """
     ...
 
 
 class Engine(Protocol):
-  """A model, or several, that predict the next token.
+  """One or several models that predict the next token.
 
   Attributes:
     vocab_size: V.
@@ -56,7 +56,7 @@ class Engine(Protocol):
     """Reads prompts of any lengths, at least one token each.
 
     Args:
-      prompts: token ids; the batch may get more rows, to have a rounded size.
+      prompts: token ids; the batch may get more rows, so that its size is rounded.
       slots: the most tokens that a row will have, at least `rounded_length` of the longest prompt.
     """
     ...
@@ -72,7 +72,7 @@ class Model:
       params: its parameters, laid out as in model/llama.py.
 
     Raises:
-      ValueError: the parameters are not those of `config`; with both shapes.
+      ValueError: the parameters do not fit `config`; the message has both shapes.
     """
     check_params(config, params, 'generate')
     self.config, self.weights = config, unstack(config, params)
@@ -104,8 +104,8 @@ class _ModelRows:
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   """Prompts as one array [B, T] with zeros on the right, and their lengths [B].
 
-  B is a power of two, and a multiple of the devices that share the rows; further rows have one
-  token. T is a power of two. So few programs are compiled.
+  B is the least common multiple of a power of two and the number of devices that share the rows;
+  the added rows have one token. T is a power of two. So few programs are compiled.
   """
   B = math.lcm(power_of_two(len(prompts)), row_ways(jax.sharding.get_abstract_mesh()))
   tokens_BT = np.zeros((B, rounded_length(max(map(len, prompts)))), np.int32)
@@ -116,7 +116,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rounded_length(length: int) -> int:
-  """The positions that are computed for a prompt of so many tokens."""
+  """The number of positions that are computed for a prompt of `length` tokens."""
   return max(_SHORTEST, power_of_two(length))
 
 

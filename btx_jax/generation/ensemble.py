@@ -1,8 +1,8 @@
-"""The engine of an ensemble: whole models, weighted anew for each token by a selection.
+"""The engine of an ensemble: whole models, which a selection weights for each token.
 
-An expert that is computed for a row has read the whole text of this row, so one that takes over
-reads it first. All models are in memory, each with a cache of its own. A row of such a cache is
-up to date only while its expert is computed for that row.
+An expert that is computed for a row must have read the whole text of this row, so an expert that
+takes over reads it first. All models are in memory, each with its own cache. A row of a cache is up
+to date only while its expert is computed for that row.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ class _EnsembleRows:
     self._combine(goes_on_R)
 
   def _read_texts(self, e: int, rows: np.ndarray):
-    """An expert reads the whole text of these rows."""
+    """Lets an expert read the whole text of these rows."""
     if not len(rows):
       return
     expert, B = self._experts[e], len(self._lengths_B)
@@ -104,7 +104,7 @@ class _EnsembleRows:
 
 @jax.jit
 def _combined(logits: list[jax.Array], log_weights_BE) -> jax.Array:
-  """Logits of the weighted mean of probabilities, [B, V]; of a single expert its own logits."""
+  """Logits of the weighted mean of probabilities, [B, V]; a single expert keeps its own logits."""
   if len(logits) == 1:
     return logits[0]
   logits_EBV = jnp.stack(logits)

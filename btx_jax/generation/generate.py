@@ -22,12 +22,12 @@ from btx_jax.generation.texts import Completion, Text
 from btx_jax.model.config import Config
 
 # Called with the index of a prompt, the index of the text among the prompt's texts, the new part of
-# the text, and how much each expert counted in the new token [E]: in a mixture its gate, averaged
-# over layers; in an ensemble its weight.
+# the text, and how much each expert contributed to the new token [E]: in a mixture its gate,
+# averaged over layers; in an ensemble its weight.
 OnText = Callable[[int, int, str, np.ndarray], None]
 
-# A text, which gets the tokenizer's begin mark; token ids, which are used unchanged; or the
-# messages of a conversation, which the tokenizer's chat template writes.
+# A string, which gets the tokenizer's begin mark; token ids, which are used unchanged; or the
+# messages of a conversation, which the tokenizer's chat template renders.
 Prompt = str | Sequence[int] | Sequence[Message]
 
 GREEDY = Sampling()
@@ -67,7 +67,7 @@ class Generator:
 
   Attributes:
     tokenizer: the model's.
-    context: the model's context length, prompt and text together; 0 is no limit.
+    context: the model's context length, for prompt and text together; 0 means no limit.
 
   Example:
     >>> write = Generator(config, params, folder)
@@ -83,7 +83,7 @@ class Generator:
       params: its parameters, laid out as in model/llama.py.
       tokenizer: a folder or file with the model's tokenizer, or a Tokenizer.
       stop_ids: ids that end a text, besides those of the tokenizer and its folder.
-      context: the model's context length, prompt and text together; 0 is no limit.
+      context: the model's context length, for prompt and text together; 0 means no limit.
       batch_size: the number of texts generated at once.
     """
     self._set(Model(config, params), tokenizer, stop_ids, context, batch_size)
@@ -116,8 +116,8 @@ class Generator:
     prompts.
 
     Args:
-      prompts: see Prompt. The token that ends a turn of the chat template ends the answer to a
-        conversation.
+      prompts: see Prompt. The answer to a conversation ends with the token that ends a turn in the
+        chat template.
       max_new_tokens: the most tokens to generate per text.
       sampling: how each token is chosen.
       stop: strings that end a text, and are left out of it.
@@ -154,7 +154,8 @@ class Generator:
 
   def _write(self, prompts: list, texts: list[Text], keys: list, sampling: Sampling
              ) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Decodes until all texts have ended; yields the row, new text and shares of each token."""
+    """Decodes until all texts have ended; yields the row, the new text and the shares [E] of each
+    token."""
     lengths, most = [len(prompt) for prompt in prompts], max(text.most for text in texts)
     slots = max(_FEWEST_SLOTS, rounded_length(max(lengths)), power_of_two(
         max(length + text.most for length, text in zip(lengths, texts))))
@@ -166,7 +167,7 @@ class Generator:
       tokens_B, shares_BE = sample(sampling, rows.logits, seen_BV, keys_B, number), rows.shares
       if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(B), tokens_B].set(True)
-      if number + 1 < most:  # the devices go on while this token is turned into text
+      if number + 1 < most:  # the devices compute while this token is turned into text
         rows.add(tokens_B, [not text.ended for text in texts])
       shares_BE = _on_host(shares_BE)
       for i, (text, token) in enumerate(zip(texts, _on_host(tokens_B).tolist())):
@@ -211,7 +212,7 @@ def _is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
 
 
 def _on_host(x: jax.Array | np.ndarray) -> np.ndarray:
-  """The whole array, of whose rows this process may hold a part."""
+  """The whole array; this process may hold only some of its rows."""
   if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   return multihost_utils.process_allgather(x, tiled=True)

@@ -1,7 +1,7 @@
-"""How an ensemble weights its experts for the next token of each row of a batch.
+"""Weights an ensemble's experts for the next token of each row of a batch.
 
-These are the selectors of selector.py while texts grow. The weights are those that
-scoring/selected.py computes for the same text: the choice for a token follows from all text before
+These are the selectors of selector.py, applied to texts that grow. The weights are those that
+scoring/selected.py computes for the same text: the choice for a token depends on all text before
 it, from the first token on.
 """
 
@@ -22,7 +22,7 @@ Texts = Sequence[Sequence[int]]
 
 
 class State(Protocol):
-  """The selector's side of a batch. Arrays have a row for each text, but none that fill a batch."""
+  """The selector's state of a batch. Its arrays have one row per text, and no filling rows."""
 
   def computed(self) -> np.ndarray:
     """Whether each expert is computed for the next token, [rows, E]."""
@@ -32,8 +32,8 @@ class State(Protocol):
     """Log weights of the experts for the next token, [rows, E]; -inf for experts without weight.
 
     Args:
-      nll_RE: the negative log likelihood of the text so far by each expert, float64 in nats; known
-        only if the selection `scores`.
+      nll_RE: the negative log likelihood of the text so far by each expert, float64 in nats; valid
+        only if the selection's `scores` is true.
     """
     ...
 
@@ -46,7 +46,7 @@ class Selection(Protocol):
   """A selector.
 
   Attributes:
-    scores: whether its weights follow from the likelihood of the text so far.
+    scores: whether its weights depend on the likelihood of the text so far.
   """
   scores: bool
 
@@ -59,10 +59,10 @@ class ByReader(NamedTuple):
   """Chooses one expert by a linear map of a reader's hidden states; see selector.Linear.
 
   Attributes:
-    config: the reader's sizes, with as many layers as are read.
-    weights: of the reader, as returned by `unstack`; further layers are not used.
+    config: the reader's sizes, with only the layers that are read.
+    weights: the reader's weights, as returned by `unstack`; further layers are not used.
     columns_DE: the map.
-    settings: of the selector.
+    settings: the settings of the selector.
   """
   config: Config
   weights: Weights
@@ -112,11 +112,11 @@ class _Read:
 
 
 class ByPosterior(NamedTuple):
-  """Weights all experts by how likely they find the text so far.
+  """Weights the experts by the likelihood that they give to the text so far.
 
   Attributes:
     experts: E.
-    top: how many experts have a weight; 0 is all.
+    top: the number of experts that have a weight; 0 means all.
   """
   experts: int
   top: int = 0
@@ -150,7 +150,7 @@ class BySimilarity(NamedTuple):
   Attributes:
     similarities: token ids of texts -> their similarity to each expert's text, [texts, E].
     experts: E.
-    top: how many experts have a weight; 0 is all.
+    top: the number of experts that have a weight; 0 means all.
   """
   similarities: Callable[[Texts], np.ndarray]
   experts: int
@@ -185,7 +185,7 @@ class _Similar:
                    if goes_on and len(self._texts[row]) % selector.BLOCK == 0])
 
   def _compare(self, rows: Sequence[int]):
-    """Compares the whole blocks of these rows, if they have any."""
+    """Compares the complete blocks of these rows with the experts' text."""
     before = {row: self._texts[row][:len(self._texts[row]) // selector.BLOCK * selector.BLOCK]
               for row in rows}
     found = [row for row, ids in before.items() if ids]

@@ -3,9 +3,9 @@
 A decoding step reads every weight once and computes little, so reading the weights takes most of
 its time. Training stacks layers and experts; a program that slices one out of a stack copies it.
 
-On a CPU, XLA multiplies bfloat16 fast only in one form: at least two rows, by a matrix of which
-each output's weights are consecutive, with the result in float32. So matrices of bfloat16 are kept
-transposed, and `multiply` has that form. Other devices are as fast with it.
+On a CPU, XLA multiplies bfloat16 fast only in one form: at least two rows, times a matrix in which
+the weights of each output are contiguous, with the result in float32. So bfloat16 matrices are kept
+transposed, and `multiply` uses that form. Other devices are equally fast with it.
 """
 
 import functools
@@ -31,7 +31,7 @@ _FLOAT32 = re.compile(r'(scale|router|router_bias)$')  # parameters that the mod
 
 
 class Transposed(NamedTuple):
-  """A matrix [D, F] or [D, heads, H] or [heads, H, D], of which matrix_FD is the transpose."""
+  """The transpose of a matrix [D, F], [D, heads, H] or [heads, H, D]."""
   matrix_FD: jax.Array
 
 
@@ -78,7 +78,7 @@ def _apart(layer: dict, num_experts: int) -> dict:
 
 
 def _transposed(flat: dict) -> dict:
-  """A flat layer, or what is in no layer, with its matrices transposed."""
+  """A flat layer, or the parameters outside layers, with matrices transposed."""
   def of_matrix(path: str, x) -> Transposed:
     rows = math.prod(x.shape[:2 if path == 'attn/o' else 1])  # `o` is [N, H, D]
     return Transposed(x.reshape(rows, -1).T)
@@ -98,7 +98,7 @@ def matmul(x, w: jax.Array | Transposed) -> jax.Array:
 
 
 def multiply(x, matrix_FD) -> jax.Array:
-  """x [..., D] times a transposed matrix, [..., F] in float32, in the form that is fast."""
+  """x [..., D] times a transposed matrix, [..., F] in float32; see the top of this file."""
   rows_RD = x.reshape(-1, x.shape[-1])
   R = len(rows_RD)
   if R == 1:

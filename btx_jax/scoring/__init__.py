@@ -1,1 +1,1 @@
-"""Evaluation: bits per byte by domain, ensembles of unmixed experts, and scores of all models."""
+"""Evaluation: bits per byte by domain, ensembles of unmixed experts, tasks, and stored scores."""

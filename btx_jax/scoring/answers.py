@@ -1,4 +1,4 @@
-"""Lets a model answer the questions of the built-in tasks."""
+"""Scores a model on the built-in tasks."""
 
 from collections.abc import Sequence
 import contextlib
@@ -17,18 +17,18 @@ from btx_jax.run import Run
 from btx_jax.scoring import bits, builtin, selected
 from btx_jax.study.study import Study
 
-_ROWS = 32  # texts that are generated at once
+_ROWS = 32  # texts generated in one batch
 # On one device: a mixture then reads only the experts that a token chose.
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
 def why_not(run: Run, name: str) -> str:
-  """Why a model of a run is not scored on a task; '' if it is."""
+  """Why a run's models cannot be scored on a task; '' if they can."""
   if not builtin.is_generated(name):
     return ''
   if run.selector:
-    return 'an ensemble does not generate'
-  return 'several processes do not generate together' if jax.process_count() > 1 else ''
+    return 'ensembles are scored on choices only'
+  return 'several processes score choices only' if jax.process_count() > 1 else ''
 
 
 def of_model(study: Study, cfg: Config, parameters, names: Sequence[str], tokenizer: Tokenizer, mesh
@@ -36,10 +36,10 @@ def of_model(study: Study, cfg: Config, parameters, names: Sequence[str], tokeni
   """The scores of a model on tasks, by name; see builtin.summary.
 
   Args:
-    study: whose config says what is held out, and the sizes of windows and batches.
+    study: its config sets what is held out, and the sizes of windows and batches.
     cfg: the model's sizes.
     parameters: its parameters.
-    names: of the tasks.
+    names: the tasks.
     tokenizer: the model's.
     mesh: the devices to use.
   """
@@ -63,10 +63,10 @@ def of_ensemble(study: Study, run: Run, names: Sequence[str], text: Text, mesh
   """The scores of an ensemble on tasks with choices, by name; see builtin.summary.
 
   Args:
-    study: whose run it is.
+    study: the study of the run.
     run: the ensemble. A linear selector must have been fitted.
-    names: of the tasks.
-    text: the tokenized text, from which other selectors choose.
+    names: the tasks.
+    text: the tokenized text; selectors by tf-idf compare with it.
     mesh: the devices to use.
   """
   found = {name: builtin.of_task(name, study.config) for name in names}

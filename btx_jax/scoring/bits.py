@@ -54,8 +54,8 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
   Bits per byte is the information of the documents' tokens, without end-of-document tokens,
   divided by the bytes of their raw text, so the unit does not depend on the tokenizer. If
   documents have no begin mark, their first token and its bytes do not count: nothing predicts it.
-  Of conversations the information of the answers counts, without the tokens that end their turns,
-  divided by the bytes of the answers.
+  For conversations it is the information of the answers, without the tokens that end turns, divided
+  by the bytes of the answers.
 
   Args:
     cfg: the model.
@@ -69,7 +69,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       token counts in the first that predicts it, after at least `length` - `stride` tokens of it.
 
   Returns:
-    domain -> what units.score returns; of pairs also `preferred`, see ranking.py. For a mixture
+    domain -> what units.score returns; for pairs also `preferred`, see ranking.py; for a mixture
     also `gates`, the mean gate of each expert in each layer, [L][E], and `sample`, the first tokens
     of the text: their `pieces`, and their `gates` averaged over layers, [pieces][E].
   """
@@ -95,8 +95,10 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
 
 def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int,
               stride: int = 0) -> np.ndarray:
-  """Negative log likelihood of each token, [tokens] in nats, by the program that `evaluate` runs; 0
-  for the first of each document. Arguments as for `evaluate`."""
+  """Negative log likelihood of each token, [tokens] in nats; 0 for each first token of a document.
+
+  It is computed by the program that `evaluate` runs. Arguments as for `evaluate`.
+  """
   nll = [jax.device_get(_eval_step(cfg, mesh)(params, batch)[0])
          for _, batch in _batches(tokens, mesh, length, batch_size, stride)]
   nll_N = mixture.without_overlap(np.concatenate(nll), len(tokens.ids) - 1, stride)

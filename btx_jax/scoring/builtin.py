@@ -1,13 +1,13 @@
 """The built-in tasks: questions about the demo's text, in two forms.
 
-  arithmetic, factbook         the answer, generated greedily, must equal the right one
-  code                         the line must parse with the end that was generated greedily; lines
-                               that a number would complete are left out
-  arithmetic_choice, ...       of four answers, the right one must be likeliest per byte
+  arithmetic, factbook         the text generated greedily must equal the answer
+  code                         the line must parse with the end generated greedily; lines that a
+                               number would complete are left out
+  arithmetic_choice, ...       the right one of four answers must be the likeliest per byte
 
-Small models fail nearly all tasks of the first form; the second shows what they know. A choice
-needs only the likelihood of tokens, so it is computed by the programs that measure bits per byte,
-for ensembles, on meshes and by several processes alike.
+Small models fail nearly all questions of the first form; the second form shows what they know. A
+choice needs only the likelihood of tokens, so the programs that measure bits per byte compute it,
+also for ensembles, on meshes and on several processes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,23 +28,23 @@ from btx_jax.errors import UsageError, nearest
 _CHOICE = '_choice'
 _SUBJECTS = ('arithmetic', 'factbook', 'code')
 NAMES = tuple(f'{subject}{form}' for form in ('', _CHOICE) for subject in _SUBJECTS)
-_VERSION = 1  # of the questions and the scoring; scores of another version are computed again
+_VERSION = 1  # raise it when questions or scoring change: stored scores are then computed again
 MAX_NEW_TOKENS = 64
 
-# Continues prompts until the end of a line, greedily, in at most so many tokens.
+# (prompts, the most new tokens) -> the text generated greedily for each, up to the end of a line.
 Write = Callable[[Sequence[str], int], list[str]]
 
 
 def check(names: Sequence[str], where: str) -> None:
-  """Checks tasks that a config or a flag names. Others than built-in ones may be the harness's.
+  """Checks the tasks that a config or a flag names. Names that are not built in are the harness's.
 
   Args:
     names: the tasks.
     where: the field or flag that names them.
 
   Raises:
-    UsageError: the package of a built-in task is missing; or the harness is, and the name of
-      another task looks like that of a built-in one.
+    UsageError: a built-in task needs a package that is not installed; or the harness is not
+      installed, and a name resembles that of a built-in task.
   """
   for name in own(names):
     questions.version(_subject(name))
@@ -55,12 +55,12 @@ def check(names: Sequence[str], where: str) -> None:
 
 
 def own(names: Sequence[str]) -> list[str]:
-  """The built-in ones of some tasks, each once."""
+  """The names of built-in tasks among `names`, without duplicates."""
   return [name for name in dict.fromkeys(names) if name in NAMES]
 
 
 def others(names: Sequence[str]) -> tuple[str, ...]:
-  """Those of some tasks that are not built in."""
+  """The names among `names` that are not built in."""
   return tuple(name for name in names if name not in NAMES)
 
 
@@ -70,7 +70,7 @@ def is_generated(name: str) -> bool:
 
 
 def made_from(name: str, config) -> dict[str, Any]:
-  """What decides the questions of a task, as plain data."""
+  """Everything that determines the questions of a task, as plain data."""
   subject = _subject(name)
   held_out = {'held_out': _held_out(subject, config)} if questions.source(subject) else {}
   return {'version': _VERSION, 'source': questions.version(subject), **held_out}
@@ -81,7 +81,7 @@ def of_task(name: str, config) -> tuple[Question, ...]:
 
   Args:
     name: one of NAMES.
-    config: the study's; its held-out share decides which documents questions may be about.
+    config: the study's; its held-out share determines the documents that are asked about.
   """
   subject = _subject(name)
   found = questions.of_subject(subject, _held_out(subject, config))
@@ -91,11 +91,12 @@ def of_task(name: str, config) -> tuple[Question, ...]:
 
 
 class Choices(NamedTuple):
-  """The answers to choose from, as text whose likelihood is asked for.
+  """The answers to choose from, as documents to measure.
 
   Attributes:
     tokens: a document for each answer, with the prompt before it; see `pack`.
-    ends, sizes, bytes: of each answer: where it ends in `tokens`, its tokens and its bytes.
+    ends, sizes, bytes: for each answer, where it ends in `tokens`, and its number of tokens and of
+      bytes.
   """
   tokens: Tokens
   ends: list[int]
@@ -111,7 +112,7 @@ def generated(found: Sequence[Question], write: Write) -> dict[str, Any]:
 
 def choices(found: Sequence[Question], tokenizer: Tokenizer, length: int, stride: int = 0
             ) -> Choices:
-  """The answers to choose from: of each question the right one, then the wrong ones.
+  """The answers to choose from: for each question the right one, then the wrong ones.
 
   Args:
     found: the questions.
@@ -147,14 +148,14 @@ def chosen(found: Sequence[Question], answers: Choices, nll_N: np.ndarray) -> di
 
 def pack(documents: Sequence[Sequence[int]], length: int, stride: int = 0
          ) -> tuple[Tokens, list[int]]:
-  """Documents one after another, each with all its tokens and their context in one window.
+  """Concatenates documents so that each lies within one window, with all its tokens as context.
 
   Args:
-    documents: the ids of each, at most `length`.
-    length, stride: of the windows, see bits.evaluate.
+    documents: the ids of each document, at most `length`.
+    length, stride: those of the windows, see bits.evaluate.
 
   Returns:
-    the documents, with fillers in the gaps between them; and where each of them ends.
+    the documents, with filler tokens in the gaps between them; and where each document ends.
   """
   ids: list[int] = []
   starts, ends = [], []
@@ -177,8 +178,8 @@ def summary(found: Sequence[Question], right: Sequence[bool], chance: float) -> 
 
   Returns:
     `score`, the share of questions that were answered right; `error`, its binomial standard error;
-    `questions`, their number; `chance`, the score of a guess; and `modules`, by kind of question,
-    the number of right answers and of questions.
+    `questions`, their number; `chance`, the expected score of guessing; and `modules`: kind of
+    question -> the number of right answers and of questions.
   """
   count = len(found)
   score = sum(right) / count
@@ -196,7 +197,7 @@ def binomial_error(score: float, count: int) -> float:
 
 
 def mean(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """The mean over seeds of what `summary` returned, with the error of one seed's questions.
+  """The mean over seeds of what `summary` returned, with the error of a single seed.
 
   All seeds answer the same questions, so more seeds do not make that error smaller.
   """
@@ -213,8 +214,8 @@ def _subject(name: str) -> str:
 
 
 def _held_out(subject: str, config) -> float:
-  """The share of a subject's documents that the config trains no run on; the smallest if several
-  domains have that text."""
+  """The share of a subject's documents that the config holds out of training; the smallest one if
+  several domains have that text."""
   shares = [domain.share(config.data.held_out) for domain in domains.from_config(config.domains)
             if domain.source == questions.source(subject) and domain.is_trained]
   return min(shares, default=config.data.held_out)

@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations, in batches of a few fixed shapes shared by the devices.
 
-Continuations that differ in their last token alone, such as the letters of multiple choice, share
+Continuations that differ only in their last token, such as the letters of multiple choice, share
 one row. Logits are computed only where a continuation is predicted.
 """
 
@@ -20,8 +20,8 @@ from btx_jax.model.config import Config
 from btx_jax.training.loss import TOKENS_PER_CHUNK
 
 _SHORTEST = 32  # tokens of the shortest rows
-_FULL_ROWS = 512  # tokens of the longest rows of which a batch has `batch_size`
-# Called with the number of requests that are done, and of all.
+_FULL_ROWS = 512  # batches of rows longer than this have fewer than `batch_size` rows
+# Called with the number of requests that are done, and the number of all requests.
 OnProgress = Callable[[int, int], None]
 
 
@@ -30,7 +30,7 @@ class Likelihood(NamedTuple):
 
   Attributes:
     total: its log-probability in nats, summed over its tokens.
-    greedy: whether each of its tokens is the likeliest.
+    greedy: whether each of its tokens is the likeliest one.
   """
   total: float
   greedy: bool
@@ -40,15 +40,15 @@ class _Row(NamedTuple):
   """Tokens to read, and the requests that they answer.
 
   Attributes:
-    tokens: of context and continuation, without the last.
-    requests: (index, tokens of the continuation, its last token) of each.
+    tokens: context and continuation, without its last token.
+    requests: for each, its index, the number of tokens of its continuation, and the last of these.
   """
   tokens: Sequence[int]
   requests: list[tuple[int, int, int]]
 
   @property
   def shape(self) -> tuple[int, int]:
-    """Tokens of the row, and positions whose next token is predicted, both rounded up."""
+    """The number of tokens, and of positions whose next token is predicted, both rounded up."""
     longest = max(count for _, count, _ in self.requests)
     return _rounded(len(self.tokens)), _power_of_2(longest)
 
@@ -64,9 +64,8 @@ def score(config: Config, params, pairs: Sequence[tuple[Sequence[int], Sequence[
   Args:
     config: the model's sizes.
     params: its parameters, laid out as in model/llama.py.
-    pairs: the tokens of a context, at least one, and of its continuation, at least one.
-    context: the most tokens that the model reads; what is too long loses the beginning of its
-      context.
+    pairs: the tokens of each context and of its continuation, at least one each.
+    context: the most tokens that the model reads; longer contexts lose their beginning.
     batch_size: rows per batch; fewer if rows are long.
     on_progress: called after each batch.
 
@@ -137,11 +136,11 @@ def _answers(config: Config, params, rows: Sequence[_Row], batch_size: int, mesh
 
 @functools.cache
 def _program(cfg: Config, count: int, mesh):
-  """Compiles (params, batch) -> what the last `count` = C positions of each row predict.
+  """Compiles (params, batch) -> predictions at the last `count` = C positions of each row.
 
   The batch has `tokens` [B, T], padded on the right; `length` [B], without padding; and `last`
   [B, K], tokens that may follow. The result is, in float32 and whole on every device:
-    nll_BC: of the next token in the row, for all but the last of the positions.
+    nll_BC: the loss of the next token in the row; meaningless at the last position.
     last_BK: the log-probabilities of the tokens `last`.
     likeliest_BC: the likeliest next tokens.
   """
@@ -158,7 +157,7 @@ def _program(cfg: Config, count: int, mesh):
 
     def chunk(inputs):
       hidden_BcD, next_Bc = inputs
-      # The maximum is subtracted first: a sum of large logits would round small losses off.
+      # log_softmax subtracts the maximum first; otherwise rounding would hide small losses.
       log_probs_BcV = jax.nn.log_softmax(llama.logits(params, hidden_BcD))
       next_Bc1 = next_Bc[..., None]
       return -jnp.take_along_axis(log_probs_BcV, next_Bc1, -1)[..., 0], log_probs_BcV.argmax(-1)

@@ -2,7 +2,7 @@
 
 The weights of Branch-Train-Merge (paper 4.1.1, "BTM") follow from how well each expert suits the
 text so far, by tf-idf or by likelihood. The weights for a token depend only on the tokens before
-it. selected.py carries out the whole.
+it. selected.py scores whole ensembles.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,9 +39,12 @@ def _token_nll(cfg: Config, mesh):
 
 def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int,
               stride: int = 0) -> np.ndarray:
-  """Negative log likelihood of each token of a split, [tokens] in nats; 0 for the first of each
-  document, and for end marks. Of conversations also that of what is read only, by which experts are
-  weighted. `length` and `stride` are those of bits.evaluate."""
+  """Negative log likelihood of each token of a split, [tokens] in nats.
+
+  It is 0 for end marks and the first token of each document. In conversations, tokens that are read
+  only have one, too, because experts are weighted by it. `length` and `stride` are those of
+  bits.evaluate.
+  """
   parts = []
   for batch in mixture.evaluation_batches(tokens, length, batch_size, stride):
     if tokens.roles is not None:

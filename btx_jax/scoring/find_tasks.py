@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 
 from btx_jax.errors import UsageError
 
-_CLOSE = 3  # names that are suggested for one that is unknown
+_CLOSE = 3  # suggestions for an unknown name
 _OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE')
-_ONE_PROCESS = 'DISABLE_MULTIPROC'  # of the bootstrap in the harness's metrics
-_RUN_CODE = 'HF_ALLOW_CODE_EVAL'  # the harness's metrics ask for it too
+_ONE_PROCESS = 'DISABLE_MULTIPROC'  # stops the harness's bootstrap from starting processes
+_RUN_CODE = 'HF_ALLOW_CODE_EVAL'  # the harness's metrics require it, too
 
 
 class Wanted(NamedTuple):
   """A task by name.
 
   Attributes:
-    name: of a task, a group or a tag of the harness.
-    shots: examples before each question; None is the number in the task's file, or else 0.
+    name: the name of a task, a group or a tag of the harness.
+    shots: examples before each question; None means the number in the task's file, or else 0.
   """
   name: str
   shots: int | None
@@ -36,10 +36,10 @@ class Loaded(NamedTuple):
   """Tasks that are ready to be scored.
 
   Attributes:
-    wanted: what was asked for.
+    wanted: the tasks by name, as requested.
     tasks, groups: the harness's objects by name.
     members: for each name in `wanted`, the names of its tasks and groups.
-    limit: the most documents of each task; None is all.
+    limit: the most documents of each task; None means all.
     run_code: whether code that a model has written may run.
   """
   wanted: Sequence[Wanted]
@@ -51,10 +51,10 @@ class Loaded(NamedTuple):
 
 
 def parse(names: Sequence[str], shots: int | None = None) -> list[Wanted]:
-  """Reads names like 'arc_easy', or 'gsm8k:8' with a number of shots; `shots` is for the others.
+  """Parses names like 'arc_easy', or 'gsm8k:8' with a number of shots; `shots` is for the others.
 
   Raises:
-    UsageError: there is no name, or a name comes twice.
+    UsageError: a name is empty, or occurs twice.
   """
   result = []
   for name in names:
@@ -69,18 +69,18 @@ def parse(names: Sequence[str], shots: int | None = None) -> list[Wanted]:
 
 def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = None,
          download: bool = False, run_code: bool = False) -> Loaded:
-  """Finds tasks and reads their data sets; before a model is read.
+  """Finds tasks and reads their data sets.
 
   Args:
     wanted: the tasks.
-    include_path: a directory with tasks of one's own (YAML files), searched first; '' is none.
-    limit: the most documents of each task; None is all.
+    include_path: a directory with your own tasks (YAML files), searched first; '' for none.
+    limit: the most documents of each task; None means all.
     download: whether data sets may be downloaded from the Hugging Face Hub.
     run_code: whether tasks that run what the model writes are allowed.
 
   Raises:
     UsageError: the extra is missing, there is no such task, its data set is not on this machine, or
-      it runs code.
+      it runs code without `run_code`.
   """
   _prepare_imports(download, run_code)
   if include_path and not os.path.isdir(include_path):
@@ -96,8 +96,8 @@ def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = N
                 if (manager.task_index[each].cfg or {}).get('unsafe_code')]
       if unsafe and not run_code:
         raise UsageError(f'The task {unsafe[0]!r} runs the code that the model writes, on this '
-                         'machine and with your rights. Use a container or a machine of its own, '
-                         'and add --run_code; or leave the task out.')
+                         'machine and with your rights. Use a container or a separate machine, '
+                         'and add --run_code; or omit the task.')
     for name, shots in wanted:
       found = _load_one(manager, name)
       if twice := tasks.keys() & found['tasks'].keys():
@@ -112,7 +112,7 @@ def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = N
 
 
 def _set_shots(task, shots: int | None):
-  """As the harness does: a task whose file says 0 shots keeps them."""
+  """Sets the shots as the harness does: a task whose file sets 0 shots stays at 0."""
   fixed = task.get_config('num_fewshot')
   if fixed is None or (shots is not None and fixed != 0):
     task.set_config(key='num_fewshot', value=shots or 0)
@@ -132,13 +132,13 @@ def _load_one(manager, name: str) -> dict[str, Any]:
         '--download (in Python download=True); without a network, describe the task in a '
         'file beside its data, and name that directory in --include_path (docs/evaluate.md).'
     ) from error
-  except Exception as error:  # a task is code and templates of anybody's
+  except Exception as error:  # a task contains code and templates by others
     raise UsageError(f'The task {name!r} cannot be loaded: {type(error).__name__}: {error}'
                      ) from error
 
 
 def _find_data_beside(entry):
-  """Changes relative data_files of an entry that lie beside its YAML file to whole paths."""
+  """Makes relative data_files of an entry absolute if they lie beside its YAML file."""
   from lm_eval.tasks._yaml_loader import load_yaml
   files = ((entry.cfg or {}).get('dataset_kwargs') or {}).get('data_files')
   if not files or not entry.yaml_path:
@@ -159,8 +159,8 @@ def _find_data_beside(entry):
 
 
 def _manager(names: Sequence[str], include_path: str):
-  """The index of tasks; without the harness's own, which takes seconds to read, if all names are
-  among those of include_path.
+  """The index of tasks. If include_path has all names, the harness's own tasks, which take seconds
+  to read, are left out.
   """
   from lm_eval.tasks import TaskManager
   if include_path:
@@ -194,7 +194,7 @@ def _unknown(name: str, valid: Sequence[str]) -> str:
 
 
 def _prepare_imports(download: bool, run_code: bool):
-  """Imports the harness with the environment that it is to see.
+  """Sets the environment that the harness reads, and imports it.
 
   Raises:
     UsageError: the extra is missing.
@@ -212,7 +212,7 @@ def _prepare_imports(download: bool, run_code: bool):
   except ImportError as error:
     raise UsageError("Tasks need lm-evaluation-harness: pip install 'btx_jax[eval]' "
                      f'({error}).') from error
-  # If a caller has imported them before, they have read the environment already.
+  # If they were imported before, they have read the environment already.
   import datasets
   from huggingface_hub import constants
   offline = os.environ['HF_HUB_OFFLINE'] not in ('0', '')
@@ -221,9 +221,9 @@ def _prepare_imports(download: bool, run_code: bool):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Drops what Python code prints: the harness and its libraries have their own bars and lines.
+  """Discards what Python code prints, such as the progress bars of the harness and its libraries.
 
-  The harness also starts no processes then: forked beside jax's threads they wait forever.
+  It also keeps the harness from starting processes: forked beside jax's threads, they would hang.
   """
   before = os.environ.get(_ONE_PROCESS)
   os.environ[_ONE_PROCESS] = '1'

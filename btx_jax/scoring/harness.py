@@ -1,7 +1,7 @@
-"""The model of lm-evaluation-harness that is computed here; needs the extra `eval`, but not torch.
+"""Our models behind lm-evaluation-harness's interface; needs the extra `eval`, but not torch.
 
-Prompts are tokenized, truncated and cut into windows as the harness's own `hf` model does, so
-scores equal those of the same model under transformers.
+Prompts are tokenized, truncated and cut into windows as in the harness's own `hf` model, so scores
+equal those of the same model under transformers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +20,15 @@ from btx_jax.generation.settings import Sampling
 from btx_jax.model.config import Config
 from btx_jax.scoring import continuations
 
-MOST_NEW_TOKENS = 256  # of a generated answer, if its task sets no limit
-# The settings of a task that Sampling has, by their names in transformers.
+MOST_NEW_TOKENS = 256  # in a generated answer, if its task sets no limit
+# The generation settings of a task that Sampling supports, by their names in transformers.
 _SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
-# Called with a kind of request, the number of requests that are done, and of all.
+# Called with a kind of request, the number of requests that are done, and the number of all.
 OnProgress = Callable[[str, int, int], None]
 
 
 class Model(TemplateLM):
-  """A model as the harness knows it. Each process of several is rank 0 of 1, with all requests."""
+  """A model for the harness. With several processes, each acts as rank 0 of 1, on all requests."""
 
   def __init__(self, config: Config, params, tokenizer: Tokenizer, context: int,
                stop_ids: Sequence[int] = (), batch_size: int = 32, seed: int = 0,
@@ -39,10 +39,10 @@ class Model(TemplateLM):
       params: its parameters, laid out as in model/llama.py.
       tokenizer: its tokenizer.
       context: the most tokens that the model reads.
-      stop_ids: ids that end a generated text, besides those of the tokenizer.
+      stop_ids: ids that end a generated text, in addition to the tokenizer's own.
       batch_size: rows per batch.
-      seed: of sampled texts.
-      on_progress: called now and then.
+      seed: the random seed of sampled texts.
+      on_progress: called after each batch.
     """
     super().__init__()
     self._config, self._params, self._context = config, params, context
@@ -52,7 +52,7 @@ class Model(TemplateLM):
     self._on_progress = on_progress
     begin = tokenizer.framing.begin
     self._begin = [begin.id] if begin else []
-    # The token before a text that has no context: as in transformers, bos, or else eos.
+    # The token before a text without context: bos, or else eos, as in the `hf` model.
     first, end = (tokenizer.bos_id, tokenizer.eos_id), tokenizer.framing.end
     self._prefix = next((i for i in (*first, end and end.id) if i is not None), None)
 
@@ -63,14 +63,14 @@ class Model(TemplateLM):
 
   @property
   def prefix_token_id(self) -> int:
-    """The token before a text that has no context."""
+    """The token before a text without context."""
     if self._prefix is None:
-      raise UsageError('The task scores text that has no context, and the tokenizer has neither a '
-                       'bos nor an eos token to put before it; set tokenizer.bos.')
+      raise UsageError('The task scores text without context, and the tokenizer has neither a bos '
+                       'nor an eos token to put before it; set tokenizer.bos.')
     return self._prefix
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-    """The ids of a text, after the tokenizer's begin mark unless the text brings its own."""
+    """The ids of a text, after the tokenizer's begin mark unless the text has its own."""
     del kwargs
     begin = self._begin
     if add_special_tokens is False or (begin and has_bos_prefix(string, self._name_of_prefix())):
@@ -84,7 +84,7 @@ class Model(TemplateLM):
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True
                             ) -> list[float]:
-    """The log-probability of whole texts, each in windows of the model's context."""
+    """The log-probability of whole texts, in windows as long as the model's context."""
     del disable_tqdm
     windows, text_of = [], []
     for number, request in enumerate(requests):
@@ -106,7 +106,7 @@ class Model(TemplateLM):
     return [(each.total, each.greedy) for each in found]
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-    """A text for each prompt, up to the first of the strings that end it."""
+    """A text for each prompt, up to the first stop string."""
     del disable_tqdm
     result = [''] * len(requests)
     groups: dict[str, list[int]] = {}  # requests with the same settings
@@ -150,10 +150,10 @@ class Model(TemplateLM):
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
-  """The settings of a task, normalised by the harness, as ours.
+  """Converts the generation settings of a task, as normalised by the harness.
 
   Raises:
-    UsageError: the task wants what is not implemented here.
+    UsageError: the task has a setting that is not implemented here.
   """
   known = {'do_sample', 'until', 'max_gen_toks', *_SAMPLING}
   for name, value in settings.items():
@@ -166,9 +166,9 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
 
 
 def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-  """The tokenizer that reads special tokens in prompts as such, where one can.
+  """A version of the tokenizer that encodes special tokens in prompts as such, if it can.
 
-  Prompts are not data: transformers reads them so, and templates of chats are made of them.
+  Prompts may contain them on purpose, and transformers encodes them in this way.
   """
   if not isinstance(tokenizer, fast_tokenizer.FastTokenizer):
     return tokenizer

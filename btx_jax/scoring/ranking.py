@@ -10,11 +10,10 @@ from btx_jax.model.config import Config
 
 def preferred(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: int
               ) -> float | None:
-  """The share of pairs whose chosen answer has the higher mean log-probability of a token.
+  """The share of pairs whose chosen answer has the higher mean log-probability per token.
 
-  It needs no reference, so all models can be compared by it, whatever they were trained with. Pairs
-  that are longer than a row do not count; None if there are no others. Arguments as for
-  reference.answers.
+  It needs no reference, so it compares all models, however they were trained. Pairs that are longer
+  than a row do not count; None if there are no others. Arguments as for reference.answers.
   """
   logp = reference.answers(cfg, params, tokens, mesh, length, batch_size)
   kept = np.isfinite(logp[:, 0])

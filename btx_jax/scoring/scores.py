@@ -130,9 +130,9 @@ def write(study: Study, run: Run, stage: str, scores: dict) -> None:
 
 
 def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
-  """Reads the scores of the built-in tasks that the config names, as builtin.summary returns them.
+  """Reads the scores on the built-in tasks that the config names, as builtin.summary returns them.
 
-  Without tasks that were not scored yet, or with other questions.
+  Tasks that were not scored yet, or were scored on other questions, are left out.
   """
   result = {}
   kept = _kept_answers(study, run, stage)
@@ -144,7 +144,7 @@ def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
 
 
 def write_answers(study: Study, run: Run, stage: str, found: Mapping[str, dict]) -> None:
-  """Stores scores of built-in tasks, by name, as builtin.summary returned them."""
+  """Stores scores on built-in tasks by name, as builtin.summary returned them."""
   kept = _kept_answers(study, run, stage)
   kept |= {name: {'made_from': _answers_made_from(study, run, name), 'found': score}
            for name, score in found.items()}

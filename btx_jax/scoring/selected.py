@@ -42,7 +42,7 @@ def evaluate(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dic
 
 
 def token_nll(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
-  """Negative log likelihood of each token by an ensemble, [tokens] in nats by domain of
+  """An ensemble's negative log likelihood of each token, [tokens] in nats, by domain of
   `text.held_out`. A linear selector must have been fitted."""
   return {domain: ensemble.averaged_nll(nll_NE, log_weights_NE) for
           domain, (nll_NE, log_weights_NE, _) in _scored(study, run, text, mesh).items()}
@@ -50,8 +50,8 @@ def token_nll(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> di
 
 def _scored(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh
             ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """By domain three arrays, [tokens, E]: the negative log likelihood of each token by each expert,
-  the log weight of the expert, and whether the expert is computed."""
+  """For each domain three arrays [tokens, E]: each expert's negative log likelihood of each token,
+  its log weight, and whether it is computed."""
   selector, held_out = run.selector, text.held_out
   if isinstance(selector, Merge) and selector.kind == POSTERIOR:
     computed = {domain: np.ones((len(tokens.ids), len(run.experts)), bool)
@@ -145,10 +145,10 @@ def usage(run: Run, weights_NE: np.ndarray, computed_NE: np.ndarray, tokens: Tok
   computed_NE = computed_NE[counted_N]
   inputs_N = np.flatnonzero(counted_N) - 1  # where the expert was chosen
   starts_N = np.asarray(tokens.starts)[np.searchsorted(tokens.starts, inputs_N, side='right') - 1]
-  # Tokens of the document that the window has before the input.
-  # Windows of text begin with the text, those of conversations with each of them.
+  # Windows of text start at the beginning of the text, those of conversations at each conversation.
   first_N = 0 if tokens.roles is None else starts_N
   windows_N = first_N + mixture.window_starts(inputs_N - first_N, T, stride)
+  # The number of tokens of the document that precede the input in its window.
   before_N = inputs_N - np.maximum(starts_N, windows_N)
   begins_NE = np.diff(computed_NE.astype(int), axis=0, prepend=0) > 0
   begins_NE &= (np.diff(starts_N, prepend=-1) == 0)[:, None]

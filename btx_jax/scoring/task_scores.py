@@ -1,4 +1,4 @@
-"""Reads and writes what runs score on tasks of lm-evaluation-harness, in the run directories."""
+"""Reads and writes runs' scores on tasks of lm-evaluation-harness, in the run directories."""
 
 from collections.abc import Mapping
 import glob
@@ -14,9 +14,9 @@ from btx_jax.study.study import Study
 
 
 def write(study: Study, run: Run, found: Mapping[str, Any]) -> list[str]:
-  """Stores what tasks.score found, a file for each task that was asked for; returns the files.
+  """Stores what tasks.score returned, in a file for each requested task; returns the paths.
 
-  Another score of the same task with as many shots is replaced.
+  It replaces an earlier score of the same task with the same number of shots.
   """
   by_name: dict[str, list[dict]] = {}
   for task in found['tasks']:
@@ -32,7 +32,7 @@ def write(study: Study, run: Run, found: Mapping[str, Any]) -> list[str]:
 
 
 def read(study: Study, run: Run) -> list[dict[str, Any]]:
-  """The scores that are stored of a run, as in tasks.score; without those of another model."""
+  """The stored scores of a run, as tasks.score returned them; without those of an earlier model."""
   result = []
   folder = glob.escape(study.folder(run.name))
   for path in sorted(glob.glob(os.path.join(folder, 'tasks_*.json'))):
@@ -42,7 +42,7 @@ def read(study: Study, run: Run) -> list[dict[str, Any]]:
       if kept['measured_on'] == _measured_on(study, run):
         result += kept['tasks']
     except (OSError, ValueError, KeyError, TypeError):
-      continue  # as if it had not been measured
+      continue  # treated as not measured
   return result
 
 

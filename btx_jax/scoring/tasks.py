@@ -1,4 +1,4 @@
-"""Scores a model that is computed here on tasks of lm-evaluation-harness."""
+"""Scores a model on tasks of lm-evaluation-harness."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
@@ -18,8 +18,8 @@ from btx_jax.model.config import Config
 from btx_jax.model.trees import check_params
 from btx_jax.scoring.find_tasks import Loaded, load, parse, quiet
 
-CONTEXT = 2048  # tokens that a model reads if nothing says how many
-# Iterations of a bootstrap; the errors of means need none.
+CONTEXT = 2048  # tokens that a model reads if its context length is unknown
+# Iterations of the bootstrap for metrics that are not means; means need none.
 _BOOTSTRAP = 1000
 # See harness.OnProgress.
 OnProgress = Callable[[str, int, int], None]
@@ -38,11 +38,11 @@ def evaluate(config: Config, params, tokenizer: str | Tokenizer, tasks: Sequence
     config: the model's sizes.
     params: its parameters, laid out as in model/llama.py.
     tokenizer: a folder or file with the model's tokenizer, or a Tokenizer.
-    tasks: names of the harness's tasks, groups or tags; 'gsm8k:8' is with 8 shots.
-    include_path: a directory with tasks of your own.
-    shots: for tasks that do not name their shots.
-    limit: the most documents of each task.
-    context: the most tokens that the model reads; 0 takes it from the folder's config.json, or else
+    tasks: names of the harness's tasks, groups or tags; 'gsm8k:8' means 8 shots.
+    include_path: a directory with your own tasks, as YAML files.
+    shots: examples before each question, for tasks named without a number.
+    limit: the most documents to score of each task.
+    context: the most tokens that the model reads; 0 means that of the folder's config.json, or else
       2,048.
     batch_size: rows per batch.
     download: whether data sets may be downloaded.
@@ -76,12 +76,12 @@ def score(loaded: Loaded, config: Config, params, tokenizer: Tokenizer, context:
   """Scores a model on tasks that are loaded.
 
   Returns:
-    `harness`, its version; `context`; `tasks`, a list of the tasks and groups; and `samples`, by
-    task, what the harness reports of each document: its requests and their answers. A task or group
-    has `name`, `shots`, `version`; `limit`, None if all documents were scored; `documents`, how
-    many were; `hash` of their prompts and targets; `part_of`, the name that was asked for if that
-    is a group or tag; and `metrics`, a list of `metric`, `filter`, `value`, `error` (its standard
-    error, or None) and `higher_is_better`.
+    `harness`, its version; `context`; `tasks`, a list of the tasks and groups; and `samples`: task
+    -> what the harness reports for each document, its requests and their answers. A task or group
+    has `name`, `shots`, `version`; `limit`, None if all documents were scored; `documents`, the
+    number scored; `hash`, that of their prompts and targets; `part_of`, the requested group or tag
+    that it belongs to, or None; and `metrics`, a list of `metric`, `filter`, `value`, `error` (its
+    standard error, or None) and `higher_is_better`.
   """
   from lm_eval import defaults, evaluator
 
@@ -116,7 +116,7 @@ def score(loaded: Loaded, config: Config, params, tokenizer: Tokenizer, context:
 
 def _metrics(figures: Mapping[str, Any], higher_is_better: Mapping[str, Any]
              ) -> Iterator[dict[str, Any]]:
-  """The figures of a task, which the harness names 'METRIC,FILTER' and 'METRIC_stderr,FILTER'."""
+  """The metrics of a task; the harness names them 'METRIC,FILTER' and 'METRIC_stderr,FILTER'."""
   for key, value in figures.items():
     metric, comma, filtered = key.partition(',')
     if comma and not metric.endswith('_stderr') and isinstance(value, (int, float)):
@@ -135,7 +135,7 @@ def _hash(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _aloud(report: OnProgress) -> OnProgress:
-  """`report`, which prints to where Python printed before `_quiet`."""
+  """`report`, printing to the streams that Python had before `quiet`."""
   out, errors = sys.stdout, sys.stderr
 
   def aloud(*progress):

@@ -80,7 +80,7 @@ def words(tokens: Tokens, tokenizer: Tokenizer) -> int:
 def cut(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """The first token of each unit of a split, and the bytes of raw text it stands for, [U] each.
 
-  Documents without a token that has a score belong to the unit before, to which they add nothing.
+  Documents in which no token has a score belong to the unit before, to which they add nothing.
   """
   lengths_D, sizes_D = np.diff(tokens.starts), np.diff(tokens.bytes)
   blocks_D = np.where(lengths_D > BLOCK, np.maximum((lengths_D + BLOCK // 2) // BLOCK, 1), 1)

@@ -262,7 +262,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
 
 
 def _check_loss(run: Run, config_domains):
-  """Raises UsageError if a run's loss cannot be computed on the text of one of its domains."""
+  """Raises UsageError if a run's loss cannot be computed on one of its domains."""
   loss = run.objective.loss
   for domain in run.weights:
     if (config_domains[domain].format == domains.PAIRS) == run.objective.on_pairs:

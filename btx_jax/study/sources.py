@@ -94,7 +94,7 @@ def checkpoints(study: Study, run: Run) -> str:
 
 
 def identity(study: Study, run: Run) -> str:
-  """The identity that a run's checkpoints were saved with; zeros if it has no manifest."""
+  """The identity with which a run's checkpoints were saved; zeros if it has no manifest."""
   return (manifest.read(study.folder(run.name)) or {}).get('identity', '0' * 16)
 
 

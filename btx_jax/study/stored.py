@@ -1,8 +1,8 @@
-"""Arrays that are computed once for a run, before its training, and kept in its directory.
+"""Stores arrays that are computed once for a run, before its training, in the run's directory.
 
-They lie in a folder of the run's directory as .npy files, beside a JSON file with figures, a hash
-of every array, and the identity of the run in its manifest: what was computed for another run does
-not count. The JSON file is written last, so that a folder without it does not count either.
+A folder holds them as .npy files, beside a JSON file with figures, a hash of every array, and the
+run's identity from its manifest: arrays that were computed for another run are ignored. The JSON
+file is written last, so a folder without it is ignored, too.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ class Stored(NamedTuple):
   """A place for arrays in the directory of a run.
 
   Attributes:
-    study: whose run it is.
+    study: the study of the run.
     run: the run.
-    name: of the folder in its directory.
-    file: the name of the JSON file there.
+    name: the name of the folder in the run's directory.
+    file: the name of the JSON file in it.
   """
   study: Study
   run: Run
@@ -41,7 +41,7 @@ class Stored(NamedTuple):
 
   @property
   def path(self) -> str:
-    """Of the JSON file."""
+    """The path of the JSON file."""
     return os.path.join(self.folder, self.file)
 
   def figures(self) -> dict[str, Any] | None:
@@ -61,7 +61,7 @@ class Stored(NamedTuple):
                        f'run --run={self.run.name} again.') from error
 
   def array(self, name: str, figures: Mapping[str, Any]) -> np.ndarray:
-    """One of the arrays, given the figures. Raises UsageError if it is not what was written."""
+    """One of the arrays, given the figures. Raises UsageError if it is missing or damaged."""
     path = os.path.join(self.folder, name)
     try:
       damaged = _hash(path) != figures['files'][name]
@@ -73,7 +73,7 @@ class Stored(NamedTuple):
     return np.load(path, allow_pickle=False)
 
   def exists(self) -> bool:
-    """Whether it was written, for all processes: those waiting for shared storage wait here."""
+    """Whether the arrays are written; the same for all processes, which wait for shared storage."""
     done = distributed.broadcast(lambda: self.figures() is not None)
     if done:
       distributed.wait_for(self.path)

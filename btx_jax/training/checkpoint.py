@@ -1,8 +1,8 @@
 """Checkpoints of a run. The only file that knows orbax.
 
 Parameters, optimizer state and data position are saved as separate items, so that a mixture can
-read an expert's parameters without its moments. A further item, `sums`, has the checksums of them
-all, the step, and the identity of the run; whatever is read is compared with it.
+read an expert's parameters without its moments. A further item, `sums`, has the checksums of all
+arrays, the step, and the identity of the run. Everything that is read is compared with it.
 
 A damaged checkpoint is set aside, as damaged-STEP beside the others; nothing is deleted.
 """
@@ -35,25 +35,25 @@ _NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLI
 
 
 class Damaged(RunError):
-  """A checkpoint that is damaged, or not the one that its place says.
+  """A checkpoint is damaged, or belongs to another step or run than its path says.
 
   Attributes:
     folder: the directory of the run's checkpoints.
     step: the step.
-    what: what is wrong, as a sentence.
+    what: the problem, as a sentence.
   """
 
   def __init__(self, folder: str, step: int, problem: str):
     self.folder, self.step = folder, step
     self.what = f'The checkpoint {os.path.join(folder, str(step))} is damaged: {problem}.'
-    super().__init__(f'{self.what} The command train, for its run, goes on from the newest '
-                     'checkpoint that is sound.')
+    super().__init__(f'{self.what} Train its run again; it continues from the newest sound '
+                     'checkpoint.')
 
   def set_aside(self, name: str, before: int) -> RunError:
-    """Renames the checkpoint; returns what to say then.
+    """Renames the checkpoint; returns the error to report.
 
     Args:
-      name: of the run.
+      name: the name of the run.
       before: the newest step before this one whose checkpoint is kept.
     """
     renamed = set_aside(self.folder, self.step)
@@ -61,9 +61,9 @@ class Damaged(RunError):
                     f'again from step {before:,}.')
 
   def is_the_last(self) -> RunError:
-    """What to say if no earlier checkpoint can take its place."""
-    return RunError(f'{self.what} No earlier one that is sound is kept. Put back a copy, or delete '
-                    f'{os.path.dirname(self.folder)} to train that run from its beginning.')
+    """The error to report if no earlier checkpoint can take its place."""
+    return RunError(f'{self.what} No earlier sound checkpoint is kept. Restore a copy, or delete '
+                    f'{os.path.dirname(self.folder)} to train that run from the beginning.')
 
 
 class Checkpoints:
@@ -77,7 +77,7 @@ class Checkpoints:
                steps: Sequence[int] = ()):
     """Keeps the `newest` checkpoints, those at multiples of `every` (0: none), and `steps`.
 
-    `identity`: of the run, 16 hexadecimal digits; see study/manifest.py.
+    `identity`: the identity of the run, 16 hexadecimal digits; see study/manifest.py.
     """
     self.best, self._identity = 0, identity
     policies = ocp.training.preservation_policies
@@ -123,7 +123,7 @@ class Checkpoints:
     """The state after a step, with the shapes, dtypes and shardings of `like`; the position.
 
     Raises:
-      Damaged: it is not what was saved, or not at this step of this run.
+      Damaged: it differs from what was saved, or belongs to another step or run.
     """
     with _reading(self._folder, step):
       loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
@@ -133,7 +133,7 @@ class Checkpoints:
     return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
 
   def newest(self, like: TrainState) -> tuple[int, TrainState | None, dict]:
-    """The newest checkpoint that is sound; those after it are set aside.
+    """The newest sound checkpoint; those after it are set aside.
 
     Args:
       like: as for `restore`.
@@ -153,7 +153,7 @@ class Checkpoints:
         damaged = damaged or error
         continue
       if damaged:
-        say(f'going on from step {step:,}, the newest checkpoint that is sound')
+        say(f'continuing from step {step:,}, the newest sound checkpoint')
       break
     else:
       if damaged:
@@ -195,7 +195,7 @@ def load_params(folder: str, step: int, like, identity: str):
   """The parameters alone, with the shapes, dtypes and shardings of `like`.
 
   Raises:
-    Damaged: they are not what was saved, or not of this step of the run with this identity.
+    Damaged: they differ from what was saved, or belong to another step or run.
   """
   path = _step_folder(folder, step)
   with _reading(folder, step):
@@ -206,7 +206,7 @@ def load_params(folder: str, step: int, like, identity: str):
 
 
 def set_aside(folder: str, step: int) -> str:
-  """Renames a checkpoint to damaged-STEP, or to a name like that which is free; returns it."""
+  """Renames a checkpoint to damaged-STEP, or damaged-STEP-2 and so on; returns the new name."""
   names = (f'damaged-{step}{suffix}' for suffix in itertools.chain(
       [''], (f'-{i}' for i in itertools.count(2))))
   name = next(name for name in names if not os.path.exists(os.path.join(folder, name)))
@@ -216,14 +216,14 @@ def set_aside(folder: str, step: int) -> str:
 
 @contextlib.contextmanager
 def _reading(folder: str, step: int) -> Iterator[None]:
-  """Raises Damaged for whatever goes wrong when a checkpoint is read, if it can be the cause."""
+  """Raises Damaged for errors while a checkpoint is read, unless their cause lies elsewhere."""
   try:
     if not os.path.isdir(os.path.join(folder, str(step), 'sums')):
       raise Damaged(folder, step, 'it has no checksums; earlier versions wrote none')
     yield
   except (RunError, MemoryError, PermissionError):
     raise
-  except Exception as error:  # orbax and tensorstore have many
+  except Exception as error:  # orbax and tensorstore raise many kinds
     text = str(error) or type(error).__name__
     if any(word in text for word in _NOT_DAMAGE):
       raise
@@ -232,14 +232,14 @@ def _reading(folder: str, step: int) -> Iterator[None]:
 
 
 def _labels(identity: str, step: int, position: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """What a checkpoint says about itself: arrays, because orbax saves these."""
+  """The labels of a checkpoint, as arrays, because orbax saves arrays."""
   return {'run': np.array([int(identity[:8], 16), int(identity[8:], 16)], np.uint32),
           'step': np.array(step, np.uint32),
           'data': np.array(zlib.crc32(json.dumps(position, sort_keys=True).encode()), np.uint32)}
 
 
 def _compare(folder: str, step: int, loaded: Mapping[str, Any], identity: str) -> None:
-  """Raises Damaged if items that were loaded differ from the item `sums` among them."""
+  """Raises Damaged if loaded items do not match the loaded item `sums`."""
   sums = loaded['sums']
   _check_labels(folder, step, sums, _labels(identity, step, loaded.get('data', {})),
                 'data' in loaded)
@@ -254,17 +254,20 @@ def _compare(folder: str, step: int, loaded: Mapping[str, Any], identity: str) -
 
 def _check_labels(folder: str, step: int, sums: Mapping[str, Any],
                   expected: Mapping[str, np.ndarray], whole: bool) -> None:
-  """Raises Damaged unless a checkpoint's labels are these; `whole`: with that of its data."""
+  """Raises Damaged unless a checkpoint has the expected labels.
+
+  `whole`: whether to compare the label of the position in the data, too.
+  """
   if not np.array_equal(sums['step'], expected['step']):
-    raise Damaged(folder, step, f'it is that of step {int(sums["step"]):,}')
+    raise Damaged(folder, step, f'it belongs to step {int(sums["step"]):,}')
   if not np.array_equal(sums['run'], expected['run']):
-    raise Damaged(folder, step, 'it is that of another run, or of this one with other settings')
+    raise Damaged(folder, step, 'it belongs to another run, or to this run with other settings')
   if whole and not np.array_equal(sums['data'], expected['data']):
     raise Damaged(folder, step, 'its position in the data is not what was saved')
 
 
 def _mesh_of(tree):
-  """The mesh over which the arrays of a tree lie; None if they are on one device without."""
+  """The mesh over which the arrays of a tree lie; None if they are on one device without a mesh."""
   return getattr(jax.tree.leaves(tree)[0].sharding, 'mesh', None)
 
 
@@ -287,21 +290,21 @@ def _step_folder(folder: str, step: int) -> str:
 class Saved:
   """The parameters of a checkpoint as a source, read slice by slice; or its optimizer state.
 
-  Reading a slice decodes every chunk that it touches, see _chunks. The first time that a part of a
-  layer or expert is read, all of it is compared with its checksum.
+  Reading a slice decodes every chunk that it touches, see _chunks. The first time that a slice of a
+  layer or expert is read, the whole layer or expert is compared with its checksum.
   """
 
   def __init__(self, folder: str, step: int, identity: str, item: str = 'params'):
     """
     Args:
-      folder: of the run's checkpoints.
+      folder: the directory of the run's checkpoints.
       step: the step.
-      identity: of the run.
+      identity: the identity of the run.
       item: 'params', or 'train' for the rest of the saved state.
 
     Raises:
       RunError: there is no such checkpoint.
-      Damaged: it is not of this step of this run.
+      Damaged: it belongs to another step or run.
     """
     self._folder, self._step = folder, step
     self._path = _step_folder(folder, step)
@@ -317,7 +320,7 @@ class Saved:
     """A slice of the array at this path.
 
     Raises:
-      Damaged: what is read is not what was saved.
+      Damaged: the array differs from what was saved.
       UsageError: a number is not finite.
     """
     with _reading(self._folder, self._step):
@@ -360,7 +363,7 @@ class Saved:
     return math.prod(many) * math.prod(chunk) * array.dtype.numpy_dtype.itemsize
 
   def _open(self, path: str):
-    """The stored array at this path, which begins with the name of its item."""
+    """The stored array at this path, whose first component is the item."""
     if path not in self._arrays:
       item, _, inner = path.partition('/')
       store = {'driver': 'ocdbt', 'base': f'file://{self._path}/{item}/',

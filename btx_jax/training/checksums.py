@@ -1,10 +1,10 @@
-"""Checksums of arrays, which a checkpoint holds beside them: orbax's chunks have none of their own.
+"""Checksums of arrays, stored in a checkpoint because orbax's chunks have none.
 
 A checksum is the sum of an array's words (its numbers as unsigned integers), each multiplied by an
-odd number that depends on its place, modulo 2**32. So one flipped bit always changes it, and
-exchanged rows do. It is computed where the array lies: over devices that each hold a part, or piece
-by piece in NumPy. Stacked layers and experts have one checksum each, so that one of them can be
-read and checked alone.
+odd number that depends on its place, modulo 2**32. A single flipped bit always changes it;
+exchanged rows change it, too. It is computed where the array is: over devices that each hold a
+part, or piece by piece in NumPy. Stacked layers and experts have one checksum each, so that one of
+them can be read and checked alone.
 """
 
 import functools
@@ -22,16 +22,16 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def leading_axes(path: str) -> int:
-  """How many of the first axes of a parameter, or of its moments, are layers and experts."""
+  """The number of leading axes of a parameter, or of its moments, that are layers and experts."""
   return ('layers/' in path) + ('/experts/' in path)
 
 
 def of_tree(tree, mesh):
-  """The checksum of every array of a tree: uint32 [layers, experts], or fewer of these axes.
+  """The checksums of every array of a tree: uint32 [layers, experts], or fewer of these axes.
 
   Args:
     tree: jax arrays.
-    mesh: the mesh over which they lie; None if they are on one device.
+    mesh: the mesh of their devices; None if they are on one device.
   """
   return jax.device_get(_compiled(mesh)(tree))
 
@@ -49,24 +49,24 @@ def _of_array(key_path, x) -> jax.Array:
 
 
 def of_piece(piece: np.ndarray, index: Index, leading: int) -> np.ndarray:
-  """What a part of an array adds to its checksums.
+  """The contribution of a part of an array to the array's checksums.
 
   Args:
     piece: the part.
-    index: where it lies in the array; for every axis a slice with both ends.
+    index: its place in the array; for every axis a slice with both ends.
     leading: the number of leading axes, see leading_axes.
 
   Returns:
-    uint32 [...], of the leading axes of the piece. Those of all parts of an array add up, modulo
-    2**32, to its checksums.
+    uint32, with the leading axes of the piece. The contributions of all parts of an array add up,
+    modulo 2**32, to its checksums.
   """
   words = piece.view(_UNSIGNED[piece.dtype.itemsize]).astype(np.uint32)
   return _weighted_sum(words, index, leading)
 
 
 def _weighted_sum(words: Any, index: Index, leading: int) -> Any:
-  """The checksums of words, in NumPy or jax; arguments as of of_piece."""
-  words = words ^ (words >> 16)  # else signs that flip together would cancel out
+  """The checksums of words, in NumPy or jax; arguments as for of_piece."""
+  words = words ^ (words >> 16)  # otherwise an even number of flipped signs would cancel out
   for axis in reversed(range(leading, words.ndim)):
     at = index[axis]
     weights = factors(axis, at.stop)[at.start:].reshape((1,) * axis + (-1,))
@@ -76,7 +76,7 @@ def _weighted_sum(words: Any, index: Index, leading: int) -> Any:
 
 @functools.lru_cache(256)
 def factors(axis: int, size: int) -> np.ndarray:
-  """The odd numbers that places along an axis multiply by, uint32 [size]."""
+  """The odd factors of the places along an axis, uint32 [size]."""
   mixed = np.arange(size, dtype=np.uint64) + np.uint64((axis + 1) * 0x9E3779B97F4A7C15 % 2**64)
   for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # as in SplitMix64
     mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
@@ -84,7 +84,7 @@ def factors(axis: int, size: int) -> np.ndarray:
 
 
 def differing(expected, found) -> list[str]:
-  """The paths at which two trees of checksums differ; their containers may be of other types."""
+  """The paths at which two trees of checksums differ; their container types may differ."""
   one, other = ({sharding.path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
                 for tree in (expected, found))
   return sorted(path for path in one.keys() | other.keys()
@@ -93,12 +93,12 @@ def differing(expected, found) -> list[str]:
 
 
 def pieces(shape: tuple[int, ...], leading: Index, most: int) -> list[Index]:
-  """Parts of an array that cover all of one layer and expert, in order.
+  """Cuts the selected layers and experts of an array into parts, in order.
 
   Args:
-    shape: of the array.
+    shape: the shape of the array.
     leading: slices of the leading axes.
-    most: numbers in one part, if a row of the first other axis has no more.
+    most: the most numbers in one part, unless a single row of the next axis has more.
   """
   rest = shape[len(leading):]
   if not rest:

@@ -58,7 +58,7 @@ class Job:
     folder: the run's directory, for checkpoints and metrics.jsonl.
     make_state: makes the state at step 0, of the program that trains the run.
     order: the training rows, from mixture.order_of.
-    identity: of the run, see manifest.identity.
+    identity: the identity of the run, see manifest.identity.
     steps_kept: further steps to save and keep, because other runs start from them.
     best: the best step before, as Best.found.
   """
@@ -151,7 +151,7 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   starts, states, seen, bests = [], [], [], []
   for job, saved in zip(jobs, checkpoints):
     step, state, position = saved.newest(program.state_shapes)
-    # Of a run that was killed, the best step may not have been written.
+    # If the run was killed, its best step may not have been written.
     kept = distributed.broadcast(lambda saved=saved: saved.steps)
     best = Best(job.best if job.best and job.best['step'] in kept else None)
     saved.best = best.step

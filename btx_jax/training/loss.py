@@ -8,7 +8,7 @@ If the vocabulary is sharded over the `tensor` axis, each device has the logits 
 shard: only the softmax's maximum and sum, the target's logit and the gradient of the hidden
 states are combined.
 
-`next_token_loss` is the sum over targets. A loss that is not, like that of preferences, takes
+`next_token_loss` is the sum over targets. Other losses, such as those on pairs, are computed from
 `token_losses`.
 """
 
@@ -53,9 +53,9 @@ def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
 
 def token_losses(hidden_BTD, head_DV, targets_BT, mask_BT,
                  batch_axes=BATCH_AXES) -> tuple[jax.Array, jax.Array]:
-  """As next_token_loss, but gradients flow through the loss of each position, too.
+  """Like next_token_loss, but gradients also flow through the loss of each position.
 
-  The backward pass computes the logits once more.
+  The backward pass computes the logits again.
   """
   nll_BT = _over_mesh(_each_nll, P(batch_axes), batch_axes)(
       hidden_BTD, head_DV, targets_BT, mask_BT)
@@ -63,11 +63,13 @@ def token_losses(hidden_BTD, head_DV, targets_BT, mask_BT,
 
 
 def _over_mesh(local: Callable, out_specs, batch_axes) -> Callable:
-  """(hidden, head, targets, mask) -> `local` of what each device has, if a mesh is in use.
+  """Returns a function of (hidden, head, targets, mask) that runs `local` on each device's part.
+
+  Without a mesh it runs `local` on the whole arrays.
 
   Args:
     local: takes these four, and the mesh axis over which V is sharded; None if it is not.
-    out_specs: of what it returns.
+    out_specs: the specs of its results.
     batch_axes: the mesh axes over which rows are sharded.
   """
   if jax.sharding.get_abstract_mesh().empty:
@@ -149,7 +151,7 @@ def _each_nll_backward(vocab_axis, residuals, g_BT):
   def one_chunk(dhead_DV, chunk):
     hidden, targets, mask, g = chunk
     _, dlogits = _chunk_nll(hidden, targets, mask, head_DV, vocab_axis)
-    # Masked before it meets the logits: jax 0.10 cannot map `dlogits * g[:, None]` over branches.
+    # Masked before the product: jax 0.10 cannot map `dlogits * g[:, None]` over branches.
     dlogits = (dlogits * jnp.where(mask, g, 0)[:, None]).astype(hidden.dtype)
     dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
     return dhead_DV, dlogits @ head_DV.T

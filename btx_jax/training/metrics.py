@@ -2,8 +2,8 @@
 
 Every line has `step` and `time` (seconds since 1970). A line on training has
 
-  loss                nats per target, over the steps since the previous line; of a run on pairs of
-                      answers, the loss per pair
+  loss                nats per target, over the steps since the previous line; for a run on pairs,
+                      the loss per pair
   loss_by_domain      likewise, for each domain that had targets
   lr                  of this step
   grad_norm           of this step's whole gradient, before clipping
@@ -16,9 +16,9 @@ Every line has `step` and `time` (seconds since 1970). A line on training has
   memory              peak bytes so far: host, device
   balance             load-balancing loss of this step, summed over layers
   router_z            router z-loss of this step, summed over layers
-  preferences         of a run on pairs, means over the pairs since the previous line: preferred,
-                      the share whose margin is positive; margin, the reward of the chosen answer
-                      less that of the rejected one; chosen and rejected, log-probabilities of the
+  preferences         for a run on pairs, means over the pairs since the previous line: preferred,
+                      the share with a positive margin; margin, the reward of the chosen answer
+                      minus that of the rejected one; chosen and rejected, log-probabilities of the
                       answers in nats
   routing             see routing_figures.describe
   troubles            of the routing, see routing_figures.troubles; each only once in a run

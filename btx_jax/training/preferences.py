@@ -1,13 +1,13 @@
-"""Losses on pairs of answers to one prompt, of which one was preferred.
+"""Losses on pairs of a chosen and a rejected answer to the same prompt.
 
-DPO (arXiv 2305.18290) compares how much likelier the model finds each answer than the reference
-does, the model before training. SimPO (arXiv 2405.14734) needs no reference: it compares the mean
-log-probability of a token. Both are the logistic loss of a margin, the difference between the
-rewards of the two answers, so all else is the same.
+The reward of an answer is, in DPO (arXiv 2305.18290), how much likelier the model finds it than the
+reference, the model before training. In SimPO (arXiv 2405.14734) it is the mean log-probability per
+token, which needs no reference. Both are the logistic loss of a margin, the difference between the
+rewards of the two answers; everything else is shared.
 
 A row holds whole pairs: its segments 1, 3, 5, ... are chosen answers, each with its prompt, and
-the segments 2, 4, 6, ... the rejected ones. `loss_mask` marks the targets of the answers, and entry
-s of `reference` [T] is the log-probability of segment s under the reference.
+segments 2, 4, 6, ... rejected ones. `loss_mask` marks the targets in the answers, and entry s of
+`reference` [T] is the log-probability of segment s under the reference.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ class Preferences(NamedTuple):
   """Sums over the pairs of each row, [B], or of each domain.
 
   Attributes:
-    loss: to differentiate; no gradient flows through the others.
-    pairs: their number.
-    preferred: the pairs whose margin is positive: the model ranks them as the data does.
-    margin: the reward of the chosen answer less that of the rejected one.
+    loss: the loss to differentiate; no gradient flows through the others.
+    pairs: the number of pairs.
+    preferred: the number of pairs with a positive margin: the model ranks them as the data does.
+    margin: the reward of the chosen answer minus that of the rejected one.
     chosen, rejected: log-probabilities of the answers in nats.
   """
   loss: jax.Array
@@ -49,8 +49,8 @@ def score(token_nll_BT, batch: Mapping[str, jax.Array], objective: Objective) ->
   """The loss of each row, summed over its pairs.
 
   Args:
-    token_nll_BT: the loss of each target, through which gradients flow: loss.token_losses.
-    batch: arrays [B, T] of whole pairs; with `reference` for the loss 'dpo'.
+    token_nll_BT: the loss of each target, with gradients, from loss.token_losses.
+    batch: arrays [B, T] of whole pairs; the loss 'dpo' needs `reference`.
     objective: the loss and its settings.
   """
   segment_ids_BT = batch['segment_ids']
@@ -84,6 +84,6 @@ def pairs(segment_ids) -> jax.Array:
 
 
 def _by_pair(values_BT) -> tuple[jax.Array, jax.Array]:
-  """Values by segment -> those of chosen and of rejected answers, [B, P] each."""
+  """Splits values by segment into those of chosen and of rejected answers, [B, P] each."""
   P = (values_BT.shape[1] - 1) // 2
   return values_BT[:, 1:2 * P:2], values_BT[:, 2:2 * P + 1:2]

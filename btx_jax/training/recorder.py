@@ -89,7 +89,7 @@ class Recorder(contextlib.ExitStack):
       self._write_line(self._file, step, metrics)
 
   def write_evaluation(self, step: int, result: Mapping[str, Mapping]):
-    """Writes the bits per byte that evaluate.bits found, and of pairs the share it ranks right."""
+    """Writes the bits per byte from bits.evaluate, and `preferred` for domains of pairs."""
     if not self._file:
       return
     found = {figure: {domain: values[figure] for domain, values in result.items()

@@ -57,8 +57,8 @@ class Scores(NamedTuple):
   Attributes:
     nll: negative log likelihood in nats, summed over targets; the one to differentiate.
     tokens: number of targets in that sum.
-    token_nll: [B, T], that of each target; no gradient flows through it, unless `forward` was given
-      token_losses.
+    token_nll: [B, T], that of each target; no gradient flows through it, unless `forward` was
+      called with token_losses.
     row_tokens: [B].
     routed: of a mixture, [L, B, ...]; None for a dense model.
     preferences: [B] each, if the loss is on pairs of answers; else None.
@@ -108,8 +108,8 @@ class BatchTotals(NamedTuple):
   """The figures of the whole batch that the loss of one microbatch depends on.
 
   Attributes:
-    count: number of targets, or of pairs for a loss on these.
-    count_per_token: the same per token that is not padding.
+    count: number of targets, or of pairs if the loss is on pairs.
+    count_per_token: the same, divided by the number of tokens that are not padding.
     routing: RoutingSums [L, G, ...] of the whole batch, for balance_scope 'batch'; else None.
   """
   count: jax.Array

@@ -1,10 +1,10 @@
-"""How many questions of conversations a model answers exactly, and some of its answers.
+"""Counts the questions in conversations that a model answers exactly, and prints some answers.
 
   python -m tests.benchmarks.answers FOLDER chats.jsonl ...
 
 FOLDER is a model in Hugging Face's format with its tokenizer and chat template, like one that
-`export` wrote. Each answer of a conversation is asked for after the true answers before it, and
-generated greedily. The folder's own tokens end it.
+`export` wrote. Each answer is generated greedily, after the true answers before it, and ends at the
+folder's own stop tokens.
 """
 
 import json

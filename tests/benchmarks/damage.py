@@ -1,11 +1,11 @@
-"""Flips bits of checkpoints and reads them back; and what the checksums cost.
+"""Flips bits of checkpoints and reads them back; measures the cost of checksums.
 
   python -m tests.benchmarks.damage [--flips=300] [--params=100_000_000]
 
-Each flip is of one bit, in a file of the last checkpoint of a small run, chosen at random: half of
-the time among the files with tensors, else among all. It is noticed if a reader refuses the
-checkpoint, harmless if all that was read is what was saved, and silent otherwise. Both readers
-try: the one of whole trees onto devices, and the one of slices.
+Each flip changes one random bit in a file of the last checkpoint of a small run: half of the time
+in one of the files with tensors, otherwise in any file. A flip is noticed if a reader rejects the
+checkpoint, harmless if everything that was read equals what was saved, and silent otherwise. Both
+readers are tried: the one that reads whole trees onto devices, and the one that reads slices.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tests.helpers import final_params
 
 
 def flips(count: int, folder: str):
-  """Prints what `count` flipped bits did."""
+  """Prints the effects of `count` flipped bits."""
   text = pathlib.Path(folder)
   studies.write_text(text)
   config = studies.get_config(text)
@@ -70,7 +70,7 @@ def flips(count: int, folder: str):
 
 
 def cost(size: int, folder: str):
-  """Prints the seconds of saving, restoring, and of the checksums of a state, medians of five."""
+  """Prints the seconds that saving, restoring and checksums of a state take, medians of five."""
   rows = max(size // (16 * 1024 * 64), 1)
   params = {'layers': {'ffn': {'up': jax.random.normal(jax.random.key(0), (16, rows, 1024 * 64))}}}
   state = TrainState(jax.numpy.int32(1), params, jax.tree.map(jax.numpy.copy, params))
