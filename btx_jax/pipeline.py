@@ -279,17 +279,21 @@ class Pipeline(Study):
   def _set_aside(self, error: checkpoint.Damaged) -> RunError:
     """Sets a damaged checkpoint aside, so that its run goes on from an earlier one next time.
 
-    It is left alone if its run has no other checkpoint before it, or is not of this config.
+    It is left alone if its run has no other checkpoint before it, is not of this config, or has
+    later checkpoints: from these it would go on.
     """
     if not distributed.is_process_0():
       return error
     folder = os.path.abspath(error.folder)
     run = next((each for each in self.runs.values()
                 if os.path.abspath(sources.checkpoints(self, each)) == folder), None)
-    before = max((step for step in sources.kept(self, run) if step < error.step),
-                 default=0) if run else 0
+    kept = [step for step in sources.kept(self, run)
+            if checkpoint.has_sums(error.folder, step)] if run else []
+    before = max((step for step in kept if step < error.step), default=0)
     if not run or not before:
       return error.is_the_last()
+    if max(kept) > error.step:
+      return error.has_later()
     with files.lock_folder(self.folder(run.name)):
       found = manifest.read(self.folder(run.name)) or {}
       manifest.write(self.folder(run.name), found | {

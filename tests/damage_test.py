@@ -3,6 +3,7 @@
 tests/pipeline_test.py has kills; here files change on the disk.
 """
 
+import dataclasses
 import os
 import random
 import shutil
@@ -139,6 +140,26 @@ def test_a_damaged_end_of_a_complete_run_is_trained_again(study, copy):
   assert copy.train()
   for name in study.runs:
     assert_trees_equal(final_params(copy, name), final_params(study, name))
+
+
+@pytest.mark.parametrize('damaged, harmed, message', [
+    # All of an earlier version: none is renamed.
+    (STEPS, (2, 4, STEPS), 'it has no checksums; .* No earlier one that is sound is kept'),
+    # The run would go on from its end, and never come to step 4 again.
+    (4, (4,), 'Its run goes on from later ones, so it does not save this one again'),
+], ids=['earlier version', 'has later'])
+def test_what_would_not_be_made_again_is_not_set_aside(copy, damaged, harmed, message):
+  run = copy.runs['seed']
+  for step in harmed:
+    shutil.rmtree(of_step(copy, step) + '/sums')
+  copy.runs['expert/code'] = dataclasses.replace(
+      copy.runs['expert/code'], sources=(run if damaged == STEPS else run.first(damaged),))
+  shutil.rmtree(copy.folder('expert/code'))
+  copy._check_manifests = lambda: None  # its source is another one
+  with pytest.raises(RunError, match=message):
+    copy.train('expert/code')
+  assert {'2', '4', str(STEPS)} == set(os.listdir(sources.checkpoints(copy, run)))
+  assert copy.state('seed') == manifest.COMPLETE
 
 
 def test_without_a_sound_checkpoint_nothing_is_touched(copy):

@@ -65,6 +65,12 @@ class Damaged(RunError):
     return RunError(f'{self.what} No earlier one that is sound is kept. Put back a copy, or delete '
                     f'{os.path.dirname(self.folder)} to train that run from its beginning.')
 
+  def has_later(self) -> RunError:
+    """What to say if its run has later checkpoints, and so does not come to this step again."""
+    return RunError(f'{self.what} Its run goes on from later ones, so it does not save this one '
+                    f'again. Put back a copy, or delete {os.path.dirname(self.folder)} to train '
+                    'that run from its beginning.')
+
 
 class Checkpoints:
   """The checkpoints of one run; a context manager.
@@ -205,6 +211,11 @@ def load_params(folder: str, step: int, like, identity: str):
   return loaded['params']
 
 
+def has_sums(folder: str, step: int) -> bool:
+  """Whether a checkpoint has checksums; those of earlier versions have none."""
+  return os.path.isdir(os.path.join(folder, str(step), 'sums'))
+
+
 def set_aside(folder: str, step: int) -> str:
   """Renames a checkpoint to damaged-STEP, or to a name like that which is free; returns it."""
   names = (f'damaged-{step}{suffix}' for suffix in itertools.chain(
@@ -218,7 +229,7 @@ def set_aside(folder: str, step: int) -> str:
 def _reading(folder: str, step: int) -> Iterator[None]:
   """Raises Damaged for whatever goes wrong when a checkpoint is read, if it can be the cause."""
   try:
-    if not os.path.isdir(os.path.join(folder, str(step), 'sums')):
+    if not has_sums(folder, step):
       raise Damaged(folder, step, 'it has no checksums; earlier versions wrote none')
     yield
   except (RunError, MemoryError, PermissionError):
