@@ -96,6 +96,8 @@ class Pipeline(Study):
         self._order(run)  # refuses text that is too short
     branches = None
     with jax.set_mesh(self.mesh):
+      if only and not wanted:
+        self._check_end(asked[0])
       for i, (group, left) in enumerate(zip(groups, to_train)):
         self._follow_best()
         group, left = ([self.runs[run.name] for run in runs] for runs in (group, left))
@@ -173,6 +175,13 @@ class Pipeline(Study):
       done = max(kept, default=0)
     if only or done >= source.steps:
       continued.check_kept(run, done, kept)
+
+  def _check_end(self, run: Run):
+    """Raises checkpoint.Damaged if the model of a complete run is not what was saved: the message
+    of a command that has noticed it names `train`."""
+    if distributed.broadcast(lambda: checkpoint.has_sums(
+        sources.checkpoints(self, run), run.steps)):
+      params.final(self, run, self.mesh)
 
   def _check_processes_agree(self):
     distributed.check_shared(self.workdir)

@@ -142,6 +142,14 @@ def test_a_damaged_end_of_a_complete_run_is_trained_again(study, copy):
     assert_trees_equal(final_params(copy, name), final_params(study, name))
 
 
+def test_a_complete_run_that_is_named_is_checked(copy):
+  assert not copy.train('seed')
+  shutil.rmtree(os.path.join(of_step(copy, STEPS), 'params'))
+  with pytest.raises(RunError, match='the same command trains seed again from step 4'):
+    copy.train('seed')  # all is measured, so nothing else reads it
+  assert copy.state('seed') == manifest.STOPPED
+
+
 @pytest.mark.parametrize('damaged, harmed, message', [
     # All of an earlier version: none is renamed.
     (STEPS, (2, 4, STEPS), 'it has no checksums; .* No earlier one that is sound is kept'),

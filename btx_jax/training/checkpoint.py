@@ -46,8 +46,8 @@ class Damaged(RunError):
   def __init__(self, folder: str, step: int, problem: str):
     self.folder, self.step = folder, step
     self.what = f'The checkpoint {os.path.join(folder, str(step))} is damaged: {problem}.'
-    super().__init__(f'{self.what} The command train, for its run, goes on from the newest '
-                     'checkpoint that is sound.')
+    super().__init__(f'{self.what} The command train, with --run for its run, goes on from the '
+                     'newest checkpoint that is sound.')
 
   def set_aside(self, name: str, before: int) -> RunError:
     """Renames the checkpoint; returns what to say then.
