@@ -25,7 +25,7 @@ SYSTEM = {'role': 'system', 'content': 'Be brief.'}
 
 
 @pytest.mark.parametrize('name, lines, expected', [
-    ('p.txt', 'one \n\n{"prompt": 2}\r\n', [{'prompt': 'one '}, {'prompt': '{"prompt": 2}'}]),
+    ('p.txt', '\ufeffone \n\n{"prompt": 2}\r\n', [{'prompt': 'one '}, {'prompt': '{"prompt": 2}'}]),
     ('p.jsonl', '{"prompt": "a\\nb", "id": 3}\n\n{"messages": [{"role": "user", "content": "c"}]}',
      [{'prompt': 'a\nb'}, {'messages': [user('c')]}])])
 def test_a_file_has_a_prompt_in_each_line(tmp_path, name, lines, expected):
@@ -44,6 +44,7 @@ def test_a_file_has_a_prompt_in_each_line(tmp_path, name, lines, expected):
     ('p.txt', '\n \n', 'p.txt has no prompts: each line'),
     ('p.txt', b'\xff\n', 'p.txt cannot be read: '),
     ('p.jsonl', 'plain\n', 'p.jsonl, line 1 is not JSON: '),
+    ('p.jsonl', '[' * 100_000, 'p.jsonl, line 1 is not JSON: '),
     ('p.jsonl', '\n["a"]', 'p.jsonl, line 2 must be an object with a text `prompt`, or'),
     ('p.jsonl', '{"prompt": 1}', 'line 1 must be an object'),
     ('p.jsonl', '{"messages": []}', 'line 1 must be an object'),
