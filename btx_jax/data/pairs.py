@@ -4,8 +4,8 @@ A record has `chosen` and `rejected`, each a text or a list of messages (chats.p
 
   prompt a text, answers texts           the question, and each answer, as one message
   prompt messages, answers messages      each answer follows the prompt
-  answers messages                       what both begin with is the prompt; a prompt that is a text
-                                         is not read
+  answers messages                       what both begin with is the prompt; a prompt that is a text,
+                                         or that both repeat, is not read
 
 The answers of the assistant in the prompt are not learned: they are the same in both.
 """
@@ -78,11 +78,16 @@ def messages(record: Mapping[str, Any]) -> tuple[Messages, Messages]:
   before = [chats.message(each) for each in shared]
   after = [[chats.message(each) for each in chats.turn(chats.ASSISTANT, answer)]
            for answer in given]
+  if before and all(answer[:len(before)] == before for answer in after):
+    before = []  # they repeat it
   if not before:
     common = next((i for i, (a, b) in enumerate(zip(*after)) if a != b), min(map(len, after)))
     before, after = after[0][:common], [answer[common:] for answer in after]
     if not any(after):
       raise Unfit(EQUAL)
+  for answer in after:
+    if answer and answer[0]['role'] != chats.ASSISTANT:
+      raise Unfit(NO_PAIR, f": after what both begin with, one goes on as {answer[0]['role']!r}")
   read = [each | {'weight': 0} if each['role'] == chats.ASSISTANT else each for each in before]
   chosen, rejected = (read + chats.to_last_answer(answer) for answer in after)
   if chosen == rejected:
