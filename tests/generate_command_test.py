@@ -6,6 +6,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.segment import Segment
 
 import btx_jax
 from btx_jax.commands import chat, generators, prompts
@@ -189,3 +191,13 @@ def test_a_template_that_cannot_write_is_refused_before_the_model_is_read(
     command.print_texts(None, '', str(other), asked, True)
   with pytest.raises(TypeError):  # the model would be read now
     command.print_texts(None, '', str(other), asked._replace(chat_template='chatml'), True)
+
+
+@pytest.mark.parametrize('is_terminal', [True, False])
+def test_a_model_does_not_command_a_terminal(monkeypatch, is_terminal):
+  shown = Console(file=io.StringIO(), force_terminal=is_terminal, color_system=None)
+  monkeypatch.setattr(command.terminal, 'console', shown)
+  command._show(Segment('a\tb\x1b]0;title\x07\x9b2Jc\r\n'))
+  text = shown.file.getvalue()
+  assert text == ('a\tb\ufffd]0;title\ufffd\ufffd2Jc\r\n' if is_terminal else
+                  'a\tb\x1b]0;title\x07\x9b2Jc\r\n')
