@@ -4,8 +4,8 @@ A record has `chosen` and `rejected`, each a text or a list of messages (chats.p
 
   prompt a text, answers texts           the question, and each answer, as one message
   prompt messages, answers messages      each answer follows the prompt
-  answers messages                       what both begin with is the prompt; a prompt that is a text,
-                                         or that both repeat, is not read
+  answers messages                       what both begin with is the prompt; one that is a text, or
+                                         that both repeat, is not read
 
 The answers of the assistant in the prompt are not learned: they are the same in both.
 """
