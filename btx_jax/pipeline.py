@@ -96,6 +96,8 @@ class Pipeline(Study):
         self._order(run)  # refuses text that is too short
     branches = None
     with jax.set_mesh(self.mesh):
+      if only and not wanted:
+        self._check_end(asked[0])
       for i, (group, left) in enumerate(zip(groups, to_train)):
         self._follow_best()
         group, left = ([self.runs[run.name] for run in runs] for runs in (group, left))
@@ -173,6 +175,13 @@ class Pipeline(Study):
       done = max(kept, default=0)
     if only or done >= source.steps:
       continued.check_kept(run, done, kept)
+
+  def _check_end(self, run: Run):
+    """Raises checkpoint.Damaged if the model of a complete run is not what was saved: the message
+    of a command that has noticed it names `train`."""
+    if distributed.broadcast(lambda: checkpoint.has_sums(
+        sources.checkpoints(self, run), run.steps)):
+      params.final(self, run, self.mesh)
 
   def _check_processes_agree(self):
     distributed.check_shared(self.workdir)
@@ -279,17 +288,21 @@ class Pipeline(Study):
   def _set_aside(self, error: checkpoint.Damaged) -> RunError:
     """Sets a damaged checkpoint aside, so that its run continues from an earlier one next time.
 
-    It is left in place if its run has no earlier checkpoint, or is not in this config.
+    It is left in place if its run has no earlier checkpoint, is not in this config, or has later
+    checkpoints, from which it would continue.
     """
     if not distributed.is_process_0():
       return error
     folder = os.path.abspath(error.folder)
     run = next((each for each in self.runs.values()
                 if os.path.abspath(sources.checkpoints(self, each)) == folder), None)
-    before = max((step for step in sources.kept(self, run) if step < error.step),
-                 default=0) if run else 0
+    kept = [step for step in sources.kept(self, run)
+            if checkpoint.has_sums(error.folder, step)] if run else []
+    before = max((step for step in kept if step < error.step), default=0)
     if not run or not before:
       return error.is_the_last()
+    if max(kept) > error.step:
+      return error.has_later()
     with files.lock_folder(self.folder(run.name)):
       found = manifest.read(self.folder(run.name)) or {}
       manifest.write(self.folder(run.name), found | {

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,7 +16,9 @@ from btx_jax import base, library
 from btx_jax.commands.export import export_run, of_chats
 from btx_jax.data import chat_tokens, chats, corpora, mixture, packing, tokenizer, tokens
 from btx_jax.data import text as text_lib
+from btx_jax.data.text import Text
 from btx_jax.errors import UsageError
+from btx_jax.fitting import samples
 from btx_jax.generation.generate import Generator
 from btx_jax.library import tokenizer_files
 from btx_jax.model.attention import rope_frequencies
@@ -413,3 +416,10 @@ def test_transformers_asks_an_exported_mixture_and_stops_at_the_end_of_the_turn(
     assert made[-1] == chat_tokens.stop_id(ours) and len(made) < 30
     answer = own.decode(made, skip_special_tokens=True)
     assert answer == write([ids], 30)[0][0].text and answer.startswith('It is ')
+
+
+def test_what_an_expert_has_seen_is_without_the_padding_of_its_rows(text, model):
+  run = SimpleNamespace(state=False, weights={'some': 1.0}, seq_len=600, training_seed=0, steps=1,
+                        batch_size=2)
+  seen = samples.seen(run, Text(model, {'some': text[0]}, {}))
+  assert len(seen) == 2 and not any(model.decode([0]) * 2 in each for each in seen)

@@ -3,6 +3,7 @@
 tests/pipeline_test.py kills runs; here files change on disk.
 """
 
+import dataclasses
 import os
 import random
 import shutil
@@ -139,6 +140,34 @@ def test_a_damaged_end_of_a_complete_run_is_trained_again(study, copy):
   assert copy.train()
   for name in study.runs:
     assert_trees_equal(final_params(copy, name), final_params(study, name))
+
+
+def test_a_complete_run_that_is_named_is_checked(copy):
+  assert not copy.train('seed')
+  shutil.rmtree(os.path.join(of_step(copy, STEPS), 'params'))
+  with pytest.raises(RunError, match='the same command trains seed again from step 4'):
+    copy.train('seed')  # all is measured, so nothing else reads it
+  assert copy.state('seed') == manifest.STOPPED
+
+
+@pytest.mark.parametrize('damaged, harmed, message', [
+    # All of an earlier version: none is renamed.
+    (STEPS, (2, 4, STEPS), 'it has no checksums; .* No earlier one that is sound is kept'),
+    # The run would go on from its end, and never come to step 4 again.
+    (4, (4,), 'Its run goes on from later ones, so it does not save this one again'),
+], ids=['earlier version', 'has later'])
+def test_what_would_not_be_made_again_is_not_set_aside(copy, damaged, harmed, message):
+  run = copy.runs['seed']
+  for step in harmed:
+    shutil.rmtree(of_step(copy, step) + '/sums')
+  copy.runs['expert/code'] = dataclasses.replace(
+      copy.runs['expert/code'], sources=(run if damaged == STEPS else run.first(damaged),))
+  shutil.rmtree(copy.folder('expert/code'))
+  copy._check_manifests = lambda: None  # its source is another one
+  with pytest.raises(RunError, match=message):
+    copy.train('expert/code')
+  assert {'2', '4', str(STEPS)} == set(os.listdir(sources.checkpoints(copy, run)))
+  assert copy.state('seed') == manifest.COMPLETE
 
 
 def test_without_a_sound_checkpoint_nothing_is_touched(copy):

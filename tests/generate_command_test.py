@@ -6,6 +6,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.segment import Segment
 
 import btx_jax
 from btx_jax.commands import chat, generators, prompts
@@ -25,7 +27,7 @@ SYSTEM = {'role': 'system', 'content': 'Be brief.'}
 
 
 @pytest.mark.parametrize('name, lines, expected', [
-    ('p.txt', 'one \n\n{"prompt": 2}\r\n', [{'prompt': 'one '}, {'prompt': '{"prompt": 2}'}]),
+    ('p.txt', '\ufeffone \n\n{"prompt": 2}\r\n', [{'prompt': 'one '}, {'prompt': '{"prompt": 2}'}]),
     ('p.jsonl', '{"prompt": "a\\nb", "id": 3}\n\n{"messages": [{"role": "user", "content": "c"}]}',
      [{'prompt': 'a\nb'}, {'messages': [user('c')]}])])
 def test_a_file_has_a_prompt_in_each_line(tmp_path, name, lines, expected):
@@ -44,6 +46,7 @@ def test_a_file_has_a_prompt_in_each_line(tmp_path, name, lines, expected):
     ('p.txt', '\n \n', 'p.txt has no prompts; every'),
     ('p.txt', b'\xff\n', 'p.txt cannot be read: '),
     ('p.jsonl', 'plain\n', 'p.jsonl, line 1 is not JSON: '),
+    ('p.jsonl', '[' * 100_000, 'p.jsonl, line 1 is not JSON: '),
     ('p.jsonl', '\n["a"]', 'p.jsonl, line 2 must be an object with `prompt`, a'),
     ('p.jsonl', '{"prompt": 1}', 'line 1 must be an object'),
     ('p.jsonl', '{"messages": []}', 'line 1 must be an object'),
@@ -188,3 +191,13 @@ def test_a_template_that_cannot_write_is_refused_before_the_model_is_read(
     command.print_texts(None, '', str(other), asked, True)
   with pytest.raises(TypeError):  # next, the model would be read
     command.print_texts(None, '', str(other), asked._replace(chat_template='chatml'), True)
+
+
+@pytest.mark.parametrize('is_terminal', [True, False])
+def test_a_model_does_not_command_a_terminal(monkeypatch, is_terminal):
+  shown = Console(file=io.StringIO(), force_terminal=is_terminal, color_system=None)
+  monkeypatch.setattr(command.terminal, 'console', shown)
+  command._show(Segment('a\tb\x1b]0;title\x07\x9b2Jc\r\n'))
+  text = shown.file.getvalue()
+  assert text == ('a\tb\ufffd]0;title\ufffd\ufffd2Jc\r\n' if is_terminal else
+                  'a\tb\x1b]0;title\x07\x9b2Jc\r\n')

@@ -29,6 +29,8 @@ READ = {**GOOD, 'weight': 0}  # an answer in the prompt, which is not learned
     # A prompt that is a string beside lists of messages, as in UltraFeedback.
     ({'prompt': 'Is it red?', 'chosen': [USER, GOOD], 'rejected': [USER, BAD]},
      ([USER, GOOD], [USER, BAD])),
+    ({'prompt': [USER], 'chosen': [USER, GOOD], 'rejected': [USER, BAD]},
+     ([USER, GOOD], [USER, BAD])),
     ({'chosen': [USER, GOOD, MORE, GOOD, MORE], 'rejected': [USER, GOOD, MORE, BAD]},
      ([USER, READ, MORE, GOOD], [USER, READ, MORE, BAD]))])
 def test_records_in_the_forms_that_people_have(record, expected):
@@ -43,7 +45,10 @@ def test_records_in_the_forms_that_people_have(record, expected):
     ({'prompt': 'a', 'chosen': 'b', 'rejected': ' '}, 'has an empty answer'),
     ({'prompt': 'a', 'chosen': 'b'}, pairs.NO_PAIR), ({'chosen': 'b', 'rejected': 'c'},
                                                       pairs.NO_PAIR),
-    ({'prompt': 'a', 'chosen': 'b', 'rejected': [BAD]}, pairs.NO_PAIR)])
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': [BAD]}, pairs.NO_PAIR),
+    # Answers to different questions.
+    ({'chosen': [USER, GOOD], 'rejected': [MORE, BAD]}, pairs.NO_PAIR),
+    ({'prompt': [USER], 'chosen': [GOOD], 'rejected': [MORE, BAD]}, pairs.NO_PAIR)])
 def test_records_that_are_not_pairs(record, reason):
   with pytest.raises(Unfit) as unfit:
     pairs.messages(record)

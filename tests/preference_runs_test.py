@@ -9,9 +9,11 @@ import pytest
 
 from btx_jax import base
 from btx_jax.data.pair_rows import PairRows
+from btx_jax.data.text import Text
 from btx_jax.fitting import reference
 from btx_jax.pipeline import Pipeline
 from btx_jax.scoring import ranking, scores
+from btx_jax.study.study import Study
 from btx_jax.training import loop, metrics
 from btx_jax.training.step import forward
 from tests import make_tokenizers
@@ -117,3 +119,20 @@ def test_held_out_pairs_are_scored_by_the_chosen_answers_and_ranked(study):
   assert len(found['prefs']['units']['bytes']) == held_out.num_documents
   assert sum(found['prefs']['units']['bytes']) == held_out.bytes[-1]
   assert found['prefs']['bits_per_byte'] > 0 and 0 <= found['prefs']['preferred'] <= 1
+
+
+def test_the_reference_of_a_mixture_that_is_extended_is_computed_with_the_sizes_it_had(
+    tmp_path, monkeypatch):
+  config, loss = get_config(tmp_path), {'loss': 'dpo'}
+  config.runs = {
+      'seed': base.run(base.random(), {'prefs': 1}, steps=1, train=loss),
+      'mix': base.run(base.mix('seed', 'seed'), {'prefs': 1}, steps=1, train=loss),
+      'wider': base.run(base.extend('mix', 'seed', allow=('shared',), state=True), {'prefs': 1},
+                        steps=1, train=loss)}
+  study, found = Study(config, str(tmp_path / 'work')), []
+  monkeypatch.setattr(reference.params, 'initial', lambda study, run, mesh: run)
+  monkeypatch.setattr(reference, 'answers', lambda model, of, *_: (
+      found.append((model, of)) or np.zeros((1, 2))))
+  reference.compute(study, study.runs['wider'], Text(None, {'prefs': None}, {}), None)
+  assert study.runs['wider'].model.num_experts == 3
+  assert found == [(study.runs['mix'].model, study.runs['mix'])]

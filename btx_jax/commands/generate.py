@@ -28,6 +28,8 @@ from btx_jax.study.study import Study
 
 # The colours of experts, in order; they repeat.
 _COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
+# A terminal obeys these; a model may write them.
+_CONTROL = {code: '\ufffd' for code in (*range(32), *range(127, 160)) if chr(code) not in '\t\n\r'}
 
 
 class Asked(NamedTuple):
@@ -170,7 +172,10 @@ def _piece(new: str, shares_E: np.ndarray, names: Sequence[str]) -> Segment:
 
 
 def _show(*pieces: Segment):
-  """Prints text as it is: as a Text, its tabs would become spaces."""
+  """Prints text as it is, but no control characters on a terminal. As a Text, its tabs would become
+  spaces."""
+  if terminal.console.is_terminal:
+    pieces = tuple(piece._replace(text=piece.text.translate(_CONTROL)) for piece in pieces)
   terminal.console.print(Segments(pieces), end='', soft_wrap=True)
   sys.stdout.flush()
 

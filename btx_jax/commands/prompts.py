@@ -72,7 +72,7 @@ def of_file(path: str) -> list[Prompt]:
     UsageError: the file cannot be read or has no prompt, or a line is not a prompt.
   """
   try:
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8-sig') as file:
       lines = [(i, line.rstrip('\r\n')) for i, line in enumerate(file, 1) if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
     raise UsageError(f'--prompts={path} cannot be read: {error}') from error
@@ -87,7 +87,7 @@ def _of_json(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[Prompt]:
     where = f'--prompts={path}, line {number}'
     try:
       found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UsageError(f'{where} is not JSON: {error}. If its lines are plain text, rename the '
                        f'file: only files named *{JSON_LINES} are read as JSON.') from error
     text, messages = (found.get(key) if isinstance(found, dict) else None

@@ -5,7 +5,7 @@ A record has `chosen` and `rejected`, each a string or a list of messages (chats
   prompt a string, answers strings       the prompt and each answer become one message each
   prompt messages, answers messages      each answer follows the prompt
   answers messages                       the messages that both begin with are the prompt; a prompt
-                                         that is a string is ignored
+                                         that is a string, or that both repeat, is ignored
 
 The assistant's answers in the prompt are not learned: they are the same in both conversations.
 """
@@ -78,11 +78,16 @@ def messages(record: Mapping[str, Any]) -> tuple[Messages, Messages]:
   before = [chats.message(each) for each in shared]
   after = [[chats.message(each) for each in chats.turn(chats.ASSISTANT, answer)]
            for answer in given]
+  if before and all(answer[:len(before)] == before for answer in after):
+    before = []  # they repeat it
   if not before:
     common = next((i for i, (a, b) in enumerate(zip(*after)) if a != b), min(map(len, after)))
     before, after = after[0][:common], [answer[common:] for answer in after]
     if not any(after):
       raise Unfit(EQUAL)
+  for answer in after:
+    if answer and answer[0]['role'] != chats.ASSISTANT:
+      raise Unfit(NO_PAIR, f": after what both begin with, one goes on as {answer[0]['role']!r}")
   read = [each | {'weight': 0} if each['role'] == chats.ASSISTANT else each for each in before]
   chosen, rejected = (read + chats.to_last_answer(answer) for answer in after)
   if chosen == rejected:

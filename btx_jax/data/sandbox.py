@@ -38,7 +38,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
   def call_binop(self, context, operator, left, right):
     if operator == '*':
       for text, count in ((left, right), (right, left)):
-        if isinstance(text, str | list | tuple) and isinstance(count, int):
+        if isinstance(text, str | bytes | list | tuple) and isinstance(count, int):
           _check_size(len(text) * count, MAX_CHARS)
     if isinstance(left, int) and isinstance(right, int):
       bits = left.bit_length()

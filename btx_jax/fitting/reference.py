@@ -47,7 +47,7 @@ def compute(study: Study, run: Run, text: Text, mesh: jax.sharding.Mesh) -> None
   parameters = params.initial(study, origin, mesh)
   arrays, counts = {}, {}
   for number, domain in enumerate(run.weights):
-    found = answers(run.model, parameters, text.train[domain], mesh, run.seq_len,
+    found = answers(origin.model, parameters, text.train[domain], mesh, run.seq_len,
                     study.config.evaluation.batch_size)
     arrays[f'{number}.npy'], counts[domain] = found, int(np.isfinite(found[:, 0]).sum())
   seconds = time.monotonic() - began

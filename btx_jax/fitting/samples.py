@@ -45,8 +45,8 @@ def rows(run: Run, text: Text, domain: str) -> list[Batch]:
 def seen(run: Run, text: Text, rows: int = 1000) -> list[str]:
   """The first rows that a run was trained on, as text."""
   order: Any = mixture.order_of(run, text.train)
-  return [text.tokenizer.decode(order[i]['tokens'].tolist())
-          for i in range(min(rows, run.steps * run.batch_size))]
+  chosen = (order[i] for i in range(min(rows, run.steps * run.batch_size)))
+  return [text.tokenizer.decode(row['tokens'][row['segment_ids'] > 0].tolist()) for row in chosen]
 
 
 def to_fit(rows: Sequence) -> list:

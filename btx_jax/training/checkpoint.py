@@ -46,8 +46,8 @@ class Damaged(RunError):
   def __init__(self, folder: str, step: int, problem: str):
     self.folder, self.step = folder, step
     self.what = f'The checkpoint {os.path.join(folder, str(step))} is damaged: {problem}.'
-    super().__init__(f'{self.what} Train its run again; it continues from the newest sound '
-                     'checkpoint.')
+    super().__init__(f'{self.what} Train its run again, with --run; it continues from the newest '
+                     'sound checkpoint.')
 
   def set_aside(self, name: str, before: int) -> RunError:
     """Renames the checkpoint; returns the error to report.
@@ -64,6 +64,12 @@ class Damaged(RunError):
     """The error to report if no earlier checkpoint can take its place."""
     return RunError(f'{self.what} No earlier sound checkpoint is kept. Restore a copy, or delete '
                     f'{os.path.dirname(self.folder)} to train that run from the beginning.')
+
+  def has_later(self) -> RunError:
+    """What to say if its run has later checkpoints, and so does not come to this step again."""
+    return RunError(f'{self.what} Its run goes on from later ones, so it does not save this one '
+                    f'again. Put back a copy, or delete {os.path.dirname(self.folder)} to train '
+                    'that run from its beginning.')
 
 
 class Checkpoints:
@@ -205,6 +211,11 @@ def load_params(folder: str, step: int, like, identity: str):
   return loaded['params']
 
 
+def has_sums(folder: str, step: int) -> bool:
+  """Whether a checkpoint has checksums; those of earlier versions have none."""
+  return os.path.isdir(os.path.join(folder, str(step), 'sums'))
+
+
 def set_aside(folder: str, step: int) -> str:
   """Renames a checkpoint to damaged-STEP, or damaged-STEP-2 and so on; returns the new name."""
   names = (f'damaged-{step}{suffix}' for suffix in itertools.chain(
@@ -218,7 +229,7 @@ def set_aside(folder: str, step: int) -> str:
 def _reading(folder: str, step: int) -> Iterator[None]:
   """Raises Damaged for errors while a checkpoint is read, unless their cause lies elsewhere."""
   try:
-    if not os.path.isdir(os.path.join(folder, str(step), 'sums')):
+    if not has_sums(folder, step):
       raise Damaged(folder, step, 'it has no checksums; earlier versions wrote none')
     yield
   except (RunError, MemoryError, PermissionError):
