@@ -305,6 +305,7 @@ class Pipeline(Study):
       return error.has_later()
     with files.lock_folder(self.folder(run.name)):
       found = manifest.read(self.folder(run.name)) or {}
+      found.pop('end_compared', None)  # the end comes again, perhaps after steps that count anew
       manifest.write(self.folder(run.name), found | {
           'state': manifest.STOPPED, 'steps_done': before})
       return error.set_aside(run.name, before)

@@ -144,10 +144,13 @@ def test_a_damaged_end_of_a_complete_run_is_trained_again(study, copy):
 
 def test_a_complete_run_that_is_named_is_checked(copy):
   assert not copy.train('seed')
+  manifest.write(copy.folder('seed'), manifest.read(copy.folder('seed')) | {'end_compared': True})
   shutil.rmtree(os.path.join(of_step(copy, STEPS), 'params'))
   with pytest.raises(RunError, match='the same command trains seed again from step 4'):
     copy.train('seed')  # all is measured, so nothing else reads it
   assert copy.state('seed') == manifest.STOPPED
+  # Else its best step would be one of those that are evaluated again, and never the end.
+  assert 'end_compared' not in manifest.read(copy.folder('seed'))
 
 
 @pytest.mark.parametrize('damaged, harmed, message', [
