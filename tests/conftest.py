@@ -17,6 +17,7 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
 import jax
 import pytest
 
+from btx_jax import terminal
 from tests import command, studies
 
 jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))  # or cuda, or tpu
@@ -30,6 +31,13 @@ def text(tmp_path_factory):
   folder = tmp_path_factory.mktemp('text')
   studies.write_text(folder)
   return folder
+
+
+@pytest.fixture(autouse=True)
+def console():
+  """A command that prints JSON sends all else to stderr; the next test starts as a new process."""
+  yield
+  terminal.console.stderr = False
 
 
 @pytest.fixture(scope='module')

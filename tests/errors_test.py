@@ -928,6 +928,9 @@ def test_extras_that_are_missing(run, config, work):
   check(run(config('sys.modules["sklearn.feature_extraction.text"] = None\n'
                    + ensemble(EXPERTS, 'selector=base.tfidf()')), f'--workdir={work}'),
         'needs scikit-learn: pip ')
+  check(run(config('sys.modules["lm_eval"] = None\nconfig.evaluation.tasks = ("code_choise",)'),
+            f'--workdir={work}'), "evaluation.tasks: 'code_choise' is not a built-in task; did you "
+        "mean 'code_choice'? Tasks of lm-evaluation-harness need pip install 'btx_jax[eval]'.")
   for name, package in (('tensorboard', 'tensorboardX'), ('wandb', 'wandb'), ('mlflow', 'mlflow')):
     check(run(config(f'sys.modules["{package}"] = None'), f'--workdir={work}', '--run=new',
               f'--config.sinks={name}'), f"pip install 'btx_jax[{name}]'")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from btx_jax.data import domains, mixture, questions
+from btx_jax.data import domains, questions
 from btx_jax.data.questions import Question
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
@@ -229,4 +229,5 @@ def _is_right(question: Question, text: str) -> bool:
 
 def _window(position: int, length: int, stride: int) -> int:
   """The start of the window in which a position counts; see mixture.window_starts."""
+  from btx_jax.data import mixture  # late: status needs the rest of this file, and no grain
   return int(mixture.window_starts(np.array(max(position, 0)), length, stride))

@@ -11,6 +11,7 @@ import importlib
 import io
 import os
 import re
+import sys
 from typing import Any, NamedTuple
 
 from btx_jax.errors import UsageError
@@ -213,10 +214,9 @@ def _prepare_imports(download: bool, run_code: bool):
     raise UsageError("Tasks need lm-evaluation-harness: pip install 'btx_jax[eval]' "
                      f'({error}).') from error
   # If they were imported before, they have read the environment already.
-  import datasets
-  from huggingface_hub import constants
   offline = os.environ['HF_HUB_OFFLINE'] not in ('0', '')
-  constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
+  for name in ('datasets.config', 'huggingface_hub.constants'):
+    sys.modules[name].__dict__['HF_HUB_OFFLINE'] = offline
 
 
 @contextlib.contextmanager

@@ -109,12 +109,13 @@ class Model(TemplateLM):
     """A text for each prompt, up to the first stop string."""
     del disable_tqdm
     result = [''] * len(requests)
+    arguments: list[Any] = [request.args for request in requests]
     groups: dict[str, list[int]] = {}  # requests with the same settings
-    for number, request in enumerate(requests):
-      groups.setdefault(repr(request.args[1]), []).append(number)
+    for number, (_, settings) in enumerate(arguments):
+      groups.setdefault(repr(settings), []).append(number)
     report, done = self._reported('generated'), 0
     for numbers in groups.values():
-      settings = normalize_gen_kwargs(requests[numbers[0]].args[1], MOST_NEW_TOKENS)
+      settings: Any = normalize_gen_kwargs(arguments[numbers[0]][1], MOST_NEW_TOKENS)
       most, until = settings['max_gen_toks'], [each for each in settings['until'] if each]
       sampling = _sampling(settings)
       if most >= self._context:
