@@ -1,4 +1,4 @@
-"""A pretrained model becomes a mixture that answers questions: SmolLM2-135M, two kinds of chats.
+"""A pretrained model becomes a mixture that answers questions: SmolLM2-135M-Instruct, two kinds of chats.
 
 One expert learns to answer questions about countries, the other to solve arithmetic problems, both
 in as few words as possible. They are mixed with the seed and finetuned on both. Only the answers
@@ -6,7 +6,7 @@ are trained on and scored. Such short training teaches the form of the answers m
 content. It takes half an hour of CPU time and 16 GB; docs/chat.md has the results.
 
   python -m btx_jax.data.demo_chats runs/chats
-  python -m btx_jax.main --config=configs/chat.py:/models/SmolLM2-135M
+  python -m btx_jax.main --config=configs/chat.py:/models/SmolLM2-135M-Instruct
 """
 
 from btx_jax import base
@@ -16,7 +16,7 @@ DOMAINS = ('countries', 'arithmetic')
 CHATS = 'runs/chats'  # where btx_jax.data.demo_chats wrote them
 
 
-def get_config(folder: str = '/models/SmolLM2-135M'):
+def get_config(folder: str = '/models/SmolLM2-135M-Instruct'):
   config = smollm2_135m.get_config(folder)  # its model, rows and batches
   config.domains = {
       name: base.domain(f'{CHATS}/{name}.jsonl', held_out=f'{CHATS}/{name}.test.jsonl',
