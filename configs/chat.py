@@ -1,4 +1,4 @@
-"""A pretrained model becomes a mixture that answers questions: SmolLM2-135M-Instruct, two kinds of chats.
+"""A mixture that answers questions: SmolLM2-135M-Instruct and two kinds of conversations.
 
 One expert learns to answer questions about countries, the other to solve arithmetic problems, both
 in as few words as possible. They are mixed with the seed and finetuned on both. Only the answers
