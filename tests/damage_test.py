@@ -155,7 +155,7 @@ def test_a_complete_run_that_is_named_is_checked(copy):
 
 @pytest.mark.parametrize('damaged, harmed, message', [
     # All of an earlier version: none is renamed.
-    (STEPS, (2, 4, STEPS), 'it has no checksums; .* No earlier one that is sound is kept'),
+    (STEPS, (2, 4, STEPS), 'it has no checksums; .* No earlier sound checkpoint is kept'),
     # The run would go on from its end, and never come to step 4 again.
     (4, (4,), 'Its run goes on from later ones, so it does not save this one again'),
 ], ids=['earlier version', 'has later'])
