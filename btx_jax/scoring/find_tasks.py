@@ -11,12 +11,14 @@ import importlib
 import io
 import os
 import re
+import sys
 from typing import Any, NamedTuple
 
 from btx_jax.errors import UsageError
 
 _CLOSE = 3  # names that are suggested for one that is unknown
 _OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE')
+_READERS = ('datasets.config', 'huggingface_hub.constants')  # of the first
 _ONE_PROCESS = 'DISABLE_MULTIPROC'  # of the bootstrap in the harness's metrics
 _RUN_CODE = 'HF_ALLOW_CODE_EVAL'  # the harness's metrics ask for it too
 
@@ -206,7 +208,7 @@ def _prepare_imports(download: bool, run_code: bool):
   if run_code:
     os.environ[_RUN_CODE] = '1'
   try:
-    for name in ('lm_eval.evaluator', 'datasets.config', 'huggingface_hub.constants'):
+    for name in ('lm_eval.evaluator', *_READERS):
       importlib.import_module(name)
   except ImportError as error:
     raise UsageError("Tasks need lm-evaluation-harness: pip install 'btx_jax[eval]' "
@@ -216,6 +218,25 @@ def _prepare_imports(download: bool, run_code: bool):
   from huggingface_hub import constants
   offline = os.environ['HF_HUB_OFFLINE'] not in ('0', '')
   constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+  """Gives back afterwards what `load` sets in this process, so that a caller can download."""
+  names = (*_OFFLINE, _RUN_CODE)
+  before = {name: os.environ.get(name) for name in names}
+  offline = {name: getattr(sys.modules.get(name), _OFFLINE[0], None) for name in _READERS}
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      os.environ.pop(name, None)
+      if value is not None:
+        os.environ[name] = value
+    for name, value in offline.items():
+      if name in sys.modules:  # one that was imported since has read what `load` set
+        value = before[_OFFLINE[0]] not in (None, '', '0') if value is None else value
+        setattr(sys.modules[name], _OFFLINE[0], value)
 
 
 @contextlib.contextmanager
