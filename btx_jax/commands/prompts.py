@@ -87,6 +87,7 @@ def _of_json(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[Prompt]:
     where = f'--prompts={path}, line {number}'
     try:
       found = json.loads(line)
+      json.dumps(found, ensure_ascii=False).encode('utf-8')  # fails on half of a surrogate pair
     except (ValueError, RecursionError) as error:
       raise UsageError(f'{where} is not JSON: {error}. Lines of plain text can be prompts in a '
                        f'file that is not named *{JSON_LINES}.') from error
