@@ -142,6 +142,22 @@ def test_a_damaged_end_of_a_complete_run_is_trained_again(study, copy):
     assert_trees_equal(final_params(copy, name), final_params(study, name))
 
 
+def test_processes_set_the_same_checkpoints_aside(monkeypatch, tmp_path):
+  """Of several, one that sees other files on shared storage must still take part."""
+  def restore(self, step, like):
+    if step > 2:
+      raise checkpoint.Damaged(str(tmp_path), step, 'x')
+    return like, {}
+
+  seen, renamed = iter([[2, 4, 6], [2, 4]]), []
+  monkeypatch.setattr(checkpoint.Checkpoints, 'steps', property(lambda self: next(seen)))
+  monkeypatch.setattr(checkpoint.Checkpoints, 'restore', restore)
+  monkeypatch.setattr(checkpoint, 'set_aside', lambda folder, step: renamed.append(step))
+  with checkpoint.Checkpoints(str(tmp_path), '0' * 16) as saved:
+    assert saved.newest('state') == (2, 'state', {})
+  assert renamed == [4, 6]
+
+
 def test_a_complete_run_that_is_named_is_checked(copy):
   assert not copy.train('seed')
   manifest.write(copy.folder('seed'), manifest.read(copy.folder('seed')) | {'end_compared': True})

@@ -49,6 +49,7 @@ def test_a_file_has_a_prompt_in_each_line(tmp_path, name, lines, expected):
     ('p.jsonl', '[' * 100_000, 'p.jsonl, line 1 is not JSON: '),
     ('p.jsonl', '\n["a"]', 'p.jsonl, line 2 must be an object with `prompt`, a'),
     ('p.jsonl', '{"prompt": 1}', 'line 1 must be an object'),
+    ('p.jsonl', '{"prompt": "\\ud800"}', 'surrogates not allowed'),
     ('p.jsonl', '{"messages": []}', 'line 1 must be an object'),
     ('p.jsonl', '{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', 'line 1 must'),
     ('p.jsonl', '{"messages": [{"role": "user", "content": ["b"]}]}', 'whose values are strings.'),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 
@@ -103,6 +104,22 @@ def test_choices_texts_and_answers_are_those_of_the_model(found, params):
   [[total]] = samples['prose'][0]['resps']
   assert total == pytest.approx(
       sum(expected(params, *window, CONTEXT)[0] for window in windows), abs=2e-3)
+
+
+def test_a_program_that_has_scored_a_model_can_download(params, monkeypatch):
+  pytest.importorskip('lm_eval')
+  from huggingface_hub import constants
+
+  def refused(*_):
+    assert constants.HF_HUB_OFFLINE
+    raise UsageError('no such task')
+
+  monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+  monkeypatch.setattr(find_tasks, '_manager', refused)
+  with pytest.raises(UsageError, match='no such task'):
+    btx_jax.evaluate(MODEL, params, str(TOKENIZER), ['any'])
+  assert 'HF_HUB_OFFLINE' not in os.environ and not constants.HF_HUB_OFFLINE
 
 
 def test_what_cannot_be_scored_is_said_before_a_model_is_read(found, monkeypatch):

@@ -87,6 +87,7 @@ def _of_json(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[Prompt]:
     where = f'--prompts={path}, line {number}'
     try:
       found = json.loads(line)
+      json.dumps(found, ensure_ascii=False).encode('utf-8')  # fails on half of a surrogate pair
     except (ValueError, RecursionError) as error:
       raise UsageError(f'{where} is not JSON: {error}. If its lines are plain text, rename the '
                        f'file: only files named *{JSON_LINES} are read as JSON.') from error

@@ -18,6 +18,7 @@ from btx_jax.errors import UsageError
 
 _CLOSE = 3  # suggestions for an unknown name
 _OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE')
+_READERS = ('datasets.config', 'huggingface_hub.constants')  # modules that read the first
 _ONE_PROCESS = 'DISABLE_MULTIPROC'  # stops the harness's bootstrap from starting processes
 _RUN_CODE = 'HF_ALLOW_CODE_EVAL'  # the harness's metrics require it, too
 
@@ -208,15 +209,34 @@ def _prepare_imports(download: bool, run_code: bool):
   if run_code:
     os.environ[_RUN_CODE] = '1'
   try:
-    for name in ('lm_eval.evaluator', 'datasets.config', 'huggingface_hub.constants'):
+    for name in ('lm_eval.evaluator', *_READERS):
       importlib.import_module(name)
   except ImportError as error:
     raise UsageError("Tasks need lm-evaluation-harness: pip install 'btx_jax[eval]' "
                      f'({error}).') from error
   # If they were imported before, they have read the environment already.
-  offline = os.environ['HF_HUB_OFFLINE'] not in ('0', '')
-  for name in ('datasets.config', 'huggingface_hub.constants'):
-    sys.modules[name].__dict__['HF_HUB_OFFLINE'] = offline
+  offline = os.environ[_OFFLINE[0]] not in ('0', '')
+  for name in _READERS:
+    setattr(sys.modules[name], _OFFLINE[0], offline)
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+  """Gives back afterwards what `load` sets in this process, so that a caller can download."""
+  names = (*_OFFLINE, _RUN_CODE)
+  before = {name: os.environ.get(name) for name in names}
+  offline = {name: getattr(sys.modules.get(name), _OFFLINE[0], None) for name in _READERS}
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      os.environ.pop(name, None)
+      if value is not None:
+        os.environ[name] = value
+    for name, value in offline.items():
+      if name in sys.modules:  # one that was imported since has read what `load` set
+        value = before[_OFFLINE[0]] not in (None, '', '0') if value is None else value
+        setattr(sys.modules[name], _OFFLINE[0], value)
 
 
 @contextlib.contextmanager

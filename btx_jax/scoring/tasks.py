@@ -16,7 +16,7 @@ from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.model.config import Config
 from btx_jax.model.trees import check_params
-from btx_jax.scoring.find_tasks import Loaded, load, parse, quiet
+from btx_jax.scoring.find_tasks import Loaded, load, parse, quiet, settings_kept
 
 CONTEXT = 2048  # tokens that a model reads if its context length is unknown
 # Iterations of the bootstrap for metrics that are not means; means need none.
@@ -60,14 +60,15 @@ def evaluate(config: Config, params, tokenizer: str | Tokenizer, tasks: Sequence
     ['capitals']
   """
   check_params(config, params, 'evaluate')
-  loaded = load(parse(tasks, shots), os.path.expanduser(include_path), limit, download, run_code)
-  stop_ids: Sequence[int] = ()
-  if isinstance(tokenizer, str):
-    folder = os.path.expanduser(tokenizer)
-    tokenizer, stop_ids = load_tokenizer(folder), generation.read(folder).stop_ids
-    found = config_json.of_folder(folder) if os.path.isdir(folder) else {}
-    context = context or (config_json.context_length(found) if found else 0)
-  return score(loaded, config, params, tokenizer, context or CONTEXT, stop_ids, batch_size)
+  with settings_kept():
+    loaded = load(parse(tasks, shots), os.path.expanduser(include_path), limit, download, run_code)
+    stop_ids: Sequence[int] = ()
+    if isinstance(tokenizer, str):
+      folder = os.path.expanduser(tokenizer)
+      tokenizer, stop_ids = load_tokenizer(folder), generation.read(folder).stop_ids
+      found = config_json.of_folder(folder) if os.path.isdir(folder) else {}
+      context = context or (config_json.context_length(found) if found else 0)
+    return score(loaded, config, params, tokenizer, context or CONTEXT, stop_ids, batch_size)
 
 
 def score(loaded: Loaded, config: Config, params, tokenizer: Tokenizer, context: int,

@@ -150,8 +150,8 @@ class Checkpoints:
     Raises:
       RunError: there are checkpoints, and none of them is sound.
     """
-    damaged = None
-    for step in reversed(distributed.broadcast(lambda: self.steps)):
+    damaged, steps = None, distributed.broadcast(lambda: self.steps)
+    for step in reversed(steps):
       try:
         state, position = self.restore(step, like)
       except Damaged as error:
@@ -165,7 +165,7 @@ class Checkpoints:
       if damaged:
         raise damaged.is_the_last()
       return 0, None, {}
-    for later in [each for each in self.steps if each > step]:
+    for later in [each for each in steps if each > step]:
       distributed.on_process_0(lambda later=later: set_aside(self._folder, later))
     if damaged:
       self._checkpointer.reload()
