@@ -35,7 +35,7 @@ from btx_jax.study import (
 )
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
-from btx_jax.training import checkpoint, layout, loop, sinks
+from btx_jax.training import damage, layout, loop, sinks
 from btx_jax.training.best import Best, held_out_loss
 
 
@@ -74,7 +74,7 @@ class Pipeline(Study):
     """
     try:
       return self._train_all(only)
-    except checkpoint.Damaged as error:
+    except damage.Damaged as error:
       raise self._set_aside(error) from error
 
   def _train_all(self, only: str | None) -> bool:
@@ -177,9 +177,9 @@ class Pipeline(Study):
       continued.check_kept(run, done, kept)
 
   def _check_end(self, run: Run):
-    """Raises checkpoint.Damaged if the model of a complete run is not what was saved: the message
+    """Raises Damaged if the model of a complete run is not what was saved: the message
     of a command that has noticed it names `train`."""
-    if distributed.broadcast(lambda: checkpoint.has_sums(
+    if distributed.broadcast(lambda: damage.has_sums(
         sources.checkpoints(self, run), run.steps)):
       params.final(self, run, self.mesh)
 
@@ -285,7 +285,7 @@ class Pipeline(Study):
     manifest.write(folder, found)
     return found
 
-  def _set_aside(self, error: checkpoint.Damaged) -> RunError:
+  def _set_aside(self, error: damage.Damaged) -> RunError:
     """Sets a damaged checkpoint aside, so that its run continues from an earlier one next time.
 
     It is left in place if its run has no earlier checkpoint, is not in this config, or has later
@@ -297,7 +297,7 @@ class Pipeline(Study):
     run = next((each for each in self.runs.values()
                 if os.path.abspath(sources.checkpoints(self, each)) == folder), None)
     kept = [step for step in sources.kept(self, run)
-            if checkpoint.has_sums(error.folder, step)] if run else []
+            if damage.has_sums(error.folder, step)] if run else []
     before = max((step for step in kept if step < error.step), default=0)
     if not run or not before:
       return error.is_the_last()

@@ -17,7 +17,7 @@ from btx_jax.devices import sharding
 from btx_jax.errors import RunError
 from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest, params, sources
-from btx_jax.training import checkpoint, checksums
+from btx_jax.training import checkpoint, checksums, damage
 from tests import studies
 from tests.helpers import assert_trees_equal, final_params
 
@@ -146,7 +146,7 @@ def test_processes_set_the_same_checkpoints_aside(monkeypatch, tmp_path):
   """Of several, one that sees other files on shared storage must still take part."""
   def restore(self, step, like):
     if step > 2:
-      raise checkpoint.Damaged(str(tmp_path), step, 'x')
+      raise damage.Damaged(str(tmp_path), step, 'x')
     return like, {}
 
   seen, renamed = iter([[2, 4, 6], [2, 4]]), []

@@ -19,7 +19,7 @@ _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slic
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
                   'generation/settings', 'commands/prompts', 'commands/generate',
                   'commands/generators', 'commands/exported', 'training/checkpoint',
-                  'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
+                  'training/damage', 'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
                   'data/questions')
 
 CONFIG = '''

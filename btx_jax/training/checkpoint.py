@@ -2,21 +2,18 @@
 
 Parameters, optimizer state and data position are saved as separate items, so that a mixture can
 read an expert's parameters without its moments. A further item, `sums`, has the checksums of all
-arrays, the step, and the identity of the run. Everything that is read is compared with it.
+arrays, the step, and the identity of the run. Everything that is read is compared with it; see
+damage.py.
 
 A damaged checkpoint is set aside, as damaged-STEP beside the others; nothing is deleted.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Sequence
 import itertools
-import json
 import math
 import os
 from typing import Any
-import zlib
 
-import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
@@ -26,50 +23,10 @@ from btx_jax.devices import distributed, sharding
 from btx_jax.errors import RunError
 from btx_jax.model.source import Index
 from btx_jax.terminal import say
-from btx_jax.training import checksums
+from btx_jax.training import checksums, damage
 from btx_jax.training.step import TrainState
 
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
-# Errors of tensorstore and XLA that do not come from what was stored.
-_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
-
-
-class Damaged(RunError):
-  """A checkpoint is damaged, or belongs to another step or run than its path says.
-
-  Attributes:
-    folder: the directory of the run's checkpoints.
-    step: the step.
-    what: the problem, as a sentence.
-  """
-
-  def __init__(self, folder: str, step: int, problem: str):
-    self.folder, self.step = folder, step
-    self.what = f'The checkpoint {os.path.join(folder, str(step))} is damaged: {problem}.'
-    super().__init__(f'{self.what} Train its run again, with --run; it continues from the newest '
-                     'sound checkpoint.')
-
-  def set_aside(self, name: str, before: int) -> RunError:
-    """Renames the checkpoint; returns the error to report.
-
-    Args:
-      name: the name of the run.
-      before: the newest step before this one whose checkpoint is kept.
-    """
-    renamed = set_aside(self.folder, self.step)
-    return RunError(f'{self.what} It is now called {renamed}, and the same command trains {name} '
-                    f'again from step {before:,}.')
-
-  def is_the_last(self) -> RunError:
-    """The error to report if no earlier checkpoint can take its place."""
-    return RunError(f'{self.what} No earlier sound checkpoint is kept. Restore a copy, or delete '
-                    f'{os.path.dirname(self.folder)} to train that run from the beginning.')
-
-  def has_later(self) -> RunError:
-    """What to say if its run has later checkpoints, and so does not come to this step again."""
-    return RunError(f'{self.what} Its run goes on from later ones, so it does not save this one '
-                    f'again. Put back a copy, or delete {os.path.dirname(self.folder)} to train '
-                    'that run from its beginning.')
 
 
 class Checkpoints:
@@ -120,9 +77,9 @@ class Checkpoints:
     """
     items: dict[str, Any] = {
         'params': state.params, 'train': without_params(state), 'data': position}
-    sums = {name: checksums.of_tree(items[name], _mesh_of(items[name]))
+    sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
             for name in ('params', 'train')}
-    items['sums'] = sums | _labels(self._identity, step, position)
+    items['sums'] = sums | damage.labels(self._identity, step, position)
     self._checkpointer.save_checkpointables_async(step, items, force=True)
 
   def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
@@ -131,11 +88,11 @@ class Checkpoints:
     Raises:
       Damaged: it differs from what was saved, or belongs to another step or run.
     """
-    with _reading(self._folder, step):
+    with damage.reading(self._folder, step):
       loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
           step, {'params': like.params, 'train': without_params(like), 'data': None,
                  'sums': None})
-      _compare(self._folder, step, loaded, self._identity)
+      damage.compare(self._folder, step, loaded, self._identity)
     return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
 
   def newest(self, like: TrainState) -> tuple[int, TrainState | None, dict]:
@@ -154,7 +111,7 @@ class Checkpoints:
     for step in reversed(steps):
       try:
         state, position = self.restore(step, like)
-      except Damaged as error:
+      except damage.Damaged as error:
         say(error.what)
         damaged = damaged or error
         continue
@@ -166,7 +123,7 @@ class Checkpoints:
         raise damaged.is_the_last()
       return 0, None, {}
     for later in [each for each in steps if each > step]:
-      distributed.on_process_0(lambda later=later: set_aside(self._folder, later))
+      distributed.on_process_0(lambda later=later: damage.set_aside(self._folder, later))
     if damaged:
       self._checkpointer.reload()
     return step, state, position
@@ -204,82 +161,11 @@ def load_params(folder: str, step: int, like, identity: str):
     Damaged: they differ from what was saved, or belong to another step or run.
   """
   path = _step_folder(folder, step)
-  with _reading(folder, step):
+  with damage.reading(folder, step):
     loaded = {'params': ocp.load(path, like, checkpointable_name='params'),
               'sums': ocp.load(path, checkpointable_name='sums')}
-    _compare(folder, step, loaded, identity)
+    damage.compare(folder, step, loaded, identity)
   return loaded['params']
-
-
-def has_sums(folder: str, step: int) -> bool:
-  """Whether a checkpoint has checksums; those of earlier versions have none."""
-  return os.path.isdir(os.path.join(folder, str(step), 'sums'))
-
-
-def set_aside(folder: str, step: int) -> str:
-  """Renames a checkpoint to damaged-STEP, or damaged-STEP-2 and so on; returns the new name."""
-  names = (f'damaged-{step}{suffix}' for suffix in itertools.chain(
-      [''], (f'-{i}' for i in itertools.count(2))))
-  name = next(name for name in names if not os.path.exists(os.path.join(folder, name)))
-  os.rename(os.path.join(folder, str(step)), os.path.join(folder, name))
-  return name
-
-
-@contextlib.contextmanager
-def _reading(folder: str, step: int) -> Iterator[None]:
-  """Raises Damaged for errors while a checkpoint is read, unless their cause lies elsewhere."""
-  try:
-    if not has_sums(folder, step):
-      raise Damaged(folder, step, 'it has no checksums; earlier versions wrote none')
-    yield
-  except (RunError, MemoryError, PermissionError):
-    raise
-  except Exception as error:  # orbax and tensorstore raise many kinds
-    text = str(error) or type(error).__name__
-    if any(word in text for word in _NOT_DAMAGE):
-      raise
-    raise Damaged(folder, step, f'it cannot be read ({text.strip().splitlines()[0]:.300})'
-                  ) from error
-
-
-def _labels(identity: str, step: int, position: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The labels of a checkpoint, as arrays, because orbax saves arrays."""
-  return {'run': np.array([int(identity[:8], 16), int(identity[8:], 16)], np.uint32),
-          'step': np.array(step, np.uint32),
-          'data': np.array(zlib.crc32(json.dumps(position, sort_keys=True).encode()), np.uint32)}
-
-
-def _compare(folder: str, step: int, loaded: Mapping[str, Any], identity: str) -> None:
-  """Raises Damaged if loaded items do not match the loaded item `sums`."""
-  sums = loaded['sums']
-  _check_labels(folder, step, sums, _labels(identity, step, loaded.get('data', {})),
-                'data' in loaded)
-  for item in ('params', 'train'):
-    if item in loaded:
-      found = checksums.of_tree(loaded[item], _mesh_of(loaded[item]))
-      differing = checksums.differing(found, sums[item])
-      if differing:
-        raise Damaged(folder, step, f'the checksums of {", ".join(differing)} in {item} differ '
-                      'from what was saved')
-
-
-def _check_labels(folder: str, step: int, sums: Mapping[str, Any],
-                  expected: Mapping[str, np.ndarray], whole: bool) -> None:
-  """Raises Damaged unless a checkpoint has the expected labels.
-
-  `whole`: whether to compare the label of the position in the data, too.
-  """
-  if not np.array_equal(sums['step'], expected['step']):
-    raise Damaged(folder, step, f'it belongs to step {int(sums["step"]):,}')
-  if not np.array_equal(sums['run'], expected['run']):
-    raise Damaged(folder, step, 'it belongs to another run, or to this run with other settings')
-  if whole and not np.array_equal(sums['data'], expected['data']):
-    raise Damaged(folder, step, 'its position in the data is not what was saved')
-
-
-def _mesh_of(tree):
-  """The mesh over which the arrays of a tree lie; None if they are on one device without a mesh."""
-  return getattr(jax.tree.leaves(tree)[0].sharding, 'mesh', None)
 
 
 def kept_steps(folder: str) -> list[int]:
@@ -322,9 +208,9 @@ class Saved:
     self._item = item
     self._arrays = {}
     self._checked: set[tuple[str, tuple[int, ...]]] = set()
-    with _reading(folder, step):
-      expected = _labels(identity, step, {})
-      _check_labels(folder, step, {name: self._open(f'sums/{name}')[...].read().result()
+    with damage.reading(folder, step):
+      expected = damage.labels(identity, step, {})
+      damage.check_labels(folder, step, {name: self._open(f'sums/{name}')[...].read().result()
                                    for name in ('run', 'step')}, expected, whole=False)
 
   def read(self, path: str, index: Index) -> np.ndarray:
@@ -334,7 +220,7 @@ class Saved:
       Damaged: the array differs from what was saved.
       UsageError: a number is not finite.
     """
-    with _reading(self._folder, self._step):
+    with damage.reading(self._folder, self._step):
       found = self._open(f'{self._item}/{path}')[index].read().result()
       self._check(path, index, found)
     return found if found.dtype.kind == 'i' else finite.check(found, path, self._path)
@@ -357,8 +243,8 @@ class Saved:
         total += checksums.of_piece(array[piece].read().result(), piece, many)
     expected = self._open(f'sums/{self._item}/{path}')[stacked].read().result()
     if not np.array_equal(total, expected):
-      raise Damaged(self._folder, self._step, f'the checksum of {path} in {self._item} differs '
-                    'from what was saved')
+      raise damage.Damaged(self._folder, self._step, f'the checksum of {path} in {self._item} '
+                           'differs from what was saved')
     self._checked.update((path, place) for place in places)
 
   def extent(self, path: str, index: Index) -> None:
