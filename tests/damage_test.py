@@ -152,7 +152,7 @@ def test_processes_set_the_same_checkpoints_aside(monkeypatch, tmp_path):
   seen, renamed = iter([[2, 4, 6], [2, 4]]), []
   monkeypatch.setattr(checkpoint.Checkpoints, 'steps', property(lambda self: next(seen)))
   monkeypatch.setattr(checkpoint.Checkpoints, 'restore', restore)
-  monkeypatch.setattr(checkpoint, 'set_aside', lambda folder, step: renamed.append(step))
+  monkeypatch.setattr(damage, 'set_aside', lambda folder, step: renamed.append(step))
   with checkpoint.Checkpoints(str(tmp_path), '0' * 16) as saved:
     assert saved.newest('state') == (2, 'state', {})
   assert renamed == [4, 6]

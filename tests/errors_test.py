@@ -19,8 +19,8 @@ _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slic
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
                   'generation/settings', 'commands/prompts', 'commands/generate',
                   'commands/generators', 'commands/exported', 'training/checkpoint',
-                  'training/damage', 'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
-                  'data/questions')
+                  'training/damage', 'scoring/continuations', 'scoring/find_tasks',
+                  'scoring/harness', 'data/questions')
 
 CONFIG = '''
 import pathlib, sys
