@@ -13,7 +13,7 @@ import numpy as np
 from btx_jax import files
 from btx_jax.data import mixture
 from btx_jax.data.text import Text, open_prepared, prepare
-from btx_jax.devices import distributed, hardware
+from btx_jax.devices import distributed
 from btx_jax.errors import RunError, UsageError
 from btx_jax.fitting import fit, reference, samples, select
 from btx_jax.model.config import Config
@@ -55,7 +55,7 @@ class Pipeline(Study):
     if any(isinstance(run.selector, Merge) and run.selector.kind == TFIDF
            for run in self.runs.values()):
       ensemble.tfidf_vectorizer()  # notices a missing package now, not after training
-    self.mesh = layout.mesh(config, self.runs, jax.devices(), hardware.device_memory())
+    self.mesh = layout.mesh_here(config, self.runs)
     self.config.evaluation.batch_size = layout.evaluation_rows(config, self.mesh)
     self._follow_best()
 

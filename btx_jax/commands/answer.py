@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from btx_jax.data import text
-from btx_jax.devices import hardware
 from btx_jax.errors import UsageError
 from btx_jax.run import Run
 from btx_jax.scoring import answers
@@ -31,7 +30,7 @@ def scores(study: Study, run: Run, names: Sequence[str]) -> dict[str, dict[str, 
     run: the run, which must be complete.
     names: the tasks.
   """
-  mesh = layout.mesh(study.config, study.runs, jax.devices(), hardware.device_memory())
+  mesh = layout.mesh_here(study.config, study.runs)
   study.config.evaluation.batch_size = layout.evaluation_rows(study.config, mesh)
   with jax.set_mesh(mesh):
     if run.selector:

@@ -21,7 +21,6 @@ from btx_jax.data.domains import TEXT, Domain
 from btx_jax.data.text import Text
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
-from btx_jax.devices import hardware
 from btx_jax.errors import UsageError
 from btx_jax.run import Run, lineage
 from btx_jax.scoring import bits, error_bars, selected, units
@@ -108,7 +107,7 @@ def evaluate(study: Study, run: Run, asked: Asked, compared: Study | None) -> di
     settings.stride = asked.stride
   check_stride(settings.stride, length)
   models.check_readable(study, run, 'evaluate')
-  mesh = layout.mesh(study.config, study.runs, jax.devices(), hardware.device_memory())
+  mesh = layout.mesh_here(study.config, study.runs)
   settings.batch_size = layout.evaluation_rows(study.config, mesh)
   known = text.prepare(compared.config, compared.data_folder) if compared else None
   tokenizer = (known.tokenizer if known and compared is study else

@@ -17,7 +17,7 @@ from btx_jax import terminal
 from btx_jax.commands import answer, answers_table, models, task_table
 from btx_jax.commands.export import generation_of
 from btx_jax.data import text
-from btx_jax.devices import distributed, hardware
+from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.run import Run
 from btx_jax.scoring import builtin, find_tasks, task_scores, tasks
@@ -52,7 +52,7 @@ def print_scores(study: Study | None, run_name: str, folder: str, asked: Asked, 
   """Scores a model on tasks and prints the scores; a run's scores from the harness are kept, too.
 
   Args:
-    study: the study of the run; None if there is no config, in which case `folder` is given.
+    study: the study of the run; None without a config, when `folder` is scored.
     run_name: the run to score; '' to score `folder`.
     folder: a pretrained model in Hugging Face's format; '' to score a run.
     asked: the tasks.
@@ -96,11 +96,10 @@ def print_scores(study: Study | None, run_name: str, folder: str, asked: Asked, 
 
 
 def _score(study: Study, run: Run, loaded: find_tasks.Loaded, length: int) -> dict:
-  devices = jax.devices()
-  mesh = layout.mesh(study.config, study.runs, devices, hardware.device_memory())
+  mesh = layout.mesh_here(study.config, study.runs)
   with contextlib.ExitStack() as stack:
     parameters = params.final(study, run, mesh)
-    if len(devices) > 1:
+    if mesh.size > 1:
       stack.enter_context(jax.set_mesh(mesh))
     tokenizer = text.tokenizer(study.config, study.data_folder)
     return tasks.score(

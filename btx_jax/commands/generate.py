@@ -165,7 +165,7 @@ def _print(write: Generator, prompts: Sequence[Prompt], asked: Asked, names: Seq
 
 
 def _piece(new: str, shares_E: np.ndarray, names: Sequence[str]) -> Segment:
-  """A part of a text, in the colour of the expert that contributed most; uncoloured without names.
+  """Colours a piece of text by the expert that contributed most; without names, it has no colour.
   """
   colour = _COLOURS[int(shares_E.argmax()) % len(_COLOURS)] if names else ''
   return Segment(new, Style.parse(colour) if colour else None)

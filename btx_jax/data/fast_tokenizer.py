@@ -17,8 +17,8 @@ from btx_jax.data import chat_template, framing, spelling
 from btx_jax.errors import UsageError
 
 FILE = framing.TOKENIZER_JSON
-# If the tokenizer adds a space before a text, this is put before a text that continues another one,
-# so that no space is added; its ids are removed again.
+# Some tokenizers add a space before every text. To encode text that continues other text without
+# that space, this is put before it, and its ids are removed from the result.
 _BEFORE = '\n'
 
 

@@ -230,10 +230,13 @@ def filled(rows: Sequence[Batch], size: int) -> Batch:
 def evaluation_batches(tokens: Tokens, length: int, batch_size: int, stride: int = 0
                        ) -> Iterator[Batch]:
   """All rows of a split in order, as they are scored; empty rows fill the last batch."""
-  windows = _scored(tokens, length, evaluation=True, stride=stride)
-  for first in range(0, len(windows), batch_size):
-    rows = [windows[i] for i in range(first, min(first + batch_size, len(windows)))]
-    yield filled(rows, batch_size)
+  yield from in_batches(_scored(tokens, length, evaluation=True, stride=stride), batch_size)
+
+
+def in_batches(rows: Windows | Packed | PairRows, batch_size: int) -> Iterator[Batch]:
+  """All of some rows in order; empty rows fill the last batch."""
+  for first in range(0, len(rows), batch_size):
+    yield filled([rows[i] for i in range(first, min(first + batch_size, len(rows)))], batch_size)
 
 
 def by_token(tokens: Tokens, rows_RT: np.ndarray, length: int, stride: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ decreasing, arXiv 2404.10830). The rows depend only on the tokens and the length
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import itertools
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Truncated(NamedTuple):
-  """What training loses because conversations are longer than a row.
+  """How much is not trained on because conversations are longer than a row.
 
   Attributes:
     conversations: number of conversations that are longer than a row and are truncated.
@@ -55,20 +55,14 @@ class Packed:
     return len(self._starts_R) - 1
 
   def __getitem__(self, index: int) -> Batch:
-    T = self._length
-    row = {name: np.zeros(T, np.int32)
-           for name in ('tokens', 'targets', 'segment_ids', 'positions')}
-    row['loss_mask'] = np.zeros(T, bool)
-    for number, (piece, at) in enumerate(self._places(index), 1):
+    segments = []
+    for piece, _ in self._places(index):
       first, end = self._firsts_P[piece], self._ends_P[piece]
-      ids, roles = self._tokens.ids[first:end], self._roles[first:end]
-      cut = slice(at, at + len(ids) - 1)
-      row['tokens'][cut], row['targets'][cut] = ids[:-1], ids[1:]
-      row['segment_ids'][cut], row['positions'][cut] = number, np.arange(len(ids) - 1)
-      wanted = roles[1:] == WRITTEN if self._evaluation else roles[1:] != READ
+      roles = self._roles[first + 1:end]
+      wanted = roles == WRITTEN if self._evaluation else roles != READ
       wanted[:self._seen_P[piece]] = False
-      row['loss_mask'][cut] = wanted
-    return row | {'domain': np.array(self._domain, np.int32)}
+      segments.append((self._tokens.ids[first:end], wanted))
+    return row_of(segments, self._length, self._domain)
 
   def by_token(self, rows_RT: np.ndarray) -> np.ndarray:
     """The values at the position of each token but the last, [tokens - 1, ...]; 0 for tokens that
@@ -91,8 +85,29 @@ class Packed:
     return zip(pieces.tolist(), (np.cumsum(sizes) - sizes).tolist())
 
 
+def row_of(segments: Iterable[tuple[np.ndarray, np.ndarray]], length: int, domain: int) -> Batch:
+  """A row of segments that do not see each other, one after another, numbered from 1.
+
+  Args:
+    segments: for each, the ids of its tokens, and whether each but the first is a target.
+    length: T, tokens to predict; the rest of the row is padding.
+    domain: the index of the row's domain.
+  """
+  row = {name: np.zeros(length, np.int32)
+         for name in ('tokens', 'targets', 'segment_ids', 'positions')}
+  row['loss_mask'] = np.zeros(length, bool)
+  at = 0
+  for number, (ids, wanted) in enumerate(segments, 1):
+    cut = slice(at, at + len(ids) - 1)
+    row['tokens'][cut], row['targets'][cut] = ids[:-1], ids[1:]
+    row['segment_ids'][cut], row['positions'][cut] = number, np.arange(len(ids) - 1)
+    row['loss_mask'][cut] = wanted
+    at = cut.stop
+  return row | {'domain': np.array(domain, np.int32)}
+
+
 def truncated(tokens: Tokens, length: int) -> Truncated:
-  """What training loses if rows have `length` tokens."""
+  """Counts what is not trained on if rows have `length` tokens."""
   cut = unused = written = 0
   roles, starts = tokens.roles, np.asarray(tokens.starts)
   assert roles is not None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from btx_jax.data.chat_tokens import READ, REJECTED
-from btx_jax.data.packing import Batch, best_fit
+from btx_jax.data.packing import Batch, best_fit, row_of
 from btx_jax.data.tokens import Tokens
 
 
@@ -38,24 +38,15 @@ class PairRows:
     return len(self._starts_R) - 1
 
   def __getitem__(self, index: int) -> Batch:
-    T = self._length
-    row: Batch = {name: np.zeros(T, np.int32)
-                  for name in ('tokens', 'targets', 'segment_ids', 'positions')}
-    row['loss_mask'] = np.zeros(T, bool)
-    reference, at = np.zeros(T, np.float32), 0
-    for number, pair in enumerate(self._of_row(index)):
-      for segment, (first, end) in enumerate(self._conversations(pair), 2 * number + 1):
-        ids, roles = self._tokens.ids[first:end], self._roles[first + 1:end]
-        cut = slice(at, at + len(ids) - 1)
-        row['tokens'][cut], row['targets'][cut] = ids[:-1], ids[1:]
-        row['segment_ids'][cut], row['positions'][cut] = segment, np.arange(len(ids) - 1)
-        row['loss_mask'][cut] = roles % REJECTED != READ
-        at += len(ids) - 1
-      if self._reference is not None:
-        reference[2 * number + 1:2 * number + 3] = self._reference[pair]
-    if self._reference is not None:
-      row['reference'] = reference
-    return row | {'domain': np.array(self._domain, np.int32)}
+    pairs = self._of_row(index)
+    row = row_of([(self._tokens.ids[first:end], self._roles[first + 1:end] % REJECTED != READ)
+                  for pair in pairs for first, end in self._conversations(pair)],
+                 self._length, self._domain)
+    if self._reference is None:
+      return row
+    reference = np.zeros(self._length, np.float32)
+    reference[1:2 * len(pairs) + 1] = self._reference[pairs].ravel()
+    return row | {'reference': reference}
 
   def by_pair(self, rows_RT: np.ndarray) -> np.ndarray:
     """The values of both answers of each pair, [documents, 2]; NaN where a pair is in no row.

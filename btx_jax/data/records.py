@@ -73,7 +73,8 @@ class Fields(NamedTuple):
     text: the field or column of the text. 'a.b' is the field b of the object in field a, unless a
       field is called 'a.b'.
     id: likewise of the id; '' if there is none.
-    read: makes a document of a record that is more than a text; None if the record is a text.
+    read: makes a document from a whole record, such as a conversation; None if the text field alone
+      is the document.
   """
   text: str
   id: str = ''

@@ -2,8 +2,8 @@
 
 A template comes with a tokenizer, which may come from an unknown source. In the sandbox it can read
 only the values it is given, and cannot change them. The length of its text is bounded, and so are
-products and powers. Its time is not, because a template can loop without writing anything; nor is
-the memory of filters that pad a text.
+products and powers. Its running time is not, because a template can loop without writing anything.
+Filters that pad text can use any amount of memory.
 """
 
 from collections.abc import Mapping

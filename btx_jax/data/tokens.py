@@ -175,8 +175,8 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
 
 
 def reopen(folder: str, domain: Domain, unless: Mapping[int, str]) -> dict:
-  """What `prepare` does for a folder without `differences`: checks only the documents of `unless`.
-  """
+  """Opens a folder that has no `differences`; raises UsageError if it trains on documents of
+  `unless`, see kept_out.check."""
   return kept_out.check(folder, domain.name, read_meta(folder), load(folder, 'train'), unless)
 
 
@@ -244,7 +244,7 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
   if written.smallest is not None:
     # Nothing was held out: hold out the document with the smallest hash.
     written = splits.write(partial, [(domain, np.nextafter(written.smallest, 1))], tokenizer,
-                     max_skipped, [corpora.Tally()], unless)
+                           max_skipped, [corpora.Tally()], unless)
   meta = {'made_from': made_from, 'dtype': token_files.dtype_of(tokenizer).name, 'hash': {},
           'changes': dataclasses.asdict(written.changes), **corpora.summary(tallies),
           'notes': [note for (part, _), tally in zip(parts, tallies) for note in tally.notes(part)]}

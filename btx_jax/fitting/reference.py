@@ -90,11 +90,9 @@ def answers(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size: 
     length: T, tokens per row.
     batch_size: rows per batch.
   """
-  rows, found = PairRows(tokens, length, 0), []
-  for first in range(0, len(rows), batch_size):
-    batch = mixture.filled(
-        [rows[i] for i in range(first, min(first + batch_size, len(rows)))], batch_size)
-    found.append(jax.device_get(_answers(cfg, mesh)(params, sharding.from_whole(batch, mesh))))
+  rows = PairRows(tokens, length, 0)
+  found = [jax.device_get(_answers(cfg, mesh)(params, sharding.from_whole(batch, mesh)))
+           for batch in mixture.in_batches(rows, batch_size)]
   return rows.by_pair(np.concatenate(found or [np.zeros((0, length))]))
 
 

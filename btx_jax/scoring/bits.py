@@ -101,8 +101,7 @@ def token_nll(cfg: Config, params, tokens: Tokens, mesh, length: int, batch_size
   """
   nll = [jax.device_get(_eval_step(cfg, mesh)(params, batch)[0])
          for _, batch in _batches(tokens, mesh, length, batch_size, stride)]
-  nll_N = mixture.without_overlap(np.concatenate(nll), len(tokens.ids) - 1, stride)
-  return np.append(0.0, nll_N)
+  return _of_tokens(nll, tokens, length, stride).astype(np.float64)
 
 
 def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
@@ -144,9 +143,13 @@ def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mes
 def _score(nll: list[np.ndarray], tokens: Tokens, tokenizer: Tokenizer, length: int, stride: int
            ) -> dict[str, Any]:
   """The score of a split from the losses of its batches, [B, T] each; see units.score."""
+  return units.score(_of_tokens(nll, tokens, length, stride), tokens, tokenizer)
+
+
+def _of_tokens(nll: list[np.ndarray], tokens: Tokens, length: int, stride: int) -> np.ndarray:
+  """The loss of each token of a split, [tokens]; nothing predicts the first."""
   nll_N = mixture.by_token(tokens, np.concatenate(nll), length, stride)
-  # Nothing predicts the first token.
-  return units.score(np.append(np.float32(0), nll_N), tokens, tokenizer)
+  return np.append(np.float32(0), nll_N)
 
 
 def _batches(tokens: Tokens, mesh, length: int, batch_size: int, stride: int

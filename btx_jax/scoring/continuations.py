@@ -15,6 +15,7 @@ import numpy as np
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import row_ways
 from btx_jax.errors import UsageError
+from btx_jax.generation.engine import power_of_two
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.training.loss import TOKENS_PER_CHUNK
@@ -50,7 +51,7 @@ class _Row(NamedTuple):
   def shape(self) -> tuple[int, int]:
     """The number of tokens, and of positions whose next token is predicted, both rounded up."""
     longest = max(count for _, count, _ in self.requests)
-    return _rounded(len(self.tokens)), _power_of_2(longest)
+    return _rounded(len(self.tokens)), power_of_two(longest)
 
 
 def score(config: Config, params, pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -111,9 +112,9 @@ def _answers(config: Config, params, rows: Sequence[_Row], batch_size: int, mesh
              ) -> Iterator[list[Likelihood]]:
   """For each row, the answers to its requests."""
   T, C = (max(sizes) for sizes in zip(*(row.shape for row in rows)))
-  K = _power_of_2(max(len(row.requests) for row in rows))
+  K = power_of_two(max(len(row.requests) for row in rows))
   ways = row_ways(mesh)
-  B = min(_most_rows(T, batch_size, ways), ways * _power_of_2(-(-len(rows) // ways)))
+  B = min(_most_rows(T, batch_size, ways), ways * power_of_two(-(-len(rows) // ways)))
   batch = {'tokens': np.zeros((B, T), np.int32), 'length': np.ones(B, np.int32),
            'last': np.zeros((B, K), np.int32)}
   for i, row in enumerate(rows):
@@ -162,7 +163,7 @@ def _program(cfg: Config, count: int, mesh):
       next_Bc1 = next_Bc[..., None]
       return -jnp.take_along_axis(log_probs_BcV, next_Bc1, -1)[..., 0], log_probs_BcV.argmax(-1)
 
-    nll_BC, likeliest_BC = _in_chunks(chunk, (hidden_BCD, next_BC), _power_of_2(steps))
+    nll_BC, likeliest_BC = _in_chunks(chunk, (hidden_BCD, next_BC), power_of_two(steps))
     last_BV = jax.nn.log_softmax(llama.logits(params, hidden_BCD[:, -1]))
     return nll_BC, jnp.take_along_axis(last_BV, batch['last'], 1), likeliest_BC
 
@@ -179,11 +180,7 @@ def _in_chunks(function, inputs, steps: int):
       lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), found)
 
 
-def _power_of_2(size: int) -> int:
-  return 1 << (size - 1).bit_length()
-
-
 def _rounded(size: int) -> int:
   """`size` rounded up to 2**n or 3 * 2**(n - 1): few shapes, and at most a third is padding."""
-  power = _power_of_2(max(size, _SHORTEST))
+  power = power_of_two(max(size, _SHORTEST))
   return power * 3 // 4 if size <= power * 3 // 4 and power > _SHORTEST else power

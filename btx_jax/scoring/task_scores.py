@@ -47,5 +47,4 @@ def read(study: Study, run: Run) -> list[dict[str, Any]]:
 
 
 def _measured_on(study: Study, run: Run) -> dict[str, Any]:
-  found = manifest.read(study.folder(run.name)) or {}
-  return {'run': found.get('identity'), 'folder': run.folder or ''}
+  return {'run': manifest.identity_in(study.folder(run.name)), 'folder': run.folder}

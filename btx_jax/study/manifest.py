@@ -41,6 +41,11 @@ def read(folder: str) -> dict | None:
   return manifest
 
 
+def identity_in(folder: str) -> str | None:
+  """The identity of the run in a directory; None if it has no manifest."""
+  return (read(folder) or {}).get('identity')
+
+
 def write(folder: str, manifest: dict):
   """Replaces the manifest of a run directory in one step, so that no reader sees half of it."""
   with replacing(os.path.join(folder, _NAME)) as file:

@@ -95,7 +95,7 @@ def checkpoints(study: Study, run: Run) -> str:
 
 def identity(study: Study, run: Run) -> str:
   """The identity with which a run's checkpoints were saved; zeros if it has no manifest."""
-  return (manifest.read(study.folder(run.name)) or {}).get('identity', '0' * 16)
+  return manifest.identity_in(study.folder(run.name)) or '0' * 16
 
 
 def kept(study: Study, run: Run) -> list[int]:

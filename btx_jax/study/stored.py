@@ -98,8 +98,7 @@ class Stored(NamedTuple):
       json.dump({'run': self._identity(), 'files': hashes, **figures}, file, indent=1)
 
   def _identity(self) -> str:
-    found = manifest.read(self.study.folder(self.run.name))
-    return found['identity'] if found else ''
+    return manifest.identity_in(self.study.folder(self.run.name)) or ''
 
 
 def _hash(path: str) -> str:

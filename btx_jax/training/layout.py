@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from btx_jax.devices import sharding
+from btx_jax.devices import hardware, sharding
 from btx_jax.devices.mesh import (
   BATCH_AXES,
   BRANCH_BATCH_AXES,
@@ -44,6 +44,11 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
     state = 16 * max((num_params(model) for model in models), default=0)
     sizes = choose_sizes(sizes, len(devices), experts, state, memory, count_slices(devices))
   return make_mesh(**sizes, devices=devices)
+
+
+def mesh_here(config, runs: Mapping[str, Run]) -> jax.sharding.Mesh:
+  """`mesh` over the devices of this job."""
+  return mesh(config, runs, jax.devices(), hardware.device_memory())
 
 
 def evaluation_rows(config, mesh: jax.sharding.Mesh) -> int:
