@@ -10,6 +10,7 @@ import dataclasses
 from ml_collections import ConfigDict, FieldReference
 
 from btx_jax.model.config import Config
+from btx_jax.outer import Outer
 from btx_jax.recipe import AS_BEFORE, NORMAL, ROUTER_STD
 from btx_jax.run import (
   CHECKPOINT,
@@ -86,10 +87,10 @@ def get_config() -> ConfigDict:
   # AdamW as in the paper (4.1.2), see btx_jax/training/optim.py.
   config.optimizer = _section(Optimizer)
 
-  # One training step: its rows, its loss, and what it leaves frozen.
+  # One training step: its rows, its loss, what it leaves frozen, and how many workers share it.
   config.train = _section(
-      Objective,
-      # Rows per step, over all devices and microbatches.
+      Objective, Outer,
+      # Rows per step, over all devices, workers and microbatches.
       batch_size=32,
       # Microbatches per step.
       microbatches=1)
@@ -189,16 +190,16 @@ def get_config() -> ConfigDict:
   return config
 
 
-def _section(cls, without: tuple[str, ...] = (), **own) -> ConfigDict:
-  """The fields of a dataclass with their defaults.
+def _section(*classes, without: tuple[str, ...] = (), **own) -> ConfigDict:
+  """The fields of dataclasses with their defaults.
 
   Args:
-    cls: the dataclass.
+    classes: the dataclasses.
     without: fields that a config does not set.
     own: values of fields that have no default there, and of fields that only a config has.
   """
   return ConfigDict(own | {
-      field.name: field.default for field in dataclasses.fields(cls)
+      field.name: field.default for cls in classes for field in dataclasses.fields(cls)
       if field.default is not dataclasses.MISSING and field.name not in without})
 
 

@@ -14,6 +14,7 @@ import zlib
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE
+from btx_jax.outer import Outer
 from btx_jax.recipe import Edit, Recipe, RoutersFromText
 from btx_jax.selector import Linear, Selector
 
@@ -242,6 +243,7 @@ class Run:
     until_best: whether this Run stands for a longer run up to its best step, which is not known
       yet. Until it is, `steps` are all steps of the longer run.
     renamed_from: the name that the run was started under, if `rename` has changed it; else ''.
+    outer: how its workers meet, if it has several; else None.
   """
   name: str
   init: str
@@ -268,6 +270,7 @@ class Run:
   of_steps: int = 0
   until_best: bool = False
   renamed_from: str = ''
+  outer: Outer | None = None
 
   def first(self, steps: int) -> 'Run':
     """The first `steps` of this run, as a run; the run itself if these are all of its steps."""
@@ -298,7 +301,7 @@ class Run:
     del spec['folder']
     spec['step'] = self.from_step
     for key in ('content', 'vocabulary', 'routers', 'edit', 'selector', 'state', 'of_steps',
-                'step'):
+                'step', 'outer'):
       if not spec[key]:
         del spec[key]
     return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back
@@ -383,6 +386,11 @@ class Run:
         return self.steps <= max(whole - self.optimizer.decay_steps(whole),
                                  self.warmup_steps - self.schedule_start)
     return False
+
+  @property
+  def workers(self) -> int:
+    """The number of copies of the model that are trained apart; 1 is ordinary training."""
+    return self.outer.workers if self.outer else 1
 
   @property
   def tokens(self) -> int:

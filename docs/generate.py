@@ -58,8 +58,8 @@ NOTES = {
         'model changes the parameters': 'A run keeps the shapes of the parameters that it starts '
                                         'from. Only runs from `base.random()` can have other '
                                         'sizes.',
-        'cannot be spread over mesh.expert': 'Each device of that axis holds the same number of '
-                                             'experts.',
+        'experts cannot be spread over mesh.expert': 'Each device of that axis holds the same '
+                                                     'number of experts.',
     },
     'Text': {
         'there is no text in': 'The files exist, but none of their records is a document.',
@@ -200,8 +200,8 @@ def config_page() -> str:
       continue
     name, about = node.targets[0].attr, _comment(source, node)
     match node.value:
-      case ast.Call(func=ast.Name(id='_section'), args=[ast.Name(id=cls)], keywords=keywords):
-        rows = _section(source, body, cls, keywords)
+      case ast.Call(func=ast.Name(id='_section'), args=classes, keywords=keywords):
+        rows = _section(source, body, [ast.unparse(cls) for cls in classes], keywords)
       case ast.Call(args=[ast.Dict(keys=keys, values=values)]):
         rows = [(key.value, _default(source, body, value), _comment(source, key))
                 for key, value in zip(keys, values) if isinstance(key, ast.Constant)]
@@ -224,13 +224,14 @@ def config_page() -> str:
           ''.join(sections) + '\n# Domains and runs\n' + ''.join(made))
 
 
-def _section(source: str, body: list[ast.stmt], cls: str, keywords: list[ast.keyword]
+def _section(source: str, body: list[ast.stmt], classes: list[str], keywords: list[ast.keyword]
              ) -> list[tuple[str, str, str]]:
-  """(field, default, text) of a section that base.py takes from a dataclass: _section(cls, ...)."""
+  """(field, default, text) of a section that base.py takes from dataclasses: _section(A, B, ...).
+  """
   without = [value for key in keywords if key.arg == 'without' for value in ast.literal_eval(
       key.value)]
   own = {key.arg: key for key in keywords if key.arg and key.arg != 'without'}
-  fields = _dataclass(body, cls)
+  fields = {name: field for cls in classes for name, field in _dataclass(body, cls).items()}
   rows = [(name, _source_of(source, key.value), _comment(source, key))
           for name, key in own.items() if name not in fields]
   return rows + [

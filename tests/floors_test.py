@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # when they are used; they may reach any floor.
 FLOORS = (
     ('errors', 'terminal'),
-    ('devices', 'recipe', 'files'),
+    ('devices', 'recipe', 'files', 'outer'),
     ('model', 'selector'),
     ('convert', 'run', 'btx'),
     ('base',),

@@ -56,7 +56,7 @@ def _of_run(study: Study, run: Run) -> dict[str, str]:
   spec = found.get('spec') or run.spec()
   result = {key: text for key, text in _flat(spec) if key.split('.')[0] not in _ELSEWHERE}
   if not run.steps:  # nothing was trained
-    trained = ('optimizer', 'objective', 'batch_size', 'microbatches', 'state')
+    trained = ('optimizer', 'objective', 'outer', 'batch_size', 'microbatches', 'state')
     result = {key: text for key, text in result.items() if key.split('.')[0] not in trained}
   result['parameters'] = f'{num_params(run.model):,}'
   versions = found.get('versions', {})

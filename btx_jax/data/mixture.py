@@ -14,10 +14,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from btx_jax.data import worker_rows
 from btx_jax.data.packing import Batch, Packed
 from btx_jax.data.pair_rows import PairRows
 from btx_jax.data.tokens import Tokens
 from btx_jax.errors import UsageError
+from btx_jax.outer import DOMAIN, Outer
 from btx_jax.run import Run, seed_of
 
 
@@ -95,9 +97,28 @@ def order_of(run: Run, domains: Mapping[str, Tokens],
   With Run.state, they are the rows that its first source would have read next. If the weights of
   the domains differ, each domain continues where the source stopped reading it.
   """
+  if run.outer:
+    return _order_of_workers(run, run.outer, domains)
   first, read = _place(run, list(domains))
   return training_order(domains, run.weights, run.seq_len, run.training_seed, read, references)[
       first:]
+
+
+def _order_of_workers(run: Run, outer: Outer, domains: Mapping[str, Tokens]) -> grain.MapDataset:
+  """The rows of a run with several workers, see worker_rows.interleaved.
+
+  Workers that share the blend divide the rows that one worker would read in as many steps; those
+  with a domain each read it as if it were alone.
+  """
+  rows = run.batch_size // outer.workers
+  each = (run.of_steps or run.steps) * rows
+  if outer.worker_rows == DOMAIN:
+    orders = [training_order(domains, {name: 1.0}, run.seq_len, run.training_seed)[:each]
+              for name in run.weights]
+  else:
+    whole = training_order(domains, run.weights, run.seq_len, run.training_seed)
+    orders = [whole[worker * each:(worker + 1) * each] for worker in range(outer.workers)]
+  return worker_rows.interleaved(orders, rows)
 
 
 def _place(run: Run, domains: Sequence[str]) -> tuple[int, dict[str, int]]:

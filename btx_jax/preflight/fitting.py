@@ -19,7 +19,7 @@ from btx_jax.selector import Linear
 from btx_jax.study import params
 from btx_jax.study.study import Study
 from btx_jax.training import layout
-from btx_jax.training.program import batch_shapes
+from btx_jax.training.batches import shapes_of_rows
 
 # A pass over text: how many batches it computes, and what lowers its program.
 Pass = tuple[int, Callable[[], jax.stages.Lowered]]
@@ -145,4 +145,4 @@ def _counts(rows: int) -> tuple[int, int]:
 def _batch(run: Run, study: Study, mesh):
   """The rows of a batch, and its shapes."""
   size = layout.evaluation_rows(study.config, mesh)
-  return size, batch_shapes((size,), run.seq_len, sharding.batch_sharding(mesh))
+  return size, shapes_of_rows((size,), run.seq_len, sharding.batch_sharding(mesh))

@@ -17,7 +17,7 @@ _SECTIONS = {'seq_len': 'data.seq_len', 'batch_size': 'train.batch_size',
              'microbatches': 'train.microbatches', 'state': 'init.state'}
 # The section of the fields of each nested part of a spec.
 _PREFIXES = {'model': 'model', 'optimizer': 'optimizer', 'objective': 'train',
-             'routers': 'init.routers', 'selector': 'init.selector'}
+             'outer': 'train', 'routers': 'init.routers', 'selector': 'init.selector'}
 _OF_INIT = ('reader', 'layers', 'forget', 'hysteresis')  # arguments of base.ensemble itself
 # Fields that follow from others, or are described in other words.
 _NOT_FIELDS = ('name', 'sources', 'of_steps', 'step', 'weights', 'recipe', 'edit', 'content',

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 
-from btx_jax import errors, selector
+from btx_jax import errors, outer, selector
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import domains
 from btx_jax.data.tokenizer import Tokenizer
@@ -156,6 +156,9 @@ def _check_stacked(runs: list[Run]):
     if run.model.num_experts:
       raise UsageError(f'stacked names {run.name!r}, which is a mixture; only dense runs can be '
                        'trained as one program.')
+    if run.outer:
+      raise UsageError(f'stacked names {run.name!r}, which has {run.workers} workers: they are one '
+                       'program already. Take it out of stacked.')
   fields = [_fields_to_share(run) for run in runs]
   for run, own in zip(runs, fields):
     for field, value in own.items():
@@ -240,6 +243,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
         [source.name for source in sources if source.steps], trained,
         model.num_layers) if entry.init.kind == ENSEMBLE else None
     optimizer = Optimizer(**{**config.optimizer, **entry.optimizer})
+    workers = outer.from_config(train)
   run = Run(
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, expert_names=names,
       weights={} if untrained else _weights(name, entry.domains, config.domains), model=model,
@@ -248,7 +252,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       microbatches=train['microbatches'], objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
       vocabulary=vocabulary, routers=routers, edit=edit, selector=selects,
-      state=entry.init.get('state', False))
+      state=entry.init.get('state', False), outer=None if untrained else workers)
+  _check_workers(run)
   continued.check_state(run)
   _check_loss(run, config.domains)
   if edit is None:
@@ -259,6 +264,27 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       routers is None or (objective.balance_bias > 0 and not untrained))
   return dataclasses.replace(run, routers=routers, edit=edit,
                              model=dataclasses.replace(model, router_bias=biased))
+
+
+def _check_workers(run: Run):
+  """Raises UsageError if a run has several workers, and something that they cannot do."""
+  with errors.about(f'runs.{run.name}'):
+    if run.state and run.sources[0].outer:
+      raise UsageError(f'init.state = True: the optimizer state of {run.sources[0].name!r} is that '
+                       f'of {run.sources[0].workers} workers, which no other run can take. Omit '
+                       'it; then the moments start at zero.')
+    if not run.outer:
+      return
+    run.outer.check(run.weights, run.batch_size, run.microbatches)
+    if run.model.num_experts:
+      raise UsageError(f'train.workers = {run.workers}: only dense models are trained by several '
+                       'workers, and this is a mixture. Set train.workers = 1.')
+    if run.objective.on_pairs:
+      raise UsageError(f'train.workers = {run.workers} and train.loss = {run.objective.loss!r}: '
+                       'several workers train on the next token only. Set train.workers = 1.')
+    if run.state:
+      raise UsageError(f'train.workers = {run.workers}: each worker starts with moments at zero, '
+                       'so init.state = True cannot be kept. Omit it.')
 
 
 def _check_loss(run: Run, config_domains):

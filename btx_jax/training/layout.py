@@ -39,11 +39,17 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
   sizes = dict(config.mesh)
   if 0 in sizes.values():
     models = [run.model for run in runs.values()]
-    experts = {model.num_experts for model in models if model.num_experts}
-    # Float32 parameters, gradients and the two moments of Adam.
-    state = 16 * max((num_params(model) for model in models), default=0)
+    experts = {model.num_experts for model in models if model.num_experts} | {
+        run.workers for run in runs.values() if run.outer}
+    state = max(map(_state_bytes, runs.values()), default=0)
     sizes = choose_sizes(sizes, len(devices), experts, state, memory, count_slices(devices))
   return make_mesh(**sizes, devices=devices)
+
+
+def _state_bytes(run: Run) -> int:
+  """Bytes of float32 parameters, gradients and the two moments of Adam; of several workers, for
+  each of them, besides the parameters and the momentum that they share."""
+  return num_params(run.model) * (16 * run.workers + (8 if run.outer else 0))
 
 
 def mesh_here(config, runs: Mapping[str, Run]) -> jax.sharding.Mesh:
@@ -67,10 +73,15 @@ def evaluation_rows(config, mesh: jax.sharding.Mesh) -> int:
 
 def check(run: Run, mesh: jax.sharding.Mesh, stacked: bool):
   """Raises UsageError if the run cannot train on the mesh, `stacked` if as one of several."""
+  if run.outer and run.workers % mesh.shape['expert']:
+    raise UsageError(f'runs.{run.plain_name}: train.workers = {run.workers} cannot be shared '
+                     f'evenly by mesh.expert = {mesh.shape["expert"]} devices. Set mesh.expert to '
+                     'a divisor.')
   check_rows(
-      mesh, run.batch_size // run.microbatches,
-      f'runs.{run.plain_name}: train.batch_size / train.microbatches',
-      BRANCH_BATCH_AXES if stacked else BATCH_AXES)
+      mesh, run.batch_size // run.microbatches // run.workers,
+      f'runs.{run.plain_name}: train.batch_size / train.microbatches' + (
+          ' / train.workers' if run.outer else ''),
+      BRANCH_BATCH_AXES if stacked or run.outer else BATCH_AXES)
   if run.model.num_experts:
     sharding.holds_experts(mesh.shape['expert'], run.model.num_experts)
   platform = mesh.devices.flat[0].platform

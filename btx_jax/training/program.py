@@ -23,7 +23,8 @@ from btx_jax.devices.mesh import BRANCH_BATCH_AXES
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.run import Objective, Optimizer, Run
-from btx_jax.training import optim
+from btx_jax.training import batches, optim
+from btx_jax.training.diloco import Workers
 from btx_jax.training.step import TrainState, create_state, make_train_step
 
 
@@ -96,6 +97,8 @@ class Program(Protocol):
 
 def make_program(runs: Sequence[Run], mesh: jax.sharding.Mesh, num_domains: int) -> Program:
   """The program for one run, or for several that are trained together."""
+  if runs[0].outer:
+    return Workers(runs[0], runs[0].outer, mesh, num_domains)
   if len(runs) == 1:
     return SingleRun(runs[0], mesh, num_domains)
   return StackedBranches(runs, mesh, num_domains)
@@ -148,7 +151,7 @@ class SingleRun:
               ) -> Iterator[mixture.Batch]:
     order, = orders
     rows = sharding.local_rows(self._mesh, self._rows)
-    return _read_ahead(
+    return batches.read_ahead(
         mixture.global_batches(order, self._run.batch_size, self._run.microbatches, rows),
         first_step, last_step)
 
@@ -158,7 +161,7 @@ class SingleRun:
   def lower(self) -> jax.stages.Lowered:
     scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=NamedSharding(self._mesh, P()))
     return self._shared.step.lower(
-        self.state_shapes, _batch_shapes(self._run, self._mesh), scalar(np.float32),
+        self.state_shapes, batches.shapes_of(self._run, self._mesh), scalar(np.float32),
         scalar(np.int32))
 
 
@@ -281,7 +284,7 @@ class StackedBranches:
     each = self._fill([
         mixture.global_batches(order, self._like.batch_size, self._like.microbatches, rows)
         for order in orders])
-    return _read_ahead(mixture.stacked_batches([each[slot] for slot in slots]),
+    return batches.read_ahead(mixture.stacked_batches([each[slot] for slot in slots]),
                        first_step, last_step)
 
   def global_batch(self, batch: mixture.Batch) -> dict[str, jax.Array]:
@@ -292,7 +295,7 @@ class StackedBranches:
     active = jax.ShapeDtypeStruct((self.slots,), bool, sharding=self._over_branches)
     return self._step.lower(
         sharding.abstract(self._stacked_shapes, self._stacked_shardings),
-        _batch_shapes(self._like, self._mesh, self.slots), rates, active)
+        batches.shapes_of(self._like, self._mesh, self.slots), rates, active)
 
 
 def _state_of(model: Config, objective: Objective, tx: optax.GradientTransformation, mesh):
@@ -303,26 +306,6 @@ def _state_of(model: Config, objective: Objective, tx: optax.GradientTransformat
   shapes = jax.eval_shape(create, llama.shapes(model))
   shardings = sharding.shardings(shapes, mesh)
   return sharding.abstract(shapes, shardings), jax.jit(create, out_shardings=shardings)
-
-
-def _batch_shapes(run: Run, mesh, slots: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
-  """A global batch as shapes over the mesh; `slots` if it is one of stacked branches."""
-  rows = ((slots,) if slots else ()) + (run.microbatches, run.batch_size // run.microbatches)
-  over = sharding.batch_sharding(mesh, leading=1, stacked=bool(slots))
-  shapes = batch_shapes(rows, run.seq_len, over)
-  if run.objective.has_reference:
-    shapes['reference'] = jax.ShapeDtypeStruct((*rows, run.seq_len), np.float32, sharding=over)
-  return shapes
-
-
-def batch_shapes(rows: tuple[int, ...], length: int, over: NamedSharding
-                 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """A batch as shapes: `rows`, its leading dimensions; T; and how it lies on devices."""
-  ids = ('tokens', 'targets', 'segment_ids', 'positions')
-  kinds = dict.fromkeys(ids, np.int32) | {'loss_mask': np.bool_}
-  shapes = {name: jax.ShapeDtypeStruct((*rows, length), dtype, sharding=over)
-            for name, dtype in kinds.items()}
-  return shapes | {'domain': jax.ShapeDtypeStruct(rows, np.int32, sharding=over)}
 
 
 def _leading(tree, i: int):
@@ -337,9 +320,3 @@ def _stack_onto(at: NamedSharding):
 
 def _shardings(shapes):
   return jax.tree.map(lambda x: x.sharding, shapes)
-
-
-def _read_ahead(batches: grain.MapDataset, first_step: int, last_step: int
-                ) -> Iterator[mixture.Batch]:
-  return iter(batches[first_step - 1:last_step].to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,0 +1,181 @@
+"""The program of a run whose workers train apart and meet now and then: DiLoCo, see outer.py.
+
+It is the train step of one run, mapped over workers as over stacked branches, followed by an outer
+step when the workers meet. What the state calls its parameters is the model of the last meeting.
+The workers' own parameters and moments, and the outer momentum, are its optimizer state.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import optax
+
+from btx_jax.data import mixture, worker_rows
+from btx_jax.devices import sharding
+from btx_jax.devices.mesh import BRANCH_BATCH_AXES
+from btx_jax.model import llama
+from btx_jax.outer import Outer
+from btx_jax.run import Run
+from btx_jax.training import batches, optim
+from btx_jax.training.step import TrainState, TrainStep, make_train_step
+
+
+def outer_optimizer(outer: Outer) -> optax.GradientTransformation:
+  """SGD with Nesterov momentum."""
+  return optax.sgd(outer.outer_rate, momentum=outer.outer_momentum, nesterov=True)
+
+
+def meet(outer: Outer, params, workers, momentum):
+  """One outer step.
+
+  Args:
+    outer: its settings.
+    params: those of the last meeting, in float32.
+    workers: those of the workers, each leaf [W, ...].
+    momentum: state of `outer_optimizer`.
+
+  Returns:
+    The new parameters, with which all workers go on, and the new momentum.
+  """
+  gradient = jax.tree.map(lambda at, of_each: at - of_each.mean(0), params, workers)
+  updates, momentum = outer_optimizer(outer).update(gradient, momentum, params)
+  return optax.apply_updates(params, updates), momentum
+
+
+def create_state(params: dict, tx: optax.GradientTransformation, outer: Outer,
+                 freeze: Sequence[str] = ()) -> TrainState:
+  """The state at step 0; arguments otherwise as for step.create_state.
+
+  Its optimizer state: `workers`, their parameters, and `moments`, the states of their optimizers,
+  each leaf [W, ...]; and `momentum`, the state of `outer_optimizer`.
+  """
+  def of_each(x):
+    return jnp.broadcast_to(x, (outer.workers, *x.shape))
+
+  moments = tx.init(optim.split(params, freeze)[0])
+  return TrainState(jnp.zeros((), jnp.int32), params, {
+      'workers': jax.tree.map(of_each, params), 'moments': jax.tree.map(of_each, moments),
+      'momentum': outer_optimizer(outer).init(params)})
+
+
+def make_step(train_step: TrainStep, outer: Outer, steps: int) -> TrainStep:
+  """A step of all workers, and of the outer optimizer when they meet: a pure function.
+
+  Args:
+    train_step: the step of one worker, for BRANCH_BATCH_AXES.
+    outer: when and how the workers meet.
+    steps: of the whole run; the last one ends with a meeting.
+
+  Returns:
+    (state, batch) -> (state, metrics), where the state is as `create_state` makes it and the batch
+    has a leading axis of workers.
+  """
+  def step(state: TrainState, batch):
+    def of_worker(params, moments, rows):
+      new, metrics = train_step(TrainState(state.step, params, moments), rows)
+      return new.params, new.opt_state, metrics
+
+    own: Any = state.opt_state
+    workers, moments, metrics = jax.vmap(of_worker, spmd_axis_name='expert')(
+        own['workers'], own['moments'], batch)
+    done = state.step + 1
+
+    def apart(params, momentum):
+      return params, workers, momentum
+
+    def together(params, momentum):
+      params, momentum = meet(outer, params, workers, momentum)
+      return params, jax.tree.map(
+          lambda x, like: jnp.broadcast_to(x, like.shape), params, workers), momentum
+
+    params, workers, momentum = jax.lax.cond(
+        (done % outer.sync_every == 0) | (done == steps), together, apart,
+        state.params, own['momentum'])
+    opt_state = {'workers': workers, 'moments': moments, 'momentum': momentum}
+    return TrainState(done, params, opt_state), _joined(metrics)
+
+  return step
+
+
+class Workers:
+  """The program of a run with several workers; see program.Program for what each member does."""
+
+  def __init__(self, run: Run, outer: Outer, mesh: jax.sharding.Mesh, num_domains: int):
+    self.runs: Sequence[Run] = [run]
+    self.slots = 1
+    self._mesh, self._workers = mesh, outer.workers
+    self._of_one = dataclasses.replace(run, batch_size=run.batch_size // outer.workers)
+    self._rows = self._of_one.batch_size // run.microbatches  # of one worker's microbatch
+    tx = optim.adamw(run.optimizer, optim.schedule_of(run))
+    train_step = make_train_step(run.model, tx, run.objective, num_domains, BRANCH_BATCH_AXES)
+
+    def create(params):
+      return create_state(params, tx, outer, run.objective.freeze)
+
+    shapes = jax.eval_shape(create, llama.shapes(run.model))
+    layout = _shardings(shapes, mesh)
+    self.state_shapes = sharding.abstract(shapes, layout)
+    self._create = jax.jit(create, out_shardings=layout)
+    self._step = jax.jit(make_step(train_step, outer, run.steps), donate_argnums=0,
+                         out_shardings=(layout, NamedSharding(mesh, P())))
+
+  def create_state(self, params: dict) -> TrainState:
+    return self._create(params)
+
+  def join_states(self, states: Sequence[TrainState]) -> TrainState:
+    state, = states
+    return state
+
+  def branch_state(self, state: TrainState, branch: int) -> TrainState:
+    del branch
+    return state
+
+  def step(self, state: TrainState, batch: dict[str, jax.Array], active: Sequence[bool]
+           ) -> tuple[TrainState, dict[str, Any]]:
+    del active  # the only run always is
+    return self._step(state, batch)
+
+  def branch_metrics(self, metrics: dict[str, Any], branch: int) -> dict[str, Any]:
+    del branch
+    return metrics
+
+  def batches(self, orders: Sequence[grain.MapDataset], first_step: int, last_step: int
+              ) -> Iterator[mixture.Batch]:
+    order, = orders
+    count, rows = self._workers, self._of_one.batch_size
+    held, rows_held = sharding.local_branches(self._mesh, count, self._rows)
+    return batches.read_ahead(mixture.stacked_batches([
+        mixture.global_batches(worker_rows.of_worker(order, worker, count, rows), rows,
+                               self._of_one.microbatches, rows_held) for worker in held]),
+                              first_step, last_step)
+
+  def global_batch(self, batch: mixture.Batch) -> dict[str, jax.Array]:
+    return sharding.to_global(batch, self._mesh, self._rows, leading=1, slots=self._workers)
+
+  def lower(self) -> jax.stages.Lowered:
+    return self._step.lower(
+        self.state_shapes, batches.shapes_of(self._of_one, self._mesh, self._workers))
+
+
+def _shardings(shapes: TrainState, mesh) -> TrainState:
+  """By the rules of one run; of what each worker has of its own, by those of stacked branches."""
+  def of(tree, stacked=False):
+    return sharding.shardings(tree, mesh, stacked)
+
+  own: Any = shapes.opt_state
+  return TrainState(of({'step': shapes.step})['step'], of(shapes.params), {
+      'workers': of(own['workers'], stacked=True), 'moments': of(own['moments'], stacked=True),
+      'momentum': of(own['momentum'])})
+
+
+def _joined(metrics: dict[str, Any]) -> dict[str, Any]:
+  """The metrics of all workers as those of one step: sums add up, and norms are averaged."""
+  summed = {name: metrics[name].sum(0) for name in ('nll_by_domain', 'tokens_by_domain')}
+  loss = summed['nll_by_domain'].sum() / summed['tokens_by_domain'].sum()
+  return jax.tree.map(lambda x: x.mean(0), metrics) | summed | {'loss': loss}

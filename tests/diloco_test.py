@@ -1,0 +1,158 @@
+"""Workers that train apart and meet now and then (DiLoCo)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from btx_jax import base
+from btx_jax.data import mixture, worker_rows
+from btx_jax.outer import Outer
+from btx_jax.pipeline import Pipeline
+from btx_jax.training import diloco
+from btx_jax.training.diloco import Workers
+from btx_jax.training.step import create_state as create_plain
+from btx_jax.training.step import make_train_step
+from tests import studies
+from tests.helpers import (
+  TINY,
+  assert_trees_close,
+  assert_trees_equal,
+  final_params,
+  random_batch,
+  random_params,
+)
+
+ADAM = optax.adam(0.01)
+
+
+def train(tx, outer, batches, same_rows=False):
+  """The state after one step for each batch, whose rows the workers share, or all have."""
+  step = jax.jit(diloco.make_step(make_train_step(TINY, tx), outer, steps=len(batches)))
+  state = diloco.create_state(random_params(TINY), tx, outer)
+  for batch in batches:
+    split = (outer.workers, 1, -1) if not same_rows else (1, 1, len(batch['tokens']))
+    rows = jax.tree.map(lambda x, split=split: x.reshape(*split, *x.shape[1:]), batch)
+    if same_rows:
+      rows = jax.tree.map(lambda x: np.repeat(x, outer.workers, 0), rows)
+    state, _ = step(state, rows)
+  return jax.device_get(state)
+
+
+def train_plain(tx, batches):
+  step = jax.jit(make_train_step(TINY, tx))
+  state = create_plain(random_params(TINY), tx)
+  for batch in batches:
+    state, _ = step(state, jax.tree.map(lambda x: x[None], batch))
+  return jax.device_get(state)
+
+
+def batches_of(count):
+  """Batches whose rows have equally many targets: every worker counts the same at a meeting."""
+  batches = [random_batch(TINY, 4, seed=i) for i in range(count)]
+  return [batch | {'loss_mask': np.ones_like(batch['loss_mask'])} for batch in batches]
+
+
+def test_meeting_after_each_sgd_step_is_data_parallel_training():
+  sgd, outer = optax.sgd(0.5), Outer(2, sync_every=1, outer_rate=1.0, outer_momentum=0.0)
+  ours, plain = train(sgd, outer, batches_of(2)), train_plain(sgd, batches_of(2))
+  assert_trees_close(ours.params, plain.params, rtol=1e-6, atol=1e-6)
+
+
+def test_workers_with_the_same_rows_are_one_run():
+  outer = Outer(2, sync_every=2, outer_rate=1.0, outer_momentum=0.0)
+  ours, plain = train(ADAM, outer, batches_of(4), True), train_plain(ADAM, batches_of(4))
+  assert_trees_close(ours.params, plain.params, rtol=1e-5, atol=1e-6)
+  of_first = jax.tree.map(lambda x: x[0], ours.opt_state['moments'])
+  assert_trees_close(of_first, plain.opt_state, rtol=1e-4, atol=1e-7)  # never averaged, nor reset
+
+
+def test_three_rounds_are_nesterov_steps_along_the_mean_change():
+  """Against separate runs, joined by NumPy in float64; the last round is shorter."""
+  outer, batches = Outer(2, sync_every=2, outer_rate=0.7, outer_momentum=0.9), batches_of(5)
+  ours = train(ADAM, outer, batches)
+  step = jax.jit(make_train_step(TINY, ADAM))
+  workers = [create_plain(random_params(TINY), ADAM) for _ in range(2)]
+  at = jax.tree.map(lambda x: np.asarray(x, np.float64), random_params(TINY))
+  momentum = jax.tree.map(np.zeros_like, at)
+  for i, batch in enumerate(batches, 1):
+    for w, rows in enumerate((slice(0, 2), slice(2, 4))):
+      workers[w], _ = step(workers[w], jax.tree.map(lambda x, rows=rows: x[None, rows], batch))
+    if i not in (2, 4, 5):
+      continue
+    change = jax.tree.map(lambda a, one, two: a - (np.float64(one) + np.float64(two)) / 2,
+                          at, *(jax.device_get(each.params) for each in workers))
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, change)
+    at = jax.tree.map(lambda a, g, m: a - 0.7 * (g + 0.9 * m), at, change, momentum)
+    joined = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), at)
+    workers = [dataclasses.replace(each, params=joined) for each in workers]
+  assert_trees_close(ours.params, jax.tree.map(np.float32, at), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_has_the_rows_of_each_worker_in_turn():
+  orders = [[f'{worker}{i}' for i in range(9)] for worker in 'abc']
+  order = worker_rows.interleaved(orders, rows=2)  # pyright: ignore[reportArgumentType]
+  assert [order[i] for i in range(8)] == ['a0', 'a1', 'b0', 'b1', 'c0', 'c1', 'a2', 'a3']
+  back = [worker_rows.of_worker(order, worker, 3, rows=2) for worker in range(3)]
+  assert [each[i] for each in back for i in range(4)] == [
+      f'{worker}{i}' for worker in 'abc' for i in range(4)]
+
+
+# Studies
+
+
+def get_config(text, **train):
+  config = studies.get_config(text)
+  config.mesh.update(fsdp=2, expert=2, tensor=1)
+  config.evaluation.every = 0
+  fields = {'workers': 2, 'sync_every': 2, 'batch_size': 16} | train
+  config.runs = {
+      'seed': base.run(base.random(), {'prose': 1}, steps=1),
+      'diloco': base.run(base.checkpoint('seed'), {'code': 1, 'math': 1}, steps=5, train=fields),
+  }
+  return config
+
+
+@pytest.fixture(scope='module')
+def study(text, tmp_path_factory):
+  pipeline = Pipeline(get_config(text), str(tmp_path_factory.mktemp('diloco')))
+  pipeline.train()
+  return pipeline
+
+
+def test_workers_read_the_rows_of_one_run_and_take_its_flops(study):
+  run, data = study.runs['diloco'], study.prepare_text().train
+  alone, shared = (mixture.order_of(each, data) for each in (
+      dataclasses.replace(run, outer=None), run))
+  assert sorted(str(shared[i]) for i in range(5 * 16)) == sorted(
+      str(alone[i]) for i in range(5 * 16))
+  assert run.flops == dataclasses.replace(run, outer=None).flops
+
+
+def test_killed_between_meetings_and_resumed_is_the_same(study, text, tmp_path, monkeypatch):
+  pipeline, batches = Pipeline(get_config(text), str(tmp_path / 'work')), Workers.batches
+
+  def interrupted(self, orders, first_step, last_step):
+    for step, batch in enumerate(batches(self, orders, first_step, last_step), first_step):
+      if step == 4:
+        raise KeyboardInterrupt
+      yield batch
+
+  pipeline.config.checkpoint_every = 3
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    patched.setattr(Workers, 'batches', interrupted)
+    pipeline.train()
+  pipeline.train()
+  assert_trees_equal(final_params(pipeline, 'diloco'), final_params(study, 'diloco'))
+
+
+def test_a_worker_can_have_a_domain_of_its_own(text, tmp_path):
+  pipeline = Pipeline(get_config(text, worker_rows='domain'), str(tmp_path / 'work'))
+  run, data = pipeline.runs['diloco'], pipeline.prepare_text().train
+  order = mixture.order_of(run, data)
+  for worker, name in enumerate(run.weights):
+    rows = worker_rows.of_worker(order, worker, 2, rows=8)
+    assert {int(rows[i]['domain']) for i in range(20)} == {list(data).index(name)}
