@@ -269,7 +269,8 @@ def random() -> ConfigDict:
   return ConfigDict({'kind': RANDOM, 'runs': ()})
 
 
-def checkpoint(run_name: str, step: int | str = 0, state: bool = False) -> ConfigDict:
+def checkpoint(run_name: str, step: int | str = 0, state: bool = False, redraw: float = 0.0
+               ) -> ConfigDict:
   """Starts from another run: to branch a seed, or to continue training.
 
   Without `state`, only the parameters are taken: Adam's moments and count, the order of the data,
@@ -291,8 +292,12 @@ def checkpoint(run_name: str, step: int | str = 0, state: bool = False) -> Confi
     state: whether to take Adam's moments and count too, and to read on in the data where the other
       run stopped. The trained parameters, the domains and their weights, data.seq_len,
       train.batch_size, optimizer.b1 and optimizer.b2 must be the same.
+    redraw: the share of the hidden units of each feed-forward layer whose weights are drawn anew,
+      from a normal distribution with their mean and deviation. Mix several such runs of one seed
+      for Drop-Upcycling (arXiv 2502.19261, which uses 0.5); 1 makes random experts.
   """
-  return ConfigDict({'kind': CHECKPOINT, 'runs': (run_name,), 'step': step, 'state': state})
+  return ConfigDict({'kind': CHECKPOINT, 'runs': (run_name,), 'step': step, 'state': state,
+                     'redraw': redraw})
 
 
 def mix(*run_names: str, averaged: tuple[str, ...] = (), rules: dict[str, str] | None = None,

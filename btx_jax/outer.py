@@ -30,7 +30,7 @@ class Outer:
   sync_every: int = 100
   outer_rate: float = 0.7
   outer_momentum: float = 0.9
-  worker_rows: str = BLEND
+  worker_rows: str = 'blend'
 
   def __post_init__(self):
     for field in ('workers', 'sync_every'):

@@ -244,6 +244,7 @@ class Run:
       yet. Until it is, `steps` are all steps of the longer run.
     renamed_from: the name that the run was started under, if `rename` has changed it; else ''.
     outer: how its workers meet, if it has several; else None.
+    redraw: the share of hidden units that are drawn anew, in a run that starts from a checkpoint.
   """
   name: str
   init: str
@@ -271,6 +272,7 @@ class Run:
   until_best: bool = False
   renamed_from: str = ''
   outer: Outer | None = None
+  redraw: float = 0.0
 
   def first(self, steps: int) -> 'Run':
     """The first `steps` of this run, as a run; the run itself if these are all of its steps."""
@@ -301,7 +303,7 @@ class Run:
     del spec['folder']
     spec['step'] = self.from_step
     for key in ('content', 'vocabulary', 'routers', 'edit', 'selector', 'state', 'of_steps',
-                'step', 'outer'):
+                'step', 'outer', 'redraw'):
       if not spec[key]:
         del spec[key]
     return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back

@@ -35,7 +35,7 @@ def test_every_field_is_on_the_page_with_its_default():
 
 
 @pytest.mark.parametrize('gone, message', [
-    ('      # Rows per step, over all devices and microbatches.\n',
+    ('      # Rows per step, over all devices, workers and microbatches.\n',
      r'base\.py, line \d+: a field without a comment'),
     ("    eps: Adam's epsilon.\n", r'btx_jax\.run, Optimizer: no text for eps'),
     ('    steps: optimizer steps.\n', r'run\(\): no text for steps'),

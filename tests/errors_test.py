@@ -391,6 +391,11 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      'train.batch_size is 16 there and 8 here; optimizer.b1 is 0.9 there and 0.8 here; domains is '
      "{'code': 0.25, 'math': 0.25, 'prose': 0.5} there and {'code': 1.0} here; train.freeze "
      'freezes embed only here. Make these equal'),
+    (new(init='base.checkpoint("seed", redraw=1.5)'), 'init: redraw = 1.5 must be a share of the'),
+    (new(init='base.checkpoint("btx", redraw=0.5)'), "redraw = 0.5: 'btx' is a mixture. Draw"),
+    (new(init='base.checkpoint("seed", redraw=0.5, state=True)', train='{"batch_size": 16}',
+         domains='{"code": 1, "math": 1, "prose": 2}'),
+     'runs.new.init: state = True with redraw = 0.5 would take moments of weights that are gone.'),
     (new(init='ConfigDict({"kind": "average", "runs": ("seed",)})'), "runs.new.init.kind = 'av"),
     (new(init='base.mix("seed", "btx")'), "runs.new mixes 'btx', which is a mixture already."),
     (new(init='base.random()', model='{"dim": 32}') + '\n' + new(

@@ -14,7 +14,8 @@ from btx_jax.study.study import Study
 
 # Fields of a spec that belong to a section of the config.
 _SECTIONS = {'seq_len': 'data.seq_len', 'batch_size': 'train.batch_size',
-             'microbatches': 'train.microbatches', 'state': 'init.state'}
+             'microbatches': 'train.microbatches', 'state': 'init.state',
+             'redraw': 'init.redraw'}
 # The section of the fields of each nested part of a spec.
 _PREFIXES = {'model': 'model', 'optimizer': 'optimizer', 'objective': 'train',
              'outer': 'train', 'routers': 'init.routers', 'selector': 'init.selector'}
@@ -23,7 +24,7 @@ _OF_INIT = ('reader', 'layers', 'forget', 'hysteresis')  # arguments of base.ens
 _NOT_FIELDS = ('name', 'sources', 'of_steps', 'step', 'weights', 'recipe', 'edit', 'content',
                'vocabulary', 'tokenizer', 'data')
 _FOLLOWS = ('model.num_experts', 'model.router_bias')
-_UNSET = {'init.state': False, 'init.routers': 'random'}
+_UNSET = {'init.state': False, 'init.redraw': 0.0, 'init.routers': 'random'}
 
 
 class Change(NamedTuple):

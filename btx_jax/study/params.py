@@ -48,7 +48,7 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None = None
     return _jitted(functools.partial(llama.init, run.model), run.model, mesh)(rng)
   if branches and mixes(run, branches.runs):
     return _timed(run, functools.partial(_mix_branches, study, run, mesh, branches))
-  if run.init in (MIX, EDIT):
+  if run.init in (MIX, EDIT) or run.redraw:
     return _timed(run, lambda: _read(sources.start(study, run), run.model, mesh))
   if run.init == CHECKPOINT:
     params, biased = final(study, run.sources[0], mesh), run.sources[0].model.router_bias

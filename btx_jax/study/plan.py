@@ -252,8 +252,10 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       microbatches=train['microbatches'], objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
       vocabulary=vocabulary, routers=routers, edit=edit, selector=selects,
-      state=entry.init.get('state', False), outer=None if untrained else workers)
+      state=entry.init.get('state', False), outer=None if untrained else workers,
+      redraw=float(entry.init.get('redraw', 0.0)))
   _check_workers(run)
+  _check_redraw(run)
   continued.check_state(run)
   _check_loss(run, config.domains)
   if edit is None:
@@ -285,6 +287,19 @@ def _check_workers(run: Run):
     if run.state:
       raise UsageError(f'train.workers = {run.workers}: each worker starts with moments at zero, '
                        'so init.state = True cannot be kept. Omit it.')
+
+
+def _check_redraw(run: Run):
+  """Raises UsageError if hidden units cannot be drawn anew."""
+  if not 0 <= run.redraw <= 1:
+    raise UsageError(f'runs.{run.name}.init: redraw = {run.redraw} must be a share of the hidden '
+                     'units, from 0 to 1.')
+  if run.redraw and run.model.num_experts:
+    raise UsageError(f'runs.{run.name}.init: redraw = {run.redraw}: {run.sources[0].name!r} is a '
+                     'mixture. Draw units of the dense runs anew, and mix them then.')
+  if run.redraw and run.state:
+    raise UsageError(f'runs.{run.name}.init: state = True with redraw = {run.redraw} would take '
+                     'moments of weights that are gone. Omit one of them.')
 
 
 def _check_loss(run: Run, config_domains):

@@ -16,6 +16,7 @@ from btx_jax.model.config import param_paths
 from btx_jax.model.source import Extent, Index, Source
 from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, parts_of, recipe_of
 from btx_jax.study import manifest, routers
+from btx_jax.study.redrawn import Redrawn
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
 
@@ -38,7 +39,8 @@ def start(study: Study, run: Run) -> Source:
   if run.init == HUGGING_FACE:
     return Folder(run.folder)
   if run.init == CHECKPOINT:
-    return final(study, run.sources[0])
+    source = final(study, run.sources[0])
+    return Redrawn(source, run.model, run.redraw, run.rng_seed) if run.redraw else source
   return mixture(study, run, routers.of(study, run))
 
 
