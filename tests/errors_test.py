@@ -798,9 +798,10 @@ def test_two_exports_into_one_folder(run, config, tmp_path):
   arguments = (config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
                f'--to={out}')
   with files.lock_folder(str(partial)):
+    (partial / 'unfinished.json').write_text('{}')
     (partial / 'model-00001-of-00002.safetensors').write_text('of the first')
     check(run(*arguments), f'out.partial is in use by another process: {os.uname().nodename}')
-    assert len(os.listdir(partial)) == 2
+    assert len(os.listdir(partial)) == 3
   done = run(*arguments)
   assert done.code == 0, done.stderr
   assert {'config.json', 'model.safetensors'} < {*os.listdir(out)}

@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # when they are used; they may reach any floor.
 FLOORS = (
     ('errors', 'terminal'),
-    ('devices', 'recipe', 'files'),
-    ('model', 'selector'),
+    ('devices', 'recipe', 'files', 'git_lfs'),
+    ('model', 'selector', 'sealed'),
     ('convert', 'run', 'btx'),
     ('base',),
     ('data', 'configs'),

@@ -13,6 +13,7 @@ from btx_jax.data import framing, kept_out, records
 from btx_jax.data.chat_tokens import READ, REJECTED
 from btx_jax.data.records import Document
 from btx_jax.data.tokenizer import Tokenizer
+from btx_jax.files import create
 
 ROLES = '.roles.bin'  # only for conversations: the role of each token, one byte
 
@@ -46,9 +47,9 @@ class Writer:
     self._tokenizer, self._code = tokenizer, dtype_of(tokenizer).char
     self._boundaries, self._boundaries_file = [(0, 0)], f'{path}.documents.npy'
     self.raw_bytes = self._answers = self._written = 0
-    self._tokens_file = open(f'{path}.bin', 'wb')
-    self._ids_file = open(f'{path}.ids.jsonl', 'w', encoding='utf-8') if has_ids else None
-    self._roles_file = open(f'{path}{ROLES}', 'wb') if has_roles else None
+    self._tokens_file = create(f'{path}.bin', 'wb')
+    self._ids_file = create(f'{path}.ids.jsonl') if has_ids else None
+    self._roles_file = create(f'{path}{ROLES}', 'wb') if has_roles else None
 
   @property
   def documents(self) -> int:
@@ -100,7 +101,9 @@ class Writer:
     for file in (self._ids_file, self._roles_file):
       if file:
         file.close()
-    np.save(self._boundaries_file, np.array(self._boundaries, np.int64))
+    if error[0] is None:
+      with create(self._boundaries_file, 'wb') as file:
+        np.save(file, np.array(self._boundaries, np.int64))
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:

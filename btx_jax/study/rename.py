@@ -4,7 +4,6 @@ The spec keeps the name that the run was started under. Its random numbers follo
 and so does its identity, which the runs that start from it have recorded. So none of them changes.
 """
 
-import contextlib
 import os
 
 from btx_jax import files
@@ -63,7 +62,6 @@ def _move(here: str, there: str, new: str):
   with files.lock_folder(folder):
     manifest.write(folder, {**(manifest.read(folder) or {}), 'name': new})
     if folder == here:
-      os.makedirs(os.path.dirname(there), exist_ok=True)
-      os.rename(here, there)
-  with contextlib.suppress(OSError):  # the parent, such as `expert`
-    os.rmdir(os.path.dirname(here))
+      files.make_folder(os.path.dirname(there))
+      files.rename(here, there)
+  files.remove_empty(os.path.dirname(here))  # such as `expert`

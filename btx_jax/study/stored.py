@@ -7,12 +7,12 @@ file is written last, so a folder without it is ignored, too.
 
 from collections.abc import Mapping
 import hashlib
-import json
 import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from btx_jax import sealed
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
@@ -51,8 +51,7 @@ class Stored(NamedTuple):
       UsageError: the file is damaged.
     """
     try:
-      with open(self.path, encoding='utf-8') as file:
-        found = json.load(file)
+      found = sealed.read(self.path)
       return found if found['run'] == self._identity() else None
     except FileNotFoundError:
       return None
@@ -94,8 +93,7 @@ class Stored(NamedTuple):
       with replacing(path, 'wb') as file:
         np.save(file, array, allow_pickle=False)
       hashes[name] = _hash(path)
-    with replacing(self.path) as file:
-      json.dump({'run': self._identity(), 'files': hashes, **figures}, file, indent=1)
+    sealed.write(self.path, {'run': self._identity(), 'files': hashes, **figures})
 
   def _identity(self) -> str:
     return manifest.identity_in(self.study.folder(self.run.name)) or ''
