@@ -12,12 +12,15 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import re
 import secrets
 import socket
 import time
 from typing import IO, Any
+
+import numpy as np
 
 from btx_jax.errors import UsageError
 
@@ -120,6 +123,16 @@ def write_at(file: int, data, at: int) -> None:
   while view:
     count = os.pwrite(file, view, at)
     view, at = view[count:], at + count
+
+
+def save_array(file: IO[bytes], array: np.ndarray) -> None:
+  """Writes an array into an open file, as np.save does.
+
+  np.save lets C write, and on a full disk its error has no number.
+  """
+  content = io.BytesIO()
+  np.save(content, array, allow_pickle=False)
+  file.write(content.getbuffer())
 
 
 def make_folder(path: str) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 import functools
 import hashlib
 import json
-import sys
 from typing import Any
 
 from btx_jax import files
+from btx_jax.terminal import say
 
 _KEY = 'checksum'
 
@@ -42,7 +42,7 @@ def read(path: str) -> Any:
 def read_if_sound(path: str) -> dict[str, Any]:
   """The content of a JSON file with scores; {} if it does not exist or is damaged.
 
-  A damaged file is named on stderr, once: what it holds can be measured again.
+  A damaged file is named, once: what it holds can be measured again.
   """
   try:
     found = read(path)
@@ -59,7 +59,7 @@ def read_if_sound(path: str) -> dict[str, Any]:
 
 @functools.cache
 def _warn(text: str) -> None:
-  print(f'warning: {text}', file=sys.stderr, flush=True)
+  say(f'warning: {text}')
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

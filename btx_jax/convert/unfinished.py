@@ -130,5 +130,5 @@ def _is_of(folder: str, export: Mapping[str, Any]) -> bool:
 
 
 def _unmark(folder: str) -> None:
-  for name in (MARK, files.LOCK):
+  for name in (files.LOCK, MARK):  # while there is a mark, the next run removes both
     files.remove(os.path.join(folder, name))

@@ -21,6 +21,7 @@ The hash of the tokens does not cover the ids, so runs do not depend on them.
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -199,8 +200,8 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
   try:
     with files.new_folder(folder) as partial:
       return _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
-  except OSError:
-    if not os.path.exists(folder):
+  except OSError as error:
+    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
       raise
   # Another job was faster.
   return prepare(folder, domain, tokenizer, held_out, max_skipped, unless)

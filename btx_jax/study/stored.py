@@ -15,7 +15,7 @@ import numpy as np
 from btx_jax import sealed
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing
+from btx_jax.files import replacing, save_array
 from btx_jax.run import Run
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -91,7 +91,7 @@ class Stored(NamedTuple):
     for name, array in arrays.items():
       path = os.path.join(self.folder, name)
       with replacing(path, 'wb') as file:
-        np.save(file, array, allow_pickle=False)
+        save_array(file, array)
       hashes[name] = _hash(path)
     sealed.write(self.path, {'run': self._identity(), 'files': hashes, **figures})
 
