@@ -14,10 +14,10 @@ _KEY = 'checksum'
 
 def write(path: str, content: Mapping[str, Any], indent: int | None = 1) -> None:
   """Replaces a JSON file: `content` as plain data, and its checksum."""
-  text = json.dumps(content, indent=indent)
-  sealed = {**content, _KEY: _checksum(json.loads(text))}
+  # As it is read back: tuples become lists, and numbers that are keys become strings.
+  plain = json.loads(json.dumps({key: content[key] for key in content if key != _KEY}))
   with files.replacing(path) as file:
-    json.dump(sealed, file, indent=indent)
+    json.dump({**plain, _KEY: _checksum(plain)}, file, indent=indent)
 
 
 def read(path: str) -> Any:
