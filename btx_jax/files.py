@@ -1,9 +1,7 @@
 """The one place where this package writes, renames and removes files.
 
 A file or folder gets its name last, after its content is on the disk: a reader sees the old one or
-the new one, also after a kill or a power cut. Until then it is called NAME.PID-HEX.partial, and its
-writer holds a lock on it, which ends with the process. So the next writer of that name can tell
-what a kill left from what is being written, and removes the former.
+the new one, also after a kill or a power cut. Until then it has a temporary name, see leftovers.py.
 
 Folders are locked here, too.
 """
@@ -15,19 +13,15 @@ import fcntl
 import io
 import os
 import re
-import secrets
 import socket
 import time
 from typing import IO, Any
 
 import numpy as np
 
+from btx_jax import leftovers
 from btx_jax.errors import UsageError
 
-LOCK = 'lock'
-_PARTIAL = re.compile(r'\.\d+-[0-9a-f]{8}\.partial')
-_YOUNG = 60  # seconds in which a new folder surely gets its lock
-_writing: set[str] = set()  # what this process writes; its own locks do not keep it out
 _BLOCK = 1 << 18  # bytes; fits a core's cache
 # What copy_file_range raises if the system cannot copy between two files.
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -63,11 +57,11 @@ def replacing(path: str, mode: str = 'w', buffering: int = -1) -> Iterator[IO[An
     OSError: with `path`, if writing fails; the old file is kept.
   """
   make_folder(os.path.dirname(path))
-  clear_leftovers(path)
-  partial = _partial_name(path)
+  leftovers.clear(path)
+  partial = leftovers.new_name(path)
   with _naming(path, partial):
     try:
-      with _locked(partial, mode, buffering) as file:
+      with leftovers.writing(partial, lambda: _open(partial, mode, buffering)) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -89,22 +83,22 @@ def new_folder(path: str) -> Iterator[str]:
     OSError: with the path concerned, if writing fails or `path` exists by then.
   """
   make_folder(os.path.dirname(path))
-  clear_leftovers(path)
-  partial = _partial_name(path)
-  lock = os.path.join(partial, LOCK)
+  leftovers.clear(path)
+  partial = leftovers.new_name(path)
+  lock = os.path.join(partial, leftovers.LOCK)
   with _naming(path, partial):
     try:
       os.mkdir(partial)
-      with _locked(lock, 'w'):
+      with leftovers.writing(partial, lambda: _open(lock, 'w')):
         yield partial
         sync_tree(partial)
         os.rename(partial, path)
     except BaseException:
       if os.path.isdir(partial):
-        _remove_tree(partial)
+        leftovers.remove_tree(partial)
       raise
     sync_folder(os.path.dirname(path))
-  remove(os.path.join(path, LOCK))
+  remove(os.path.join(path, leftovers.LOCK))
 
 
 def create(path: str, mode: str = 'w') -> IO[Any]:
@@ -186,7 +180,7 @@ def sync_tree(folder: str) -> None:
   """Returns when all files and folders in a folder are on the disk."""
   for root, _, names in os.walk(folder):
     for name in names:
-      if name != LOCK:  # closing it would release the lock
+      if name != leftovers.LOCK:  # closing it would release the lock
         _sync(os.path.join(root, name))
     sync_folder(root)
 
@@ -208,76 +202,6 @@ def _sync(path: str) -> None:
       os.fsync(file)
     finally:
       os.close(file)
-
-
-def is_leftover(name: str, of: str = '') -> bool:
-  """Whether a name is that of a temporary file or folder; `of`: the name it would get."""
-  found = _PARTIAL.search(name)
-  return bool(found and found.end() == len(name) and (not of or name[:found.start()] == of))
-
-
-def clear_leftovers(path: str) -> None:
-  """Removes what writers of `path` left that were killed."""
-  folder, target = os.path.split(path)
-  try:
-    found = [name for name in os.listdir(folder or '.') if is_leftover(name, target)]
-  except OSError:
-    return  # the writer says why
-  for name in found:
-    clear_leftover(os.path.join(folder, name))
-
-
-def clear_leftover(partial: str) -> None:
-  """Removes a temporary file or folder, unless its writer is alive."""
-  if partial not in _writing:
-    with contextlib.suppress(OSError):  # somebody is writing it, or locks are not supported
-      _clear(partial)
-
-
-def _clear(partial: str) -> None:
-  lock = os.path.join(partial, LOCK) if os.path.isdir(partial) else partial
-  if lock == partial or os.path.exists(lock):
-    with open(lock, 'r+b') as file:
-      fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      if lock == partial:
-        os.remove(partial)
-      else:
-        _remove_tree(partial)
-  elif time.time() - os.stat(partial).st_mtime > _YOUNG:
-    os.rmdir(partial)  # its writer was killed before it had a lock; not empty: not ours
-
-
-def _remove_tree(folder: str) -> None:
-  """Removes a folder; its lock last."""
-  for root, folders, names in os.walk(folder, topdown=False):
-    for name in names:
-      if (root, name) != (folder, LOCK):
-        os.remove(os.path.join(root, name))
-    for name in folders:
-      os.rmdir(os.path.join(root, name))
-  remove(os.path.join(folder, LOCK))
-  os.rmdir(folder)
-
-
-def _partial_name(path: str) -> str:
-  return f'{path}.{os.getpid()}-{secrets.token_hex(4)}.partial'
-
-
-@contextlib.contextmanager
-def _locked(path: str, mode: str, buffering: int = -1) -> Iterator[IO[Any]]:
-  """Opens a new file and holds a lock on it, so that clear_leftovers leaves it alone."""
-  name = os.path.dirname(path) if os.path.basename(path) == LOCK else path
-  _writing.add(name)
-  try:
-    while True:
-      with _open(path, mode, buffering) as file:
-        with contextlib.suppress(OSError):  # without locks, nothing is cleared either
-          fcntl.lockf(file, fcntl.LOCK_EX)
-        if os.path.exists(path):  # otherwise it was cleared before it was locked
-          yield file
-          return
-  finally:
-    _writing.discard(name)
 
 
 def _open(path: str, mode: str, buffering: int = -1) -> IO[Any]:
@@ -333,7 +257,7 @@ def lock_folder(folder: str):
     UsageError: another process holds the lock.
   """
   make_folder(folder)
-  with open(os.path.join(folder, LOCK), 'a+', encoding='utf-8') as file:
+  with open(os.path.join(folder, leftovers.LOCK), 'a+', encoding='utf-8') as file:
     try:
       _lock_file(file)
     except OSError as error:
@@ -361,7 +285,7 @@ def _lock_file(file, tries: int = 20):
 def is_locked(folder: str) -> bool:
   """Whether another process holds the lock of a directory; True if that cannot be known."""
   try:
-    with open(os.path.join(folder, LOCK), encoding='utf-8') as file:
+    with open(os.path.join(folder, leftovers.LOCK), encoding='utf-8') as file:
       fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except FileNotFoundError:
     return False

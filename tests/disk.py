@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 
-from btx_jax import files
+from btx_jax import files, leftovers
 
 # The calls with which files.py changes what is on the disk.
 CALLS = ('open', 'write', 'pwrite', 'copy_file_range', 'fsync', 'replace', 'rename', 'remove',
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 
 class Disk:
-  """Takes the place of the module `os` in files.py, and of `open`.
+  """Takes the place of the module `os` in files.py and leftovers.py, and of `open`.
 
   Attributes:
     calls: (name, path, second path or content) of each call that changes the disk.
@@ -31,6 +31,7 @@ class Disk:
     self.calls: list[tuple] = []
     self._fail_at, self._error, self._ended = fail_at, error, False
     monkeypatch.setattr(files, 'os', self)
+    monkeypatch.setattr(leftovers, 'os', self)
     monkeypatch.setattr(files, 'open', self._open, raising=False)
 
   def __getattr__(self, name):

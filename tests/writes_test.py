@@ -14,7 +14,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from btx_jax import base, errors, files, sealed
+from btx_jax import base, errors, files, leftovers, sealed
 from btx_jax.commands import report, status
 from btx_jax.convert import export, hugging_face
 from btx_jax.data import damage, text, tokenizer, tokens
@@ -79,11 +79,11 @@ def writers(source: str) -> list[str]:
   return found
 
 
-def test_all_writing_goes_through_one_file():
+def test_all_writing_goes_through_one_interface():
   package = pathlib.Path(files.__file__).parent
   found = {str(path.relative_to(package)): calls for path in package.rglob('*.py')
            if (calls := writers(path.read_text(encoding='utf-8')))}
-  assert found.pop('files.py')
+  assert found.pop('files.py') and found.pop('leftovers.py')
   assert found.keys() <= OTHER_WRITERS.keys(), found
 
 
@@ -100,7 +100,7 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
   kept = {each.name for each in tmp_path.iterdir()} - {'x.json.8-0123abcd.partial'}
   with files.replacing(str(target)) as file:
     file.write('whole')
-    inside = [name for name in os.listdir(tmp_path) if files.is_leftover(name, 'x.json')]
+    inside = [name for name in os.listdir(tmp_path) if leftovers.is_temporary(name)]
     with files.replacing(str(target)) as other:  # another thread's, say
       other.write('first')
     assert set(inside) <= set(os.listdir(tmp_path))
@@ -200,7 +200,7 @@ def start(memory, monkeypatch):
   monkeypatch.setattr(report, '_template', Page)
   monkeypatch.setattr(report, '_contents', contents)
   monkeypatch.setattr(manifest, 'now', lambda: '2026-11-28T05:04:36+00:00')
-  monkeypatch.setattr(files, '_YOUNG', -1)
+  monkeypatch.setattr(leftovers, '_YOUNG', -1)
   monkeypatch.setattr(status, '_age', lambda *_: 1.0)
   return folder
 
@@ -240,7 +240,7 @@ def test_each_call_fails_once_or_is_the_last(name, start, memory, made, monkeypa
       if isinstance(raised, OSError):
         message, _ = errors._explain(raised)
         assert message and str(raised.filename) in message, calls[number]
-        assert str(root) in message and not files.is_leftover(message.split()[0]), message
+        assert str(root) in message and not leftovers.is_temporary(message.split()[0]), message
       if raised:  # a stamp, or a folder that cannot be synced, may be done without
         failed += 1
         _, again = runs(job, root, made, monkeypatch)

@@ -11,7 +11,7 @@ import os
 import re
 from typing import Any
 
-from btx_jax import files, sealed
+from btx_jax import files, leftovers, sealed
 from btx_jax.errors import UsageError
 
 MARK = 'unfinished.json'
@@ -96,9 +96,9 @@ def _content(partial: str, names: Collection[str]) -> tuple[list[str], list[str]
   foreign, ours = [], []
   for name in sorted(os.listdir(partial)):
     path = os.path.join(partial, name)
-    if files.is_leftover(name):
-      files.clear_leftover(path)
-    elif name != files.LOCK:
+    if leftovers.is_temporary(name):
+      leftovers.clear_one(path)
+    elif name != leftovers.LOCK:
       is_ours = name == MARK or name in names or _SHARD.fullmatch(name)
       (ours if is_ours and os.path.isfile(path) else foreign).append(name)
   return foreign, ours
@@ -130,5 +130,5 @@ def _is_of(folder: str, export: Mapping[str, Any]) -> bool:
 
 
 def _unmark(folder: str) -> None:
-  for name in (files.LOCK, MARK):  # while there is a mark, the next run removes both
+  for name in (leftovers.LOCK, MARK):  # while there is a mark, the next run removes both
     files.remove(os.path.join(folder, name))

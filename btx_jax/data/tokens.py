@@ -28,7 +28,7 @@ import os
 
 import numpy as np
 
-from btx_jax import files, sealed
+from btx_jax import files, leftovers, sealed
 from btx_jax.data import corpora, damage, kept_out, origin, splits, token_files
 from btx_jax.data.chat_tokens import REJECTED, WRITTEN
 from btx_jax.data.domains import PAIRS, TEXT, Domain
@@ -298,7 +298,7 @@ def _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
                    'bytes': written.sizes[split], **written.answers[split]}
     meta['hash'][split] = token_files.hash_of_files(partial, split)
   meta[damage.SUMS] = damage.sums(
-      partial, sorted(name for name in os.listdir(partial) if name != files.LOCK))
+      partial, sorted(name for name in os.listdir(partial) if name != leftovers.LOCK))
   sealed.write(os.path.join(partial, kept_out.META), meta)
   return meta
 
