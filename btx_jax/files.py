@@ -159,12 +159,9 @@ def remove(path: str) -> None:
 
 
 def remove_empty(folder: str) -> None:
-  """Removes a folder if nothing is in it."""
-  try:
+  """Removes a folder if nothing is in it, and if it can be removed."""
+  with contextlib.suppress(OSError):
     os.rmdir(folder)
-  except OSError as error:
-    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-      raise
 
 
 def set_aside(path: str, word: str) -> str:

@@ -244,8 +244,6 @@ def test_each_call_fails_once_or_is_the_last(name, start, memory, made, monkeypa
       if raised:  # a stamp, or a folder that cannot be synced, may be done without
         failed += 1
         _, again = runs(job, root, made, monkeypatch)
-        if name == 'rename_run' and 'holds no run' in str(again):
-          again = None  # it was renamed already
         assert again is None, calls[number]
       assert tree(root) == whole, calls[number]
   assert failed > len(of_interest)
@@ -371,6 +369,7 @@ def test_damage_to_any_file_of_a_token_folder_is_noticed(change, memory, made):
         assert name == 'meta.json' and change != 'empty'
       except damage.Damaged as error:
         assert error.name == name and str(folder / name) in str(error)
+        assert name == 'meta.json' or change != 'cut' or 'bytes instead of' in str(error)
       path.write_bytes(sound)
   tokens.check(str(folder))
 

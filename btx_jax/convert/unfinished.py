@@ -23,13 +23,14 @@ _NAMED = 3  # the most files that a message names
 def folder_for(folder: str) -> Iterator[str]:
   """Locks FOLDER.partial and yields its path; it becomes `folder` if the block does not raise.
 
+  The block writes with files.replacing and folder_for, so all is on the disk by then.
+
   Raises:
     UsageError: another process is writing it.
   """
   partial = f'{os.path.normpath(folder)}.partial'
   with files.lock_folder(partial):
     yield partial
-    files.sync_tree(partial)
     files.rename(partial, folder)
     _unmark(folder)
 

@@ -30,8 +30,10 @@ def rename(study: Study, old: str, new: str) -> list[str]:
   for series in dict.fromkeys(['', *study.series]):
     name = os.path.join(series, old)
     here, there = study.folder(name), study.folder(os.path.join(series, new))
-    moved = not os.path.exists(here) and (manifest.read(there) or {}).get('name') in (old, name)
-    if moved or manifest.read(here):
+    moved = {} if os.path.exists(here) else manifest.read(there) or {}
+    # The latter after a kill at the end of this very command.
+    is_done = moved.get('name') == new and moved['spec'].get('name') in (old, name)
+    if moved.get('name') in (old, name) or is_done or manifest.read(here):
       places.append((here, there))
   if not places:
     known = {run.plain_name for run in study.runs.values() if study.state(run.name) != MISSING}
