@@ -69,7 +69,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     return (f'No space is left for {error.filename or "a file"}. Free some, or use another '
             '--workdir. Completed work is kept, and the same command continues from there.', 1)
   if isinstance(error, OSError) and error.errno in (
-      errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+      errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+      errno.EIO):
     return f'{error.filename} cannot be written or read: {error.strerror}.', 1
   if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in str(error):
     return ('Another process of this job is gone; see its output for the reason. The same command '

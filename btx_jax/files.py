@@ -1,21 +1,28 @@
-"""Files: replaced as a whole, so that no reader sees half of one; ranges copied; folders locked;
-pointers of Git LFS recognised."""
+"""The one place where this package writes, renames and removes files.
 
+A file or folder gets its name last, after its content is on the disk: a reader sees the old one or
+the new one, also after a kill or a power cut. Until then it has a temporary name, see leftovers.py.
+
+Folders are locked here, too.
+"""
+
+from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import re
 import socket
 import time
+from typing import IO, Any
 
+import numpy as np
+
+from btx_jax import leftovers
 from btx_jax.errors import UsageError
 
-LOCK = 'lock'
 _BLOCK = 1 << 18  # bytes; fits a core's cache
-# How a pointer begins: the URL of the specification, today's or that of the first release.
-_LFS_POINTER = re.compile(rb'version https://(git-lfs|hawser)\.github\.com/spec/v\d+\r?\n')
-LFS_POINTER_BYTES = 1024  # a pointer is shorter than this, by its specification
 # What copy_file_range raises if the system cannot copy between two files.
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -37,45 +44,176 @@ def local_path(name: str, path: str) -> str:
   return expanded
 
 
-def is_lfs_pointer(beginning: bytes) -> bool:
-  """Whether a file that begins with these bytes is a Git LFS pointer in place of the file itself.
+@contextlib.contextmanager
+def replacing(path: str, mode: str = 'w', buffering: int = -1) -> Iterator[IO[Any]]:
+  """Opens a temporary file that replaces `path` at the end of the block, unless that raises.
 
   Args:
-    beginning: the first LFS_POINTER_BYTES bytes of the file, or all of it if it is shorter.
+    path: the file to replace; its folder is made if it does not exist.
+    mode: 'w', which writes UTF-8, or 'wb'.
+    buffering: as for `open`.
+
+  Raises:
+    OSError: with `path`, if writing fails; the old file is kept.
   """
-  return (len(beginning) < LFS_POINTER_BYTES and bool(_LFS_POINTER.match(beginning))
-          and b'\noid ' in beginning)
-
-
-def check_no_lfs_pointer(path: str):
-  """Raises UsageError if a file is a Git LFS pointer in place of the file itself.
-
-  A repository cloned without git-lfs has such pointers, of some 130 bytes, for weights, tokenizers
-  and data. A file that cannot be opened passes: whoever reads it next says why.
-  """
-  try:
-    with open(path, 'rb') as file:
-      beginning = file.read(LFS_POINTER_BYTES)
-  except OSError:
-    return
-  if is_lfs_pointer(beginning):
-    raise UsageError(f'{path} is a Git LFS pointer, not the file itself; run git lfs pull in '
-                     'its repository.')
+  make_folder(os.path.dirname(path))
+  leftovers.clear(path)
+  partial = leftovers.new_name(path)
+  with _naming(path, partial):
+    try:
+      with leftovers.writing(partial, lambda: _open(partial, mode, buffering)) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(partial)
+      raise
+    sync_folder(os.path.dirname(path))
 
 
 @contextlib.contextmanager
-def replacing(path: str, mode: str = 'w'):
-  """Opens a temporary file that replaces `path` at the end of the block, unless that raises."""
-  os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-  partial = f'{path}.{os.getpid()}.partial'  # several jobs may write the same file at once
-  encoding = None if 'b' in mode else 'utf-8'
+def new_folder(path: str) -> Iterator[str]:
+  """Makes a folder under a temporary name, which is renamed to `path` at the end of the block.
+
+  Yields the temporary name. If the block raises, the folder is removed with all that is in it.
+
+  Raises:
+    OSError: with the path concerned, if writing fails or `path` exists by then.
+  """
+  make_folder(os.path.dirname(path))
+  leftovers.clear(path)
+  partial = leftovers.new_name(path)
+  lock = os.path.join(partial, leftovers.LOCK)
+  with _naming(path, partial):
+    try:
+      os.mkdir(partial)
+      with leftovers.writing(partial, lambda: _open(lock, 'w')):
+        yield partial
+        sync_tree(partial)
+        os.rename(partial, path)
+    except BaseException:
+      if os.path.isdir(partial):
+        leftovers.remove_tree(partial)
+      raise
+    sync_folder(os.path.dirname(path))
+  remove(os.path.join(path, leftovers.LOCK))
+
+
+def create(path: str, mode: str = 'w') -> IO[Any]:
+  """Opens a new file of a folder that has not got its name yet; see new_folder."""
+  return _open(path, mode)
+
+
+def append(path: str) -> IO[str]:
+  """Opens a text file to add to its end."""
+  return _open(path, 'a')
+
+
+def write_at(file: int, data, at: int) -> None:
+  """Writes all bytes of `data` into an open file, by its descriptor, from offset `at`."""
+  view = memoryview(data)
+  while view:
+    count = os.pwrite(file, view, at)
+    view, at = view[count:], at + count
+
+
+def save_array(file: IO[bytes], array: np.ndarray) -> None:
+  """Writes an array into an open file, as np.save does.
+
+  np.save lets C write, and on a full disk its error has no number.
+  """
+  content = io.BytesIO()
+  np.save(content, array, allow_pickle=False)
+  file.write(content.getbuffer())
+
+
+def make_folder(path: str) -> None:
+  """Makes a folder and the folders above it, unless they exist."""
+  path = path.rstrip(os.sep) or path or '.'
+  if os.path.isdir(path):
+    return
+  above = os.path.dirname(path)
+  if above and not os.path.exists(above):
+    make_folder(above)
   try:
-    with open(partial, mode, encoding=encoding) as file:
-      yield file
-    os.replace(partial, path)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(partial)
+    os.mkdir(path)
+  except FileExistsError:
+    if not os.path.isdir(path):
+      raise
+  sync_folder(above)
+
+
+def rename(old: str, new: str) -> None:
+  """Renames a file or folder, on the disk when it returns."""
+  os.rename(old, new)
+  for folder in {os.path.dirname(old), os.path.dirname(new)}:
+    sync_folder(folder)
+
+
+def remove(path: str) -> None:
+  """Removes a file if it exists."""
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(path)
+
+
+def remove_empty(folder: str) -> None:
+  """Removes a folder if nothing is in it, and if it can be removed."""
+  with contextlib.suppress(OSError):
+    os.rmdir(folder)
+
+
+def set_aside(path: str, word: str) -> str:
+  """Renames a file or folder to PATH.WORD, or PATH.WORD-2 and so on; returns the new name."""
+  name, number = f'{path}.{word}', 2
+  while os.path.lexists(name):
+    name, number = f'{path}.{word}-{number}', number + 1
+  rename(path, name)
+  return name
+
+
+def sync_tree(folder: str) -> None:
+  """Returns when all files and folders in a folder are on the disk."""
+  for root, _, names in os.walk(folder):
+    for name in names:
+      if name != leftovers.LOCK:  # closing it would release the lock
+        _sync(os.path.join(root, name))
+    sync_folder(root)
+
+
+def sync_folder(folder: str) -> None:
+  """Returns when the names in a folder are on the disk, if its file system can say so."""
+  try:
+    _sync(folder or '.')
+  except OSError as error:
+    # FUSE and SMB may have no such call for folders, and some folders can be written but not read.
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
+      raise
+
+
+def _sync(path: str) -> None:
+  with _naming(path):
+    file = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(file)
+    finally:
+      os.close(file)
+
+
+def _open(path: str, mode: str, buffering: int = -1) -> IO[Any]:
+  return open(path, mode, buffering, encoding=None if 'b' in mode else 'utf-8')
+
+
+@contextlib.contextmanager
+def _naming(path: str, partial: str = '') -> Iterator[None]:
+  """Names the file in an OSError: calls on descriptors name none, and `partial` is temporary."""
+  try:
+    yield
+  except OSError as error:
+    named = error.filename
+    if named is None or (partial and isinstance(named, str) and named.startswith(partial)):
+      raise OSError(error.errno, error.strerror, path) from error
     raise
 
 
@@ -101,10 +239,8 @@ def copy(source: int, start: int, count: int, into: int, at: int) -> int:
         raise
   # The rest is copied here; some systems also return 0 before the end of a file.
   while block := os.pread(source, min(_BLOCK, count - done), start + done):
-    view = memoryview(block)
-    while view:
-      written = os.pwrite(into, view, at + done)
-      view, done = view[written:], done + written
+    write_at(into, block, at + done)
+    done += len(block)
   return done
 
 
@@ -117,8 +253,8 @@ def lock_folder(folder: str):
   Raises:
     UsageError: another process holds the lock.
   """
-  os.makedirs(folder, exist_ok=True)
-  with open(os.path.join(folder, LOCK), 'a+', encoding='utf-8') as file:
+  make_folder(folder)
+  with open(os.path.join(folder, leftovers.LOCK), 'a+', encoding='utf-8') as file:
     try:
       _lock_file(file)
     except OSError as error:
@@ -146,7 +282,7 @@ def _lock_file(file, tries: int = 20):
 def is_locked(folder: str) -> bool:
   """Whether another process holds the lock of a directory; True if that cannot be known."""
   try:
-    with open(os.path.join(folder, LOCK), encoding='utf-8') as file:
+    with open(os.path.join(folder, leftovers.LOCK), encoding='utf-8') as file:
       fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except FileNotFoundError:
     return False

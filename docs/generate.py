@@ -74,6 +74,12 @@ NOTES = {
         'does not hold tokens written': 'Something else wrote this folder, or it is damaged. If it '
                                         'holds nothing else, delete it.',
         'is not a btx_jax manifest': 'Something else wrote this file, or it is damaged.',
+        'so it cannot be tokenized again': 'The lengths of token files are compared at every '
+                                           'start, and a file that has changed since it was '
+                                           'written is hashed. Where the text is still there, '
+                                           'damaged tokens are renamed and made again.',
+        'has what is not of this export': 'An export only removes files that an interrupted export '
+                                          'left.',
     },
     'During a run': {
         'Checkpoints with a finite loss': 'The loss or the norm of its gradient was not finite. '

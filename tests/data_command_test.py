@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from btx_jax import sealed
 from btx_jax.commands import data
 from btx_jax.data import duplicates, splits
 from btx_jax.data.tokens import Tokens
@@ -167,11 +168,9 @@ def test_folders_without_a_count_of_skipped_records_are_described(planted, tmp_p
   folder = str(tmp_path / 'data')
   data.describe(config, folder)
   path = os.path.join(folder, 'math', 'meta.json')
-  with open(path, encoding='utf-8') as file:
-    meta = json.load(file)
+  meta = sealed.read(path)
   del meta['skipped']
-  with open(path, 'w', encoding='utf-8') as file:
-    json.dump(meta, file)
+  sealed.write(path, meta)
   domains = data.describe(config, folder)
   assert domains[1].skipped is None
   assert len(data.as_table(domains).rows) == 3

@@ -15,11 +15,13 @@ MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 # Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py,
-# generate_command_test.py, select_test.py, damage_test.py, tasks_test.py and builtin_test.py.
+# generate_command_test.py, select_test.py, damage_test.py, writes_test.py, tasks_test.py and
+# builtin_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
                   'generation/settings', 'commands/prompts', 'commands/generate',
                   'commands/generators', 'commands/exported', 'training/checkpoint',
-                  'training/damage', 'scoring/continuations', 'scoring/find_tasks',
+                  'training/damage', 'data/damage', 'convert/unfinished',
+                  'scoring/continuations', 'scoring/find_tasks',
                   'scoring/harness', 'data/questions')
 
 CONFIG = '''
@@ -826,9 +828,10 @@ def test_two_exports_into_one_folder(run, config, tmp_path):
   arguments = (config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
                f'--to={out}')
   with files.lock_folder(str(partial)):
+    (partial / 'unfinished.json').write_text('{}')
     (partial / 'model-00001-of-00002.safetensors').write_text('of the first')
     check(run(*arguments), f'out.partial is in use by another process: {os.uname().nodename}')
-    assert len(os.listdir(partial)) == 2
+    assert len(os.listdir(partial)) == 3
   done = run(*arguments)
   assert done.code == 0, done.stderr
   assert {'config.json', 'model.safetensors'} < {*os.listdir(out)}

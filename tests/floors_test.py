@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # installed there; rooms of one floor do not import each other. __init__ and __main__ import late,
 # when they are used; they may reach any floor.
 FLOORS = (
-    ('errors', 'terminal'),
-    ('devices', 'recipe', 'files', 'outer'),
-    ('model', 'selector'),
+    ('errors', 'terminal', 'leftovers'),
+    ('devices', 'recipe', 'files', 'git_lfs', 'outer'),
+    ('model', 'selector', 'sealed'),
     ('convert', 'run', 'btx'),
     ('base',),
     ('data', 'configs'),

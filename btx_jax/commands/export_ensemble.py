@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 import json
 import os
-import shutil
 
 import numpy as np
 
 from btx_jax import files
 from btx_jax.commands.export import check_complete, export_run, identity, scores_section
-from btx_jax.convert import export
+from btx_jax.convert import export, unfinished
 from btx_jax.convert.safetensors import Writer
 from btx_jax.errors import UsageError
 from btx_jax.run import Run, linear_of, reader_model
@@ -20,7 +19,6 @@ from btx_jax.terminal import say
 
 SELECTOR, WEIGHTS = 'selector.json', 'selector.safetensors'
 WEIGHT = 'weight'  # as torch's Linear has it
-_UNFINISHED = 'unfinished.json'  # says which export the models of an unfinished folder belong to
 
 
 def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
@@ -37,8 +35,8 @@ def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
     dtype: dtype of the models' weights; the selector's are float32.
 
   Raises:
-    UsageError: the selector is not linear or not fitted, a model is not complete, or see
-      export_run.
+    UsageError: the selector is not linear or not fitted, a model is not complete, FOLDER.partial
+      is not of this export, or see export_run.
   """
   run = study.run(name)
   if isinstance(run.selector, Merge):
@@ -50,27 +48,31 @@ def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
   check_complete(study, run)
   columns_1DE = routers.of(study, run)
   assert columns_1DE is not None
-  partial = f'{os.path.normpath(folder)}.partial'
-  with files.lock_folder(partial):
-    _keep_matching_models(partial, {'identity': identity(study, run), 'dtype': dtype})
-    # Sorted, because 'expert' must be there before 'expert/code' is written into it.
-    for source in sorted(run.sources, key=lambda source: source.plain_name):
-      into = os.path.join(partial, source.plain_name)
-      if not os.path.exists(os.path.join(into, 'config.json')):
-        export_run(study, source.name, into, dtype)
-    weight_ED = np.ascontiguousarray(columns_1DE[0].T)
-    with Writer(os.path.join(partial, WEIGHTS),
-                {WEIGHT: (weight_ED.shape, weight_ED.dtype)}) as writer:
-      writer.write(WEIGHT, weight_ED)
-    with files.replacing(os.path.join(partial, SELECTOR)) as file:
-      json.dump(about(run), file, indent=2)
-    with files.replacing(os.path.join(partial, 'README.md')) as file:
-      file.writelines(_card(study, run))
-    os.remove(os.path.join(partial, _UNFINISHED))
-    export.check(folder, run.model, dtype)  # another process may have finished it just now
-    os.rename(partial, folder)
-    os.remove(os.path.join(folder, files.LOCK))
+  this = {'identity': identity(study, run), 'dtype': dtype}
+  if not unfinished.was_completed(folder, this):
+    with unfinished.folder_for(folder) as partial:
+      _write(study, run, columns_1DE[0], partial, dtype, this)
+      export.check(folder, run.model, dtype)  # another process may have finished it just now
   say(f'{name} is in {folder}: {len(run.sources)} models and their selector')
+
+
+def _write(study: Study, run: Run, columns_DE: np.ndarray, partial: str, dtype: str, this: dict
+           ) -> None:
+  """Writes what is not in the unfinished folder yet."""
+  unfinished.begin_several(partial, this)
+  # Sorted, because 'expert' must be there before 'expert/code' is written into it.
+  for source in sorted(run.sources, key=lambda source: source.plain_name):
+    into = os.path.join(partial, source.plain_name)
+    if not os.path.exists(os.path.join(into, 'config.json')) or unfinished.is_marked(into):
+      export_run(study, source.name, into, dtype)
+  weight_ED = np.ascontiguousarray(columns_DE.T)
+  with Writer(os.path.join(partial, WEIGHTS),
+              {WEIGHT: (weight_ED.shape, weight_ED.dtype)}) as writer:
+    writer.write(WEIGHT, weight_ED)
+  with files.replacing(os.path.join(partial, SELECTOR)) as file:
+    json.dump(about(run), file, indent=2)
+  with files.replacing(os.path.join(partial, 'README.md')) as file:
+    file.writelines(_card(study, run))
 
 
 def about(run: Run) -> dict:
@@ -80,23 +82,6 @@ def about(run: Run) -> dict:
           'experts': [expert.plain_name for expert in run.experts],
           'domains': list(settings.labels), 'decay': settings.decay,
           'hysteresis': settings.hysteresis, 'kind': settings.kind}
-
-
-def _keep_matching_models(partial: str, export_id: dict) -> None:
-  """Clears the folder of an unfinished export, unless it is of the same export."""
-  try:
-    with open(os.path.join(partial, _UNFINISHED), encoding='utf-8') as file:
-      same = json.load(file) == export_id
-  except (OSError, ValueError):
-    same = False
-  for name in os.listdir(partial) if not same else ():
-    path = os.path.join(partial, name)
-    if os.path.isdir(path):
-      shutil.rmtree(path)
-    elif name != files.LOCK:
-      os.remove(path)
-  with files.replacing(os.path.join(partial, _UNFINISHED)) as file:
-    json.dump(export_id, file)
 
 
 def _card(study: Study, run: Run) -> Iterator[str]:

@@ -5,7 +5,7 @@ import json
 import os
 from typing import Any
 
-from btx_jax import files
+from btx_jax import git_lfs
 from btx_jax.convert import names
 from btx_jax.errors import UsageError
 from btx_jax.model.config import ROPE_SCALINGS, Config
@@ -68,7 +68,7 @@ ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
 
 def read_json(path: str) -> dict:
   """Reads a JSON object. Raises UsageError if the file does not hold one, or is an LFS pointer."""
-  files.check_no_lfs_pointer(path)
+  git_lfs.check_no_pointer(path)
   try:
     with open(path, encoding='utf-8') as file:
       found = json.load(file)

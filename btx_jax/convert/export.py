@@ -9,10 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from btx_jax import files
-from btx_jax.convert import config_json, generation, names, shards
+from btx_jax.convert import config_json, generation, names, shards, unfinished
 from btx_jax.convert.generation import Generation
 from btx_jax.errors import UsageError, nearest
-from btx_jax.files import replacing
 from btx_jax.model.config import Config
 from btx_jax.model.source import Extent, Source
 
@@ -23,7 +22,6 @@ _PIECE = 1 << 24  # working bytes to convert one piece; more is not faster
 # float64), a copy if rows are concatenated; and, of the previous piece, which is still being
 # written, the value and its transpose.
 _BYTES_PER_ELEMENT = 28
-_UNFINISHED = 'unfinished.json'  # says which export the shards of an unfinished folder belong to
 
 
 def export(folder: str, model: Config, source: Source, dtype: str, *, max_length: int,
@@ -56,7 +54,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
 
   Raises:
     UsageError: transformers has no such model, the folder exists, another process is writing it,
-      or `ram` is too small.
+      FOLDER.partial has other files, or `ram` is too small.
   """
   check(folder, model, dtype, origin)
   config = config_json.to_json(model, dtype, max_length, balance_loss, bos_id,
@@ -81,35 +79,21 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
   generating = generation.to_json(descends_from, bos_id, eos_id)
   texts = {config_json.FILE: json.dumps(config, indent=2) + '\n',
            generation.FILE: json.dumps(generating, indent=2) + '\n', 'README.md': card}
-  partial = f'{os.path.normpath(folder)}.partial'
-  with files.lock_folder(partial):
+  encoded = {**tokenizer_files, **{name: text.encode() for name, text in texts.items()}}
+  this = json.loads(json.dumps(
+      {'identity': identity, 'config': config, 'max_shard': max_shard}))
+  if unfinished.was_completed(folder, this):
+    return 0
+  with unfinished.folder_for(folder) as partial:
     check(folder, model, dtype, origin)  # another process may have finished it just now
-    _keep_matching_shards(partial, {'identity': identity, 'config': config, 'max_shard': max_shard})
+    unfinished.begin(partial, this, {*encoded, shards.INDEX})
     written = shards.write(
         partial, {name: names.stored_shape(tensors[name][0], size) for name in order} | zeros,
         DTYPES[dtype], pieces, max_shard, extent)
-    encoded = {name: text.encode() for name, text in texts.items()}
-    for name, content in {**tokenizer_files, **encoded}.items():
-      with open(os.path.join(partial, name), 'wb') as file:
+    for name, content in encoded.items():
+      with files.replacing(os.path.join(partial, name), 'wb') as file:
         file.write(content)
-    os.remove(os.path.join(partial, _UNFINISHED))
-    os.rename(partial, folder)
-    os.remove(os.path.join(folder, files.LOCK))
   return written
-
-
-def _keep_matching_shards(partial: str, export_id: dict) -> None:
-  """Clears the folder of an unfinished export, except the complete shards of the same export."""
-  try:
-    with open(os.path.join(partial, _UNFINISHED), encoding='utf-8') as file:
-      same = bool(export_id['identity']) and json.load(file) == export_id
-  except (OSError, ValueError):
-    same = False
-  for name in os.listdir(partial):
-    if name != files.LOCK and not (same and name.endswith('.safetensors')):
-      os.remove(os.path.join(partial, name))
-  with replacing(os.path.join(partial, _UNFINISHED)) as file:
-    json.dump(export_id, file)
 
 
 def check(folder: str, model: Config, dtype: str, origin: str = '') -> None:
@@ -117,8 +101,9 @@ def check(folder: str, model: Config, dtype: str, origin: str = '') -> None:
   if dtype not in DTYPES:
     raise UsageError(f'dtype = {dtype!r}; {nearest(dtype, DTYPES)}')
   config_json.kind_of(model, origin)
-  if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-    raise UsageError(f'{folder} already exists; name another folder, or delete it.')
+  is_free = os.path.isdir(folder) and (not os.listdir(folder) or unfinished.is_marked(folder))
+  if os.path.exists(folder) and not is_free:
+    raise unfinished.exists(folder)
 
 
 def _layer_order(row: names.Row, indices: tuple[int, ...]):

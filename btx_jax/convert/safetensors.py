@@ -12,12 +12,10 @@ import contextlib
 import itertools
 import json
 import math
-import os
-import uuid
 
 import numpy as np
 
-from btx_jax import files
+from btx_jax import files, git_lfs
 from btx_jax.convert import finite, header
 from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
@@ -42,7 +40,7 @@ class File:
 
   def __init__(self, path: str):
     self.path = path
-    files.check_no_lfs_pointer(path)
+    git_lfs.check_no_pointer(path)
     try:
       with open(path, 'rb') as file:
         self.header, start, size = header.read(file)
@@ -175,7 +173,6 @@ class Writer:
                metadata: Mapping[str, str] | None = None):
     """`tensors`: name -> shape and dtype, in file order."""
     self._path = path
-    self._partial = f'{path}.{uuid.uuid4().hex[:8]}.partial'
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, dict] = {'__metadata__': dict(metadata or {'format': 'pt'})}
     end = 0
@@ -193,9 +190,12 @@ class Writer:
     self._head = len(raw).to_bytes(8, 'little') + raw
 
   def __enter__(self):
-    self._file = open(self._partial, 'wb', buffering=0)
-    self._file.truncate(self._size)
-    self._write(0, self._head)
+    with contextlib.ExitStack() as stack:
+      self._file = stack.enter_context(files.replacing(self._path, 'wb', buffering=0))
+      with self._errors_naming_file():
+        self._file.truncate(self._size)
+      self._write(0, self._head)
+      self._replacing = stack.pop_all()
     return self
 
   def write(self, name: str, values: np.ndarray, index: Index = (),
@@ -236,11 +236,8 @@ class Writer:
     self._left[name] -= math.prod(shape)
 
   def _write(self, start: int, raw):
-    view = memoryview(raw)
     with self._errors_naming_file():
-      while view:
-        count = os.pwrite(self._file.fileno(), view, start)
-        view, start = view[count:], start + count
+      files.write_at(self._file.fileno(), raw, start)
 
   @contextlib.contextmanager
   def _errors_naming_file(self):
@@ -250,15 +247,10 @@ class Writer:
     except OSError as error:
       raise OSError(error.errno, error.strerror, self._path) from error
 
-  def __exit__(self, kind, *_):
-    try:
-      if kind is None:
-        unwritten = [name for name, left in self._left.items() if left]
-        if unwritten:
-          raise ValueError(f'{self._path}: not written exactly once: {", ".join(unwritten)}')
-        os.fsync(self._file.fileno())
-        os.replace(self._partial, self._path)
-    finally:
-      self._file.close()
-      if os.path.exists(self._partial):
-        os.remove(self._partial)
+  def __exit__(self, kind, value, trace):
+    unwritten = [name for name, left in self._left.items() if left]
+    if kind is None and unwritten:
+      value = ValueError(f'{self._path}: not written exactly once: {", ".join(unwritten)}')
+      self._replacing.__exit__(ValueError, value, None)
+      raise value
+    self._replacing.__exit__(kind, value, trace)

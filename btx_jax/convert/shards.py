@@ -13,9 +13,10 @@ import numpy as np
 from btx_jax.convert.header import DTYPES, Tensor
 from btx_jax.convert.safetensors import File, Writer
 from btx_jax.errors import UsageError
+from btx_jax.files import replacing
 from btx_jax.model.source import Extent, Index
 
-_SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
+_SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 _SAMPLES, _SAMPLE = 2, 256  # `fingerprint` hashes 2 samples of 256 bytes per tensor
 
 
@@ -35,8 +36,8 @@ class Shards:
     if os.path.exists(os.path.join(folder, _SINGLE)):
       self._files = {_SINGLE: File(os.path.join(folder, _SINGLE))}
       self._file_of = dict.fromkeys(self._files[_SINGLE].tensors, _SINGLE)
-    elif os.path.exists(os.path.join(folder, _INDEX)):
-      self._file_of = _weight_map(os.path.join(folder, _INDEX))
+    elif os.path.exists(os.path.join(folder, INDEX)):
+      self._file_of = _weight_map(os.path.join(folder, INDEX))
       self._files = _open(folder, self._file_of)
     else:
       pickled = sorted(name for name in _listdir(folder)
@@ -163,7 +164,7 @@ def write(folder: str, tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype,
   if len(groups) > 1:
     index = {'metadata': {'total_size': sum(size.values())},
              'weight_map': {name: file for file, group in zip(files, groups) for name in group}}
-    with open(os.path.join(folder, _INDEX), 'w', encoding='utf-8') as file:
+    with replacing(os.path.join(folder, INDEX)) as file:
       json.dump(index, file, indent=2)
   return written
 

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from typing import Any
 
-from btx_jax import errors, files
+from btx_jax import errors, git_lfs
 from btx_jax.data import chats, demo, folders, formats, records
 from btx_jax.data.domains import Domain
 from btx_jax.data.folders import LeftOut
@@ -178,7 +178,7 @@ def _of_file(domain: Domain, path: str, explicit: bool, max_skipped: float, tall
         yield record
       continue
     if record.reason == records.LFS_POINTER and (explicit or folders.is_data(path)):
-      files.check_no_lfs_pointer(path)
+      git_lfs.check_no_pointer(path)
     whole = record.reason in _WHOLE_FILES
     group = group or tally.group(
         path, _WHOLE_FILES[record.reason] if whole else about.kind, is_read=not whole)

@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 from btx_jax.data import demo
+from btx_jax.files import replacing
 
 _QUESTIONS = (  # about a country, and where the factbook has the answer
     ('What is the capital of {}?', ('Government', 'Capital', 'name')),
@@ -58,14 +59,13 @@ def arithmetic() -> Iterator[Conversation]:
 
 def write(folder: str) -> None:
   """Writes the files; see the top of this file."""
-  os.makedirs(folder, exist_ok=True)
   for name, made in (('countries', countries()), ('arithmetic', arithmetic())):
     conversations = list(made)
     test = conversations[::_TEST]
     train = [each for i, each in enumerate(conversations) if i % _TEST]
     for ending, chosen in (('', train), ('.test', test)):
       path = os.path.join(folder, f'{name}{ending}.jsonl')
-      with open(path, 'w', encoding='utf-8') as file:
+      with replacing(path) as file:
         file.writelines(json.dumps({'messages': each}, ensure_ascii=False) + '\n'
                         for each in chosen)
       print(f'{path}: {len(chosen):,} conversations')

@@ -14,7 +14,7 @@ import dataclasses
 import os
 from typing import IO
 
-from btx_jax import files
+from btx_jax import git_lfs
 from btx_jax.data import csv_files, json_files, records, tables
 from btx_jax.data.pieces import count_lines, pieces, separator_of
 from btx_jax.data.records import (
@@ -108,11 +108,11 @@ def read(path: str, text_field: str = TEXT_FIELD, id_field: str = '', separator:
 
 def _records(path: str, file: IO[bytes], fields: Fields, separator: str, about: Reading,
              lone: bool) -> Iterator[Document | Unusable]:
-  beginning = file.read(files.LFS_POINTER_BYTES)
+  beginning = file.read(git_lfs.POINTER_BYTES)
   named = ending(path)
   if not beginning:
     return
-  if files.is_lfs_pointer(beginning):
+  if git_lfs.is_pointer(beginning):
     yield Unusable(path, LFS_POINTER, '; run git lfs pull in its repository')
   elif beginning.startswith(b'PAR1') or named == '.parquet':
     about.kind = PARQUET

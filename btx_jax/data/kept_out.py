@@ -9,14 +9,13 @@ text is needed, and token folders that were written earlier can be checked too.
 from collections.abc import Mapping
 import dataclasses
 import hashlib
-import json
 import os
 import types
 from typing import Any, Protocol
 
 import numpy as np
 
-from btx_jax import files
+from btx_jax import sealed
 from btx_jax.errors import UsageError
 
 # Hash of a document -> the domain that it is held out for.
@@ -113,8 +112,7 @@ def check(folder: str, domain: str, meta: dict[str, Any], train: Split,
         'were held out when it was tokenized and no longer are. Hold them out again, use '
         'another --workdir, or delete that folder if no run needs it.')
   meta = meta | {_KEY: {**known, 'of': now}}
-  with files.replacing(os.path.join(folder, META)) as file:
-    json.dump(meta, file, indent=1)
+  sealed.write(os.path.join(folder, META), meta)
   return meta
 
 

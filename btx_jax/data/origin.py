@@ -11,9 +11,11 @@ import json
 import os
 from typing import Any
 
+from btx_jax.data.damage import Damaged
 from btx_jax.errors import UsageError
+from btx_jax.files import create
 
-_FILES = 'files.jsonl'
+FILES = 'files.jsonl'
 _ENDS = 1 << 20  # bytes compared at each end of a file
 _NAMED = 3  # the most files of a domain that a message names
 _FRAMING = {'begin': 'tokenizer.bos', 'end': 'tokenizer.eos', 'special': 'tokenizer.special',
@@ -22,7 +24,7 @@ _FRAMING = {'begin': 'tokenizer.bos', 'end': 'tokenizer.eos', 'special': 'tokeni
 
 def write(folder: str, paths: Iterable[str]) -> None:
   """Records the files of a domain in the folder of its tokens."""
-  with open(os.path.join(folder, _FILES), 'w', encoding='utf-8') as file:
+  with create(os.path.join(folder, FILES)) as file:
     for path in paths:
       found = os.stat(path)
       line = [path, found.st_size, found.st_mtime_ns, _hash(path)]
@@ -31,7 +33,7 @@ def write(folder: str, paths: Iterable[str]) -> None:
 
 def is_noted(folder: str) -> bool:
   """Whether the files of a domain are recorded; if not, `made_from` has their number and size."""
-  return os.path.exists(os.path.join(folder, _FILES))
+  return os.path.exists(os.path.join(folder, FILES))
 
 
 def differences(folder: str, name: str, was: Mapping[str, Any], now: Mapping[str, Any],
@@ -45,7 +47,10 @@ def differences(folder: str, name: str, was: Mapping[str, Any], now: Mapping[str
     now: the same for the config. Keys that it lacks are not compared.
     paths: the files now. If there are none, the files are not compared: the tokens suffice.
   """
-  before = {path: tuple(facts) for path, *facts in _lines(folder)}
+  try:
+    before = {path: tuple(facts) for path, *facts in _lines(folder)}
+  except (ValueError, TypeError) as error:
+    raise Damaged(folder, FILES, str(error)) from error
   for key, value in now.items():
     then = was.get(key)
     if then == value:
@@ -118,7 +123,7 @@ def _of_file(path: str, before: tuple[int, int, str] | None) -> str:
 
 def _lines(folder: str) -> Iterator[list[Any]]:
   try:
-    with open(os.path.join(folder, _FILES), encoding='utf-8') as file:
+    with open(os.path.join(folder, FILES), encoding='utf-8') as file:
       yield from map(json.loads, file)
   except FileNotFoundError:
     return

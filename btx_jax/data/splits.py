@@ -12,7 +12,6 @@ Each document is compared with the text that its tokens stand for; see changes.p
 from collections.abc import Mapping, Sequence
 import contextlib
 import hashlib
-import os
 from typing import NamedTuple
 
 from btx_jax.data import corpora, encoding, kept_out, token_files
@@ -67,7 +66,6 @@ def write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokeniz
     tallies: one for each part, which counts its records.
     unless: see prepare.
   """
-  os.makedirs(folder, exist_ok=True)
   smallest, changes, removed = None, Changes(), kept_out.Removed()
   name, has_ids = parts[0][0].name, bool(parts[0][0].id_field)
   with contextlib.ExitStack() as stack:

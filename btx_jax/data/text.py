@@ -7,10 +7,12 @@ import os
 import tempfile
 from typing import Any
 
+from btx_jax import files, sealed
 from btx_jax.data import (
   chat_template,
   chat_tokens,
   corpora,
+  damage,
   domains,
   framing,
   kept_out,
@@ -27,8 +29,9 @@ from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing
 from btx_jax.terminal import say
+
+_SUMS = 'tokenizer.sums.json'  # the length and hash of the files of the kept tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,34 @@ def prepare(config, folder: str) -> Text:
   wanted = domains.from_config(config.domains)
   tokenizer = _tokenizer(config, folder, wanted)
   say(f'tokenizer: {tokenizer.framing}')
+  for domain in wanted:
+    _set_aside_damaged(config, folder, domain, tokenizer)
+  return _open(config, folder, wanted, tokenizer)
+
+
+def _set_aside_damaged(config, folder: str, domain: Domain, tokenizer: Tokenizer) -> None:
+  """Renames the tokens of a domain if they are damaged and can be made again from the same text.
+
+  Raises UsageError if they cannot.
+  """
+  path = os.path.join(folder, domain.name)
+  if not os.path.exists(path):
+    return
+  try:
+    tokens.check(path)
+  except damage.Damaged as error:
+    if not tokens.can_prepare(domain):
+      raise error.has_no_text() from error
+    if error.name not in (kept_out.META, origin.FILES):
+      origin.check(folder, {domain.name: tokens.differences(
+          path, domain, tokenizer, config.data.held_out)})
+    renamed = files.set_aside(path, 'damaged')
+    say(f'{domain.name}: {error.what} The folder is now called {renamed}, and the text is '
+        'tokenized again.')
+
+
+def _open(config, folder: str, wanted: Sequence[Domain], tokenizer: Tokenizer) -> Text:
+  """`prepare`, once the tokens that exist are sound."""
   found = changed(config, folder, tokenizer)
   origin.check(folder, found)
   train, held_out = {}, {}
@@ -167,12 +198,13 @@ def open_prepared(config, folder: str) -> Text:
   distributed.wait_for(_kept(config, folder))
   for domain in config.domains:
     distributed.wait_for(os.path.join(folder, domain, kept_out.META))
-  return prepare(config, folder)
+  wanted = domains.from_config(config.domains)
+  return _open(config, folder, wanted, _tokenizer(config, folder, wanted))
 
 
 def tokenizer(config, folder: str) -> Tokenizer:
   """The tokenizer that `prepare` used."""
-  return given(config, folder) or load_tokenizer(
+  return given(config, folder) or _load_kept(
       _kept(config, folder), framing.options(config.tokenizer))
 
 
@@ -195,11 +227,31 @@ def given(config, folder: str) -> Tokenizer | None:
                        'tokens, and one that is trained here has none; set tokenizer.path to a '
                        'tokenizer.json.')
     return None
-  path = path if os.path.exists(path) or not os.path.exists(kept) else kept
-  result = load_tokenizer(path, options)
+  gone = not os.path.exists(path) and os.path.exists(kept)
+  result = _load_kept(kept, options) if gone else load_tokenizer(path, options)
   if of_chats:
     chat_tokens.stop_id(result)  # fails early if its template cannot render a conversation
   return result
+
+
+def _load_kept(path: str, options: framing.Options) -> Tokenizer:
+  """The copy of the tokenizer beside the tokens. Raises UsageError if it is damaged."""
+  try:
+    _check_kept(os.path.dirname(path))
+  except damage.Damaged as error:
+    raise error.is_the_tokenizer() from error
+  return load_tokenizer(path, options)
+
+
+def _check_kept(folder: str) -> None:
+  """Raises damage.Damaged if the copy of the tokenizer is damaged."""
+  try:
+    recorded = sealed.read(os.path.join(folder, _SUMS))
+  except FileNotFoundError:
+    return  # an earlier version wrote the copy
+  except ValueError as error:
+    raise damage.Damaged(folder, _SUMS, str(error)) from error
+  damage.check(folder, recorded)
 
 
 def _kept(config, folder: str) -> str:
@@ -214,18 +266,26 @@ def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
   kept, size = _kept(config, folder), config.tokenizer.vocab_size
   tokenizer = given(config, folder)
   if not tokenizer and os.path.exists(kept):
-    tokenizer = load_tokenizer(kept, framing.options(config.tokenizer))
+    tokenizer = _load_kept(kept, framing.options(config.tokenizer))
     if tokenizer.vocab_size != size:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
                        f'= {size}. Set that, or use another --workdir.')
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
     tokenizer = train_tokenizer(_sample(config, wanted), size, framing.options(config.tokenizer))
-  if not os.path.exists(kept):
+  missing = not os.path.exists(kept)
+  if not missing:
+    try:
+      _check_kept(folder)
+    except damage.Damaged as error:
+      say(f'tokenizer: {error.what} It is written again from {config.tokenizer.path}.')
+      missing = True
+  if missing:
     last = os.path.basename(kept)  # written last: if it exists, all do
     for name in sorted(tokenizer.files, key=lambda name: name == last):
-      with replacing(os.path.join(folder, name), 'wb') as file:
+      with files.replacing(os.path.join(folder, name), 'wb') as file:
         file.write(tokenizer.files[name])
+    sealed.write(os.path.join(folder, _SUMS), damage.sums(folder, list(tokenizer.files)))
   return tokenizer
 
 

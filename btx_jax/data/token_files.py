@@ -2,6 +2,7 @@
 
 import array
 from collections.abc import Container
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from btx_jax.data import framing, kept_out, records
 from btx_jax.data.chat_tokens import READ, REJECTED
 from btx_jax.data.records import Document
 from btx_jax.data.tokenizer import Tokenizer
+from btx_jax.files import create, save_array
 
 ROLES = '.roles.bin'  # only for conversations: the role of each token, one byte
 
@@ -42,13 +44,10 @@ class Writer:
 
   def __init__(self, folder: str, split: str, tokenizer: Tokenizer, has_ids: bool,
                has_roles: bool = False):
-    path = os.path.join(folder, split)
+    self._path, self._has_ids, self._has_roles = os.path.join(folder, split), has_ids, has_roles
     self._tokenizer, self._code = tokenizer, dtype_of(tokenizer).char
-    self._boundaries, self._boundaries_file = [(0, 0)], f'{path}.documents.npy'
+    self._boundaries, self._boundaries_file = [(0, 0)], f'{self._path}.documents.npy'
     self.raw_bytes = self._answers = self._written = 0
-    self._tokens_file = open(f'{path}.bin', 'wb')
-    self._ids_file = open(f'{path}.ids.jsonl', 'w', encoding='utf-8') if has_ids else None
-    self._roles_file = open(f'{path}{ROLES}', 'wb') if has_roles else None
 
   @property
   def documents(self) -> int:
@@ -58,7 +57,7 @@ class Writer:
   def of_chats(self) -> dict[str, int]:
     """For conversations, the number of `answers` so far, and of `written` tokens, which a model is
     to write; {} for text."""
-    return {'answers': self._answers, 'written': self._written} if self._roles_file else {}
+    return {'answers': self._answers, 'written': self._written} if self._has_roles else {}
 
   def add(self, found: Encoded, unless: Container[int] = ()) -> int | None:
     """Adds a document, unless its hash is in `unless`. A conversation gets no marks.
@@ -93,14 +92,19 @@ class Writer:
     return None
 
   def __enter__(self) -> 'Writer':
+    with contextlib.ExitStack() as stack:
+      opened = lambda ending, mode: stack.enter_context(create(f'{self._path}{ending}', mode))
+      self._tokens_file = opened('.bin', 'wb')
+      self._ids_file = opened('.ids.jsonl', 'w') if self._has_ids else None
+      self._roles_file = opened(ROLES, 'wb') if self._has_roles else None
+      self._files = stack.pop_all()
     return self
 
   def __exit__(self, *error):
-    self._tokens_file.close()
-    for file in (self._ids_file, self._roles_file):
-      if file:
-        file.close()
-    np.save(self._boundaries_file, np.array(self._boundaries, np.int64))
+    self._files.close()
+    if error[0] is None:
+      with create(self._boundaries_file, 'wb') as file:
+        save_array(file, np.array(self._boundaries, np.int64))
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:

@@ -19,7 +19,7 @@ import sentencepiece as spm
 
 from btx_jax.data import chat_template, fast_tokenizer, framing, spelling
 from btx_jax.errors import UsageError
-from btx_jax.files import check_no_lfs_pointer
+from btx_jax.git_lfs import check_no_pointer
 
 FILE = 'tokenizer.model'
 # Files that belong to a tokenizer and are kept with it. The config.json is the model's.
@@ -204,7 +204,7 @@ def load(path: str, options: framing.Options = framing.AUTOMATIC) -> Tokenizer:
   where = os.path.join(path, main) if os.path.isdir(path) else path
   files = {name: os.path.join(os.path.dirname(where), name) for name in COMPANIONS}
   files = {name: file for name, file in files.items() if os.path.exists(file)} | {main: where}
-  check_no_lfs_pointer(where)
+  check_no_pointer(where)
   try:
     contents = {name: _read(file) for name, file in files.items()}
     tiktoken = main == FILE and _is_tiktoken(where)

@@ -10,8 +10,10 @@ splits.py decides which documents are held out, and writes these files:
                                           document, one JSON string per line ("" if it has none)
   DIR/train.roles.bin, held_out...         conversations only: one byte per token, chat_tokens.py
   DIR/files.jsonl                         the files that the tokens were made from, see origin.py
-  DIR/meta.json                           the settings they were made with, the skipped records, and
-                                          the documents kept out of training; written last
+  DIR/meta.json                           the settings they were made with, the skipped records,
+                                          the documents kept out of training, and the length and
+                                          hash of each file; written last
+  DIR/checked.json                        the files that were hashed, see damage.py
 
 The hash of the tokens does not cover the ids, so runs do not depend on them.
 """
@@ -19,15 +21,15 @@ The hash of the tokens does not cover the ids, so runs do not depend on them.
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
-import shutil
-import uuid
 
 import numpy as np
 
-from btx_jax.data import corpora, kept_out, origin, splits, token_files
+from btx_jax import files, leftovers, sealed
+from btx_jax.data import corpora, damage, kept_out, origin, splits, token_files
 from btx_jax.data.chat_tokens import REJECTED, WRITTEN
 from btx_jax.data.domains import PAIRS, TEXT, Domain
 from btx_jax.data.framing import ENCODE
@@ -110,9 +112,13 @@ def load(folder: str, split: str) -> Tokens:
 
   If the training tokens were deleted, the split is empty. Finished runs are unaffected; a run that
   needs the tokens is refused, because there are too few.
+
+  Raises:
+    UsageError: the folder holds no tokens, or they are damaged.
   """
   meta = read_meta(folder)
   tokens = os.path.join(folder, f'{split}.bin')
+  _check(folder, meta, split)
   if split == 'train' and not (os.path.exists(tokens) and os.path.getsize(tokens)):
     nothing = np.zeros(1, np.int64)
     return Tokens(np.zeros(0, meta['dtype']), nothing, nothing, meta['hash'][split])
@@ -124,6 +130,30 @@ def load(folder: str, split: str) -> Tokens:
   return Tokens(
       ids, documents[:, 0], documents[:, 1], meta['hash'][split], begins, ends, roles,
       meta['made_from']['domain'].get('format') == PAIRS)
+
+
+def check(folder: str) -> None:
+  """Raises damage.Damaged if a file of a folder that `prepare` wrote is not what was written."""
+  meta = read_meta(folder)
+  damage.check(folder, {name: each for name, each in meta.get(damage.SUMS, {}).items()
+                        if name == origin.FILES})
+  for split in SPLITS:
+    _check(folder, meta, split)
+
+
+def _check(folder: str, meta: Mapping, split: str) -> None:
+  """Raises damage.Damaged if a split is damaged. Training tokens may have been deleted."""
+  if split == 'train' and not os.path.exists(os.path.join(folder, 'train.bin')):
+    return
+  if damage.SUMS in meta:
+    recorded = {name: each for name, each in meta[damage.SUMS].items()
+                if name.startswith(f'{split}.')}
+    if f'{split}.bin' in damage.check(folder, recorded):
+      damage.check_numbers(folder, split, meta['dtype'], meta['vocab_size'])
+  else:  # an earlier version
+    damage.check_numbers(folder, split, meta['dtype'], None)
+    if token_files.hash_of_files(folder, split) != meta['hash'][split]:
+      raise damage.Damaged(folder, f'{split}.bin', 'its content is not what was written')
 
 
 def document_id(folder: str, split: str, number: int) -> str:
@@ -167,11 +197,14 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
     return reopen(folder, domain, unless)
 
   made_from = _made_from(domain, tokenizer, held_out) | _describe(domain)
-  partial = f'{folder}.{uuid.uuid4().hex[:8]}.partial'  # other jobs may be preparing too
   try:
-    return _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    with files.new_folder(folder) as partial:
+      return _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
+  except OSError as error:
+    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+      raise
+  # Another job was faster.
+  return prepare(folder, domain, tokenizer, held_out, max_skipped, unless)
 
 
 def reopen(folder: str, domain: Domain, unless: Mapping[int, str]) -> dict:
@@ -231,13 +264,21 @@ def _made_from(domain: Domain, tokenizer: Tokenizer | None, held_out: float) -> 
                       domain.share(held_out)}
 
 
-def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_from, unless) -> dict:
+def can_prepare(domain: Domain) -> bool:
+  """Whether the text of a domain is there."""
+  try:
+    _describe(domain)
+  except UsageError:
+    return False
+  return True
+
+
+def _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless) -> dict:
   # Each domain that is read, with the share of its documents to hold out.
   parts = [(domain, domain.share(held_out))] if domain.is_trained else []
   if domain.names_held_out:
     parts.append((domain.measured(), splits.ALL))
   # Before they are read: what changes meanwhile is then noticed.
-  os.makedirs(partial)
   origin.write(partial, _paths(domain))
   tallies = [corpora.Tally() for _ in parts]
   written = splits.write(partial, parts, tokenizer, max_skipped, tallies, unless)
@@ -245,7 +286,8 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
     # Nothing was held out: hold out the document with the smallest hash.
     written = splits.write(partial, [(domain, np.nextafter(written.smallest, 1))], tokenizer,
                            max_skipped, [corpora.Tally()], unless)
-  meta = {'made_from': made_from, 'dtype': token_files.dtype_of(tokenizer).name, 'hash': {},
+  meta = {'made_from': made_from, 'dtype': token_files.dtype_of(tokenizer).name,
+          'vocab_size': tokenizer.vocab_size, 'hash': {},
           'changes': dataclasses.asdict(written.changes), **corpora.summary(tallies),
           'notes': [note for (part, _), tally in zip(parts, tallies) for note in tally.notes(part)]}
   if unless:
@@ -255,22 +297,20 @@ def _prepare(folder, partial, domain, tokenizer, held_out, max_skipped, made_fro
     meta[split] = {'documents': len(totals) - 1, 'tokens': int(totals[-1, 0]),
                    'bytes': written.sizes[split], **written.answers[split]}
     meta['hash'][split] = token_files.hash_of_files(partial, split)
-  with open(os.path.join(partial, kept_out.META), 'w', encoding='utf-8') as file:
-    json.dump(meta, file, indent=1)
-  try:
-    os.rename(partial, folder)
-  except OSError:
-    if not os.path.exists(folder):
-      raise  # otherwise another job was faster
-    return prepare(folder, domain, tokenizer, held_out, max_skipped, unless)
+  meta[damage.SUMS] = damage.sums(
+      partial, sorted(name for name in os.listdir(partial) if name != leftovers.LOCK))
+  sealed.write(os.path.join(partial, kept_out.META), meta)
   return meta
 
 
 def read_meta(folder: str) -> dict:
-  """The meta.json of a folder; raises UsageError if it has none."""
+  """The meta.json of a folder; raises UsageError if it has none, or damage.Damaged."""
   try:
-    with open(os.path.join(folder, kept_out.META), encoding='utf-8') as file:
-      return json.load(file)
-  except (OSError, json.JSONDecodeError) as error:
+    found = sealed.read(os.path.join(folder, kept_out.META))
+    _ = found['made_from'], found['hash']  # all callers rely on these
+  except OSError as error:
     raise UsageError(f'{folder} does not hold tokens written by btx_jax ({error}); use another '
                      '--workdir.') from error
+  except (ValueError, TypeError, KeyError) as error:
+    raise damage.Damaged(folder, kept_out.META, f'{error or type(error).__name__}') from error
+  return found

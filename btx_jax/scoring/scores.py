@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import json
 import os
 import statistics
 from typing import NamedTuple
 
+from btx_jax import sealed
 from btx_jax.data import tokens
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
 from btx_jax.run import HUGGING_FACE, MIX, Run, averaged_model, lineage, reader_model
 from btx_jax.scoring import builtin
@@ -115,18 +114,17 @@ def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
 
   None if there are none, or if they were measured on different text.
   """
+  kept = sealed.read_if_sound(_path(study, run, stage))
   try:
-    with open(_path(study, run, stage), encoding='utf-8') as file:
-      kept = json.load(file)
     return kept['domains'] if kept['measured_on'] == _measured_on(study, run) else None
-  except (OSError, ValueError, KeyError, TypeError, UsageError):
+  except (KeyError, TypeError, UsageError):
     return None
 
 
 def write(study: Study, run: Run, stage: str, scores: dict) -> None:
   """Stores the scores by domain that `bits` returned."""
-  with replacing(_path(study, run, stage)) as file:
-    json.dump({'measured_on': _measured_on(study, run), 'domains': scores}, file)
+  sealed.write(_path(study, run, stage),
+               {'measured_on': _measured_on(study, run), 'domains': scores}, indent=None)
 
 
 def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
@@ -148,17 +146,11 @@ def write_answers(study: Study, run: Run, stage: str, found: Mapping[str, dict])
   kept = _kept_answers(study, run, stage)
   kept |= {name: {'made_from': _answers_made_from(study, run, name), 'found': score}
            for name, score in found.items()}
-  with replacing(_path(study, run, stage, 'answers')) as file:
-    json.dump(kept, file, indent=1)
+  sealed.write(_path(study, run, stage, 'answers'), kept)
 
 
 def _kept_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
-  try:
-    with open(_path(study, run, stage, 'answers'), encoding='utf-8') as file:
-      kept = json.load(file)
-  except (OSError, ValueError):
-    return {}
-  return kept if isinstance(kept, dict) else {}
+  return sealed.read_if_sound(_path(study, run, stage, 'answers'))
 
 
 def _answers_made_from(study: Study, run: Run, name: str) -> dict:

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 import glob
-import json
 import os
 from typing import Any
 from urllib.parse import quote
 
-from btx_jax.files import replacing
+from btx_jax import sealed
 from btx_jax.run import Run
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -24,9 +23,8 @@ def write(study: Study, run: Run, found: Mapping[str, Any]) -> list[str]:
   paths = []
   for name, tasks in by_name.items():
     path = os.path.join(study.folder(run.name), f'tasks_{quote(name, "")}_{tasks[0]["shots"]}.json')
-    with replacing(path) as file:
-      json.dump({'measured_on': _measured_on(study, run), 'harness': found['harness'],
-                 'context': found['context'], 'tasks': tasks}, file, indent=1)
+    sealed.write(path, {'measured_on': _measured_on(study, run), 'harness': found['harness'],
+                        'context': found['context'], 'tasks': tasks})
     paths.append(path)
   return paths
 
@@ -36,13 +34,9 @@ def read(study: Study, run: Run) -> list[dict[str, Any]]:
   result = []
   folder = glob.escape(study.folder(run.name))
   for path in sorted(glob.glob(os.path.join(folder, 'tasks_*.json'))):
-    try:
-      with open(path, encoding='utf-8') as file:
-        kept = json.load(file)
-      if kept['measured_on'] == _measured_on(study, run):
-        result += kept['tasks']
-    except (OSError, ValueError, KeyError, TypeError):
-      continue  # treated as not measured
+    kept = sealed.read_if_sound(path)
+    if kept.get('measured_on') == _measured_on(study, run):
+      result += kept.get('tasks', [])
   return result
 
 

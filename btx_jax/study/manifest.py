@@ -7,9 +7,9 @@ import json
 import os
 from typing import Any
 
+from btx_jax import sealed
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
 _NAME = 'manifest.json'
@@ -28,16 +28,16 @@ def read(folder: str) -> dict | None:
   """
   path = os.path.join(folder, _NAME)
   try:
-    with open(path, encoding='utf-8') as file:
-      manifest = json.load(file)
+    manifest = sealed.read(path)
     _ = manifest['state'], manifest['spec']  # all callers rely on these
   except FileNotFoundError:
     return None
   except NotADirectoryError:
     raise  # --workdir is wrong, not the manifest
   except (OSError, ValueError, TypeError, KeyError) as error:
-    raise UsageError(f'{path} is not a btx_jax manifest ({error!r}); use another --workdir, or '
-                     'delete that folder to train the run again.') from error
+    raise UsageError(f'{path} is not a btx_jax manifest, or is damaged ({error}); restore a copy, '
+                     'use another --workdir, or delete that folder to train the run again.'
+                     ) from error
   return manifest
 
 
@@ -48,8 +48,7 @@ def identity_in(folder: str) -> str | None:
 
 def write(folder: str, manifest: dict):
   """Replaces the manifest of a run directory in one step, so that no reader sees half of it."""
-  with replacing(os.path.join(folder, _NAME)) as file:
-    json.dump(manifest | {'updated': now()}, file, indent=1)
+  sealed.write(os.path.join(folder, _NAME), manifest | {'updated': now()})
 
 
 def begin(name: str, spec: dict) -> dict:

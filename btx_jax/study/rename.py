@@ -4,7 +4,6 @@ The spec keeps the name that the run was started under. Its random numbers follo
 and so does its identity, which the runs that start from it have recorded. So none of them changes.
 """
 
-import contextlib
 import os
 
 from btx_jax import files
@@ -31,8 +30,10 @@ def rename(study: Study, old: str, new: str) -> list[str]:
   for series in dict.fromkeys(['', *study.series]):
     name = os.path.join(series, old)
     here, there = study.folder(name), study.folder(os.path.join(series, new))
-    moved = not os.path.exists(here) and (manifest.read(there) or {}).get('name') in (old, name)
-    if moved or manifest.read(here):
+    moved = {} if os.path.exists(here) else manifest.read(there) or {}
+    # The latter after a kill at the end of this very command.
+    is_done = moved.get('name') == new and moved['spec'].get('name') in (old, name)
+    if moved.get('name') in (old, name) or is_done or manifest.read(here):
       places.append((here, there))
   if not places:
     known = {run.plain_name for run in study.runs.values() if study.state(run.name) != MISSING}
@@ -63,7 +64,6 @@ def _move(here: str, there: str, new: str):
   with files.lock_folder(folder):
     manifest.write(folder, {**(manifest.read(folder) or {}), 'name': new})
     if folder == here:
-      os.makedirs(os.path.dirname(there), exist_ok=True)
-      os.rename(here, there)
-  with contextlib.suppress(OSError):  # the parent, such as `expert`
-    os.rmdir(os.path.dirname(here))
+      files.make_folder(os.path.dirname(there))
+      files.rename(here, there)
+  files.remove_empty(os.path.dirname(here))  # such as `expert`

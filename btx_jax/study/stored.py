@@ -7,15 +7,15 @@ file is written last, so a folder without it is ignored, too.
 
 from collections.abc import Mapping
 import hashlib
-import json
 import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from btx_jax import sealed
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing
+from btx_jax.files import replacing, save_array
 from btx_jax.run import Run
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -51,8 +51,7 @@ class Stored(NamedTuple):
       UsageError: the file is damaged.
     """
     try:
-      with open(self.path, encoding='utf-8') as file:
-        found = json.load(file)
+      found = sealed.read(self.path)
       return found if found['run'] == self._identity() else None
     except FileNotFoundError:
       return None
@@ -92,10 +91,9 @@ class Stored(NamedTuple):
     for name, array in arrays.items():
       path = os.path.join(self.folder, name)
       with replacing(path, 'wb') as file:
-        np.save(file, array, allow_pickle=False)
+        save_array(file, array)
       hashes[name] = _hash(path)
-    with replacing(self.path) as file:
-      json.dump({'run': self._identity(), 'files': hashes, **figures}, file, indent=1)
+    sealed.write(self.path, {'run': self._identity(), 'files': hashes, **figures})
 
   def _identity(self) -> str:
     return manifest.identity_in(self.study.folder(self.run.name)) or ''

@@ -11,14 +11,13 @@ because it failed or was not in the config, are sent when the run continues.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import functools
-import json
 import os
 import queue
 import re
 import threading
 from typing import Any, Protocol
 
-from btx_jax import files
+from btx_jax import sealed
 from btx_jax.terminal import say
 from btx_jax.training import sinks
 
@@ -128,8 +127,7 @@ class _Delivery:
   def _deliver(self):
     state: dict[str, Any] = {'id': None, 'training': 0, 'evaluation': 0}
     if os.path.exists(self._path):
-      with open(self._path, encoding='utf-8') as file:
-        state |= json.load(file)
+      state |= sealed.read(self._path)
     service = _SERVICES[self._name](self._subject, state['id'])
     state['id'] = service.id
     self._save(state)
@@ -144,8 +142,7 @@ class _Delivery:
     service.close(self._finished)
 
   def _save(self, state: Mapping[str, Any]):
-    with files.replacing(self._path) as file:
-      json.dump(state, file)
+    sealed.write(self._path, state)
 
 
 def _warn(name: str, problem: str):

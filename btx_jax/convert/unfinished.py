@@ -1,0 +1,135 @@
+"""The folder of an export that is being written: FOLDER.partial, until it is complete.
+
+A mark in it says which export it belongs to and which files that writes, so that an interrupted
+export is continued or cleared, and nothing else is. The mark is removed last, after the folder got
+its name: a folder that still has it is complete.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+import contextlib
+import os
+import re
+from typing import Any
+
+from btx_jax import files, leftovers, sealed
+from btx_jax.errors import UsageError
+
+MARK = 'unfinished.json'
+_SHARD = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
+_NAMED = 3  # the most files that a message names
+
+
+@contextlib.contextmanager
+def folder_for(folder: str) -> Iterator[str]:
+  """Locks FOLDER.partial and yields its path; it becomes `folder` if the block does not raise.
+
+  The block writes with files.replacing and folder_for, so all is on the disk by then.
+
+  Raises:
+    UsageError: another process is writing it.
+  """
+  partial = f'{os.path.normpath(folder)}.partial'
+  with files.lock_folder(partial):
+    yield partial
+    files.rename(partial, folder)
+    _unmark(folder)
+
+
+def is_marked(folder: str) -> bool:
+  """Whether a folder has the mark."""
+  return os.path.exists(os.path.join(folder, MARK))
+
+
+def was_completed(folder: str, export: Mapping[str, Any]) -> bool:
+  """Whether a folder is this export, complete but for the removal of the mark, which follows.
+
+  Raises UsageError if it is another export.
+  """
+  if not is_marked(folder):
+    return False
+  if not _is_of(folder, export):
+    raise exists(folder)
+  _unmark(folder)
+  return True
+
+
+def exists(folder: str) -> UsageError:
+  """The error to report if the folder to write exists."""
+  return UsageError(f'{folder} already exists; name another folder, or delete it.')
+
+
+def begin(partial: str, export: Mapping[str, Any], names: Collection[str]) -> None:
+  """Marks the folder, and clears it of an earlier export, but for the shards of the same one.
+
+  Args:
+    partial: the folder.
+    export: identifies the export; with an empty `identity`, it is never the same.
+    names: the names of the files that the export writes beside shards.
+
+  Raises:
+    UsageError: the folder has files that no export wrote.
+  """
+  names = {*names, *_names_in(partial)}
+  foreign, ours = _content(partial, names)
+  if foreign or (ours and not is_marked(partial)):
+    _refuse(partial, foreign or ours)
+  same = _is_of(partial, export)
+  for name in ours:
+    if name != MARK and not (same and _SHARD.fullmatch(name)):
+      files.remove(os.path.join(partial, name))
+  sealed.write(os.path.join(partial, MARK), {**export, 'files': sorted(names)})
+
+
+def begin_several(partial: str, export: Mapping[str, Any]) -> None:
+  """Marks a folder of several exports; one of other exports is left as it is.
+
+  Raises:
+    UsageError: the folder is not of the same exports.
+  """
+  foreign, _ = _content(partial, ())
+  if foreign and not (is_marked(partial) and _is_of(partial, export)):
+    _refuse(partial, foreign)
+  sealed.write(os.path.join(partial, MARK), export)
+
+
+def _content(partial: str, names: Collection[str]) -> tuple[list[str], list[str]]:
+  """The files in a folder that no export wrote, and the others; clears what a kill left."""
+  foreign, ours = [], []
+  for name in sorted(os.listdir(partial)):
+    path = os.path.join(partial, name)
+    if leftovers.is_temporary(name):
+      leftovers.clear_one(path)
+    elif name != leftovers.LOCK:
+      is_ours = name == MARK or name in names or _SHARD.fullmatch(name)
+      (ours if is_ours and os.path.isfile(path) else foreign).append(name)
+  return foreign, ours
+
+
+def _refuse(partial: str, found: list[str]) -> None:
+  more = f' and {len(found) - _NAMED:,} more' if len(found) > _NAMED else ''
+  raise UsageError(
+      f'{partial} has what is not of this export: {", ".join(found[:_NAMED])}{more}. Rename or '
+      'delete it, or name another folder to write to.')
+
+
+def _marked_as(folder: str) -> dict[str, Any]:
+  try:
+    found = sealed.read(os.path.join(folder, MARK))
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _names_in(folder: str) -> list[str]:
+  return _marked_as(folder).get('files', [])
+
+
+def _is_of(folder: str, export: Mapping[str, Any]) -> bool:
+  found = _marked_as(folder)
+  return bool(export['identity']) and all(
+      found.get(key) == value for key, value in export.items())
+
+
+def _unmark(folder: str) -> None:
+  for name in (leftovers.LOCK, MARK):  # while there is a mark, the next run removes both
+    files.remove(os.path.join(folder, name))

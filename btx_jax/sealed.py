@@ -1,0 +1,66 @@
+"""JSON files with a checksum of their content, so that damage is noticed on reading."""
+
+from collections.abc import Mapping
+import functools
+import hashlib
+import json
+from typing import Any
+
+from btx_jax import files
+from btx_jax.terminal import say
+
+_KEY = 'checksum'
+
+
+def write(path: str, content: Mapping[str, Any], indent: int | None = 1) -> None:
+  """Replaces a JSON file: `content` as plain data, and its checksum."""
+  # As it is read back: tuples become lists, and numbers that are keys become strings.
+  plain = json.loads(json.dumps({key: content[key] for key in content if key != _KEY}))
+  with files.replacing(path) as file:
+    json.dump({**plain, _KEY: _checksum(plain)}, file, indent=indent)
+
+
+def read(path: str) -> Any:
+  """The content of a JSON file.
+
+  A file without a checksum was written by an earlier version, and is read as it is.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is not JSON, or its content is not what was written.
+  """
+  with open(path, encoding='utf-8') as file:
+    found = json.load(file)
+  if not isinstance(found, dict) or _KEY not in found:
+    return found
+  expected = found.pop(_KEY)
+  if _checksum(found) != expected:
+    raise ValueError('its content does not match its checksum')
+  return found
+
+
+def read_if_sound(path: str) -> dict[str, Any]:
+  """The content of a JSON file with scores; {} if it does not exist or is damaged.
+
+  A damaged file is named, once: what it holds can be measured again.
+  """
+  try:
+    found = read(path)
+    if not isinstance(found, dict):
+      raise ValueError('it does not hold an object')
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as error:
+    _warn(f'{path} is damaged ({error}). It counts as not measured: train, or evaluate for tasks, '
+          'writes it again.')
+    return {}
+  return found
+
+
+@functools.cache
+def _warn(text: str) -> None:
+  say(f'warning: {text}')
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
