@@ -98,6 +98,7 @@ def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settin
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.deferring_sigterm())
     training = start(jobs, mesh, domains, settings, evaluate, on_checkpoint, stack)
+    training.make_up_evaluations()
     first, last = training.first_step, training.last_step
     begin_trace = min(first + 1, last + 1)
     end_trace = min(begin_trace + settings.profile, last + 1)
@@ -122,6 +123,7 @@ class Branch:
     recorder: writes the run's metrics.
     steps_kept: as in Job.
     best: its best step, whose checkpoint is kept.
+    unevaluated: whether it was preempted at `start` before an evaluation that was due there.
   """
   run: Run
   folder: str
@@ -130,6 +132,7 @@ class Branch:
   recorder: Recorder
   steps_kept: Sequence[int]
   best: Best
+  unevaluated: bool = False
 
   def takes(self, step: int) -> bool:
     """A branch that is ahead of the others waits for them; one that is done stays as it is."""
@@ -148,7 +151,7 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   checkpoints = [stack.enter_context(Checkpoints(
       os.path.join(job.folder, 'checkpoints'), job.identity, settings.checkpoints_kept,
       settings.checkpoints_kept_every, job.steps_kept)) for job in jobs]
-  starts, states, seen, bests = [], [], [], []
+  starts, states, positions, bests = [], [], [], []
   for job, saved in zip(jobs, checkpoints):
     step, state, position = saved.newest(program.state_shapes)
     # If the run was killed, its best step may not have been written.
@@ -156,25 +159,25 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
     best = Best(job.best if job.best and job.best['step'] in kept else None)
     saved.best = best.step
     if state is not None:
-      tokens_by_domain = position['tokens_by_domain']
       # A kill may have come before.
-      on_checkpoint(job.run.name, step, tokens_by_domain, best.found)
+      on_checkpoint(job.run.name, step, position['tokens_by_domain'], best.found)
     else:
-      state, tokens_by_domain = job.make_state(program), {}
+      state = job.make_state(program)
     starts.append(step)
     states.append(state)
-    seen.append(tokens_by_domain)
+    positions.append(position)
     bests.append(best)
   joined = program.join_states(states)
 
   progress = stack.enter_context(Progress(
       {run.name: (step, run.steps) for run, step in zip(runs, starts)}))
   branches = []
-  for job, saved, step, tokens_by_domain, best in zip(jobs, checkpoints, starts, seen, bests):
+  for job, saved, step, position, best in zip(jobs, checkpoints, starts, positions, bests):
     recorder = stack.enter_context(Recorder(
-        job.run, job.folder, domains, settings.log_every, step, tokens_by_domain,
-        settings.sinks, progress))
-    branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept, best))
+        job.run, job.folder, domains, settings.log_every, step, position, settings.sinks,
+        progress))
+    branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept, best,
+                           position.get('unevaluated', False)))
   training = Training(program, branches, joined, [job.order for job in jobs], settings,
                       evaluate, on_checkpoint)
   if len(branches) > 1:
@@ -203,6 +206,15 @@ class Training:
     self._batches = program.batches(orders, self.first_step, self.last_step)
     self._settings, self._evaluate, self._on_checkpoint = settings, evaluate, on_checkpoint
     self._unrecorded: tuple[int, dict[str, Any]] | None = None  # the newest step, its metrics
+
+  def make_up_evaluations(self):
+    """Evaluates every branch that was preempted before an evaluation that was due."""
+    for i, branch in enumerate(self.branches):
+      if branch.unevaluated and self._is_evaluated_after(branch.start, branch):
+        state = self.program.branch_state(self.state, i)
+        if self._evaluate_branch(branch.start, branch, state):
+          self._on_checkpoint(branch.run.name, branch.start, branch.recorder.tokens_by_domain,
+                              branch.best.found)
 
   def take_steps(self, steps: range):
     """Takes these steps, and after each saves and evaluates what is due.
@@ -237,24 +249,37 @@ class Training:
     every = filter(None, (settings.checkpoint_every, settings.checkpoints_kept_every))
     saves = (ends or preempted or step in branch.steps_kept
              or any(step % interval == 0 for interval in every))
-    evaluates = (not ends and not preempted and settings.evaluation_every
-                 and step % settings.evaluation_every == 0)
+    evaluates = self._is_evaluated_after(step, branch)
     if not saves and not evaluates:
       return
     self._record()
     state = self.program.branch_state(self.state, i)
-    if evaluates:
-      began = time.monotonic()
-      result = self._evaluate(branch.run.model, state.params)
-      branch.recorder.write_evaluation(step, result)
-      for each in self.branches:
-        each.recorder.exclude(time.monotonic() - began)
-      if branch.best.improves(step, held_out_loss(branch.run, result)):
-        branch.checkpoints.best, saves = step, True
+    if evaluates and not preempted:  # that has little time: it is made up for
+      saves |= self._evaluate_branch(step, branch, state)
     if saves:
-      tokens_by_domain = branch.recorder.tokens_by_domain
-      branch.checkpoints.save(step, state, {'step': step, 'tokens_by_domain': tokens_by_domain})
-      self._on_checkpoint(branch.run.name, step, tokens_by_domain, branch.best.found)
+      position = {'step': step, **branch.recorder.position(),
+                  'unevaluated': evaluates and preempted}
+      branch.checkpoints.save(step, state, position)
+      self._on_checkpoint(branch.run.name, step, branch.recorder.tokens_by_domain,
+                          branch.best.found)
+
+  def _is_evaluated_after(self, step: int, branch: Branch) -> bool:
+    """Whether the evaluation of a branch is due after this step. Its end is measured otherwise."""
+    every = self._settings.evaluation_every
+    return every > 0 and step % every == 0 and step != branch.run.steps
+
+  def _evaluate_branch(self, step: int, branch: Branch, state: TrainState) -> bool:
+    """Evaluates a branch; returns whether this is its best step so far, whose checkpoint is
+    kept."""
+    began = time.monotonic()
+    result = self._evaluate(branch.run.model, state.params)
+    branch.recorder.write_evaluation(step, result)
+    for each in self.branches:
+      each.recorder.exclude(time.monotonic() - began)
+    improves = branch.best.improves(step, held_out_loss(branch.run, result))
+    if improves:
+      branch.checkpoints.best = step
+    return improves
 
   def wait(self):
     """Waits until the devices have finished every step taken."""
@@ -277,12 +302,13 @@ class Training:
       if not branch.takes(step):
         continue
       own = self.program.branch_metrics(metrics, i)
-      try:
-        branch.recorder.record_step(step, own)
-      except FloatingPointError as error:
+      loss, norm = float(own['loss']), float(own['grad_norm'])
+      if not math.isfinite(loss) or not math.isfinite(norm):
+        problem = f'the loss is {loss} and the norm of its gradient {norm} at step {step}'
         if step == 1:
-          raise _not_finite_at_start(branch.run, own['param_norms'], str(error)) from error
-        raise _not_finite_later(branch, str(error)) from error
+          raise _not_finite_at_start(branch.run, own['param_norms'], problem)
+        raise _not_finite_later(branch, problem)
+      branch.recorder.record_step(step, own)
 
 
 def _not_finite_later(branch: Branch, problem: str) -> RunError:
