@@ -4,7 +4,8 @@ The loop is the real one; instead of a model, its program counts steps. Most tes
 in memory, so that a run can be killed everywhere.
 """
 
-import itertools
+import dataclasses
+import functools
 import json
 
 import jax
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from btx_jax.errors import RunError
 from btx_jax.model.balance import RoutingSums
 from btx_jax.run import Objective, Optimizer, Run
-from btx_jax.training import loop, metrics
+from btx_jax.training import loop, metrics, spikes
 from btx_jax.training.step import TrainState
 from tests.helpers import TINY_MIXTURE
 
@@ -26,7 +28,10 @@ SETTINGS = loop.Settings(log_every=3, evaluation_every=4, checkpoint_every=2, ch
 RUN = Run(name='btx', init='random', sources=(), weights={'code': 0.5, 'math': 0.5},
           model=TINY_MIXTURE, optimizer=Optimizer(), steps=STEPS, seq_len=15, batch_size=8,
           microbatches=1, objective=Objective(), recipe=None, expert_names=('a', 'b', 'c', 'd'),
-          seed=0)
+          seed=0, skip_nonfinite=2)
+# Numbers of these steps are not finite: one is due for a line, and two in a row lie between lines.
+BAD = (6, 9, 10)
+SPIKE = 8  # its loss is far above those before; there is no line until 9
 
 
 class Killed(BaseException):
@@ -83,8 +88,14 @@ def step_metrics(step: int) -> dict:
   tokens = rng.integers(1, 99, 2)
   nll = tokens * rng.uniform(1, 2, 2)
   L, E = TINY_MIXTURE.num_layers, TINY_MIXTURE.num_experts
+  if step == SPIKE:
+    nll *= 50
+  finite = {'is_finite': np.bool_(step not in BAD), 'squares': {
+      name: {'embed': np.float32(np.nan if name == 'gradient' and step in BAD else 1)}
+      for name in ('params', 'gradient', 'new_params')}}
   by_expert = (rng.uniform(0, 9, (L, 2, E)) for _ in range(3))
-  return {'loss': nll.sum() / tokens.sum(), 'nll_by_domain': nll, 'tokens_by_domain': tokens,
+  return finite | {
+          'loss': nll.sum() / tokens.sum(), 'nll_by_domain': nll, 'tokens_by_domain': tokens,
           'grad_norm': 1.0, 'grad_norms': {'embed': 1.0}, 'param_norms': {'embed': step},
           'balance': 1.0, 'router_z': 0.0,
           'routing': RoutingSums(*by_expert, *(rng.uniform(1, 9, (L, 2)) for _ in range(3)))}
@@ -135,11 +146,13 @@ def in_memory(monkeypatch):
   monkeypatch.setattr(loop, 'Checkpoints', InMemory)
 
 
-def train(folder, killed=0, evaluate=evaluate, on_checkpoint=lambda *_: None, domains=DOMAINS):
+def train(folder, killed=0, evaluate=evaluate, on_checkpoint=lambda *_: None, domains=DOMAINS,
+          run=RUN):
   """Continues the run in a folder; see Counting for `killed`."""
-  job = loop.Job(RUN, str(folder), lambda _: state_after(0), None, '0' * 16)
+  job = loop.Job(run, str(folder), lambda _: state_after(0), None, '0' * 16)
   with pytest.MonkeyPatch.context() as patched:
     patched.setattr(loop, 'make_program', lambda *_: Counting(killed))
+    patched.setattr(spikes, 'LAST', 5)
     loop.run([job], None, domains, SETTINGS, evaluate, on_checkpoint)
 
 
@@ -158,11 +171,17 @@ def undisturbed(tmp_path_factory):
   folder = tmp_path_factory.mktemp('undisturbed')
   train(folder)
   lines = lines_of(folder)
-  assert [(line['step'], 'loss' in line) for line in lines] == [
-      (3, True), (4, False), (6, True), (8, False), (9, True), (11, True)]
-  assert lines[0]['loss'] == pytest.approx(
-      sum(step_metrics(step)['nll_by_domain'].sum() for step in (1, 2, 3))
-      / sum(step_metrics(step)['tokens_by_domain'].sum() for step in (1, 2, 3)))
+  assert [(line['step'], 'loss' in line, line.get('skipped')) for line in lines] == [
+      (3, True, None), (4, False, None), (6, True, 1), (8, False, None), (9, True, 2),
+      (11, True, 3)]
+  for line, steps in ((lines[0], (1, 2, 3)), (lines[2], (4, 5)), (lines[4], (7, 8))):
+    found = [step_metrics(step) for step in steps]
+    assert line['loss'] == pytest.approx(
+        sum(each['nll_by_domain'].sum() for each in found)
+        / sum(each['tokens_by_domain'].sum() for each in found))
+  said = [warning for line in lines for warning in line.get('warnings', [])
+                 if warning.startswith('the loss rose to')]
+  assert said == lines[4]['warnings'][:1]
   return lines
 
 
@@ -232,18 +251,34 @@ def test_preempted(undisturbed, tmp_path, in_memory, monkeypatch):
   """SIGTERM saves at once; an evaluation that was due is made up for, also if it was the best."""
   for step in range(1, STEPS):
     InMemory.stored.clear()
-    folder, taken, noted = tmp_path / str(step), itertools.count(1), []
+    folder, noted = tmp_path / str(step), []
+    answers = iter([False] * (step - 1) + [True])
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-      patched.setattr(loop.distributed, 'preempted', lambda: next(taken) == step)
+      patched.setattr(loop.distributed, 'preempted', functools.partial(next, answers))
       train(folder)
     assert max(InMemory.stored) == step
     with pytest.raises(Killed):  # soon after, and before anything is saved
       train(folder, killed=step + 1)
-    train(folder, on_checkpoint=lambda *given: noted.append(given))
+    train(folder, on_checkpoint=lambda *given, noted=noted: noted.append(given))
     assert lines_of(folder) == undisturbed
     if step == 4:
-      assert {best['step'] for _, now, _, best in noted if now > 4} == {4}
+      assert {best['step'] for _, now, _, best, _ in noted if now > 4} == {4}
       assert 4 in InMemory.stored  # kept, though two newer ones are
+    health = noted[-1][-1]
+    assert health['skipped_steps'] == 3 and health['loss_spike'].startswith('the loss rose')
+
+
+def test_more_skipped_steps_in_a_row_than_allowed_end_the_run(tmp_path, in_memory, capsys):
+  """Also when a kill came between them; and nothing is saved any more."""
+  run = dataclasses.replace(RUN, skip_nonfinite=1)
+  with pytest.raises(Killed):
+    train(tmp_path, killed=10, run=run)
+  with pytest.raises(RunError, match=r'btx: step 10 on text of code, math: the gradient is not fi'
+                     r'nite in embed; the parameters before it were finite\..* of steps 4, 6, 8;'):
+    train(tmp_path, run=run)
+  assert max(InMemory.stored) == 8
+  said = capsys.readouterr().out
+  assert said.count('The step is skipped, and so are others like it, at most 1 in a row') == 1
 
 
 @pytest.mark.parametrize('damage, said', [

@@ -6,7 +6,6 @@ It is the same for one run and for several branches in one program; program.py h
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from typing import Any
@@ -16,14 +15,14 @@ import jax
 
 from btx_jax.data.mixture import Batch
 from btx_jax.devices import distributed
-from btx_jax.errors import RunError
 from btx_jax.model.config import Config
 from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
+from btx_jax.training import not_finite
 from btx_jax.training.best import Best, held_out_loss
 from btx_jax.training.checkpoint import Checkpoints
 from btx_jax.training.program import Program, make_program
-from btx_jax.training.recorder import Recorder
+from btx_jax.training.recorder import Recorder, health_at
 from btx_jax.training.step import TrainState
 
 
@@ -72,7 +71,7 @@ class Job:
 
 
 Evaluate = Callable[[Config, dict], Mapping[str, Mapping]]
-OnCheckpoint = Callable[[str, int, dict[str, int], dict[str, Any] | None], None]
+OnCheckpoint = Callable[[str, int, dict[str, int], dict[str, Any] | None, dict[str, Any]], None]
 
 
 def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
@@ -86,13 +85,13 @@ def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settin
     settings: when to log, evaluate and save.
     evaluate: (model, parameters) -> result by domain, from evaluate.bits.
     on_checkpoint: called with the name of a run, the number of steps it has done, the number of
-      targets it was trained on, by domain, and Best.found.
+      targets it was trained on, by domain, Best.found, and Recorder.health.
 
   Returns:
     The parameters at the end; of several runs stacked, leaves [slots, ...].
 
   Raises:
-    RunError: a loss or its gradient is not finite, or a run has checkpoints and none is sound.
+    RunError: numbers of a step are not finite, or a run has checkpoints and none is sound.
     KeyboardInterrupt: preempted, with everything saved.
   """
   with contextlib.ExitStack() as stack:
@@ -160,7 +159,8 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
     saved.best = best.step
     if state is not None:
       # A kill may have come before.
-      on_checkpoint(job.run.name, step, position['tokens_by_domain'], best.found)
+      on_checkpoint(job.run.name, step, position['tokens_by_domain'], best.found,
+                    health_at(position))
     else:
       state = job.make_state(program)
     starts.append(step)
@@ -213,14 +213,13 @@ class Training:
       if branch.unevaluated and self._is_evaluated_after(branch.start, branch):
         state = self.program.branch_state(self.state, i)
         if self._evaluate_branch(branch.start, branch, state):
-          self._on_checkpoint(branch.run.name, branch.start, branch.recorder.tokens_by_domain,
-                              branch.best.found)
+          self._note(branch.start, branch)
 
   def take_steps(self, steps: range):
     """Takes these steps, and after each saves and evaluates what is due.
 
     Raises:
-      RunError: a loss or its gradient is not finite.
+      RunError: numbers of a step are not finite.
       KeyboardInterrupt: preempted, with everything saved.
     """
     for step in steps:
@@ -260,8 +259,11 @@ class Training:
       position = {'step': step, **branch.recorder.position(),
                   'unevaluated': evaluates and preempted}
       branch.checkpoints.save(step, state, position)
-      self._on_checkpoint(branch.run.name, step, branch.recorder.tokens_by_domain,
-                          branch.best.found)
+      self._note(step, branch)
+
+  def _note(self, step: int, branch: Branch):
+    self._on_checkpoint(branch.run.name, step, branch.recorder.tokens_by_domain,
+                        branch.best.found, branch.recorder.health)
 
   def _is_evaluated_after(self, step: int, branch: Branch) -> bool:
     """Whether the evaluation of a branch is due after this step. Its end is measured otherwise."""
@@ -297,48 +299,27 @@ class Training:
     if self._unrecorded is None:
       return
     (step, metrics), self._unrecorded = self._unrecorded, None
+    squares = metrics.pop('squares')  # stays on the devices unless something is wrong
     metrics = jax.device_get(metrics)
     for i, branch in enumerate(self.branches):
-      if not branch.takes(step):
-        continue
-      own = self.program.branch_metrics(metrics, i)
-      loss, norm = float(own['loss']), float(own['grad_norm'])
-      if not math.isfinite(loss) or not math.isfinite(norm):
-        problem = f'the loss is {loss} and the norm of its gradient {norm} at step {step}'
-        if step == 1:
-          raise _not_finite_at_start(branch.run, own['param_norms'], problem)
-        raise _not_finite_later(branch, problem)
-      branch.recorder.record_step(step, own)
+      if branch.takes(step):
+        own = self.program.branch_metrics(metrics, i)
+        if own['is_finite']:
+          branch.recorder.record_step(step, own)
+        else:
+          own['squares'] = jax.device_get(self.program.branch_metrics(squares, i))
+          self._skip(step, branch, own)
 
-
-def _not_finite_later(branch: Branch, problem: str) -> RunError:
-  """The error of a run that fails after updates; `problem` says what is not finite."""
-  steps, name = branch.checkpoints.steps, branch.run.plain_name
-  if not steps:
-    return RunError(f'{branch.run.name}: {problem}, before the first checkpoint. To train it with '
-                    f'a lower optimizer.peak_lr, delete {branch.folder} or use another --workdir.')
-  return RunError(
-      f'{branch.run.name}: {problem}. Checkpoints with a finite loss are kept, of steps '
-      f'{", ".join(map(str, steps))}; the trouble may have begun before the last. To go on from '
-      'one with a lower optimizer.peak_lr, add a run that starts from '
-      f'base.checkpoint({name!r}, step={steps[0]}, state=True).')
-
-
-def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> RunError:
-  """The error of a run whose first step fails: no update came before, so none is to blame.
-
-  Args:
-    run: the run.
-    norms: of its parameters before the step, by part of the model.
-    problem: what is not finite.
-  """
-  origin = run.folder or ', '.join(source.label for source in run.sources) or 'random parameters'
-  parts = [part for part, norm in norms.items() if not math.isfinite(norm)]
-  cause = (f'has numbers that are not finite, or far too large, in {", ".join(parts)}' if parts else
-           'is finite, and overflows when it is computed')
-  return RunError(f'{run.name}: {problem}, before any update, so a lower optimizer.peak_lr cannot '
-                  f'help: what it starts from, {origin}, {cause}. Replace that, or if it is sound, '
-                  "set model.dtype = 'float32'.")
+  def _skip(self, step: int, branch: Branch, metrics: Mapping[str, Any]):
+    """Passes over a step with numbers that are not finite, or raises RunError."""
+    run, recorder = branch.run, branch.recorder
+    problem = not_finite.describe(run, step, metrics, recorder.domains)
+    if recorder.skipped_in_a_row < run.skip_nonfinite:
+      recorder.skip_step(step, problem)
+    elif step == 1 and not not_finite.is_by_update(metrics):
+      raise not_finite.error_at_start(run, problem, not_finite.places_before(metrics, run))
+    else:
+      raise not_finite.error_later(run, problem, branch.folder, branch.checkpoints.steps)
 
 
 @contextlib.contextmanager

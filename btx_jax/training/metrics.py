@@ -22,7 +22,10 @@ Every line has `step` and `time` (seconds since 1970). A line on training has
                       answers in nats
   routing             see routing_figures.describe
   troubles            of the routing, see routing_figures.troubles; each only once in a run
-  warnings            the same in sentences
+  warnings            the same in sentences; also of the first spike of the loss, see spikes.py
+  skipped             number of steps since the start of the run that were skipped because their
+                      numbers were not finite; only if there are any. Their figures are in no
+                      other field, and a line whose own step was skipped has none of that step.
 
 and a line on evaluation has `bits_per_byte` by domain, and for domains of pairs `preferred`, the
 share of held-out pairs that the model ranks as the data does (scoring/ranking.py).
@@ -53,6 +56,9 @@ class Mark(NamedTuple):
   crc32: int = 0
 
 
+_BEGINNING = Mark()
+
+
 class MetricsFile:
   """Appends lines. Resuming at a step first cuts the file back to that step.
 
@@ -60,7 +66,7 @@ class MetricsFile:
     kept: the lines up to that step, as dicts.
   """
 
-  def __init__(self, folder: str, resume_step: int = 0, mark: Mark = Mark()):
+  def __init__(self, folder: str, resume_step: int = 0, mark: Mark = _BEGINNING):
     """`mark` is the place in the file when the checkpoint of `resume_step` was saved.
 
     If the file does not have what the mark says, a message says so, and the lines up to
