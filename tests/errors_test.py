@@ -917,12 +917,11 @@ class Late(program.SingleRun):
     rate = self._rate
     self._rate = lambda count: rate(count) if count else jnp.float32(1e-3)
 program.SingleRun = Late"""
-  check(run(config(f'config.checkpoint_every = 1\n{late}'), f'--workdir={work}', '--run=new'),
-        'new: step 2 on text of code: the updated parameters are not finite', code=1)
-  shown = run(config(f'config.checkpoint_every = 1\n{late}'), f'--workdir={work}', '--run=new')
-  assert ("are finite, of steps 1; the trouble may have begun before the last. To skip single steps "
-          'like this one, set train.skip_nonfinite. To go on with a lower optimizer.peak_lr, add a '
-          "run that starts from base.checkpoint('new', step=1, state=True).") in shown.stderr
+  done = run(config(f'config.checkpoint_every = 1\n{late}'), f'--workdir={work}', '--run=new')
+  check(done, 'new: step 2 on text of code: the updated parameters are not finite', code=1)
+  assert ('are finite, of steps 1; the trouble may have begun before the last. To skip single '
+          'steps like this one, set train.skip_nonfinite. To go on with a lower optimizer.peak_lr, '
+          "add a run that starts from base.checkpoint('new', step=1, state=True).") in done.stderr
 
 
 def test_a_start_that_is_not_finite(run, config, work):

@@ -157,6 +157,8 @@ def _as_json(position: dict) -> dict[str, np.ndarray]:
 
 
 def _from_json(item: dict[str, Any]) -> dict:
+  if 'json' not in item:
+    raise ValueError('an earlier version wrote it, without the sums of an interval')
   return json.loads(np.asarray(item['json']).tobytes())
 
 

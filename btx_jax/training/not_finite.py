@@ -69,7 +69,7 @@ def _within(where: np.ndarray, expert_names: Sequence[str]) -> str:
   if where.ndim > 1:
     experts = np.flatnonzero(where.any(0))
     text += f', {_counted("expert", experts)}'
-    text += f' ({", ".join(expert_names[e] for e in experts)})'
+    text += f' ({", ".join(expert_names[int(e)] for e in experts)})'
   return f' of {text}'
 
 

@@ -227,8 +227,7 @@ class Recorder(contextlib.ExitStack):
 
 def health_at(position: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a manifest on trouble up to a checkpoint with this Recorder.position."""
-  found = {'skipped_steps': position['skipped'], 'loss_spike': position['spike']}
-  return {name: value for name, value in found.items() if value}
+  return {'skipped_steps': position['skipped'], 'loss_spike': position['spike']}
 
 
 def _for_domains(sums: np.ndarray, name: str, before: Sequence[str], domains: Sequence[str]
