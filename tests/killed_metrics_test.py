@@ -7,6 +7,7 @@ in memory, so that a run can be killed everywhere.
 import dataclasses
 import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +280,12 @@ def test_more_skipped_steps_in_a_row_than_allowed_end_the_run(tmp_path, in_memor
   assert max(InMemory.stored) == 8
   said = capsys.readouterr().out
   assert said.count('The step is skipped, and so are others like it, at most 1 in a row') == 1
+
+
+def test_skipped_steps_are_no_updates(tmp_path, in_memory, monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], 'BAD', (1, 2, 3))
+  with pytest.raises(RunError, match=r'step 3 on .* No update came before, so a lower'):
+    train(tmp_path)
 
 
 @pytest.mark.parametrize('damage, said', [

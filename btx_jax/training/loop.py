@@ -314,10 +314,12 @@ class Training:
     """Passes over a step with numbers that are not finite, or raises RunError."""
     run, recorder = branch.run, branch.recorder
     problem = not_finite.describe(run, step, metrics, recorder.domains)
-    if recorder.skipped_in_a_row < run.skip_nonfinite:
+    before = not_finite.places_before(metrics, run)
+    skipped = recorder.skipped_in_a_row
+    if skipped < run.skip_nonfinite and not before:  # no batch can help parameters like these
       recorder.skip_step(step, problem)
-    elif step == 1 and not not_finite.is_by_update(metrics):
-      raise not_finite.error_at_start(run, problem, not_finite.places_before(metrics, run))
+    elif skipped == step - 1 and not not_finite.is_by_update(metrics):  # no update came before
+      raise not_finite.error_at_start(run, problem, before)
     else:
       raise not_finite.error_later(run, problem, branch.folder, branch.checkpoints.steps)
 
