@@ -93,7 +93,11 @@ def get_config() -> ConfigDict:
       # Rows per step, over all devices, workers and microbatches.
       batch_size=32,
       # Microbatches per step.
-      microbatches=1)
+      microbatches=1,
+      # A step whose loss, gradient or updated parameters are not finite ends the run. With n here,
+      # up to n of them in a row are skipped instead: parameters and Adam's moments stay as they
+      # were. `status` shows how many. This can be changed while a run is stopped.
+      skip_nonfinite=0)
 
   # How models are mixed.
   config.mix = ConfigDict({

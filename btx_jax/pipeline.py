@@ -69,8 +69,8 @@ class Pipeline(Study):
       UsageError: there is no such run, it starts from one that is not complete, it does not fit
         the mesh, a sink cannot be used, or a run's directory belongs to another config. No run has
         been touched then.
-      RunError: a loss is not finite; or a checkpoint that is needed is damaged. That checkpoint is
-        set aside, and the same command then trains its run again from a sound one.
+      RunError: numbers of a step are not finite; or a checkpoint that is needed is damaged. That
+        checkpoint is set aside, and the same command then trains its run again from a sound one.
     """
     try:
       return self._train_all(only)
@@ -237,9 +237,9 @@ class Pipeline(Study):
           manifest.write(self.folder(name), manifests[name])
 
     def on_checkpoint(name: str, step: int, tokens_by_domain: dict[str, int],
-                      best: dict[str, Any] | None):
+                      best: dict[str, Any] | None, health: dict[str, Any]):
       note([name], steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now(),
-           best=best)
+           best=best, **health)
 
     settings = loop.Settings(
         log_every=self.config.log_every, evaluation_every=self.config.evaluation.every,

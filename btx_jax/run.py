@@ -80,8 +80,16 @@ class Optimizer:
     if not 0 <= self.final_lr < 1:
       raise UsageError(f'optimizer.final_lr = {self.final_lr} must be a share, from 0 to below 1. '
                        "For a constant rate, set optimizer.schedule = 'constant'.")
-    if self.clip_norm <= 0:
-      raise UsageError(f'optimizer.clip_norm = {self.clip_norm} must be positive.')
+    # Squares of a clipped gradient must be finite in float32.
+    if not 0 < self.clip_norm <= 1e18:
+      raise UsageError(f'optimizer.clip_norm = {self.clip_norm} must be positive, and at most '
+                       '1e18.')
+    for field, least, largest in (('b1', 0, 1), ('b2', 0, 1), ('eps', 0, math.inf),
+                                  ('weight_decay', 0, math.inf)):
+      value = getattr(self, field)
+      if not least <= value < largest:
+        raise UsageError(f'optimizer.{field} = {value} must be at least {least} and below '
+                         f'{largest}.')
 
   def warmup_steps(self, steps: int) -> int:
     """The number of warmup steps of a run with this many steps."""
@@ -245,6 +253,8 @@ class Run:
     renamed_from: the name that the run was started under, if `rename` has changed it; else ''.
     outer: how its workers meet, if it has several; else None.
     redraw: the share of hidden units that are drawn anew, in a run that starts from a checkpoint.
+    skip_nonfinite: the most steps in a row that are skipped because their numbers are not finite.
+      It is no part of the spec, so that a run that has failed can continue with it.
   """
   name: str
   init: str
@@ -273,6 +283,7 @@ class Run:
   renamed_from: str = ''
   outer: Outer | None = None
   redraw: float = 0.0
+  skip_nonfinite: int = 0
 
   def first(self, steps: int) -> 'Run':
     """The first `steps` of this run, as a run; the run itself if these are all of its steps."""
@@ -297,7 +308,8 @@ class Run:
     spec['sources'] = [source.first_name for source in self.sources]
     spec['optimizer'] = self.optimizer.spec()
     spec['objective'] = self.objective.spec()
-    del spec['expert_names'], spec['series'], spec['until_best'], spec['renamed_from']
+    for key in ('expert_names', 'series', 'until_best', 'renamed_from', 'skip_nonfinite'):
+      del spec[key]
     for key in COMPUTE:
       del spec['model'][key]
     del spec['folder']

@@ -82,8 +82,8 @@ NOTES = {
                                           'left.',
     },
     'During a run': {
-        'Checkpoints with a finite loss': 'The loss or the norm of its gradient was not finite. '
-                                          'Such a state is never saved.',
+        'All numbers in its checkpoints': 'The loss, the gradient and the updated parameters of '
+                                          'every step are checked, so such numbers are never saved.',
         'stopped; the same command': 'After Ctrl-C or SIGTERM. After SIGTERM the checkpoint is of '
                                      'the step in progress.',
         'Out of memory': 'The text in brackets is the device\'s. `preflight` shows what fits '

@@ -511,7 +511,9 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      "1. For a constant rate, set optimizer.schedule = 'constant'."),
     ('config.optimizer.schedule = "wds"', "optimizer.schedule = 'wds'; did you mean 'wsd'?"),
     ('config.optimizer.decay = 0.0', 'optimizer.decay = 0.0 must be a share of the steps, above 0'),
-    ('config.optimizer.clip_norm = 0.0', 'optimizer.clip_norm = 0.0 must be positive.'),
+    ('config.optimizer.clip_norm = 1e19', 'optimizer.clip_norm = 1e+19 must be positive, and at'),
+    ('config.optimizer.b2 = 1.0', 'optimizer.b2 = 1.0 must be at least 0 and below 1.'),
+    ('config.train.skip_nonfinite = -1', 'train.skip_nonfinite = -1 cannot be negative.'),
     ('config.train.balance_loss = -1.0', 'train.balance_loss = -1.0 cannot be negative.'),
     ('config.model.router = "soft"\nconfig.train.balance_bias = 0.1', "runs.btx: "
      "train.balance_bias = 0.1: the router 'soft' does not choose experts by score"),
@@ -932,27 +934,38 @@ def test_too_little_text_for_routers(run, config, work):
 # While training
 
 
-def test_a_loss_that_is_not_finite(run, config, work):
-  lines = new(optimizer='{"peak_lr": 1e30, "warmup": 0.0}')
+def test_an_update_that_is_not_finite(run, config, work):
+  lines = new(optimizer='{"peak_lr": 1e30, "warmup": 0.0, "schedule": "constant"}')
   done = run(config(lines), f'--workdir={work}', '--run=new')
-  check(done, ' and the norm of its gradient nan at step ', code=1)
+  check(done, 'new: step 1 on text of code: the updated parameters are not finite, or far', code=1)
   assert f'delete {work / "new"} or use another --workdir.' in done.stderr
-  saved = config(f'config.checkpoint_every = 1\n{lines}'), f'--workdir={work}'
-  check(run(*saved, '--run=new'), "are kept, of steps 1; the trouble may have begun before the "
-        "last. To go on from one with a lower optimizer.peak_lr, add a run that starts from "
-        "base.checkpoint('new', step=1, state=True).", code=1)
+  late = lines + """
+from btx_jax.training import program
+import jax.numpy as jnp
+class Late(program.SingleRun):
+  def __init__(self, *given):
+    super().__init__(*given)
+    rate = self._rate
+    self._rate = lambda count: rate(count) if count else jnp.float32(1e-3)
+program.SingleRun = Late"""
+  done = run(config(f'config.checkpoint_every = 1\n{late}'), f'--workdir={work}', '--run=new')
+  check(done, 'new: step 2 on text of code: the updated parameters are not finite', code=1)
+  assert ('are finite, of steps 1; the trouble may have begun before the last. To skip single '
+          'steps like this one, set train.skip_nonfinite. To go on with a lower optimizer.peak_lr, '
+          "add a run that starts from base.checkpoint('new', step=1, state=True).") in done.stderr
 
 
 def test_a_start_that_is_not_finite(run, config, work):
-  """Its message names the part of the model, and does not blame the learning rate."""
+  """Its message names the tensor, and does not blame the learning rate."""
   done = run(config('''from btx_jax.study import params
 initial = params.initial
 def harmed(*given):
   found = initial(*given)
   return {**found, "embed": found["embed"] * float("nan")}
 params.initial = harmed'''), f'--workdir={work}', '--run=new')
-  check(done, 'at step 1, before any update, so a lower optimizer.peak_lr cannot help: what it '
-        'starts from, seed, has numbers that are not finite, or far too large, in embed.', code=1)
+  check(done, 'the parameters before it were not finite. No update came before, so a lower '
+        'optimizer.peak_lr cannot help: what it starts from, seed, has numbers that are not '
+        'finite, or far too large, in embed.', code=1)
 
 
 def test_extras_that_are_missing(run, config, work):

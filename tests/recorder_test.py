@@ -110,7 +110,9 @@ def test_resuming_keeps_what_was_written_up_to_the_step(tmp_path):
   with metrics.MetricsFile(str(tmp_path)) as file:
     for step in (1, 2, 3):
       file.write(step, loss=float(step))
-  with metrics.MetricsFile(str(tmp_path), resume_step=2) as file:
+      if step == 2:
+        mark = file.mark()
+  with metrics.MetricsFile(str(tmp_path), 2, mark) as file:
     assert [line['step'] for line in file.kept] == [1, 2]
     file.write(3, loss=9.0)
   assert [line['loss'] for line in metrics.read(str(tmp_path))] == [1.0, 2.0, 9.0]

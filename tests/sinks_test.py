@@ -4,9 +4,11 @@ Fakes stand for the packages wandb and mlflow, and note what they are asked.
 """
 
 import collections
+import json
 import sys
 import threading
 import types
+import zlib
 
 import pytest
 
@@ -79,10 +81,18 @@ def fakes(monkeypatch):
   return made
 
 
+def mark_after(folder, step: int) -> metrics.Mark:
+  """The place in metrics.jsonl that a checkpoint of this step remembers."""
+  path = folder / metrics.NAME
+  lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+  kept = b''.join(line for line in lines if json.loads(line)['step'] <= step)
+  return metrics.Mark(len(kept), zlib.crc32(kept))
+
+
 def train(folder, start, end, names=SERVICES, error=None):
   """A run that writes a line each step, from one checkpoint to a step; each other is evaluated."""
   of = sinks.Subject('expert/a', 'study', str(folder), {'model': {'dim': 4}, 'weights': ('a', 1)})
-  with metrics.MetricsFile(str(folder), start) as file:
+  with metrics.MetricsFile(str(folder), start, mark_after(folder, start)) as file:
     try:
       with delivery.Deliveries(names, of, start, file.kept) as deliveries:
         for step in range(start + 1, end + 1):

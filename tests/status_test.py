@@ -101,6 +101,15 @@ def test_progress_speed_and_time_left(study, at_work):
   assert found['checkpoint'] == 2 and 0 <= found['checkpoint_age'] < 60
 
 
+def test_skipped_steps_and_a_spike_stay_visible(study, at_work):
+  start(study, 'seed', lines=[line(1, warnings=['the loss rose to 9']), line(2, skipped=3)],
+        skipped_steps=2, loss_spike='the loss rose to 9')
+  assert status_of(study, 'seed')['warnings'] == [
+      'the loss rose to 9', 'steps skipped because their numbers were not finite: 3']
+  start(study, 'seed', lines=[line(2)], loss_spike='the loss rose to 9')
+  assert status_of(study, 'seed')['warnings'] == ['the loss rose to 9']
+
+
 def test_half_written_and_invalid_lines_are_skipped(study, at_work):
   start(study, 'seed', lines=[
       line(1, 3.0), '[1, 2]\n', '\n', '{"loss": 9.0}\n', '\x00\x00\n', line(2, 2.5),

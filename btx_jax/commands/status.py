@@ -113,6 +113,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
       silent = terminal.duration(now - last['time'])
       warnings.append(f'running, but without new metrics for {silent}')
   warnings += directories.sentences(run, changes.of(study, run, found))
+  warnings += _about_trouble(found, last, warnings)
   warnings += _about_best(study, run, found, lines)
   done = found.get('steps_done', 0)
   step = max(done, last.get('step', 0))
@@ -125,6 +126,17 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
       'checkpoint': done or None, 'checkpoint_age': _age(found.get('saved'), now),
       'best': found.get('best'),
       'error': found.get('error') if state != manifest.COMPLETE else None, 'warnings': warnings}
+
+
+def _about_trouble(found: dict[str, Any], last: dict[str, Any], warnings: list[str]) -> list[str]:
+  """Sentences about steps that were skipped and a loss that rose, unless `warnings` has them."""
+  skipped = max(found.get('skipped_steps', 0), last.get('skipped', 0))
+  result, spike = [], found.get('loss_spike')
+  if skipped:
+    result.append(f'steps skipped because their numbers were not finite: {skipped:,}')
+  if spike and spike not in warnings:
+    result.append(spike)
+  return result
 
 
 def _about_best(study: Study, run: Run, found: dict[str, Any], lines: list[dict[str, Any]]

@@ -156,6 +156,7 @@ def programs(study: Study, topology: Topology, only: str | None = None):
 def _key(group: Sequence[Run]) -> str:
   """A key that is equal for groups of runs whose programs differ at most in learning rates."""
   fields = [(run.model, run.seq_len, run.batch_size, run.microbatches, run.objective, run.outer,
+             run.skip_nonfinite > 0,
              dataclasses.replace(run.optimizer, peak_lr=1.0, warmup=0.0, decay=1.0, final_lr=0.0))
             for run in group]
   return repr((fields, len(group)))

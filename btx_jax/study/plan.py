@@ -170,7 +170,8 @@ def _check_stacked(runs: list[Run]):
 
 def _fields_to_share(run: Run) -> dict:
   """The fields that must be equal in stacked runs."""
-  shared = {field: getattr(run, field) for field in ('seq_len', 'batch_size', 'microbatches')}
+  shared = {field: getattr(run, field) for field in (
+      'seq_len', 'batch_size', 'microbatches', 'skip_nonfinite')}
   shared |= {f'model.{key}': value for key, value in dataclasses.asdict(run.model).items()}
   shared |= {f'train.{key}': getattr(run.objective, key) for key in ('freeze', *OF_LOSSES)}
   return shared | {
@@ -253,7 +254,10 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
       vocabulary=vocabulary, routers=routers, edit=edit, selector=selects,
       state=entry.init.get('state', False), outer=None if untrained else workers,
-      redraw=float(entry.init.get('redraw', 0.0)))
+      redraw=float(entry.init.get('redraw', 0.0)), skip_nonfinite=train['skip_nonfinite'])
+  if run.skip_nonfinite < 0:
+    raise UsageError(f'runs.{name}: train.skip_nonfinite = {run.skip_nonfinite} cannot be '
+                     'negative.')
   _check_workers(run)
   _check_redraw(run)
   continued.check_state(run)

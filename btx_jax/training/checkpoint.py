@@ -1,7 +1,7 @@
 """Checkpoints of a run. The only file that knows orbax.
 
-Parameters, optimizer state and data position are saved as separate items, so that a mixture can
-read an expert's parameters without its moments. A further item, `sums`, has the checksums of all
+Parameters, optimizer state and position are saved as separate items, so that a mixture can read an
+expert's parameters without its moments. A further item, `sums`, has the checksums of all
 arrays, the step, and the identity of the run. Everything that is read is compared with it; see
 damage.py.
 
@@ -10,6 +10,7 @@ A damaged checkpoint is set aside, as damaged-STEP beside the others; nothing is
 
 from collections.abc import Sequence
 import itertools
+import json
 import math
 import os
 from typing import Any
@@ -73,10 +74,10 @@ class Checkpoints:
     Args:
       step: number of steps done.
       state: after that step.
-      position: where the data stands; nested dicts of ints.
+      position: where the run stands: plain data.
     """
     items: dict[str, Any] = {
-        'params': state.params, 'train': without_params(state), 'data': position}
+        'params': state.params, 'train': without_params(state), 'data': _as_json(position)}
     sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
             for name in ('params', 'train')}
     items['sums'] = sums | damage.labels(self._identity, step, position)
@@ -92,6 +93,7 @@ class Checkpoints:
       loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
           step, {'params': like.params, 'train': without_params(like), 'data': None,
                  'sums': None})
+      loaded['data'] = _from_json(loaded['data'])
       damage.compare(self._folder, step, loaded, self._identity)
     return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
 
@@ -147,6 +149,17 @@ def _chunks(key, value):
   stacked = checksums.leading_axes(sharding.path_of(key))
   return ocp.options.ArrayOptions.Saving.StorageOptions(
       chunk_byte_size=_CHUNK, shard_axes=tuple(range(stacked)))
+
+
+def _as_json(position: dict) -> dict[str, np.ndarray]:
+  """Plain data as JSON in an array: orbax saves arrays, and no names of domains."""
+  return {'json': np.frombuffer(json.dumps(position).encode(), np.uint8)}
+
+
+def _from_json(item: dict[str, Any]) -> dict:
+  if 'json' not in item:
+    raise ValueError('an earlier version wrote it, without the sums of an interval')
+  return json.loads(np.asarray(item['json']).tobytes())
 
 
 def without_params(state: TrainState) -> dict:

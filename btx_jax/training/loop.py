@@ -6,7 +6,6 @@ It is the same for one run and for several branches in one program; program.py h
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from typing import Any
@@ -16,14 +15,14 @@ import jax
 
 from btx_jax.data.mixture import Batch
 from btx_jax.devices import distributed
-from btx_jax.errors import RunError
 from btx_jax.model.config import Config
 from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
+from btx_jax.training import not_finite
 from btx_jax.training.best import Best, held_out_loss
 from btx_jax.training.checkpoint import Checkpoints
 from btx_jax.training.program import Program, make_program
-from btx_jax.training.recorder import Recorder
+from btx_jax.training.recorder import Recorder, health_at
 from btx_jax.training.step import TrainState
 
 
@@ -72,7 +71,7 @@ class Job:
 
 
 Evaluate = Callable[[Config, dict], Mapping[str, Mapping]]
-OnCheckpoint = Callable[[str, int, dict[str, int], dict[str, Any] | None], None]
+OnCheckpoint = Callable[[str, int, dict[str, int], dict[str, Any] | None, dict[str, Any]], None]
 
 
 def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
@@ -86,18 +85,19 @@ def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settin
     settings: when to log, evaluate and save.
     evaluate: (model, parameters) -> result by domain, from evaluate.bits.
     on_checkpoint: called with the name of a run, the number of steps it has done, the number of
-      targets it was trained on, by domain, and Best.found.
+      targets it was trained on, by domain, Best.found, and Recorder.health.
 
   Returns:
     The parameters at the end; of several runs stacked, leaves [slots, ...].
 
   Raises:
-    RunError: a loss or its gradient is not finite, or a run has checkpoints and none is sound.
+    RunError: numbers of a step are not finite, or a run has checkpoints and none is sound.
     KeyboardInterrupt: preempted, with everything saved.
   """
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.deferring_sigterm())
     training = start(jobs, mesh, domains, settings, evaluate, on_checkpoint, stack)
+    training.make_up_evaluations()
     first, last = training.first_step, training.last_step
     begin_trace = min(first + 1, last + 1)
     end_trace = min(begin_trace + settings.profile, last + 1)
@@ -122,6 +122,7 @@ class Branch:
     recorder: writes the run's metrics.
     steps_kept: as in Job.
     best: its best step, whose checkpoint is kept.
+    unevaluated: whether it was preempted at `start` before an evaluation that was due there.
   """
   run: Run
   folder: str
@@ -130,6 +131,7 @@ class Branch:
   recorder: Recorder
   steps_kept: Sequence[int]
   best: Best
+  unevaluated: bool = False
 
   def takes(self, step: int) -> bool:
     """A branch that is ahead of the others waits for them; one that is done stays as it is."""
@@ -148,7 +150,7 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   checkpoints = [stack.enter_context(Checkpoints(
       os.path.join(job.folder, 'checkpoints'), job.identity, settings.checkpoints_kept,
       settings.checkpoints_kept_every, job.steps_kept)) for job in jobs]
-  starts, states, seen, bests = [], [], [], []
+  starts, states, positions, bests = [], [], [], []
   for job, saved in zip(jobs, checkpoints):
     step, state, position = saved.newest(program.state_shapes)
     # If the run was killed, its best step may not have been written.
@@ -156,25 +158,26 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
     best = Best(job.best if job.best and job.best['step'] in kept else None)
     saved.best = best.step
     if state is not None:
-      tokens_by_domain = position['tokens_by_domain']
       # A kill may have come before.
-      on_checkpoint(job.run.name, step, tokens_by_domain, best.found)
+      on_checkpoint(job.run.name, step, position['tokens_by_domain'], best.found,
+                    health_at(position))
     else:
-      state, tokens_by_domain = job.make_state(program), {}
+      state = job.make_state(program)
     starts.append(step)
     states.append(state)
-    seen.append(tokens_by_domain)
+    positions.append(position)
     bests.append(best)
   joined = program.join_states(states)
 
   progress = stack.enter_context(Progress(
       {run.name: (step, run.steps) for run, step in zip(runs, starts)}))
   branches = []
-  for job, saved, step, tokens_by_domain, best in zip(jobs, checkpoints, starts, seen, bests):
+  for job, saved, step, position, best in zip(jobs, checkpoints, starts, positions, bests):
     recorder = stack.enter_context(Recorder(
-        job.run, job.folder, domains, settings.log_every, step, tokens_by_domain,
-        settings.sinks, progress))
-    branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept, best))
+        job.run, job.folder, domains, settings.log_every, step, position, settings.sinks,
+        progress))
+    branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept, best,
+                           position.get('unevaluated', False)))
   training = Training(program, branches, joined, [job.order for job in jobs], settings,
                       evaluate, on_checkpoint)
   if len(branches) > 1:
@@ -204,11 +207,19 @@ class Training:
     self._settings, self._evaluate, self._on_checkpoint = settings, evaluate, on_checkpoint
     self._unrecorded: tuple[int, dict[str, Any]] | None = None  # the newest step, its metrics
 
+  def make_up_evaluations(self):
+    """Evaluates every branch that was preempted before an evaluation that was due."""
+    for i, branch in enumerate(self.branches):
+      if branch.unevaluated and self._is_evaluated_after(branch.start, branch):
+        state = self.program.branch_state(self.state, i)
+        if self._evaluate_branch(branch.start, branch, state):
+          self._note(branch.start, branch)
+
   def take_steps(self, steps: range):
     """Takes these steps, and after each saves and evaluates what is due.
 
     Raises:
-      RunError: a loss or its gradient is not finite.
+      RunError: numbers of a step are not finite.
       KeyboardInterrupt: preempted, with everything saved.
     """
     for step in steps:
@@ -237,24 +248,40 @@ class Training:
     every = filter(None, (settings.checkpoint_every, settings.checkpoints_kept_every))
     saves = (ends or preempted or step in branch.steps_kept
              or any(step % interval == 0 for interval in every))
-    evaluates = (not ends and not preempted and settings.evaluation_every
-                 and step % settings.evaluation_every == 0)
+    evaluates = self._is_evaluated_after(step, branch)
     if not saves and not evaluates:
       return
     self._record()
     state = self.program.branch_state(self.state, i)
-    if evaluates:
-      began = time.monotonic()
-      result = self._evaluate(branch.run.model, state.params)
-      branch.recorder.write_evaluation(step, result)
-      for each in self.branches:
-        each.recorder.exclude(time.monotonic() - began)
-      if branch.best.improves(step, held_out_loss(branch.run, result)):
-        branch.checkpoints.best, saves = step, True
+    if evaluates and not preempted:  # that has little time: it is made up for
+      saves |= self._evaluate_branch(step, branch, state)
     if saves:
-      tokens_by_domain = branch.recorder.tokens_by_domain
-      branch.checkpoints.save(step, state, {'step': step, 'tokens_by_domain': tokens_by_domain})
-      self._on_checkpoint(branch.run.name, step, tokens_by_domain, branch.best.found)
+      position = {'step': step, **branch.recorder.position(),
+                  'unevaluated': evaluates and preempted}
+      branch.checkpoints.save(step, state, position)
+      self._note(step, branch)
+
+  def _note(self, step: int, branch: Branch):
+    self._on_checkpoint(branch.run.name, step, branch.recorder.tokens_by_domain,
+                        branch.best.found, branch.recorder.health)
+
+  def _is_evaluated_after(self, step: int, branch: Branch) -> bool:
+    """Whether the evaluation of a branch is due after this step. Its end is measured otherwise."""
+    every = self._settings.evaluation_every
+    return every > 0 and step % every == 0 and step != branch.run.steps
+
+  def _evaluate_branch(self, step: int, branch: Branch, state: TrainState) -> bool:
+    """Evaluates a branch; returns whether this is its best step so far, whose checkpoint is
+    kept."""
+    began = time.monotonic()
+    result = self._evaluate(branch.run.model, state.params)
+    branch.recorder.write_evaluation(step, result)
+    for each in self.branches:
+      each.recorder.exclude(time.monotonic() - began)
+    improves = branch.best.improves(step, held_out_loss(branch.run, result))
+    if improves:
+      branch.checkpoints.best = step
+    return improves
 
   def wait(self):
     """Waits until the devices have finished every step taken."""
@@ -272,47 +299,29 @@ class Training:
     if self._unrecorded is None:
       return
     (step, metrics), self._unrecorded = self._unrecorded, None
+    squares = metrics.pop('squares')  # stays on the devices unless something is wrong
     metrics = jax.device_get(metrics)
     for i, branch in enumerate(self.branches):
-      if not branch.takes(step):
-        continue
-      own = self.program.branch_metrics(metrics, i)
-      try:
-        branch.recorder.record_step(step, own)
-      except FloatingPointError as error:
-        if step == 1:
-          raise _not_finite_at_start(branch.run, own['param_norms'], str(error)) from error
-        raise _not_finite_later(branch, str(error)) from error
+      if branch.takes(step):
+        own = self.program.branch_metrics(metrics, i)
+        if own['is_finite']:
+          branch.recorder.record_step(step, own)
+        else:
+          own['squares'] = jax.device_get(self.program.branch_metrics(squares, i))
+          self._skip(step, branch, own)
 
-
-def _not_finite_later(branch: Branch, problem: str) -> RunError:
-  """The error of a run that fails after updates; `problem` says what is not finite."""
-  steps, name = branch.checkpoints.steps, branch.run.plain_name
-  if not steps:
-    return RunError(f'{branch.run.name}: {problem}, before the first checkpoint. To train it with '
-                    f'a lower optimizer.peak_lr, delete {branch.folder} or use another --workdir.')
-  return RunError(
-      f'{branch.run.name}: {problem}. Checkpoints with a finite loss are kept, of steps '
-      f'{", ".join(map(str, steps))}; the trouble may have begun before the last. To go on from '
-      'one with a lower optimizer.peak_lr, add a run that starts from '
-      f'base.checkpoint({name!r}, step={steps[0]}, state=True).')
-
-
-def _not_finite_at_start(run: Run, norms: Mapping[str, Any], problem: str) -> RunError:
-  """The error of a run whose first step fails: no update came before, so none is to blame.
-
-  Args:
-    run: the run.
-    norms: of its parameters before the step, by part of the model.
-    problem: what is not finite.
-  """
-  origin = run.folder or ', '.join(source.label for source in run.sources) or 'random parameters'
-  parts = [part for part, norm in norms.items() if not math.isfinite(norm)]
-  cause = (f'has numbers that are not finite, or far too large, in {", ".join(parts)}' if parts else
-           'is finite, and overflows when it is computed')
-  return RunError(f'{run.name}: {problem}, before any update, so a lower optimizer.peak_lr cannot '
-                  f'help: what it starts from, {origin}, {cause}. Replace that, or if it is sound, '
-                  "set model.dtype = 'float32'.")
+  def _skip(self, step: int, branch: Branch, metrics: Mapping[str, Any]):
+    """Passes over a step with numbers that are not finite, or raises RunError."""
+    run, recorder = branch.run, branch.recorder
+    problem = not_finite.describe(run, step, metrics, recorder.domains)
+    before = not_finite.places_before(metrics, run)
+    skipped = recorder.skipped_in_a_row
+    if skipped < run.skip_nonfinite and not before:  # no batch can help parameters like these
+      recorder.skip_step(step, problem)
+    elif skipped == step - 1 and not not_finite.is_by_update(metrics):  # no update came before
+      raise not_finite.error_at_start(run, problem, before)
+    else:
+      raise not_finite.error_later(run, problem, branch.folder, branch.checkpoints.steps)
 
 
 @contextlib.contextmanager

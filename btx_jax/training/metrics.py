@@ -22,7 +22,10 @@ Every line has `step` and `time` (seconds since 1970). A line on training has
                       answers in nats
   routing             see routing_figures.describe
   troubles            of the routing, see routing_figures.troubles; each only once in a run
-  warnings            the same in sentences
+  warnings            the same in sentences; also of the first spike of the loss, see spikes.py
+  skipped             number of steps since the start of the run that were skipped because their
+                      numbers were not finite; only if there are any. Their figures are in no
+                      other field, and a line whose own step was skipped has none of that step.
 
 and a line on evaluation has `bits_per_byte` by domain, and for domains of pairs `preferred`, the
 share of held-out pairs that the model ranks as the data does (scoring/ranking.py).
@@ -32,41 +35,108 @@ from collections.abc import Iterator
 import json
 import os
 import time
-from typing import Any
+from typing import Any, NamedTuple
+import zlib
 
 from btx_jax.files import replacing
+from btx_jax.terminal import say
 
 NAME = 'metrics.jsonl'
 _TAIL = 1 << 20  # bytes at the end of a file that `tail` reads
 
 
+class Mark(NamedTuple):
+  """A place in the file, as a checkpoint remembers it.
+
+  Attributes:
+    size: the number of bytes before it.
+    crc32: the checksum of these bytes.
+  """
+  size: int = 0
+  crc32: int = 0
+
+
+_BEGINNING = Mark()
+
+
 class MetricsFile:
-  """Appends lines. Resuming at a step drops the lines after it.
+  """Appends lines. Resuming at a step first cuts the file back to that step.
 
   Attributes:
     kept: the lines up to that step, as dicts.
   """
 
-  def __init__(self, folder: str, resume_step: int = 0):
+  def __init__(self, folder: str, resume_step: int = 0, mark: Mark = _BEGINNING):
+    """`mark` is the place in the file when the checkpoint of `resume_step` was saved.
+
+    If the file does not have what the mark says, a message says so, and the lines up to
+    `resume_step` that can be read are kept.
+    """
     path = os.path.join(folder, NAME)
-    lines = read(folder) if resume_step else []
-    self.kept = [line for line in lines if line['step'] <= resume_step]
-    with replacing(path) as file:
-      file.writelines(json.dumps(line) + '\n' for line in self.kept)
-    self._file = open(path, 'a', encoding='utf-8')
+    kept, problem = _up_to(path, mark)
+    if problem:
+      kept = b''.join(line + b'\n' for line, values in _readable(path)
+                      if values['step'] <= resume_step)
+      say(f'{path} {problem}; the run goes on, and the file has the lines that are left')
+    self.kept = [json.loads(line) for line in kept.splitlines()]
+    with replacing(path, 'wb') as file:
+      file.write(kept)
+    self._file = open(path, 'ab')
+    self._mark = Mark(len(kept), zlib.crc32(kept))
 
   def write(self, step: int, **values) -> dict[str, Any]:
     """Appends a line, and returns it."""
     line = {'step': step, 'time': round(time.time(), 1), **values}
-    self._file.write(json.dumps(line) + '\n')
+    data = json.dumps(line).encode() + b'\n'
+    self._file.write(data)
     self._file.flush()
+    self._mark = Mark(self._mark.size + len(data), zlib.crc32(data, self._mark.crc32))
     return line
+
+  def mark(self) -> Mark:
+    """The end of the file; what comes before it is on the disk when this returns."""
+    os.fsync(self._file.fileno())
+    return self._mark
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
     self._file.close()
+
+
+def _up_to(path: str, mark: Mark) -> tuple[bytes, str]:
+  """The bytes before a mark, and what is wrong with them or ''."""
+  if not mark.size:
+    return b'', ''
+  try:
+    with open(path, 'rb') as file:
+      found = file.read(mark.size)
+  except FileNotFoundError:
+    return b'', 'is missing'
+  except OSError as error:
+    return b'', f'cannot be read ({error.strerror})'
+  if len(found) < mark.size:
+    return b'', f'has lost lines ({len(found):,} of {mark.size:,} bytes are left)'
+  return found, '' if zlib.crc32(found) == mark.crc32 else 'is damaged'
+
+
+def _readable(path: str) -> list[tuple[bytes, dict[str, Any]]]:
+  """The lines of a file that can be read, raw and parsed; none if the file cannot be read."""
+  try:
+    with open(path, 'rb') as file:
+      return [(line, values) for line in file.read().split(b'\n') if (values := _parsed(line))]
+  except OSError:
+    return []
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+  """A line as a dict; None if it is not a measurement."""
+  try:
+    values = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  return values if isinstance(values, dict) and isinstance(values.get('step'), int) else None
 
 
 def read(folder: str) -> list[dict[str, Any]]:
@@ -90,12 +160,6 @@ def _lines(folder: str, last_bytes: int) -> Iterator[dict[str, Any]]:
       file.seek(size - last_bytes if cut else 0)
       if cut:
         file.readline()  # probably not whole
-      for line in file:
-        try:
-          values = json.loads(line)
-        except ValueError:
-          continue
-        if isinstance(values, dict) and isinstance(values.get('step'), int):
-          yield values
+      yield from filter(None, map(_parsed, file))
   except OSError:
     return

@@ -11,6 +11,7 @@ import optax
 
 from btx_jax.devices import sharding
 from btx_jax.run import CONSTANT, COSINE, Optimizer, Run, trains
+from btx_jax.training import checksums
 
 # Norm scales and biases do not decay. Selected by path, not by rank: layers are stacked, so the
 # scales of all layers are one matrix.
@@ -41,13 +42,41 @@ def join(trained, fixed) -> dict:
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def norms_by_part(tree) -> dict[str, jax.Array]:
-  """The Euclidean norm of each part of a tree of parameters or gradients."""
-  squares: dict[str, list] = {}
-  for path, leaf in jax.tree.leaves_with_path(tree):
+def squares(tree) -> dict:
+  """The sum of the squares of each layer and expert: a tree of float32 [layers, experts], or fewer
+  of these axes. A sum is finite if all numbers are, and none is beyond 1e19 or so."""
+  def of(path, x):
+    first = checksums.leading_axes(sharding.path_of(path))
+    return jnp.square(x.astype(jnp.float32)).sum(range(first, x.ndim))
+
+  return jax.tree.map_with_path(of, tree)
+
+
+def are_finite(*trees) -> jax.Array:
+  """Whether all numbers in some trees are finite."""
+  return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(trees)]).all()
+
+
+def norms_by_part(squares) -> dict[str, jax.Array]:
+  """The Euclidean norm of each part of a tree of parameters or gradients, from its `squares`."""
+  found: dict[str, list] = {}
+  for path, leaf in jax.tree.leaves_with_path(squares):
     part = next(name for name, pattern in _PARTS if re.search(pattern, sharding.path_of(path)))
-    squares.setdefault(part, []).append(jnp.square(leaf.astype(jnp.float32)).sum())
-  return {part: jnp.sqrt(sum(values)) for part, values in squares.items()}
+    found.setdefault(part, []).append(leaf.sum())
+  return {part: jnp.sqrt(sum(values)) for part, values in found.items()}
+
+
+def unless(is_sound: jax.Array, opt_state: optax.OptState, before: optax.OptState
+           ) -> optax.OptState:
+  """The optimizer state, or the one before if `is_sound` is False.
+
+  The count that the learning rate is a function of goes on: the rate follows the step.
+  """
+  counts = schedule_counts(before)
+  return jax.tree.map_with_path(
+      lambda path, new, old: (
+          new if sharding.path_of(path) in counts else jnp.where(is_sound, new, old)),
+      opt_state, before)
 
 
 def schedule_of(run: Run) -> optax.Schedule:

@@ -116,7 +116,7 @@ class SingleRun:
     self._run, self._mesh = run, mesh
     self._rows = run.batch_size // run.microbatches  # of a microbatch, on all devices
     self._shared = _shared(run.model, run.objective, _without_schedule(run.optimizer),
-                           num_domains, mesh)
+                           num_domains, mesh, run.skip_nonfinite > 0)
     self.state_shapes = self._shared.state_shapes
     schedule = optim.schedule_of(run)
 
@@ -181,12 +181,13 @@ class _Shared(NamedTuple):
 # The runs of a study follow each other by kind: first dense ones, then mixtures.
 @functools.lru_cache(maxsize=4)
 def _shared(model: Config, objective: Objective, optimizer: Optimizer, num_domains: int,
-            mesh: jax.sharding.Mesh) -> _Shared:
+            mesh: jax.sharding.Mesh, skip_nonfinite: bool) -> _Shared:
   """The functions of all runs with these settings. What differs between them is an argument: as a
   constant in the program it would have each of them compiled again."""
   def train_step(state: TrainState, batch, rate: jax.Array, seed: jax.Array):
     tx = optim.adamw(optimizer, lambda count: rate)
-    return make_train_step(model, tx, objective, num_domains, seed=seed)(state, batch)
+    return make_train_step(model, tx, objective, num_domains, seed=seed,
+                           skip_nonfinite=skip_nonfinite)(state, batch)
 
   tx = optim.adamw(optimizer, lambda count: 0.0)  # its rate is no part of the state
   state_shapes, create = _state_of(model, objective, tx, mesh)
@@ -234,7 +235,7 @@ class StackedBranches:
     """The step of one branch, to be mapped over all."""
     tx = optim.adamw(self._like.optimizer, lambda count: rates[count])
     step = make_train_step(self._like.model, tx, self._like.objective, self._num_domains,
-                           BRANCH_BATCH_AXES)
+                           BRANCH_BATCH_AXES, skip_nonfinite=self._like.skip_nonfinite > 0)
     new, metrics = step(state, batch)
     return jax.tree.map(lambda new, old: jnp.where(active, new, old), new, state), metrics
 

@@ -195,7 +195,8 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 def make_train_step(cfg: Config, tx: optax.GradientTransformation,
                     objective: Objective | None = None, num_domains: int = 1,
-                    batch_axes=BATCH_AXES, seed: jax.Array | int = 0) -> TrainStep:
+                    batch_axes=BATCH_AXES, seed: jax.Array | int = 0,
+                    skip_nonfinite: bool = False) -> TrainStep:
   """The train step: (state, batch) -> (state, metrics).
 
   It minimises `microbatch_loss`, summed over the microbatches (the leading axis of the batch)
@@ -211,11 +212,15 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     batch_axes: the mesh axes over which rows are sharded. mesh.BRANCH_BATCH_AXES for a step
       that is mapped over stacked branches, jax.vmap(step, spmd_axis_name='expert').
     seed: of the routers' noise.
+    skip_nonfinite: whether a step whose numbers are not finite leaves parameters and moments as
+      they were.
 
   Returns:
     A pure function. Its metrics: loss (nats per target, or per pair), nll_by_domain and
     tokens_by_domain [num_domains] (sums over targets), grad_norm, grad_norms (of what trains) and
-    param_norms by part of the model; for a mixture balance and router_z (the unweighted losses,
+    param_norms (before the step) by part of the model; squares, the optim.squares of `params`
+    (before the step), `gradient` and `new_params`, and is_finite, whether these and the loss are;
+    for a mixture balance and router_z (the unweighted losses,
     summed over layers) and routing, the RoutingSums [L, num_domains, ...]; and for a loss on pairs
     preferences, Preferences [num_domains].
 
@@ -268,12 +273,21 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
     if cfg.router_bias and not frozen('layers/ffn/router_bias', losses.freeze):
       params = _with_balanced_bias(params, sums.by_domain['routing'], losses.balance_bias)
 
+    loss = sums.loss / sums.count
+    squares = {'params': optim.squares(state.params), 'gradient': optim.squares(grads),
+               'new_params': optim.squares(params)}
+    is_finite = optim.are_finite(loss, squares)
+    if skip_nonfinite:
+      params = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), params, state.params)
+      opt_state = optim.unless(is_finite, opt_state, state.opt_state)
     router_losses = {name: value / sums.count for name, value in sums.router_losses.items()}
     metrics = sums.by_domain | router_losses | {
-        'loss': sums.loss / sums.count,
+        'loss': loss,
         'grad_norm': optax.tree.norm(grads),
-        'grad_norms': optim.norms_by_part(grads),
-        'param_norms': optim.norms_by_part(state.params),
+        'grad_norms': optim.norms_by_part(squares['gradient']),
+        'param_norms': optim.norms_by_part(squares['params']),
+        'squares': squares,
+        'is_finite': is_finite,
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
