@@ -64,13 +64,16 @@ def create_state(params: dict, tx: optax.GradientTransformation, outer: Outer,
       'momentum': outer_optimizer(outer).init(params)})
 
 
-def make_step(train_step: TrainStep, outer: Outer, steps: int) -> TrainStep:
+def make_step(train_step: TrainStep, outer: Outer, steps: int, skip_nonfinite: bool = False
+              ) -> TrainStep:
   """A step of all workers, and of the outer optimizer when they meet: a pure function.
 
   Args:
     train_step: the step of one worker, for BRANCH_BATCH_AXES.
     outer: when and how the workers meet.
     steps: of the whole run; the last one ends with a meeting.
+    skip_nonfinite: whether all workers stay as they were in a step in which the numbers of one are
+      not finite.
 
   Returns:
     (state, batch) -> (state, metrics), where the state is as `create_state` makes it and the batch
@@ -84,6 +87,11 @@ def make_step(train_step: TrainStep, outer: Outer, steps: int) -> TrainStep:
     own: Any = state.opt_state
     workers, moments, metrics = jax.vmap(of_worker, spmd_axis_name='expert')(
         own['workers'], own['moments'], batch)
+    if skip_nonfinite:
+      is_finite = metrics['is_finite'].all()
+      workers = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old),
+                             workers, own['workers'])
+      moments = optim.unless(is_finite, moments, own['moments'])
     done = state.step + 1
 
     def apart(params, momentum):
@@ -98,7 +106,7 @@ def make_step(train_step: TrainStep, outer: Outer, steps: int) -> TrainStep:
         (done % outer.sync_every == 0) | (done == steps), together, apart,
         state.params, own['momentum'])
     opt_state = {'workers': workers, 'moments': moments, 'momentum': momentum}
-    return TrainState(done, params, opt_state), _joined(metrics)
+    return TrainState(done, params, opt_state), _joined(metrics, params)
 
   return step
 
@@ -122,7 +130,7 @@ class Workers:
     layout = _shardings(shapes, mesh)
     self.state_shapes = sharding.abstract(shapes, layout)
     self._create = jax.jit(create, out_shardings=layout)
-    self._step = jax.jit(make_step(train_step, outer, run.steps), donate_argnums=0,
+    self._step = jax.jit(make_step(train_step, outer, run.steps, run.skip_nonfinite > 0), donate_argnums=0,
                          out_shardings=(layout, NamedSharding(mesh, P())))
 
   def create_state(self, params: dict) -> TrainState:
@@ -174,8 +182,15 @@ def _shardings(shapes: TrainState, mesh) -> TrainState:
       'momentum': of(own['momentum'])})
 
 
-def _joined(metrics: dict[str, Any]) -> dict[str, Any]:
-  """The metrics of all workers as those of one step: sums add up, and norms are averaged."""
+def _joined(metrics: dict[str, Any], params) -> dict[str, Any]:
+  """The metrics of all workers as those of one step: sums add up, and norms are averaged.
+
+  Numbers of any worker, or of the parameters after a meeting, that are not finite stay visible.
+  """
   summed = {name: metrics[name].sum(0) for name in ('nll_by_domain', 'tokens_by_domain')}
   loss = summed['nll_by_domain'].sum() / summed['tokens_by_domain'].sum()
-  return jax.tree.map(lambda x: x.mean(0), metrics) | summed | {'loss': loss}
+  joined = jax.tree.map(lambda x: x.mean(0), metrics) | summed | {'loss': loss}
+  squares = joined['squares']
+  squares |= {'new_params': jax.tree.map(jnp.maximum, squares['new_params'],
+                                         optim.squares(params))}
+  return joined | {'squares': squares, 'is_finite': optim.are_finite(loss, squares)}
