@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import re
 import sys
 import time
@@ -12,14 +11,25 @@ from rich import table as rich_table
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from btx_jax import escaping
+
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 # Columns of a progress bar, and of 'loss 3.123  12,345 tokens/s  45 min left' with gaps.
 _BAR, _LEAST_BAR, _TEXT, _SPEED = 40, 8, 46, 18
 _GAP = 2  # columns between two columns of a table
 _LEAST_NAME = 14  # columns that a folded name has at least
 _LEAST_HEAD = 6  # columns of a broken head, if a word of it is not longer
-# Prints text verbatim: names of runs and domains may look like rich's markup or emoji codes.
-_VerbatimConsole = functools.partial(Console, highlight=False, markup=False, emoji=False)
+
+
+class _VerbatimConsole(Console):
+  """Prints strings as text: names may look like rich's markup, emoji codes, or escape codes."""
+
+  def __init__(self, quiet: bool = False):
+    super().__init__(highlight=False, markup=False, emoji=False, quiet=quiet)
+
+  def render_str(self, text: str, **options) -> Text:
+    return super().render_str(escaping.printable(text), **options)
+
 
 console = _VerbatimConsole()
 
@@ -50,7 +60,7 @@ class Progress:
     for name, (start, steps) in self._runs.items():
       if self._bars:
         self._tasks[name] = self._bars.add_task(
-            name, total=steps, completed=start, text='compiling')
+            escaping.printable(name), total=steps, completed=start, text='compiling')
       else:
         console.print(f'{name}: {start} of {steps} steps, compiling')
     return self
@@ -146,11 +156,11 @@ class Table:
       tables = list(self._split(figures, width))
     for title, columns in tables:
       if title:
-        yield Text(title, style='italic')
+        yield Text(escaping.printable(title), style='italic')
       yield self._rendered(columns, width)
       yield ''
     if caption:
-      yield Text(caption, style='dim')
+      yield Text(escaping.printable(caption), style='dim')
       yield ''
 
   def _dropped(self, width: int) -> list[str]:
@@ -234,7 +244,7 @@ def broken(text: str, width: int) -> str:
 def _wrapped(cell: str | Text, width: int) -> Text:
   """A name broken into lines of this width, with its style."""
   style = '' if isinstance(cell, str) else cell.style
-  return Text(broken(str(cell), width), style=style)
+  return Text(broken(escaping.printable(str(cell)), width), style=style)
 
 
 def _shared(widths: Sequence[int], total: int) -> list[int]:
