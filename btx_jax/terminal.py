@@ -1,6 +1,6 @@
 """Output on the terminal: lines, tables, and a progress bar for each run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import re
 import sys
@@ -9,6 +9,7 @@ import time
 from rich import box, cells, progress
 from rich import table as rich_table
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from btx_jax import escaping
@@ -29,6 +30,12 @@ class _VerbatimConsole(Console):
 
   def render_str(self, text: str, **options) -> Text:
     return super().render_str(escaping.printable(text), **options)
+
+  def render(self, renderable: RenderableType, options: ConsoleOptions | None = None
+             ) -> Iterable[Segment]:
+    if isinstance(renderable, Text) and renderable.plain != escaping.printable(renderable.plain):
+      renderable = Text(escaping.printable(renderable.plain), renderable.style)
+    return super().render(renderable, options)
 
 
 console = _VerbatimConsole()
@@ -156,11 +163,11 @@ class Table:
       tables = list(self._split(figures, width))
     for title, columns in tables:
       if title:
-        yield Text(escaping.printable(title), style='italic')
+        yield Text(title, style='italic')
       yield self._rendered(columns, width)
       yield ''
     if caption:
-      yield Text(escaping.printable(caption), style='dim')
+      yield Text(caption, style='dim')
       yield ''
 
   def _dropped(self, width: int) -> list[str]:

@@ -6,6 +6,8 @@ import os
 import jax
 import numpy as np
 import pytest
+from rich.console import Group
+from rich.text import Text
 
 from btx_jax import errors, escaping, naming, terminal
 from btx_jax.data import domains, folders
@@ -63,7 +65,8 @@ def test_a_checkpoint_is_refused_where_a_library_would_go_elsewhere(tmp_path, na
 
 
 ELSEWHERE = ['', '.', '..', '../x', 'a/../../x', '/abs', 'a//b', 'a/', './a', 'a/.', 'nul\0',
-             'esc\x1b[31m', 'new\nline', 'caf\udce9', '\u202ea', '\u200ba', 'x.partial/a', 'x' * 201]
+             'esc\x1b[31m', 'new\nline', 'caf\udce9', '\u202ea', '\u200ba', 'x.partial/a',
+             'x' * 201]
 
 
 @pytest.mark.parametrize('name', ELSEWHERE)
@@ -104,14 +107,15 @@ def test_a_file_of_text_is_found_under_any_name(tmp_path, name):
 
 
 def test_what_a_terminal_would_act_on_is_shown_as_escapes(capsys):
-  shown = '\\x1b[31m\\x07\\u202e\\udce9'
-  name = '\x1b[31m\x07\u202e\udce9'
+  shown = '\\x1b[31m\\x9b\\u202e\\udce9'
+  name = '\x1b[31m\x9b\u202e\udce9'
   terminal.say(f'in {name}')
   terminal.show(terminal.Table([name], [[name]], title=name, caption=name))
+  terminal.show(Group(Text(name, style='red')))
   errors.report_error(UsageError(f'of {name}'))
   printed = capsys.readouterr()
-  assert printed.out.count(shown) == 5 and printed.err == f'btx_jax: of {shown}\n'
-  assert not {'\x1b', '\x07', '\u202e'} & set(printed.out + printed.err)
+  assert printed.out.count(shown) == 6 and printed.err == f'btx_jax: of {shown}\n'
+  assert not {'\x1b', '\x9b', '\u202e'} & set(printed.out + printed.err)
 
 
 def test_names_in_markdown_are_text():

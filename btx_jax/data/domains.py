@@ -8,7 +8,6 @@ from btx_jax.data import demo
 from btx_jax.errors import UsageError, nearest
 
 TEXT, CHAT, PAIRS = FORMATS = ('text', 'chat', 'pairs')
-_RESERVED = ('tokenizer.model', 'tokenizer.json')  # files beside the domains' tokens
 
 
 class Domain(NamedTuple):
@@ -107,9 +106,6 @@ def trained(domains: Mapping[str, Mapping]) -> list[str]:
 def _check_name(name: str, domains: Iterable[str]):
   """Raises UsageError unless a domain can have a token folder of its own under this name."""
   naming.check('domain', name)
-  if naming.same(name.split('/')[0]) in _RESERVED:
-    raise UsageError(f'{name!r} cannot be the name of a domain, because the tokenizer is kept '
-                     'there; rename it.')
   inside = next((other for other in domains if name.startswith(f'{other}/')), None)
   if inside is not None:
     raise UsageError(f'{name!r} cannot be the name of a domain beside {inside!r}, because its '
