@@ -15,6 +15,8 @@ from typing import Any
 
 from absl import flags
 
+from btx_jax import escaping
+
 # What was called otherwise before version 0.1.0: fields of the config, and a command.
 RENAMED = {'data.length': 'data.seq_len', 'train.accumulation': 'train.microbatches',
            'train.balance': 'train.balance_loss', 'fit': 'compare',
@@ -49,7 +51,7 @@ def report_error(error: BaseException, debug: bool = False) -> int:
   message, code = _explain(error)
   if debug or message is None:
     traceback.print_exception(error)
-  print(f'btx_jax: {message or _UNEXPECTED}', file=sys.stderr)
+  print(f'btx_jax: {escaping.printable(message or _UNEXPECTED)}', file=sys.stderr)
   return code
 
 
@@ -70,7 +72,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
             '--workdir. Completed work is kept, and the same command continues from there.', 1)
   if isinstance(error, OSError) and error.errno in (
       errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
-      errno.EIO):
+      errno.EIO, errno.ENAMETOOLONG):
     return f'{error.filename} cannot be written or read: {error.strerror}.', 1
   if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in str(error):
     return ('Another process of this job is gone; see its output for the reason. The same command '

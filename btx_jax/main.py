@@ -40,7 +40,7 @@ from ml_collections import ConfigDict, config_flags
 
 from btx_jax import arguments as flag
 from btx_jax import errors, files
-from btx_jax.devices import distributed, rollcall
+from btx_jax.devices import compiled, distributed, rollcall
 from btx_jax.errors import UsageError, nearest
 
 # jax and the modules that need it are imported inside functions, so that mistakes on the command
@@ -54,7 +54,6 @@ def train_runs(name: str, workdir: str):
   import jax
 
   from btx_jax.commands import answers_table, claims, measured, regression, report, seeds, table
-  from btx_jax.devices import compiled
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
@@ -195,7 +194,6 @@ def generate_text(name: str, workdir: str):
 
 def _model(workdir: str):
   """The study, the run and the folder that name a model for `evaluate` and `generate`."""
-  from btx_jax.devices import compiled
   from btx_jax.study.study import Study
   compiled.keep()
   study = None
@@ -365,6 +363,7 @@ def _run_and_report_errors(argv: list[str]):
 def main(argv: list[str]):
   """Runs the command line `argv`, as the shell would; ends the process."""
   # Before anything imports jax, which a config file may.
+  compiled.check_chosen()
   if platforms := os.environ.get('JAX_PLATFORMS'):
     os.environ['JAX_PLATFORMS'] = platforms_with_cpu(platforms)
   # --help shows the docstring and the flags of the module __main__, which need not be this one.

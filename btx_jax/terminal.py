@@ -1,8 +1,7 @@
 """Output on the terminal: lines, tables, and a progress bar for each run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import re
 import sys
 import time
@@ -10,7 +9,10 @@ import time
 from rich import box, cells, progress
 from rich import table as rich_table
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
+
+from btx_jax import escaping
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 # Columns of a progress bar, and of 'loss 3.123  12,345 tokens/s  45 min left' with gaps.
@@ -18,8 +20,23 @@ _BAR, _LEAST_BAR, _TEXT, _SPEED = 40, 8, 46, 18
 _GAP = 2  # columns between two columns of a table
 _LEAST_NAME = 14  # columns that a folded name has at least
 _LEAST_HEAD = 6  # columns of a broken head, if a word of it is not longer
-# Prints text verbatim: names of runs and domains may look like rich's markup or emoji codes.
-_VerbatimConsole = functools.partial(Console, highlight=False, markup=False, emoji=False)
+
+
+class _VerbatimConsole(Console):
+  """Prints strings as text: names may look like rich's markup, emoji codes, or escape codes."""
+
+  def __init__(self, quiet: bool = False):
+    super().__init__(highlight=False, markup=False, emoji=False, quiet=quiet)
+
+  def render_str(self, text: str, **options) -> Text:
+    return super().render_str(escaping.printable(text), **options)
+
+  def render(self, renderable: RenderableType, options: ConsoleOptions | None = None
+             ) -> Iterable[Segment]:
+    if isinstance(renderable, Text) and renderable.plain != escaping.printable(renderable.plain):
+      renderable = Text(escaping.printable(renderable.plain), renderable.style)
+    return super().render(renderable, options)
+
 
 console = _VerbatimConsole()
 
@@ -50,7 +67,7 @@ class Progress:
     for name, (start, steps) in self._runs.items():
       if self._bars:
         self._tasks[name] = self._bars.add_task(
-            name, total=steps, completed=start, text='compiling')
+            escaping.printable(name), total=steps, completed=start, text='compiling')
       else:
         console.print(f'{name}: {start} of {steps} steps, compiling')
     return self
@@ -234,7 +251,7 @@ def broken(text: str, width: int) -> str:
 def _wrapped(cell: str | Text, width: int) -> Text:
   """A name broken into lines of this width, with its style."""
   style = '' if isinstance(cell, str) else cell.style
-  return Text(broken(str(cell), width), style=style)
+  return Text(broken(escaping.printable(str(cell)), width), style=style)
 
 
 def _shared(widths: Sequence[int], total: int) -> list[int]:

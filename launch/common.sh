@@ -53,6 +53,26 @@ each() {
   [[ ! $failed ]] || fail 'some runs failed; the same command again continues'
 }
 
+# PREFIX RUN: sets `name`, that of the machines or jobs of a run: of lower case letters, digits and -.
+name_of() {
+  name=$1-$2
+  name=${name,,} name=${name//[^a-z0-9-]/-}
+}
+
+# PREFIX: fails if the machines or jobs of two runs would have the same name.
+check_names_of_runs() {
+  local name runs run
+  local -A run_of=()
+  name_of "$1" all
+  run_of[$name]='the finetune'
+  read -ra runs <<< "${stages[*]}"
+  for run in "${runs[@]}"; do
+    name_of "$1" "$run"
+    [[ ! ${run_of[$name]:-} ]] || fail "$run and ${run_of[$name]} would both be called $name; rename it"
+    run_of[$name]=$run
+  done
+}
+
 # Fails unless the working directory outlives the machines that runs are trained on, and the config
 # is sent to them with the package.
 check_remote_flags() {

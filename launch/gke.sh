@@ -16,18 +16,20 @@ export ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice} TOPOLOGY=${TOPOLOGY:-4x4
 export HOSTS=${HOSTS:-4} CHIPS=${CHIPS:-4}  # hosts of such a slice; chips of each host
 export CLAIM=${CLAIM:-btx}                  # the volume claim that is mounted at /mnt/btx
 prefix=${PREFIX:-btx}                       # JobSets are called PREFIX-RUN
+check_names_of_runs "$prefix"
 
 # RUN: trains it and waits until it ends; without a name, all runs that are left.
 job() {
-  local key ended name=$prefix-${1:-all} text words=("${command[@]}" --distributed ${1:+--run="$1"})
-  name=${name,,} name=${name//[^a-z0-9-]/-}
+  local key ended name text words=("${command[@]}" --distributed ${1:+--run="$1"})
+  name_of "$prefix" "${1:-all}"
   # Prints how it ended; nothing while it runs, or if it does not exist.
   local ask=(kubectl get jobset "$name" --ignore-not-found --output='jsonpath={.status.terminalState}')
   text=$(< launch/gke_jobset.yaml)
-  text=${text//"\${NAME}"/"$name"} text=${text//"\${COMMAND}"/"$(quoted "${words[@]}")"}
+  text=${text//"\${NAME}"/"$name"}
   for key in IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS CLAIM; do
     text=${text//"\${$key}"/"${!key}"}
   done
+  text=${text//"\${COMMAND}"/"$(quoted "${words[@]}")"}  # last: nothing in it is a variable
   if [[ $dry_run ]]; then
     printf "kubectl apply -f - <<'JOBSET'\n%s\nJOBSET\n" "$text"
     quoted "${ask[@]}"

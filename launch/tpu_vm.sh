@@ -14,6 +14,7 @@ zone=${ZONE:?the zone of the slices, like us-east5-b}
 type=${TYPE:-v5litepod-16}             # accelerator type of a slice
 version=${VERSION:-v2-alpha-tpuv5-lite}  # its runtime version
 prefix=${PREFIX:-btx}                  # slices are called PREFIX-RUN
+check_names_of_runs "$prefix"
 extras=${EXTRAS:-tpu}                  # of the package, like tpu,demo,hf
 queued=${QUEUED:-}                     # 1: queued resources; slices start as there is capacity
 spot=${SPOT:-}                         # 1: spot slices, which are cheaper and can be preempted
@@ -21,16 +22,22 @@ delete=${DELETE:-}                     # 1: delete a slice when its run is compl
 share=${SHARE:-}                       # HOST:/EXPORT of NFS, or gs://BUCKET, to mount at /mnt/btx
                                        # on all hosts; empty: mounted already, or nothing shared
 
+uv=0.13.9  # installs the package
+
 tpus=(gcloud compute tpus)
 setup='mkdir -p btx_jax && tar -xzf btx_jax.tgz -C btx_jax && cd btx_jax'
-# The text in quotes is expanded by the shell of the host.
+# The text in single quotes is expanded by the shell of the host.
+setup+=" && curl --proto '=https' --tlsv1.2 -LsSf https://astral.sh/uv/$uv/install.sh -o uv.sh"
 # shellcheck disable=SC2016
-setup+=' && curl -LsSf https://astral.sh/uv/install.sh | sh && PATH=$HOME/.local/bin:$PATH'
-setup+=" && uv venv --allow-existing --python=3.12 && uv pip install -e '.[$extras]'"
+setup+=' && sh uv.sh && PATH=$HOME/.local/bin:$PATH'
+quoted_extras=.[$extras] quoted_extras=${quoted_extras@Q}
+setup+=" && uv venv --allow-existing --python=3.12 && uv pip install -e $quoted_extras"
 case $share in
-  gs://*) mount="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 ${share#gs://} /mnt/btx" ;;
-  *) mount="sudo apt-get install -qy nfs-common && sudo mount $share /mnt/btx"
-     mount+=' && sudo chmod a+rwx /mnt/btx' ;;
+  gs://*) bucket=${share#gs://}
+     mount="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 ${bucket@Q} /mnt/btx" ;;
+  *) mount="sudo apt-get install -qy nfs-common && sudo mount ${share@Q} /mnt/btx"
+     # Each user may add to the share, and change what is his own.
+     mount+=' && sudo chmod a+rwx,+t /mnt/btx' ;;
 esac
 if [[ $share ]]; then
   setup+=' && sudo mkdir -p /mnt/btx && { mountpoint -q /mnt/btx'
@@ -85,8 +92,8 @@ remove() {
 
 # RUN: trains it on a slice of its own; without a name, all runs that are left.
 job() {
-  local name=$prefix-${1:-all} words=("${command[@]}" --distributed ${1:+--run="$1"})
-  name=${name,,} name=${name//[^a-z0-9-]/-}
+  local name words=("${command[@]}" --distributed ${1:+--run="$1"})
+  name_of "$prefix" "${1:-all}"
   create "$name"
   run "${tpus[@]}" tpu-vm scp "$package" "$name:btx_jax.tgz" --zone="$zone" --worker=all
   run "${tpus[@]}" tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$setup"
@@ -95,7 +102,13 @@ job() {
   [[ ! $delete ]] || remove "$name"
 }
 
-package=${TMPDIR:-/tmp}/btx_jax.tgz
+package=btx_jax.tgz
+if [[ ! $dry_run ]]; then
+  # A name in a shared folder that another user cannot have prepared, nor another launch replace.
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+  package=$folder/$package
+fi
 run tar -czf "$package" pyproject.toml README.md LICENSE btx_jax configs launch
 for stage in "${stages[@]}"; do
   read -ra names <<< "$stage"

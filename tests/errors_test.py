@@ -371,6 +371,8 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      "'seed-1/x' cannot be the name of a run while config.seeds = (0, 1): seed-1 is the directory"),
     ('config.runs["my run"] = config.runs.seed',
      'launch scripts split names at white space and quotes; use neither.'),
+    ('config.runs["Seed"] = config.runs.seed', "'Seed' and 'seed' cannot both be names of a run"),
+    ('config.runs["seed/lock"] = config.runs.seed', "a run beside 'seed', which keeps files"),
     (new(init='base.mix()'), 'runs.new.init: mix names no run to start from.'),
     (new(init='ConfigDict({**base.checkpoint("seed"), "runs": ("seed", "seed")})'),
      'a checkpoint has one source, not 2.'),
@@ -598,6 +600,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      'domains.code.held_out = 1.5 must be a share between 0 and 1, or name the files'),
     ('config.domains["code/x"] = config.domains.code',
      "'code/x' cannot be the name of a domain beside 'code', because its tokens"),
+    ('config.domains["/code"] = config.domains.code', "'/code' cannot be the name of a domain,"),
     ('config.domains.wiki = base.domain(held_out="x")\n' + new(domains='{"wiki": 1}'),
      "runs.new.domains names 'wiki', which is only measured, as domains.wiki.paths is empty."),
     ('(here / "x.txt").write_text("")\nconfig.domains.code.paths = (str(here / "x.txt"),)',
@@ -767,7 +770,9 @@ config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
 
 
 def test_names_that_a_run_cannot_get(run, config, work):
+  check(run(config(), '--workdir=a[b', 'status'), "a[b' cannot hold checkpoints, because orbax")
   arguments = config(), f'--workdir={work}', 'rename', 'seed'
+  check(run(*arguments, '../x'), "may be empty, '.' or '..', which lead elsewhere")
   check(run(*arguments, 'data'), "'data' cannot be the name of a run: it is a directory in the")
   (work / 'new').mkdir()
   check(run(*arguments, 'new'), 'new already exists; choose another name, or rename what is there')

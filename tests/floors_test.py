@@ -11,8 +11,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # installed there; rooms of one floor do not import each other. __init__ and __main__ import late,
 # when they are used; they may reach any floor.
 FLOORS = (
+    ('escaping',),
     ('errors', 'terminal', 'leftovers'),
-    ('devices', 'recipe', 'files', 'git_lfs', 'outer'),
+    ('devices', 'recipe', 'files', 'git_lfs', 'naming', 'outer'),
     ('model', 'selector', 'sealed'),
     ('convert', 'run', 'btx'),
     ('base',),
@@ -87,8 +88,8 @@ def test_an_import_that_goes_up_is_named(tmp_path):
       'def late():\n  from btx_jax.training import step\n  from btx_jax import mix\n'
       '  return step, mix\n')
   assert upward(imports(tmp_path)) == [
-      'btx_jax/model/llama.py:2: model (floor 2) imports training (floor 6)',
-      'btx_jax/model/llama.py:3: model (floor 2) imports __init__ (floor 12)']
+      'btx_jax/model/llama.py:2: model (floor 3) imports training (floor 7)',
+      'btx_jax/model/llama.py:3: model (floor 3) imports __init__ (floor 13)']
 
 
 if __name__ == '__main__':

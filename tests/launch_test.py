@@ -167,11 +167,33 @@ def test_gpus_are_those_that_are_visible(tmp_path):
 def test_shellcheck_finds_nothing():
   program = shutil.which('shellcheck', path=environment('')['PATH'])
   assert program, "pip install -e '.[test]'"
-  scripts = sorted(glob.glob('launch/*.sh', root_dir=ROOT))
-  assert len(scripts) == 7
+  scripts = [*sorted(glob.glob('launch/*.sh', root_dir=ROOT)), '.ci/run']
+  assert len(scripts) == 8
   done = subprocess.run([program, '--external-sources', *scripts], cwd=ROOT, text=True,
                         capture_output=True)
   assert done.returncode == 0, done.stdout
+
+
+def test_nothing_is_fetched_and_run_in_whatever_version_there_is_or_left_where_others_write():
+  for path in [*glob.glob('launch/*.sh', root_dir=ROOT), '.ci/run']:
+    with open(os.path.join(ROOT, path), encoding='utf-8') as file:
+      script = file.read()
+    assert not re.search(r'/tmp\b|TMPDIR|\| *(ba)?sh\b', script), path
+  printed = launch('tpu_vm.sh', '--dry-run', *FLAGS, '--workdir=/mnt/x',
+                   env=environment('', **SETTINGS))
+  assert re.search(r'https://astral.sh/uv/\d+\.\d+\.\d+/install.sh', printed.stdout)
+
+
+@pytest.mark.parametrize('stages, why', [
+    ('"expert/a expert/b" btx', ''),
+    ('"expert/a expert.a"', 'expert.a and expert/a would both be called btx-expert-a'),
+    ('A a', 'a and A would both be called btx-a'),
+    ('all', 'all and the finetune would both be called btx-all')])
+def test_no_two_runs_share_a_machine(stages, why):
+  script = f'. launch/common.sh --one-job; stages=({stages}); check_names_of_runs btx'
+  done = subprocess.run(['bash', '-euo', 'pipefail', '-c', script, 'x.sh', '--one-job'], cwd=ROOT,
+                        text=True, capture_output=True)
+  assert done.returncode == (2 if why else 0) and why in done.stderr, done.stderr
 
 
 def write_config(text, folder, steps: int, last: str) -> str:
@@ -248,6 +270,9 @@ def test_slices_are_made_stage_by_stage_and_none_after_a_failure(tmp_path, scrip
     made = re.findall(r'(create|delete) (\S+)', (folder / 'log').read_text())[4:]
     assert made == [('delete', broken), ('create', broken)]  # and none that was complete
   if script == 'tpu_vm.sh':  # DELETE=1
+    packages = re.findall(r'scp (\S+)/btx_jax.tgz ', log)
+    assert len(packages) == 5 and os.path.dirname(packages[0]) == str(tmp_path)
+    assert not os.path.exists(packages[0])
     assert sorted(re.findall(r'delete (\S+)', log)) == sorted([first, *experts, last])
 
 

@@ -397,6 +397,9 @@ def test_it_is_exported_as_its_models_and_its_selector(study, tmp_path, monkeypa
     found = generators.open_engine(opened, run, '', stack, columns).start(texts, 32)
   np.testing.assert_array_equal(found.shares, expected.shares)
   np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
+  (out / 'selector.json').write_text(json.dumps({**about, 'reader': '../prose'}))
+  with pytest.raises(UsageError, match=r"'\.\./prose' cannot be the name of a run"):
+    exported.opened(str(out))
   (out / 'selector.json').write_text('{}')
   with pytest.raises(UsageError, match=r"json is damaged \(KeyError\('experts'\)\); export the"):
     exported.opened(str(out))

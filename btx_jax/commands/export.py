@@ -10,6 +10,7 @@ from btx_jax.convert import config_json, export, generation
 from btx_jax.data import domains, text
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
+from btx_jax.escaping import markdown
 from btx_jax.run import EDIT, HUGGING_FACE, MIX, RANDOM, Run, descent, lineage
 from btx_jax.scoring import scores
 from btx_jax.study import compatibility, context, manifest, routers, sources
@@ -120,8 +121,8 @@ def _card(study: Study, run: Run, origin: str) -> Iterator[str]:
   architecture = config_json.ARCHITECTURES[config_json.kind_of(run.model, origin)]
   yield ('---\nlibrary_name: transformers\npipeline_tag: text-generation\n'
          'tags: [branch-train-mix]\n---\n\n'
-         f'# {run.name}\n\nA {what} ({architecture}), made with btx_jax, which is Branch-Train-MiX '
-         '([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)) in JAX.\n\n'
+         f'# {markdown(run.name)}\n\nA {what} ({architecture}), made with btx_jax, which is '
+         'Branch-Train-MiX ([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)) in JAX.\n\n'
          '## How it was trained\n\n'
          '| run | starts from | trained on | steps | tokens M | identity |\n'
          '|---|---|---|--:|--:|---|\n')
@@ -129,11 +130,12 @@ def _card(study: Study, run: Run, origin: str) -> Iterator[str]:
   for each in (ancestors[name] for name in study.runs if name in ancestors):
     start = {MIX: 'a mixture of ', EDIT: 'an edit of ', RANDOM: 'random parameters',
              HUGGING_FACE: f'pretrained, content {each.content}'}.get(each.init, '')
-    start += ', '.join(source.label for source in each.sources)
-    domains = ', '.join(f'{domain} {weight:.0%}' for domain, weight in each.weights.items())
+    start += ', '.join(markdown(source.label) for source in each.sources)
+    domains = ', '.join(f'{markdown(domain)} {weight:.0%}'
+                        for domain, weight in each.weights.items())
     found = manifest.read(study.folder(each.name)) or {}
-    yield (f'| {each.name} | {start} | {domains} | {each.steps:,} | {each.tokens / 1e6:,.2f} | '
-           f'{found.get("identity", "")} |\n')
+    yield (f'| {markdown(each.name)} | {start} | {domains} | {each.steps:,} | '
+           f'{each.tokens / 1e6:,.2f} | {found.get("identity", "")} |\n')
   yield from scores_section(study, run)
 
 
@@ -143,4 +145,4 @@ def scores_section(study: Study, run: Run) -> Iterator[str]:
   if measured:
     yield '\n## Bits per byte on held-out text\n\n| domain | bits per byte |\n|---|--:|\n'
     for domain, score in measured.items():
-      yield f'| {domain} | {score["bits_per_byte"]:.3f} |\n'
+      yield f'| {markdown(domain)} | {score["bits_per_byte"]:.3f} |\n'

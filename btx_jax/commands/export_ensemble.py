@@ -11,6 +11,7 @@ from btx_jax.commands.export import check_complete, export_run, identity, scores
 from btx_jax.convert import export, unfinished
 from btx_jax.convert.safetensors import Writer
 from btx_jax.errors import UsageError
+from btx_jax.escaping import markdown
 from btx_jax.run import Run, linear_of, reader_model
 from btx_jax.selector import Merge
 from btx_jax.study import routers
@@ -86,9 +87,9 @@ def about(run: Run) -> dict:
 
 def _card(study: Study, run: Run) -> Iterator[str]:
   """Yields the text of README.md."""
-  yield f'# {run.name}\n\n{_USE}\n| expert | chosen for text like |\n|---|---|\n'
+  yield f'# {markdown(run.name)}\n\n{_USE}\n| expert | chosen for text like |\n|---|---|\n'
   for expert, domain in zip(run.experts, linear_of(run).labels):
-    yield f'| {expert.plain_name} | {domain} |\n'
+    yield f'| {markdown(expert.plain_name)} | {markdown(domain)} |\n'
   yield from scores_section(study, run)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from btx_jax import base
+from btx_jax import base, naming
 from btx_jax.commands.export_ensemble import SELECTOR, WEIGHT, WEIGHTS
 from btx_jax.convert.safetensors import File
 from btx_jax.errors import UsageError
@@ -40,6 +40,8 @@ def opened(folder: str, chat_template: str = '') -> tuple[Study, Run, np.ndarray
     with open(path, encoding='utf-8') as file:
       about = json.load(file)
     names = tuple(dict.fromkeys([*about['experts'], about['reader']]))
+    for name in names:  # each is that of a folder in this one
+      naming.check('run', name)
     selector = Linear(
         about['kind'], rows=0, ridge=0.0, labels=tuple(about['domains']),
         reader=names.index(about['reader']), layers=about['layers'],

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from btx_jax import escaping
 from btx_jax.commands import (
   answers_table,
   claims,
@@ -81,7 +82,8 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
       **_contents(study, found['runs'], results, compared, changes, effects, save))
   path = os.path.join(folder, 'report.html')
   with replacing(path) as file:
-    file.write(page)
+    # Paths may not be UTF-8, and HTML has no control characters.
+    file.write(escaping.printable(page))
   return path
 
 

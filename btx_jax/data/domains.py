@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from btx_jax import naming
 from btx_jax.data import demo
 from btx_jax.errors import UsageError, nearest
 
@@ -69,6 +70,7 @@ def from_config(domains: Mapping[str, Mapping]) -> list[Domain]:
       and 1, or two names clash.
   """
   result = []
+  naming.check_distinct('domain', domains)
   for name, fields in sorted(domains.items()):
     _check_name(name, domains)
     held_out = fields['held_out']
@@ -102,7 +104,8 @@ def trained(domains: Mapping[str, Mapping]) -> list[str]:
 
 
 def _check_name(name: str, domains: Iterable[str]):
-  """Raises UsageError if a domain's token folder would lie inside that of another domain."""
+  """Raises UsageError unless a domain can have a token folder of its own under this name."""
+  naming.check('domain', name)
   inside = next((other for other in domains if name.startswith(f'{other}/')), None)
   if inside is not None:
     raise UsageError(f'{name!r} cannot be the name of a domain beside {inside!r}, because its '

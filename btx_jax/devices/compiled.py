@@ -1,12 +1,34 @@
-"""Compiled programs, kept on disk from one command to the next by jax's own cache."""
+"""Compiled programs, kept on disk from one command to the next by jax's own cache.
 
+Who can write there decides what the next command executes. So a folder that others may write to, or
+that belongs to someone else, is not used.
+"""
+
+import contextlib
 import hashlib
 import os
 import platform
-
-import jax
+import stat
+import sys
 
 from btx_jax.terminal import say
+
+VARIABLE = 'JAX_COMPILATION_CACHE_DIR'
+
+
+def check_chosen() -> None:
+  """Makes the folder that JAX_COMPILATION_CACHE_DIR names; removes the variable if it is unsafe.
+
+  To be called before jax is imported, which reads the variable. Buckets (URLs) are not checked.
+  """
+  folder = os.environ.get(VARIABLE, '')
+  if not folder or '://' in folder:
+    return
+  why = _made(folder)
+  if why:
+    os.environ[VARIABLE] = ''  # keeps nothing
+    # On stderr, because scripts read what `jobs` prints.
+    print(f'btx_jax: compiled programs are not kept: {why}', file=sys.stderr)
 
 
 def keep() -> None:
@@ -16,19 +38,38 @@ def keep() -> None:
   kept for several CPU devices either: programs that XLA 0.10 reads back from disk can wait for each
   other in their collectives, until XLA ends the process.
   """
-  if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+  import jax
+  if VARIABLE in os.environ:
     return
   if jax.default_backend() == 'cpu' and jax.device_count() > 1:
     return
   folder = default_folder()
-  if not os.path.isdir(folder):
-    try:
-      os.makedirs(folder)
-    except OSError as error:
-      say(f'compiled programs are not kept: {error}')
-      return
+  is_new = not os.path.isdir(folder)
+  why = _made(folder)
+  if why:
+    say(f'compiled programs are not kept: {why}')
+    return
+  if is_new:
     say(f'compiled programs are kept in {folder}; JAX_COMPILATION_CACHE_DIR names another place')
   jax.config.update('jax_compilation_cache_dir', folder)
+
+
+def _made(folder: str) -> str:
+  """Makes a folder for this user alone, unless it exists; why it cannot be used, or ''."""
+  try:
+    os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # another process may make it at this moment
+      os.mkdir(folder, 0o700)
+    found = os.stat(folder)
+  except OSError as error:
+    return str(error)
+  if found.st_uid not in (os.geteuid(), 0):
+    return (f'{folder} belongs to user {found.st_uid}, who decides what would be executed here; '
+            f'name a folder of your own in {VARIABLE}')
+  if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    return (f'others may write to {folder}, and decide what is executed here; empty it and run '
+            f'chmod 700 {folder}, or name another folder in {VARIABLE}')
+  return ''
 
 
 def default_folder() -> str:

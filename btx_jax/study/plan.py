@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 
-from btx_jax import errors, outer, selector
+from btx_jax import errors, naming, outer, selector
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import domains
 from btx_jax.data.tokenizer import Tokenizer
@@ -36,6 +36,8 @@ from btx_jax.run import (
 from btx_jax.study import compatibility, continued, edits
 
 _RESERVED = ('data', 'report')
+# What a run has in its directory
+_OF_RUN = re.compile(r'checkpoints|lock|profile|tensorboard|wandb|.*\.jsonl?', re.IGNORECASE)
 # The fields of a model that its parameters depend on; the others may change between runs.
 _SHAPES = ('vocab_size', *SIZES, 'num_experts')
 # Further fields that a pretrained model was trained with.
@@ -94,7 +96,7 @@ def _check_seeds(config):
     if seeds.count(seed) > 1:
       raise UsageError(f'config.seeds has {seed} twice; every run is trained once for each seed.')
   for name in config.runs:
-    if name.split('/')[0] in map(series_name, seeds):
+    if naming.same(name.split('/')[0]) in map(series_name, seeds):
       raise UsageError(f'{name!r} cannot be the name of a run while config.seeds = '
                        f'{tuple(seeds)}: {name.split("/")[0]} is the directory of the runs with '
                        'that seed. Rename the run.')
@@ -122,12 +124,22 @@ def series_name(seed: int) -> str:
 
 def check_name(name: str) -> None:
   """Raises UsageError unless a run can have this name."""
-  if name.split('/')[0] in _RESERVED or name.startswith('/'):
+  naming.check('run', name)
+  if naming.same(name.split('/')[0]) in _RESERVED:
     raise UsageError(f'{name!r} cannot be the name of a run: it is a directory in the working '
                      f'directory, where {" and ".join(_RESERVED)} are taken.')
   if re.search(r'[\s\'"]', name):
     raise UsageError(f'{name!r} cannot be the name of a run, because the launch scripts split '
                      'names at white space and quotes; use neither.')
+
+
+def _check_inside(name: str, names: Iterable[str]):
+  """Raises UsageError if a run's directory would be one that another run keeps its files in."""
+  for other in names:
+    inside = name.removeprefix(f'{other}/')
+    if inside != name and _OF_RUN.fullmatch(inside.split('/')[0]):
+      raise UsageError(f'{name!r} cannot be the name of a run beside {other!r}, which keeps files '
+                       'of its own under that name; rename either.')
 
 
 def groups(runs: Iterable[Run], stacked: Sequence[str]) -> list[list[Run]]:
@@ -200,8 +212,10 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
           visit(needed, (*path, *together))
     order.extend(together)
 
+  naming.check_distinct('run', entries)
   for name in entries:
     check_name(name)
+    _check_inside(name, entries)
     visit(name, ())
   return order
 

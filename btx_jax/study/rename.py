@@ -6,7 +6,7 @@ and so does its identity, which the runs that start from it have recorded. So no
 
 import os
 
-from btx_jax import files
+from btx_jax import files, naming
 from btx_jax.errors import UsageError, nearest
 from btx_jax.study import manifest, plan
 from btx_jax.study.study import MISSING, Study
@@ -24,8 +24,9 @@ def rename(study: Study, old: str, new: str) -> list[str]:
   Raises:
     UsageError: there is no such run, the new name is invalid or taken, or the run is in progress.
   """
-  plan.check_name(new)
   old, new = (name.rstrip('/') for name in (old, new))  # as a shell completes names of folders
+  plan.check_name(new)
+  naming.check('run', old)
   places = []
   for series in dict.fromkeys(['', *study.series]):
     name = os.path.join(series, old)

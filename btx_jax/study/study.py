@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import functools
 import os
 
+from btx_jax import naming
 from btx_jax.data import domains, origin, text, tokens
 from btx_jax.errors import UsageError, nearest
 from btx_jax.run import Run
@@ -29,6 +30,8 @@ class Study:
     fields.check(config)
     self.config = config = fields.with_home(config)
     self.workdir = os.path.expanduser(workdir)
+    if workdir:  # otherwise there are no checkpoints
+      naming.checkpoint_path(self.workdir)
     domains.from_config(config.domains)
     if not 0 < config.data.held_out < 1:
       raise UsageError(f'data.held_out = {config.data.held_out} must be a share between 0 and 1.')

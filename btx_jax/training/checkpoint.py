@@ -19,6 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
 
+from btx_jax import naming
 from btx_jax.convert import finite
 from btx_jax.devices import distributed, sharding
 from btx_jax.errors import RunError
@@ -48,7 +49,7 @@ class Checkpoints:
     kept = [policies.LatestN(newest), policies.CustomSteps(steps), _KeepsBest(self)]
     if every:
       kept.append(policies.EveryNSteps(every))
-    self._folder = os.path.abspath(folder)
+    self._folder = naming.checkpoint_path(folder)
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _chunks
     self._checkpointer = ocp.training.Checkpointer(
@@ -190,7 +191,7 @@ def kept_steps(folder: str) -> list[int]:
 
 
 def _step_folder(folder: str, step: int) -> str:
-  path = os.path.join(os.path.abspath(folder), str(step))
+  path = os.path.join(naming.checkpoint_path(folder), str(step))
   if not distributed.broadcast(lambda: os.path.isdir(path)):
     raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
                    f'delete {os.path.dirname(os.path.abspath(folder))}.')
@@ -276,8 +277,9 @@ class Saved:
     """The stored array at this path, whose first component is the item."""
     if path not in self._arrays:
       item, _, inner = path.partition('/')
-      store = {'driver': 'ocdbt', 'base': f'file://{self._path}/{item}/',
-               'path': inner.replace('/', '.') + '/'}
+      # A file:// URL would be decoded: %20 means a space, and # and ? end the path.
+      base = {'driver': 'file', 'path': f'{self._path}/{item}/'}
+      store = {'driver': 'ocdbt', 'base': base, 'path': inner.replace('/', '.') + '/'}
       self._arrays[path] = tensorstore.open(
           {'driver': 'zarr3', 'kvstore': store}, open=True).result()
     return self._arrays[path]

@@ -1,0 +1,86 @@
+"""Which names of runs and domains, and which paths of checkpoints, are refused at the start.
+
+A name is a path in the working directory, so it must stay there. A path of a checkpoint goes
+through orbax and tensorstore, which do not take every character as it is: etils, which orbax lists
+directories with, reads a whole path as a pattern, and some for buckets; tensorstore takes \\ for a
+separator, and takes only UTF-8.
+"""
+
+from collections.abc import Iterable
+import os
+import re
+import unicodedata
+
+from btx_jax.errors import UsageError
+
+LONGEST = 200  # bytes of a name; a file system takes 255, and files add an ending to it
+PARTIAL = '.partial'  # ends the names of files and folders that are not finished
+# What leads elsewhere in a path: a pattern, NUL and what is not UTF-8, and what orbax and etils
+# take for a bucket (any component that ends in gs:, and these folders of the root).
+_ELSEWHERE = re.compile(r'[*?\[\\\0\ud800-\udfff]|gs:/|^/(gs|s3|az|hf)/')
+# Control characters, what has no shape of its own, halves of surrogate pairs, separators of lines
+_UNSEEN = ('Cc', 'Cf', 'Cs', 'Zl', 'Zp')
+
+
+def check(kind: str, name: str) -> None:
+  """Raises UsageError unless a run or domain (`kind`) can have this name."""
+  why = _problem(kind, name)
+  if why:
+    raise UsageError(f'{name!r} cannot be the name of a {kind}, which is also the name of its '
+                     f'directory in the working directory: {why}.')
+
+
+def check_distinct(kind: str, names: Iterable[str]) -> None:
+  """Raises UsageError if two names are one directory where case or the form of accents is ignored.
+
+  Some file systems of macOS and Windows do that; and a study may be moved to one.
+  """
+  known: dict[str, str] = {}
+  for name in names:
+    other = known.setdefault(same(name), name)
+    if other != name:
+      raise UsageError(f'{other!r} and {name!r} cannot both be names of a {kind}: they are one '
+                       'directory on a file system that ignores case or the form of accents. '
+                       'Rename either.')
+
+
+def same(name: str) -> str:
+  """What is equal for names that some file systems do not distinguish."""
+  return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
+
+
+def _problem(kind: str, name: str) -> str:
+  """Why a name is refused, and what to do; '' if it is not."""
+  unseen = next((each for each in name if unicodedata.category(each) in _UNSEEN), '')
+  elsewhere = _ELSEWHERE.search(f'{name}/') if kind == 'run' else None
+  parts = name.split('/')
+  if not name:
+    return 'it is empty; give it a name'
+  if unseen:
+    return f'{unseen!r} cannot be seen or printed; omit it'
+  if elsewhere:
+    return f'a checkpoint cannot be kept under {elsewhere[0]!r}; omit it'
+  if {'', '.', '..'} & set(parts):
+    return "no part of it between slashes may be empty, '.' or '..', which lead elsewhere"
+  if kind == 'run' and name.startswith('-'):
+    return 'a command would take it for a flag; begin with another character'
+  if any(part.endswith(PARTIAL) for part in parts):
+    return f'{PARTIAL} ends the names of what is not finished; choose another ending'
+  if len(name.encode()) > LONGEST:
+    return f'it has {len(name.encode()):,} bytes, more than {LONGEST}; choose a shorter one'
+  return ''
+
+
+def checkpoint_path(folder: str) -> str:
+  """The absolute path of a folder of checkpoints, or of one above it.
+
+  Raises:
+    UsageError: orbax or tensorstore would read or write elsewhere.
+  """
+  path = os.path.normpath('/' + os.path.abspath(folder).lstrip('/'))
+  found = _ELSEWHERE.search(f'{path}/')
+  if found:
+    raise UsageError(f'{path!r} cannot hold checkpoints, because orbax and tensorstore do not take '
+                     f'{found[0]!r} as it is. Use another --workdir; a link to this directory, '
+                     'under a path without it, will do.')
+  return path
