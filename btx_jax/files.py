@@ -9,6 +9,7 @@ import re
 import socket
 import time
 
+from btx_jax import inputs
 from btx_jax.errors import UsageError
 
 LOCK = 'lock'
@@ -54,7 +55,7 @@ def check_no_lfs_pointer(path: str):
   and data. A file that cannot be opened passes: whoever reads it next says why.
   """
   try:
-    with open(path, 'rb') as file:
+    with inputs.open_file(path) as file:
       beginning = file.read(LFS_POINTER_BYTES)
   except OSError:
     return

@@ -17,7 +17,7 @@ import uuid
 
 import numpy as np
 
-from btx_jax import files
+from btx_jax import files, inputs
 from btx_jax.convert import finite, header
 from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
@@ -44,7 +44,7 @@ class File:
     self.path = path
     files.check_no_lfs_pointer(path)
     try:
-      with open(path, 'rb') as file:
+      with inputs.open_file(path) as file:
         self.header, start, size = header.read(file)
       self.tensors = header.tensors(self.header, start, size)
     except (OSError, ValueError) as error:
