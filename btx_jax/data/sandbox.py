@@ -54,8 +54,13 @@ class _Generation(ext.Extension):
 class _Bounds(visitor.NodeTransformer):
   """Adds checks to a parsed template: of time and size wherever it repeats or puts text together."""
 
+  def __init__(self):
+    self._inside = 0  # of how many macros and blocks, whose text nothing else counts as it grows
+
   def visit_For(self, node):
+    self._inside += not isinstance(node, nodes.For) or node.recursive
     self.generic_visit(node)
+    self._inside -= not isinstance(node, nodes.For) or node.recursive
     size = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
     node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(size), 'repeated')))
     return node
@@ -64,14 +69,18 @@ class _Bounds(visitor.NodeTransformer):
 
   def visit_Output(self, node):
     self.generic_visit(node)
-    node.nodes = [each if isinstance(each, nodes.TemplateData) else _filter(each, 'counted')
-                  for each in node.nodes]
+    if self._inside:
+      node.nodes = [each if isinstance(each, nodes.TemplateData) else _filter(each, 'counted')
+                    for each in node.nodes]
     return node
 
   def visit_AssignBlock(self, node):
+    self._inside += 1
     self.generic_visit(node)
-    node.filter = _filter(node.filter, 'counted')
+    self._inside -= 1
     return node
+
+  visit_FilterBlock = visit_AssignBlock
 
   def visit_Concat(self, node):
     self.generic_visit(node)
@@ -116,6 +125,10 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
       raise OverflowError('it computes too much text')
 
   def call_binop(self, context, operator, left, right):
+    if operator == '+':
+      if not isinstance(left, int):
+        self.spend(_weight(left) + _weight(right))
+      return left + right
     if operator == '%' and isinstance(left, str | bytes):
       _check_widths(left)
       given = right if isinstance(right, tuple) else (right,)
@@ -124,9 +137,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
       for values, count in ((left, right), (right, left)):
         if isinstance(values, str | bytes | list | tuple) and isinstance(count, int):
           self.spend(_weight(values) * max(0, count))
-    elif operator == '+' and isinstance(left, str | list | tuple):
-      self.spend(_weight(left) + _weight(right))
-    if isinstance(left, int) and isinstance(right, int) and operator in ('*', '**'):
+    if isinstance(left, int) and isinstance(right, int) and operator != '%':
       bits = left.bit_length()
       _check_size(bits + right.bit_length() if operator == '*' else bits * right, _MOST_BITS)
     return super().call_binop(context, operator, left, right)
