@@ -275,9 +275,10 @@ def workdirs() -> Target:
     status.stages(study)
     report_runs.metas(study)
     results = seeds.results(study)
-    table.as_table(results.rows, results.note)
-    measured.as_table(results.rows)
-    answers_table.names(results.rows)
+    if results.rows:
+      table.as_table(results.rows, results.note)
+      measured.as_table(results.rows)
+      answers_table.names(results.rows)
     regression.regressions(study)
     regression.effects(study)
 
@@ -414,5 +415,5 @@ KINDS: dict[str, Callable[[], Target]] = {
     'workdirs': workdirs, 'configs': configs, 'overrides': overrides, 'prompts': prompts,
     'tasks': tasks}
 # Share of all inputs, where it is not 1: those that cost much more.
-SHARES = {'tasks': 0.02, 'tokenizers': 0.5, 'workdirs': 0.5}
+SHARES = {'tasks': 0.02, 'tokenizers': 0.3, 'workdirs': 0.3, 'overrides': 0.3}
 FINE = (UsageError, RunError)

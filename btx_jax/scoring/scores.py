@@ -5,8 +5,9 @@ import contextlib
 import json
 import os
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from btx_jax import inputs, shapes
 from btx_jax.data import tokens
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
@@ -18,6 +19,12 @@ from btx_jax.study import manifest
 from btx_jax.study.study import Study
 
 FINAL, START, AVERAGE = 'final', 'start', 'average'
+_SIZES = {'documents?': int, 'tokens?': int, 'bytes?': int, 'words?': int}
+# What the code that reads scores relies on, by domain.
+_SCORE = {'bits_per_byte': float, **_SIZES, 'units?': {'nll': [float], 'bytes': [int]},
+          'gates?': [[float]], 'share?': [float], 'switches?': float, 'forward_flops?': float,
+          'sample?': {'pieces': [str], 'gates': [[float]]}}
+_MASKED = {'bits_per_byte': [float], **_SIZES, 'units?': {'nll': [[float]], 'bytes': [int]}}
 MASKED = 'masked'  # the final model without each of its experts; no row of the results table
 
 
@@ -116,11 +123,23 @@ def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
   None if there are none, or if they were measured on different text.
   """
   try:
-    with open(_path(study, run, stage), encoding='utf-8') as file:
-      kept = json.load(file)
-    return kept['domains'] if kept['measured_on'] == _measured_on(study, run) else None
+    kept = inputs.read_json(_path(study, run, stage))
+    if kept['measured_on'] != _measured_on(study, run) or not (
+        _are_sound(kept['domains'], study, stage)):
+      return None
+    return kept['domains']
   except (OSError, ValueError, KeyError, TypeError, UsageError):
     return None
+
+
+def _are_sound(domains: Any, study: Study, stage: str) -> bool:
+  """Whether scores by domain are what the code that reads them relies on."""
+  if shapes.misfit(domains, {str: _MASKED if stage == MASKED else _SCORE}):
+    return False
+  measured = [score['units'] for score in domains.values() if 'units' in score]
+  return {*domains} == {*study.config.domains} and all(
+      len(nll) == len(units['bytes'])
+      for units in measured for nll in (units['nll'] if stage == MASKED else [units['nll']]))
 
 
 def write(study: Study, run: Run, stage: str, scores: dict) -> None:
@@ -154,8 +173,7 @@ def write_answers(study: Study, run: Run, stage: str, found: Mapping[str, dict])
 
 def _kept_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
   try:
-    with open(_path(study, run, stage, 'answers'), encoding='utf-8') as file:
-      kept = json.load(file)
+    kept = inputs.read_json(_path(study, run, stage, 'answers'))
   except (OSError, ValueError):
     return {}
   return kept if isinstance(kept, dict) else {}

@@ -8,11 +8,24 @@ import os
 from typing import Any
 
 from btx_jax.devices import distributed
+from btx_jax import inputs, shapes
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
 _NAME = 'manifest.json'
+# What the code that reads manifests relies on.
+_SPEC = {
+    'name?': str, 'steps?': int, 'of_steps?': int, 'step?': int, 'init?': str,
+    'sources?': [(str, [str])], 'weights?': {str: float}, 'optimizer?': dict,
+    'recipe?': (None, {'router_std': float}), 'tokenizer?': str, 'data?': {str: str},
+    'model?': {'dim?': int, 'num_heads?': int, 'head_dim?': int}, 'edit?': object}
+_SHAPE = {
+    'state': str, 'spec': _SPEC, 'identity': str, 'name?': str, 'steps_done?': int,
+    'seconds?': float, 'tokens_by_domain?': {str: float}, 'versions?': dict,
+    'earlier_versions?': list, 'saved?': str, 'started?': str, 'updated?': str, 'devices?': str,
+    'processes?': int, 'error?': str, 'best?': (None, {'step': int, 'bits_per_byte': float}),
+    'from_best?': object}
 
 
 def identity(spec: dict) -> str:
@@ -28,9 +41,9 @@ def read(folder: str) -> dict | None:
   """
   path = os.path.join(folder, _NAME)
   try:
-    with open(path, encoding='utf-8') as file:
-      manifest = json.load(file)
-    _ = manifest['state'], manifest['spec']  # all callers rely on these
+    manifest = inputs.read_json(path)
+    if wrong := shapes.misfit(manifest, _SHAPE):
+      raise ValueError(wrong)
   except FileNotFoundError:
     return None
   except NotADirectoryError:

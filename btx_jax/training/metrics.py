@@ -34,9 +34,14 @@ import os
 import time
 from typing import Any
 
+from btx_jax import inputs, shapes
 from btx_jax.files import replacing
 
 NAME = 'metrics.jsonl'
+# What the code that reads lines relies on.
+_SHAPE = {'step': int, 'time?': float, 'loss?': float, 'loss_by_domain?': {str: float},
+          'lr?': float, 'tokens_per_second?': float, 'mfu?': (None, float),
+          'bits_per_byte?': {str: float}, 'preferences?': {str: float}, 'warnings?': [str]}
 _TAIL = 1 << 20  # bytes at the end of a file that `tail` reads
 
 
@@ -84,7 +89,7 @@ def tail(folder: str) -> list[dict[str, Any]]:
 
 def _lines(folder: str, last_bytes: int) -> Iterator[dict[str, Any]]:
   try:
-    with open(os.path.join(folder, NAME), 'rb') as file:
+    with inputs.open_file(os.path.join(folder, NAME)) as file:
       size = file.seek(0, os.SEEK_END)
       cut = last_bytes and size > last_bytes
       file.seek(size - last_bytes if cut else 0)
@@ -93,9 +98,9 @@ def _lines(folder: str, last_bytes: int) -> Iterator[dict[str, Any]]:
       for line in file:
         try:
           values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
           continue
-        if isinstance(values, dict) and isinstance(values.get('step'), int):
+        if not shapes.misfit(values, _SHAPE):
           yield values
   except OSError:
     return
