@@ -159,7 +159,7 @@ def compressed(raw: bytes, rng: random.Random) -> bytes:
   import lzma
 
   import zstandard
-  bomb = rng.random() < 0.01
+  bomb = rng.random() < 0.004
   raw = raw + b' ' * (200_000_000 if bomb else 0)
   pack = rng.choice((gzip.compress, bz2.compress, lzma.compress, zstandard.compress)
                     if not bomb else (lambda x: gzip.compress(x, 1), zstandard.compress))

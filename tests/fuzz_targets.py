@@ -229,12 +229,13 @@ def documents() -> Target:
       *({'a.parquet': (found, table)} for found in (_CHATS, _SHAREGPT, _PAIRS)),
       {'a.jsonl.bz2': (_PAIRS, _packed(lines))}]
 
+  from btx_jax.data import chats, corpora, pairs
+  from btx_jax.data.chat_template import NAMED, ChatTemplate
+  from btx_jax.data.domains import Domain
+  template = ChatTemplate(NAMED['chatml'][0], {}, 'chatml')
+
   def read(folder: str, rng: random.Random):
-    from btx_jax.data import chats, corpora, pairs
-    from btx_jax.data.chat_template import NAMED, ChatTemplate
-    from btx_jax.data.domains import Domain
-    template = ChatTemplate(NAMED['chatml'][0], {}, 'chatml')
-    names = [name for name in os.listdir(folder)]
+    names = os.listdir(folder)
     path = rng.choice([folder, folder, f'{folder}/*', *(os.path.join(folder, name) for name in names)])
     beginning = repr(sorted(names))
     special = ['<|im_start|>', '<|im_end|>']
@@ -415,5 +416,5 @@ KINDS: dict[str, Callable[[], Target]] = {
     'workdirs': workdirs, 'configs': configs, 'overrides': overrides, 'prompts': prompts,
     'tasks': tasks}
 # Share of all inputs, where it is not 1: those that cost much more.
-SHARES = {'tasks': 0.02, 'tokenizers': 0.3, 'workdirs': 0.3, 'overrides': 0.3}
+SHARES = {'tasks': 0.005, 'tokenizers': 0.2, 'workdirs': 0.2, 'overrides': 0.2}
 FINE = (UsageError, RunError)
