@@ -26,7 +26,7 @@ def check_no_pointer(path: str):
   and data. A file that cannot be opened passes: whoever reads it next says why.
   """
   try:
-    with open(path, 'rb') as file:
+    with inputs.open_file(path) as file:
       beginning = file.read(POINTER_BYTES)
   except OSError:
     return

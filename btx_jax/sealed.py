@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from btx_jax import files
+from btx_jax import files, inputs
 from btx_jax.terminal import say
 
 _KEY = 'checksum'
@@ -29,8 +29,7 @@ def read(path: str) -> Any:
     OSError: the file cannot be read.
     ValueError: it is not JSON, or its content is not what was written.
   """
-  with open(path, encoding='utf-8') as file:
-    found = json.load(file)
+  found = inputs.read_json(path)
   if not isinstance(found, dict) or _KEY not in found:
     return found
   expected = found.pop(_KEY)

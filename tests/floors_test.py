@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # when they are used; they may reach any floor.
 FLOORS = (
     ('escaping',),
-    ('errors', 'terminal', 'leftovers'),
+    ('errors', 'inputs', 'leftovers', 'shapes', 'terminal'),
     ('devices', 'recipe', 'files', 'git_lfs', 'naming', 'outer'),
     ('model', 'selector', 'sealed'),
     ('convert', 'run', 'btx'),

@@ -1,14 +1,17 @@
 """The prompts of the command `generate`: texts and conversations, from flags and files."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import io
 import json
 from typing import Any, NamedTuple, TypeGuard
 
+from btx_jax import inputs
 from btx_jax.data.chat_template import Message
 from btx_jax.data.chats import ROLES, SYSTEM, USER
 from btx_jax.errors import UsageError, nearest
 
 JSON_LINES = '.jsonl'
+_MAX_BYTES = 100_000_000  # of a file of prompts
 
 
 class Prompt(NamedTuple):
@@ -72,8 +75,9 @@ def of_file(path: str) -> list[Prompt]:
     UsageError: the file cannot be read or has no prompt, or a line is not a prompt.
   """
   try:
-    with open(path, encoding='utf-8-sig') as file:
-      lines = [(i, line.rstrip('\r\n')) for i, line in enumerate(file, 1) if line.strip()]
+    text = inputs.read_bytes(path, _MAX_BYTES).decode('utf-8-sig')
+    lines = [(i, line.rstrip('\r\n')) for i, line in enumerate(io.StringIO(text, None), 1)
+             if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
     raise UsageError(f'--prompts={path} cannot be read: {error}') from error
   if not lines:

@@ -1,11 +1,10 @@
 """Converts the config.json of a Hugging Face model to our model.config.Config, and back."""
 
 from collections.abc import Mapping
-import json
 import os
 from typing import Any
 
-from btx_jax import git_lfs
+from btx_jax import errors, git_lfs, inputs
 from btx_jax.convert import names
 from btx_jax.errors import UsageError
 from btx_jax.model.config import ROPE_SCALINGS, Config
@@ -70,8 +69,7 @@ def read_json(path: str) -> dict:
   """Reads a JSON object. Raises UsageError if the file does not hold one, or is an LFS pointer."""
   git_lfs.check_no_pointer(path)
   try:
-    with open(path, encoding='utf-8') as file:
-      found = json.load(file)
+    found = inputs.read_json(path)
     if not isinstance(found, dict):
       raise ValueError('it is not an object')
   except (OSError, ValueError) as error:
@@ -111,7 +109,8 @@ def from_json(found: Mapping[str, Any], path: str) -> Config:
 
   if given['num_key_value_heads'] is None:
     given['num_key_value_heads'] = given.get('num_attention_heads')
-  given['head_dim'] = given['head_dim'] or 0  # 0: Config derives it
+  if given['head_dim'] is None:
+    given['head_dim'] = 0  # Config derives it
   if kind == 'qwen3_moe' and 'num_experts' not in found:  # as transformers 5 writes it
     given['num_experts'] = given.get('num_local_experts', given['num_experts'])
   for field, name in (_FIELDS | _MIXTURE_FIELDS.get(kind, {})).items():
@@ -133,7 +132,8 @@ def from_json(found: Mapping[str, Any], path: str) -> Config:
   if problems:
     raise UsageError(f'{path} describes a model that cannot be represented here: '
                      f'{"; ".join(problems)}.')
-  return Config(**fields)
+  with errors.about(path):
+    return Config(**fields)
 
 
 def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,8 +305,10 @@ def _check_gates(model: Config) -> None:
 
 
 def shared_expert_width(found: Mapping[str, Any]) -> int:
-  """The width of the expert that every token of a Qwen2Moe takes, by its config.json."""
-  return found.get('shared_expert_intermediate_size', 5632)
+  """The width of the expert that every token of a Qwen2Moe takes, by its config.json; 0 if that is
+  not a number."""
+  width = found.get('shared_expert_intermediate_size', 5632)
+  return width if type(width) is int else 0
 
 
 def context_length(found: Mapping[str, Any]) -> int:

@@ -4,13 +4,14 @@ A file holds the length of the header (8 bytes, little endian), the header (JSON
 shape, first byte and end), and the tensors' bytes, one tensor after another without gaps.
 """
 
-import json
 import math
 import os
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from btx_jax import inputs
 
 DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16),
           'BF16': np.dtype(ml_dtypes.bfloat16), 'F64': np.dtype(np.float64)}
@@ -20,6 +21,9 @@ _OTHER_SIZES = {'I64': 8, 'U64': 8, 'C64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16
 _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 _INVALID_ENTRY = 'lacks a valid dtype, shape and data_offsets'
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_MAX_VALUES = 2_000_000  # in the header: some 300,000 tensors
+_MAX_DIMS = 32  # NumPy has no more
+_MAX_NUMBER = 2**63  # of a dimension or offset
 
 
 class Tensor(NamedTuple):
@@ -49,10 +53,10 @@ def tensors(header: bytes, start: int, size: int) -> dict[str, Tensor]:
   Raises ValueError, naming the tensor, unless they fill the file without gaps.
   """
   try:
-    entries = json.loads(header.decode('utf-8'), object_pairs_hook=_unique)
+    entries = inputs.parse_json(header, _MAX_VALUES)
   except UnicodeDecodeError as error:
     raise ValueError('its header is not UTF-8') from error
-  except json.JSONDecodeError as error:
+  except ValueError as error:
     raise ValueError(f'its header is not JSON ({error})') from error
   if not isinstance(entries, dict):
     raise ValueError('its header is not a JSON object')
@@ -73,20 +77,13 @@ def tensors(header: bytes, start: int, size: int) -> dict[str, Tensor]:
   return found
 
 
-def _unique(pairs) -> dict:
-  """A JSON object; raises ValueError if a key is repeated."""
-  result = dict(pairs)
-  if len(result) < len(pairs):
-    keys = [key for key, _ in pairs]
-    raise ValueError(f'{next(key for key in keys if keys.count(key) > 1)} appears twice')
-  return result
-
-
 def _span(name: str, entry) -> tuple[int, int, str, tuple[int, ...]]:
   """First byte, end, dtype and shape of a header entry."""
   try:
     dtype, shape, (first, last) = entry['dtype'], entry['shape'], entry['data_offsets']
-    valid = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+    # More dimensions, or larger ones, would make their product a long computation.
+    valid = len(shape) <= _MAX_DIMS and all(
+        type(n) is int and 0 <= n < _MAX_NUMBER for n in (first, last, *shape))
   except (TypeError, KeyError, ValueError) as error:
     raise ValueError(f'{name} {_INVALID_ENTRY}') from error
   if not valid:

@@ -18,6 +18,7 @@ from btx_jax.convert.shards import Shards
 from btx_jax.errors import UsageError
 from btx_jax.model.source import Extent, Index
 
+_MISSING = 1000  # times as many tensors as there are: config.json is wrong
 _LISTED = 20  # tensors that a message names per problem
 
 
@@ -121,6 +122,11 @@ class Folder:
   def _match_tensors(self):
     """Finds the tensor of every row. Raises UsageError unless the folder has exactly these."""
     tensors = self._shards.tensors
+    count = sum(names.num_tensors(row, self._sizes) for row in self._rows.values())
+    if count > _MISSING * (1 + len(tensors)):  # to name them all would take long
+      raise UsageError(f'{self.path}: config.json describes a model of {count:,} tensors '
+                       f'(num_hidden_layers = {self.model.num_layers:,}), and the files have '
+                       f'{len(tensors):,}. Copy or download the folder again.')
     expected = {name: names.stored_shape(row, self._sizes)
                 for row in self._rows.values() for name, _ in names.tensors_of(row, self._sizes)}
     if self.kind == 'qwen2_moe':

@@ -155,6 +155,11 @@ def tensors_of(row: Row, size: Mapping[str, int]) -> Iterator[tuple[str, tuple[i
     yield row.name.format(**dict(zip(dims, indices))), indices
 
 
+def num_tensors(row: Row, size: Mapping[str, int]) -> int:
+  """The number of tensors of a row."""
+  return math.prod(size[letter] for letter in stacked_dims(row))
+
+
 def tensor_dims(row: Row) -> str:
   """Our dimensions within one of their tensors."""
   return row.ours.removeprefix(stacked_dims(row))

@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from btx_jax import files, git_lfs
+from btx_jax import files, git_lfs, inputs
 from btx_jax.convert import finite, header
 from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
@@ -42,7 +42,7 @@ class File:
     self.path = path
     git_lfs.check_no_pointer(path)
     try:
-      with open(path, 'rb') as file:
+      with inputs.open_file(path) as file:
         self.header, start, size = header.read(file)
       self.tensors = header.tensors(self.header, start, size)
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 
+from btx_jax import inputs
 from btx_jax.convert.header import DTYPES, Tensor
 from btx_jax.convert.safetensors import File, Writer
 from btx_jax.errors import UsageError
@@ -17,6 +18,7 @@ from btx_jax.files import replacing
 from btx_jax.model.source import Extent, Index
 
 _SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+_LISTED = 20  # problems that a message names
 _SAMPLES, _SAMPLE = 2, 256  # `fingerprint` hashes 2 samples of 256 bytes per tensor
 
 
@@ -91,8 +93,7 @@ def _listdir(folder: str) -> list[str]:
 def _weight_map(path: str) -> dict[str, str]:
   """Tensor name -> file name, from an index."""
   try:
-    with open(path, encoding='utf-8') as file:
-      found = json.load(file)['weight_map']
+    found = inputs.read_json(path)['weight_map']
     if not all(isinstance(name, str) for name in found.values()) or not found:
       raise ValueError('weight_map names no files')
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,21 +105,25 @@ def _weight_map(path: str) -> dict[str, str]:
 def _open(folder: str, file_of: Mapping[str, str]) -> dict[str, File]:
   """Opens the files of an index; each must hold exactly the tensors that the index lists."""
   problems, files = [], {}
-  for shard in sorted(set(file_of.values())):
+  listed: dict[str, set[str]] = {}
+  for name, shard in file_of.items():
+    listed.setdefault(shard, set()).add(name)
+  for shard in sorted(listed):
     if shard != os.path.basename(shard) or shard in ('', '.', '..') or '\\' in shard:
       problems.append(f'{shard!r} is not a file of this folder')
     elif not os.path.isfile(os.path.join(folder, shard)):
       problems.append(f'{shard} does not exist')
   if not problems:
-    for shard in sorted(set(file_of.values())):
+    for shard, names in sorted(listed.items()):
       files[shard] = File(os.path.join(folder, shard))
-      listed = {name for name, file in file_of.items() if file == shard}
-      problems += [f'{name} is not in {shard}' for name in sorted(listed - {*files[shard].tensors})]
-      problems += [f'{name} of {shard} is not in the index'
-                   for name in sorted({*files[shard].tensors} - listed)]
+      found = {*files[shard].tensors}
+      problems += [f'{name} is not in {shard}' for name in sorted(names - found)]
+      problems += [f'{name} of {shard} is not in the index' for name in sorted(found - names)]
+      if len(problems) > _LISTED:
+        break  # the next files may have as many
   if problems:
     raise UsageError(f'{folder}: model.safetensors.index.json does not match its files: '
-                     f'{"; ".join(problems)}. Copy or download the folder again.')
+                     f'{"; ".join(problems[:_LISTED])}. Copy or download the folder again.')
   return files
 
 

@@ -140,9 +140,16 @@ def of_tokenizer(files: Mapping[str, bytes], name: str, vocabulary: Mapping[str,
 
 
 def own_source(files: Mapping[str, bytes]) -> str | None:
-  """The template in a tokenizer's files, see of_tokenizer; None if there is none."""
+  """The template in a tokenizer's files, see of_tokenizer; None if there is none.
+
+  Raises:
+    UsageError: it is not UTF-8 text.
+  """
   if FILE in files:
-    return files[FILE].decode('utf-8')
+    try:
+      return files[FILE].decode('utf-8')
+    except UnicodeDecodeError as error:
+      raise UsageError(f'{FILE} is not UTF-8 text: {error}. Save it as UTF-8.') from error
   for name in ('chat_template.json', framing.NAMING[0]):
     found = framing.read_json(files.get(name, b'')).get('chat_template')
     if isinstance(found, list):

@@ -20,6 +20,7 @@ FILE = framing.TOKENIZER_JSON
 # Some tokenizers add a space before every text. To encode text that continues other text without
 # that space, this is put before it, and its ids are removed from the result.
 _BEFORE = '\n'
+_MAX_IDS = 1 << 22  # more than any vocabulary has; tables have an entry for each
 
 
 class FastTokenizer(spelling.Spelling):
@@ -38,7 +39,7 @@ class FastTokenizer(spelling.Spelling):
       raise UsageError(f"{path} needs the package 'tokenizers': pip install 'btx_jax[hf]'"
                        ) from error
     found = framing.read_json(files[FILE])
-    added = _added_tokens(found, files)
+    added = _added_tokens(found, files, path)
     try:
       self._model = tokenizers.Tokenizer.from_str(json.dumps({**found, 'added_tokens': added}))
     except Exception as error:  # tokenizers raises nothing more specific
@@ -47,7 +48,10 @@ class FastTokenizer(spelling.Spelling):
     self._model.no_truncation()
     self._model.encode_special_tokens = options.special == framing.TEXT
     self._vocabulary = self._model.get_vocab(with_added_tokens=True)
-    self.vocab_size = 1 + max(self._vocabulary.values())
+    self.vocab_size = 1 + max(self._vocabulary.values(), default=-1)
+    if not 0 < self.vocab_size <= _MAX_IDS:
+      raise UsageError(f'{path} has token ids up to {self.vocab_size - 1:,}, which must lie between '
+                       f'0 and {_MAX_IDS - 1:,}.')
     self.files = dict(files)
     names = {token['content']: token.get('special', False) for token in added}
     special = framing.special_tokens(
@@ -120,7 +124,8 @@ class FastTokenizer(spelling.Spelling):
     return dict(self._vocabulary)
 
 
-def _added_tokens(tokenizer: Mapping[str, Any], files: Mapping[str, bytes]) -> list[dict]:
+def _added_tokens(tokenizer: Mapping[str, Any], files: Mapping[str, bytes], path: str
+                  ) -> list[dict]:
   """The added tokens that have a row in the embedding, as far as the model's config.json says.
 
   (A padding token is often added to a tokenizer and not to the model.) Those that a file beside
@@ -128,8 +133,14 @@ def _added_tokens(tokenizer: Mapping[str, Any], files: Mapping[str, bytes]) -> l
   """
   size = framing.read_json(files.get(framing.CONFIG, b'')).get('vocab_size')
   named = set(framing.named(files).values())
+  found = tokenizer.get('added_tokens') or []
+  if not isinstance(found, list) or not all(
+      isinstance(token, dict) and isinstance(token.get('content'), str)
+      and type(token.get('id')) is int for token in found):
+    raise UsageError(f"{path}: 'added_tokens' must be a list of objects with 'id', an integer, and "
+                     "'content', a string.")
   return [{**token, 'special': token.get('special', False) or token['content'] in named}
-          for token in tokenizer.get('added_tokens') or []
+          for token in found
           if not isinstance(size, int) or token['id'] < size]
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import os
 from typing import IO
 
-from btx_jax import git_lfs
+from btx_jax import git_lfs, inputs
 from btx_jax.data import csv_files, json_files, records, tables
 from btx_jax.data.pieces import count_lines, pieces, separator_of
 from btx_jax.data.records import (
@@ -99,7 +99,7 @@ def read(path: str, text_field: str = TEXT_FIELD, id_field: str = '', separator:
     UsageError: the file has no such fields, or a package that reads it is not installed.
   """
   about = about if about is not None else Reading()
-  with open(path, 'rb') as file:
+  with inputs.open_file(path) as file:
     found = _records(path, file, Fields(text_field, id_field, reader), separator, about, lone)
     first = next(found, Unusable(path, EMPTY))
     yield first

@@ -19,11 +19,11 @@ those of the sentencepiece model; otherwise those of the model's config.json.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from btx_jax import inputs
 from btx_jax.errors import UsageError, nearest
 
 NONE = 'none'  # of tokenizer.bos and tokenizer.eos
@@ -124,7 +124,7 @@ def special_tokens(files: Mapping[str, bytes], vocabulary: Mapping[str, int],
       return name
     given = model.get(f'{role}_token_id')
     given = given if isinstance(given, list) else [given]  # several for chat models
-    return own or next((name_of[i] for i in given if i in name_of), None)
+    return own or next((name_of[i] for i in given if isinstance(i, int) and i in name_of), None)
 
   return Special(find('bos', bos), find('eos', eos), names)
 
@@ -242,7 +242,7 @@ def marks(framing: Framing, ids: np.ndarray) -> tuple[list[int], list[int], list
 def read_json(content: bytes) -> dict:
   """The JSON object in a file, or {} if the file does not hold one."""
   try:
-    found = json.loads(content)
+    found = inputs.parse_json(content)
   except ValueError:
     return {}
   return found if isinstance(found, dict) else {}

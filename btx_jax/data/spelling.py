@@ -11,10 +11,12 @@ three bytes instead (Marks).
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import itertools
+import re
 
 import numpy as np
 
 MARK = '\u2581'
+_BYTE_TOKEN = re.compile('<0x([0-9A-Fa-f]{2})>')
 
 
 def byte_token(byte: int) -> str:
@@ -90,8 +92,8 @@ class Spelling:
 
 def of_space_marks(name: str) -> bytes:
   """The bytes of a token in a tokenizer that writes a space as U+2581 and may have byte tokens."""
-  if len(name) == 6 and name.startswith('<0x') and name.endswith('>'):
-    return bytes([int(name[3:5], 16)])
+  if byte := _BYTE_TOKEN.fullmatch(name):
+    return bytes([int(byte[1], 16)])
   return name.replace(MARK, ' ').encode('utf-8')
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from btx_jax import inputs
 from btx_jax.data import records
 from btx_jax.data.records import (
   DAMAGED,
@@ -60,7 +61,7 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
     raise UsageError(f"{path}: Parquet and Arrow files need the package 'pyarrow': "
                      "pip install 'btx_jax[parquet]'") from error
   row = 0
-  with open(path, 'rb') as file:
+  with inputs.open_file(path) as file:
     try:
       table = open_table(file)
       if fields.read:

@@ -17,7 +17,8 @@ from typing import Protocol
 import numpy as np
 import sentencepiece as spm
 
-from btx_jax.data import chat_template, fast_tokenizer, framing, spelling
+from btx_jax import inputs
+from btx_jax.data import chat_template, fast_tokenizer, framing, parser_check, spelling
 from btx_jax.errors import UsageError
 from btx_jax.git_lfs import check_no_pointer
 
@@ -25,6 +26,9 @@ FILE = 'tokenizer.model'
 # Files that belong to a tokenizer and are kept with it. The config.json is the model's.
 COMPANIONS = (*framing.NAMING, framing.CONFIG, FILE, fast_tokenizer.FILE, 'added_tokens.json',
               chat_template.FILE, 'chat_template.json', 'vocab.json', 'merges.txt')
+# Those of them that are JSON objects and read here.
+_OBJECTS = (*framing.NAMING, framing.CONFIG, fast_tokenizer.FILE, 'chat_template.json')
+_MAX_BYTES = 100_000_000  # of a file; the largest vocabularies have 35 MB
 _SENTENCE = 4000  # characters of a training sentence; sentencepiece skips longer ones
 
 
@@ -185,8 +189,11 @@ def file_name(path: str, special: str = framing.TEXT) -> str:
 
 def _is_tiktoken(path: str) -> bool:
   """Whether a file has lines of a token in base64 and its rank, as tiktoken's have."""
-  with open(path, 'rb') as file:
-    words = file.readline(1000).split()
+  try:
+    with inputs.open_file(path) as file:
+      words = file.readline(1000).split()
+  except OSError:
+    return False  # whoever reads it next says why
   return len(words) == 2 and words[1].isdigit()
 
 
@@ -207,12 +214,13 @@ def load(path: str, options: framing.Options = framing.AUTOMATIC) -> Tokenizer:
   check_no_pointer(where)
   try:
     contents = {name: _read(file) for name, file in files.items()}
-    tiktoken = main == FILE and _is_tiktoken(where)
-  except OSError as error:
+  except (OSError, ValueError) as error:
     raise UsageError(f'tokenizer.path = {path!r} cannot be read: {error}') from error
+  tiktoken = main == FILE and _is_tiktoken(where)
   if tiktoken:
     raise UsageError(f'{where} is a tiktoken file, and no tokenizer.json lies beside it; save the '
                      'tokenizer with transformers, which writes one.')
+  parser_check.check(contents, main, where)
   kind = fast_tokenizer.FastTokenizer if main == fast_tokenizer.FILE else Sentencepiece
   tokenizer = kind(contents, where, options)
   for letter, changed in (('A', 'a'), ('\u00e9', 'e')):  # what no share of documents would excuse
@@ -229,8 +237,11 @@ def vocabulary(path: str) -> dict[str, int]:
 
 
 def _read(path: str) -> bytes:
-  with open(path, 'rb') as file:
-    return file.read()
+  """The content of a file. Raises ValueError if it should be a JSON object and is not."""
+  raw = inputs.read_bytes(path, _MAX_BYTES)
+  if os.path.basename(path) in _OBJECTS and not isinstance(inputs.parse_json(raw), dict):
+    raise ValueError(f'{path} is not a JSON object')
+  return raw
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int,

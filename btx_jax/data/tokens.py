@@ -28,7 +28,7 @@ import os
 
 import numpy as np
 
-from btx_jax import files, leftovers, sealed
+from btx_jax import files, leftovers, sealed, shapes
 from btx_jax.data import corpora, damage, kept_out, origin, splits, token_files
 from btx_jax.data.chat_tokens import REJECTED, WRITTEN
 from btx_jax.data.domains import PAIRS, TEXT, Domain
@@ -36,6 +36,17 @@ from btx_jax.data.framing import ENCODE
 from btx_jax.data.splits import SPLITS
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
+
+
+_SPLIT = {'documents': int, 'tokens': int, 'bytes': int, 'answers?': int, 'written?': int}
+# What the code that reads meta.json relies on.
+_META = {
+    'made_from': {'domain': dict, 'framing?': dict, 'tokenizer': str, 'text?': str,
+                  'held_out_text?': str, 'held_out?': (float, [str])},
+    'dtype?': str, 'hash': {'train': str, 'held_out': str}, 'train': _SPLIT, 'held_out': _SPLIT,
+    'changes?': {str: object}, 'notes?': [str],
+    'skipped?': {'count': int, 'first?': [str], 'reasons?': {str: int}},
+    'files?': [{'name': str, 'kind': str, 'is_read': bool, 'files': int}], 'kept_out?': dict}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +318,8 @@ def read_meta(folder: str) -> dict:
   """The meta.json of a folder; raises UsageError if it has none, or damage.Damaged."""
   try:
     found = sealed.read(os.path.join(folder, kept_out.META))
-    _ = found['made_from'], found['hash']  # all callers rely on these
+    if wrong := shapes.misfit(found, _META):
+      raise ValueError(wrong)
   except OSError as error:
     raise UsageError(f'{folder} does not hold tokens written by btx_jax ({error}); use another '
                      '--workdir.') from error

@@ -5,6 +5,7 @@ Nothing here imports jax, so that planning and reporting start fast.
 
 from collections.abc import Collection
 import dataclasses
+import math
 
 from btx_jax.errors import UsageError, nearest
 
@@ -24,6 +25,9 @@ DISPATCHES = ('auto', 'pieces', 'grouped', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
 # Routers that choose by scores, so that a bias can change the choice.
 SCORING = ('top_k', 'softmax_top_k', 'switch')
+_AT_LEAST_1 = ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads',
+               'rope_original_length')
+_LARGEST_SIZE = 2**31 - 1  # of a dimension, as indices have 32 bits
 _SWITCH_CAPACITY = 1.5  # where capacity_factor is 0
 
 
@@ -114,9 +118,7 @@ class Config:
   dispatch_factor: float = 1.25
 
   def __post_init__(self):
-    for field in ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads'):
-      if getattr(self, field) < 1:
-        raise UsageError(f'model.{field} = {getattr(self, field)} must be at least 1.')
+    self._check_numbers()
     if not self.head_dim:
       if self.dim % self.num_heads:
         raise UsageError(f'model.dim = {self.dim} is not a multiple of model.num_heads = '
@@ -131,8 +133,6 @@ class Config:
     if self.rope_scaling not in ROPE_SCALINGS:
       raise UsageError(f'model.rope_scaling = {self.rope_scaling!r}; '
                        f'{nearest(self.rope_scaling, ROPE_SCALINGS)}')
-    if self.rope_factor <= 0:
-      raise UsageError(f'model.rope_factor = {self.rope_factor} must be positive; 1 is off.')
     if self.router not in ROUTERS:
       raise UsageError(f'model.router = {self.router!r}; {nearest(self.router, ROUTERS)}')
     if self.num_experts:
@@ -149,8 +149,22 @@ class Config:
     if self.dispatch not in DISPATCHES:
       raise UsageError(f'model.dispatch = {self.dispatch!r}; '
                        f'{nearest(self.dispatch, DISPATCHES)}')
-    if self.dispatch_factor <= 0:
-      raise UsageError(f'model.dispatch_factor = {self.dispatch_factor} must be positive.')
+
+  def _check_numbers(self):
+    for field in (*_AT_LEAST_1, 'head_dim', 'num_experts', 'top_k'):
+      least, value = int(field in _AT_LEAST_1), getattr(self, field)
+      if value < least:
+        raise UsageError(f'model.{field} = {value} must be at least {least}.')
+      if value > _LARGEST_SIZE:
+        raise UsageError(f'model.{field} = {value} must be at most {_LARGEST_SIZE}.')
+    for field in ('rope_theta', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor',
+                  'norm_eps', 'dispatch_factor'):
+      if not 0 < getattr(self, field) < math.inf:
+        raise UsageError(f'model.{field} = {getattr(self, field)} must be positive and finite.')
+    if (self.rope_scaling == 'llama3' and self.rope_factor != 1
+        and self.rope_low_freq_factor >= self.rope_high_freq_factor):
+      raise UsageError(f'model.rope_low_freq_factor = {self.rope_low_freq_factor} must be below '
+                       f'model.rope_high_freq_factor = {self.rope_high_freq_factor}.')
 
   def _check_router(self):
     if self._fixed_k and self.top_k not in (0, self._fixed_k):
@@ -159,8 +173,9 @@ class Config:
     if not 1 <= self.k <= self.num_experts:
       raise UsageError(f'model.top_k = {self.top_k} must lie between 1 and the number of '
                        f'experts, {self.num_experts}; 0 picks the usual number.')
-    if self.capacity_factor < 0:
-      raise UsageError(f'model.capacity_factor = {self.capacity_factor} cannot be negative.')
+    if not 0 <= self.capacity_factor < math.inf:
+      raise UsageError(f'model.capacity_factor = {self.capacity_factor} must be finite, and cannot '
+                       'be negative.')
     if self.capacity_factor and self.router != 'switch':
       raise UsageError(f'model.capacity_factor = {self.capacity_factor}: the router '
                        f"{self.router!r} drops no token, only 'switch' does; leave it at 0.")

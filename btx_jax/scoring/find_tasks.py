@@ -14,8 +14,10 @@ import re
 import sys
 from typing import Any, NamedTuple
 
+from btx_jax import inputs
 from btx_jax.errors import UsageError
 
+_MAX_YAML, _MAX_DEPTH = 1_000_000, 500  # bytes of a file, and how deep its lists nest
 _CLOSE = 3  # suggestions for an unknown name
 _OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE')
 _READERS = ('datasets.config', 'huggingface_hub.constants')  # modules that read the first
@@ -88,6 +90,8 @@ def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = N
   if include_path and not os.path.isdir(include_path):
     raise UsageError(f'--include_path={include_path} is not a directory (looked from '
                      f'{os.getcwd()}).')
+  if include_path:
+    _check_files(include_path)
   with quiet():
     manager = _manager([each.name for each in wanted], include_path)
     tasks, groups, members = {}, {}, {}
@@ -111,6 +115,21 @@ def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = N
       groups |= found['groups']
       members[name] = [*found['tasks'], *found['groups']]
   return Loaded(wanted, tasks, groups, members, limit, run_code)
+
+
+def _check_files(folder: str) -> None:
+  """Raises UsageError for a YAML file below a folder that could keep the harness's parser busy."""
+  for where, _, names in os.walk(folder):
+    for path in (os.path.join(where, name) for name in names if name.endswith(('.yaml', '.yml'))):
+      try:
+        depth = 0
+        for mark in re.findall(rb'[\[{]|[\]}]', inputs.read_bytes(path, _MAX_YAML)):
+          depth = depth + 1 if mark in b'[{' else max(0, depth - 1)
+          if depth > _MAX_DEPTH:
+            raise ValueError('its lists and objects are nested too deeply')
+      except (OSError, ValueError) as error:
+        raise UsageError(f'{path} cannot be read as a task: {error}. Repair it, or remove it from '
+                         '--include_path.') from error
 
 
 def _set_shots(task, shots: int | None):
@@ -150,7 +169,10 @@ def _find_data_beside(entry):
   def whole(path):
     if isinstance(path, str):
       there = os.path.join(folder, path)
-      return there if os.path.exists(there) and not os.path.exists(path) else path
+      found = there if os.path.exists(there) and not os.path.exists(path) else path
+      if os.path.exists(found) and not os.path.isdir(found):
+        inputs.open_file(found).close()  # raises OSError for a named pipe, which is read forever
+      return found
     if isinstance(path, dict):
       return {split: whole(each) for split, each in path.items()}
     return [whole(each) for each in path]

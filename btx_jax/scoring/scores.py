@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import os
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from btx_jax import sealed
+from btx_jax import sealed, shapes
 from btx_jax.data import tokens
 from btx_jax.errors import UsageError
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
@@ -17,6 +17,12 @@ from btx_jax.study import manifest
 from btx_jax.study.study import Study
 
 FINAL, START, AVERAGE = 'final', 'start', 'average'
+_SIZES = {'documents?': int, 'tokens?': int, 'bytes?': int, 'words?': int}
+# What the code that reads scores relies on, by domain.
+_SCORE = {'bits_per_byte': float, **_SIZES, 'units?': {'nll': [float], 'bytes': [int]},
+          'gates?': [[float]], 'share?': [float], 'switches?': float, 'forward_flops?': float,
+          'sample?': {'pieces': [str], 'gates': [[float]]}}
+_MASKED = {'bits_per_byte': [float], **_SIZES, 'units?': {'nll': [[float]], 'bytes': [int]}}
 MASKED = 'masked'  # the final model without each of its experts; no row of the results table
 
 
@@ -116,9 +122,22 @@ def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
   """
   kept = sealed.read_if_sound(_path(study, run, stage))
   try:
-    return kept['domains'] if kept['measured_on'] == _measured_on(study, run) else None
+    if kept['measured_on'] != _measured_on(study, run) or not (
+        _are_sound(kept['domains'], study, stage)):
+      return None
+    return kept['domains']
   except (KeyError, TypeError, UsageError):
     return None
+
+
+def _are_sound(domains: Any, study: Study, stage: str) -> bool:
+  """Whether scores by domain are what the code that reads them relies on."""
+  if shapes.misfit(domains, {str: _MASKED if stage == MASKED else _SCORE}):
+    return False
+  measured = [score['units'] for score in domains.values() if 'units' in score]
+  return {*domains} == {*study.config.domains} and all(
+      len(nll) == len(units['bytes'])
+      for units in measured for nll in (units['nll'] if stage == MASKED else [units['nll']]))
 
 
 def write(study: Study, run: Run, stage: str, scores: dict) -> None:

@@ -170,7 +170,7 @@ def _of_text(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str,
   others = []
   for domain, meta in metas.items():
     if was.get('data', {}).get(domain, meta['hash']['train']) != meta['hash']['train']:
-      then, today = texts.get(domain), meta['made_from']['text']
+      then, today = texts.get(domain), meta['made_from'].get('text')
       others.append(f'{domain} ({then}; {today} now)' if then and then != today else domain)
   if others:
     yield f'was trained on different text of {listed(others)}'

@@ -26,12 +26,14 @@ def check(config) -> None:
   _check_section('', config, like)
   files.local_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
+    _check_value(f'domains.{name}', domain, like)
     _check_section(f'domains.{name}', domain, _domain_like(domain))
     for path in domain.paths:
       files.local_path(f'domains.{name}.paths', path)
     for path in _files(domain.held_out):
       files.local_path(f'domains.{name}.held_out', path)
   for name, run in config.runs.items():
+    _check_value(f'runs.{name}', run, like)
     _check_section(f'runs.{name}', run, base.run(_init_like(run.get('init')), {}))
     files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():

@@ -7,12 +7,24 @@ import json
 import os
 from typing import Any
 
-from btx_jax import sealed
+from btx_jax import sealed, shapes
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
 _NAME = 'manifest.json'
+# What the code that reads manifests relies on.
+_SPEC = {
+    'name?': str, 'steps?': int, 'of_steps?': int, 'step?': int, 'init?': str,
+    'sources?': [(str, [str])], 'weights?': {str: float}, 'optimizer?': dict,
+    'recipe?': (None, {'router_std': float}), 'tokenizer?': str, 'data?': {str: str},
+    'model?': {'dim?': int, 'num_heads?': int, 'head_dim?': int}, 'edit?': object}
+_SHAPE = {
+    'state': str, 'spec': _SPEC, 'identity': str, 'name?': str, 'steps_done?': int,
+    'seconds?': float, 'tokens_by_domain?': {str: float}, 'versions?': dict,
+    'earlier_versions?': list, 'saved?': str, 'started?': str, 'updated?': str, 'devices?': str,
+    'processes?': int, 'error?': str, 'best?': (None, {'step': int, 'bits_per_byte': float}),
+    'from_best?': object}
 
 
 def identity(spec: dict) -> str:
@@ -29,7 +41,8 @@ def read(folder: str) -> dict | None:
   path = os.path.join(folder, _NAME)
   try:
     manifest = sealed.read(path)
-    _ = manifest['state'], manifest['spec']  # all callers rely on these
+    if wrong := shapes.misfit(manifest, _SHAPE):
+      raise ValueError(wrong)
   except FileNotFoundError:
     return None
   except NotADirectoryError:

@@ -38,10 +38,15 @@ import time
 from typing import Any, NamedTuple
 import zlib
 
+from btx_jax import inputs, shapes
 from btx_jax.files import replacing
 from btx_jax.terminal import say
 
 NAME = 'metrics.jsonl'
+# What the code that reads lines relies on.
+_SHAPE = {'step': int, 'time?': float, 'loss?': float, 'loss_by_domain?': {str: float},
+          'lr?': float, 'tokens_per_second?': float, 'mfu?': (None, float),
+          'bits_per_byte?': {str: float}, 'preferences?': {str: float}, 'warnings?': [str]}
 _TAIL = 1 << 20  # bytes at the end of a file that `tail` reads
 
 
@@ -136,7 +141,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     values = json.loads(line)
   except (ValueError, RecursionError):
     return None
-  return values if isinstance(values, dict) and isinstance(values.get('step'), int) else None
+  return None if shapes.misfit(values, _SHAPE) else values
 
 
 def read(folder: str) -> list[dict[str, Any]]:
@@ -154,7 +159,7 @@ def tail(folder: str) -> list[dict[str, Any]]:
 
 def _lines(folder: str, last_bytes: int) -> Iterator[dict[str, Any]]:
   try:
-    with open(os.path.join(folder, NAME), 'rb') as file:
+    with inputs.open_file(os.path.join(folder, NAME)) as file:
       size = file.seek(0, os.SEEK_END)
       cut = last_bytes and size > last_bytes
       file.seek(size - last_bytes if cut else 0)
