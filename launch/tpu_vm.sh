@@ -16,6 +16,7 @@ version=${VERSION:-v2-alpha-tpuv5-lite}  # its runtime version
 prefix=${PREFIX:-btx}                  # slices are called PREFIX-RUN
 extras=${EXTRAS:-tpu}                  # of the package, like tpu,demo,hf
 queued=${QUEUED:-}                     # 1: queued resources; slices start as there is capacity
+network=${NETWORK:-}                   # of the slices; empty: the default one of the project
 spot=${SPOT:-}                         # 1: spot slices, which are cheaper and can be preempted
 delete=${DELETE:-}                     # 1: delete a slice when its run is complete
 share=${SHARE:-}                       # HOST:/EXPORT of NFS, or gs://BUCKET, to mount at /mnt/btx
@@ -58,7 +59,8 @@ create() {
       esac
     fi
   fi
-  run "${tpus[@]}" "${what[@]}" --zone="$zone" --accelerator-type="$type" ${spot:+--spot}
+  run "${tpus[@]}" "${what[@]}" --zone="$zone" --accelerator-type="$type" ${spot:+--spot} \
+    ${network:+--network="$network"}
   [[ ! $queued ]] || wait_until_active "$1"
 }
 
