@@ -2,6 +2,7 @@
 
 import re
 
+from btx_jax import inputs
 from btx_jax.errors import UsageError
 
 # How a pointer begins: the URL of the specification, today's or that of the first release.

@@ -17,6 +17,7 @@ prefix=${PREFIX:-btx}                  # slices are called PREFIX-RUN
 check_names_of_runs "$prefix"
 extras=${EXTRAS:-tpu}                  # of the package, like tpu,demo,hf
 queued=${QUEUED:-}                     # 1: queued resources; slices start as there is capacity
+network=${NETWORK:-}                   # of the slices; empty: the default one of the project
 spot=${SPOT:-}                         # 1: spot slices, which are cheaper and can be preempted
 delete=${DELETE:-}                     # 1: delete a slice when its run is complete
 share=${SHARE:-}                       # HOST:/EXPORT of NFS, or gs://BUCKET, to mount at /mnt/btx
@@ -65,7 +66,8 @@ create() {
       esac
     fi
   fi
-  run "${tpus[@]}" "${what[@]}" --zone="$zone" --accelerator-type="$type" ${spot:+--spot}
+  run "${tpus[@]}" "${what[@]}" --zone="$zone" --accelerator-type="$type" ${spot:+--spot} \
+    ${network:+--network="$network"}
   [[ ! $queued ]] || wait_until_active "$1"
 }
 

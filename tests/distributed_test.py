@@ -3,25 +3,20 @@
 tests/benchmarks/processes.py is the longer form.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
-import threading
-import time
 
 import numpy as np
 import pytest
 
-from btx_jax.devices import distributed, rollcall
-from btx_jax.errors import RunError, UsageError
+from btx_jax.devices import distributed
+from btx_jax.errors import RunError
 from btx_jax.study import manifest
 from btx_jax.training import metrics
 from tests import studies
-from tests.jobs import Job, free_port, training, until
+from tests.jobs import Job, training, until
 
 CONFIG = '''
 import pathlib
@@ -162,116 +157,6 @@ def test_stopped_by_a_signal_all_save_and_a_process_that_dies_is_noticed(study, 
 
 
 # What is refused before the first step
-
-
-def meet(*processes, timeout: float = 20) -> list[str | None]:
-  """Lets processes (process_id, num_processes, facts) meet in threads; the verdict of each."""
-  port = free_port()
-
-  def one(process):
-    index, count, facts = process
-    try:
-      rollcall.meet_processes(rollcall.Place(f'localhost:{port}', count, index), facts, timeout)
-      return None
-    except UsageError as error:
-      return str(error)
-
-  with ThreadPoolExecutor(len(processes)) as pool:
-    return list(pool.map(one, processes))
-
-
-def test_processes_that_agree_are_let_through():
-  assert meet(*((index, 4, {'a': {'b': [1, 2.5, None]}}) for index in range(4))) == [None] * 4
-
-
-def test_all_hear_what_they_do_not_agree_on():
-  verdicts = meet((0, 3, {'config': {'optimizer': {'peak_lr': 0.001}, 'x.y': 1}}),
-                  (1, 3, {'config': {'optimizer': {'peak_lr': 0.001}, 'x.y': 1}}),
-                  (2, 3, {'config': {'optimizer': {'peak_lr': 0.002}}}))
-  assert len(set(verdicts)) == 1
-  assert 'config.optimizer.peak_lr: process 0 has 0.001, process 2 has 0.002' in verdicts[0]
-  assert 'config.x.y: process 0 has 1, process 2 has null' in verdicts[0]
-
-
-def test_an_id_given_twice_names_both(monkeypatch):
-  monkeypatch.setattr(rollcall, '_LATE', 1.0)
-  for twice in (0, 1):
-    verdicts = meet((0, 3, {}), (1, 3, {}), (twice, 3, {}))
-    assert len(set(verdicts)) == 1
-    assert f'--process_id={twice} was given twice' in verdicts[0]
-    assert verdicts[0].count(f'pid {os.getpid()}') == 2
-
-
-def test_different_numbers_of_processes_are_named(monkeypatch):
-  monkeypatch.setattr(rollcall, '_LATE', 1.0)
-  verdicts = meet((0, 2, {}), (1, 4, {}))
-  assert all('--num_processes=2 on process 0' in verdict and '=4 on process 1' in verdict
-             for verdict in verdicts)
-
-
-def test_a_missing_process_is_named_in_time():
-  began = time.monotonic()
-  verdicts = meet((0, 4, {}), (2, 4, {}), timeout=1)
-  assert time.monotonic() - began < 10
-  assert all(verdict.startswith('Processes 1, 3 of 4 did not connect within 1 s')
-             for verdict in verdicts)
-
-
-def test_a_coordinator_that_does_not_answer_is_an_error_in_time():
-  began = time.monotonic()
-  [verdict] = meet((1, 2, {}), timeout=1)
-  assert 'did not answer process 1' in verdict and 'within 1 s' in verdict
-  with socket.create_server(('', 0)) as other:  # something else listens there
-
-    def answer():
-      with contextlib.suppress(OSError):  # until `other` is closed
-        while True:
-          with other.accept()[0] as connection:
-            connection.recv(1)
-            connection.sendall(b'HTTP/1.1 400 Bad Request\r\n')
-
-    threading.Thread(target=answer, daemon=True).start()
-    at = rollcall.Place(f'localhost:{other.getsockname()[1]}', 2, 1)
-    with pytest.raises(UsageError, match=r'is not btx_jax starting a job|reset by peer'):
-      rollcall.meet_processes(at, {}, 1)
-  assert time.monotonic() - began < 30
-
-
-def test_who_hangs_up_may_come_again_and_strangers_are_ignored():
-  port = free_port()
-  at = lambda index: rollcall.Place(f'localhost:{port}', 3, index)
-  with ThreadPoolExecutor(2) as pool:
-    first = pool.submit(rollcall.meet_processes, at(0), {}, 20)
-    hello = {'greeting': 'btx_jax 1', 'process_id': 1, 'num_processes': 3, 'who': 'x', 'facts': {}}
-    for line in (json.dumps(hello).encode() + b'\n', b'GET / HTTP/1.1\r\n\r\n', b'{"greet'):
-      until(lambda: _sent(port, line), 10)  # noqa: B023
-    time.sleep(0.2)
-    second = pool.submit(rollcall.meet_processes, at(1), {}, 20)
-    rollcall.meet_processes(at(2), {}, 20)
-    assert first.result() is second.result() is None
-
-
-def _sent(port: int, line: bytes) -> bool:
-  try:
-    with socket.create_connection(('localhost', port), timeout=5) as connection:
-      connection.sendall(line)
-      return True
-  except OSError:
-    return False
-
-
-@pytest.mark.parametrize('place, message', [
-    (('node:1', None, None), '--num_processes and --process_id are missing'),
-    (('node:1', 2, None), '--process_id is missing'),
-    ((None, 2, 0), '--coordinator is missing'),
-    (('node', 2, 0), '--coordinator=node must be HOST:PORT'),
-    (('node:0', 2, 0), '--coordinator=node:0 must be'),
-    (('node:1', 0, 0), '--num_processes=0'),
-    (('node:1', 2, 2), '--process_id=2 must be from 0 to 1'),
-])
-def test_flags_that_cannot_be(place, message):
-  with pytest.raises(UsageError, match=message):
-    rollcall.place_from_flags(*place)
 
 
 @pytest.mark.parametrize('slurm', [False, True])

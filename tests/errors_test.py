@@ -14,15 +14,15 @@ MESSAGES = generate.messages()
 MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
-# Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py,
-# generate_command_test.py, select_test.py, damage_test.py, writes_test.py, tasks_test.py and
-# builtin_test.py.
-_MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
-                  'generation/settings', 'commands/prompts', 'commands/generate',
-                  'commands/generators', 'commands/exported', 'training/checkpoint',
-                  'training/damage', 'data/damage', 'convert/unfinished',
-                  'scoring/continuations', 'scoring/find_tasks',
-                  'scoring/harness', 'data/questions')
+# Modules whose messages are met in distributed_test.py, meeting_test.py, library_test.py,
+# generation_test.py, generate_command_test.py, select_test.py, damage_test.py, writes_test.py,
+# tasks_test.py and builtin_test.py.
+_MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'devices/meeting', 'library',
+                  'generation/generate', 'generation/settings', 'commands/prompts',
+                  'commands/generate', 'commands/generators', 'commands/exported',
+                  'training/checkpoint', 'training/damage', 'data/damage', 'convert/unfinished',
+                  'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
+                  'data/questions')
 
 CONFIG = '''
 import pathlib, sys

@@ -53,7 +53,8 @@ def initialize(place: rollcall.Place | None, cluster: bool, facts: Mapping[str, 
     timeout: seconds to wait for the other processes, and to look for the coordinator.
 
   Raises:
-    UsageError: on all processes, if some are missing, two have the same id, or facts differ.
+    UsageError: on all processes, if some are missing, two have the same id, or facts differ. Or
+      BTX_JAX_TOKEN is missing.
   """
   if place and cluster:
     raise UsageError('--distributed finds the coordinator and all processes itself: omit it, or '
@@ -63,13 +64,17 @@ def initialize(place: rollcall.Place | None, cluster: bool, facts: Mapping[str, 
   facts = {**facts, 'versions': versions(), 'btx_jax': code_hash()}
   facts = json.loads(json.dumps(facts))  # tuples become lists, as on the other processes
   if place:
-    rollcall.meet_processes(place, facts, timeout)
-  import jax
-  if place:
+    from btx_jax.devices import meeting  # asyncio takes time to import
+    # Removed, since what a job starts, such as code that a model wrote, need not inherit it.
+    place = rollcall.bind(place, os.environ.get(rollcall.BIND))
+    token = rollcall.secret(place, os.environ.pop(rollcall.TOKEN, None))
+    bound = meeting.meet_processes(place, token, facts, timeout)
+    import jax
     jax.distributed.initialize(
         place.coordinator, place.count, place.index, initialization_timeout=round(timeout),
-        cluster_detection_method='deactivate')
+        cluster_detection_method='deactivate', coordinator_bind_address=bound)
   else:
+    import jax
     print(f'btx_jax: waiting up to {timeout:.0f} s for the other processes. If jax ends this one '
           'with "Terminating process", not all of them connected: see docs/processes.md',
           file=sys.stderr, flush=True)
