@@ -6,18 +6,18 @@ import json
 import os
 from typing import Any
 
-import jax
-import numpy as np
-from orbax.checkpoint import v1 as ocp
+import tensorstore as ts
 
-from btx_jax.devices import sharding
-
-# What may differ, whoever wrote it: times, speed, memory, and the commits of the code.
+# What may differ: times, speed, memory, the commits of the code, and checksums over these.
 EXCLUDED_FIELDS = frozenset((
     'time', 'tokens_per_second', 'mfu', 'input_wait', 'memory',  # of metrics.jsonl
     'seconds', 'started', 'saved', 'updated', 'versions', 'earlier_versions',  # of manifests
-    'checkpoint_age', 'seconds_left'))  # of report.json
-EXCLUDED_FILES = ('lock', 'files.jsonl', 'report.html')  # process ids; times; both in one page
+    'checkpoint_age', 'seconds_left',  # of report.json
+    'checksum',  # of a JSON file; its other fields are compared
+    'metrics'))  # of a checkpoint: the size and the checksum of metrics.jsonl, which has times
+# Process ids; times of files; times of files; a page with times, whose figures are in report.json.
+EXCLUDED_FILES = ('lock', 'files.jsonl', 'checked.json', 'report.html')
+_POSITION, _EXCLUDED_ARRAYS = 'data/json', ('sums/data',)  # JSON with `metrics`; its checksum
 
 
 def differences(expected: str, found: str, inside: tuple[str, ...] = ('',)) -> list[str]:
@@ -78,18 +78,27 @@ def _differences(expected: str, found: str, names: set[str]) -> Iterator[tuple[s
 
 
 def _arrays(folder: str) -> dict[str, Any]:
-  """All arrays and numbers of a checkpoint, by item and path."""
+  """All arrays and numbers of a checkpoint, by item and path, however they were sharded."""
   result = {}
-  for item in ('params', 'train', 'data'):
-    tree = ocp.load(os.path.abspath(folder), checkpointable_name=item)
-    result |= {f'{item}/{sharding.path_of(path)}': np.asarray(leaf)
-               for path, leaf in jax.tree.leaves_with_path(tree)}
+  for item in sorted(os.listdir(folder)):
+    if os.path.isdir(os.path.join(folder, item)):
+      store = {'driver': 'ocdbt', 'base': f'file://{os.path.abspath(folder)}/{item}/'}
+      for key in ts.KvStore.open(store).result().list().result():
+        name, _, file = key.decode().rpartition('/')
+        if file == 'zarr.json':
+          result[f'{item}/{name}'] = ts.open(
+              {'driver': 'zarr3', 'kvstore': store | {'path': f'{name}/'}}, open=True
+          ).result()[...].read().result()
   return result
 
 
 def _of_trees(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
-  for path in one.keys() | other.keys():
-    if path not in one or path not in other or one[path].tobytes() != other[path].tobytes():
+  for path in (one.keys() | other.keys()) - {*_EXCLUDED_ARRAYS}:
+    if path not in one or path not in other:
+      yield f'{path} is only in {"the reference" if path in one else "this one"}'
+    elif path == _POSITION:
+      yield from _of_values(*(json.loads(arrays[path].tobytes()) for arrays in (one, other)), path)
+    elif one[path].tobytes() != other[path].tobytes():
       yield path
 
 

@@ -55,7 +55,13 @@ def later():
   }
 
 
-STUDIES = {'paper': paper, 'modular': modular, 'processes': processes, 'later': later}
+def short():
+  """For the suite: one run, compiled soon."""
+  return {'seed': base.run(base.random(), BLEND, steps=7)}
+
+
+STUDIES = {'short': short, 'paper': paper, 'modular': modular, 'processes': processes,
+           'later': later}
 
 
 def get_config(arguments: str):

@@ -35,7 +35,7 @@ _LATER = ('mixed_later', 'continued_later')
 _KINDS = (
     (r'data/.*\.bin$', 'tokens'), (r'data/.*\.npy$', 'boundaries'),
     (r'data/tokenizer', 'tokenizer'), (r'data/.*meta\.json$', 'meta.json'),
-    (r'data/.*files\.jsonl$', 'files.jsonl'), (r'^report/', 'report'),
+    (r'data/.*(files\.jsonl|checked\.json)$', 'stamps'), (r'^report/', 'report'),
     (r'checkpoints/{last}/.*/d/', 'tensors'), (r'checkpoints/{last}/', 'checkpoint'),
     (r'checkpoints/', ''), (r'manifest\.json$', 'manifest'), (r'metrics\.jsonl$', 'metrics'),
     (r'evaluation', 'scores'))
