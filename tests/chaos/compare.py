@@ -15,8 +15,8 @@ EXCLUDED_FIELDS = frozenset((
     'checkpoint_age', 'seconds_left',  # of report.json
     'checksum',  # of a JSON file; its other fields are compared
     'metrics'))  # of a checkpoint: the size and the checksum of metrics.jsonl, which has times
-# Process ids; times of files; times of files; a page with times, whose figures are in report.json.
-EXCLUDED_FILES = ('lock', 'files.jsonl', 'checked.json', 'report.html')
+# Process ids; times of files; a page and a picture with times, whose figures are in report.json.
+EXCLUDED_FILES = ('lock', 'files.jsonl', 'checked.json', 'report.html', 'graph.png')
 _POSITION, _EXCLUDED_ARRAYS = 'data/json', ('sums/data',)  # JSON with `metrics`; its checksum
 
 

@@ -195,18 +195,14 @@ def disturb(workplace: Workplace, name: str, workdir: str, rng: random.Random,
   began = time.monotonic()
   record: dict[str, Any] = {'study': name, 'kills': [], 'differences': [], 'problems': []}
   for command in commands(study, exported):
-    left = rng.choice(kills) if command[0] == 'train' else rng.randint(1, 2)
-    ended = False
+    trains = command[0] == 'train'
+    left, ended, span = rng.choice(kills) if trains else rng.randint(1, 2), False, 1.0
     while not ended:
-      kill = None
-      if left:
-        stage = milestones(study)[min(position(study), len(milestones(study)) - 1)][0]
-        kill = {'command': command[0], 'signals': _draw(SIGNALS, rng),
-                'stage': stage if command[0] == 'train' else command[0],
-                'seconds': _moment(reference, study, command[0], left, rng)}
       processes = workplace.start(name, workdir, command, log)
-      if kill and _wait(processes, kill['seconds'], study.workdir, rng):
-        if command[0] == 'train':
+      kill = {'command': command[0], 'signals': _draw(SIGNALS, rng), 'stage': command[0],
+              'seconds': span * _moment(reference, study, command[0], left, rng) if left else 0.0}
+      if left and _wait(processes, kill['seconds'], study.workdir, rng):
+        if trains:
           kill['stage'] = _stage_now(study, log)
         record['problems'] += _kill(processes, kill['signals'], log, kill, rng)
         record['kills'].append(kill)
@@ -214,10 +210,13 @@ def disturb(workplace: Workplace, name: str, workdir: str, rng: random.Random,
         # Killed after its last act, it is refused now, since the folder exists.
         ended = command[0] == 'export' and os.path.exists(exported)
         continue
-      ended = not left or command[0] != 'train'
-      record['problems'] += _end(processes, command, log)
-      if record['problems'] and record['problems'][-1].startswith('failed'):
+      problems = _end(processes, command, log)
+      record['problems'] += problems
+      if problems:
         return record
+      ended, span = not left, 0.7 * span  # too late: the next kill comes sooner
+      if left and command[0] == 'export':
+        shutil.rmtree(exported)
   record['differences'] = compare.differences(reference.workdir, workdir)
   record['differences'] += [f'export: {each}' for each in compare.differences(
       reference.exported, exported)]
