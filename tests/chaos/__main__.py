@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from tests.chaos import damage, kills
+from tests.chaos.workplace import Workplace
 
 HARMS = {'flips': damage.flip, 'truncations': damage.truncate, 'swaps': damage.swap,
          'renames': damage.rename}
@@ -42,7 +43,7 @@ def main():
   with contextlib.ExitStack() as stack:
     folder = given.folder or stack.enter_context(tempfile.TemporaryDirectory())
     results = given.results or os.path.join(folder, 'results.jsonl')
-    workplace = kills.Workplace(folder)
+    workplace = Workplace(folder)
     until = time.monotonic() + 60 * given.minutes
 
     def repeat(mode: str, wanted: int, once: Callable[[int, random.Random], dict[str, Any]]):

@@ -26,7 +26,7 @@ from btx_jax.errors import RunError, UsageError
 from btx_jax.pipeline import Pipeline
 from btx_jax.study.study import Study
 from tests.chaos import compare
-from tests.chaos.kills import Workplace
+from tests.chaos.workplace import Workplace
 
 BAD = ('silent', 'crashed')
 Files = dict[str, list[str]]  # paths by kind
@@ -53,7 +53,8 @@ class Finished:
     self._expected = os.path.join(workplace.folder, 'expected')
     shutil.rmtree(self._expected, ignore_errors=True)
     shutil.copytree(self._sound, self._expected)
-    self._use(self._expected, trains=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+      self._use(self._expected, trains=True)
 
   def trial(self, harm: Harm, rng: random.Random) -> dict[str, Any]:
     """Does one harm to a copy; returns `kind` and `file` that was harmed, and the `outcome`."""
