@@ -8,6 +8,6 @@ from tests.chaos.workplace import Workplace
 
 def test_a_study_killed_at_random_moments_ends_like_an_undisturbed_one(tmp_path):
   workplace = Workplace(str(tmp_path))
-  found = kills.disturb(workplace, 'short', str(tmp_path / 'killed'), random.Random(1), kills=[3])
-  assert len(found['kills']) == 3
+  found = kills.disturb(workplace, 'short', str(tmp_path / 'killed'), random.Random(1), kills=[2])
+  assert len(found['kills']) == 2
   assert found['problems'] == found['differences'] == []

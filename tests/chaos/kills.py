@@ -21,7 +21,7 @@ from tests.chaos.workplace import TICK, Reference, Workplace, commands, mileston
 # The signals of a kill, and how often it is drawn, relative to the others.
 SIGNALS = {('KILL',): 8, ('TERM',): 4, ('INT',): 3, ('TERM', 'TERM'): 1, ('INT', 'INT'): 1,
            ('TERM', 'INT'): 1, ('TERM', 'KILL'): 1, ('INT', 'KILL'): 1}
-STUDIES = ('paper', 'modular', 'paper', 'modular', 'paper', 'modular', 'processes')  # taking turns
+STUDIES = ('paper', 'modular', 'paper', 'processes', 'modular', 'paper', 'modular')  # taking turns
 _KILLS = range(8, 13)  # of the training of one study
 _SHARE_AT_FILES = 0.4  # of the kills: they come just after a new file appeared
 _PATIENCE = 120.0  # seconds to wait for the end of a process that was asked to stop
