@@ -44,6 +44,8 @@ def main():
     folder = given.folder or stack.enter_context(tempfile.TemporaryDirectory())
     results = given.results or os.path.join(folder, 'results.jsonl')
     workplace = Workplace(folder)
+    jax.config.update('jax_compilation_cache_dir', os.path.join(workplace.folder, 'compiled'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     until = time.monotonic() + 60 * given.minutes
 
     def repeat(mode: str, wanted: int, once: Callable[[int, random.Random], dict[str, Any]]):
