@@ -149,7 +149,7 @@ def _check(folder: str, meta: Mapping, split: str) -> None:
     recorded = {name: each for name, each in meta[damage.SUMS].items()
                 if name.startswith(f'{split}.')}
     if f'{split}.bin' in damage.check(folder, recorded):
-      damage.check_numbers(folder, split, meta['dtype'], meta['vocab_size'])
+      damage.check_numbers(folder, split, meta['dtype'], meta.get('vocab_size'))
   else:  # an earlier version
     damage.check_numbers(folder, split, meta['dtype'], None)
     if token_files.hash_of_files(folder, split) != meta['hash'][split]:
@@ -308,6 +308,8 @@ def read_meta(folder: str) -> dict:
   try:
     found = sealed.read(os.path.join(folder, kept_out.META))
     _ = found['made_from'], found['hash']  # all callers rely on these
+    if not damage.are_sums(found.get(damage.SUMS, {})):
+      raise ValueError(f'{damage.SUMS} does not hold lengths and hashes')
   except OSError as error:
     raise UsageError(f'{folder} does not hold tokens written by btx_jax ({error}); use another '
                      '--workdir.') from error
