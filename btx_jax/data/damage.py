@@ -58,6 +58,12 @@ def sums(folder: str, names: Sequence[str]) -> dict[str, list]:
   return result
 
 
+def are_sums(found: Any) -> bool:
+  """Whether plain data is what `sums` returns."""
+  return isinstance(found, dict) and all(
+      isinstance(each, list) and list(map(type, each)) == [int, str] for each in found.values())
+
+
 def check(folder: str, recorded: Mapping[str, Sequence]) -> list[str]:
   """Raises Damaged if files are not what was written.
 

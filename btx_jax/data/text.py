@@ -247,6 +247,8 @@ def _check_kept(folder: str) -> None:
   """Raises damage.Damaged if the copy of the tokenizer is damaged."""
   try:
     recorded = sealed.read(os.path.join(folder, _SUMS))
+    if not damage.are_sums(recorded):
+      raise ValueError('it does not hold lengths and hashes')
   except FileNotFoundError:
     return  # an earlier version wrote the copy
   except ValueError as error:

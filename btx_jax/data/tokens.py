@@ -160,7 +160,7 @@ def _check(folder: str, meta: Mapping, split: str) -> None:
     recorded = {name: each for name, each in meta[damage.SUMS].items()
                 if name.startswith(f'{split}.')}
     if f'{split}.bin' in damage.check(folder, recorded):
-      damage.check_numbers(folder, split, meta['dtype'], meta['vocab_size'])
+      damage.check_numbers(folder, split, meta['dtype'], meta.get('vocab_size'))
   else:  # an earlier version
     damage.check_numbers(folder, split, meta['dtype'], None)
     if token_files.hash_of_files(folder, split) != meta['hash'][split]:
@@ -320,6 +320,8 @@ def read_meta(folder: str) -> dict:
     found = sealed.read(os.path.join(folder, kept_out.META))
     if wrong := shapes.misfit(found, _META):
       raise ValueError(wrong)
+    if not damage.are_sums(found.get(damage.SUMS, {})):
+      raise ValueError(f'{damage.SUMS} does not hold lengths and hashes')
   except OSError as error:
     raise UsageError(f'{folder} does not hold tokens written by btx_jax ({error}); use another '
                      '--workdir.') from error
