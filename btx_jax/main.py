@@ -276,8 +276,12 @@ def run_command(argv: list[str]):
     return COMMANDS[command]('', '')
   if not flags.FLAGS['config'].present:
     raise UsageError('--config is missing; try --config=demo')
-  config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
+  given = config_flags.get_config_filename(flags.FLAGS['config'])
+  config_file = given.split(':')[0]
   if not os.path.isfile(config_file):
+    if os.path.isfile(given):
+      raise UsageError(f'--config={given}: a colon ends the path of a config, and begins the '
+                       'argument of its get_config(); rename the file or its folder.')
     folder = _recipe_folder()
     if os.path.dirname(config_file) != folder:
       raise UsageError(f'--config={config_file}: there is no such file (looked from '
@@ -299,7 +303,8 @@ def recipe_path(config: str) -> str:
   """The file of a recipe given by name, like demo:full; of anything else, only ~ is replaced."""
   config = os.path.expanduser(config)
   name, colon, argument = config.partition(':')
-  if os.path.sep in name or name.endswith('.py') or not name or os.path.isfile(name):
+  if (os.path.sep in name or name.endswith('.py') or not name
+      or os.path.isfile(name) or os.path.isfile(config)):
     return config
   return os.path.join(_recipe_folder(), f'{name}.py') + colon + argument
 

@@ -769,6 +769,11 @@ config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
   check(run(config(), *new), 'document(s) that were held out when it was tokenized and no longer')
 
 
+def test_a_config_whose_path_has_a_colon_is_refused(run, config, tmp_path):
+  shutil.copy(config().removeprefix('--config='), tmp_path / 'a:b.py')
+  check(run(f'--config={tmp_path}/a:b.py', 'status'), 'a:b.py: a colon ends the path of a config')
+
+
 def test_names_that_a_run_cannot_get(run, config, work):
   check(run(config(), '--workdir=a[b', 'status'), "a[b' cannot hold checkpoints, because orbax")
   arguments = config(), f'--workdir={work}', 'rename', 'seed'
