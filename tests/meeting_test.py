@@ -155,7 +155,7 @@ def test_no_stranger_keeps_a_job_from_its_meeting_or_hears_of_it(stranger):
       answer = send(port, stranger, 0.1)
       began = time.monotonic()
       assert attend(port, 1, 2, {'secret': 'of the job'}) is first.result() is None
-      assert time.monotonic() - began < 3
+      assert time.monotonic() - began < 8  # less than any of them may take
   assert b'secret' not in answer and b'pid' not in answer and len(answer) < 80
 
 
