@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +111,8 @@ def evaluate(model, params):
 
 
 class InMemory:
-  """Checkpoints that survive a kill in a dict: all, or all but the newest, which was not written
-  in time. Positions are stored as JSON, as on disk."""
-  stored: dict[int, tuple[TrainState, str]] = {}
+  """Checkpoints that survive a kill in a dict. Positions are stored as JSON, as on disk."""
+  stored: typing.ClassVar[dict[int, tuple[TrainState, str]]] = {}
 
   def __init__(self, *_):
     self.best = 0
