@@ -83,7 +83,8 @@ NOTES = {
     },
     'During a run': {
         'All numbers in its checkpoints': 'The loss, the gradient and the updated parameters of '
-                                          'every step are checked, so such numbers are never saved.',
+                                          'every step are checked, so such numbers are never '
+                                          'saved.',
         'stopped; the same command': 'After Ctrl-C or SIGTERM. After SIGTERM the checkpoint is of '
                                      'the step in progress.',
         'Out of memory': 'The text in brackets is the device\'s. `preflight` shows what fits '

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +111,8 @@ def evaluate(model, params):
 
 
 class InMemory:
-  """Checkpoints that survive a kill in a dict: all, or all but the newest, which was not written
-  in time. Positions are stored as JSON, as on disk."""
-  stored: dict[int, tuple[TrainState, str]] = {}
+  """Checkpoints that survive a kill in a dict. Positions are stored as JSON, as on disk."""
+  stored: typing.ClassVar[dict[int, tuple[TrainState, str]]] = {}
 
   def __init__(self, *_):
     self.best = 0
@@ -269,15 +269,17 @@ def test_preempted(undisturbed, tmp_path, in_memory, monkeypatch):
     assert health['skipped_steps'] == 3 and health['loss_spike'].startswith('the loss rose')
 
 
-def test_more_skipped_steps_in_a_row_than_allowed_end_the_run(tmp_path, in_memory, capsys):
-  """Also when a kill came between them; and nothing is saved any more."""
+def test_more_skipped_steps_in_a_row_than_allowed_end_the_run(
+    tmp_path, in_memory, monkeypatch, capsys):
+  """Also when a checkpoint and a kill came between them."""
+  monkeypatch.setattr(sys.modules[__name__], 'BAD', (10, 11))
   run = dataclasses.replace(RUN, skip_nonfinite=1)
   with pytest.raises(Killed):
-    train(tmp_path, killed=10, run=run)
-  with pytest.raises(RunError, match=r'btx: step 10 on text of code, math: the gradient is not fi'
-                     r'nite in embed; the parameters before it were finite\..* of steps 4, 6, 8;'):
+    train(tmp_path, killed=11, run=run)
+  with pytest.raises(RunError, match=r'btx: step 11 on text of code, math: the gradient is not fi'
+                     r'nite in embed; the parameters before it were finite\..* of steps 4, 8, 10;'):
     train(tmp_path, run=run)
-  assert max(InMemory.stored) == 8
+  assert max(InMemory.stored) == 10
   said = capsys.readouterr().out
   assert said.count('The step is skipped, and so are others like it, at most 1 in a row') == 1
 
