@@ -7,8 +7,8 @@ import json
 import os
 from typing import Any
 
-from btx_jax.devices import distributed
 from btx_jax import inputs, shapes
+from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.files import replacing
 
