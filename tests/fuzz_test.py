@@ -16,6 +16,7 @@ from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import corpora, parser_check, tokenizer
 from btx_jax.data.chat_template import ChatTemplate
 from btx_jax.data.domains import Domain
+from btx_jax.data.records import Document
 from btx_jax.errors import UsageError
 from btx_jax.study import manifest
 from btx_jax.training import metrics
@@ -140,6 +141,17 @@ def test_a_compressed_file_of_far_more_bytes_costs_one_record(tmp_path):
   (tmp_path / 'b.txt').write_text('text')
   found = [*corpora.documents(Domain('x', paths=(str(tmp_path),)), max_skipped=0.5)]
   assert [document.text for document in found] == ['text']
+
+
+def test_a_table_with_text_that_is_not_utf8_costs_its_rows_only(tmp_path):
+  pa = pytest.importorskip('pyarrow')
+  from pyarrow import parquet
+  broken = pa.array([b'a\xf4', b'b']).view(pa.string())
+  parquet.write_table(pa.table({'text': ['x', 'y'], 'id': broken}), tmp_path / 'a.parquet')
+  domain = Domain('x', paths=(str(tmp_path / 'a.parquet'),), id_field='id')
+  for reader in (None, lambda record, place, fields: Document(record['text'], record['id'])):
+    found = [*corpora.documents(domain, 0.5, reader=reader)]
+    assert [(document.text, document.id) for document in found] == [('y', 'b')]
 
 
 @pytest.mark.parametrize('source', [
