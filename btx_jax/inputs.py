@@ -1,5 +1,5 @@
-"""Files that others have written, read with bounds: regular files only, of limited size, and JSON of
-limited depth and number of values.
+"""Files that others have written, read with bounds: regular files only, of limited size, and JSON
+of limited depth and number of values.
 
 A path can lead to a named pipe, on which reading waits forever, to a device without an end, or to a
 sparse file of a terabyte. A few megabytes of JSON can become gigabytes of objects.

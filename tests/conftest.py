@@ -25,6 +25,12 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+@pytest.fixture(scope='session', autouse=True)
+def cache(tmp_path_factory):
+  """The user's cache directory, also of commands that tests start."""
+  os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
+
+
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
   """A folder with the text of tests/studies.py."""

@@ -489,15 +489,19 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.model.num_heads = 3', 'model.dim = 16 is not a multiple of model.num_heads = 3'),
     ('config.model.num_kv_heads = 3', 'is not a multiple of model.num_kv_heads = 3.'),
     ('config.model.head_dim = 3', 'model.head_dim = 3 must be even and positive'),
-    ('config.model.head_dim = -2', 'model.head_dim = -2 must be even and positive'),
+    ('config.model.head_dim = 3', 'model.head_dim = 3 must be even and positive'),
+    ('config.model.dim = 2**31', 'model.dim = 2147483648 must be at most 2147483647.'),
+    ('config.model.update(rope_factor=2.0, rope_low_freq_factor=4.0)', 'model.rope_low_freq_factor '
+     '= 4.0 must be below model.rope_high_freq_factor = 4.0.'),
     ('config.model.top_k = 9', 'runs.btx: model.top_k = 9 must lie between 1 and the number of'),
     ('config.model.rope_scaling = "ntk"', "model.rope_scaling = 'ntk'; valid: 'linear', 'llama3'."),
-    ('config.model.rope_factor = 0.0', 'model.rope_factor = 0.0 must be positive; 1 is off.'),
+    ('config.model.rope_factor = 0.0', 'model.rope_factor = 0.0 must be positive and finite.'),
     ('config.model.router = "topk"', "model.router = 'topk'; did you mean 'top_k'?"),
     ('config.model.update(router="switch", top_k=2)', "runs.btx: model.top_k = 2: the router "
      "'switch' sends a token to 1 of 4 experts; leave it at 0."),
     ('config.model.capacity_factor = 2.0', "the router 'top_k' drops no token, only 'switch' does"),
-    ('config.model.update(router="switch", capacity_factor=-1.0)', 'factor = -1.0 cannot be neg'),
+    ('config.model.update(router="switch", capacity_factor=-1.0)',
+     '= -1.0 must be finite, and cannot be negative.'),
     (new(init='base.checkpoint("btx")', model='{"router": "hash"}'), "runs.new: model.router = "
      "'hash', but 'btx' has 'top_k', and 'hash' has no router parameters to continue"),
     ('config.model.dtype = "bfloat"', "model.dtype = 'bfloat'; did you mean 'bfloat16'?"),
@@ -505,7 +509,6 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.model.remat = "ful"', "model.remat = 'ful'; did you mean 'full'?"),
     ('config.model.attention = "cudnn"', "'cudnn' needs model.dtype = 'bfloat16'."),
     ('config.model.dispatch = "group"', "model.dispatch = 'group'; did you mean 'grouped'?"),
-    ('config.model.dispatch_factor = 0.0', 'model.dispatch_factor = 0.0 must be positive.'),
     # Optimizer and training
     ('config.optimizer.peak_lr = 0.0', 'runs.seed: optimizer.peak_lr = 0.0 must be positive.'),
     ('config.optimizer.warmup = 1.5', 'optimizer.warmup = 1.5 must be a share of the steps, from'),
@@ -610,8 +613,9 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('(here / "x.jsonl").write_text("x\\n" * 2 + \'{"text": "x"}\\n\' * 8)\n'
      'config.domains.code.paths = (str(here / "x.jsonl"),)', 'domains.code: 2 of the 10 '),
     ('from btx_jax.data import formats\n'
-     'def closed(path, mode): raise PermissionError(13, "Permission denied", path)\n'
-     'formats.open = closed', 'code.jsonl cannot be read: [Errno 13] Permission denied'),
+     'def closed(path): raise PermissionError(13, "Permission denied", path)\n'
+     'formats.inputs = type("", (), {"open_file": closed})',
+     'code.jsonl cannot be read: [Errno 13] Permission denied'),
     ('(here / "x.parquet").write_text("version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a'
      '\\nsize 12345\\n")\nconfig.domains.code.paths = (str(here / "x.parquet"),)',
      'x.parquet is a Git LFS pointer, not the file itself; run git lfs pull in its repository.'),
@@ -648,6 +652,13 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      "tokenizer.json needs the package 'tokenizers': pip install 'btx_jax[hf]'"),
     ('(here / "x.json").write_text("{}")\nconfig.tokenizer.path = str(here / "x.json")',
      'x.json is not a tokenizer of the package tokenizers'),
+    ('(here / "x.json").write_text(\'{"added_tokens": 3}\')\n'
+     'config.tokenizer.path = str(here / "x.json")', "x.json: 'added_tokens' must be a list of"),
+    ('(here / "x.json").write_text(\'{"model": {"type": "BPE", "vocab": {"a": 99999999}, "merges": '
+     '[]}}\')\nconfig.tokenizer.path = str(here / "x.json")', 'has token ids up to 99,999,999,'),
+    ('from btx_jax.data import parser_check\nparser_check._CHILD = "import os; os.abort()"\n'
+     '(here / "x.json").write_text("{ }")\nconfig.tokenizer.path = str(here / "x.json")',
+     'x.json is not read: the package tokenizers ends the process (SIGABRT) on it.'),
     ('import shutil\nshutil.copy("tests/fixtures/tokenizer/tokenizer.json", here)\n'
      'config.tokenizer.path = str(here)', "to the token that ends documents, or to 'none'."),
     ('config.tokenizer.special = "encoed"', "special = 'encoed'; did you mean 'encode'?"),
@@ -663,6 +674,8 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     (chats('', 'os.remove(here / "own" / "chat_template.jinja")'), 'has no chat template. Set '),
     (chats('', 'config.tokenizer.chat_template = "llama3"'), "'llama3' writes <|begin_of_text|>, "),
     (chats('{% if'), 'is not valid Jinja: unexpected'),
+    (chats('', '(here / "own" / "chat_template.jinja").write_bytes(bytes([255]))'),
+     'chat_template.jinja is not UTF-8 text: '),
     (chats('{{ messages[0].name.x }}'), 'fails on this conversation: '),
     (chats('{{ messages[-1].content }}{% if add_generation_prompt %}?{% endif %}'),
      'The chat template does not write its generation prompt before an answer.'),
@@ -672,6 +685,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     (pretrained('os.remove(model / "config.json")'), 'config.json cannot be read as JSON: '),
     (pretrained('change(model_type="gpt2")'), "model_type = 'gpt2' is not supported; use one of"),
     (pretrained('change(mlp_bias=True)'), 'config.json describes a model that cannot be repres'),
+    (pretrained('change(num_hidden_layers=10**9)'), 'describes a model of 9,000,000,003 tensors'),
     (pretrained('change(hidden_size=32)'), 'model do not match its config.json:'),
     (pretrained('os.remove(model / "model-00002-of-00002.safetensors")'),
      'does not match its files: model-00002-of-00002.safetensors does not exist.'),

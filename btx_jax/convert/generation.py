@@ -61,7 +61,8 @@ def stop_tokens(found: Generation, eos_id: int | None) -> int | list[int] | None
 
 def _ids(config: Mapping[str, Any]) -> list[int]:
   found = config.get('eos_token_id')
-  return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int and 0 <= i < 2**31]
+  found = found if isinstance(found, list) else [found]
+  return [i for i in found if type(i) is int and 0 <= i < 2**31]
 
 
 def _each_once(ids) -> tuple[int, ...]:

@@ -50,8 +50,8 @@ class FastTokenizer(spelling.Spelling):
     self._vocabulary = self._model.get_vocab(with_added_tokens=True)
     self.vocab_size = 1 + max(self._vocabulary.values(), default=-1)
     if not 0 < self.vocab_size <= _MAX_IDS:
-      raise UsageError(f'{path} has token ids up to {self.vocab_size - 1:,}, which must lie between '
-                       f'0 and {_MAX_IDS - 1:,}.')
+      raise UsageError(f'{path} has token ids up to {self.vocab_size - 1:,}, which must lie '
+                       f'between 0 and {_MAX_IDS - 1:,}.')
     self.files = dict(files)
     names = {token['content']: token.get('special', False) for token in added}
     special = framing.special_tokens(

@@ -1,8 +1,8 @@
 """Tries a tokenizer's file in a process of its own, before this process reads it.
 
 The parsers of sentencepiece (C++) and tokenizers (Rust) end the process on some damaged files, and
-can take any time and memory. A tokenizer may come from an unknown source. So a child reads each file
-first, once: what it survives is noted in the user's cache directory under the file's hash.
+can take any time and memory. A tokenizer may come from an unknown source. So a child reads each
+file first, once: what it survives is noted in the user's cache directory under the file's hash.
 """
 
 from collections.abc import Mapping

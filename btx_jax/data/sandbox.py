@@ -52,7 +52,7 @@ class _Generation(ext.Extension):
 
 
 class _Bounds(visitor.NodeTransformer):
-  """Adds checks to a parsed template: of time and size wherever it repeats or puts text together."""
+  """Adds checks of time and size to a parsed template, wherever it repeats or joins text."""
 
   def __init__(self):
     self._inside = 0  # of how many macros and blocks, whose text nothing else counts as it grows
@@ -192,8 +192,8 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     """Raises OverflowError if a filter or method called `name` would make far more of a value."""
     given = [*args, *kwargs.values()]
     if name in _PADDING:
-      lines = value.count('\n') if name in ('indent', 'expandtabs') and isinstance(value, str) else 0
-      lines += value.count('\t') if name == 'expandtabs' and isinstance(value, str) else 0
+      mark = {'indent': '\n', 'expandtabs': '\t'}.get(name)
+      lines = value.count(mark) if mark and isinstance(value, str) else 0
       for each in given:
         if isinstance(each, int | float):
           _check_size(each, _MOST_WIDTH)
@@ -316,7 +316,7 @@ def _bounds(environment: _Environment, size: int):
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment() -> _Environment:
   environment = _Environment(
       trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
   environment.filters['tojson'] = environment._bounded('tojson', _to_json)
@@ -360,6 +360,6 @@ def _check_widths(form: str | bytes) -> None:
     raise OverflowError(f'a format has a width of more than {_MOST_WIDTH:,} or a computed one')
 
 
-def _check_size(size: int, most: int) -> None:
+def _check_size(size: float, most: int) -> None:
   if size > most:
     raise OverflowError(f'it computes or writes too much ({size:,} is more than {most:,})')

@@ -83,8 +83,13 @@ def _records(path: str, table: _Table, fields: Fields) -> Iterator[Document | Un
   assert fields.read
   row = 0
   for batch in table.batches(list(table.schema.names)):
-    for record in batch.to_pylist():
+    for i in range(batch.num_rows):
       row += 1
+      try:
+        record, = batch.slice(i, 1).to_pylist()
+      except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, a date in 10,000
+        yield Unusable(f'{path}:{row}', DAMAGED, f': {error}')
+        continue
       yield fields.read(record, f'{path}:{row}', fields)
 
 
@@ -150,4 +155,8 @@ def _from_row(text, identity, place: str, text_field: str) -> Document | Unusabl
   decoded = utf8(raw.to_pybytes(), place)
   if isinstance(decoded, Unusable):
     return decoded
-  return Document(decoded, '' if identity is None else id_text(identity.as_py()), place)
+  try:
+    name = '' if identity is None else id_text(identity.as_py())
+  except (ValueError, OverflowError) as error:
+    return Unusable(place, DAMAGED, f' in its id: {error}')
+  return Document(decoded, name, place)

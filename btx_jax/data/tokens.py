@@ -37,7 +37,6 @@ from btx_jax.data.splits import SPLITS
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
 
-
 _SPLIT = {'documents': int, 'tokens': int, 'bytes': int, 'answers?': int, 'written?': int}
 # What the code that reads meta.json relies on.
 _META = {
