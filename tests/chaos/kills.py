@@ -44,8 +44,8 @@ def disturb(workplace: Workplace, name: str, workdir: str, rng: random.Random,
 
   Returns:
     `kills`, each with `command`, `signals`, `stage`, `when` it came and the `seconds` after that;
-    `differences`, of compare.py, with the undisturbed study; `problems`, other than those: commands that failed without a
-    signal, hung after one, or printed a traceback.
+    `differences`, of compare.py, with the undisturbed study; `problems`, other than those:
+    commands that failed without a signal, hung after one, or printed a traceback.
   """
   signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
   reference, study = workplace.reference(name), workplace.study(name, workdir)
