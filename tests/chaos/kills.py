@@ -5,7 +5,7 @@ Every start is a new process. Training is killed 6 to 12 times a study; then the
 except with two processes, for which the product keeps none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import os
 import random
 import shutil
@@ -24,7 +24,9 @@ SIGNALS = {('KILL',): 8, ('TERM',): 4, ('INT',): 3, ('TERM', 'TERM'): 1, ('INT',
 STUDIES = ('paper', 'modular', 'paper', 'modular', 'paper', 'modular', 'processes')  # taking turns
 _KILLS = {'processes': range(6, 9)}  # of the training of one study; of the others:
 _MOST = range(8, 13)
-_SHARE_AT_FILES = 0.4  # of the kills: they come just after a new file appeared
+# When a kill of the training comes: at any time, once it has begun, or just after a stage is done.
+_WHEN = {'any': 1, 'begun': 4, 'stage': 2}
+_SHARE_AT_FILES = 0.4  # of the kills: they wait for the next file to appear
 _PATIENCE = 120.0  # seconds to wait for the end of a process that was asked to stop
 
 
@@ -41,9 +43,9 @@ def disturb(workplace: Workplace, name: str, workdir: str, rng: random.Random,
       killed once or twice.
 
   Returns:
-    `kills`, each with `command`, `signals`, `stage` and `seconds`; `differences`, of compare.py,
-    with the undisturbed study; `problems`, other than those: commands that failed without a
-    signal, hung after one, or printed a traceback.
+    `kills`, each with `command`, `signals`, `stage`, `when` it came and the `seconds` after that;
+    `differences`, of compare.py, with the undisturbed study; `problems`, other than those:
+    commands that failed without a signal, hung after one, or printed a traceback.
   """
   signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
   reference, study = workplace.reference(name), workplace.study(name, workdir)
@@ -59,8 +61,9 @@ def disturb(workplace: Workplace, name: str, workdir: str, rng: random.Random,
     while not ended:
       processes = workplace.start(name, workdir, command, log)
       kill = {'command': command[0], 'signals': _draw(SIGNALS, rng), 'stage': command[0],
+              'when': _draw(_WHEN, rng) if trains else 'any',
               'seconds': span * _moment(reference, study, command[0], left, rng) if left else 0.0}
-      if left and _wait(processes, kill['seconds'], study.workdir, rng):
+      if left and _wait(processes, kill, study, log, rng):
         if trains:
           kill['stage'] = _stage_now(study, log)
         record['problems'] += _kill(processes, kill['signals'], log, kill, rng)
@@ -106,20 +109,29 @@ def _stage_now(study: Study, log: str) -> str:
   return stages[min(position(study), len(stages) - 1)][0]
 
 
-def _wait(processes: list[subprocess.Popen], seconds: float, workdir: str, rng: random.Random
-          ) -> bool:
+def _wait(processes: list[subprocess.Popen], kill: dict[str, Any], study: Study, log: str,
+          rng: random.Random) -> bool:
   """Waits until it is time for a kill; returns whether all processes still run."""
-  until = time.monotonic() + seconds
-  while time.monotonic() < until:
-    if any(process.poll() is not None for process in processes):
-      return False
-    time.sleep(TICK)
-  if rng.random() < _SHARE_AT_FILES:
-    before, until = _paths(workdir), time.monotonic() + 2
-    while time.monotonic() < until and _paths(workdir) <= before:
+  def ended() -> bool:
+    return any(process.poll() is not None for process in processes)
+
+  def wait(holds: Callable[[], bool], seconds: float = 600.0):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not ended() and not holds():
       time.sleep(TICK)
+
+  reached = position(study)
+  if kill['when'] != 'any':
+    wait(lambda: os.path.getsize(f'{log}.0') > 0)
+  if kill['when'] == 'stage':
+    wait(lambda: position(study) > reached)
+    kill['seconds'] = rng.uniform(0, 0.5)
+  wait(lambda: False, kill['seconds'])
+  if rng.random() < _SHARE_AT_FILES:
+    before = _paths(study.workdir)
+    wait(lambda: not _paths(study.workdir) <= before, 2.0)
     time.sleep(rng.uniform(0, 0.03))
-  return all(process.poll() is None for process in processes)
+  return not ended()
 
 
 def _paths(workdir: str) -> set[str]:
