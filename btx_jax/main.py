@@ -39,9 +39,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from btx_jax import arguments as flag
-from btx_jax import errors, files
+from btx_jax import errors
 from btx_jax.devices import compiled, distributed, rollcall
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import naming
 
 # jax and the modules that need it are imported inside functions, so that mistakes on the command
 # line, `status` and `jobs` answer at once.
@@ -155,13 +156,13 @@ def evaluate_model(name: str, workdir: str):
     _join_processes({'--tasks': tasks, '--run': flag.RUN.value, '--model': flag.MODEL.value})
     from btx_jax.commands import evaluate_tasks
     evaluate_tasks.print_scores(*_model(workdir), evaluate_tasks.Asked(
-        tasks, files.local_path('--include_path', flag.INCLUDE_PATH.value), flag.SHOTS.value,
+        tasks, naming.local_path('--include_path', flag.INCLUDE_PATH.value), flag.SHOTS.value,
         flag.LIMIT.value, flag.DOWNLOAD.value, flag.RUN_CODE.value, flag.LENGTH.value),
         flag.JSON.value)
     return
   from btx_jax.commands import evaluate
   asked = evaluate.Asked(
-      [files.local_path('--on', path) for path in dict.fromkeys(flag.ON.value)],
+      [naming.local_path('--on', path) for path in dict.fromkeys(flag.ON.value)],
       flag.TEXT_FIELD.value, flag.SEPARATOR.value, flag.LENGTH.value, flag.STRIDE.value,
       flag.FORMAT.value)
   evaluate.print_scores(*_model(workdir), asked, flag.JSON.value)
@@ -175,7 +176,7 @@ def generate_text(name: str, workdir: str):
                      '--model=FOLDER.')
   from btx_jax.commands import prompts
   from btx_jax.generation.settings import Sampling
-  found = prompts.collect(flag.PROMPT.value, files.local_path('--prompts', flag.PROMPTS.value),
+  found = prompts.collect(flag.PROMPT.value, naming.local_path('--prompts', flag.PROMPTS.value),
                           flag.CHAT.value, flag.SYSTEM.value)
   if flag.CHAT.value and not found and flag.N.value > 1:
     raise UsageError(f'--n={flag.N.value}: a conversation continues from one answer; omit --n, '
@@ -201,7 +202,7 @@ def _model(workdir: str):
     if flag.CHAT_TEMPLATE.value:
       flag.CONFIG.value.tokenizer.chat_template = flag.CHAT_TEMPLATE.value
     study = Study(flag.CONFIG.value, workdir)
-  return study, flag.RUN.value or '', files.local_path('--model', flag.MODEL.value or '')
+  return study, flag.RUN.value or '', naming.local_path('--model', flag.MODEL.value or '')
 
 
 def export_model(name: str, workdir: str):
@@ -214,7 +215,7 @@ def export_model(name: str, workdir: str):
   from btx_jax.study.study import Study
   study = Study(flag.CONFIG.value, workdir)
   export = export_ensemble if study.run(flag.RUN.value).selector else export_run
-  export(study, flag.RUN.value, files.local_path('--to', flag.TO.value),
+  export(study, flag.RUN.value, naming.local_path('--to', flag.TO.value),
          flag.DTYPE.value or 'bfloat16')
 
 
@@ -295,8 +296,8 @@ def run_command(argv: list[str]):
                      f'btx_jax/base.py makes, not {type(flag.CONFIG.value).__name__}.')
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = flag.WORKDIR.value or os.path.join('runs', name)
-  files.local_path('--to', flag.TO.value or '')
-  COMMANDS[command](name, files.local_path('--workdir', workdir), *operands)
+  naming.local_path('--to', flag.TO.value or '')
+  COMMANDS[command](name, naming.local_path('--workdir', workdir), *operands)
 
 
 def recipe_path(config: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from btx_jax import files
 from btx_jax.data import mixture
 from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed
 from btx_jax.errors import RunError, UsageError
+from btx_jax.files import locks
 from btx_jax.fitting import fit, reference, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import BEST, Run
@@ -103,7 +103,7 @@ class Pipeline(Study):
         group, left = ([self.runs[run.name] for run in runs] for runs in (group, left))
         with contextlib.ExitStack() as stack:
           for run in left:
-            lock = files.lock_folder(self.folder(run.name))
+            lock = locks.lock_folder(self.folder(run.name))
             distributed.on_process_0(functools.partial(stack.enter_context, lock))
           branches = self._train(left, branches)
         # They stay in memory for the run that mixes them, if it comes next, and for no other.
@@ -303,7 +303,7 @@ class Pipeline(Study):
       return error.is_the_last()
     if max(kept) > error.step:
       return error.has_later()
-    with files.lock_folder(self.folder(run.name)):
+    with locks.lock_folder(self.folder(run.name)):
       found = manifest.read(self.folder(run.name)) or {}
       found.pop('end_compared', None)  # the end comes again, perhaps after steps that count anew
       manifest.write(self.folder(run.name), found | {

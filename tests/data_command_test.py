@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from btx_jax import sealed
 from btx_jax.commands import data
 from btx_jax.data import duplicates, splits
 from btx_jax.data.tokens import Tokens
+from btx_jax.files import sealed
 from tests import studies
 
 BEGIN, END = 1, 2

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from btx_jax import files
 from btx_jax.data import corpora, folders
 from btx_jax.errors import UsageError
+from btx_jax.files import naming
 
 ABOUT = ['README.md', 'LICENSE', 'LICENSE-MIT.txt', 'dataset_infos.json', 'dataset_info.json',
          '_SUCCESS', 'shard.jsonl.md5', 'part-0.crc', 'CITATION.cff', 'SHA256SUMS', 'x.jsonl.part',
@@ -78,9 +78,9 @@ def test_the_home_directory_is_found(tmp_path, monkeypatch):
     domain = corpora.Domain('some', paths=(path,))
     assert [doc.text for doc in corpora.documents(domain)] == ['x']
     assert corpora.describe(domain) == '1 files, 14 bytes'
-  assert files.local_path('--workdir', '~/x') == f'{tmp_path}/x'
+  assert naming.local_path('--workdir', '~/x') == f'{tmp_path}/x'
   with pytest.raises(UsageError, match=r"--to = ~nobody-here/x: there is no such home directory"):
-    files.local_path('--to', '~nobody-here/x')
+    naming.local_path('--to', '~nobody-here/x')
 
 
 def test_pointers_of_what_is_no_data_do_not_stop_a_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""Stands between btx_jax/files.py and the disk: calls that fail, and what a power cut leaves."""
+"""Stands between btx_jax/files/ and the disk: calls that fail, and what a power cut leaves."""
 
 import builtins
 import dataclasses
@@ -7,9 +7,9 @@ import os
 import pathlib
 import shutil
 
-from btx_jax import files, leftovers
+from btx_jax.files import leftovers, writing
 
-# The calls with which files.py changes what is on the disk.
+# The calls with which btx_jax/files/ changes what is on the disk.
 CALLS = ('open', 'write', 'pwrite', 'copy_file_range', 'fsync', 'replace', 'rename', 'remove',
          'mkdir', 'rmdir')
 ON_DESCRIPTORS = ('write', 'pwrite', 'copy_file_range', 'fsync')
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 
 class Disk:
-  """Takes the place of the module `os` in files.py and leftovers.py, and of `open`.
+  """Takes the place of the module `os` in files/, and of `open`.
 
   Attributes:
     calls: (name, path, second path or content) of each call that changes the disk.
@@ -30,9 +30,9 @@ class Disk:
     """`fail_at`: the call, counted from 0, that raises `error`."""
     self.calls: list[tuple] = []
     self._fail_at, self._error, self._ended = fail_at, error, False
-    monkeypatch.setattr(files, 'os', self)
+    monkeypatch.setattr(writing, 'os', self)
     monkeypatch.setattr(leftovers, 'os', self)
-    monkeypatch.setattr(files, 'open', self._open, raising=False)
+    monkeypatch.setattr(writing, 'open', self._open, raising=False)
 
   def __getattr__(self, name):
     found = getattr(os, name)

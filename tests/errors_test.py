@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from btx_jax import files
+from btx_jax.files import locks
 from docs import generate
 from tests import command
 
@@ -800,7 +800,7 @@ def test_names_that_a_run_cannot_get(run, config, work):
 
 def test_directories_that_something_happened_to(run, config, work):
   arguments = config(), f'--workdir={work}', '--run=new'
-  with files.lock_folder(str(work / 'new')):
+  with locks.lock_folder(str(work / 'new')):
     check(run(*arguments), f'new is in use by another process: {os.uname().nodename}')
   os.rename(work / 'seed' / 'checkpoints', work / 'away')
   check(run(*arguments), f'To train its run again, delete {work / "seed"}.', code=1)
@@ -853,7 +853,7 @@ def test_two_exports_into_one_folder(run, config, tmp_path):
   out, partial = tmp_path / 'out', tmp_path / 'out.partial'
   arguments = (config(lines), f'--workdir={tmp_path / "work"}', 'export', '--run=new',
                f'--to={out}')
-  with files.lock_folder(str(partial)):
+  with locks.lock_folder(str(partial)):
     (partial / 'unfinished.json').write_text('{}')
     (partial / 'model-00001-of-00002.safetensors').write_text('of the first')
     check(run(*arguments), f'out.partial is in use by another process: {os.uname().nodename}')

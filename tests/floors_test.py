@@ -12,9 +12,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 # when they are used; they may reach any floor.
 FLOORS = (
     ('escaping',),
-    ('errors', 'inputs', 'leftovers', 'shapes', 'terminal'),
-    ('devices', 'recipe', 'files', 'git_lfs', 'naming', 'outer'),
-    ('model', 'selector', 'sealed'),
+    ('errors', 'terminal'),
+    ('files',),
+    ('devices', 'recipe', 'outer'),
+    ('model', 'selector'),
     ('convert', 'run', 'btx'),
     ('base',),
     ('data', 'configs'),

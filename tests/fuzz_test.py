@@ -10,7 +10,6 @@ import struct
 
 import pytest
 
-from btx_jax import inputs, shapes
 from btx_jax.commands import prompts
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import corpora, parser_check, tokenizer
@@ -18,6 +17,7 @@ from btx_jax.data.chat_template import ChatTemplate
 from btx_jax.data.domains import Domain
 from btx_jax.data.records import Document
 from btx_jax.errors import UsageError
+from btx_jax.files import inputs, shapes
 from btx_jax.study import manifest
 from btx_jax.training import metrics
 from tests import fuzz, fuzz_inputs, fuzz_targets, make_tokenizers, odd_folders

@@ -9,11 +9,12 @@ import pytest
 from rich.console import Group
 from rich.text import Text
 
-from btx_jax import base, errors, escaping, load, naming, terminal
+from btx_jax import base, errors, escaping, load, terminal
 from btx_jax.commands import export
 from btx_jax.data import domains, folders
 from btx_jax.devices import compiled
 from btx_jax.errors import UsageError
+from btx_jax.files import naming
 from btx_jax.pipeline import Pipeline
 from btx_jax.study import plan
 from btx_jax.training import checkpoint

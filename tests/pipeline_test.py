@@ -360,8 +360,8 @@ def test_checkpoints_without_a_manifest_are_not_adopted(study, copy):
 def test_a_run_that_another_process_trains_is_left_to_it(study, copy):
   shutil.rmtree(os.path.join(copy, 'btx'))
   holder = subprocess.Popen(
-      [sys.executable, '-c', 'import sys; from btx_jax import files\n'
-       f'with files.lock_folder({os.path.join(copy, "btx")!r}):\n'
+      [sys.executable, '-c', 'import sys; from btx_jax.files import locks\n'
+       f'with locks.lock_folder({os.path.join(copy, "btx")!r}):\n'
        '  print(flush=True)\n  sys.stdin.read()'],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   with holder:

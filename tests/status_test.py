@@ -10,8 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from btx_jax import base, files
+from btx_jax import base
 from btx_jax.commands import report, status
+from btx_jax.files import locks
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.training import metrics
@@ -66,10 +67,10 @@ def test_a_directory_without_runs_of_this_config_gets_a_note(study):
 def test_a_run_goes_through_its_states(study):
   start(study, 'seed')
   assert status_of(study, 'seed')['state'] == 'stopped'  # its lock is free
-  with files.lock_folder(study.folder('seed')):
+  with locks.lock_folder(study.folder('seed')):
     held = subprocess.run([sys.executable, '-c', f'''if True:
-      from btx_jax import files
-      print(files.is_locked({study.folder('seed')!r}))'''], capture_output=True, text=True)
+      from btx_jax.files import locks
+      print(locks.is_locked({study.folder('seed')!r}))'''], capture_output=True, text=True)
   assert held.stdout.strip() == 'True'
   for state in (manifest.STOPPED, manifest.FAILED, manifest.COMPLETE):
     start(study, 'seed', state)
@@ -79,7 +80,7 @@ def test_a_run_goes_through_its_states(study):
 @pytest.fixture
 def at_work(monkeypatch):
   """As if another process held every run directory."""
-  monkeypatch.setattr(files, 'is_locked', lambda folder: True)
+  monkeypatch.setattr(locks, 'is_locked', lambda folder: True)
 
 
 def test_a_run_that_is_still_compiling_is_starting(study, at_work):
@@ -176,9 +177,9 @@ def test_a_run_is_taken_as_running_where_locks_are_not_supported(study, monkeypa
     raise OSError(37, 'No locks available')
 
   start(study, 'seed', lines=[line(1)])
-  with files.lock_folder(study.folder('seed')):
+  with locks.lock_folder(study.folder('seed')):
     pass
-  monkeypatch.setattr(files.fcntl, 'lockf', no_locks)
+  monkeypatch.setattr(locks.fcntl, 'lockf', no_locks)
   assert status_of(study, 'seed')['state'] == 'running'
 
 

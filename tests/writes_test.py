@@ -14,12 +14,14 @@ import tempfile
 import numpy as np
 import pytest
 
-from btx_jax import base, errors, files, leftovers, sealed
+import btx_jax
+from btx_jax import base, errors
 from btx_jax.commands import report, status
 from btx_jax.convert import export, hugging_face
 from btx_jax.data import damage, text, tokenizer, tokens
 from btx_jax.data.domains import Domain
 from btx_jax.errors import UsageError
+from btx_jax.files import leftovers, sealed, writing
 from btx_jax.scoring import scores
 from btx_jax.study import manifest, rename
 from btx_jax.study.study import Study
@@ -49,13 +51,12 @@ def tree(folder: pathlib.Path) -> dict[str, bytes]:
 # The interface
 
 
-# Each with the reason why it does not go through files.py.
+# Each with the reason why it does not go through files/writing.py.
 OTHER_WRITERS = {
     'training/damage.py': 'renames checkpoints, which orbax writes',
-    'training/metrics.py': 'appends lines',
+    'training/metrics.py': 'syncs the lines that it appends',
     'training/sinks.py': 'a folder that another package fills',
-    'devices/compiled.py': 'a folder that jax fills; below files.py',
-    'devices/distributed.py': 'a mark that all processes look for; below files.py'}
+    'devices/compiled.py': 'a folder that jax fills'}
 CHANGES = {'rename', 'replace', 'remove', 'unlink', 'rmdir', 'mkdir', 'makedirs', 'fsync', 'pwrite',
            'truncate', 'link', 'symlink', 'removedirs', 'renames'}
 
@@ -80,10 +81,10 @@ def writers(source: str) -> list[str]:
 
 
 def test_all_writing_goes_through_one_interface():
-  package = pathlib.Path(files.__file__).parent
+  package = pathlib.Path(btx_jax.__file__).parent
   found = {str(path.relative_to(package)): calls for path in package.rglob('*.py')
            if (calls := writers(path.read_text(encoding='utf-8')))}
-  assert found.pop('files.py') and found.pop('leftovers.py')
+  assert all(found.pop(f'files/{name}.py') for name in ('writing', 'leftovers', 'locks'))
   assert found.keys() <= OTHER_WRITERS.keys(), found
 
 
@@ -98,15 +99,15 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
                'x.json.8.partial', 'x.json.8-0123abcd.partial.txt'):
     (tmp_path / name).write_text('half')
   kept = {each.name for each in tmp_path.iterdir()} - {'x.json.8-0123abcd.partial'}
-  with files.replacing(str(target)) as file:
+  with writing.replacing(str(target)) as file:
     file.write('whole')
     inside = [name for name in os.listdir(tmp_path) if leftovers.is_temporary(name)]
-    with files.replacing(str(target)) as other:  # another thread's, say
+    with writing.replacing(str(target)) as other:  # another thread's, say
       other.write('first')
     assert set(inside) <= set(os.listdir(tmp_path))
   assert {each.name for each in tmp_path.iterdir()} == kept | {'x.json'}
   of_living.communicate()
-  with files.replacing(str(target)) as file:
+  with writing.replacing(str(target)) as file:
     file.write('whole')
   assert not (tmp_path / 'x.json.7-0123abcd.partial').exists()
 
@@ -114,8 +115,8 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
 def test_arrays_are_written_as_numpy_writes_them(tmp_path):
   for array in (np.arange(6).reshape(2, 3).T, np.float32(1), np.zeros((0, 2), np.uint16)):
     np.save(tmp_path / 'theirs.npy', array)
-    with files.replacing(str(tmp_path / 'ours.npy'), 'wb') as file:
-      files.save_array(file, np.asarray(array))
+    with writing.replacing(str(tmp_path / 'ours.npy'), 'wb') as file:
+      writing.save_array(file, np.asarray(array))
     assert (tmp_path / 'ours.npy').read_bytes() == (tmp_path / 'theirs.npy').read_bytes()
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from btx_jax.convert import names
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing
+from btx_jax.files.writing import replacing
 from btx_jax.model.config import Config
 from btx_jax.model.source import Source
 from btx_jax.run import Run, common_ancestors

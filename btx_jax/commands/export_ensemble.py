@@ -6,12 +6,12 @@ import os
 
 import numpy as np
 
-from btx_jax import files
 from btx_jax.commands.export import check_complete, export_run, identity, scores_section
 from btx_jax.convert import export, unfinished
 from btx_jax.convert.safetensors import Writer
 from btx_jax.errors import UsageError
 from btx_jax.escaping import markdown
+from btx_jax.files import writing
 from btx_jax.run import Run, linear_of, reader_model
 from btx_jax.selector import Merge
 from btx_jax.study import routers
@@ -70,9 +70,9 @@ def _write(study: Study, run: Run, columns_DE: np.ndarray, partial: str, dtype: 
   with Writer(os.path.join(partial, WEIGHTS),
               {WEIGHT: (weight_ED.shape, weight_ED.dtype)}) as writer:
     writer.write(WEIGHT, weight_ED)
-  with files.replacing(os.path.join(partial, SELECTOR)) as file:
+  with writing.replacing(os.path.join(partial, SELECTOR)) as file:
     json.dump(about(run), file, indent=2)
-  with files.replacing(os.path.join(partial, 'README.md')) as file:
+  with writing.replacing(os.path.join(partial, 'README.md')) as file:
     file.writelines(_card(study, run))
 
 

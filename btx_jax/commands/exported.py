@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from btx_jax import base, naming
+from btx_jax import base
 from btx_jax.commands.export_ensemble import SELECTOR, WEIGHT, WEIGHTS
 from btx_jax.convert.safetensors import File
 from btx_jax.errors import UsageError
+from btx_jax.files import naming
 from btx_jax.run import ENSEMBLE, Run
 from btx_jax.selector import Linear
 from btx_jax.study.study import Study

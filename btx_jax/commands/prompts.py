@@ -5,10 +5,10 @@ import io
 import json
 from typing import Any, NamedTuple, TypeGuard
 
-from btx_jax import inputs
 from btx_jax.data.chat_template import Message
 from btx_jax.data.chats import ROLES, SYSTEM, USER
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import inputs
 
 JSON_LINES = '.jsonl'
 _MAX_BYTES = 100_000_000  # of a file of prompts

@@ -34,7 +34,7 @@ from btx_jax.commands import (
 from btx_jax.commands import regression as regression_table
 from btx_jax.data import domains
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing
+from btx_jax.files.writing import replacing
 from btx_jax.run import Run, lineage
 from btx_jax.scoring import regression
 from btx_jax.study import manifest, recorded

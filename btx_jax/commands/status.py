@@ -10,8 +10,9 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from btx_jax import files, terminal
+from btx_jax import terminal
 from btx_jax.errors import UsageError
+from btx_jax.files import locks
 from btx_jax.run import Run, lineage
 from btx_jax.scoring import scores
 from btx_jax.study import changes, directories, manifest, recorded, sources
@@ -105,7 +106,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   last = measured[-1] if measured else {}
   state, warnings = found['state'], [w for line in lines for w in line.get('warnings', [])]
   if state == manifest.RUNNING:
-    if not files.is_locked(folder):
+    if not locks.is_locked(folder):
       state = manifest.STOPPED
     elif not measured:
       state = STARTING

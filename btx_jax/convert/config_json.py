@@ -4,9 +4,10 @@ from collections.abc import Mapping
 import os
 from typing import Any
 
-from btx_jax import errors, git_lfs, inputs
+from btx_jax import errors
 from btx_jax.convert import names
 from btx_jax.errors import UsageError
+from btx_jax.files import git_lfs, inputs
 from btx_jax.model.config import ROPE_SCALINGS, Config
 
 FILE = 'config.json'

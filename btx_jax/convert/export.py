@@ -8,10 +8,10 @@ import os
 import ml_dtypes
 import numpy as np
 
-from btx_jax import files
 from btx_jax.convert import config_json, generation, names, shards, unfinished
 from btx_jax.convert.generation import Generation
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import writing
 from btx_jax.model.config import Config
 from btx_jax.model.source import Extent, Source
 
@@ -91,7 +91,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
         partial, {name: names.stored_shape(tensors[name][0], size) for name in order} | zeros,
         DTYPES[dtype], pieces, max_shard, extent)
     for name, content in encoded.items():
-      with files.replacing(os.path.join(partial, name), 'wb') as file:
+      with writing.replacing(os.path.join(partial, name), 'wb') as file:
         file.write(content)
   return written
 

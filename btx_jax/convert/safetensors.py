@@ -15,10 +15,10 @@ import math
 
 import numpy as np
 
-from btx_jax import files, git_lfs, inputs
 from btx_jax.convert import finite, header
 from btx_jax.convert.header import DTYPES
 from btx_jax.errors import RunError, UsageError
+from btx_jax.files import git_lfs, inputs, writing
 from btx_jax.model.source import Extent, Index
 
 _SMALL_RUN = 1 << 16  # bytes; for shorter runs, one read that spans the gaps is faster
@@ -191,7 +191,7 @@ class Writer:
 
   def __enter__(self):
     with contextlib.ExitStack() as stack:
-      self._file = stack.enter_context(files.replacing(self._path, 'wb', buffering=0))
+      self._file = stack.enter_context(writing.replacing(self._path, 'wb', buffering=0))
       with self._errors_naming_file():
         self._file.truncate(self._size)
       self._write(0, self._head)
@@ -229,7 +229,7 @@ class Writer:
       for first in range(0, extent.count, _COPIED):
         last = min(first + _COPIED, extent.count)
         finite.check_extent(source.fileno(), extent, first, last, buffer)
-        copied = files.copy(source.fileno(), extent.start + first, last - first,
+        copied = writing.copy(source.fileno(), extent.start + first, last - first,
                             self._file.fileno(), self._start + start + first)
         if copied < last - first:
           raise _truncated(extent.path)
@@ -237,7 +237,7 @@ class Writer:
 
   def _write(self, start: int, raw):
     with self._errors_naming_file():
-      files.write_at(self._file.fileno(), raw, start)
+      writing.write_at(self._file.fileno(), raw, start)
 
   @contextlib.contextmanager
   def _errors_naming_file(self):

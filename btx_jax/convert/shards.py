@@ -10,11 +10,11 @@ import os
 
 import numpy as np
 
-from btx_jax import inputs
 from btx_jax.convert.header import DTYPES, Tensor
 from btx_jax.convert.safetensors import File, Writer
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing
+from btx_jax.files import inputs
+from btx_jax.files.writing import replacing
 from btx_jax.model.source import Extent, Index
 
 _SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'

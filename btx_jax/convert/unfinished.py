@@ -11,8 +11,8 @@ import os
 import re
 from typing import Any
 
-from btx_jax import files, leftovers, sealed
 from btx_jax.errors import UsageError
+from btx_jax.files import leftovers, locks, sealed, writing
 
 MARK = 'unfinished.json'
 _SHARD = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
@@ -23,15 +23,15 @@ _NAMED = 3  # the most files that a message names
 def folder_for(folder: str) -> Iterator[str]:
   """Locks FOLDER.partial and yields its path; it becomes `folder` if the block does not raise.
 
-  The block writes with files.replacing and folder_for, so all is on the disk by then.
+  The block writes with writing.replacing and folder_for, so all is on the disk by then.
 
   Raises:
     UsageError: another process is writing it.
   """
   partial = f'{os.path.normpath(folder)}.partial'
-  with files.lock_folder(partial):
+  with locks.lock_folder(partial):
     yield partial
-    files.rename(partial, folder)
+    writing.rename(partial, folder)
     _unmark(folder)
 
 
@@ -76,7 +76,7 @@ def begin(partial: str, export: Mapping[str, Any], names: Collection[str]) -> No
   same = _is_of(partial, export)
   for name in ours:
     if name != MARK and not (same and _SHARD.fullmatch(name)):
-      files.remove(os.path.join(partial, name))
+      writing.remove(os.path.join(partial, name))
   sealed.write(os.path.join(partial, MARK), {**export, 'files': sorted(names)})
 
 
@@ -132,4 +132,4 @@ def _is_of(folder: str, export: Mapping[str, Any]) -> bool:
 
 def _unmark(folder: str) -> None:
   for name in (leftovers.LOCK, MARK):  # while there is a mark, the next run removes both
-    files.remove(os.path.join(folder, name))
+    writing.remove(os.path.join(folder, name))

@@ -10,12 +10,13 @@ import dataclasses
 import os
 from typing import Any
 
-from btx_jax import errors, git_lfs
+from btx_jax import errors
 from btx_jax.data import chats, demo, folders, formats, records
 from btx_jax.data.domains import Domain
 from btx_jax.data.folders import LeftOut
 from btx_jax.data.records import Document, Reader, Unusable
 from btx_jax.errors import UsageError
+from btx_jax.files import git_lfs
 
 _CHECK_AFTER = 100  # records: a wrong config fails here, not after a whole corpus
 _EXAMPLES = 3  # places named for each reason

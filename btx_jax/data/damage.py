@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from btx_jax import sealed
 from btx_jax.errors import UsageError
+from btx_jax.files import sealed
 
 SUMS = 'sums'  # in meta.json: name of a file -> [bytes, SHA-256]
 _STAMPS = 'checked.json'  # name of a file -> [bytes, time in nanoseconds, inode]

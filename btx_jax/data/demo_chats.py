@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from btx_jax.data import demo
-from btx_jax.files import replacing
+from btx_jax.files.writing import replacing
 
 _QUESTIONS = (  # about a country, and where the factbook has the answer
     ('What is the capital of {}?', ('Government', 'Capital', 'name')),

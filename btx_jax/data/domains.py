@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from btx_jax import naming
 from btx_jax.data import demo
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import naming
 
 TEXT, CHAT, PAIRS = FORMATS = ('text', 'chat', 'pairs')
 

@@ -14,7 +14,6 @@ import dataclasses
 import os
 from typing import IO
 
-from btx_jax import git_lfs, inputs
 from btx_jax.data import csv_files, json_files, records, tables
 from btx_jax.data.pieces import count_lines, pieces, separator_of
 from btx_jax.data.records import (
@@ -31,6 +30,7 @@ from btx_jax.data.records import (
 )
 from btx_jax.data.streams import Stream
 from btx_jax.errors import UsageError
+from btx_jax.files import git_lfs, inputs
 
 TEXT, CSV = 'plain text', 'CSV'
 PARQUET, ARROW, ARRAY_RECORD = 'Parquet', 'Arrow', 'ArrayRecord'

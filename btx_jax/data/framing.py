@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from btx_jax import inputs
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import inputs
 
 NONE = 'none'  # of tokenizer.bos and tokenizer.eos
 TEXT, ENCODE = 'text', 'encode'  # of tokenizer.special

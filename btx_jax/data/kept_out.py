@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from btx_jax import sealed
 from btx_jax.errors import UsageError
+from btx_jax.files import sealed
 
 # Hash of a document -> the domain that it is held out for.
 NOTHING: Mapping[int, str] = types.MappingProxyType({})

@@ -13,7 +13,7 @@ from typing import Any
 
 from btx_jax.data.damage import Damaged
 from btx_jax.errors import UsageError
-from btx_jax.files import create
+from btx_jax.files.writing import create
 
 FILES = 'files.jsonl'
 _ENDS = 1 << 20  # bytes compared at each end of a file

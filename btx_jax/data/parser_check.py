@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 from btx_jax.errors import UsageError
+from btx_jax.files import writing
 
 _SECONDS = 120  # the largest tokenizers take two
 _BYTES = 4 << 30  # of addresses; the largest tokenizers take one
@@ -65,8 +66,8 @@ def check(files: Mapping[str, bytes], name: str, path: str) -> None:
     raise UsageError(f'{path} is not read: the package {package} {ended} on it. The file is '
                      'damaged, or made to do so; take the tokenizer from its source again.')
   with contextlib.suppress(OSError):  # a cache directory that cannot be written
-    os.makedirs(os.path.dirname(passed), exist_ok=True)
-    open(passed, 'wb').close()
+    with writing.replacing(passed):
+      pass
 
 
 def _run(package: str, raw: bytes) -> str:

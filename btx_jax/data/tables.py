@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from btx_jax import inputs
 from btx_jax.data import records
 from btx_jax.data.records import (
   DAMAGED,
@@ -19,6 +18,7 @@ from btx_jax.data.records import (
 )
 from btx_jax.data.streams import CHUNK
 from btx_jax.errors import UsageError
+from btx_jax.files import inputs
 
 _ROWS = 64  # in memory at a time
 _TEXT = ('string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view')

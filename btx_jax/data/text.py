@@ -7,7 +7,6 @@ import os
 import tempfile
 from typing import Any
 
-from btx_jax import files, sealed
 from btx_jax.data import (
   chat_template,
   chat_tokens,
@@ -29,6 +28,7 @@ from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
+from btx_jax.files import sealed, writing
 from btx_jax.terminal import say
 
 _SUMS = 'tokenizer.sums.json'  # the length and hash of the files of the kept tokenizer
@@ -84,7 +84,7 @@ def _set_aside_damaged(config, folder: str, domain: Domain, tokenizer: Tokenizer
     if error.name not in (kept_out.META, origin.FILES):
       origin.check(folder, {domain.name: tokens.differences(
           path, domain, tokenizer, config.data.held_out)})
-    renamed = files.set_aside(path, 'damaged')
+    renamed = writing.set_aside(path, 'damaged')
     say(f'{domain.name}: {error.what} The folder is now called {renamed}, and the text is '
         'tokenized again.')
 
@@ -285,7 +285,7 @@ def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
   if missing:
     last = os.path.basename(kept)  # written last: if it exists, all do
     for name in sorted(tokenizer.files, key=lambda name: name == last):
-      with files.replacing(os.path.join(folder, name), 'wb') as file:
+      with writing.replacing(os.path.join(folder, name), 'wb') as file:
         file.write(tokenizer.files[name])
     sealed.write(os.path.join(folder, _SUMS), damage.sums(folder, list(tokenizer.files)))
   return tokenizer

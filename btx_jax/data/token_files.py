@@ -14,7 +14,7 @@ from btx_jax.data import framing, kept_out, records
 from btx_jax.data.chat_tokens import READ, REJECTED
 from btx_jax.data.records import Document
 from btx_jax.data.tokenizer import Tokenizer
-from btx_jax.files import create, save_array
+from btx_jax.files.writing import create, save_array
 
 ROLES = '.roles.bin'  # only for conversations: the role of each token, one byte
 

@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 import sentencepiece as spm
 
-from btx_jax import inputs
 from btx_jax.data import chat_template, fast_tokenizer, framing, parser_check, spelling
 from btx_jax.errors import UsageError
-from btx_jax.git_lfs import check_no_pointer
+from btx_jax.files import inputs
+from btx_jax.files.git_lfs import check_no_pointer
 
 FILE = 'tokenizer.model'
 # Files that belong to a tokenizer and are kept with it. The config.json is the model's.

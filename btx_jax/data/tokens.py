@@ -28,7 +28,6 @@ import os
 
 import numpy as np
 
-from btx_jax import files, leftovers, sealed, shapes
 from btx_jax.data import corpora, damage, kept_out, origin, splits, token_files
 from btx_jax.data.chat_tokens import REJECTED, WRITTEN
 from btx_jax.data.domains import PAIRS, TEXT, Domain
@@ -36,6 +35,7 @@ from btx_jax.data.framing import ENCODE
 from btx_jax.data.splits import SPLITS
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
+from btx_jax.files import leftovers, sealed, shapes, writing
 
 _SPLIT = {'documents': int, 'tokens': int, 'bytes': int, 'answers?': int, 'written?': int}
 # What the code that reads meta.json relies on.
@@ -208,7 +208,7 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
 
   made_from = _made_from(domain, tokenizer, held_out) | _describe(domain)
   try:
-    with files.new_folder(folder) as partial:
+    with writing.new_folder(folder) as partial:
       return _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
   except OSError as error:
     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

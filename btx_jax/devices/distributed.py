@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from btx_jax import terminal
 from btx_jax.devices import rollcall
 from btx_jax.errors import RunError, UsageError
+from btx_jax.files import writing
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
              'sentencepiece')
@@ -183,9 +184,8 @@ def check_shared(folder: str):
   path = os.path.join(folder, 'processes.partial')
 
   def write_mark() -> str:
-    os.makedirs(folder, exist_ok=True)
     mark = f'{os.getpid()} {time.time_ns()}'
-    with open(path, 'w', encoding='utf-8') as file:
+    with writing.replacing(path) as file:
       file.write(mark)
     return mark
 
@@ -199,7 +199,7 @@ def check_shared(folder: str):
       return False
 
   blind = [i for i, sees in enumerate(gather(_becomes_true(sees_mark))) if not sees]
-  on_process_0(lambda: os.remove(path))
+  on_process_0(lambda: writing.remove(path))
   if blind:
     raise UsageError(
         f'--workdir={folder}: process(es) {", ".join(map(str, blind))} cannot see what process 0 '

@@ -14,8 +14,8 @@ import re
 import sys
 from typing import Any, NamedTuple
 
-from btx_jax import inputs
 from btx_jax.errors import UsageError
+from btx_jax.files import inputs
 
 _MAX_YAML, _MAX_DEPTH = 1_000_000, 500  # bytes of a file, and how deep its lists nest
 _CLOSE = 3  # suggestions for an unknown name

@@ -6,9 +6,9 @@ import os
 import statistics
 from typing import Any, NamedTuple
 
-from btx_jax import sealed, shapes
 from btx_jax.data import tokens
 from btx_jax.errors import UsageError
+from btx_jax.files import sealed, shapes
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
 from btx_jax.run import HUGGING_FACE, MIX, Run, averaged_model, lineage, reader_model
 from btx_jax.scoring import builtin

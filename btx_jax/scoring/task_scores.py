@@ -6,7 +6,7 @@ import os
 from typing import Any
 from urllib.parse import quote
 
-from btx_jax import sealed
+from btx_jax.files import sealed
 from btx_jax.run import Run
 from btx_jax.study import manifest
 from btx_jax.study.study import Study

@@ -11,8 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 import numpy as np
 
-from btx_jax import base, files
+from btx_jax import base
 from btx_jax.errors import RENAMED, UsageError, nearest
+from btx_jax.files import naming
 from btx_jax.run import BEST, CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX
 
 _OVERRIDABLE = ('model', 'optimizer', 'train')  # sections whose fields a run may set
@@ -24,18 +25,18 @@ def check(config) -> None:
   """Raises UsageError for the first field that is missing, unknown or of the wrong type."""
   like = base.get_config()
   _check_section('', config, like)
-  files.local_path('tokenizer.path', config.tokenizer.path)
+  naming.local_path('tokenizer.path', config.tokenizer.path)
   for name, domain in config.domains.items():
     _check_value(f'domains.{name}', domain, like)
     _check_section(f'domains.{name}', domain, _domain_like(domain))
     for path in domain.paths:
-      files.local_path(f'domains.{name}.paths', path)
+      naming.local_path(f'domains.{name}.paths', path)
     for path in _files(domain.held_out):
-      files.local_path(f'domains.{name}.held_out', path)
+      naming.local_path(f'domains.{name}.held_out', path)
   for name, run in config.runs.items():
     _check_value(f'runs.{name}', run, like)
     _check_section(f'runs.{name}', run, base.run(_init_like(run.get('init')), {}))
-    files.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
+    naming.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
     for section in _OVERRIDABLE:

@@ -7,9 +7,9 @@ import json
 import os
 from typing import Any
 
-from btx_jax import sealed, shapes
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
+from btx_jax.files import sealed, shapes
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
 _NAME = 'manifest.json'

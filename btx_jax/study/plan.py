@@ -9,11 +9,12 @@ import dataclasses
 import os
 import re
 
-from btx_jax import errors, naming, outer, selector
+from btx_jax import errors, outer, selector
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import domains
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import naming
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE, ROPE, SIZES
 from btx_jax.recipe import Edit, Recipe, expert_names, routers_from_config, sources_of

@@ -5,8 +5,8 @@ import dataclasses
 import os
 from typing import Any
 
-from btx_jax import files
 from btx_jax.errors import UsageError
+from btx_jax.files import locks
 from btx_jax.run import BEST, Run
 from btx_jax.study import manifest, plan
 
@@ -28,7 +28,7 @@ def best_step(folder: str, steps: int = 0) -> int | None:
   None. 0 is the end, as in base.checkpoint: the best step of a complete run that recorded none.
   """
   found = read(folder)
-  if not found or (found['state'] == manifest.RUNNING and files.is_locked(folder)):
+  if not found or (found['state'] == manifest.RUNNING and locks.is_locked(folder)):
     return None
   if found.get('best'):
     return found['best']['step']

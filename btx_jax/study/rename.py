@@ -6,8 +6,8 @@ and so does its identity, which the runs that start from it have recorded. So no
 
 import os
 
-from btx_jax import files, naming
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import locks, naming, writing
 from btx_jax.study import manifest, plan
 from btx_jax.study.study import MISSING, Study
 
@@ -62,9 +62,9 @@ def _check(study: Study, here: str, there: str):
 def _move(here: str, there: str, new: str):
   """Records the name, then moves: a run whose directory was not moved counts as not renamed."""
   folder = here if os.path.exists(here) else there
-  with files.lock_folder(folder):
+  with locks.lock_folder(folder):
     manifest.write(folder, {**(manifest.read(folder) or {}), 'name': new})
     if folder == here:
-      files.make_folder(os.path.dirname(there))
-      files.rename(here, there)
-  files.remove_empty(os.path.dirname(here))  # such as `expert`
+      writing.make_folder(os.path.dirname(there))
+      writing.rename(here, there)
+  writing.remove_empty(os.path.dirname(here))  # such as `expert`

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from btx_jax import sealed
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
-from btx_jax.files import replacing, save_array
+from btx_jax.files import sealed
+from btx_jax.files.writing import replacing, save_array
 from btx_jax.run import Run
 from btx_jax.study import manifest
 from btx_jax.study.study import Study

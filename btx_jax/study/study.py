@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import functools
 import os
 
-from btx_jax import naming
 from btx_jax.data import domains, origin, text, tokens
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import naming
 from btx_jax.run import Run
 from btx_jax.study import fields, manifest, plan, recorded
 

@@ -19,10 +19,10 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
 
-from btx_jax import naming
 from btx_jax.convert import finite
 from btx_jax.devices import distributed, sharding
 from btx_jax.errors import RunError
+from btx_jax.files import naming
 from btx_jax.model.source import Index
 from btx_jax.terminal import say
 from btx_jax.training import checksums, damage

@@ -17,7 +17,7 @@ import re
 import threading
 from typing import Any, Protocol
 
-from btx_jax import sealed
+from btx_jax.files import sealed
 from btx_jax.terminal import say
 from btx_jax.training import sinks
 

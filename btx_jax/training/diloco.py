@@ -130,7 +130,8 @@ class Workers:
     layout = _shardings(shapes, mesh)
     self.state_shapes = sharding.abstract(shapes, layout)
     self._create = jax.jit(create, out_shardings=layout)
-    self._step = jax.jit(make_step(train_step, outer, run.steps, run.skip_nonfinite > 0), donate_argnums=0,
+    step = make_step(train_step, outer, run.steps, run.skip_nonfinite > 0)
+    self._step = jax.jit(step, donate_argnums=0,
                          out_shardings=(layout, NamedSharding(mesh, P())))
 
   def create_state(self, params: dict) -> TrainState:

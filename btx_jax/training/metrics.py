@@ -38,8 +38,7 @@ import time
 from typing import Any, NamedTuple
 import zlib
 
-from btx_jax import inputs, shapes
-from btx_jax.files import replacing
+from btx_jax.files import inputs, shapes, writing
 from btx_jax.terminal import say
 
 NAME = 'metrics.jsonl'
@@ -84,9 +83,9 @@ class MetricsFile:
                       if values['step'] <= resume_step)
       say(f'{path} {problem}; the run goes on, and the file has the lines that are left')
     self.kept = [json.loads(line) for line in kept.splitlines()]
-    with replacing(path, 'wb') as file:
+    with writing.replacing(path, 'wb') as file:
       file.write(kept)
-    self._file = open(path, 'ab')
+    self._file = writing.append(path)
     self._mark = Mark(len(kept), zlib.crc32(kept))
 
   def write(self, step: int, **values) -> dict[str, Any]:

@@ -84,3 +84,20 @@ def checkpoint_path(folder: str) -> str:
                      f'{found[0]!r} as it is. Use another --workdir; a link to this directory, '
                      'under a path without it, will do.')
   return path
+
+
+def local_path(name: str, path: str) -> str:
+  """The path that a flag or field gives, with ~ replaced by the home directory.
+
+  Raises:
+    UsageError: it is a URL like gs://bucket, which os.path would take for a relative path, or it
+      names the home directory of a user who does not exist.
+  """
+  if re.match(r'[a-z][a-z0-9]*://', path):
+    raise UsageError(f'{name} = {path} is a URL, not a path. Mount the bucket, or copy it to disk '
+                     'first; see docs/tpu_vm.md.')
+  expanded = os.path.expanduser(path)
+  if expanded.startswith('~'):
+    raise UsageError(f'{name} = {path}: there is no such home directory. Write ./{path} for a '
+                     'path that begins with this character.')
+  return expanded

@@ -2,8 +2,8 @@
 
 import re
 
-from btx_jax import inputs
 from btx_jax.errors import UsageError
+from btx_jax.files import inputs
 
 # How a pointer begins: the URL of the specification, today's or that of the first release.
 _POINTER = re.compile(rb'version https://(git-lfs|hawser)\.github\.com/spec/v\d+\r?\n')

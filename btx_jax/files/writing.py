@@ -2,46 +2,22 @@
 
 A file or folder gets its name last, after its content is on the disk: a reader sees the old one or
 the new one, also after a kill or a power cut. Until then it has a temporary name, see leftovers.py.
-
-Folders are locked here, too.
 """
 
 from collections.abc import Iterator
 import contextlib
 import errno
-import fcntl
 import io
 import os
-import re
-import socket
-import time
 from typing import IO, Any
 
 import numpy as np
 
-from btx_jax import leftovers
-from btx_jax.errors import UsageError
+from btx_jax.files import leftovers
 
 _BLOCK = 1 << 18  # bytes; fits a core's cache
 # What copy_file_range raises if the system cannot copy between two files.
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
-
-
-def local_path(name: str, path: str) -> str:
-  """The path that a flag or field gives, with ~ replaced by the home directory.
-
-  Raises:
-    UsageError: it is a URL like gs://bucket, which os.path would take for a relative path, or it
-      names the home directory of a user who does not exist.
-  """
-  if re.match(r'[a-z][a-z0-9]*://', path):
-    raise UsageError(f'{name} = {path} is a URL, not a path. Mount the bucket, or copy it to disk '
-                     'first; see docs/tpu_vm.md.')
-  expanded = os.path.expanduser(path)
-  if expanded.startswith('~'):
-    raise UsageError(f'{name} = {path}: there is no such home directory. Write ./{path} for a '
-                     'path that begins with this character.')
-  return expanded
 
 
 @contextlib.contextmanager
@@ -106,9 +82,9 @@ def create(path: str, mode: str = 'w') -> IO[Any]:
   return _open(path, mode)
 
 
-def append(path: str) -> IO[str]:
-  """Opens a text file to add to its end."""
-  return _open(path, 'a')
+def append(path: str) -> IO[bytes]:
+  """Opens a file to add bytes to its end."""
+  return _open(path, 'ab')
 
 
 def write_at(file: int, data, at: int) -> None:
@@ -242,50 +218,3 @@ def copy(source: int, start: int, count: int, into: int, at: int) -> int:
     write_at(into, block, at + done)
     done += len(block)
   return done
-
-
-@contextlib.contextmanager
-def lock_folder(folder: str):
-  """Locks a directory for this process, until the end of the block or of the process.
-
-  On a file system without locks, every process gets in.
-
-  Raises:
-    UsageError: another process holds the lock.
-  """
-  make_folder(folder)
-  with open(os.path.join(folder, leftovers.LOCK), 'a+', encoding='utf-8') as file:
-    try:
-      _lock_file(file)
-    except OSError as error:
-      if error.errno in (errno.EACCES, errno.EAGAIN):
-        file.seek(0)
-        raise UsageError(f'{folder} is in use by another process: {file.read().strip()}. '
-                         'Wait for it, or stop it.') from error
-    file.truncate(0)
-    file.write(f'{socket.gethostname()}, process {os.getpid()}\n')
-    file.flush()
-    yield
-
-
-def _lock_file(file, tries: int = 20):
-  """Locks an open file; retries for a second, because `is_locked` holds the lock for a moment."""
-  for left in reversed(range(tries)):
-    try:
-      return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      if not left:
-        raise
-      time.sleep(1 / tries)
-
-
-def is_locked(folder: str) -> bool:
-  """Whether another process holds the lock of a directory; True if that cannot be known."""
-  try:
-    with open(os.path.join(folder, leftovers.LOCK), encoding='utf-8') as file:
-      fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except FileNotFoundError:
-    return False
-  except OSError:
-    return True
-  return False

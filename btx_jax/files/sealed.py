@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from btx_jax import files, inputs
+from btx_jax.files import inputs, writing
 from btx_jax.terminal import say
 
 _KEY = 'checksum'
@@ -16,7 +16,7 @@ def write(path: str, content: Mapping[str, Any], indent: int | None = 1) -> None
   """Replaces a JSON file: `content` as plain data, and its checksum."""
   # As it is read back: tuples become lists, and numbers that are keys become strings.
   plain = json.loads(json.dumps({key: content[key] for key in content if key != _KEY}))
-  with files.replacing(path) as file:
+  with writing.replacing(path) as file:
     json.dump({**plain, _KEY: _checksum(plain)}, file, indent=indent)
 
 

@@ -1,0 +1,1 @@
+"""Files: written, locked, and read with bounds; names; JSON with checksums."""
