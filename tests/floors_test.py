@@ -89,8 +89,8 @@ def test_an_import_that_goes_up_is_named(tmp_path):
       'def late():\n  from btx_jax.training import step\n  from btx_jax import mix\n'
       '  return step, mix\n')
   assert upward(imports(tmp_path)) == [
-      'btx_jax/model/llama.py:2: model (floor 3) imports training (floor 7)',
-      'btx_jax/model/llama.py:3: model (floor 3) imports __init__ (floor 13)']
+      'btx_jax/model/llama.py:2: model (floor 4) imports training (floor 8)',
+      'btx_jax/model/llama.py:3: model (floor 4) imports __init__ (floor 14)']
 
 
 if __name__ == '__main__':

@@ -65,9 +65,9 @@ def check(files: Mapping[str, bytes], name: str, path: str) -> None:
   if ended:
     raise UsageError(f'{path} is not read: the package {package} {ended} on it. The file is '
                      'damaged, or made to do so; take the tokenizer from its source again.')
-  with contextlib.suppress(OSError):  # a cache directory that cannot be written
-    with writing.replacing(passed):
-      pass
+  # A cache directory may not be writable.
+  with contextlib.suppress(OSError), writing.replacing(passed):
+    pass
 
 
 def _run(package: str, raw: bytes) -> str:

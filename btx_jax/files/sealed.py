@@ -10,12 +10,14 @@ from btx_jax.files import inputs, writing
 from btx_jax.terminal import say
 
 _KEY = 'checksum'
+_MARK = 'has_checksum'  # so that a file whose key is damaged is not taken for one without
 
 
 def write(path: str, content: Mapping[str, Any], indent: int | None = 1) -> None:
   """Replaces a JSON file: `content` as plain data, and its checksum."""
   # As it is read back: tuples become lists, and numbers that are keys become strings.
   plain = json.loads(json.dumps({key: content[key] for key in content if key != _KEY}))
+  plain[_MARK] = True
   with writing.replacing(path) as file:
     json.dump({**plain, _KEY: _checksum(plain)}, file, indent=indent)
 
@@ -30,11 +32,12 @@ def read(path: str) -> Any:
     ValueError: it is not JSON, or its content is not what was written.
   """
   found = inputs.read_json(path)
-  if not isinstance(found, dict) or _KEY not in found:
+  if not isinstance(found, dict) or not {_KEY, _MARK} & found.keys():
     return found
-  expected = found.pop(_KEY)
+  expected = found.pop(_KEY, '')
   if _checksum(found) != expected:
     raise ValueError('its content does not match its checksum')
+  found.pop(_MARK, None)
   return found
 
 
