@@ -268,7 +268,11 @@ def main() -> int:
                   min(until, time.time() + 60 * given.minutes * share))
       print(found.in_words(), flush=True)
       os._exit(min(len(found.first), 100))
-    causes += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+      print(f'{kind}: a finding: the process ends with signal {-code}; PYTHONFAULTHANDLER=1 says '
+            'where', flush=True)
+    causes += code != 0
   return int(causes > 0)
 
 

@@ -154,6 +154,17 @@ def test_a_table_with_text_that_is_not_utf8_costs_its_rows_only(tmp_path):
     assert [(document.text, document.id) for document in found] == [('y', 'b')]
 
 
+def test_offsets_outside_of_the_memory_cost_their_rows_only(tmp_path):
+  pa = pytest.importorskip('pyarrow')
+  offsets = pa.py_buffer(struct.pack('<4i', 0, 1, 1 << 30, 3))
+  texts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b'abc')])
+  batch = pa.record_batch({'text': texts})
+  with pa.ipc.new_file(str(tmp_path / 'a.arrow'), batch.schema) as writer:
+    writer.write_batch(batch)
+  domain = Domain('x', paths=(str(tmp_path / 'a.arrow'),))
+  assert [document.text for document in corpora.documents(domain, 0.9)] == ['a']
+
+
 @pytest.mark.parametrize('source', [
     '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}',
     "{{ 'x' | center(10**9) }}", "{{ 'a' | indent(10**9) }}", "{{ 'a'.ljust(10**9) }}",

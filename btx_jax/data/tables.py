@@ -69,7 +69,11 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
         return
       text_name, id_name = _check_columns(path, table.schema, fields)
       columns = dict.fromkeys('.'.join(name) for name in (text_name, id_name) if name)
-      for batch in table.batches(list(columns)):
+      for batch, damage in _validated(table.batches(list(columns))):
+        if damage:
+          row += 1
+          yield Unusable(f'{path}:{row}', DAMAGED, f': {damage}')
+          continue
         texts, ids = (_column(batch, name) for name in (text_name, id_name or text_name))
         for text, identity in zip(texts, ids):
           row += 1
@@ -78,11 +82,42 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
       yield Unusable(f'{path}:{row + 1}' if row else path, DAMAGED, f': {error}')
 
 
+def _validated(batches: Iterable) -> Iterator[tuple[Any, str]]:
+  """(batch, '') of each sound batch; of others, (row, what is wrong with it) of each row.
+
+  In a damaged file, offsets can lead outside of the memory, and to read there ends the process.
+  """
+  for batch in batches:
+    if not _damage_of(batch):
+      yield batch, ''
+    else:
+      for i in range(batch.num_rows):
+        row = batch.slice(i, 1)
+        yield row, _damage_of(row)
+
+
+def _damage_of(batch) -> str:
+  """What is wrong with a batch, in words; '' if nothing, or only the encoding of plain text."""
+  import pyarrow as pa
+  for column in batch.columns:
+    try:
+      column.validate(full=True)
+    except pa.ArrowInvalid as error:
+      # Offsets are checked before the encoding, which costs single documents later.
+      if 'UTF8' not in str(error) or str(column.type) not in _TEXT:
+        return str(error)
+  return ''
+
+
 def _records(path: str, table: _Table, fields: Fields) -> Iterator[Document | Unusable]:
   """The documents of rows that `fields.read` reads, such as conversations."""
   assert fields.read
   row = 0
-  for batch in table.batches(list(table.schema.names)):
+  for batch, damage in _validated(table.batches(list(table.schema.names))):
+    if damage:
+      row += 1
+      yield Unusable(f'{path}:{row}', DAMAGED, f': {damage}')
+      continue
     for i in range(batch.num_rows):
       row += 1
       try:
