@@ -35,7 +35,7 @@ from btx_jax.study import (
 )
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
-from btx_jax.training import damage, layout, loop, sinks
+from btx_jax.training import damage, layout, loop, metrics, sinks
 from btx_jax.training.best import Best, held_out_loss
 
 
@@ -262,7 +262,8 @@ class Pipeline(Study):
                                  manifests[run.name].get('best')))
       stacked = loop.run(jobs, self.mesh, list(self.prepare_text().train), settings,
                          self.evaluate, on_checkpoint) if jobs else None
-      note(state=manifest.COMPLETE)
+      for name in manifests:
+        note([name], state=manifest.COMPLETE, metrics=list(metrics.end_of(self.folder(name))))
     except KeyboardInterrupt:
       note(state=manifest.STOPPED)
       raise

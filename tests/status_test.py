@@ -136,6 +136,25 @@ def test_clocks_of_other_machines_may_be_ahead_or_behind(study, at_work):
       'without new metrics for 120 min' in str(status_of(study, 'seed')['warnings']))
 
 
+@pytest.mark.parametrize('harm, problem', [
+    (lambda data: data.replace(b'2.0', b'1.0'), 'is damaged'),
+    (lambda data: data[:-3], 'has lost lines'),
+    (lambda data: data + data, 'has lines that the run did not write')])
+def test_a_changed_metrics_file_of_a_complete_run_is_reported(study, harm, problem):
+  start(study, 'seed', lines=[line(1), line(2)])
+  folder = study.folder('seed')
+  found = manifest.read(folder) | {
+      'state': manifest.COMPLETE, 'metrics': list(metrics.end_of(folder))}
+  manifest.write(folder, found)
+  assert not status_of(study, 'seed')['warnings']
+  with open(os.path.join(folder, metrics.NAME), 'r+b') as file:
+    data = harm(file.read())
+    file.seek(0)
+    file.truncate()
+    file.write(data)
+  assert problem in ' '.join(status_of(study, 'seed')['warnings'])
+
+
 def test_warnings_errors_and_another_config_are_reported(study):
   start(study, 'btx', manifest.FAILED, error='the loss is nan', lines=[
       line(1, warnings=['expert 1 gets under 1% of the tokens'])])

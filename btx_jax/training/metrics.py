@@ -109,6 +109,25 @@ class MetricsFile:
     self._file.close()
 
 
+def end_of(folder: str) -> Mark:
+  """The end of the file of a run directory; the beginning if there is none."""
+  try:
+    with inputs.open_file(os.path.join(folder, NAME)) as file:
+      found = file.read()
+  except FileNotFoundError:
+    return _BEGINNING
+  return Mark(len(found), zlib.crc32(found))
+
+
+def problem(folder: str, end: Mark) -> str:
+  """What is wrong with a file that should end at a mark, as a sentence; '' if nothing is."""
+  path = os.path.join(folder, NAME)
+  _, found = _up_to(path, end)
+  if not found and end.size and os.path.getsize(path) > end.size:
+    found = 'has lines that the run did not write'
+  return f'{path} {found}: do not rely on its curves and rates.' if found else ''
+
+
 def _up_to(path: str, mark: Mark) -> tuple[bytes, str]:
   """The bytes before a mark, and what is wrong with them or ''."""
   if not mark.size:
