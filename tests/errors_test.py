@@ -959,7 +959,8 @@ TRAINING = 'from btx_jax.training import loop\ndef train(*_):\n  {}\nloop.run = 
 @pytest.mark.parametrize('what, message, code', [
     ('import jax; raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room for 9 bytes")',
      'Out of memory. Lower train.batch_size', 1),
-    ('raise OSError(28, "No space left on device", "x.bin")', 'No space is left for x.bin.', 1),
+    ('raise OSError(28, "No space left on device", "x.bin")', 'No space is left for x.bin (', 1),
+    ('raise OSError(5, "Input/output error", "x.bin")', 'The disk of x.bin cannot be', 1),
     ('raise ZeroDivisionError', 'unexpected error. Completed work is kept', 1),
     ('import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)',
      'stopped; the same command continues from the last checkpoint.', 130),

@@ -10,7 +10,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the bottom up. A room is a file or folder directly under btx_jax/, or configs/, which is
 # installed there; rooms of one floor do not import each other. __init__ and __main__ import late,
 # when they are used; they may reach any floor.
+LOWEST = -1
 FLOORS = (
+    ('storage',),
     ('errors', 'terminal'),
     ('devices', 'recipe', 'files'),
     ('model', 'selector'),
@@ -25,7 +27,7 @@ FLOORS = (
     ('main',),
     ('__init__', '__main__'),
 )
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, LOWEST) for room in rooms}
 
 
 def imports(root: pathlib.Path = ROOT) -> Iterator[tuple[pathlib.Path, int, str, str]]:
@@ -96,5 +98,5 @@ if __name__ == '__main__':
   pairs = {(room, other) for _, _, room, other in found}
   print(f'{len(FLOOR)} rooms on {len(FLOORS)} floors, {len(pairs)} imports between rooms, '
         f'{len(upward(found))} of them up')
-  for floor, rooms in reversed(list(enumerate(FLOORS))):
+  for floor, rooms in reversed(list(enumerate(FLOORS, LOWEST))):
     print(f'{floor:3}  {"  ".join(rooms)}')
