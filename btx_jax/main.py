@@ -355,7 +355,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _run_and_report_errors(argv: list[str]):
   """Runs the command; an error ends the process with a message and an exit code."""
-  logging.set_verbosity(logging.ERROR)  # orbax and jax log much that users do not need
+  # orbax and jax log much that users do not need. orbax also logs the errors that it raises.
+  logging.set_verbosity(logging.FATAL)
   try:
     run_command(argv)
   except (Exception, KeyboardInterrupt) as error:

@@ -12,6 +12,8 @@ from rich import table as rich_table
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from btx_jax import storage
+
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 # Columns of a progress bar, and of 'loss 3.123  12,345 tokens/s  45 min left' with gaps.
 _BAR, _LEAST_BAR, _TEXT, _SPEED = 40, 8, 46, 18
@@ -73,7 +75,7 @@ class Progress:
     now, (_, steps) = time.monotonic(), self._runs[name]
     if now - self._printed[name] >= _PLAIN_EVERY or step == steps:
       self._printed[name] = now
-      console.print(f'{name}: {step} of {steps}  {text}')
+      say(f'{name}: {step} of {steps}  {text}')
 
 
 def _folded() -> rich_table.Column:
@@ -95,9 +97,16 @@ def duration(seconds: float | None) -> str:
 
 
 def say(text: str):
-  """Prints a line, at once even if the output is piped."""
-  console.print(text, soft_wrap=True)
-  sys.stdout.flush()
+  """Prints a line, at once even if the output is piped.
+
+  If the output goes to a file on a full disk, the line is lost, and the command goes on.
+  """
+  try:
+    console.print(text, soft_wrap=True)
+    sys.stdout.flush()
+  except OSError as error:
+    if not storage.disk_error(error):
+      raise
 
 
 def show(renderable: RenderableType):

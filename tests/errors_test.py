@@ -15,11 +15,12 @@ MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 # Modules whose messages are met in distributed_test.py, library_test.py, generation_test.py,
-# generate_command_test.py, select_test.py, damage_test.py, tasks_test.py and builtin_test.py.
+# generate_command_test.py, select_test.py, damage_test.py, disk_test.py, tasks_test.py and
+# builtin_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
                   'generation/settings', 'commands/prompts', 'commands/generate',
                   'commands/generators', 'commands/exported', 'training/checkpoint',
-                  'training/damage', 'scoring/continuations', 'scoring/find_tasks',
+                  'training/damage', 'training/saving', 'scoring/continuations', 'scoring/find_tasks',
                   'scoring/harness', 'data/questions')
 
 CONFIG = '''

@@ -129,14 +129,14 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
 
 
 def _about_trouble(found: dict[str, Any], last: dict[str, Any], warnings: list[str]) -> list[str]:
-  """Sentences about steps that were skipped and a loss that rose, unless `warnings` has them."""
+  """Sentences about skipped steps, a loss that rose, and full disks, unless `warnings` has them."""
   skipped = max(found.get('skipped_steps', 0), last.get('skipped', 0))
   result, spike = [], found.get('loss_spike')
   if skipped:
     result.append(f'steps skipped because their numbers were not finite: {skipped:,}')
   if spike and spike not in warnings:
     result.append(spike)
-  return result
+  return result + found.get('storage', [])
 
 
 def _about_best(study: Study, run: Run, found: dict[str, Any], lines: list[dict[str, Any]]

@@ -15,6 +15,7 @@ import math
 import os
 from typing import Any
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
@@ -24,7 +25,7 @@ from btx_jax.devices import distributed, sharding
 from btx_jax.errors import RunError
 from btx_jax.model.source import Index
 from btx_jax.terminal import say
-from btx_jax.training import checksums, damage
+from btx_jax.training import checksums, damage, saving
 from btx_jax.training.step import TrainState
 
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
@@ -35,33 +36,47 @@ class Checkpoints:
 
   Attributes:
     best: the step whose checkpoint is kept until another step is set; 0 is none.
+    failures: the saves that failed.
   """
 
   def __init__(self, folder: str, identity: str, newest: int = 2, every: int = 0,
-               steps: Sequence[int] = ()):
+               steps: Sequence[int] = (), patience: int = 1):
     """Keeps the `newest` checkpoints, those at multiples of `every` (0: none), and `steps`.
 
     `identity`: the identity of the run, 16 hexadecimal digits; see study/manifest.py.
+    `patience`: how many saves in a row fail before an error is raised.
     """
-    self.best, self._identity = 0, identity
+    self.best, self.failures, self._identity = 0, saving.Failures(), identity
+    self._newest, self._patience = newest, patience
+    self._unfinished: _Save | None = None
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(newest), policies.CustomSteps(steps), _KeepsBest(self)]
     if every:
       kept.append(policies.EveryNSteps(every))
     self._folder = os.path.abspath(folder)
+    # orbax's own policies do not match the type that it declares for them.
+    self._policy: Any = policies.AnyPreservationPolicy(kept)
+    saving.clear_unfinished(self._folder)
+    self._checkpointer = self._open()
+    self._place = saving.Place(self._folder)
+
+  def _open(self) -> ocp.training.Checkpointer:
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _chunks
-    self._checkpointer = ocp.training.Checkpointer(
-        self._folder, context=context,
-        # orbax's own policies do not match the type that it declares for them.
-        preservation_policy=policies.AnyPreservationPolicy(
-            kept))  # pyright: ignore[reportArgumentType]
+    return ocp.training.Checkpointer(
+        self._folder, context=context, preservation_policy=self._policy)
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self._checkpointer.close()  # waits until everything is written
+  def __exit__(self, _, error, __):
+    """Waits until everything is written, also if the run ends with an error."""
+    if error is None:
+      self.wait()
+    elif self._unfinished and (another := self._unfinished.wait()):
+      say(f'the checkpoint of step {self._unfinished.step:,} could not be saved, either: {another}')
+      return
+    self._checkpointer.close()
 
   @property
   def steps(self) -> list[int]:
@@ -71,17 +86,73 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, position: dict):
     """Saves in the background; the arrays may be donated as soon as this returns.
 
+    A save that fails is counted in `failures`, now or at the next call of `wait`.
+
     Args:
       step: number of steps done.
       state: after that step.
       position: where the run stands: plain data.
+
+    Raises:
+      RunError: too many saves in a row failed, or the folder is gone.
     """
+    self.wait()
+    self._place.check()
     items: dict[str, Any] = {
         'params': state.params, 'train': without_params(state), 'data': _as_json(position)}
     sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
             for name in ('params', 'train')}
     items['sums'] = sums | damage.labels(self._identity, step, position)
-    self._checkpointer.save_checkpointables_async(step, items, force=True)
+    self._unfinished = _Save(step, state_bytes(state))
+    self._unfinished.start(self._checkpointer, items)
+    if any(distributed.gather(self._unfinished.has_failed)):
+      self.wait()
+
+  def wait(self):
+    """Waits for the save in the background. All processes must call it.
+
+    Raises:
+      RunError: too many saves in a row failed, or one for another reason than storage.
+    """
+    save, self._unfinished = self._unfinished, None
+    if save is None:
+      return
+    error = save.wait()
+    self._place.check()
+    problem = saving.problem_in(error, self._folder, save.size) if error else None
+    problems = distributed.gather(problem if problem or not error else repr(error))
+    if not any(problems):
+      self.failures.end_row()
+      return
+    if error and not problem:
+      raise error
+    self.failures.add(save.step, next(filter(None, problems)))
+    say(f'{os.path.dirname(self._folder)}: {self.failures.sentence}')
+    saving.clear_unfinished(self._folder, after_failure=True)
+    self._checkpointer = self._open()  # the other one would raise the error again
+    if self.failures.in_a_row >= self._patience:
+      raise self.failures.error(self._folder, self.steps)
+
+  def wait_for(self, step: int):
+    """Waits for the save of a step that the run cannot do without.
+
+    Raises:
+      RunError: it failed.
+    """
+    self.wait()
+    if step not in distributed.broadcast(lambda: self.steps):
+      raise self.failures.error(self._folder, self.steps)
+
+  def shortage(self, size: int, saves: int) -> str:
+    """A warning if the disk has too little room for what is still saved; '' if it has enough.
+
+    Args:
+      size: bytes of the state.
+      saves: how many checkpoints are still saved. Only some are kept at the same time, with the one
+        that is being written.
+    """
+    count = min(saves, max(1, self._newest + 1 - len(self.steps)))
+    return saving.shortage(self._folder, size, count) if saves else ''
 
   def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
     """The state after a step, with the shapes, dtypes and shardings of `like`; the position.
@@ -129,6 +200,46 @@ class Checkpoints:
     if damaged:
       self._checkpointer.reload()
     return step, state, position
+
+
+class _Save:
+  """A save in the background.
+
+  Attributes:
+    step: whose state is saved.
+    size: bytes of the state.
+  """
+
+  def __init__(self, step: int, size: int):
+    self.step, self.size = step, size
+    self._response, self._error = None, None
+
+  def start(self, checkpointer: ocp.training.Checkpointer, items: dict[str, Any]):
+    """Starts it; an error is kept for `wait`."""
+    try:
+      self._response = checkpointer.save_checkpointables_async(self.step, items, force=True)
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      self._error = error
+
+  @property
+  def has_failed(self) -> bool:
+    """Whether it is known already that it failed."""
+    return self._error is not None
+
+  def wait(self) -> Exception | None:
+    """Waits until it is done; returns its error."""
+    try:
+      if self._response is not None:
+        self._response.result()
+    except Exception as error:
+      self._error = error
+    self._response = None
+    return self._error
+
+
+def state_bytes(state: TrainState) -> int:
+  """The bytes of a state on all devices: more than its checkpoint takes, which is compressed."""
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 class _KeepsBest:
