@@ -135,7 +135,8 @@ def test_a_step_whose_save_failed_is_not_the_best(study):
 
 
 @pytest.mark.parametrize('steps, kept, needed, reached', [
-    (range(5, STEPS + 2), ['2', '4'], (), 8), (range(STEPS, STEPS + 2), ['4', '8', '10'], (), STEPS),
+    (range(5, STEPS + 2), ['2', '4'], (), 8),
+    (range(STEPS, STEPS + 2), ['4', '8', '10'], (), STEPS),
     (range(5, STEPS + 2), ['2', '4'], (6,), 6), (range(1, STEPS + 2), [], (), 4),
 ], ids=['it lasts', 'the last save', 'a save that another run needs', 'no checkpoint at all'])
 def test_a_run_ends_if_it_lasts(study, lines, steps, kept, needed, reached):
@@ -195,3 +196,33 @@ def test_only_unfinished_checkpoints_are_cleared(tmp_path):
     (tmp_path / name / 'params').mkdir(parents=True)
   saving.clear_unfinished(str(tmp_path))
   assert sorted(os.listdir(tmp_path)) == sorted({*names} - set(names[2:4]))
+
+
+def test_which_checkpoints_are_sound(study):
+  study.train()
+  folder = study.folder / 'checkpoints'
+  assert [checkpoint.problem_in(str(folder), step, '0' * 16) for step in (4, 10, 11)] == [''] * 3
+  def exchange(item):
+    shutil.rmtree(folder / '11' / item)
+    shutil.copytree(folder / '10' / item, folder / '11' / item)
+
+  def rename():
+    shutil.rmtree(folder / '11')
+    (folder / '4').rename(folder / '11')
+
+  found = {}
+  for what, harm in {'parameters of another step': lambda: exchange('params'),
+                     'position of another step': lambda: exchange('data'),
+                     'no parameters': lambda: shutil.rmtree(folder / '11' / 'params'),
+                     'renamed': rename}.items():
+    shutil.copytree(folder / '11', study.folder / 'sound')
+    harm()
+    found[what] = checkpoint.problem_in(str(folder), 11, '0' * 16)
+    shutil.rmtree(folder / '11')
+    shutil.move(study.folder / 'sound', folder / '11')
+  assert found.pop('no parameters')
+  assert found == {
+      'parameters of another step': 'the checksum of embed in params differs from what was saved',
+      'position of another step': 'its position in the data is not what was saved',
+      'renamed': 'it belongs to step 4'}
+  assert checkpoint.problem_in(str(folder), 10, '1' * 16).startswith('it belongs to another run')

@@ -20,8 +20,8 @@ _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slic
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'library', 'generation/generate',
                   'generation/settings', 'commands/prompts', 'commands/generate',
                   'commands/generators', 'commands/exported', 'training/checkpoint',
-                  'training/damage', 'training/saving', 'scoring/continuations', 'scoring/find_tasks',
-                  'scoring/harness', 'data/questions')
+                  'training/damage', 'training/saving', 'scoring/continuations',
+                  'scoring/find_tasks', 'scoring/harness', 'data/questions')
 
 CONFIG = '''
 import pathlib, sys
@@ -108,6 +108,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.tensorboard=True'], "tensorboard is now sinks, as in config.sinks = ("),
     ([DEMO, '--config.train=8'], '--config.train=8: Failed to parse'),
     ([DEMO, '--profile=-1'], 'flag --profile=-1: -1 is not a non-negative integer'),
+    ([DEMO, 'status', '--watch', '--check'], 'status --check reads all checkpoints, --watch'),
     ([DEMO, '--watch=5'], 'flag --watch=5'),
     ([DEMO, '--confg.seed=1'], "There is no flag --confg.seed; did you mean 'config'?"),
     ([DEMO, '--steps=1'], "There is no flag --steps; did you mean 'step'?"),

@@ -9,8 +9,8 @@ import pytest
 from btx_jax import errors, storage
 
 # As tensorstore 0.1 reports them for a tmpfs that is full, or that was mounted read-only.
-TENSORSTORE = ('{}: Error writing "c/0" in OCDBT database at local file "/work/4/": Failed writing: '
-               '"/work/4/d/ee52.__lock": Failed to write 1198713 bytes to file 4: {} '
+TENSORSTORE = ('{}: Error writing "c/0" in OCDBT database at local file "/work/4/": Failed '
+               'writing: "/work/4/d/ee52.__lock": Failed to write 1198713 bytes to file 4: {} '
                "[os_error_code='{}']")
 
 

@@ -160,6 +160,7 @@ class Checkpoints:
     Raises:
       Damaged: it differs from what was saved, or belongs to another step or run.
     """
+    _check_together(self._folder, step, self._identity)
     with damage.reading(self._folder, step):
       loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
           step, {'params': like.params, 'train': without_params(like), 'data': None,
@@ -285,6 +286,7 @@ def load_params(folder: str, step: int, like, identity: str):
     Damaged: they differ from what was saved, or belong to another step or run.
   """
   path = _step_folder(folder, step)
+  _check_together(folder, step, identity)
   with damage.reading(folder, step):
     loaded = {'params': ocp.load(path, like, checkpointable_name='params'),
               'sums': ocp.load(path, checkpointable_name='sums')}
@@ -306,6 +308,31 @@ def _step_folder(folder: str, step: int) -> str:
     raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
                    f'delete {os.path.dirname(os.path.abspath(folder))}.')
   return path
+
+
+def _check_together(folder: str, step: int, identity: str):
+  """With several processes, raises Damaged on all of them if a checkpoint is damaged.
+
+  Each reads its share. orbax would leave the others waiting for one that meets an error.
+  """
+  count = jax.process_count()
+  if count == 1:
+    return
+  problems = distributed.gather(problem_in(folder, step, identity, (jax.process_index(), count)))
+  if any(problems):
+    raise damage.Damaged(folder, step, next(filter(None, problems)))
+
+
+def problem_in(folder: str, step: int, identity: str, share: tuple[int, int] = (0, 1)) -> str:
+  """Reads a checkpoint; returns what is wrong with it, or '' if it is sound.
+
+  All processes must call it. Arguments as for Saved; `share` as for Saved.check_all.
+  """
+  try:
+    Saved(folder, step, identity).check_all(share)
+  except damage.Damaged as error:
+    return error.problem
+  return ''
 
 
 class Saved:
@@ -331,7 +358,7 @@ class Saved:
     self._path = _step_folder(folder, step)
     self._item = item
     self._arrays = {}
-    self._checked: set[tuple[str, tuple[int, ...]]] = set()
+    self._checked: set[tuple[str, str, tuple[int, ...]]] = set()
     with damage.reading(folder, step):
       expected = damage.labels(identity, step, {})
       damage.check_labels(folder, step, {name: self._open(f'sums/{name}')[...].read().result()
@@ -346,17 +373,55 @@ class Saved:
     """
     with damage.reading(self._folder, self._step):
       found = self._open(f'{self._item}/{path}')[index].read().result()
-      self._check(path, index, found)
+      self._check(self._item, path, index, found)
     return found if found.dtype.kind == 'i' else finite.check(found, path, self._path)
 
-  def _check(self, path: str, index: Index, found: np.ndarray) -> None:
+  def check_all(self, share: tuple[int, int] = (0, 1)) -> None:
+    """Reads the whole checkpoint and compares it with its checksums.
+
+    Args:
+      share: (i, n): only every nth array, from the ith on.
+
+    Raises:
+      Damaged: something differs from what was saved.
+    """
+    with damage.reading(self._folder, self._step):
+      position = json.loads(self._open('data/json')[...].read().result().tobytes())
+      expected = damage.labels('0' * 16, self._step, position)['data']
+      if not np.array_equal(self._open('sums/data')[...].read().result(), expected):
+        raise damage.Damaged(self._folder, self._step,
+                             'its position in the data is not what was saved')
+      items = ('params', 'train')
+      wanted = sorted(path for path in self._paths('sums') if path.startswith(items))
+      present = sorted(f'{item}/{path}' for item in items for path in self._paths(item))
+      if missing := sorted({*wanted} ^ {*present}):
+        raise damage.Damaged(self._folder, self._step, f'it lacks {", ".join(missing[:5])}')
+      for each in wanted[share[0]::share[1]]:
+        self._check_array(*each.split('/', 1))
+
+  def _paths(self, item: str) -> list[str]:
+    """The paths of the arrays of an item."""
+    keys = tensorstore.KvStore.open(self._store(item)).result().list().result()
+    return [key.decode().removesuffix('/zarr.json').replace('.', '/') for key in keys
+            if key.endswith(b'/zarr.json')]
+
+  def _check_array(self, item: str, path: str) -> None:
+    """Compares an array with its checksums, layer by layer and expert by expert."""
+    array = self._open(f'{item}/{path}')
+    many = checksums.leading_axes(path)
+    nothing = tuple(slice(0, 0) for _ in array.shape[many:])
+    for place in itertools.product(*map(range, array.shape[:many])):
+      index = (*(slice(i, i + 1) for i in place), *nothing)
+      self._check(item, path, index, array[index].read().result())
+
+  def _check(self, item: str, path: str, index: Index, found: np.ndarray) -> None:
     """Compares each layer and expert that `index` touches with its checksum, the first time."""
-    array = self._open(f'{self._item}/{path}')
+    array = self._open(f'{item}/{path}')
     index = tuple(slice(*each.indices(n)[:2]) for each, n in zip(index, array.shape))
     many = checksums.leading_axes(path)
     stacked = index[:many]
     places = list(itertools.product(*(range(each.start, each.stop) for each in stacked)))
-    if all((path, place) in self._checked for place in places):
+    if all((item, path, place) in self._checked for place in places):
       return
     if all((each.start, each.stop) == (0, n) for each, n in zip(index[many:], array.shape[many:])):
       total = checksums.of_piece(found, index, many)
@@ -365,11 +430,11 @@ class Saved:
       most = _CHUNK // array.dtype.numpy_dtype.itemsize
       for piece in checksums.pieces(array.shape, stacked, most):
         total += checksums.of_piece(array[piece].read().result(), piece, many)
-    expected = self._open(f'sums/{self._item}/{path}')[stacked].read().result()
+    expected = self._open(f'sums/{item}/{path}')[stacked].read().result()
     if not np.array_equal(total, expected):
-      raise damage.Damaged(self._folder, self._step, f'the checksum of {path} in {self._item} '
+      raise damage.Damaged(self._folder, self._step, f'the checksum of {path} in {item} '
                            'differs from what was saved')
-    self._checked.update((path, place) for place in places)
+    self._checked.update((item, path, place) for place in places)
 
   def extent(self, path: str, index: Index) -> None:
     """None: a checkpoint is compressed, so no slice of it is stored verbatim."""
@@ -387,8 +452,11 @@ class Saved:
     """The stored array at this path, whose first component is the item."""
     if path not in self._arrays:
       item, _, inner = path.partition('/')
-      store = {'driver': 'ocdbt', 'base': f'file://{self._path}/{item}/',
-               'path': inner.replace('/', '.') + '/'}
+      store = self._store(item) | {'path': inner.replace('/', '.') + '/'}
       self._arrays[path] = tensorstore.open(
           {'driver': 'zarr3', 'kvstore': store}, open=True).result()
     return self._arrays[path]
+
+  def _store(self, item: str) -> dict[str, Any]:
+    """Where tensorstore finds the arrays of an item."""
+    return {'driver': 'ocdbt', 'base': f'file://{self._path}/{item}/'}

@@ -87,8 +87,8 @@ class Recorder(contextlib.ExitStack):
             'losses': self._losses, 'spike': self._spike, 'unwritten': self._unwritten,
             'metrics': distributed.broadcast(self._mark)}
 
-  def _mark(self) -> list[int]:
-    return list(self._file.mark()) if self._file else []
+  def _mark(self) -> list[int | str]:
+    return [*self._file.mark()] if self._file else []
 
   def add_input_wait(self, seconds: float):
     """Counts time that was spent waiting for the next batch."""

@@ -1,8 +1,8 @@
 """What follows when a checkpoint cannot be saved: the run goes on, and tries again later.
 
-It ends when too many saves in a row have failed (config.checkpoint_patience), or one that is needed:
-the last, one that another run starts from, or one after SIGTERM. It also ends when its directory
-vanishes.
+It ends when too many saves in a row have failed (config.checkpoint_patience), or one that is
+needed: the last, one that another run starts from, or one after SIGTERM. It also ends when its
+directory vanishes.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def problem_in(error: Exception, folder: str, size: int) -> str | None:
             f'{left})')
   if disk:
     return f'the disk of {folder} cannot be written: {disk.strerror}'
-  if isinstance(error, OSError) or type(error) is ValueError and _STATUS.match(str(error)):
+  if isinstance(error, OSError) or (type(error) is ValueError and _STATUS.match(str(error))):
     text = str(error) or type(error).__name__
     return f'{folder} cannot be written ({text.strip().splitlines()[0]:.300})'
   return None
