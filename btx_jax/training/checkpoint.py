@@ -399,6 +399,11 @@ class Saved:
       for each in wanted[share[0]::share[1]]:
         self._check_array(*each.split('/', 1))
 
+  def sums(self) -> dict[str, list]:
+    """The stored checksums of all arrays, by path."""
+    return {path: self._open(f'sums/{path}')[...].read().result().tolist()
+            for path in self._paths('sums')}
+
   def _paths(self, item: str) -> list[str]:
     """The paths of the arrays of an item."""
     keys = tensorstore.KvStore.open(self._store(item)).result().list().result()
