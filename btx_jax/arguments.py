@@ -16,6 +16,8 @@ RUN = flags.DEFINE_string('run', None, 'The name of a run: train only this one, 
 PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
+CHECK = flags.DEFINE_bool(
+    'check', False, 'status: read the checkpoints that are kept, and say which are sound.')
 BASELINE = flags.DEFINE_string(
     'baseline', '', 'report: the model that the others are compared with; default the first.')
 LATEX = flags.DEFINE_bool(

@@ -166,6 +166,10 @@ def get_config() -> ConfigDict:
   config.log_every = 10
   # Steps between checkpoints; the end of a run is always saved.
   config.checkpoint_every = 500
+  # How many saves in a row may fail, because the disk is full or does not work, before the run
+  # ends. Until then it goes on, and tries again after checkpoint_every steps. A save that is needed
+  # (at the end, after SIGTERM, or because another run starts from it) must not fail.
+  config.checkpoint_patience = 3
   # Services that also get the figures of metrics.jsonl; by default none: 'tensorboard' (event files
   # in the directory of each run), 'wandb' (Weights & Biases), 'mlflow'. See docs/sinks.md.
   config.sinks = ()

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from btx_jax import escaping
+from btx_jax import escaping, storage
 
 # What was called otherwise before version 0.1.0: fields of the config, and a command.
 RENAMED = {'data.length': 'data.seq_len', 'train.accumulation': 'train.microbatches',
@@ -67,12 +67,16 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     return str(error), 1
   if isinstance(error, KeyboardInterrupt):
     return 'stopped; the same command continues from the last checkpoint.', 130
-  if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-    return (f'No space is left for {error.filename or "a file"}. Free some, or use another '
+  disk = storage.disk_error(error)
+  if disk and disk.errno in storage.FULL:
+    return (f'No space is left for {_path_of(disk)} ({_left(disk)}). Free some, or use another '
             '--workdir. Completed work is kept, and the same command continues from there.', 1)
+  if disk:
+    return (f'The disk of {_path_of(disk)} cannot be written or read: {disk.strerror}. Completed '
+            'work is kept. Once the disk works, the same command continues from there.', 1)
   if isinstance(error, OSError) and error.errno in (
-      errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
-      errno.EIO, errno.ENAMETOOLONG):
+      errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+      errno.ENAMETOOLONG):
     return f'{error.filename} cannot be written or read: {error.strerror}.', 1
   if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in str(error):
     return ('Another process of this job is gone; see its output for the reason. The same command '
@@ -82,6 +86,21 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     return ('Out of memory. Lower train.batch_size, raise train.microbatches or mesh.fsdp, or '
             f"set model.remat = 'full'. ({str(error).strip().splitlines()[:1]})", 1)
   return None, 1
+
+
+def _path_of(error: OSError) -> str:
+  """The path in an error. A write through an open file has none."""
+  return str(error.filename or 'a file')
+
+
+def _left(error: OSError) -> str:
+  """What an error of a full disk says about the room that is left."""
+  if error.errno == errno.EDQUOT:
+    return 'the quota is used up'
+  if error.errno == errno.EFBIG:
+    return 'files of this size are not allowed there'
+  free = storage.free_bytes(str(error.filename)) if error.filename else None
+  return 'the disk is full' if free is None else f'{storage.size(free)} are free there'
 
 
 @contextlib.contextmanager

@@ -90,9 +90,12 @@ def train_runs(name: str, workdir: str):
 def show_status(name: str, workdir: str):
   """Shows the progress of every run."""
   del name
+  if flag.CHECK.value:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # reading checkpoints takes no accelerator from a run
   from btx_jax.commands.status import print_status
   from btx_jax.study.study import Study
-  print_status(Study(flag.CONFIG.value, workdir), flag.JSON.value, flag.WATCH.value)
+  print_status(Study(flag.CONFIG.value, workdir), flag.JSON.value, flag.WATCH.value,
+               flag.CHECK.value)
 
 
 def _join_processes(facts: Mapping[str, Any]):
@@ -359,7 +362,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _run_and_report_errors(argv: list[str]):
   """Runs the command; an error ends the process with a message and an exit code."""
-  logging.set_verbosity(logging.ERROR)  # orbax and jax log much that users do not need
+  # orbax and jax log much that users do not need. orbax also logs the errors that it raises.
+  logging.set_verbosity(logging.FATAL)
   try:
     run_command(argv)
   except (Exception, KeyboardInterrupt) as error:

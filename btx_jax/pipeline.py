@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from btx_jax import storage
 from btx_jax.data import mixture
 from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed
@@ -35,7 +36,7 @@ from btx_jax.study import (
 )
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
-from btx_jax.training import damage, layout, loop, metrics, sinks
+from btx_jax.training import damage, layout, loop, metrics, saving, sinks
 from btx_jax.training.best import Best, held_out_loss
 
 
@@ -236,16 +237,31 @@ class Pipeline(Study):
         if distributed.is_process_0():
           manifest.write(self.folder(name), manifests[name])
 
+    def note_in_training(names, **changes):
+      """`note`, unless the disk is full or fails: the next note comes with the next checkpoint."""
+      for name in names:
+        saving.check_present(self.folder(name))
+      try:
+        note(names, **changes)
+      except OSError as error:
+        if not storage.disk_error(error):
+          raise
+        say(f'{", ".join(names)}: manifest.json could not be written: {error.strerror}')
+
     def on_checkpoint(name: str, step: int, tokens_by_domain: dict[str, int],
                       best: dict[str, Any] | None, health: dict[str, Any]):
-      note([name], steps_done=step, tokens_by_domain=tokens_by_domain, saved=manifest.now(),
-           best=best, **health)
+      note_in_training([name], steps_done=step, tokens_by_domain=tokens_by_domain,
+                       saved=manifest.now(), best=best, **health)
+
+    def on_trouble(name: str, changes: dict[str, Any]):
+      note_in_training([name], **changes)
 
     settings = loop.Settings(
         log_every=self.config.log_every, evaluation_every=self.config.evaluation.every,
         checkpoint_every=self.config.checkpoint_every,
         checkpoints_kept=self.config.checkpoints_kept,
         checkpoints_kept_every=self.config.checkpoints_kept_every,
+        checkpoint_patience=self.config.checkpoint_patience,
         sinks=self.config.sinks, profile=self.profile)
     try:
       for run in runs:
@@ -261,14 +277,16 @@ class Pipeline(Study):
                                  continued.steps_needed(run, self.runs.values()),
                                  manifests[run.name].get('best')))
       stacked = loop.run(jobs, self.mesh, list(self.prepare_text().train), settings,
-                         self.evaluate, on_checkpoint) if jobs else None
+                         self.evaluate, on_checkpoint, on_trouble) if jobs else None
       for name in manifests:
-        note([name], state=manifest.COMPLETE, metrics=list(metrics.end_of(self.folder(name))))
+        note([name], state=manifest.COMPLETE, metrics=list(metrics.end_of(self.folder(name))[:2]))
     except KeyboardInterrupt:
-      note(state=manifest.STOPPED)
+      with contextlib.suppress(OSError, RunError):  # of a disk that is full, or gone
+        note_in_training(tuple(manifests), state=manifest.STOPPED)
       raise
     except BaseException as error:
-      note(state=manifest.FAILED, error=str(error) or repr(error))
+      with contextlib.suppress(OSError, RunError):
+        note_in_training(tuple(manifests), state=manifest.FAILED, error=str(error) or repr(error))
       raise
     if stacked is None or len(jobs) == 1:
       return None

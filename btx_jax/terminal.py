@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from btx_jax import escaping
+from btx_jax import escaping, storage
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 # Columns of a progress bar, and of 'loss 3.123  12,345 tokens/s  45 min left' with gaps.
@@ -90,7 +90,7 @@ class Progress:
     now, (_, steps) = time.monotonic(), self._runs[name]
     if now - self._printed[name] >= _PLAIN_EVERY or step == steps:
       self._printed[name] = now
-      console.print(f'{name}: {step} of {steps}  {text}')
+      say(f'{name}: {step} of {steps}  {text}')
 
 
 def _folded() -> rich_table.Column:
@@ -112,9 +112,16 @@ def duration(seconds: float | None) -> str:
 
 
 def say(text: str):
-  """Prints a line, at once even if the output is piped."""
-  console.print(text, soft_wrap=True)
-  sys.stdout.flush()
+  """Prints a line, at once even if the output is piped.
+
+  If the output goes to a file on a full disk, the line is lost, and the command goes on.
+  """
+  try:
+    console.print(text, soft_wrap=True)
+    sys.stdout.flush()
+  except OSError as error:
+    if not storage.disk_error(error):
+      raise
 
 
 def show(renderable: RenderableType):

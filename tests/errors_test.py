@@ -15,14 +15,14 @@ MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 # Modules whose messages are met in distributed_test.py, meeting_test.py, library_test.py,
-# generation_test.py, generate_command_test.py, select_test.py, damage_test.py, writes_test.py,
-# tasks_test.py and builtin_test.py.
+# generation_test.py, generate_command_test.py, select_test.py, damage_test.py, disk_test.py,
+# writes_test.py, tasks_test.py and builtin_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'devices/meeting', 'library',
                   'generation/generate', 'generation/settings', 'commands/prompts',
                   'commands/generate', 'commands/generators', 'commands/exported',
-                  'training/checkpoint', 'training/damage', 'data/damage', 'convert/unfinished',
-                  'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
-                  'data/questions')
+                  'training/checkpoint', 'training/damage', 'training/saving', 'data/damage',
+                  'convert/unfinished', 'scoring/continuations', 'scoring/find_tasks',
+                  'scoring/harness', 'data/questions')
 
 CONFIG = '''
 import pathlib, sys
@@ -109,6 +109,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.tensorboard=True'], "tensorboard is now sinks, as in config.sinks = ("),
     ([DEMO, '--config.train=8'], '--config.train=8: Failed to parse'),
     ([DEMO, '--profile=-1'], 'flag --profile=-1: -1 is not a non-negative integer'),
+    ([DEMO, 'status', '--watch', '--check'], 'status --check reads all checkpoints, --watch'),
     ([DEMO, '--watch=5'], 'flag --watch=5'),
     ([DEMO, '--confg.seed=1'], "There is no flag --confg.seed; did you mean 'config'?"),
     ([DEMO, '--steps=1'], "There is no flag --steps; did you mean 'step'?"),
@@ -1014,7 +1015,8 @@ TRAINING = 'from btx_jax.training import loop\ndef train(*_):\n  {}\nloop.run = 
 @pytest.mark.parametrize('what, message, code', [
     ('import jax; raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room for 9 bytes")',
      'Out of memory. Lower train.batch_size', 1),
-    ('raise OSError(28, "No space left on device", "x.bin")', 'No space is left for x.bin.', 1),
+    ('raise OSError(28, "No space left on device", "x.bin")', 'No space is left for x.bin (', 1),
+    ('raise OSError(5, "Input/output error", "x.bin")', 'The disk of x.bin cannot be', 1),
     ('raise ZeroDivisionError', 'unexpected error. Completed work is kept', 1),
     ('import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)',
      'stopped; the same command continues from the last checkpoint.', 130),

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # installed there; rooms of one floor do not import each other. __init__ and __main__ import late,
 # when they are used; they may reach any floor.
 FLOORS = (
-    ('escaping',),
+    ('escaping', 'storage'),
     ('errors', 'terminal'),
     ('files',),
     ('devices', 'recipe', 'outer'),

@@ -18,7 +18,7 @@ import pytest
 from btx_jax.errors import RunError
 from btx_jax.model.balance import RoutingSums
 from btx_jax.run import Objective, Optimizer, Run
-from btx_jax.training import loop, metrics, spikes
+from btx_jax.training import loop, metrics, saving, spikes
 from btx_jax.training.step import TrainState
 from tests.helpers import TINY_MIXTURE
 
@@ -115,13 +115,22 @@ class InMemory:
   stored: typing.ClassVar[dict[int, tuple[TrainState, str]]] = {}
 
   def __init__(self, *_):
-    self.best = 0
+    self.best, self.failures = 0, saving.Failures()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
     pass
+
+  def wait(self):
+    pass
+
+  def wait_for(self, step):
+    pass
+
+  def shortage(self, *_):
+    return ''
 
   @property
   def steps(self):
@@ -148,13 +157,13 @@ def in_memory(monkeypatch):
 
 
 def train(folder, killed=0, evaluate=evaluate, on_checkpoint=lambda *_: None, domains=DOMAINS,
-          run=RUN):
+          run=RUN, on_trouble=lambda *_: None, settings=SETTINGS, steps_kept=()):
   """Continues the run in a folder; see Counting for `killed`."""
-  job = loop.Job(run, str(folder), lambda _: state_after(0), None, '0' * 16)
+  job = loop.Job(run, str(folder), lambda _: state_after(0), None, '0' * 16, steps_kept)
   with pytest.MonkeyPatch.context() as patched:
     patched.setattr(loop, 'make_program', lambda *_: Counting(killed))
     patched.setattr(spikes, 'LAST', 5)
-    loop.run([job], None, domains, SETTINGS, evaluate, on_checkpoint)
+    loop.run([job], None, domains, settings, evaluate, on_checkpoint, on_trouble)
 
 
 def lines_of(folder):

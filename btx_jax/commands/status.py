@@ -28,8 +28,10 @@ _STYLES = {'complete': 'green', 'running': 'cyan', 'starting': 'cyan', 'failed':
            'unreadable': 'red', 'stopped': 'yellow'}
 
 
-def collect(study: Study) -> dict[str, Any]:
+def collect(study: Study, check: bool = False) -> dict[str, Any]:
   """Everything that `status` shows, as plain data.
+
+  `check`: whether to read the checkpoints that are kept.
 
   Returns:
     workdir, notes (sentences about the directory as a whole), text_changes (lines on text that was
@@ -38,12 +40,24 @@ def collect(study: Study) -> dict[str, Any]:
     steps, loss, preferred (for a run on pairs, the share that it ranks as the data does),
     bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its step),
     checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss as
-    bits_per_byte), error, and warnings. Unknown values are None.
+    bits_per_byte), error, and warnings. Unknown values are None. With `check` it has checkpoints,
+    too: for each step that is kept, what is wrong with its checkpoint, or '' if it is sound.
   """
   now = time.time()
   runs = [_run(study, run, now) for run in study.runs.values()]
+  if check:
+    runs = [found | {'checkpoints': _problems(study, run)}
+            for run, found in zip(study.runs.values(), runs)]
   return {'workdir': study.workdir, 'notes': _notes(study, runs),
           'text_changes': _text_changes(study), 'runs': runs}
+
+
+def _problems(study: Study, run: Run) -> dict[int, str]:
+  """What is wrong with each checkpoint of a run that is kept, by step; '' if it is sound."""
+  from btx_jax.training import checkpoint  # imports orbax, which takes seconds
+  folder = sources.checkpoints(study, run)
+  return {step: checkpoint.problem_in(folder, step, sources.identity(study, run))
+          for step in checkpoint.kept_steps(folder)}
 
 
 def stages(study: Study) -> list[list[str]]:
@@ -132,14 +146,14 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
 
 
 def _about_trouble(found: dict[str, Any], last: dict[str, Any], warnings: list[str]) -> list[str]:
-  """Sentences about steps that were skipped and a loss that rose, unless `warnings` has them."""
+  """Sentences about skipped steps, a loss that rose, and full disks, unless `warnings` has them."""
   skipped = max(found.get('skipped_steps', 0), last.get('skipped', 0))
   result, spike = [], found.get('loss_spike')
   if skipped:
     result.append(f'steps skipped because their numbers were not finite: {skipped:,}')
   if spike and spike not in warnings:
     result.append(spike)
-  return result
+  return result + found.get('storage', [])
 
 
 def _about_best(study: Study, run: Run, found: dict[str, Any], lines: list[dict[str, Any]]
@@ -199,10 +213,21 @@ def as_table(found: dict[str, Any]) -> Group:
     if run['error']:
       lines.append(Text(f'{run["name"]}: {run["error"]}', style='red'))
     lines += [Text(f'{run["name"]}: {warning}', style='yellow') for warning in run['warnings']]
+    lines += _about_checkpoints(run['name'], run.get('checkpoints', {}))
   return Group(terminal.Table(
       ['run', 'state', 'step', 'loss', *(['preferred'] if on_pairs else []), 'bits/byte',
        'tokens/s', 'MFU', 'left', 'checkpoint'], rows,
       names=2, drop=('MFU', 'checkpoint', 'tokens/s')), *lines)
+
+
+def _about_checkpoints(name: str, problems: dict[int, str]) -> list[Text]:
+  """Lines on the checkpoints that were checked."""
+  sound = [f'{step:,}' for step, problem in problems.items() if not problem]
+  lines = [Text(f'{name}: the checkpoint of step {step:,} is damaged: {problem}', style='red')
+           for step, problem in problems.items() if problem]
+  if sound:
+    lines.append(Text(f'{name}: sound checkpoints, of steps: {", ".join(sound)}', style='green'))
+  return lines
 
 
 def that_fit(found: dict[str, Any], height: int) -> dict[str, Any]:
@@ -230,12 +255,20 @@ def that_fit(found: dict[str, Any], height: int) -> dict[str, Any]:
   return found | {'runs': shown, 'notes': [*found['notes'], note]}
 
 
-def print_status(study: Study, as_json: bool, watch: bool):
-  """Prints the status once, or with `watch` every two seconds until Ctrl-C."""
+def print_status(study: Study, as_json: bool, watch: bool, check: bool = False):
+  """Prints the status once, or with `watch` every two seconds until Ctrl-C.
+
+  `check`: whether to read the checkpoints that are kept; not with `watch`.
+
+  Raises:
+    UsageError: `check` with `watch`.
+  """
+  if check and watch:
+    raise UsageError('status --check reads all checkpoints, --watch every two seconds; omit one.')
   if as_json:
-    terminal.say(json.dumps(collect(study), indent=1))
+    terminal.say(json.dumps(collect(study, check), indent=1))
   elif not watch:
-    terminal.show(as_table(collect(study)))
+    terminal.show(as_table(collect(study, check)))
   else:
     height = terminal.console.height
     with Live(console=terminal.console, auto_refresh=False) as live:

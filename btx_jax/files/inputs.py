@@ -55,7 +55,7 @@ def read_bytes(path: str, most: int) -> bytes:
     # The size at first, then what is read: it may be growing.
     found = b'' if os.fstat(file.fileno()).st_size > most else file.read(most + 1)
     if len(found) > most or (not found and os.fstat(file.fileno()).st_size > most):
-      raise OSError(errno.EFBIG, f'it has more than {most:,} bytes, too many for this kind of file',
+      raise OSError(errno.EINVAL, f'it has more than {most:,} bytes, too many for such a file',
                     path)
     return found
 

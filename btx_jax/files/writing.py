@@ -83,8 +83,8 @@ def create(path: str, mode: str = 'w') -> IO[Any]:
 
 
 def append(path: str) -> IO[bytes]:
-  """Opens a file to add bytes to its end."""
-  return _open(path, 'ab')
+  """Opens a file to add bytes to its end, without a buffer."""
+  return _open(path, 'ab', 0)
 
 
 def write_at(file: int, data, at: int) -> None:

@@ -79,7 +79,7 @@ def _versions() -> dict[str, str]:
 
 def resume(manifest: dict) -> dict:
   """The manifest of a run that resumes; if versions changed, the earlier ones are kept."""
-  manifest = {key: value for key, value in manifest.items() if key != 'error'}
+  manifest = {key: value for key, value in manifest.items() if key not in ('error', 'storage')}
   if manifest['versions'] != _versions():
     manifest['earlier_versions'] = [
         *manifest.get('earlier_versions', []), manifest['versions']]

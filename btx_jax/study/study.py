@@ -39,6 +39,7 @@ class Study:
       raise UsageError(f'data.max_skipped = {config.data.max_skipped} must be a share from 0 to 1.')
     for field, value, least in (
         ('log_every', config.log_every, 1), ('checkpoint_every', config.checkpoint_every, 1),
+        ('checkpoint_patience', config.checkpoint_patience, 1),
         ('checkpoints_kept', config.checkpoints_kept, 1),
         ('checkpoints_kept_every', config.checkpoints_kept_every, 0),
         ('evaluation.every', config.evaluation.every, 0),

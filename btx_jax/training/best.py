@@ -28,6 +28,7 @@ class Best:
 
   def __init__(self, found: Mapping[str, Any] | None = None):
     self.found = dict(found) if found else None
+    self._before = None
 
   @property
   def step(self) -> int:
@@ -38,5 +39,9 @@ class Best:
     """Records the loss after a step; returns whether it is finite and the lowest so far."""
     if not math.isfinite(loss) or (self.found and loss >= self.found['bits_per_byte']):
       return False
-    self.found = {'step': step, 'bits_per_byte': loss}
+    self._before, self.found = self.found, {'step': step, 'bits_per_byte': loss}
     return True
+
+  def forget(self):
+    """Goes back to the best step before, whose checkpoint is still there."""
+    self.found = self._before

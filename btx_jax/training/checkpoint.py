@@ -15,6 +15,7 @@ import math
 import os
 from typing import Any
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
@@ -25,7 +26,7 @@ from btx_jax.errors import RunError
 from btx_jax.files import naming
 from btx_jax.model.source import Index
 from btx_jax.terminal import say
-from btx_jax.training import checksums, damage
+from btx_jax.training import checksums, damage, saving
 from btx_jax.training.step import TrainState
 
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
@@ -36,33 +37,47 @@ class Checkpoints:
 
   Attributes:
     best: the step whose checkpoint is kept until another step is set; 0 is none.
+    failures: the saves that failed.
   """
 
   def __init__(self, folder: str, identity: str, newest: int = 2, every: int = 0,
-               steps: Sequence[int] = ()):
+               steps: Sequence[int] = (), patience: int = 1):
     """Keeps the `newest` checkpoints, those at multiples of `every` (0: none), and `steps`.
 
     `identity`: the identity of the run, 16 hexadecimal digits; see study/manifest.py.
+    `patience`: how many saves in a row fail before an error is raised.
     """
-    self.best, self._identity = 0, identity
+    self.best, self.failures, self._identity = 0, saving.Failures(), identity
+    self._newest, self._patience = newest, patience
+    self._unfinished: _Save | None = None
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(newest), policies.CustomSteps(steps), _KeepsBest(self)]
     if every:
       kept.append(policies.EveryNSteps(every))
     self._folder = naming.checkpoint_path(folder)
+    # orbax's own policies do not match the type that it declares for them.
+    self._policy: Any = policies.AnyPreservationPolicy(kept)
+    saving.clear_unfinished(self._folder)
+    self._checkpointer = self._open()
+    self._place = saving.Place(self._folder)
+
+  def _open(self) -> ocp.training.Checkpointer:
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _chunks
-    self._checkpointer = ocp.training.Checkpointer(
-        self._folder, context=context,
-        # orbax's own policies do not match the type that it declares for them.
-        preservation_policy=policies.AnyPreservationPolicy(
-            kept))  # pyright: ignore[reportArgumentType]
+    return ocp.training.Checkpointer(
+        self._folder, context=context, preservation_policy=self._policy)
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self._checkpointer.close()  # waits until everything is written
+  def __exit__(self, _, error, __):
+    """Waits until everything is written, also if the run ends with an error."""
+    if error is None:
+      self.wait()
+    elif self._unfinished and (another := self._unfinished.wait()):
+      say(f'the checkpoint of step {self._unfinished.step:,} could not be saved, either: {another}')
+      return
+    self._checkpointer.close()
 
   @property
   def steps(self) -> list[int]:
@@ -72,17 +87,73 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, position: dict):
     """Saves in the background; the arrays may be donated as soon as this returns.
 
+    A save that fails is counted in `failures`, now or at the next call of `wait`.
+
     Args:
       step: number of steps done.
       state: after that step.
       position: where the run stands: plain data.
+
+    Raises:
+      RunError: too many saves in a row failed, or the folder is gone.
     """
+    self.wait()
+    self._place.check()
     items: dict[str, Any] = {
         'params': state.params, 'train': without_params(state), 'data': _as_json(position)}
     sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
             for name in ('params', 'train')}
     items['sums'] = sums | damage.labels(self._identity, step, position)
-    self._checkpointer.save_checkpointables_async(step, items, force=True)
+    self._unfinished = _Save(step, state_bytes(state))
+    self._unfinished.start(self._checkpointer, items)
+    if any(distributed.gather(self._unfinished.has_failed)):
+      self.wait()
+
+  def wait(self):
+    """Waits for the save in the background. All processes must call it.
+
+    Raises:
+      RunError: too many saves in a row failed, or one for another reason than storage.
+    """
+    save, self._unfinished = self._unfinished, None
+    if save is None:
+      return
+    error = save.wait()
+    self._place.check()
+    problem = saving.problem_in(error, self._folder, save.size) if error else None
+    problems = distributed.gather(problem if problem or not error else repr(error))
+    if not any(problems):
+      self.failures.end_row()
+      return
+    if error and not problem:
+      raise error
+    self.failures.add(save.step, next(filter(None, problems)))
+    say(f'{os.path.dirname(self._folder)}: {self.failures.sentence}')
+    saving.clear_unfinished(self._folder, after_failure=True)
+    self._checkpointer = self._open()  # the other one would raise the error again
+    if self.failures.in_a_row >= self._patience:
+      raise self.failures.error(self._folder, self.steps)
+
+  def wait_for(self, step: int):
+    """Waits for the save of a step that the run cannot do without.
+
+    Raises:
+      RunError: it failed.
+    """
+    self.wait()
+    if step not in distributed.broadcast(lambda: self.steps):
+      raise self.failures.error(self._folder, self.steps)
+
+  def shortage(self, size: int, saves: int) -> str:
+    """A warning if the disk has too little room for what is still saved; '' if it has enough.
+
+    Args:
+      size: bytes of the state.
+      saves: how many checkpoints are still saved. Only some are kept at the same time, with the one
+        that is being written.
+    """
+    count = min(saves, max(1, self._newest + 1 - len(self.steps)))
+    return saving.shortage(self._folder, size, count) if saves else ''
 
   def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
     """The state after a step, with the shapes, dtypes and shardings of `like`; the position.
@@ -90,6 +161,7 @@ class Checkpoints:
     Raises:
       Damaged: it differs from what was saved, or belongs to another step or run.
     """
+    _check_together(self._folder, step, self._identity)
     with damage.reading(self._folder, step):
       loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
           step, {'params': like.params, 'train': without_params(like), 'data': None,
@@ -130,6 +202,46 @@ class Checkpoints:
     if damaged:
       self._checkpointer.reload()
     return step, state, position
+
+
+class _Save:
+  """A save in the background.
+
+  Attributes:
+    step: whose state is saved.
+    size: bytes of the state.
+  """
+
+  def __init__(self, step: int, size: int):
+    self.step, self.size = step, size
+    self._response, self._error = None, None
+
+  def start(self, checkpointer: ocp.training.Checkpointer, items: dict[str, Any]):
+    """Starts it; an error is kept for `wait`."""
+    try:
+      self._response = checkpointer.save_checkpointables_async(self.step, items, force=True)
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      self._error = error
+
+  @property
+  def has_failed(self) -> bool:
+    """Whether it is known already that it failed."""
+    return self._error is not None
+
+  def wait(self) -> Exception | None:
+    """Waits until it is done; returns its error."""
+    try:
+      if self._response is not None:
+        self._response.result()
+    except Exception as error:
+      self._error = error
+    self._response = None
+    return self._error
+
+
+def state_bytes(state: TrainState) -> int:
+  """The bytes of a state on all devices: more than its checkpoint takes, which is compressed."""
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 class _KeepsBest:
@@ -175,6 +287,7 @@ def load_params(folder: str, step: int, like, identity: str):
     Damaged: they differ from what was saved, or belong to another step or run.
   """
   path = _step_folder(folder, step)
+  _check_together(folder, step, identity)
   with damage.reading(folder, step):
     loaded = {'params': ocp.load(path, like, checkpointable_name='params'),
               'sums': ocp.load(path, checkpointable_name='sums')}
@@ -196,6 +309,31 @@ def _step_folder(folder: str, step: int) -> str:
     raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
                    f'delete {os.path.dirname(os.path.abspath(folder))}.')
   return path
+
+
+def _check_together(folder: str, step: int, identity: str):
+  """With several processes, raises Damaged on all of them if a checkpoint is damaged.
+
+  Each reads its share. orbax would leave the others waiting for one that meets an error.
+  """
+  count = jax.process_count()
+  if count == 1:
+    return
+  problems = distributed.gather(problem_in(folder, step, identity, (jax.process_index(), count)))
+  if any(problems):
+    raise damage.Damaged(folder, step, next(filter(None, problems)))
+
+
+def problem_in(folder: str, step: int, identity: str, share: tuple[int, int] = (0, 1)) -> str:
+  """Reads a checkpoint; returns what is wrong with it, or '' if it is sound.
+
+  All processes must call it. Arguments as for Saved; `share` as for Saved.check_all.
+  """
+  try:
+    Saved(folder, step, identity).check_all(share)
+  except damage.Damaged as error:
+    return error.problem
+  return ''
 
 
 class Saved:
@@ -221,7 +359,7 @@ class Saved:
     self._path = _step_folder(folder, step)
     self._item = item
     self._arrays = {}
-    self._checked: set[tuple[str, tuple[int, ...]]] = set()
+    self._checked: set[tuple[str, str, tuple[int, ...]]] = set()
     with damage.reading(folder, step):
       expected = damage.labels(identity, step, {})
       damage.check_labels(folder, step, {name: self._open(f'sums/{name}')[...].read().result()
@@ -236,17 +374,60 @@ class Saved:
     """
     with damage.reading(self._folder, self._step):
       found = self._open(f'{self._item}/{path}')[index].read().result()
-      self._check(path, index, found)
+      self._check(self._item, path, index, found)
     return found if found.dtype.kind == 'i' else finite.check(found, path, self._path)
 
-  def _check(self, path: str, index: Index, found: np.ndarray) -> None:
+  def check_all(self, share: tuple[int, int] = (0, 1)) -> None:
+    """Reads the whole checkpoint and compares it with its checksums.
+
+    Args:
+      share: (i, n): only every nth array, from the ith on.
+
+    Raises:
+      Damaged: something differs from what was saved.
+    """
+    with damage.reading(self._folder, self._step):
+      position = json.loads(self._open('data/json')[...].read().result().tobytes())
+      expected = damage.labels('0' * 16, self._step, position)['data']
+      if not np.array_equal(self._open('sums/data')[...].read().result(), expected):
+        raise damage.Damaged(self._folder, self._step,
+                             'its position in the data is not what was saved')
+      items = ('params', 'train')
+      wanted = sorted(path for path in self._paths('sums') if path.startswith(items))
+      present = sorted(f'{item}/{path}' for item in items for path in self._paths(item))
+      if missing := sorted({*wanted} ^ {*present}):
+        raise damage.Damaged(self._folder, self._step, f'it lacks {", ".join(missing[:5])}')
+      for each in wanted[share[0]::share[1]]:
+        self._check_array(*each.split('/', 1))
+
+  def sums(self) -> dict[str, list]:
+    """The stored checksums of all arrays, by path."""
+    return {path: self._open(f'sums/{path}')[...].read().result().tolist()
+            for path in self._paths('sums')}
+
+  def _paths(self, item: str) -> list[str]:
+    """The paths of the arrays of an item."""
+    keys = tensorstore.KvStore.open(self._store(item)).result().list().result()
+    return [key.decode().removesuffix('/zarr.json').replace('.', '/') for key in keys
+            if key.endswith(b'/zarr.json')]
+
+  def _check_array(self, item: str, path: str) -> None:
+    """Compares an array with its checksums, layer by layer and expert by expert."""
+    array = self._open(f'{item}/{path}')
+    many = checksums.leading_axes(path)
+    nothing = tuple(slice(0, 0) for _ in array.shape[many:])
+    for place in itertools.product(*map(range, array.shape[:many])):
+      index = (*(slice(i, i + 1) for i in place), *nothing)
+      self._check(item, path, index, array[index].read().result())
+
+  def _check(self, item: str, path: str, index: Index, found: np.ndarray) -> None:
     """Compares each layer and expert that `index` touches with its checksum, the first time."""
-    array = self._open(f'{self._item}/{path}')
+    array = self._open(f'{item}/{path}')
     index = tuple(slice(*each.indices(n)[:2]) for each, n in zip(index, array.shape))
     many = checksums.leading_axes(path)
     stacked = index[:many]
     places = list(itertools.product(*(range(each.start, each.stop) for each in stacked)))
-    if all((path, place) in self._checked for place in places):
+    if all((item, path, place) in self._checked for place in places):
       return
     if all((each.start, each.stop) == (0, n) for each, n in zip(index[many:], array.shape[many:])):
       total = checksums.of_piece(found, index, many)
@@ -255,11 +436,11 @@ class Saved:
       most = _CHUNK // array.dtype.numpy_dtype.itemsize
       for piece in checksums.pieces(array.shape, stacked, most):
         total += checksums.of_piece(array[piece].read().result(), piece, many)
-    expected = self._open(f'sums/{self._item}/{path}')[stacked].read().result()
+    expected = self._open(f'sums/{item}/{path}')[stacked].read().result()
     if not np.array_equal(total, expected):
-      raise damage.Damaged(self._folder, self._step, f'the checksum of {path} in {self._item} '
+      raise damage.Damaged(self._folder, self._step, f'the checksum of {path} in {item} '
                            'differs from what was saved')
-    self._checked.update((path, place) for place in places)
+    self._checked.update((item, path, place) for place in places)
 
   def extent(self, path: str, index: Index) -> None:
     """None: a checkpoint is compressed, so no slice of it is stored verbatim."""
@@ -277,9 +458,12 @@ class Saved:
     """The stored array at this path, whose first component is the item."""
     if path not in self._arrays:
       item, _, inner = path.partition('/')
-      # A file:// URL would be decoded: %20 means a space, and # and ? end the path.
-      base = {'driver': 'file', 'path': f'{self._path}/{item}/'}
-      store = {'driver': 'ocdbt', 'base': base, 'path': inner.replace('/', '.') + '/'}
+      store = self._store(item) | {'path': inner.replace('/', '.') + '/'}
       self._arrays[path] = tensorstore.open(
           {'driver': 'zarr3', 'kvstore': store}, open=True).result()
     return self._arrays[path]
+
+  def _store(self, item: str) -> dict[str, Any]:
+    """Where tensorstore finds the arrays of an item."""
+    # A file:// URL would be decoded: %20 means a space, and # and ? end the path.
+    return {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{self._path}/{item}/'}}

@@ -18,18 +18,18 @@ from btx_jax.training import checksums
 _NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
 
 
-
 class Damaged(RunError):
   """A checkpoint is damaged, or belongs to another step or run than its path says.
 
   Attributes:
     folder: the directory of the run's checkpoints.
     step: the step.
-    what: the problem, as a sentence.
+    problem: what is wrong with it.
+    what: the same, as a sentence with its path.
   """
 
   def __init__(self, folder: str, step: int, problem: str):
-    self.folder, self.step = folder, step
+    self.folder, self.step, self.problem = folder, step, problem
     self.what = f'The checkpoint {os.path.join(folder, str(step))} is damaged: {problem}.'
     super().__init__(f'{self.what} Train its run again, with --run; it continues from the newest '
                      'sound checkpoint.')

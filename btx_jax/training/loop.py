@@ -20,7 +20,7 @@ from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
 from btx_jax.training import not_finite
 from btx_jax.training.best import Best, held_out_loss
-from btx_jax.training.checkpoint import Checkpoints
+from btx_jax.training.checkpoint import Checkpoints, state_bytes
 from btx_jax.training.program import Program, make_program
 from btx_jax.training.recorder import Recorder, health_at
 from btx_jax.training.step import TrainState
@@ -36,6 +36,7 @@ class Settings:
     checkpoint_every: steps between checkpoints (the last step is always saved).
     checkpoints_kept: number of newest checkpoints to keep.
     checkpoints_kept_every: multiples of this many steps are saved and kept; 0 is none.
+    checkpoint_patience: number of saves in a row that fail before the run ends.
     sinks: where figures go besides metrics.jsonl, see sinks.py.
     profile: number of steps to trace, from the second on.
   """
@@ -44,6 +45,7 @@ class Settings:
   checkpoint_every: int
   checkpoints_kept: int
   checkpoints_kept_every: int = 0
+  checkpoint_patience: int = 1
   sinks: Sequence[str] = ()
   profile: int = 0
 
@@ -72,10 +74,11 @@ class Job:
 
 Evaluate = Callable[[Config, dict], Mapping[str, Mapping]]
 OnCheckpoint = Callable[[str, int, dict[str, int], dict[str, Any] | None, dict[str, Any]], None]
+OnTrouble = Callable[[str, dict[str, Any]], None]
 
 
 def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
-        evaluate: Evaluate, on_checkpoint: OnCheckpoint) -> dict:
+        evaluate: Evaluate, on_checkpoint: OnCheckpoint, on_trouble: OnTrouble) -> dict:
   """Trains a run, or several as one program, each from its newest sound checkpoint if it has one.
 
   Args:
@@ -85,18 +88,22 @@ def run(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settin
     settings: when to log, evaluate and save.
     evaluate: (model, parameters) -> result by domain, from evaluate.bits.
     on_checkpoint: called with the name of a run, the number of steps it has done, the number of
-      targets it was trained on, by domain, Best.found, and Recorder.health.
+      targets it was trained on, by domain, Best.found, and the fields of its manifest on trouble.
+    on_trouble: called with the name of a run and fields of its manifest, when a save failed, or
+      may fail for lack of room.
 
   Returns:
     The parameters at the end; of several runs stacked, leaves [slots, ...].
 
   Raises:
-    RunError: numbers of a step are not finite, or a run has checkpoints and none is sound.
+    RunError: numbers of a step are not finite, a run has checkpoints and none is sound, or saves
+      failed.
     KeyboardInterrupt: preempted, with everything saved.
   """
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.deferring_sigterm())
-    training = start(jobs, mesh, domains, settings, evaluate, on_checkpoint, stack)
+    training = start(jobs, mesh, domains, settings, evaluate, on_checkpoint,
+                     on_trouble, stack)
     training.make_up_evaluations()
     first, last = training.first_step, training.last_step
     begin_trace = min(first + 1, last + 1)
@@ -139,8 +146,8 @@ class Branch:
 
 
 def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], settings: Settings,
-          evaluate: Evaluate, on_checkpoint: OnCheckpoint, stack: contextlib.ExitStack
-          ) -> 'Training':
+          evaluate: Evaluate, on_checkpoint: OnCheckpoint, on_trouble: OnTrouble,
+          stack: contextlib.ExitStack) -> 'Training':
   """Restores or initialises every run, and opens its files; `stack` closes them.
 
   Arguments otherwise as for `run`.
@@ -149,7 +156,8 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
   program = make_program(runs, mesh, len(domains))
   checkpoints = [stack.enter_context(Checkpoints(
       os.path.join(job.folder, 'checkpoints'), job.identity, settings.checkpoints_kept,
-      settings.checkpoints_kept_every, job.steps_kept)) for job in jobs]
+      settings.checkpoints_kept_every, job.steps_kept, settings.checkpoint_patience))
+      for job in jobs]
   starts, states, positions, bests = [], [], [], []
   for job, saved in zip(jobs, checkpoints):
     step, state, position = saved.newest(program.state_shapes)
@@ -179,7 +187,8 @@ def start(jobs: Sequence[Job], mesh: jax.sharding.Mesh, domains: list[str], sett
     branches.append(Branch(job.run, job.folder, step, saved, recorder, job.steps_kept, best,
                            position.get('unevaluated', False)))
   training = Training(program, branches, joined, [job.order for job in jobs], settings,
-                      evaluate, on_checkpoint)
+                      evaluate, on_checkpoint, on_trouble)
+  training.warn_of_shortage()
   if len(branches) > 1:
     _say_idle_share(training)
   return training
@@ -197,14 +206,16 @@ class Training:
 
   def __init__(self, program: Program, branches: Sequence[Branch], state: TrainState,
                orders: Sequence[grain.MapDataset], settings: Settings, evaluate: Evaluate,
-               on_checkpoint: OnCheckpoint):
+               on_checkpoint: OnCheckpoint, on_trouble: OnTrouble):
     """`orders` are the training rows of each branch."""
     self.program, self.branches = program, branches
     self.first_step = min(branch.start for branch in branches) + 1
     self.last_step = max(branch.run.steps for branch in branches)
     self.state = state
     self._batches = program.batches(orders, self.first_step, self.last_step)
-    self._settings, self._evaluate, self._on_checkpoint = settings, evaluate, on_checkpoint
+    self._settings, self._evaluate = settings, evaluate
+    self._on_checkpoint, self._on_trouble = on_checkpoint, on_trouble
+    self._shortages: dict[str, str] = {}  # by run
     self._unrecorded: tuple[int, dict[str, Any]] | None = None  # the newest step, its metrics
 
   def make_up_evaluations(self):
@@ -258,12 +269,51 @@ class Training:
     if saves:
       position = {'step': step, **branch.recorder.position(),
                   'unevaluated': evaluates and preempted}
-      branch.checkpoints.save(step, state, position)
+      self._save(step, branch, state, position,
+                 is_needed=ends or preempted or step in branch.steps_kept)
+
+  def _save(self, step: int, branch: Branch, state: TrainState, position: dict, is_needed: bool):
+    """Saves a branch. If that fails, the branch goes on, unless the checkpoint is needed."""
+    checkpoints, failures = branch.checkpoints, branch.checkpoints.failures
+    before = failures.count
+    checkpoints.wait()
+    self.warn_of_shortage()
+    checkpoints.save(step, state, position)
+    if is_needed:
+      checkpoints.wait_for(step)
+    if step == branch.run.steps and failures.count:
+      say(f'{branch.run.name}: {failures.sentence}')
+    if failures.count > before:
+      kept = distributed.broadcast(lambda: checkpoints.steps)
+      if branch.best.step and branch.best.step not in kept:
+        branch.best.forget()
+        checkpoints.best = branch.best.step
+      newest = {'steps_done': max(kept, default=0), 'best': branch.best.found}
+      self._on_trouble(branch.run.name, newest | self._health(branch))
+    if step in distributed.broadcast(lambda: checkpoints.steps):  # or is being saved
       self._note(step, branch)
 
   def _note(self, step: int, branch: Branch):
     self._on_checkpoint(branch.run.name, step, branch.recorder.tokens_by_domain,
-                        branch.best.found, branch.recorder.health)
+                        branch.best.found, self._health(branch))
+
+  def _health(self, branch: Branch) -> dict[str, Any]:
+    """The fields of a manifest on trouble."""
+    found = branch.checkpoints.failures.sentence, self._shortages.get(branch.run.name, '')
+    return {**branch.recorder.health, 'storage': [each for each in found if each]}
+
+  def warn_of_shortage(self):
+    """Warns of a disk that has too little room for the checkpoints to come, once."""
+    size = state_bytes(self.program.state_shapes)
+    for branch in self.branches:
+      name, left = branch.run.name, branch.run.steps - branch.start
+      saves = left // self._settings.checkpoint_every + bool(left)
+      found = branch.checkpoints.shortage(size, saves)
+      if bool(found) != bool(self._shortages.get(name)):
+        if found:
+          say(f'{name}: {found}')
+        self._shortages[name] = found
+        self._on_trouble(name, self._health(branch))
 
   def _is_evaluated_after(self, step: int, branch: Branch) -> bool:
     """Whether the evaluation of a branch is due after this step. Its end is measured otherwise."""

@@ -32,14 +32,17 @@ share of held-out pairs that the model ranks as the data does (scoring/ranking.p
 """
 
 from collections.abc import Iterator
+import errno
 import json
 import os
 import time
 from typing import Any, NamedTuple
 import zlib
 
+from btx_jax import storage
 from btx_jax.files import inputs, shapes, writing
 from btx_jax.terminal import say
+from btx_jax.training import saving
 
 NAME = 'metrics.jsonl'
 # What the code that reads lines relies on.
@@ -55,9 +58,11 @@ class Mark(NamedTuple):
   Attributes:
     size: the number of bytes before it.
     crc32: the checksum of these bytes.
+    late: lines after it that could not be written, because the disk was full.
   """
   size: int = 0
   crc32: int = 0
+  late: str = ''
 
 
 _BEGINNING = Mark()
@@ -85,28 +90,51 @@ class MetricsFile:
     self.kept = [json.loads(line) for line in kept.splitlines()]
     with writing.replacing(path, 'wb') as file:
       file.write(kept)
-    self._file = writing.append(path)
-    self._mark = Mark(len(kept), zlib.crc32(kept))
+    self._folder, self._file = folder, writing.append(path)
+    self._mark, self._late, self._is_full = Mark(len(kept), zlib.crc32(kept)), b'', False
+    self.kept += [json.loads(line) for line in mark.late.splitlines()]
+    self._append(mark.late.encode())
 
   def write(self, step: int, **values) -> dict[str, Any]:
     """Appends a line, and returns it."""
     line = {'step': step, 'time': round(time.time(), 1), **values}
-    data = json.dumps(line).encode() + b'\n'
-    self._file.write(data)
-    self._file.flush()
-    self._mark = Mark(self._mark.size + len(data), zlib.crc32(data, self._mark.crc32))
+    saving.check_present(self._folder)
+    self._append(json.dumps(line).encode() + b'\n')
     return line
+
+  def _append(self, data: bytes):
+    """Appends whole lines; if the disk is full, keeps them for the next call."""
+    self._late += data
+    done = 0
+    try:
+      while done < len(self._late):
+        done += self._file.write(self._late[done:])
+    except OSError as error:
+      self._file.truncate(self._mark.size)
+      if not storage.disk_error(error):
+        raise
+      if not self._is_full:
+        say(f'{self._file.name} could not be written: {error.strerror}. Its lines are kept, and '
+            'written once that is possible')
+      self._is_full = True
+      return
+    self._mark = Mark(self._mark.size + done, zlib.crc32(self._late, self._mark.crc32))
+    self._late, self._is_full = b'', False
 
   def mark(self) -> Mark:
     """The end of the file; what comes before it is on the disk when this returns."""
+    self._append(b'')
     os.fsync(self._file.fileno())
-    return self._mark
+    return self._mark._replace(late=self._late.decode())
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, _, error, __):
+    self._append(b'')
     self._file.close()
+    if self._late and error is None:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
 
 def end_of(folder: str) -> Mark:

@@ -56,11 +56,11 @@ class Recorder(contextlib.ExitStack):
     self._unwritten: list[str] = list(position.get('unwritten', []))  # warnings for the next line
     self._schedule = optim.schedule_of(run)
     self._progress = progress
-    self._file = None  # only process 0 has one, and only for a run that is not done
-    if not distributed.is_process_0() or start == run.steps:
+    self._file = None  # only process 0 has one, and only for a run that has lines to write
+    mark = Mark(*position.get('metrics', ()))
+    if not distributed.is_process_0() or (start == run.steps and not mark.late):
       return
-    self._file = self.enter_context(
-        MetricsFile(folder, start, Mark(*position.get('metrics', ()))))
+    self._file = self.enter_context(MetricsFile(folder, start, mark))
     self._sinks = self.enter_context(Deliveries(
         sink_names, sinks.subject(run, folder), start, self._file.kept))
     self._warned = {tuple(trouble) for line in self._file.kept
@@ -87,8 +87,8 @@ class Recorder(contextlib.ExitStack):
             'losses': self._losses, 'spike': self._spike, 'unwritten': self._unwritten,
             'metrics': distributed.broadcast(self._mark)}
 
-  def _mark(self) -> list[int]:
-    return list(self._file.mark()) if self._file else []
+  def _mark(self) -> list[int | str]:
+    return [*self._file.mark()] if self._file else []
 
   def add_input_wait(self, seconds: float):
     """Counts time that was spent waiting for the next batch."""

@@ -1,0 +1,75 @@
+"""Full and failing disks: which errors mean one, and how much room is left."""
+
+from collections.abc import Iterator
+import errno
+import os
+import re
+
+# Errors of the disk rather than of a path or of the program.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FAILING = {errno.EROFS, errno.EIO, errno.ESTALE}
+
+
+def disk_error(error: BaseException) -> OSError | None:
+  """The error of a full or failing disk behind an exception; None if that is not its cause.
+
+  tensorstore raises ValueError, and its RESOURCE_EXHAUSTED may mean memory or disk, as that of XLA:
+  only the number or the text of the system's error distinguishes them.
+  """
+  for each in _chain(error):
+    if isinstance(each, OSError):
+      if each.errno in FULL | FAILING:
+        return each
+      continue
+    text = str(each)
+    number = next((number for number in FULL | FAILING
+                   if f"os_error_code='{number}'" in text or os.strerror(number) in text), None)
+    if number is not None:
+      return OSError(number, os.strerror(number), _path_in(text))
+  return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+  """An exception, its causes, and the members of groups."""
+  seen, waiting = set(), [error]
+  while waiting:
+    each = waiting.pop(0)
+    if id(each) in seen:
+      continue
+    seen.add(id(each))
+    yield each
+    if isinstance(each, BaseExceptionGroup):
+      waiting += each.exceptions
+    if each.__cause__:
+      waiting.append(each.__cause__)
+
+
+def _path_in(text: str) -> str | None:
+  """The last absolute path that a message quotes, without what tensorstore appends to it."""
+  found = re.findall(r'"(/[^"]+)"', text)
+  return re.split(r'\\x00|\x00|\.__lock$', found[-1])[0] if found else None
+
+
+def free_bytes(path: str) -> int | None:
+  """The bytes that may still be written on the disk of a path; None if that is unknown.
+
+  `path` need not exist; then the nearest directory above it counts. A quota is not seen.
+  """
+  path = os.path.abspath(path)
+  while True:
+    try:
+      found = os.statvfs(path)
+      return found.f_bavail * found.f_frsize if found.f_blocks else None
+    except FileNotFoundError:
+      path = os.path.dirname(path)
+    except (OSError, AttributeError):  # no statvfs on Windows
+      return None
+
+
+def size(count: float) -> str:
+  """Bytes in words: '3.2 MB'."""
+  for unit in ('bytes', 'kB', 'MB', 'GB'):
+    if count < 1000:
+      return f'{count:,.0f} bytes' if unit == 'bytes' else f'{count:.1f} {unit}'
+    count /= 1000
+  return f'{count:,.1f} TB'

@@ -1,0 +1,162 @@
+"""What follows when a checkpoint cannot be saved: the run goes on, and tries again later.
+
+It ends when too many saves in a row have failed (config.checkpoint_patience), or one that is
+needed: the last, one that another run starts from, or one after SIGTERM. It also ends when its
+directory vanishes.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import time
+
+from btx_jax import storage
+from btx_jax.devices import distributed
+from btx_jax.errors import RunError, UsageError
+
+# How orbax names a checkpoint while it is written.
+_UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp.*')
+# How errors of tensorstore begin, which are ValueErrors.
+_STATUS = re.compile(r'[A-Z]{4,}(_[A-Z]+)*: ')
+
+_TRIES, _PAUSE = 10, 0.2  # to delete what is written meanwhile; seconds between them
+
+
+class Failures:
+  """The saves of a run that failed since it was started.
+
+  Attributes:
+    count: how many.
+    in_a_row: how many since a checkpoint was saved.
+  """
+
+  def __init__(self):
+    self.count, self.in_a_row, self._last = 0, 0, ''
+
+  def add(self, step: int, problem: str):
+    """Counts the save of a step."""
+    self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
+    self._last = f'the checkpoint of step {step:,} could not be saved: {problem}'
+
+  def end_row(self):
+    """A checkpoint was saved."""
+    self.in_a_row = 0
+
+  @property
+  def sentence(self) -> str:
+    """The last failure, and what became of it; '' if there was none."""
+    if not self.count:
+      return ''
+    if not self.in_a_row:
+      return f'{self._last}. Later ones were saved'
+    row = f' ({self.in_a_row} in a row)' if self.in_a_row > 1 else ''
+    return f'{self._last}{row}. The next one is tried when it is due'
+
+  def error(self, folder: str, steps: list[int]) -> RunError:
+    """The error that ends the run, if the checkpoints of these steps are kept."""
+    kept = f'Its newest checkpoint is of step {steps[-1]:,}' if steps else 'It has no checkpoint'
+    return RunError(f'{os.path.dirname(folder)}: {self._last}. {kept}. Once there is room and the '
+                    'disk works, the same command continues from there.')
+
+
+def problem_in(error: Exception, folder: str, size: int) -> str | None:
+  """What an error of a save says about storage; None if it has another cause.
+
+  Args:
+    error: the error.
+    folder: of the checkpoints.
+    size: bytes of the state.
+  """
+  if isinstance(error, RunError | UsageError):
+    return None
+  disk = storage.disk_error(error)
+  if disk and disk.errno in storage.FULL:
+    free = storage.free_bytes(folder)
+    left = '' if free is None else f', and {storage.size(free)} are free'
+    return (f'no space is left for {folder} ({disk.strerror}; it takes up to {storage.size(size)}'
+            f'{left})')
+  if disk:
+    return f'the disk of {folder} cannot be written: {disk.strerror}'
+  if isinstance(error, OSError) or (type(error) is ValueError and _STATUS.match(str(error))):
+    text = str(error) or type(error).__name__
+    return f'{folder} cannot be written ({text.strip().splitlines()[0]:.300})'
+  return None
+
+
+def shortage(folder: str, size: int, count: int) -> str:
+  """A warning if the disk has too little room for checkpoints; '' if it has enough.
+
+  It may be wrong: checkpoints are compressed, and others write and delete, too.
+
+  Args:
+    folder: of the checkpoints.
+    size: bytes of the state.
+    count: how many more checkpoints there will be at the same time.
+  """
+  free = storage.free_bytes(folder)
+  if free is None or free >= size * count:
+    return ''
+  each = f'{count} checkpoints take' if count > 1 else 'a checkpoint takes'
+  return (f'{storage.size(free)} are free for {folder}, and {each} up to '
+          f'{storage.size(size * count)}')
+
+
+def clear_unfinished(folder: str, after_failure: bool = False):
+  """Deletes what interrupted or failed saves left in a directory of checkpoints; process 0 does.
+
+  `after_failure`: whether a save has just failed; then other parts of it may still be written.
+  """
+  def clear():
+    tries = _TRIES if after_failure else 1
+    while _clear(folder) and tries > 1:
+      tries -= 1
+      time.sleep(_PAUSE)
+
+  distributed.on_process_0(clear)
+
+
+def _clear(folder: str) -> bool:
+  """Returns whether there was anything to delete."""
+  found = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)
+           ] if os.path.isdir(folder) else []
+  for name in found:
+    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+  return bool(found)
+
+
+class Place:
+  """A directory that a run writes to, and that may vanish meanwhile."""
+
+  def __init__(self, folder: str):
+    self._folder, self._identity = folder, _identity(folder)
+
+  def check(self):
+    """Raises RunError if the directory is gone, or if another one has its path now."""
+    if _identity(self._folder) == self._identity:
+      return
+    _clear(self._folder)  # tensorstore makes missing directories while it writes
+    with contextlib.suppress(OSError):
+      os.rmdir(self._folder)
+      os.rmdir(os.path.dirname(self._folder))
+    raise gone(self._folder)
+
+
+def check_present(folder: str):
+  """Raises RunError if the directory of a run is gone."""
+  if not os.path.isdir(folder):
+    raise gone(folder)
+
+
+def gone(folder: str) -> RunError:
+  """The error of a directory that vanished during a run."""
+  return RunError(f'{folder} is gone: it was deleted, moved or unmounted during the run. Put it '
+                  'back, and the same command continues from its newest checkpoint.')
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+  try:
+    found = os.stat(folder)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  return found.st_dev, found.st_ino
