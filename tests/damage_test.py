@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import load
+from btx_jax import load, terminal
+from btx_jax.commands import status
 from btx_jax.devices import sharding
 from btx_jax.errors import RunError
 from btx_jax.pipeline import Pipeline
@@ -129,6 +130,36 @@ def test_a_run_goes_on_from_the_newest_sound_checkpoint(study, copy, capsys):
   assert_trees_equal(final_params(copy, 'seed'), final_params(study, 'seed'))
   kept = os.listdir(os.path.dirname(data.split('/4/')[0] + '/4'))
   assert {'damaged-4', f'damaged-{STEPS}', '4', str(STEPS)} <= set(kept)
+
+
+def test_status_says_which_checkpoints_are_sound(copy):
+  data = os.path.join(of_step(copy, 4), 'params', 'ocdbt.process_0', 'd')
+  flip(os.path.join(data, os.listdir(data)[0]), random.Random(1))
+  assert 'checkpoints' not in status.collect(copy)['runs'][0]  # it reads them only if asked
+  found = status.collect(copy, check=True)
+  problems = found['runs'][0]['checkpoints']
+  assert problems.pop(4) and problems == {2: '', STEPS: ''}
+  assert found['runs'][1]['checkpoints'] == {2: '', 4: '', 5: ''}
+  with terminal.console.capture() as shown:
+    terminal.console.print(status.as_table(found), soft_wrap=True)
+  assert 'seed: the checkpoint of step 4 is damaged: ' in shown.get()
+  assert f'seed: sound checkpoints, of steps: 2, {STEPS}\n' in shown.get()
+
+
+def test_damage_that_another_process_notices(copy, monkeypatch):
+  run = copy.runs['seed']
+  given = sources.checkpoints(copy, run), STEPS, sources.identity(copy, run)
+  shares = []
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(checkpoint, 'problem_in', lambda *asked: shares.append(asked[-1]) or '')
+  monkeypatch.setattr(checkpoint.distributed, 'gather', lambda own: [own, 'it cannot be read'])
+  with pytest.raises(damage.Damaged, match=f'{STEPS} is damaged: it cannot be read'):
+    checkpoint._check_together(*given)
+  assert shares == [(0, 2)]
+  monkeypatch.undo()
+  flipped = os.path.join(of_step(copy, STEPS), 'params', 'ocdbt.process_0', 'd')
+  flip(os.path.join(flipped, os.listdir(flipped)[0]), random.Random(1))
+  assert sorted(bool(checkpoint.problem_in(*given, (i, 2))) for i in range(2))[-1]
 
 
 def test_a_damaged_end_of_a_complete_run_is_trained_again(study, copy):

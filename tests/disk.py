@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 
-from btx_jax.files import leftovers, writing
+from btx_jax.files import leftovers, locks, writing
 
 # The calls with which btx_jax/files/ changes what is on the disk.
 CALLS = ('open', 'write', 'pwrite', 'copy_file_range', 'fsync', 'replace', 'rename', 'remove',
@@ -32,7 +32,8 @@ class Disk:
     self._fail_at, self._error, self._ended = fail_at, error, False
     monkeypatch.setattr(writing, 'os', self)
     monkeypatch.setattr(leftovers, 'os', self)
-    monkeypatch.setattr(writing, 'open', self._open, raising=False)
+    for module in (writing, locks):
+      monkeypatch.setattr(module, 'open', self._open, raising=False)
 
   def __getattr__(self, name):
     found = getattr(os, name)

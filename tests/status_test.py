@@ -111,6 +111,11 @@ def test_skipped_steps_and_a_spike_stay_visible(study, at_work):
   assert status_of(study, 'seed')['warnings'] == ['the loss rose to 9']
 
 
+def test_full_disks_stay_visible(study, at_work):
+  start(study, 'seed', lines=[line(1)], storage=['the checkpoint of step 2 could not be saved: x'])
+  assert status_of(study, 'seed')['warnings'] == ['the checkpoint of step 2 could not be saved: x']
+
+
 def test_half_written_and_invalid_lines_are_skipped(study, at_work):
   start(study, 'seed', lines=[
       line(1, 3.0), '[1, 2]\n', '\n', '{"loss": 9.0}\n', '\x00\x00\n', line(2, 2.5),

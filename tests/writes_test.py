@@ -54,6 +54,7 @@ def tree(folder: pathlib.Path) -> dict[str, bytes]:
 # Each with the reason why it does not go through files/writing.py.
 OTHER_WRITERS = {
     'training/damage.py': 'renames checkpoints, which orbax writes',
+    'training/saving.py': 'removes what orbax left',
     'training/metrics.py': 'syncs the lines that it appends',
     'training/sinks.py': 'a folder that another package fills',
     'devices/compiled.py': 'a folder that jax fills'}
