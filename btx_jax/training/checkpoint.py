@@ -9,6 +9,7 @@ A damaged checkpoint is set aside, as damaged-STEP beside the others; nothing is
 """
 
 from collections.abc import Sequence
+import errno
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
 
+from btx_jax import storage
 from btx_jax.convert import finite
 from btx_jax.devices import distributed, sharding
 from btx_jax.errors import RunError
@@ -104,9 +106,22 @@ class Checkpoints:
             for name in ('params', 'train')}
     items['sums'] = sums | damage.labels(self._identity, step, position)
     self._unfinished = _Save(step, state_bytes(state))
-    self._unfinished.start(self._checkpointer, items)
+    if self._is_refused(self._unfinished.size):
+      self._unfinished.fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    else:
+      self._unfinished.start(self._checkpointer, items)
     if any(distributed.gather(self._unfinished.has_failed)):
       self.wait()
+
+  def _is_refused(self, size: int) -> bool:
+    """Whether a save is not tried, because it may not fit. A single process tries it.
+
+    Of several, those that could write would wait in orbax for the one that could not.
+    """
+    if jax.process_count() == 1:
+      return False
+    free = distributed.broadcast(lambda: storage.free_bytes(self._folder))
+    return free is not None and free < size
 
   def wait(self):
     """Waits for the save in the background. All processes must call it.
@@ -221,6 +236,10 @@ class _Save:
       self._response = checkpointer.save_checkpointables_async(self.step, items, force=True)
     except Exception as error:  # orbax and tensorstore raise many kinds
       self._error = error
+
+  def fail(self, error: Exception):
+    """Lets it fail without a try."""
+    self._error = error
 
   @property
   def has_failed(self) -> bool:
