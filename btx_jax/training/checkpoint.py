@@ -31,6 +31,7 @@ from btx_jax.training import checksums, damage, saving
 from btx_jax.training.step import TrainState
 
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
+_MARGIN = 1 << 26  # bytes that several processes leave for metadata, besides the arrays
 
 
 class Checkpoints:
@@ -105,7 +106,8 @@ class Checkpoints:
     sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
             for name in ('params', 'train')}
     items['sums'] = sums | damage.labels(self._identity, step, position)
-    self._unfinished = _Save(step, state_bytes(state))
+    margin = _MARGIN if jax.process_count() > 1 else 0
+    self._unfinished = _Save(step, state_bytes(state) + margin)
     if self._is_refused(self._unfinished.size):
       self._unfinished.fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     else:
@@ -223,7 +225,7 @@ class _Save:
 
   Attributes:
     step: whose state is saved.
-    size: bytes of the state.
+    size: bytes that it takes at most.
   """
 
   def __init__(self, step: int, size: int):
