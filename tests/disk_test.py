@@ -226,3 +226,17 @@ def test_which_checkpoints_are_sound(study):
       'position of another step': 'its position in the data is not what was saved',
       'renamed': 'it belongs to step 4'}
   assert checkpoint.problem_in(str(folder), 10, '1' * 16).startswith('it belongs to another run')
+
+
+def test_several_processes_do_not_try_a_save_that_may_not_fit(study, monkeypatch):
+  free = {'bytes': 1000}
+  monkeypatch.setattr(storage, 'free_bytes', lambda _: free['bytes'])
+
+  def disturb(step):
+    # One process stands for several; the programs that they run together are others' tests.
+    study.checkpoints._is_refused = lambda size: free['bytes'] < size
+    free['bytes'] = 5 if 5 < step < 8 else 1000
+
+  study.train(disturb)
+  assert study.kept == ['4', '10', '11']
+  assert 'step 6 could not be saved: no space is left' in study.manifest['storage'][0]

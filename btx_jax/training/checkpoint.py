@@ -9,6 +9,7 @@ A damaged checkpoint is set aside, as damaged-STEP beside the others; nothing is
 """
 
 from collections.abc import Sequence
+import errno
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import tensorstore
 
+from btx_jax import storage
 from btx_jax.convert import finite
 from btx_jax.devices import distributed, sharding
 from btx_jax.errors import RunError
@@ -30,6 +32,7 @@ from btx_jax.training import checksums, damage, saving
 from btx_jax.training.step import TrainState
 
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
+_MARGIN = 1 << 26  # bytes that several processes leave for metadata, besides the arrays
 
 
 class Checkpoints:
@@ -104,10 +107,24 @@ class Checkpoints:
     sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
             for name in ('params', 'train')}
     items['sums'] = sums | damage.labels(self._identity, step, position)
-    self._unfinished = _Save(step, state_bytes(state))
-    self._unfinished.start(self._checkpointer, items)
+    margin = _MARGIN if jax.process_count() > 1 else 0
+    self._unfinished = _Save(step, state_bytes(state) + margin)
+    if self._is_refused(self._unfinished.size):
+      self._unfinished.fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    else:
+      self._unfinished.start(self._checkpointer, items)
     if any(distributed.gather(self._unfinished.has_failed)):
       self.wait()
+
+  def _is_refused(self, size: int) -> bool:
+    """Whether a save is not tried, because it may not fit. A single process tries it.
+
+    Of several, those that could write would wait in orbax for the one that could not.
+    """
+    if jax.process_count() == 1:
+      return False
+    free = distributed.broadcast(lambda: storage.free_bytes(self._folder))
+    return free is not None and free < size
 
   def wait(self):
     """Waits for the save in the background. All processes must call it.
@@ -209,7 +226,7 @@ class _Save:
 
   Attributes:
     step: whose state is saved.
-    size: bytes of the state.
+    size: bytes that it takes at most.
   """
 
   def __init__(self, step: int, size: int):
@@ -222,6 +239,10 @@ class _Save:
       self._response = checkpointer.save_checkpointables_async(self.step, items, force=True)
     except Exception as error:  # orbax and tensorstore raise many kinds
       self._error = error
+
+  def fail(self, error: Exception):
+    """Lets it fail without a try."""
+    self._error = error
 
   @property
   def has_failed(self) -> bool:
