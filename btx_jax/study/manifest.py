@@ -24,7 +24,8 @@ _SHAPE = {
     'seconds?': float, 'tokens_by_domain?': {str: float}, 'versions?': dict,
     'earlier_versions?': list, 'saved?': str, 'started?': str, 'updated?': str, 'devices?': str,
     'processes?': int, 'error?': str, 'best?': (None, {'step': int, 'bits_per_byte': float}),
-    'from_best?': object, 'metrics?': [int]}
+    'from_best?': object, 'metrics?': [int],
+    'storage?': [str]}
 
 
 def identity(spec: dict) -> str:
