@@ -419,7 +419,7 @@ def test_transformers_asks_an_exported_mixture_and_stops_at_the_end_of_the_turn(
 
 
 def test_what_an_expert_has_seen_is_without_the_padding_of_its_rows(text, model):
-  run = SimpleNamespace(state=False, outer=None, weights={'some': 1.0}, seq_len=600, training_seed=0, steps=1,
-                        batch_size=2)
+  run = SimpleNamespace(state=False, outer=None, weights={'some': 1.0}, seq_len=600,
+                        training_seed=0, steps=1, batch_size=2)
   seen = samples.seen(run, Text(model, {'some': text[0]}, {}))
   assert len(seen) == 2 and not any(model.decode([0]) * 2 in each for each in seen)
