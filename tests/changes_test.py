@@ -220,7 +220,7 @@ def test_every_series_has_its_own_best_step(folder, tmp_path):
   config.seeds = (0, 1, 2)
   written = {'seed-0': {'best': {'step': 1}}, 'seed-1': {'best': {'step': 3}}, 'seed-2': {}}
   for series, best in written.items():
-    manifest.write(str(tmp_path / series / 'seed'), {'state': manifest.STOPPED, 'spec': {}} | best)
+    manifest.write(str(tmp_path / series / 'seed'), manifest.begin('seed', {}) | {'state': manifest.STOPPED} | best)
   runs = Study(config, str(tmp_path)).runs
   sources = [runs[f'{series}/best'].sources[0] for series in written]
   assert [each.label for each in sources] == [

@@ -234,7 +234,7 @@ def test_a_run_that_failed_gives_way_to_those_that_start_from_its_kept_steps(fol
   path = tmp_path / 'btx' / 'checkpoints' / '2'
   path.mkdir(parents=True)
   for found, jobs in ((manifest.STOPPED, [['btx'], ['again']]), (manifest.FAILED, [['again']])):
-    manifest.write(study.folder('btx'), {'state': found, 'spec': {}})
+    manifest.write(study.folder('btx'), manifest.begin('btx', {}) | {'state': found})
     assert [[name for name in stage if name in ('btx', 'again')]
             for stage in status.stages(study)][-len(jobs):] == jobs
   path.rmdir()
