@@ -218,9 +218,11 @@ def test_a_source_that_was_deleted_since_is_described_by_what_is_recorded(folder
 def test_every_series_has_its_own_best_step(folder, tmp_path):
   config = config_of(folder / 'mine.py')
   config.seeds = (0, 1, 2)
-  written = {'seed-0': {'best': {'step': 1}}, 'seed-1': {'best': {'step': 3}}, 'seed-2': {}}
+  written = {f'seed-{i}': {'best': {'step': step, 'bits_per_byte': 1.0}} if step else {}
+             for i, step in enumerate((1, 3, 0))}
   for series, best in written.items():
-    manifest.write(str(tmp_path / series / 'seed'), manifest.begin('seed', {}) | {'state': manifest.STOPPED} | best)
+    manifest.write(str(tmp_path / series / 'seed'),
+                   manifest.begin('seed', {}) | {'state': manifest.STOPPED} | best)
   runs = Study(config, str(tmp_path)).runs
   sources = [runs[f'{series}/best'].sources[0] for series in written]
   assert [each.label for each in sources] == [
