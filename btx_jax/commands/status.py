@@ -130,7 +130,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   warnings += directories.sentences(run, changes.of(study, run, found))
   warnings += _about_trouble(found, last, warnings)
   if state == manifest.COMPLETE and 'metrics' in found:
-    warnings += filter(None, [metrics.problem(folder, metrics.Mark(*found['metrics']))])
+    warnings += filter(None, [metrics.problem(folder, metrics.Mark(*found['metrics'][:2]))])
   warnings += _about_best(study, run, found, lines)
   done = found.get('steps_done', 0)
   step = max(done, last.get('step', 0))
