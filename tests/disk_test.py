@@ -23,6 +23,7 @@ from tests.killed_metrics_test import (
   SETTINGS,
   STEPS,
   Counting,
+  Killed,
   evaluate,
   lines_of,
   state_after,
@@ -226,3 +227,22 @@ def test_which_checkpoints_are_sound(study):
       'position of another step': 'its position in the data is not what was saved',
       'renamed': 'it belongs to step 4'}
   assert checkpoint.problem_in(str(folder), 10, '1' * 16).startswith('it belongs to another run')
+
+
+def test_checkpoints_of_the_layout_before_are_refused_in_words(study, monkeypatch):
+  """Their position was a tree of numbers."""
+  monkeypatch.setattr(checkpoint, '_as_json', lambda position: {
+      'step': position['step'], 'tokens_by_domain': position['tokens_by_domain']})
+  with pytest.raises(Killed):
+    study.train(lambda step: raised(Killed) if step == 3 else None)
+  monkeypatch.undo()
+  problem = 'an earlier version wrote it, without the sums of an interval, so no run can go on'
+  assert checkpoint.problem_in(
+      str(study.folder / 'checkpoints'), 2, '0' * 16).startswith(problem)
+  with pytest.raises(RunError, match=f'checkpoints/2 is damaged: {problem}'):
+    study.train()
+  assert study.kept == ['2']
+
+
+def raised(kind):
+  raise kind
