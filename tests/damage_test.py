@@ -145,13 +145,36 @@ def test_status_says_which_checkpoints_are_sound(copy):
   spoil(os.path.join(of_step(copy, 4), 'params'))
   assert 'checkpoints' not in status.collect(copy)['runs'][0]  # it reads them only if asked
   found = status.collect(copy, check=True)
-  problems = found['runs'][0]['checkpoints']
-  assert problems[4] and problems == {2: '', 4: problems[4], STEPS: ''}
+  problems = {**found['runs'][0]['checkpoints']}
+  assert problems.pop(4) and problems == {2: '', STEPS: ''}
   assert found['runs'][1]['checkpoints'] == {2: '', 4: '', 5: ''}
   with terminal.console.capture() as shown:
     terminal.console.print(status.as_table(found), soft_wrap=True)
   assert 'seed: the checkpoint of step 4 is damaged: ' in shown.get()
   assert f'seed: sound checkpoints, of steps: 2, {STEPS}\n' in shown.get()
+
+
+@pytest.mark.parametrize('when', ['before it is read', 'while it is read'])
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(
+    copy, monkeypatch, when):
+  read, folders = checkpoint.problem_in, []
+
+  def problem_in(folder, step, identity):
+    if step == 2:
+      shutil.rmtree(os.path.join(folder, '2', 'sums' if when == 'while it is read' else ''))
+      folders.append(folder)
+    return read(folder, step, identity)
+
+  def sleep(_):  # meanwhile the deletion goes on
+    shutil.rmtree(os.path.join(folders[-1], '2'))
+
+  monkeypatch.setattr(checkpoint, 'problem_in', problem_in)
+  monkeypatch.setattr(status.time, 'sleep', sleep)
+  monkeypatch.setattr(status.locks, 'is_locked', lambda folder: True)
+  found = status.collect(copy, check=True)
+  assert {step: problem for run in found['runs'] for step, problem in run['checkpoints'].items()
+          if problem} == {}
+  assert 2 not in found['runs'][0]['checkpoints']
 
 
 def test_damage_that_another_process_notices(copy, monkeypatch):

@@ -92,6 +92,26 @@ def test_three_rounds_are_nesterov_steps_along_the_mean_change():
   assert_trees_close(ours.params, jax.tree.map(np.float32, at), rtol=1e-5, atol=1e-6)
 
 
+def test_what_no_worker_changes_stays_the_same_bit_for_bit():
+  """Parameters that are frozen, say, which other models share."""
+  outer, params = Outer(3), random_params(TINY)
+  workers = jax.tree.map(lambda x: jnp.stack([x] * 3), params)
+  momentum = diloco.outer_optimizer(outer).init(params)
+  found, _ = jax.jit(diloco.meet, static_argnums=0)(outer, params, workers, momentum)
+  assert_trees_equal(found, params)
+
+
+def test_a_meeting_whose_numbers_are_not_finite_is_skipped():
+  sgd, outer = optax.sgd(0.5), Outer(2, sync_every=1, outer_rate=3e38)
+  step = jax.jit(diloco.make_step(make_train_step(TINY, sgd), outer, steps=9, skip_nonfinite=True))
+  before = diloco.create_state(random_params(TINY), sgd, outer)
+  rows = jax.tree.map(lambda x: x.reshape(2, 1, -1, *x.shape[1:]), batches_of(1)[0])
+  after, metrics = step(before, rows)
+  assert not metrics['is_finite']
+  assert_trees_equal(after.params, before.params)
+  assert_trees_equal(after.opt_state['momentum'], before.opt_state['momentum'])
+
+
 def test_a_batch_has_the_rows_of_each_worker_in_turn():
   orders = [[f'{worker}{i}' for i in range(9)] for worker in 'abc']
   order = worker_rows.interleaved(orders, rows=2)  # pyright: ignore[reportArgumentType]

@@ -23,6 +23,7 @@ from tests.killed_metrics_test import (
   SETTINGS,
   STEPS,
   Counting,
+  Killed,
   evaluate,
   lines_of,
   state_after,
@@ -240,3 +241,22 @@ def test_several_processes_do_not_try_a_save_that_may_not_fit(study, monkeypatch
   study.train(disturb)
   assert study.kept == ['4', '10', '11']
   assert 'step 6 could not be saved: no space is left' in study.manifest['storage'][0]
+
+
+def test_checkpoints_of_the_layout_before_are_refused_in_words(study, monkeypatch):
+  """Their position was a tree of numbers."""
+  monkeypatch.setattr(checkpoint, '_as_json', lambda position: {
+      'step': position['step'], 'tokens_by_domain': position['tokens_by_domain']})
+  with pytest.raises(Killed):
+    study.train(lambda step: raised(Killed) if step == 3 else None)
+  monkeypatch.undo()
+  problem = 'an earlier version wrote it, without the sums of an interval, so no run can go on'
+  assert checkpoint.problem_in(
+      str(study.folder / 'checkpoints'), 2, '0' * 16).startswith(problem)
+  with pytest.raises(RunError, match=f'checkpoints/2 is damaged: {problem}'):
+    study.train()
+  assert study.kept == ['2']
+
+
+def raised(kind):
+  raise kind

@@ -5,8 +5,10 @@ in memory, so that a run can be killed everywhere.
 """
 
 import dataclasses
+import errno
 import functools
 import json
+import os
 import sys
 import typing
 
@@ -317,6 +319,55 @@ def test_a_damaged_file_is_said_once_and_the_run_goes_on(
   train(tmp_path)
   assert said not in capsys.readouterr().out
   assert [line['step'] for line in lines_of(tmp_path)][-2:] == [9, 11]
+
+
+def test_damage_between_the_last_step_and_the_manifest_is_said(tmp_path, in_memory, capsys):
+  """Otherwise the manifest of the complete run would vouch for the damaged file."""
+  train(tmp_path)
+  path = tmp_path / metrics.NAME
+  path.write_bytes(path.read_bytes()[:-3])
+  train(tmp_path)
+  assert 'metrics.jsonl has lost lines' in capsys.readouterr().out
+
+
+def test_lines_whose_sync_fails_are_written_again(undisturbed, tmp_path, in_memory, monkeypatch,
+                                                  capsys):
+  """NFS tells of a full disk there; what was written since the last sync may be lost."""
+  sync, path, calls = os.fsync, tmp_path / metrics.NAME, []
+
+  def fails(file):
+    if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+      calls.append(file)
+      if len(calls) in (2, 3):
+        os.truncate(file, 0)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sync(file)
+
+  monkeypatch.setattr(os, 'fsync', fails)
+  train(tmp_path)
+  assert lines_of(tmp_path) == undisturbed
+  assert capsys.readouterr().out.count('metrics.jsonl could not be written: No space left') == 1
+
+
+def test_lines_that_could_be_written_after_all_are_kept_once(tmp_path):
+  late = '{"step": 2}\n'
+  (tmp_path / metrics.NAME).write_text('{"step": 3}\n' + late)
+  with metrics.MetricsFile(str(tmp_path), 2, metrics.Mark(9, 0, late)) as file:
+    assert [line['step'] for line in file.kept] == [2]
+  assert (tmp_path / metrics.NAME).read_text() == late
+
+
+@pytest.mark.parametrize('mark', [(10**15, 0), (10**30, 1), (-5, 1)])
+def test_the_mark_of_a_manifest_can_be_any_numbers(tmp_path, mark):
+  (tmp_path / metrics.NAME).write_text('{"step": 1}\n')
+  assert 'metrics.jsonl has' in metrics.problem(str(tmp_path), metrics.Mark(*mark)) or mark[0] < 0
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / metrics.NAME)
+  assert 'a named pipe' in metrics.problem(str(tmp_path), metrics.Mark(5, 0))
+  with metrics.MetricsFile(str(tmp_path), 2, metrics.Mark(5, 0)) as file:
+    assert not file.kept
 
 
 def test_sums_of_an_interval_follow_their_domains(undisturbed, tmp_path, in_memory, monkeypatch):

@@ -1,11 +1,14 @@
 """Numbers that are not finite: noticed in loss, gradient and update, named, and skipped."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from btx_jax.devices import sharding
+from btx_jax.outer import Outer
 from btx_jax.run import Objective, Optimizer, Run
 from btx_jax.training import not_finite, optim, spikes
 from btx_jax.training import step as step_lib
@@ -95,6 +98,14 @@ def test_many_places_are_summed_up():
       'layer_10, layer_11, layer_12, 3 more tensors')
   assert not_finite._places({'a': {'b': squares['layers']['attn']['q'] * np.nan}}, ()) == 'a/b'
   assert not_finite._places(squares['layers'], ()) == 'attn/q of layers 0, 2'
+
+
+@pytest.mark.parametrize('outer, advice', [
+    (None, "checkpoint('btx', step=4, state=True)."), (Outer(2), "checkpoint('btx', step=4).")])
+def test_the_advice_is_one_that_a_config_can_follow(outer, advice):
+  """No run can take the optimizer state of several workers."""
+  run = dataclasses.replace(RUN, outer=outer)
+  assert str(not_finite.error_later(run, 'step 5', '/x', [4, 8])).endswith(advice)
 
 
 def test_a_spike_is_far_above_the_last_hundred_losses():

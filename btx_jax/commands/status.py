@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from btx_jax import terminal
-from btx_jax.errors import UsageError
+from btx_jax.errors import RunError, UsageError
 from btx_jax.files import locks
 from btx_jax.run import Run, lineage
 from btx_jax.scoring import scores
@@ -22,6 +22,7 @@ from btx_jax.training import metrics
 
 STARTING, UNREADABLE = 'starting', 'unreadable'
 _WATCH_EVERY = 2.0  # seconds
+_DELETION = 5.0  # seconds in which a checkpoint that is being deleted is gone
 _FRAME = 7  # lines for the head of the table, notes and the cursor
 _SILENT = 600.0  # seconds without new metrics after which a running run gets a warning
 _STYLES = {'complete': 'green', 'running': 'cyan', 'starting': 'cyan', 'failed': 'red',
@@ -55,9 +56,23 @@ def collect(study: Study, check: bool = False) -> dict[str, Any]:
 def _problems(study: Study, run: Run) -> dict[int, str]:
   """What is wrong with each checkpoint of a run that is kept, by step; '' if it is sound."""
   from btx_jax.training import checkpoint  # imports orbax, which takes seconds
-  folder = sources.checkpoints(study, run)
-  return {step: checkpoint.problem_in(folder, step, sources.identity(study, run))
-          for step in checkpoint.kept_steps(folder)}
+  folder, found = sources.checkpoints(study, run), {}
+  for step in checkpoint.kept_steps(folder):
+    try:
+      problem = checkpoint.problem_in(folder, step, sources.identity(study, run))
+    except RunError:
+      if step in checkpoint.kept_steps(folder):
+        raise
+      continue
+    # A run that is being trained deletes its old checkpoints, file by file.
+    until = time.monotonic() + _DELETION
+    while problem and locks.is_locked(study.folder(run.name)) and time.monotonic() < until:
+      if step not in checkpoint.kept_steps(folder):
+        break
+      time.sleep(_DELETION / 10)
+    if step in checkpoint.kept_steps(folder):
+      found[step] = problem
+  return found
 
 
 def stages(study: Study) -> list[list[str]]:
@@ -130,7 +145,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   warnings += directories.sentences(run, changes.of(study, run, found))
   warnings += _about_trouble(found, last, warnings)
   if state == manifest.COMPLETE and 'metrics' in found:
-    warnings += filter(None, [metrics.problem(folder, metrics.Mark(*found['metrics']))])
+    warnings += filter(None, [metrics.problem(folder, metrics.Mark(*found['metrics'][:2]))])
   warnings += _about_best(study, run, found, lines)
   done = found.get('steps_done', 0)
   step = max(done, last.get('step', 0))

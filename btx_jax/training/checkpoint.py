@@ -31,6 +31,8 @@ from btx_jax.terminal import say
 from btx_jax.training import checksums, damage, saving
 from btx_jax.training.step import TrainState
 
+_EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on from it; '
+            'its parameters can be read')
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
 _MARGIN = 1 << 26  # bytes that several processes leave for metadata, besides the arrays
 
@@ -179,11 +181,14 @@ class Checkpoints:
       Damaged: it differs from what was saved, or belongs to another step or run.
     """
     _check_together(self._folder, step, self._identity)
+    wanted = {'params': like.params, 'train': without_params(like), 'data': None, 'sums': None}
     with damage.reading(self._folder, step):
-      loaded: dict[str, Any] = self._checkpointer.load_checkpointables(
-          step, {'params': like.params, 'train': without_params(like), 'data': None,
-                 'sums': None})
-      loaded['data'] = _from_json(loaded['data'])
+      for item in wanted:  # if one is missing, orbax warns of the others, which it does not wait for
+        os.stat(os.path.join(self._folder, str(step), item))
+      loaded: dict[str, Any] = self._checkpointer.load_checkpointables(step, wanted)
+      if 'json' not in loaded['data']:
+        raise damage.Damaged(self._folder, step, _EARLIER)
+      loaded['data'] = json.loads(np.asarray(loaded['data']['json']).tobytes())
       damage.compare(self._folder, step, loaded, self._identity)
     return TrainState(params=loaded['params'], **loaded['train']), loaded['data']
 
@@ -288,12 +293,6 @@ def _chunks(key, value):
 def _as_json(position: dict) -> dict[str, np.ndarray]:
   """Plain data as JSON in an array: orbax saves arrays, and no names of domains."""
   return {'json': np.frombuffer(json.dumps(position).encode(), np.uint8)}
-
-
-def _from_json(item: dict[str, Any]) -> dict:
-  if 'json' not in item:
-    raise ValueError('an earlier version wrote it, without the sums of an interval')
-  return json.loads(np.asarray(item['json']).tobytes())
 
 
 def without_params(state: TrainState) -> dict:
@@ -408,6 +407,8 @@ class Saved:
       Damaged: something differs from what was saved.
     """
     with damage.reading(self._folder, self._step):
+      if 'json' not in (self._paths('data') or ['json']):
+        raise damage.Damaged(self._folder, self._step, _EARLIER)
       position = json.loads(self._open('data/json')[...].read().result().tobytes())
       expected = damage.labels('0' * 16, self._step, position)['data']
       if not np.array_equal(self._open('sums/data')[...].read().result(), expected):

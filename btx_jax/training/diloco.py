@@ -43,7 +43,9 @@ def meet(outer: Outer, params, workers, momentum):
   Returns:
     The new parameters, with which all workers go on, and the new momentum.
   """
-  gradient = jax.tree.map(lambda at, of_each: at - of_each.mean(0), params, workers)
+  # Not `at - mean`: the mean of three equal numbers may differ from them, and what is frozen would
+  # move.
+  gradient = jax.tree.map(lambda at, of_each: (at[None] - of_each).mean(0), params, workers)
   updates, momentum = outer_optimizer(outer).update(gradient, momentum, params)
   return optax.apply_updates(params, updates), momentum
 
@@ -73,7 +75,7 @@ def make_step(train_step: TrainStep, outer: Outer, steps: int, skip_nonfinite: b
     outer: when and how the workers meet.
     steps: of the whole run; the last one ends with a meeting.
     skip_nonfinite: whether all workers stay as they were in a step in which the numbers of one are
-      not finite.
+      not finite, and go on apart if those of their meeting are not.
 
   Returns:
     (state, batch) -> (state, metrics), where the state is as `create_state` makes it and the batch
@@ -102,11 +104,15 @@ def make_step(train_step: TrainStep, outer: Outer, steps: int, skip_nonfinite: b
       return params, jax.tree.map(
           lambda x, like: jnp.broadcast_to(x, like.shape), params, workers), momentum
 
-    params, workers, momentum = jax.lax.cond(
-        (done % outer.sync_every == 0) | (done == steps), together, apart,
-        state.params, own['momentum'])
+    before = state.params, own['momentum']
+    found = jax.lax.cond((done % outer.sync_every == 0) | (done == steps), together, apart, *before)
+    metrics = _joined(metrics, found[0])
+    if skip_nonfinite:  # finite workers may meet in numbers that are not
+      is_finite = optim.are_finite(optim.squares(found[0]))
+      found = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), found, apart(*before))
+    params, workers, momentum = found
     opt_state = {'workers': workers, 'moments': moments, 'momentum': momentum}
-    return TrainState(done, params, opt_state), _joined(metrics, params)
+    return TrainState(done, params, opt_state), metrics
 
   return step
 

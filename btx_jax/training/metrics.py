@@ -32,6 +32,7 @@ share of held-out pairs that the model ranks as the data does (scoring/ranking.p
 """
 
 from collections.abc import Iterator
+import contextlib
 import errno
 import json
 import os
@@ -84,14 +85,16 @@ class MetricsFile:
     path = os.path.join(folder, NAME)
     kept, problem = _up_to(path, mark)
     if problem:
+      late = mark.late.encode().splitlines()  # perhaps they could be written after all
       kept = b''.join(line + b'\n' for line, values in _readable(path)
-                      if values['step'] <= resume_step)
+                      if values['step'] <= resume_step and line not in late)
       say(f'{path} {problem}; the run goes on, and the file has the lines that are left')
     self.kept = [json.loads(line) for line in kept.splitlines()]
     with writing.replacing(path, 'wb') as file:
       file.write(kept)
     self._folder, self._file = folder, writing.append(path)
     self._mark, self._late, self._is_full = Mark(len(kept), zlib.crc32(kept)), b'', False
+    self._synced, self._unsynced = self._mark, b''  # what is on the disk, and lines after it
     self.kept += [json.loads(line) for line in mark.late.splitlines()]
     self._append(mark.late.encode())
 
@@ -103,35 +106,57 @@ class MetricsFile:
     return line
 
   def _append(self, data: bytes):
-    """Appends whole lines; if the disk is full, keeps them for the next call."""
+    """Appends whole lines; if the disk is full or fails, keeps them for the next call."""
     self._late += data
     done = 0
     try:
+      if self._is_full:
+        self._file.truncate(self._mark.size)
       while done < len(self._late):
         done += self._file.write(self._late[done:])
     except OSError as error:
-      self._file.truncate(self._mark.size)
-      if not storage.disk_error(error):
-        raise
-      if not self._is_full:
-        say(f'{self._file.name} could not be written: {error.strerror}. Its lines are kept, and '
-            'written once that is possible')
-      self._is_full = True
+      self._keep(error)
       return
     self._mark = Mark(self._mark.size + done, zlib.crc32(self._late, self._mark.crc32))
-    self._late, self._is_full = b'', False
+    self._unsynced += self._late
+    self._late = b''
+
+  def _sync(self):
+    """Brings what is in the file to the disk, or keeps it for the next call.
+
+    Some file systems, like NFS, only say here that there was no room for what was written.
+    """
+    try:
+      os.fsync(self._file.fileno())
+    except OSError as error:
+      self._mark, self._late = self._synced, self._unsynced + self._late
+      self._keep(error)
+    else:
+      self._synced, self._is_full = self._mark, bool(self._late)
+    self._unsynced = b''
+
+  def _keep(self, error: OSError):
+    """Leaves the file with its whole lines, because the others could not be written."""
+    if not storage.disk_error(error):
+      raise error
+    with contextlib.suppress(OSError):  # the next call tries again
+      self._file.truncate(self._mark.size)
+    if not self._is_full:
+      say(f'{self._file.name} could not be written: {error.strerror}. Its lines are kept, and '
+          'written once that is possible')
+    self._is_full = True
 
   def mark(self) -> Mark:
     """The end of the file; what comes before it is on the disk when this returns."""
     self._append(b'')
-    os.fsync(self._file.fileno())
+    self._sync()
     return self._mark._replace(late=self._late.decode())
 
   def __enter__(self):
     return self
 
   def __exit__(self, _, error, __):
-    self._append(b'')
+    self.mark()
     self._file.close()
     if self._late and error is None:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
@@ -161,21 +186,22 @@ def _up_to(path: str, mark: Mark) -> tuple[bytes, str]:
   if not mark.size:
     return b'', ''
   try:
-    with open(path, 'rb') as file:
-      found = file.read(mark.size)
+    with inputs.open_file(path) as file:
+      size = os.fstat(file.fileno()).st_size
+      found = file.read(mark.size) if 0 < mark.size <= size else b''
   except FileNotFoundError:
     return b'', 'is missing'
   except OSError as error:
     return b'', f'cannot be read ({error.strerror})'
   if len(found) < mark.size:
-    return b'', f'has lost lines ({len(found):,} of {mark.size:,} bytes are left)'
+    return b'', f'has lost lines ({size:,} of {mark.size:,} bytes are left)'
   return found, '' if zlib.crc32(found) == mark.crc32 else 'is damaged'
 
 
 def _readable(path: str) -> list[tuple[bytes, dict[str, Any]]]:
   """The lines of a file that can be read, raw and parsed; none if the file cannot be read."""
   try:
-    with open(path, 'rb') as file:
+    with inputs.open_file(path) as file:
       return [(line, values) for line in file.read().split(b'\n') if (values := _parsed(line))]
   except OSError:
     return []

@@ -105,8 +105,9 @@ def error_later(run: Run, problem: str, folder: str, steps: Sequence[int]) -> Ru
   if not steps:
     return RunError(f'{run.name}: {problem}. No checkpoint was saved before. To train it with a '
                     f'lower optimizer.peak_lr, delete {folder} or use another --workdir.')
+  state = '' if run.outer else ', state=True'  # the moments of several workers suit no other run
   return RunError(
       f'{run.name}: {problem}. All numbers in its checkpoints are finite, of steps '
       f'{", ".join(map(str, steps))}; the trouble may have begun before the last. To skip single '
       'steps like this one, set train.skip_nonfinite. To go on with a lower optimizer.peak_lr, add '
-      f'a run that starts from base.checkpoint({run.plain_name!r}, step={steps[0]}, state=True).')
+      f'a run that starts from base.checkpoint({run.plain_name!r}, step={steps[0]}{state}).')

@@ -11,6 +11,7 @@ import numpy as np
 from btx_jax.devices import distributed, hardware
 from btx_jax.run import Run
 from btx_jax.terminal import Progress, say
+from btx_jax.training import metrics as metrics_file
 from btx_jax.training import optim, routing_figures, sinks, spikes
 from btx_jax.training.delivery import Deliveries
 from btx_jax.training.metrics import Mark, MetricsFile
@@ -58,7 +59,9 @@ class Recorder(contextlib.ExitStack):
     self._progress = progress
     self._file = None  # only process 0 has one, and only for a run that has lines to write
     mark = Mark(*position.get('metrics', ()))
-    if not distributed.is_process_0() or (start == run.steps and not mark.late):
+    if not distributed.is_process_0():
+      return
+    if start == run.steps and not mark.late and not metrics_file.problem(folder, mark):
       return
     self._file = self.enter_context(MetricsFile(folder, start, mark))
     self._sinks = self.enter_context(Deliveries(
