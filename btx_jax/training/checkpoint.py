@@ -37,7 +37,7 @@ class Checkpoints:
 
   Attributes:
     best: the step whose checkpoint is kept until another step is set; 0 is none.
-    failures: the saves that failed.
+    failures: the failed saves.
   """
 
   def __init__(self, folder: str, identity: str, newest: int = 2, every: int = 0,
@@ -59,7 +59,7 @@ class Checkpoints:
     self._policy: Any = policies.AnyPreservationPolicy(kept)
     saving.clear_unfinished(self._folder)
     self._checkpointer = self._open()
-    self._place = saving.Place(self._folder)
+    self._directory = saving.Directory(self._folder)
 
   def _open(self) -> ocp.training.Checkpointer:
     context = ocp.Context()
@@ -71,11 +71,11 @@ class Checkpoints:
     return self
 
   def __exit__(self, _, error, __):
-    """Waits until everything is written, also if the run ends with an error."""
+    """Waits until everything is written, even if the run ends with an error."""
     if error is None:
       self.wait()
     elif self._unfinished and (another := self._unfinished.wait()):
-      say(f'the checkpoint of step {self._unfinished.step:,} could not be saved, either: {another}')
+      say(f'the checkpoint of step {self._unfinished.step:,} could not be saved either: {another}')
       return
     self._checkpointer.close()
 
@@ -98,7 +98,7 @@ class Checkpoints:
       RunError: too many saves in a row failed, or the folder is gone.
     """
     self.wait()
-    self._place.check()
+    self._directory.check()
     items: dict[str, Any] = {
         'params': state.params, 'train': without_params(state), 'data': _as_json(position)}
     sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
@@ -113,13 +113,14 @@ class Checkpoints:
     """Waits for the save in the background. All processes must call it.
 
     Raises:
-      RunError: too many saves in a row failed, or one for another reason than storage.
+      RunError: too many saves in a row failed.
+      Exception: a save failed for a reason other than storage.
     """
     save, self._unfinished = self._unfinished, None
     if save is None:
       return
     error = save.wait()
-    self._place.check()
+    self._directory.check()
     problem = saving.problem_in(error, self._folder, save.size) if error else None
     problems = distributed.gather(problem if problem or not error else repr(error))
     if not any(problems):
@@ -135,7 +136,7 @@ class Checkpoints:
       raise self.failures.error(self._folder, self.steps)
 
   def wait_for(self, step: int):
-    """Waits for the save of a step that the run cannot do without.
+    """Waits for the save of a step whose checkpoint is needed.
 
     Raises:
       RunError: it failed.
@@ -145,12 +146,12 @@ class Checkpoints:
       raise self.failures.error(self._folder, self.steps)
 
   def shortage(self, size: int, saves: int) -> str:
-    """A warning if the disk has too little room for what is still saved; '' if it has enough.
+    """A warning if the disk has too little room for the saves to come; '' if it has enough.
 
     Args:
       size: bytes of the state.
-      saves: how many checkpoints are still saved. Only some are kept at the same time, with the one
-        that is being written.
+      saves: how many checkpoints are still to be saved. Only the newest are kept at the same time,
+        besides the one that is being written.
     """
     count = min(saves, max(1, self._newest + 1 - len(self.steps)))
     return saving.shortage(self._folder, size, count) if saves else ''
@@ -217,7 +218,7 @@ class _Save:
     self._response, self._error = None, None
 
   def start(self, checkpointer: ocp.training.Checkpointer, items: dict[str, Any]):
-    """Starts it; an error is kept for `wait`."""
+    """Starts the save; keeps an error for `wait`."""
     try:
       self._response = checkpointer.save_checkpointables_async(self.step, items, force=True)
     except Exception as error:  # orbax and tensorstore raise many kinds
@@ -225,11 +226,11 @@ class _Save:
 
   @property
   def has_failed(self) -> bool:
-    """Whether it is known already that it failed."""
+    """Whether the save is already known to have failed."""
     return self._error is not None
 
   def wait(self) -> Exception | None:
-    """Waits until it is done; returns its error."""
+    """Waits until the save is done; returns its error, or None."""
     try:
       if self._response is not None:
         self._response.result()
@@ -240,7 +241,7 @@ class _Save:
 
 
 def state_bytes(state: TrainState) -> int:
-  """The bytes of a state on all devices: more than its checkpoint takes, which is compressed."""
+  """The bytes of a state over all devices. Its checkpoint is compressed, and takes less."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -271,7 +272,7 @@ def _as_json(position: dict) -> dict[str, np.ndarray]:
 
 def _from_json(item: dict[str, Any]) -> dict:
   if 'json' not in item:
-    raise ValueError('an earlier version wrote it, without the sums of an interval')
+    raise ValueError('an earlier version wrote it, without the sums since the last line')
   return json.loads(np.asarray(item['json']).tobytes())
 
 
@@ -314,7 +315,8 @@ def _step_folder(folder: str, step: int) -> str:
 def _check_together(folder: str, step: int, identity: str):
   """With several processes, raises Damaged on all of them if a checkpoint is damaged.
 
-  Each reads its share. orbax would leave the others waiting for one that meets an error.
+  Each process reads its share. Otherwise orbax would leave the others waiting for the one that
+  meets an error.
   """
   count = jax.process_count()
   if count == 1:
@@ -327,7 +329,7 @@ def _check_together(folder: str, step: int, identity: str):
 def problem_in(folder: str, step: int, identity: str, share: tuple[int, int] = (0, 1)) -> str:
   """Reads a checkpoint; returns what is wrong with it, or '' if it is sound.
 
-  All processes must call it. Arguments as for Saved; `share` as for Saved.check_all.
+  With several processes, all must call it. Arguments as for Saved; `share` as for Saved.check_all.
   """
   try:
     Saved(folder, step, identity).check_all(share)
@@ -381,7 +383,7 @@ class Saved:
     """Reads the whole checkpoint and compares it with its checksums.
 
     Args:
-      share: (i, n): only every nth array, from the ith on.
+      share: (i, n): only every nth array, from array i on, counted from 0.
 
     Raises:
       Damaged: something differs from what was saved.
