@@ -137,7 +137,7 @@ def test_status_says_which_checkpoints_are_sound(copy):
   flip(os.path.join(data, os.listdir(data)[0]), random.Random(1))
   assert 'checkpoints' not in status.collect(copy)['runs'][0]  # it reads them only if asked
   found = status.collect(copy, check=True)
-  problems = found['runs'][0]['checkpoints']
+  problems = {**found['runs'][0]['checkpoints']}
   assert problems.pop(4) and problems == {2: '', STEPS: ''}
   assert found['runs'][1]['checkpoints'] == {2: '', 4: '', 5: ''}
   with terminal.console.capture() as shown:

@@ -555,7 +555,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     (new(train='{"workers": 2}', init='base.mix("seed", "seed")'),
      'train.workers = 2: only dense models are trained by several workers, and this is a mixture.'),
     (new(train='{"workers": 2}', init='base.checkpoint("seed", state=True)'),
-     'train.workers = 2: each worker starts with moments at zero, so init.state = True cannot be'),
+     'train.workers = 2: each worker starts with moments at zero, so init.state = True has no'),
     (new(train='{"workers": 2}') + '\nconfig.runs.more = base.run('
      'base.checkpoint("new", state=True), {"code": 1}, 1)', 'runs.more: init.state = True: the '
      "optimizer state of 'new' is that of 2 workers, which no other run can take."),
@@ -975,9 +975,10 @@ class Late(program.SingleRun):
 program.SingleRun = Late"""
   done = run(config(f'config.checkpoint_every = 1\n{late}'), f'--workdir={work}', '--run=new')
   check(done, 'new: step 2 on text of code: the updated parameters are not finite', code=1)
-  assert ('are finite, of steps 1; the trouble may have begun before the last. To skip single '
-          'steps like this one, set train.skip_nonfinite. To go on with a lower optimizer.peak_lr, '
-          "add a run that starts from base.checkpoint('new', step=1, state=True).") in done.stderr
+  assert ('of steps 1, are finite; the trouble may have begun before the last of them. To skip '
+          'single steps like this one, set train.skip_nonfinite. To go on with a lower '
+          "optimizer.peak_lr, add a run that starts from base.checkpoint('new', step=1, "
+          'state=True).') in done.stderr
 
 
 def test_a_start_that_is_not_finite(run, config, work):
