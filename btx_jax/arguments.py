@@ -17,7 +17,7 @@ PROFILE = flags.DEFINE_integer(
     'profile', 0, 'Number of steps of each run to trace, for xprof and Perfetto.', lower_bound=0)
 WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, until Ctrl-C.')
 CHECK = flags.DEFINE_bool(
-    'check', False, 'status: read the checkpoints that are kept, and say which are sound.')
+    'check', False, 'status: read all kept checkpoints, and show which are sound.')
 BASELINE = flags.DEFINE_string(
     'baseline', '', 'report: the model that the others are compared with; default the first.')
 LATEX = flags.DEFINE_bool(

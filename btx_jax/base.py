@@ -166,9 +166,9 @@ def get_config() -> ConfigDict:
   config.log_every = 10
   # Steps between checkpoints; the end of a run is always saved.
   config.checkpoint_every = 500
-  # How many saves in a row may fail, because the disk is full or does not work, before the run
-  # ends. Until then it goes on, and tries again after checkpoint_every steps. A save that is needed
-  # (at the end, after SIGTERM, or because another run starts from it) must not fail.
+  # After this many saves in a row have failed, because the disk is full or does not work, the run
+  # ends. Until then it continues, and tries again after checkpoint_every steps. It always ends if
+  # a save fails that is needed: at the end, after SIGTERM, or because another run starts from it.
   config.checkpoint_patience = 3
   # Services that also get the figures of metrics.jsonl; by default none: 'tensorboard' (event files
   # in the directory of each run), 'wandb' (Weights & Biases), 'mlflow'. See docs/sinks.md.
@@ -300,9 +300,10 @@ def checkpoint(run_name: str, step: int | str = 0, state: bool = False, redraw: 
     state: whether to take Adam's moments and count too, and to read on in the data where the other
       run stopped. The trained parameters, the domains and their weights, data.seq_len,
       train.batch_size, optimizer.b1 and optimizer.b2 must be the same.
-    redraw: the share of the hidden units of each feed-forward layer whose weights are drawn anew,
-      from a normal distribution with their mean and deviation. Mix several such runs of one seed
-      for Drop-Upcycling (arXiv 2502.19261, which uses 0.5); 1 makes random experts.
+    redraw: the share of the hidden units of each feed-forward layer whose weights are drawn again,
+      from a normal distribution with the mean and standard deviation that they have. Mix several
+      such runs of one seed for Drop-Upcycling (arXiv 2502.19261, which uses 0.5); 1 makes random
+      experts.
   """
   return ConfigDict({'kind': CHECKPOINT, 'runs': (run_name,), 'step': step, 'state': state,
                      'redraw': redraw})

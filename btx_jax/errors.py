@@ -89,12 +89,12 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
 
 
 def _path_of(error: OSError) -> str:
-  """The path in an error. A write through an open file has none."""
+  """The path in an error; writes through an open file have none."""
   return str(error.filename or 'a file')
 
 
 def _left(error: OSError) -> str:
-  """What an error of a full disk says about the room that is left."""
+  """The cause or the free bytes of an error of a full disk, in words."""
   if error.errno == errno.EDQUOT:
     return 'the quota is used up'
   if error.errno == errno.EFBIG:

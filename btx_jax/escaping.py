@@ -1,4 +1,4 @@
-"""Names and texts of others, made harmless where they are shown: on a terminal, in Markdown.
+"""Escapes names and texts from elsewhere where they are shown: on a terminal, in Markdown.
 
 HTML is escaped by jinja2 (commands/report.py), LaTeX by commands/table_files.py, and matplotlib
 parses no mathtext in names (commands/drawing.py).
@@ -6,14 +6,14 @@ parses no mathtext in names (commands/drawing.py).
 
 import re
 
-# Control characters but tabs and new lines; separators of lines; what changes the direction of
-# writing; halves of surrogate pairs, which are bytes of names that are not UTF-8.
+# Control characters other than tabs and new lines; line separators; characters that change the
+# direction of text; surrogates, which stand for bytes of names that are not UTF-8.
 _CONTROL = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
 _MARKDOWN = re.compile(r'[\\`*_\[\]<>|#~$&]')
 
 
 def printable(text: str) -> str:
-  r"""The text with characters that a terminal would act on, or cannot show, as in '\x1b'."""
+  r"""The text, with '\x1b' and the like for characters that a terminal acts on or cannot show."""
   return _CONTROL.sub(lambda found: found[0].encode('unicode_escape').decode(), text)
 
 

@@ -1,4 +1,4 @@
-"""How the workers of a run meet, if it trains several copies of its model apart (DiLoCo)."""
+"""Settings of DiLoCo: a run that trains several copies of its model apart, and averages them."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -11,11 +11,11 @@ BLEND, DOMAIN = WORKER_ROWS = ('blend', 'domain')
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
-  """DiLoCo (arXiv 2311.08105): workers train copies of the model apart, and meet now and then.
+  """DiLoCo (arXiv 2311.08105): workers train copies of the model apart, and meet every few steps.
 
-  When they meet, the mean of the workers' parameters, as seen from those at the last meeting, is a
-  gradient for the outer optimizer, SGD with Nesterov momentum. All workers go on from its result.
-  Their own moments stay with them. Between meetings nothing is sent.
+  At a meeting, the parameters of the last meeting minus the mean of the workers' parameters serve
+  as a gradient for the outer optimizer, SGD with Nesterov momentum. All workers continue from its
+  result, and keep their own moments of Adam. Between meetings they exchange nothing.
 
   Attributes:
     workers: how many copies share the rows of a step; 1 is ordinary training.
@@ -39,7 +39,8 @@ class Outer:
     if self.outer_rate <= 0:
       raise UsageError(f'train.outer_rate = {self.outer_rate} must be positive.')
     if not 0 <= self.outer_momentum < 1:
-      raise UsageError(f'train.outer_momentum = {self.outer_momentum} must be from 0 to below 1.')
+      raise UsageError(f'train.outer_momentum = {self.outer_momentum} must be at least 0 and below '
+                       '1.')
     if self.worker_rows not in WORKER_ROWS:
       raise UsageError(f'train.worker_rows = {self.worker_rows!r}; '
                        f'{nearest(self.worker_rows, WORKER_ROWS)}')
@@ -59,14 +60,14 @@ class Outer:
       return
     if len(weights) != self.workers:
       raise UsageError(f'train.workers = {self.workers} with train.worker_rows = {DOMAIN!r} needs '
-                       f'as many domains, and the run has {len(weights)}: {", ".join(weights)}.')
+                       f'as many domains, but the run has {len(weights)}: {", ".join(weights)}.')
     if max(weights.values()) - min(weights.values()) > 1e-9:
       raise UsageError(f'train.worker_rows = {DOMAIN!r} gives every domain the same share of the '
-                       f'rows, and the run asks for {dict(weights)}. Give them equal weights, or '
+                       f'rows, but the run asks for {dict(weights)}. Give them equal weights, or '
                        f'set train.worker_rows = {BLEND!r}.')
 
 
 def from_config(train: Mapping[str, Any]) -> Outer | None:
-  """How the workers of a run meet, by its section `train`; None for ordinary training."""
+  """The settings in a run's section `train`; None for ordinary training, with one worker."""
   outer = Outer(**{field.name: train[field.name] for field in dataclasses.fields(Outer)})
   return outer if outer.workers > 1 else None

@@ -251,10 +251,10 @@ class Run:
     until_best: whether this Run stands for a longer run up to its best step, which is not known
       yet. Until it is, `steps` are all steps of the longer run.
     renamed_from: the name that the run was started under, if `rename` has changed it; else ''.
-    outer: how its workers meet, if it has several; else None.
-    redraw: the share of hidden units that are drawn anew, in a run that starts from a checkpoint.
+    outer: the settings of DiLoCo if the run has several workers; else None.
+    redraw: the share of hidden units that are re-initialised when the run starts from a checkpoint.
     skip_nonfinite: the most steps in a row that are skipped because their numbers are not finite.
-      It is no part of the spec, so that a run that has failed can continue with it.
+      It is not part of the spec, so a run that has failed can continue with it.
   """
   name: str
   init: str

@@ -1,19 +1,19 @@
-"""Full and failing disks: which errors mean one, and how much room is left."""
+"""Full and failing disks: which errors mean one, and how many bytes are free."""
 
 from collections.abc import Iterator
 import errno
 import os
 import re
 
-# Errors of the disk rather than of a path or of the program.
+# Errors caused by the disk, not by a path or by the program.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FAILING = {errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 def disk_error(error: BaseException) -> OSError | None:
-  """The error of a full or failing disk behind an exception; None if that is not its cause.
+  """The error of a full or failing disk that caused an exception; None if none did.
 
-  tensorstore raises ValueError, and its RESOURCE_EXHAUSTED may mean memory or disk, as that of XLA:
+  tensorstore raises ValueError, and its RESOURCE_EXHAUSTED, like XLA's, may mean memory or disk:
   only the number or the text of the system's error distinguishes them.
   """
   for each in _chain(error):
@@ -45,15 +45,15 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _path_in(text: str) -> str | None:
-  """The last absolute path that a message quotes, without what tensorstore appends to it."""
+  """The last absolute path that a message quotes, without the endings that tensorstore adds."""
   found = re.findall(r'"(/[^"]+)"', text)
   return re.split(r'\\x00|\x00|\.__lock$', found[-1])[0] if found else None
 
 
 def free_bytes(path: str) -> int | None:
-  """The bytes that may still be written on the disk of a path; None if that is unknown.
+  """The bytes that can still be written to the disk of a path; None if that is unknown.
 
-  `path` need not exist; then the nearest directory above it counts. A quota is not seen.
+  If `path` does not exist, the nearest directory above it counts. Quotas are not considered.
   """
   path = os.path.abspath(path)
   while True:
@@ -67,7 +67,7 @@ def free_bytes(path: str) -> int | None:
 
 
 def size(count: float) -> str:
-  """Bytes in words: '3.2 MB'."""
+  """A number of bytes as text, with decimal units: '3.2 MB'."""
   for unit in ('bytes', 'kB', 'MB', 'GB'):
     if count < 1000:
       return f'{count:,.0f} bytes' if unit == 'bytes' else f'{count:.1f} {unit}'

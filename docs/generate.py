@@ -78,8 +78,8 @@ NOTES = {
                                            'start, and a file that has changed since it was '
                                            'written is hashed. Where the text is still there, '
                                            'damaged tokens are renamed and made again.',
-        'has what is not of this export': 'An export only removes files that an interrupted export '
-                                          'left.',
+        'has files that this export did not write': 'An export only removes files that an '
+                                                    'interrupted export left.',
     },
     'During a run': {
         'All numbers in its checkpoints': 'The loss, the gradient and the updated parameters of '

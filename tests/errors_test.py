@@ -397,7 +397,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      "{'code': 0.25, 'math': 0.25, 'prose': 0.5} there and {'code': 1.0} here; train.freeze "
      'freezes embed only here. Make these equal'),
     (new(init='base.checkpoint("seed", redraw=1.5)'), 'init: redraw = 1.5 must be a share of the'),
-    (new(init='base.checkpoint("btx", redraw=0.5)'), "redraw = 0.5: 'btx' is a mixture. Draw"),
+    (new(init='base.checkpoint("btx", redraw=0.5)'), "redraw = 0.5: 'btx' is a mixture. Set"),
     (new(init='base.checkpoint("seed", redraw=0.5, state=True)', train='{"batch_size": 16}',
          domains='{"code": 1, "math": 1, "prose": 2}'),
      'runs.new.init: state = True with redraw = 0.5 would take moments of weights that are gone.'),
@@ -544,18 +544,18 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      "runs.seed: domains.code has pairs of answers, and train.loss = 'next_token' is not for"),
     (new(train='{"sync_every": 0}'), 'runs.new: train.sync_every = 0 must be 1 or more.'),
     (new(train='{"outer_rate": 0.0}'), 'train.outer_rate = 0.0 must be positive.'),
-    (new(train='{"outer_momentum": 1.0}'), 'train.outer_momentum = 1.0 must be from 0 to below 1.'),
+    (new(train='{"outer_momentum": 1.0}'), 'train.outer_momentum = 1.0 must be at least 0 and'),
     (new(train='{"worker_rows": "domains"}'), "'domains'; did you mean 'domain'?"),
     (new(train='{"workers": 3}'), 'train.batch_size = 16 is not a multiple of train.workers x '
      'train.microbatches = 3 x 1.'),
     (new(train='{"workers": 2, "worker_rows": "domain"}'),
-     "train.workers = 2 with train.worker_rows = 'domain' needs as many domains, and the run has"),
+     "train.workers = 2 with train.worker_rows = 'domain' needs as many domains, but the run has"),
     (new(train='{"workers": 2, "worker_rows": "domain"}', domains='{"code": 2, "math": 1}'),
-     "'domain' gives every domain the same share of the rows, and the run asks for {'code': 0.6"),
+     "'domain' gives every domain the same share of the rows, but the run asks for {'code': 0.6"),
     (new(train='{"workers": 2}', init='base.mix("seed", "seed")'),
      'train.workers = 2: only dense models are trained by several workers, and this is a mixture.'),
     (new(train='{"workers": 2}', init='base.checkpoint("seed", state=True)'),
-     'train.workers = 2: each worker starts with moments at zero, so init.state = True cannot be'),
+     'train.workers = 2: each worker starts with moments at zero, so init.state = True has no'),
     (new(train='{"workers": 2}') + '\nconfig.runs.more = base.run('
      'base.checkpoint("new", state=True), {"code": 1}, 1)', 'runs.more: init.state = True: the '
      "optimizer state of 'new' is that of 2 workers, which no other run can take."),
@@ -659,7 +659,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
      '[]}}\')\nconfig.tokenizer.path = str(here / "x.json")', 'has token ids up to 99,999,999,'),
     ('from btx_jax.data import parser_check\nparser_check._CHILD = "import os; os.abort()"\n'
      '(here / "x.json").write_text("{ }")\nconfig.tokenizer.path = str(here / "x.json")',
-     'x.json is not read: the package tokenizers ends the process (SIGABRT) on it.'),
+     'x.json cannot be read: the package tokenizers ends the process (SIGABRT) on it.'),
     ('import shutil\nshutil.copy("tests/fixtures/tokenizer/tokenizer.json", here)\n'
      'config.tokenizer.path = str(here)', "to the token that ends documents, or to 'none'."),
     ('config.tokenizer.special = "encoed"', "special = 'encoed'; did you mean 'encode'?"),
@@ -975,9 +975,10 @@ class Late(program.SingleRun):
 program.SingleRun = Late"""
   done = run(config(f'config.checkpoint_every = 1\n{late}'), f'--workdir={work}', '--run=new')
   check(done, 'new: step 2 on text of code: the updated parameters are not finite', code=1)
-  assert ('are finite, of steps 1; the trouble may have begun before the last. To skip single '
-          'steps like this one, set train.skip_nonfinite. To go on with a lower optimizer.peak_lr, '
-          "add a run that starts from base.checkpoint('new', step=1, state=True).") in done.stderr
+  assert ('of steps 1, are finite; the trouble may have begun before the last of them. To skip '
+          'single steps like this one, set train.skip_nonfinite. To go on with a lower '
+          "optimizer.peak_lr, add a run that starts from base.checkpoint('new', step=1, "
+          'state=True).') in done.stderr
 
 
 def test_a_start_that_is_not_finite(run, config, work):

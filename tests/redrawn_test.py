@@ -1,4 +1,4 @@
-"""Hidden units that are drawn anew, for mixtures of one seed (Drop-Upcycling)."""
+"""Re-initialised hidden units, for mixtures of one seed (Drop-Upcycling)."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ def whole(source, path):
   return source.read(path, tuple(slice(0, n) for n in SEED.shapes[path]))
 
 
-def test_the_same_units_are_drawn_anew_in_all_matrices_and_the_rest_is_kept():
+def test_the_same_units_are_reinitialised_in_all_matrices_and_the_rest_is_kept():
   made = Redrawn(SEED, TINY, 0.5, seed=1)
   for path, shape in SEED.shapes.items():
     was, now = whole(SEED, path), whole(made, path)
@@ -42,7 +42,7 @@ def test_a_slice_is_that_of_the_whole():
   np.testing.assert_array_equal(whole(Redrawn(SEED, TINY, 0.0, seed=1), path), whole(SEED, path))
 
 
-def test_a_study_mixes_copies_with_other_units_drawn_anew(text, tmp_path):
+def test_a_study_mixes_copies_with_other_units_reinitialised(text, tmp_path):
   config = studies.get_config(text)
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.evaluation.every = 0

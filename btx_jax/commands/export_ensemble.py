@@ -37,7 +37,7 @@ def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
 
   Raises:
     UsageError: the selector is not linear or not fitted, a model is not complete, FOLDER.partial
-      is not of this export, or see export_run.
+      has files that this export did not write, or see export_run.
   """
   run = study.run(name)
   if isinstance(run.selector, Merge):
@@ -59,7 +59,7 @@ def export_ensemble(study: Study, name: str, folder: str, dtype: str) -> None:
 
 def _write(study: Study, run: Run, columns_DE: np.ndarray, partial: str, dtype: str, this: dict
            ) -> None:
-  """Writes what is not in the unfinished folder yet."""
+  """Writes what the unfinished folder lacks."""
   unfinished.begin_several(partial, this)
   # Sorted, because 'expert' must be there before 'expert/code' is written into it.
   for source in sorted(run.sources, key=lambda source: source.plain_name):

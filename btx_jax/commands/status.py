@@ -32,7 +32,7 @@ _STYLES = {'complete': 'green', 'running': 'cyan', 'starting': 'cyan', 'failed':
 def collect(study: Study, check: bool = False) -> dict[str, Any]:
   """Everything that `status` shows, as plain data.
 
-  `check`: whether to read the checkpoints that are kept.
+  `check`: whether to read all kept checkpoints.
 
   Returns:
     workdir, notes (sentences about the directory as a whole), text_changes (lines on text that was
@@ -41,8 +41,8 @@ def collect(study: Study, check: bool = False) -> dict[str, Any]:
     steps, loss, preferred (for a run on pairs, the share that it ranks as the data does),
     bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its step),
     checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss as
-    bits_per_byte), error, and warnings. Unknown values are None. With `check` it has checkpoints,
-    too: for each step that is kept, what is wrong with its checkpoint, or '' if it is sound.
+    bits_per_byte), error, and warnings. Unknown values are None. With `check` also
+    checkpoints: for each kept step, what is wrong with its checkpoint, or '' if it is sound.
   """
   now = time.time()
   runs = [_run(study, run, now) for run in study.runs.values()]
@@ -54,7 +54,7 @@ def collect(study: Study, check: bool = False) -> dict[str, Any]:
 
 
 def _problems(study: Study, run: Run) -> dict[int, str]:
-  """What is wrong with each checkpoint of a run that is kept, by step; '' if it is sound."""
+  """What is wrong with each kept checkpoint of a run, by step; '' if it is sound."""
   from btx_jax.training import checkpoint  # imports orbax, which takes seconds
   folder, found = sources.checkpoints(study, run), {}
   for step in checkpoint.kept_steps(folder):
@@ -161,7 +161,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
 
 
 def _about_trouble(found: dict[str, Any], last: dict[str, Any], warnings: list[str]) -> list[str]:
-  """Sentences about skipped steps, a loss that rose, and full disks, unless `warnings` has them."""
+  """Sentences about skipped steps, a spike of the loss and full disks, unless in `warnings`."""
   skipped = max(found.get('skipped_steps', 0), last.get('skipped', 0))
   result, spike = [], found.get('loss_spike')
   if skipped:
@@ -273,7 +273,7 @@ def that_fit(found: dict[str, Any], height: int) -> dict[str, Any]:
 def print_status(study: Study, as_json: bool, watch: bool, check: bool = False):
   """Prints the status once, or with `watch` every two seconds until Ctrl-C.
 
-  `check`: whether to read the checkpoints that are kept; not with `watch`.
+  `check`: whether to read all kept checkpoints; not with `watch`.
 
   Raises:
     UsageError: `check` with `watch`.

@@ -1,8 +1,8 @@
-"""The folder of an export that is being written: FOLDER.partial, until it is complete.
+"""The folder of an unfinished export: FOLDER.partial, until it is complete.
 
-A mark in it says which export it belongs to and which files that writes, so that an interrupted
-export is continued or cleared, and nothing else is. The mark is removed last, after the folder got
-its name: a folder that still has it is complete.
+A mark in it, the file unfinished.json, says which export it belongs to and which files that export
+writes. So only an interrupted export is continued or cleared. The mark is removed last, after the
+folder has its final name: a folder of that name that still has the mark is complete.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -16,14 +16,14 @@ from btx_jax.files import leftovers, locks, sealed, writing
 
 MARK = 'unfinished.json'
 _SHARD = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
-_NAMED = 3  # the most files that a message names
+_NAMED = 3  # most files that a message names
 
 
 @contextlib.contextmanager
 def folder_for(folder: str) -> Iterator[str]:
   """Locks FOLDER.partial and yields its path; it becomes `folder` if the block does not raise.
 
-  The block writes with writing.replacing and folder_for, so all is on the disk by then.
+  The block must write with writing.replacing or folder_for, so that all is on the disk by then.
 
   Raises:
     UsageError: another process is writing it.
@@ -41,7 +41,7 @@ def is_marked(folder: str) -> bool:
 
 
 def was_completed(folder: str, export: Mapping[str, Any]) -> bool:
-  """Whether a folder is this export, complete but for the removal of the mark, which follows.
+  """Whether a folder is this export, complete except that it still has the mark; removes the mark.
 
   Raises UsageError if it is another export.
   """
@@ -54,17 +54,17 @@ def was_completed(folder: str, export: Mapping[str, Any]) -> bool:
 
 
 def exists(folder: str) -> UsageError:
-  """The error to report if the folder to write exists."""
+  """The error if the folder to write exists."""
   return UsageError(f'{folder} already exists; name another folder, or delete it.')
 
 
 def begin(partial: str, export: Mapping[str, Any], names: Collection[str]) -> None:
-  """Marks the folder, and clears it of an earlier export, but for the shards of the same one.
+  """Marks the folder, and clears it of an earlier export; keeps the shards of the same export.
 
   Args:
     partial: the folder.
-    export: identifies the export; with an empty `identity`, it is never the same.
-    names: the names of the files that the export writes beside shards.
+    export: identifies the export; one with an empty `identity` equals no other.
+    names: the names of the files that the export writes besides shards.
 
   Raises:
     UsageError: the folder has files that no export wrote.
@@ -81,10 +81,10 @@ def begin(partial: str, export: Mapping[str, Any], names: Collection[str]) -> No
 
 
 def begin_several(partial: str, export: Mapping[str, Any]) -> None:
-  """Marks a folder of several exports; one of other exports is left as it is.
+  """Marks a folder that holds several exports.
 
   Raises:
-    UsageError: the folder is not of the same exports.
+    UsageError: the folder has files that these exports did not write; it is left as it is.
   """
   foreign, _ = _content(partial, ())
   if foreign and not (is_marked(partial) and _is_of(partial, export)):
@@ -93,7 +93,7 @@ def begin_several(partial: str, export: Mapping[str, Any]) -> None:
 
 
 def _content(partial: str, names: Collection[str]) -> tuple[list[str], list[str]]:
-  """The files in a folder that no export wrote, and the others; clears what a kill left."""
+  """The files in a folder that no export wrote, and the others; removes leftovers of a kill."""
   foreign, ours = [], []
   for name in sorted(os.listdir(partial)):
     path = os.path.join(partial, name)
@@ -108,8 +108,8 @@ def _content(partial: str, names: Collection[str]) -> tuple[list[str], list[str]
 def _refuse(partial: str, found: list[str]) -> None:
   more = f' and {len(found) - _NAMED:,} more' if len(found) > _NAMED else ''
   raise UsageError(
-      f'{partial} has what is not of this export: {", ".join(found[:_NAMED])}{more}. Rename or '
-      'delete it, or name another folder to write to.')
+      f'{partial} has files that this export did not write: {", ".join(found[:_NAMED])}{more}. '
+      'Rename or delete it, or name another folder to write to.')
 
 
 def _marked_as(folder: str) -> dict[str, Any]:
@@ -131,5 +131,5 @@ def _is_of(folder: str, export: Mapping[str, Any]) -> bool:
 
 
 def _unmark(folder: str) -> None:
-  for name in (leftovers.LOCK, MARK):  # while there is a mark, the next run removes both
+  for name in (leftovers.LOCK, MARK):  # the mark last: while it is there, the next export does this
     writing.remove(os.path.join(folder, name))

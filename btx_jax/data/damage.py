@@ -1,8 +1,9 @@
-"""How damage to tokens on disk is noticed.
+"""Detects damage to tokens on disk.
 
-meta.json has the length and the hash of every file of its folder. Lengths are compared whenever
-tokens are opened. A file is hashed once: `checked.json` then has its size, time and inode, and as
-long as these stay the same, it is not hashed again. That file may be deleted.
+meta.json has the length and the hash of every file in its folder. Lengths are compared whenever
+tokens are opened. A file is hashed once: `checked.json` then has its stamp, which is its size, time
+of modification and inode, and while these stay the same, it is not hashed again. checked.json may
+be deleted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from btx_jax.errors import UsageError
 from btx_jax.files import sealed
 
 SUMS = 'sums'  # in meta.json: name of a file -> [bytes, SHA-256]
-_STAMPS = 'checked.json'  # name of a file -> [bytes, time in nanoseconds, inode]
+_STAMPS = 'checked.json'  # name of a file -> its stamp: [bytes, time in nanoseconds, inode]
 _BLOCK = 1 << 20  # bytes
 
 
@@ -37,12 +38,12 @@ class Damaged(UsageError):
     super().__init__(f'{self.what} Restore a copy, or run the command data, which tokenizes the '
                      'text again if it is still there.')
 
-  def has_no_text(self) -> UsageError:
+  def without_text(self) -> UsageError:
     """The error to report if the text that the folder was made from is gone."""
     return UsageError(f'{self.what} Its text is not there, so it cannot be tokenized again. '
                       f'Restore a copy of {self.folder}, or put the text back.')
 
-  def is_the_tokenizer(self) -> UsageError:
+  def of_tokenizer(self) -> UsageError:
     """The error to report for a tokenizer that was trained here."""
     return UsageError(f'{self.what} The tokenizer was trained here, and the tokens and runs belong '
                       f'to it. Restore a copy of the file, or delete {self.folder} if no run needs '
@@ -50,7 +51,7 @@ class Damaged(UsageError):
 
 
 def sums(folder: str, names: Sequence[str]) -> dict[str, list]:
-  """The length and hash of files, for meta.json; they count as checked from now on."""
+  """The length and hash of files, for meta.json; marks the files as checked."""
   stamps = {name: _stamp(os.path.join(folder, name)) for name in names}
   result = {name: [stamp[0], _hash(os.path.join(folder, name), *stamp)]
             for name, stamp in stamps.items()}
@@ -72,7 +73,7 @@ def check(folder: str, recorded: Mapping[str, Sequence]) -> list[str]:
     recorded: what `sums` returned.
 
   Returns:
-    The names of the files that were hashed, because they were not yet or have changed since.
+    The names of the files that were hashed: those never hashed before, or changed since.
   """
   checked, hashed = _checked(folder), {}
   for name, (size, content) in recorded.items():
@@ -93,7 +94,7 @@ def check(folder: str, recorded: Mapping[str, Sequence]) -> list[str]:
 
 
 def check_numbers(folder: str, split: str, dtype: str, vocab_size: int | None) -> None:
-  """Raises Damaged unless boundaries rise to the end of the tokens, and all ids are tokens.
+  """Raises Damaged unless boundaries rise to the end of the tokens, and all ids are in range.
 
   Args:
     folder: the folder of the tokens.
@@ -124,7 +125,7 @@ def check_numbers(folder: str, split: str, dtype: str, vocab_size: int | None) -
 
 @functools.lru_cache(4096)
 def _hash(path: str, size: int, time: int, inode: int) -> str:
-  """The SHA-256 of a file; the stamp is that of the file when it is read."""
+  """The SHA-256 of a file; its stamp is an argument only for the cache."""
   del size, time, inode
   digest = hashlib.sha256()
   for block in _blocks(path):
@@ -152,6 +153,6 @@ def _checked(folder: str) -> dict[str, Any]:
 
 
 def _note(folder: str, stamps: Mapping[str, Sequence[int]]) -> None:
-  """Adds to the files that are checked; a folder that cannot be written is checked each time."""
+  """Marks files as checked. If the folder cannot be written, they are hashed each time."""
   with contextlib.suppress(OSError):
     sealed.write(os.path.join(folder, _STAMPS), {**_checked(folder), **stamps})

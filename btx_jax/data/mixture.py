@@ -107,8 +107,8 @@ def order_of(run: Run, domains: Mapping[str, Tokens],
 def _order_of_workers(run: Run, outer: Outer, domains: Mapping[str, Tokens]) -> grain.MapDataset:
   """The rows of a run with several workers, see worker_rows.interleaved.
 
-  Workers that share the blend divide the rows that one worker would read in as many steps; those
-  with a domain each read it as if it were alone.
+  Workers that share the blend divide the rows that an ordinary run of as many steps would read.
+  Workers with a domain each read it as if that were a run of its own.
   """
   rows = run.batch_size // outer.workers
   each = (run.of_steps or run.steps) * rows

@@ -1,8 +1,9 @@
-"""Tries a tokenizer's file in a process of its own, before this process reads it.
+"""Parses a tokenizer's file in a child process, before this process reads it.
 
-The parsers of sentencepiece (C++) and tokenizers (Rust) end the process on some damaged files, and
-can take any time and memory. A tokenizer may come from an unknown source. So a child reads each
-file first, once: what it survives is noted in the user's cache directory under the file's hash.
+The parsers of sentencepiece (C++) and tokenizers (Rust) crash on some damaged files, and may take
+any amount of time and memory. A tokenizer may come from an unknown source. So a child process with
+limits parses each file first, once: the hash of a file that it survives is kept in the user's cache
+directory.
 """
 
 from collections.abc import Mapping
@@ -17,11 +18,11 @@ import sys
 from btx_jax.errors import UsageError
 from btx_jax.files import writing
 
-_SECONDS = 120  # the largest tokenizers take two
-_BYTES = 4 << 30  # of addresses; the largest tokenizers take one
+_SECONDS = 120  # the largest tokenizers take 2
+_BYTES = 4 << 30  # of address space; the largest tokenizers take 1 GB
 _PACKAGES = {'tokenizer.model': 'sentencepiece', 'tokenizer.json': 'tokenizers'}
-# An exception is no reason to refuse the file here: this process gets the same, with its message.
-# A panic of Rust is no Exception.
+# An exception is not a reason to refuse the file here: this process gets the same one, and reports
+# it. A panic in Rust is not an Exception.
 _CHILD = '''
 import resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -56,14 +57,14 @@ def check(files: Mapping[str, bytes], name: str, path: str) -> None:
   try:
     version = metadata.version(package)
   except metadata.PackageNotFoundError:
-    return  # whoever reads the file says so
+    return  # whoever reads the file reports that
   passed = os.path.join(_folder(), hashlib.sha256(
       f'{package} {version} '.encode() + files[name]).hexdigest())
   if os.path.exists(passed):
     return
   ended = _run(package, files[name])
   if ended:
-    raise UsageError(f'{path} is not read: the package {package} {ended} on it. The file is '
+    raise UsageError(f'{path} cannot be read: the package {package} {ended} on it. The file is '
                      'damaged, or made to do so; take the tokenizer from its source again.')
   # A cache directory may not be writable.
   with contextlib.suppress(OSError), writing.replacing(passed):
@@ -73,7 +74,7 @@ def check(files: Mapping[str, bytes], name: str, path: str) -> None:
 def _run(package: str, raw: bytes) -> str:
   """How the parser fails on a file, in words; '' if it survives."""
   try:
-    # -P: not from the current directory, which may be the tokenizer's.
+    # -P: imports nothing from the current directory, which may be the tokenizer's.
     done = subprocess.run([sys.executable, '-P', '-c', _CHILD, package, str(_BYTES)], input=raw,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=_SECONDS,
                           check=False, env={**os.environ, 'OMP_NUM_THREADS': '1',
@@ -89,6 +90,6 @@ def _run(package: str, raw: bytes) -> str:
 
 
 def _folder() -> str:
-  """Where the hashes are noted of files that passed."""
+  """The folder of the hashes of files that passed; one empty file for each."""
   caches = os.environ.get('XDG_CACHE_HOME') or os.path.join('~', '.cache')
   return os.path.join(os.path.expanduser(caches), 'btx_jax', 'tokenizers-that-parse')

@@ -1,9 +1,9 @@
 """The Jinja environment of chat templates: that of transformers, with bounded operators.
 
 A template comes with a tokenizer, which may come from an unknown source. In the sandbox it can read
-only the values it is given, and cannot change them. Its time is bounded in every loop, macro and
-call; the length of its text, and of everything that operators, filters and methods make of text, is
-bounded before that is computed.
+only the values it is given, and cannot change them. Its time is checked in every loop, macro and
+call. The length of its text, and of every result of an operator, filter or method on text, is
+checked before it is computed.
 """
 
 from collections.abc import Mapping
@@ -15,22 +15,24 @@ import re
 import threading
 import time
 import types
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
-from jinja2 import exceptions, ext, nodes, sandbox, utils, visitor
+from jinja2 import exceptions, ext, sandbox, utils
+
+from btx_jax.data import template_nodes
 
 MAX_CHARS = 64_000_000  # of the text that a template writes
 MAX_SECONDS = 4.0
-# Characters that a template may compute in all: so many, and so many for each of its messages.
+# Characters that a template may compute in all: a constant, and a multiple of its messages' length.
 _COMPUTED, _PER_CHARACTER = 4_000_000, 32
 _MAX_SOURCE = 1_000_000  # characters of a template
 _MAX_DEPTH = 100  # of brackets in it
 _MOST_BITS = 4096  # of a number that a template computes
-_MOST_WIDTH = 10_000  # to which text is padded
-_MOST_INDENT = 64  # of JSON
-_ITEM = 64  # bytes of an item of a list, in characters
-# Filters and methods that make text longer by a number.
+_MOST_WIDTH = 10_000  # characters to which text is padded
+_MOST_INDENT = 64  # spaces of JSON
+_ITEM = 64  # characters that an item of a list counts as
+# Filters and methods that pad text by a number that is their argument.
 _PADDING = ('batch', 'center', 'expandtabs', 'indent', 'ljust', 'rjust', 'slice', 'truncate',
             'wordwrap', 'zfill')
 # Filters and methods that make a list of the characters of a text.
@@ -38,67 +40,17 @@ _LISTING = ('batch', 'dictsort', 'groupby', 'list', 'map', 'max', 'min', 'reject
             'select', 'selectattr', 'slice', 'sort', 'splitlines', 'sum', 'unique', 'wordcount')
 
 
-class _Generation(ext.Extension):
-  """{% generation %} marks answers in some templates; its body is written unchanged."""
-  tags: ClassVar[set[str]] = {'generation'}
-
-  def parse(self, parser):
-    line = next(parser.stream).lineno
-    body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-    return nodes.CallBlock(self.call_method('inside'), [], [], body).set_lineno(line)
-
-  def inside(self, caller):
-    return caller()
-
-
-class _Bounds(visitor.NodeTransformer):
-  """Adds checks of time and size to a parsed template, wherever it repeats or joins text."""
-
-  def __init__(self):
-    self._inside = 0  # of how many macros and blocks, whose text nothing else counts as it grows
-
-  def visit_For(self, node):
-    self._inside += not isinstance(node, nodes.For) or node.recursive
-    self.generic_visit(node)
-    self._inside -= not isinstance(node, nodes.For) or node.recursive
-    size = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
-    node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(size), 'repeated')))
-    return node
-
-  visit_Macro = visit_CallBlock = visit_For
-
-  def visit_Output(self, node):
-    self.generic_visit(node)
-    if self._inside:
-      node.nodes = [each if isinstance(each, nodes.TemplateData) else _filter(each, 'counted')
-                    for each in node.nodes]
-    return node
-
-  def visit_AssignBlock(self, node):
-    self._inside += 1
-    self.generic_visit(node)
-    self._inside -= 1
-    return node
-
-  visit_FilterBlock = visit_AssignBlock
-
-  def visit_Concat(self, node):
-    self.generic_visit(node)
-    return _filter(nodes.List(node.nodes), 'joined')
-
-
-def _filter(node: nodes.Expr | None, name: str) -> nodes.Filter:
-  return nodes.Filter(node, name, [], [], None, None)
-
-
 class _Render(threading.local):
-  """What the rendering in this thread has left: until when, and how many characters and items."""
+  """What the rendering in this thread has left: the time it must end, and characters to compute."""
   until, left = 0.0, 0
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-  """Every operator, filter and method whose result can be larger than its arguments is bounded
-  before it is computed, and the sizes of all results are added up."""
+  """An environment that bounds what templates compute.
+
+  Operators, filters and methods whose result can be larger than their arguments are bounded before
+  they run, and the sizes of all results are added up.
+  """
   intercepted_binops = frozenset({'*', '**', '%', '+'})
 
   def __init__(self, *args, **kwargs):
@@ -111,7 +63,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     self.filters |= {'joined': self._joined, 'counted': self._counted, 'repeated': self._repeated}
 
   def _parse(self, source, name, filename):
-    return _Bounds().visit(super()._parse(source, name, filename))
+    return template_nodes.Bounds().visit(super()._parse(source, name, filename))
 
   def check_time(self) -> None:
     """Raises TimeoutError if the rendering in this thread has taken too long."""
@@ -189,7 +141,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
       yield item
 
   def _check_arguments(self, name, value, args, kwargs):
-    """Raises OverflowError if a filter or method called `name` would make far more of a value."""
+    """Raises OverflowError if the filter or method `name` would make a value far larger."""
     given = [*args, *kwargs.values()]
     if name in _PADDING:
       mark = {'indent': '\n', 'expandtabs': '\t'}.get(name)
@@ -231,7 +183,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
   @staticmethod
   @jinja2.pass_context
   def _joined(context, items) -> str:
-    """The texts of `~`, which Jinja's own code joins without a bound."""
+    """The result of `~`, which Jinja's own code joins without a bound."""
     texts = [str(item) for item in items]
     context.environment.spend(sum(map(len, texts)))
     return ''.join(texts)
@@ -246,13 +198,13 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
   @staticmethod
   @jinja2.pass_context
   def _repeated(context, size) -> None:
-    """Begins one more pass through a loop or macro, which writes `size` characters of its own."""
+    """Counts one more pass through a loop or macro, which writes `size` characters of its own."""
     context.environment.check_time()
     context.environment.spend(size)
 
 
 class _Namespace(utils.Namespace):
-  """A namespace without underscored names, by which a template could leave the sandbox."""
+  """A namespace without names that begin with _, which would let templates leave the sandbox."""
 
   def __init__(*args, **kwargs):  # without `self`, which may be one of its names
     self, *rest = args
@@ -317,8 +269,8 @@ def _bounds(environment: _Environment, size: int):
 
 @functools.cache
 def _environment() -> _Environment:
-  environment = _Environment(
-      trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
+  extensions = [template_nodes.Generation, ext.loopcontrols]
+  environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
   environment.filters['tojson'] = environment._bounded('tojson', _to_json)
   environment.globals |= {'raise_exception': _raise, 'strftime_now': _now, 'dict': _Dict(),
                           'namespace': _Namespace}
@@ -347,14 +299,14 @@ def _check_name(name) -> None:
 
 
 def _weight(value) -> int:
-  """The characters of a text, or the bytes of the references of a list."""
+  """The size of a value: the characters of a text; 8 for each item of a list, tuple or dict."""
   if isinstance(value, str | bytes):
     return len(value)
   return _ITEM // 8 * len(value) if isinstance(value, list | tuple | dict) else 0
 
 
 def _check_widths(form: str | bytes) -> None:
-  """Raises OverflowError if a format pads text to a great width, or to one that is computed."""
+  """Raises OverflowError if a format pads text to a large width, or to a computed one."""
   text = form.decode('latin1') if isinstance(form, bytes) else form
   if re.search(r'\d{5}|%[^a-zA-Z%]*\*', text):
     raise OverflowError(f'a format has a width of more than {_MOST_WIDTH:,} or a computed one')

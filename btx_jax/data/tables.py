@@ -83,9 +83,9 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
 
 
 def _validated(batches: Iterable) -> Iterator[tuple[Any, str]]:
-  """(batch, '') of each sound batch; of others, (row, what is wrong with it) of each row.
+  """(batch, '') for each sound batch; for others, (row, what is wrong with it) for each row.
 
-  In a damaged file, offsets can lead outside of the memory, and to read there ends the process.
+  In a damaged file, offsets can lead outside the buffers, and reading there crashes the process.
   """
   for batch in batches:
     if not _damage_of(batch):
@@ -103,7 +103,7 @@ def _damage_of(batch) -> str:
     try:
       column.validate(full=True)
     except pa.ArrowInvalid as error:
-      # Offsets are checked before the encoding, which costs single documents later.
+      # Offsets are checked before the encoding, which later makes only single documents unusable.
       if 'UTF8' not in str(error) or str(column.type) not in _TEXT:
         return str(error)
   return ''

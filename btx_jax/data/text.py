@@ -80,7 +80,7 @@ def _set_aside_damaged(config, folder: str, domain: Domain, tokenizer: Tokenizer
     tokens.check(path)
   except damage.Damaged as error:
     if not tokens.can_prepare(domain):
-      raise error.has_no_text() from error
+      raise error.without_text() from error
     if error.name not in (kept_out.META, origin.FILES):
       origin.check(folder, {domain.name: tokens.differences(
           path, domain, tokenizer, config.data.held_out)})
@@ -239,7 +239,7 @@ def _load_kept(path: str, options: framing.Options) -> Tokenizer:
   try:
     _check_kept(os.path.dirname(path))
   except damage.Damaged as error:
-    raise error.is_the_tokenizer() from error
+    raise error.of_tokenizer() from error
   return load_tokenizer(path, options)
 
 

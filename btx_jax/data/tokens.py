@@ -13,7 +13,7 @@ splits.py decides which documents are held out, and writes these files:
   DIR/meta.json                           the settings they were made with, the skipped records,
                                           the documents kept out of training, and the length and
                                           hash of each file; written last
-  DIR/checked.json                        the files that were hashed, see damage.py
+  DIR/checked.json                        which files were hashed already, see damage.py
 
 The hash of the tokens does not cover the ids, so runs do not depend on them.
 """
@@ -143,7 +143,7 @@ def load(folder: str, split: str) -> Tokens:
 
 
 def check(folder: str) -> None:
-  """Raises damage.Damaged if a file of a folder that `prepare` wrote is not what was written."""
+  """Raises damage.Damaged if a file in a folder that `prepare` wrote has changed since."""
   meta = read_meta(folder)
   damage.check(folder, {name: each for name, each in meta.get(damage.SUMS, {}).items()
                         if name == origin.FILES})
@@ -213,7 +213,7 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
   except OSError as error:
     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
       raise
-  # Another job was faster.
+  # Another job finished first.
   return prepare(folder, domain, tokenizer, held_out, max_skipped, unless)
 
 
@@ -275,7 +275,7 @@ def _made_from(domain: Domain, tokenizer: Tokenizer | None, held_out: float) -> 
 
 
 def can_prepare(domain: Domain) -> bool:
-  """Whether the text of a domain is there."""
+  """Whether the text of a domain exists."""
   try:
     _describe(domain)
   except UsageError:

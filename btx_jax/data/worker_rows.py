@@ -1,4 +1,4 @@
-"""The rows of the workers of a run (see outer.py), as one order that all of them share."""
+"""The rows of a run with several workers (see outer.py), as one order for all of them."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ def interleaved(orders: Sequence[grain.MapDataset], rows: int) -> grain.MapDatas
   Every global batch has `rows` rows of the first worker, then those of the second, and so on.
 
   Args:
-    orders: of each worker.
-    rows: rows of a step that one worker reads.
+    orders: one order of rows per worker.
+    rows: rows per step and worker.
   """
   return grain.MapDataset.source(_Interleaved(orders, rows))
 
 
 def of_worker(order: grain.MapDataset, worker: int, workers: int, rows: int) -> grain.MapDataset:
-  """The order of one worker, from the run's; the inverse of `interleaved`."""
+  """The order of one worker, out of the order of the run: the inverse of `interleaved`."""
   return grain.MapDataset.source(_OfWorker(order, worker, workers, rows))
 
 

@@ -1,7 +1,7 @@
 """Compiled programs, kept on disk from one command to the next by jax's own cache.
 
-Who can write there decides what the next command executes. So a folder that others may write to, or
-that belongs to someone else, is not used.
+Whoever can write there decides what the next command executes. So a folder that others can write
+to, or that belongs to another user, is not used.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ VARIABLE = 'JAX_COMPILATION_CACHE_DIR'
 
 
 def check_chosen() -> None:
-  """Makes the folder that JAX_COMPILATION_CACHE_DIR names; removes the variable if it is unsafe.
+  """Creates the folder that JAX_COMPILATION_CACHE_DIR names; empties the variable if it is unsafe.
 
-  To be called before jax is imported, which reads the variable. Buckets (URLs) are not checked.
+  Call it before jax is imported, which reads the variable. Buckets (URLs) are not checked.
   """
   folder = os.environ.get(VARIABLE, '')
   if not folder or '://' in folder:
     return
-  why = _made(folder)
+  why = _make_private(folder)
   if why:
     os.environ[VARIABLE] = ''  # keeps nothing
     # On stderr, because scripts read what `jobs` prints.
@@ -45,7 +45,7 @@ def keep() -> None:
     return
   folder = default_folder()
   is_new = not os.path.isdir(folder)
-  why = _made(folder)
+  why = _make_private(folder)
   if why:
     say(f'compiled programs are not kept: {why}')
     return
@@ -54,8 +54,12 @@ def keep() -> None:
   jax.config.update('jax_compilation_cache_dir', folder)
 
 
-def _made(folder: str) -> str:
-  """Makes a folder for this user alone, unless it exists; why it cannot be used, or ''."""
+def _make_private(folder: str) -> str:
+  """Creates a folder that only this user can write to, unless it exists.
+
+  Returns:
+    why it cannot be used, in words; '' if it can.
+  """
   try:
     os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
     with contextlib.suppress(FileExistsError):  # another process may make it at this moment

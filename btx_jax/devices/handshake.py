@@ -1,4 +1,4 @@
-"""How two processes of a job recognise each other on a connection, and nobody else.
+"""The protocol by which two processes of a job authenticate each other on a connection.
 
     process i                                   process 0
     greeting, nonce                      ->
@@ -7,11 +7,11 @@
                                          <-     verdict
 
 Proof, hello and verdict are sealed: they carry an HMAC of their purpose, of both nonces and of
-their content, under the job's token. So the token is not sent, a recorded message is not valid
-again, and each side proves that it has the token before the other says anything about the job.
+their content, under the job's token. So the token is not sent, a recorded message cannot be
+replayed, and each side proves that it has the token before the other says anything about the job.
 Nothing is encrypted.
 
-What a stranger sends gets no further than `parse_greeting` and `unseal`.
+Only `parse_greeting` and `unseal` read what a stranger sends.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ import re
 import secrets
 from typing import Any, NamedTuple
 
-MOST = 1 << 24  # bytes that one who has the token may send
-LIMIT = 1024  # bytes that are kept of a stranger's line
+MOST = 1 << 24  # largest body of a message, in bytes, from a process with the token
+LIMIT = 1024  # bytes that are buffered of a stranger's line
 _GREETING = 'btx_jax 2 {}\n'  # with a nonce
 _MAC, _SIZE = 32, 4  # bytes
 
 
 class Session(NamedTuple):
-  """What authenticates the messages of a connection."""
+  """The token and both nonces, which authenticate the messages of a connection."""
   token: bytes
   nonces: bytes
 
@@ -85,7 +85,7 @@ def parse_hello(body: bytes) -> Hello:
 
 
 def seal(session: Session, purpose: bytes, body: bytes = b'') -> bytes:
-  """A message: its HMAC, its size and its body. Without a body it proves only who sends it."""
+  """A message: its HMAC, size and body. Without a body it only proves knowledge of the token."""
   mac = hmac.digest(session.token, purpose + b'\n' + session.nonces + body, 'sha256')
   return mac + len(body).to_bytes(_SIZE) + body
 
@@ -95,8 +95,8 @@ async def unseal(reader: asyncio.StreamReader, session: Session, purpose: bytes,
   """The body of a sealed message of at most `most` bytes.
 
   Raises:
-    ValueError: it is larger.
-    PermissionError: whoever sent it has another token.
+    ValueError: the body is larger.
+    PermissionError: the sender has another token.
     OSError, EOFError: the connection ended.
   """
   head = await reader.readexactly(_MAC + _SIZE)

@@ -6,9 +6,9 @@ that: jax's key-value store answers only after all have connected. So each proce
 itself to process 0 (handshake.py), at the address that jax's coordinator uses afterwards. All
 receive the same verdict, in words.
 
-A stranger holds at most 256 kB and 10 s of process 0. There are at most 64 of them beside as many
-connections as the job has processes: if more come, the oldest one is cut off. A process that this
-affects connects again.
+A stranger's connection takes at most 256 kB of process 0, and lasts at most 10 s. At most 64 of
+them are open besides as many as the job has processes: when more connect, the oldest one is closed.
+A process of the job that loses its connection this way connects again.
 """
 
 import asyncio
@@ -28,24 +28,24 @@ from btx_jax.devices import handshake, rollcall
 from btx_jax.devices.handshake import Hello
 from btx_jax.errors import UsageError
 
-_STRANGERS = 64  # connections that need not be processes of this job
-_PATIENCE = 10.0  # seconds for an introduction, and for a process 0 or a token to prove wrong
-_LATE = 3.0  # seconds to wait, after a fatal mistake, for processes that should hear of it
+_STRANGERS = 64  # connections without the token, besides the number of processes
+_PATIENCE = 10.0  # seconds for an introduction, and of retries against a wrong process 0 or token
+_LATE = 3.0  # seconds to wait, after a fatal mistake, for processes that should learn of it
 _FAREWELL = 5.0  # seconds in which all must have received the verdict and hung up
 
 
 @dataclasses.dataclass
 class _Roll:
-  """What process 0 knows.
+  """What process 0 knows about the processes.
 
   Attributes:
     me: process 0 itself.
-    token: of the job.
+    token: the job's token.
     changed: set whenever something below has changed.
     present: processes by index.
-    strangers: those that attend to connections without the token so far, the oldest first.
-    members: connections of those that have it.
-    refused: number of connections that began well, but did not show the token.
+    strangers: tasks of connections that have not shown the token yet, the oldest first.
+    members: connections that have shown it.
+    refused: number of connections with a valid greeting that did not show the token.
     mistake: why the job cannot start; empty if nothing is known to be wrong.
   """
   me: Hello
@@ -64,12 +64,12 @@ def meet_processes(place: rollcall.Place, token: bytes, facts: Mapping[str, Any]
 
   Args:
     place: of this process.
-    token: what all of them know, from rollcall.secret.
+    token: the secret that all of them share, from rollcall.secret.
     facts: nested dicts of plain data that must be equal on all processes.
     timeout: seconds to wait for the coordinator to answer, and for all processes to connect.
 
   Returns:
-    the address to which process 0 listened; None on others, or if it listened to all addresses.
+    the address on which process 0 listened; None on others, or if it listened on all addresses.
 
   Raises:
     UsageError: the same on all connected processes: some are missing, two have the same id, or
@@ -93,10 +93,10 @@ def meet_processes(place: rollcall.Place, token: bytes, facts: Mapping[str, Any]
 
 
 def _listen(address: str) -> tuple[socket.socket, str | None]:
-  """Listens to HOST:PORT, or to all addresses if other machines know this one by another.
+  """Listens on HOST:PORT, or on all addresses if HOST is not an address of this machine.
 
   Returns:
-    the socket; and its address, None if it listens to all.
+    the socket; and its address, or None if it listens on all.
   """
   host, port = rollcall.split_address(address)
   loopback = rollcall.is_loopback(host)
@@ -114,7 +114,7 @@ def _listen(address: str) -> tuple[socket.socket, str | None]:
   if loopback:  # perhaps without a token: only for this machine
     raise OSError(errno.EADDRNOTAVAIL, f'{host} is not an address of this machine')
   print(f'btx_jax: {host} is not an address that this machine has itself (NAT, or a name that '
-        '/etc/hosts maps to loopback): process 0 listens to all of its addresses. '
+        '/etc/hosts maps to loopback): process 0 listens on all of its addresses. '
         f'{rollcall.BIND}=ADDRESS:{port} sets one.', file=sys.stderr, flush=True)
   if socket.has_dualstack_ipv6():
     return socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True), None
@@ -123,7 +123,7 @@ def _listen(address: str) -> tuple[socket.socket, str | None]:
 
 async def _host(listening: socket.socket, token: bytes, me: Hello, until: float, timeout: float
                 ) -> str:
-  """On process 0: waits for the others, sends them the verdict and returns it; '' is good."""
+  """On process 0: waits for the others, sends them the verdict and returns it; '' is success."""
   roll = _Roll(me, token, asyncio.Event(), {0: me})
   accepting = asyncio.create_task(_accept(roll, listening))
   try:
@@ -140,8 +140,8 @@ async def _host(listening: socket.socket, token: bytes, me: Hello, until: float,
 
 
 async def _accept(roll: _Roll, listening: socket.socket):
-  """On process 0: accepts whoever connects, and makes room for them."""
-  # asyncio's own server accepts many at once, and does not end well if files run out.
+  """On process 0: accepts all connections, and closes the oldest of strangers if there are many."""
+  # asyncio's own server accepts many at once, and does not recover if file descriptors run out.
   listening.listen(1024)
   listening.setblocking(False)
   connections: dict[asyncio.Task, socket.socket] = {}
@@ -187,7 +187,7 @@ async def _decide(roll: _Roll, until: float, timeout: float) -> str:
 
 
 async def _wait(changed: asyncio.Event, until: float):
-  """Waits for the next change, at most until then."""
+  """Waits for the next change, at most until the time `until`."""
   with contextlib.suppress(TimeoutError):
     async with asyncio.timeout(max(0.0, until - time.monotonic())):
       await changed.wait()
@@ -195,7 +195,7 @@ async def _wait(changed: asyncio.Event, until: float):
 
 
 async def _attend(roll: _Roll, connection: socket.socket):
-  """On process 0: listens to one connection until it hangs up."""
+  """On process 0: serves one connection until it hangs up."""
   task, hello = asyncio.current_task(), None
   assert task
   reader, writer = await asyncio.open_connection(sock=connection, limit=handshake.LIMIT)
@@ -227,7 +227,7 @@ async def _attend(roll: _Roll, connection: socket.socket):
 
 
 def _take_down(roll: _Roll, hello: Hello):
-  """Adds a process to those present, or sets why the job cannot start."""
+  """Adds a process to those present, or sets `mistake` if it cannot be part of the job."""
   index, count, me = hello.process_id, hello.num_processes, roll.me
   if count != me.num_processes:
     mistake = (f'--num_processes={me.num_processes} on process 0 ({me.who}), but '

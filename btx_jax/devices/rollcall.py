@@ -1,6 +1,6 @@
-"""Which processes a job has, what is secret between them, and on what they must agree.
+"""The processes of a job, the secret that they share, and the facts that they must agree on.
 
-meeting.py lets them meet before jax starts.
+They meet before jax starts, see meeting.py.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from btx_jax.errors import UsageError
 TOKEN = 'BTX_JAX_TOKEN'  # environment variable; a flag would show the token to `ps`
 BIND = 'JAX_COORDINATOR_BIND_ADDRESS'  # environment variable, of jax
 DOCS = 'See docs/processes.md.'
-_SHORTEST = 16  # characters of a token: who overhears a proof can try all shorter ones
+_SHORTEST = 16  # characters of a token: with a recorded proof, shorter ones can be guessed offline
 
 
 class Place(NamedTuple):
@@ -24,7 +24,7 @@ class Place(NamedTuple):
     coordinator: HOST:PORT of process 0.
     count: number of processes in the job.
     index: of this process, from 0.
-    bind: HOST:PORT to which process 0 listens, if that is not `coordinator`.
+    bind: HOST:PORT on which process 0 listens, if that is not `coordinator`.
   """
   coordinator: str
   count: int
@@ -78,7 +78,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-  """Whether a host, as it is written, can only be reached from its own machine."""
+  """Whether a host, as written, can only be reached from its own machine; no name is resolved."""
   try:
     return ipaddress.ip_address(host).is_loopback
   except ValueError:
@@ -86,7 +86,7 @@ def is_loopback(host: str) -> bool:
 
 
 def secret(place: Place, token: str | None) -> bytes:
-  """The key with which the processes of a job recognise each other.
+  """The key by which the processes of a job authenticate each other.
 
   Args:
     place: of this process.

@@ -1,1 +1,1 @@
-"""Files: written, locked, and read with bounds; names; JSON with checksums."""
+"""Files on disk: writing, locking, reading with bounds; their names; JSON with checksums."""

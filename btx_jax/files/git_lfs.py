@@ -5,7 +5,7 @@ import re
 from btx_jax.errors import UsageError
 from btx_jax.files import inputs
 
-# How a pointer begins: the URL of the specification, today's or that of the first release.
+# The beginning of a pointer: the URL of the specification, today's or that of the first release.
 _POINTER = re.compile(rb'version https://(git-lfs|hawser)\.github\.com/spec/v\d+\r?\n')
 POINTER_BYTES = 1024  # a pointer is shorter than this, by its specification
 
@@ -24,7 +24,7 @@ def check_no_pointer(path: str):
   """Raises UsageError if a file is a Git LFS pointer in place of the file itself.
 
   A repository cloned without git-lfs has such pointers, of some 130 bytes, for weights, tokenizers
-  and data. A file that cannot be opened passes: whoever reads it next says why.
+  and data. A file that cannot be opened passes: its reader reports why.
   """
   try:
     with inputs.open_file(path) as file:

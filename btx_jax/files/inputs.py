@@ -1,5 +1,5 @@
-"""Files that others have written, read with bounds: regular files only, of limited size, and JSON
-of limited depth and number of values.
+"""Reads files from elsewhere with bounds: only regular files, of limited size, and JSON of limited
+depth and number of values.
 
 A path can lead to a named pipe, on which reading waits forever, to a device without an end, or to a
 sparse file of a terabyte. A few megabytes of JSON can become gigabytes of objects.
@@ -12,7 +12,7 @@ import stat
 from typing import Any, BinaryIO
 
 MAX_JSON = 40_000_000  # bytes of a JSON file; the index of the largest models has 20 MB
-# Numbers, strings, lists and objects in it, so that the largest takes less than 1 GB of memory.
+# Most numbers, strings, lists and objects in JSON, which then takes less than 1 GB of memory.
 _MAX_VALUES = 4_000_000
 _KINDS = ((stat.S_ISFIFO, 'a named pipe'), (stat.S_ISSOCK, 'a socket'),
           (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))
@@ -26,7 +26,7 @@ def open_file(path: str) -> BinaryIO:
       the file does not exist or cannot be opened.
   """
   try:
-    # Without O_NONBLOCK, to open a named pipe would wait for whoever writes to it.
+    # Without O_NONBLOCK, opening a named pipe would wait for a process that writes to it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   except OSError as error:
     if error.errno == errno.ENXIO:  # a socket
@@ -37,7 +37,7 @@ def open_file(path: str) -> BinaryIO:
     if stat.S_ISDIR(mode):
       raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(mode):
-      kind = next((name for is_kind, name in _KINDS if is_kind(mode)), 'not one')
+      kind = next((name for is_kind, name in _KINDS if is_kind(mode)), 'of another kind')
       raise OSError(errno.EINVAL, f'it is {kind}, not a regular file', path)
     return open(descriptor, 'rb')
   except BaseException:
@@ -52,7 +52,7 @@ def read_bytes(path: str, most: int) -> bytes:
     OSError: it has more than `most` bytes, or see open_file.
   """
   with open_file(path) as file:
-    # The size at first, then what is read: it may be growing.
+    # First the size, then the length of what was read: the file may be growing.
     found = b'' if os.fstat(file.fileno()).st_size > most else file.read(most + 1)
     if len(found) > most or (not found and os.fstat(file.fileno()).st_size > most):
       raise OSError(errno.EINVAL, f'it has more than {most:,} bytes, too many for such a file',
@@ -71,13 +71,13 @@ def read_json(path: str, most: int = MAX_JSON) -> Any:
 
 
 def parse_json(raw: bytes, max_values: int = _MAX_VALUES) -> Any:
-  """The value that JSON in UTF-8 holds.
+  """Parses JSON in UTF-8.
 
   Raises:
     ValueError: it is not JSON, has more than `max_values` values, is nested too deeply, or has a
       key twice in one object.
   """
-  # Commas and brackets in strings count too; texts of that size do not belong into such files.
+  # Commas and brackets in strings count too; such files do not hold texts of that size.
   if raw.count(b',') + raw.count(b'[') + raw.count(b'{') > max_values:
     raise ValueError(f'it has more than {max_values:,} values')
   try:
@@ -87,7 +87,7 @@ def parse_json(raw: bytes, max_values: int = _MAX_VALUES) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """A JSON object. Raises ValueError if it has a key twice."""
+  """A JSON object as a dict. Raises ValueError if it has a key twice."""
   result = dict(pairs)
   if len(result) < len(pairs):
     seen = set()

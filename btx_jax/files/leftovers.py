@@ -1,8 +1,8 @@
-"""The temporary names of what is being written, and what a kill left under them.
+"""Temporary names of unfinished files and folders, and what a kill left under such names.
 
-What is being written is called NAME.PID-HEX.partial. Its writer holds a lock on that file, or on
-the file `lock` in that folder, and the lock ends with the process. So the next writer of NAME can
-tell what a kill left from what is still being written.
+While it is written, a file or folder is called NAME.PID-HEX.partial. Its writer holds a lock on
+that file, or on the file `lock` in that folder, and the lock ends with the process. So the next
+writer of NAME can distinguish a leftover of a kill from what is still being written.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from typing import IO, Any
 
 LOCK = 'lock'
 _TEMPORARY = re.compile(r'(.*)\.\d+-[0-9a-f]{8}\.partial', re.DOTALL)
-_YOUNG = 60  # seconds in which a new folder surely gets its lock
-_writing: set[str] = set()  # what this process writes: its own locks do not keep it out
+_YOUNG = 60  # seconds within which a new folder surely has its lock
+_writing: set[str] = set()  # what this process writes, which its own locks do not protect from it
 
 
 def new_name(path: str) -> str:
@@ -31,8 +31,16 @@ def is_temporary(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def writing(temporary: str, open_new: Callable[[], IO[Any]]) -> Iterator[IO[Any]]:
-  """Opens what is locked of a new file or folder, and keeps `clear` from it during the block."""
+def protected(temporary: str, open_new: Callable[[], IO[Any]]) -> Iterator[IO[Any]]:
+  """Protects a new file or folder from `clear` during the block.
+
+  Args:
+    temporary: its temporary name.
+    open_new: creates and opens what is locked: the file itself, or the file `lock` in the folder.
+
+  Yields:
+    the open file.
+  """
   _writing.add(temporary)
   try:
     while True:
@@ -47,12 +55,12 @@ def writing(temporary: str, open_new: Callable[[], IO[Any]]) -> Iterator[IO[Any]
 
 
 def clear(path: str) -> None:
-  """Removes what writers of `path` left that were killed."""
+  """Removes what killed writers of `path` left."""
   folder, target = os.path.split(path)
   try:
     names = os.listdir(folder or '.')
   except OSError:
-    return  # the writer says why
+    return  # the writer reports why
   for name in names:
     found = _TEMPORARY.fullmatch(name)
     if found and found[1] == target:
@@ -62,7 +70,7 @@ def clear(path: str) -> None:
 def clear_one(temporary: str) -> None:
   """Removes a temporary file or folder, unless its writer is alive."""
   if temporary not in _writing:
-    with contextlib.suppress(OSError):  # somebody is writing it, or locks are not supported
+    with contextlib.suppress(OSError):  # another process is writing it, or locks are not supported
       _clear(temporary)
 
 
@@ -77,11 +85,12 @@ def _clear(temporary: str) -> None:
       else:
         os.remove(temporary)
   elif time.time() - os.stat(temporary).st_mtime > _YOUNG:
-    os.rmdir(temporary)  # its writer was killed before it had a lock; not empty: not ours
+    # Its writer was killed before it had a lock. A folder with content is not ours, and stays.
+    os.rmdir(temporary)
 
 
 def remove_tree(folder: str) -> None:
-  """Removes a temporary folder; its lock last."""
+  """Removes a temporary folder, its lock last."""
   for root, folders, names in os.walk(folder, topdown=False):
     for name in names:
       if (root, name) != (folder, LOCK):

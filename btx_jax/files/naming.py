@@ -1,9 +1,9 @@
-"""Which names of runs and domains, and which paths of checkpoints, are refused at the start.
+"""Checks names of runs and domains, and paths of checkpoints, at the start.
 
-A name is a path in the working directory, so it must stay there. A path of a checkpoint goes
-through orbax and tensorstore, which do not take every character as it is: etils, which orbax lists
-directories with, reads a whole path as a pattern, and some for buckets; tensorstore takes \\ for a
-separator, and takes only UTF-8.
+A name is a path in the working directory, and must not lead out of it. The path of a checkpoint
+goes through orbax and tensorstore, which do not take every character literally: etils, with which
+orbax lists directories, reads a path as a pattern, and some paths as buckets; tensorstore takes \\
+for a separator, and accepts only UTF-8.
 """
 
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ import unicodedata
 
 from btx_jax.errors import UsageError
 
-LONGEST = 200  # bytes of a name; a file system takes 255, and files add an ending to it
-PARTIAL = '.partial'  # ends the names of files and folders that are not finished
-# What leads elsewhere in a path: a pattern, NUL and what is not UTF-8, and what orbax and etils
-# take for a bucket (any component that ends in gs:, and these folders of the root).
+LONGEST = 200  # bytes of a name; file systems allow 255, and names of files add an ending
+PARTIAL = '.partial'  # ends the names of unfinished files and folders
+# Parts of a path that lead elsewhere: patterns, NUL, bytes that are not UTF-8, and what orbax and
+# etils take for a bucket (any component that ends in gs:, and these folders of the root).
 _ELSEWHERE = re.compile(r'[*?\[\\\0\ud800-\udfff]|gs:/|^/(gs|s3|az|hf)/')
-# Control characters, what has no shape of its own, halves of surrogate pairs, separators of lines
+# Categories of invisible characters: control, format, surrogates, line and paragraph separators.
 _UNSEEN = ('Cc', 'Cf', 'Cs', 'Zl', 'Zp')
 
 
@@ -31,21 +31,21 @@ def check(kind: str, name: str) -> None:
 
 
 def check_distinct(kind: str, names: Iterable[str]) -> None:
-  """Raises UsageError if two names are one directory where case or the form of accents is ignored.
+  """Raises UsageError if two names differ only in case or in the form of accents.
 
-  Some file systems of macOS and Windows do that; and a study may be moved to one.
+  Some file systems of macOS and Windows ignore both, and a study may be moved to one.
   """
   known: dict[str, str] = {}
   for name in names:
-    other = known.setdefault(same(name), name)
+    other = known.setdefault(folded(name), name)
     if other != name:
       raise UsageError(f'{other!r} and {name!r} cannot both be names of a {kind}: they are one '
                        'directory on a file system that ignores case or the form of accents. '
                        'Rename either.')
 
 
-def same(name: str) -> str:
-  """What is equal for names that some file systems do not distinguish."""
+def folded(name: str) -> str:
+  """A form that is equal for names that some file systems do not distinguish."""
   return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
 
 
@@ -65,17 +65,17 @@ def _problem(kind: str, name: str) -> str:
   if kind == 'run' and name.startswith('-'):
     return 'a command would take it for a flag; begin with another character'
   if any(part.endswith(PARTIAL) for part in parts):
-    return f'{PARTIAL} ends the names of what is not finished; choose another ending'
+    return f'{PARTIAL} ends the names of unfinished files; choose another ending'
   if len(name.encode()) > LONGEST:
     return f'it has {len(name.encode()):,} bytes, more than {LONGEST}; choose a shorter one'
   return ''
 
 
 def checkpoint_path(folder: str) -> str:
-  """The absolute path of a folder of checkpoints, or of one above it.
+  """The absolute path of a folder that holds checkpoints, directly or below.
 
   Raises:
-    UsageError: orbax or tensorstore would read or write elsewhere.
+    UsageError: orbax or tensorstore would read or write somewhere else.
   """
   path = os.path.normpath('/' + os.path.abspath(folder).lstrip('/'))
   found = _ELSEWHERE.search(f'{path}/')

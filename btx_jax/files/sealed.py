@@ -1,4 +1,4 @@
-"""JSON files with a checksum of their content, so that damage is noticed on reading."""
+"""JSON files with a checksum of their content, so that damage is noticed when they are read."""
 
 from collections.abc import Mapping
 import functools
@@ -10,11 +10,11 @@ from btx_jax.files import inputs, writing
 from btx_jax.terminal import say
 
 _KEY = 'checksum'
-_MARK = 'has_checksum'  # so that a file whose key is damaged is not taken for one without
+_MARK = 'has_checksum'  # so that damage to the key above does not make a file one without checksum
 
 
 def write(path: str, content: Mapping[str, Any], indent: int | None = 1) -> None:
-  """Replaces a JSON file: `content` as plain data, and its checksum."""
+  """Replaces a JSON file by `content` as plain data, with its checksum."""
   # As it is read back: tuples become lists, and numbers that are keys become strings.
   plain = json.loads(json.dumps({key: content[key] for key in content if key != _KEY}))
   plain[_MARK] = True
@@ -25,11 +25,11 @@ def write(path: str, content: Mapping[str, Any], indent: int | None = 1) -> None
 def read(path: str) -> Any:
   """The content of a JSON file.
 
-  A file without a checksum was written by an earlier version, and is read as it is.
+  A file without a checksum is from an earlier version, and is read as it is.
 
   Raises:
     OSError: the file cannot be read.
-    ValueError: it is not JSON, or its content is not what was written.
+    ValueError: it is not JSON, or its content does not match its checksum.
   """
   found = inputs.read_json(path)
   if not isinstance(found, dict) or not {_KEY, _MARK} & found.keys():
@@ -44,7 +44,7 @@ def read(path: str) -> Any:
 def read_if_sound(path: str) -> dict[str, Any]:
   """The content of a JSON file with scores; {} if it does not exist or is damaged.
 
-  A damaged file is named, once: what it holds can be measured again.
+  A damaged file gets one warning: its scores can be measured again.
   """
   try:
     found = read(path)
@@ -53,8 +53,8 @@ def read_if_sound(path: str) -> dict[str, Any]:
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:
-    _warn(f'{path} is damaged ({error}). It counts as not measured: train, or evaluate for tasks, '
-          'writes it again.')
+    _warn(f'{path} is damaged ({error}). Its scores count as missing: train, or evaluate for '
+          'tasks, writes it again.')
     return {}
   return found
 

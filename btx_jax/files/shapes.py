@@ -1,4 +1,4 @@
-"""Compares plain data, as JSON holds it, with the shape that the code which uses it relies on."""
+"""Checks that plain data, read from JSON, has the structure that code relies on."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ _EXACT = {float: {float, int}, int: {int}, str: {str}}
 
 
 def misfit(value: Any, shape: Any, path: str = '') -> str:
-  """What is wrong with a value, in words, like "best.step = '3' is not an integer"; '' if nothing.
+  """Describes how a value misfits: "best.step = '3' is not an integer"; '' if it fits.
 
   Args:
     value: plain data.
-    shape: a type, where float takes integers too and object is anything; None, which is null; a
-      tuple of shapes, of which one must fit; [shape], a list of such values; {str: shape}, an
-      object of such values; or {'key': shape, 'other?': shape}, an object that has these keys,
-      where ? marks those that may be missing, and perhaps others.
-    path: where the value is, for the words.
+    shape: a type, where float includes integers and object is anything; None, which is null; a
+      tuple of shapes, one of which must fit; [shape], a list of such values; {str: shape}, an
+      object of such values; or {'key': shape, 'other?': shape}, an object with these keys, where
+      those with a ? may be missing; it may have further keys.
+    path: where the value is, for the description.
   """
   if isinstance(shape, tuple):
     found = [misfit(value, each, path) for each in shape]
@@ -25,7 +25,7 @@ def misfit(value: Any, shape: Any, path: str = '') -> str:
     if not isinstance(value, list):
       return _wrong(value, list, path)
     if isinstance(shape[0], type) and {*map(type, value)} <= _EXACT.get(shape[0], set()):
-      return ''  # long lists of numbers, quickly
+      return ''  # a shortcut for long lists of numbers
     return next(filter(None, (misfit(each, shape[0], f'{path}[{i}]')
                               for i, each in enumerate(value))), '')
   if isinstance(shape, dict):

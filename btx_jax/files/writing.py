@@ -1,7 +1,7 @@
 """The one place where this package writes, renames and removes files.
 
 A file or folder gets its name last, after its content is on the disk: a reader sees the old one or
-the new one, also after a kill or a power cut. Until then it has a temporary name, see leftovers.py.
+the new one, even after a kill or a power cut. Until then it has a temporary name, see leftovers.py.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def replacing(path: str, mode: str = 'w', buffering: int = -1) -> Iterator[IO[An
   """Opens a temporary file that replaces `path` at the end of the block, unless that raises.
 
   Args:
-    path: the file to replace; its folder is made if it does not exist.
+    path: the file to replace; its folder is created if it does not exist.
     mode: 'w', which writes UTF-8, or 'wb'.
     buffering: as for `open`.
 
@@ -37,7 +37,7 @@ def replacing(path: str, mode: str = 'w', buffering: int = -1) -> Iterator[IO[An
   partial = leftovers.new_name(path)
   with _naming(path, partial):
     try:
-      with leftovers.writing(partial, lambda: _open(partial, mode, buffering)) as file:
+      with leftovers.protected(partial, lambda: _open(partial, mode, buffering)) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -53,10 +53,10 @@ def replacing(path: str, mode: str = 'w', buffering: int = -1) -> Iterator[IO[An
 def new_folder(path: str) -> Iterator[str]:
   """Makes a folder under a temporary name, which is renamed to `path` at the end of the block.
 
-  Yields the temporary name. If the block raises, the folder is removed with all that is in it.
+  Yields the temporary name. If the block raises, the folder is removed with its content.
 
   Raises:
-    OSError: with the path concerned, if writing fails or `path` exists by then.
+    OSError: with the path in question, if writing fails or `path` exists by then.
   """
   make_folder(os.path.dirname(path))
   leftovers.clear(path)
@@ -65,7 +65,7 @@ def new_folder(path: str) -> Iterator[str]:
   with _naming(path, partial):
     try:
       os.mkdir(partial)
-      with leftovers.writing(partial, lambda: _open(lock, 'w')):
+      with leftovers.protected(partial, lambda: _open(lock, 'w')):
         yield partial
         sync_tree(partial)
         os.rename(partial, path)
@@ -78,12 +78,12 @@ def new_folder(path: str) -> Iterator[str]:
 
 
 def create(path: str, mode: str = 'w') -> IO[Any]:
-  """Opens a new file of a folder that has not got its name yet; see new_folder."""
+  """Opens a new file in a folder that still has its temporary name; see new_folder."""
   return _open(path, mode)
 
 
 def append(path: str) -> IO[bytes]:
-  """Opens a file to add bytes to its end, without a buffer."""
+  """Opens a file to append bytes, unbuffered."""
   return _open(path, 'ab', 0)
 
 
@@ -98,7 +98,7 @@ def write_at(file: int, data, at: int) -> None:
 def save_array(file: IO[bytes], array: np.ndarray) -> None:
   """Writes an array into an open file, as np.save does.
 
-  np.save lets C write, and on a full disk its error has no number.
+  np.save writes from C, and its error on a full disk has no errno.
   """
   content = io.BytesIO()
   np.save(content, array, allow_pickle=False)
@@ -122,7 +122,7 @@ def make_folder(path: str) -> None:
 
 
 def rename(old: str, new: str) -> None:
-  """Renames a file or folder, on the disk when it returns."""
+  """Renames a file or folder; the new name is on the disk when this returns."""
   os.rename(old, new)
   for folder in {os.path.dirname(old), os.path.dirname(new)}:
     sync_folder(folder)
@@ -135,7 +135,7 @@ def remove(path: str) -> None:
 
 
 def remove_empty(folder: str) -> None:
-  """Removes a folder if nothing is in it, and if it can be removed."""
+  """Removes a folder if it is empty and can be removed."""
   with contextlib.suppress(OSError):
     os.rmdir(folder)
 
@@ -159,11 +159,11 @@ def sync_tree(folder: str) -> None:
 
 
 def sync_folder(folder: str) -> None:
-  """Returns when the names in a folder are on the disk, if its file system can say so."""
+  """Returns when the names in a folder are on the disk, where its file system can sync folders."""
   try:
     _sync(folder or '.')
   except OSError as error:
-    # FUSE and SMB may have no such call for folders, and some folders can be written but not read.
+    # FUSE and SMB may not support this for folders, and some folders can be written but not read.
     if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
       raise
 
@@ -183,7 +183,7 @@ def _open(path: str, mode: str, buffering: int = -1) -> IO[Any]:
 
 @contextlib.contextmanager
 def _naming(path: str, partial: str = '') -> Iterator[None]:
-  """Names the file in an OSError: calls on descriptors name none, and `partial` is temporary."""
+  """Makes an OSError name `path`: calls on descriptors name no file, and `partial` is temporary."""
   try:
     yield
   except OSError as error:

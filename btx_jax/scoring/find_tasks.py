@@ -118,7 +118,7 @@ def load(wanted: Sequence[Wanted], include_path: str = '', limit: int | None = N
 
 
 def _check_files(folder: str) -> None:
-  """Raises UsageError for a YAML file below a folder that could keep the harness's parser busy."""
+  """Raises UsageError for a YAML file below a folder that the harness could not parse in time."""
   for where, _, names in os.walk(folder):
     for path in (os.path.join(where, name) for name in names if name.endswith(('.yaml', '.yml'))):
       try:

@@ -37,7 +37,7 @@ from btx_jax.run import (
 from btx_jax.study import compatibility, continued, edits
 
 _RESERVED = ('data', 'report')
-# What a run has in its directory
+# Names of files and folders that a run keeps in its own directory.
 _OF_RUN = re.compile(r'checkpoints|lock|profile|tensorboard|wandb|.*\.jsonl?', re.IGNORECASE)
 # The fields of a model that its parameters depend on; the others may change between runs.
 _SHAPES = ('vocab_size', *SIZES, 'num_experts')
@@ -97,7 +97,7 @@ def _check_seeds(config):
     if seeds.count(seed) > 1:
       raise UsageError(f'config.seeds has {seed} twice; every run is trained once for each seed.')
   for name in config.runs:
-    if naming.same(name.split('/')[0]) in map(series_name, seeds):
+    if naming.folded(name.split('/')[0]) in map(series_name, seeds):
       raise UsageError(f'{name!r} cannot be the name of a run while config.seeds = '
                        f'{tuple(seeds)}: {name.split("/")[0]} is the directory of the runs with '
                        'that seed. Rename the run.')
@@ -126,7 +126,7 @@ def series_name(seed: int) -> str:
 def check_name(name: str) -> None:
   """Raises UsageError unless a run can have this name."""
   naming.check('run', name)
-  if naming.same(name.split('/')[0]) in _RESERVED:
+  if naming.folded(name.split('/')[0]) in _RESERVED:
     raise UsageError(f'{name!r} cannot be the name of a run: it is a directory in the working '
                      f'directory, where {" and ".join(_RESERVED)} are taken.')
   if re.search(r'[\s\'"]', name):
@@ -135,7 +135,7 @@ def check_name(name: str) -> None:
 
 
 def _check_inside(name: str, names: Iterable[str]):
-  """Raises UsageError if a run's directory would be one that another run keeps its files in."""
+  """Raises UsageError if a run's directory would be one that another run keeps its own files in."""
   for other in names:
     inside = name.removeprefix(f'{other}/')
     if inside != name and _OF_RUN.fullmatch(inside.split('/')[0]):
@@ -288,7 +288,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
 
 
 def _check_workers(run: Run):
-  """Raises UsageError if a run has several workers, and something that they cannot do."""
+  """Raises UsageError if a run has several workers and settings that they do not support."""
   with errors.about(f'runs.{run.name}'):
     if run.state and run.sources[0].outer:
       raise UsageError(f'init.state = True: the optimizer state of {run.sources[0].name!r} is that '
@@ -305,17 +305,17 @@ def _check_workers(run: Run):
                        'several workers train on the next token only. Set train.workers = 1.')
     if run.state:
       raise UsageError(f'train.workers = {run.workers}: each worker starts with moments at zero, '
-                       'so init.state = True cannot be kept. Omit it.')
+                       'so init.state = True has no effect. Omit it.')
 
 
 def _check_redraw(run: Run):
-  """Raises UsageError if hidden units cannot be drawn anew."""
+  """Raises UsageError if hidden units cannot be re-initialised."""
   if not 0 <= run.redraw <= 1:
     raise UsageError(f'runs.{run.name}.init: redraw = {run.redraw} must be a share of the hidden '
                      'units, from 0 to 1.')
   if run.redraw and run.model.num_experts:
     raise UsageError(f'runs.{run.name}.init: redraw = {run.redraw}: {run.sources[0].name!r} is a '
-                     'mixture. Draw units of the dense runs anew, and mix them then.')
+                     'mixture. Set redraw for its dense runs, and then mix them.')
   if run.redraw and run.state:
     raise UsageError(f'runs.{run.name}.init: state = True with redraw = {run.redraw} would take '
                      'moments of weights that are gone. Omit one of them.')

@@ -1,4 +1,4 @@
-"""Dense models with a share of their hidden units drawn anew (Drop-Upcycling, arXiv 2502.19261)."""
+"""Dense models with a share of their hidden units re-initialised: Drop-Upcycling, 2502.19261."""
 
 import functools
 
@@ -13,18 +13,18 @@ _MATRICES = {'layers/ffn/gate': 1, 'layers/ffn/up': 1, 'layers/ffn/down': 0}  # 
 class Redrawn:
   """A source in which some hidden units of every feed-forward layer have new weights.
 
-  The units are chosen at random in each layer, the same in all three matrices. Their weights come
-  from a normal distribution with the mean and the standard deviation of the weights that these
-  units had in that matrix.
+  The units are chosen at random in each layer, and are the same in its three matrices. Their new
+  weights come from a normal distribution with the mean and the standard deviation of the weights
+  that these units had in the same matrix.
   """
 
   def __init__(self, source: Source, model: Config, share: float, seed: int):
     """
     Args:
       source: a dense model.
-      model: its sizes.
-      share: of the hidden units, from 0 to 1.
-      seed: of the choice and of the weights.
+      model: its configuration.
+      share: the share of hidden units to re-initialise, from 0 to 1.
+      seed: determines the chosen units and their new weights.
     """
     self._source, self._model, self._seed = source, model, seed
     self._count = round(share * model.ffn_dim)
@@ -45,12 +45,12 @@ class Redrawn:
     return self._source.scratch_bytes(path) + of_layer
 
   def units(self, layer: int) -> np.ndarray:
-    """The hidden units of a layer that are drawn anew, in order."""
+    """The hidden units of a layer that are re-initialised, in ascending order."""
     rng = np.random.default_rng((self._seed, layer))
     return np.sort(rng.choice(self._model.ffn_dim, self._count, replace=False))
 
   def _make_layer(self, path: str, layer: int) -> np.ndarray:
-    """The whole matrix [D, F] or [F, D] of a layer: new weights depend on all old ones."""
+    """A layer's whole matrix, [D, F] or [F, D]: its new weights depend on all replaced ones."""
     axis, units = _MATRICES[path], self.units(layer)
     shape = (self._model.dim, self._model.ffn_dim)[::1 if axis else -1]
     found = self._source.read(path, (slice(layer, layer + 1), *(slice(0, n) for n in shape)))[0]

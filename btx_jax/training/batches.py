@@ -1,4 +1,4 @@
-"""The batches of a run: their shapes on the mesh, and reading them ahead of the steps."""
+"""The batches of a run: their shapes on the mesh, and reading ahead of the steps."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ def shapes_of(run: Run, mesh, slots: int = 0) -> dict[str, jax.ShapeDtypeStruct]
 
 def shapes_of_rows(rows: tuple[int, ...], length: int, over: NamedSharding
                  ) -> dict[str, jax.ShapeDtypeStruct]:
-  """A batch as shapes: `rows`, its leading dimensions; T; and how it lies on devices."""
+  """A batch as shapes [*rows, length]; of `domain`, [*rows]. `over` is its sharding."""
   ids = ('tokens', 'targets', 'segment_ids', 'positions')
   kinds = dict.fromkeys(ids, np.int32) | {'loss_mask': np.bool_}
   shapes = {name: jax.ShapeDtypeStruct((*rows, length), dtype, sharding=over)
@@ -34,5 +34,6 @@ def shapes_of_rows(rows: tuple[int, ...], length: int, over: NamedSharding
 
 def read_ahead(batches: grain.MapDataset, first_step: int, last_step: int
                ) -> Iterator[mixture.Batch]:
+  """The batches of these steps, counted from 1; the next four are read in a thread."""
   return iter(batches[first_step - 1:last_step].to_iter_dataset(
       grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -43,5 +43,5 @@ class Best:
     return True
 
   def forget(self):
-    """Goes back to the best step before, whose checkpoint is still there."""
+    """Restores the best step before the last one, whose checkpoint could not be saved."""
     self.found = self._before

@@ -31,7 +31,8 @@ from btx_jax.terminal import say
 from btx_jax.training import checksums, damage, saving
 from btx_jax.training.step import TrainState
 
-_EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on from it; '
+_EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on '
+            'from it; '
             'its parameters can be read')
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
 _MARGIN = 1 << 26  # bytes that several processes leave for metadata, besides the arrays
@@ -42,7 +43,7 @@ class Checkpoints:
 
   Attributes:
     best: the step whose checkpoint is kept until another step is set; 0 is none.
-    failures: the saves that failed.
+    failures: the failed saves.
   """
 
   def __init__(self, folder: str, identity: str, newest: int = 2, every: int = 0,
@@ -64,7 +65,7 @@ class Checkpoints:
     self._policy: Any = policies.AnyPreservationPolicy(kept)
     saving.clear_unfinished(self._folder)
     self._checkpointer = self._open()
-    self._place = saving.Place(self._folder)
+    self._directory = saving.Directory(self._folder)
 
   def _open(self) -> ocp.training.Checkpointer:
     context = ocp.Context()
@@ -76,11 +77,11 @@ class Checkpoints:
     return self
 
   def __exit__(self, _, error, __):
-    """Waits until everything is written, also if the run ends with an error."""
+    """Waits until everything is written, even if the run ends with an error."""
     if error is None:
       self.wait()
     elif self._unfinished and (another := self._unfinished.wait()):
-      say(f'the checkpoint of step {self._unfinished.step:,} could not be saved, either: {another}')
+      say(f'the checkpoint of step {self._unfinished.step:,} could not be saved either: {another}')
       return
     self._checkpointer.close()
 
@@ -103,7 +104,7 @@ class Checkpoints:
       RunError: too many saves in a row failed, or the folder is gone.
     """
     self.wait()
-    self._place.check()
+    self._directory.check()
     items: dict[str, Any] = {
         'params': state.params, 'train': without_params(state), 'data': _as_json(position)}
     sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
@@ -132,13 +133,14 @@ class Checkpoints:
     """Waits for the save in the background. All processes must call it.
 
     Raises:
-      RunError: too many saves in a row failed, or one for another reason than storage.
+      RunError: too many saves in a row failed.
+      Exception: a save failed for a reason other than storage.
     """
     save, self._unfinished = self._unfinished, None
     if save is None:
       return
     error = save.wait()
-    self._place.check()
+    self._directory.check()
     problem = saving.problem_in(error, self._folder, save.size) if error else None
     problems = distributed.gather(problem if problem or not error else repr(error))
     if not any(problems):
@@ -154,7 +156,7 @@ class Checkpoints:
       raise self.failures.error(self._folder, self.steps)
 
   def wait_for(self, step: int):
-    """Waits for the save of a step that the run cannot do without.
+    """Waits for the save of a step whose checkpoint is needed.
 
     Raises:
       RunError: it failed.
@@ -164,12 +166,12 @@ class Checkpoints:
       raise self.failures.error(self._folder, self.steps)
 
   def shortage(self, size: int, saves: int) -> str:
-    """A warning if the disk has too little room for what is still saved; '' if it has enough.
+    """A warning if the disk has too little room for the saves to come; '' if it has enough.
 
     Args:
       size: bytes of the state.
-      saves: how many checkpoints are still saved. Only some are kept at the same time, with the one
-        that is being written.
+      saves: how many checkpoints are still to be saved. Only the newest are kept at the same time,
+        besides the one that is being written.
     """
     count = min(saves, max(1, self._newest + 1 - len(self.steps)))
     return saving.shortage(self._folder, size, count) if saves else ''
@@ -183,7 +185,7 @@ class Checkpoints:
     _check_together(self._folder, step, self._identity)
     wanted = {'params': like.params, 'train': without_params(like), 'data': None, 'sums': None}
     with damage.reading(self._folder, step):
-      for item in wanted:  # if one is missing, orbax warns of the others, which it does not wait for
+      for item in wanted:  # if one is missing, orbax does not wait for the others, and warns
         os.stat(os.path.join(self._folder, str(step), item))
       loaded: dict[str, Any] = self._checkpointer.load_checkpointables(step, wanted)
       if 'json' not in loaded['data']:
@@ -239,7 +241,7 @@ class _Save:
     self._response, self._error = None, None
 
   def start(self, checkpointer: ocp.training.Checkpointer, items: dict[str, Any]):
-    """Starts it; an error is kept for `wait`."""
+    """Starts the save; keeps an error for `wait`."""
     try:
       self._response = checkpointer.save_checkpointables_async(self.step, items, force=True)
     except Exception as error:  # orbax and tensorstore raise many kinds
@@ -251,11 +253,11 @@ class _Save:
 
   @property
   def has_failed(self) -> bool:
-    """Whether it is known already that it failed."""
+    """Whether the save is already known to have failed."""
     return self._error is not None
 
   def wait(self) -> Exception | None:
-    """Waits until it is done; returns its error."""
+    """Waits until the save is done; returns its error, or None."""
     try:
       if self._response is not None:
         self._response.result()
@@ -266,7 +268,7 @@ class _Save:
 
 
 def state_bytes(state: TrainState) -> int:
-  """The bytes of a state on all devices: more than its checkpoint takes, which is compressed."""
+  """The bytes of a state over all devices. Its checkpoint is compressed, and takes less."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -334,7 +336,8 @@ def _step_folder(folder: str, step: int) -> str:
 def _check_together(folder: str, step: int, identity: str):
   """With several processes, raises Damaged on all of them if a checkpoint is damaged.
 
-  Each reads its share. orbax would leave the others waiting for one that meets an error.
+  Each process reads its share. Otherwise orbax would leave the others waiting for the one that
+  meets an error.
   """
   count = jax.process_count()
   if count == 1:
@@ -347,7 +350,7 @@ def _check_together(folder: str, step: int, identity: str):
 def problem_in(folder: str, step: int, identity: str, share: tuple[int, int] = (0, 1)) -> str:
   """Reads a checkpoint; returns what is wrong with it, or '' if it is sound.
 
-  All processes must call it. Arguments as for Saved; `share` as for Saved.check_all.
+  With several processes, all must call it. Arguments as for Saved; `share` as for Saved.check_all.
   """
   try:
     Saved(folder, step, identity).check_all(share)
@@ -401,7 +404,7 @@ class Saved:
     """Reads the whole checkpoint and compares it with its checksums.
 
     Args:
-      share: (i, n): only every nth array, from the ith on.
+      share: (i, n): only every nth array, from array i on, counted from 0.
 
     Raises:
       Damaged: something differs from what was saved.

@@ -47,8 +47,10 @@ def mesh(config, runs: Mapping[str, Run], devices: Sequence, memory: float | Non
 
 
 def _state_bytes(run: Run) -> int:
-  """Bytes of float32 parameters, gradients and the two moments of Adam; of several workers, for
-  each of them, besides the parameters and the momentum that they share."""
+  """Bytes of float32 parameters, gradients and Adam's two moments.
+
+  Several workers have these each, besides the parameters and the momentum that they share.
+  """
   return num_params(run.model) * (16 * run.workers + (8 if run.outer else 0))
 
 

@@ -36,7 +36,7 @@ class Settings:
     checkpoint_every: steps between checkpoints (the last step is always saved).
     checkpoints_kept: number of newest checkpoints to keep.
     checkpoints_kept_every: multiples of this many steps are saved and kept; 0 is none.
-    checkpoint_patience: number of saves in a row that fail before the run ends.
+    checkpoint_patience: number of failed saves in a row after which the run ends.
     sinks: where figures go besides metrics.jsonl, see sinks.py.
     profile: number of steps to trace, from the second on.
   """
@@ -129,7 +129,7 @@ class Branch:
     recorder: writes the run's metrics.
     steps_kept: as in Job.
     best: its best step, whose checkpoint is kept.
-    unevaluated: whether it was preempted at `start` before an evaluation that was due there.
+    unevaluated: whether it was preempted at `start` before the evaluation that was due then.
   """
   run: Run
   folder: str
@@ -264,7 +264,7 @@ class Training:
       return
     self._record()
     state = self.program.branch_state(self.state, i)
-    if evaluates and not preempted:  # that has little time: it is made up for
+    if evaluates and not preempted:  # preempted, there is no time: it is made up for later
       saves |= self._evaluate_branch(step, branch, state)
     if saves:
       position = {'step': step, **branch.recorder.position(),
@@ -273,7 +273,7 @@ class Training:
                  is_needed=ends or preempted or step in branch.steps_kept)
 
   def _save(self, step: int, branch: Branch, state: TrainState, position: dict, is_needed: bool):
-    """Saves a branch. If that fails, the branch goes on, unless the checkpoint is needed."""
+    """Saves a branch. If that fails, the branch continues, unless the checkpoint is needed."""
     checkpoints, failures = branch.checkpoints, branch.checkpoints.failures
     before = failures.count
     checkpoints.wait()
@@ -303,7 +303,7 @@ class Training:
     return {**branch.recorder.health, 'storage': [each for each in found if each]}
 
   def warn_of_shortage(self):
-    """Warns of a disk that has too little room for the checkpoints to come, once."""
+    """Warns, once, if the disk has too little room for the checkpoints to come."""
     size = state_bytes(self.program.state_shapes)
     for branch in self.branches:
       name, left = branch.run.name, branch.run.steps - branch.start
@@ -316,13 +316,12 @@ class Training:
         self._on_trouble(name, self._health(branch))
 
   def _is_evaluated_after(self, step: int, branch: Branch) -> bool:
-    """Whether the evaluation of a branch is due after this step. Its end is measured otherwise."""
+    """Whether an evaluation of a branch is due after this step. Its end is evaluated elsewhere."""
     every = self._settings.evaluation_every
     return every > 0 and step % every == 0 and step != branch.run.steps
 
   def _evaluate_branch(self, step: int, branch: Branch, state: TrainState) -> bool:
-    """Evaluates a branch; returns whether this is its best step so far, whose checkpoint is
-    kept."""
+    """Evaluates a branch; returns whether this is its best step so far, which is then kept."""
     began = time.monotonic()
     result = self._evaluate(branch.run.model, state.params)
     branch.recorder.write_evaluation(step, result)
@@ -361,7 +360,7 @@ class Training:
           self._skip(step, branch, own)
 
   def _skip(self, step: int, branch: Branch, metrics: Mapping[str, Any]):
-    """Passes over a step with numbers that are not finite, or raises RunError."""
+    """Counts a step with numbers that are not finite as skipped, or raises RunError."""
     run, recorder = branch.run, branch.recorder
     problem = not_finite.describe(run, step, metrics, recorder.domains)
     before = not_finite.places_before(metrics, run)

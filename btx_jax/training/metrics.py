@@ -24,8 +24,8 @@ Every line has `step` and `time` (seconds since 1970). A line on training has
   troubles            of the routing, see routing_figures.troubles; each only once in a run
   warnings            the same in sentences; also of the first spike of the loss, see spikes.py
   skipped             number of steps since the start of the run that were skipped because their
-                      numbers were not finite; only if there are any. Their figures are in no
-                      other field, and a line whose own step was skipped has none of that step.
+                      numbers were not finite; only if there are any. No other field includes
+                      them, and a line whose own step was skipped has no figures of that step.
 
 and a line on evaluation has `bits_per_byte` by domain, and for domains of pairs `preferred`, the
 share of held-out pairs that the model ranks as the data does (scoring/ranking.py).
@@ -54,12 +54,12 @@ _TAIL = 1 << 20  # bytes at the end of a file that `tail` reads
 
 
 class Mark(NamedTuple):
-  """A place in the file, as a checkpoint remembers it.
+  """A place in the file, as a checkpoint stores it.
 
   Attributes:
     size: the number of bytes before it.
     crc32: the checksum of these bytes.
-    late: lines after it that could not be written, because the disk was full.
+    late: lines after it that could not be written because the disk was full.
   """
   size: int = 0
   crc32: int = 0
@@ -77,10 +77,10 @@ class MetricsFile:
   """
 
   def __init__(self, folder: str, resume_step: int = 0, mark: Mark = _BEGINNING):
-    """`mark` is the place in the file when the checkpoint of `resume_step` was saved.
+    """`mark` is the end of the file when the checkpoint of `resume_step` was saved.
 
-    If the file does not have what the mark says, a message says so, and the lines up to
-    `resume_step` that can be read are kept.
+    If the file does not match the mark, a message says so, and the readable lines up to
+    `resume_step` are kept.
     """
     path = os.path.join(folder, NAME)
     kept, problem = _up_to(path, mark)
@@ -88,7 +88,7 @@ class MetricsFile:
       late = mark.late.encode().splitlines()  # perhaps they could be written after all
       kept = b''.join(line + b'\n' for line, values in _readable(path)
                       if values['step'] <= resume_step and line not in late)
-      say(f'{path} {problem}; the run goes on, and the file has the lines that are left')
+      say(f'{path} {problem}; the run continues, and the file keeps the lines that are left')
     self.kept = [json.loads(line) for line in kept.splitlines()]
     with writing.replacing(path, 'wb') as file:
       file.write(kept)
@@ -147,7 +147,7 @@ class MetricsFile:
     self._is_full = True
 
   def mark(self) -> Mark:
-    """The end of the file; what comes before it is on the disk when this returns."""
+    """The end of the file; all before it is on the disk when this returns."""
     self._append(b'')
     self._sync()
     return self._mark._replace(late=self._late.decode())
@@ -163,7 +163,7 @@ class MetricsFile:
 
 
 def end_of(folder: str) -> Mark:
-  """The end of the file of a run directory; the beginning if there is none."""
+  """The end of the file in a run directory; the beginning if there is no file."""
   try:
     with inputs.open_file(os.path.join(folder, NAME)) as file:
       found = file.read()
@@ -173,7 +173,7 @@ def end_of(folder: str) -> Mark:
 
 
 def problem(folder: str, end: Mark) -> str:
-  """What is wrong with a file that should end at a mark, as a sentence; '' if nothing is."""
+  """What is wrong with a file that should end at a mark, as a sentence; '' if nothing."""
   path = os.path.join(folder, NAME)
   _, found = _up_to(path, end)
   if not found and end.size and os.path.getsize(path) > end.size:
@@ -182,7 +182,7 @@ def problem(folder: str, end: Mark) -> str:
 
 
 def _up_to(path: str, mark: Mark) -> tuple[bytes, str]:
-  """The bytes before a mark, and what is wrong with them or ''."""
+  """The bytes before a mark, and what is wrong with them, or ''."""
   if not mark.size:
     return b'', ''
   try:
@@ -199,7 +199,7 @@ def _up_to(path: str, mark: Mark) -> tuple[bytes, str]:
 
 
 def _readable(path: str) -> list[tuple[bytes, dict[str, Any]]]:
-  """The lines of a file that can be read, raw and parsed; none if the file cannot be read."""
+  """The readable lines of a file, raw and parsed; none if the file cannot be read."""
   try:
     with inputs.open_file(path) as file:
       return [(line, values) for line in file.read().split(b'\n') if (values := _parsed(line))]

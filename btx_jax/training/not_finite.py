@@ -1,4 +1,4 @@
-"""What is said of a step with numbers that are not finite: which, where, and on what text."""
+"""Messages about a step with numbers that are not finite: which, where, and on which text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ _MOST = 3  # tensors that are named
 
 
 def describe(run: Run, step: int, metrics: Mapping[str, Any], domains: Sequence[str]) -> str:
-  """What is not finite, by tensor, layer and expert, and the domains of the batch.
+  """Describes in words what is not finite, by tensor, layer and expert, and the batch's domains.
 
   Args:
     run: the run.
     step: the step.
-    metrics: of the step, see make_train_step.
+    metrics: the metrics of the step, see make_train_step.
     domains: names of the domains, in the order of the metrics.
   """
   squares, loss = metrics['squares'], float(metrics['loss'])
@@ -37,7 +37,7 @@ def describe(run: Run, step: int, metrics: Mapping[str, Any], domains: Sequence[
 
 
 def is_by_update(metrics: Mapping[str, Any]) -> bool:
-  """Whether only the update of a step is not finite, which its loss and gradient are."""
+  """Whether the loss and gradient of a step are finite, so that only its update is not."""
   sums = jax.tree.leaves([metrics['loss'], metrics['squares']['gradient']])
   return all(np.isfinite(x).all() for x in sums)
 
@@ -48,7 +48,7 @@ def places_before(metrics: Mapping[str, Any], run: Run) -> str:
 
 
 def _places(squares, expert_names: Sequence[str]) -> str:
-  """Where a tree of optim.squares is not finite; '' if nowhere."""
+  """Where a tree of optim.squares is not finite, in words; '' if nowhere."""
   leaves = [(sharding.path_of(path), ~np.isfinite(leaf))
             for path, leaf in jax.tree.leaves_with_path(squares)]
   bad = [(path, where) for path, where in leaves if where.any()]
@@ -78,7 +78,7 @@ def _counted(name: str, numbers: np.ndarray) -> str:
 
 
 def error_at_start(run: Run, problem: str, places: str) -> RunError:
-  """The error of a run whose first step fails: no update came before, so none is to blame.
+  """The error if the first step of a run fails. No update came before, so no update is the cause.
 
   Args:
     run: the run.
@@ -87,27 +87,28 @@ def error_at_start(run: Run, problem: str, places: str) -> RunError:
   """
   origin = run.folder or ', '.join(source.label for source in run.sources) or 'random parameters'
   cause = (f'has numbers that are not finite, or far too large, in {places}' if places else
-           'is finite, and overflows when it is computed')
+           'is finite, but the computation overflows')
   return RunError(f'{run.name}: {problem}. No update came before, so a lower optimizer.peak_lr '
                   f'cannot help: what it starts from, {origin}, {cause}. Replace that, or if it is '
                   "sound, set model.dtype = 'float32'.")
 
 
 def error_later(run: Run, problem: str, folder: str, steps: Sequence[int]) -> RunError:
-  """The error of a run that fails because of an update, or after updates.
+  """The error if a step fails because of its update, or after earlier updates.
 
   Args:
     run: the run.
     problem: from `describe`.
     folder: the run's directory.
-    steps: of its checkpoints.
+    steps: the steps of its checkpoints.
   """
   if not steps:
     return RunError(f'{run.name}: {problem}. No checkpoint was saved before. To train it with a '
                     f'lower optimizer.peak_lr, delete {folder} or use another --workdir.')
   state = '' if run.outer else ', state=True'  # the moments of several workers suit no other run
   return RunError(
-      f'{run.name}: {problem}. All numbers in its checkpoints are finite, of steps '
-      f'{", ".join(map(str, steps))}; the trouble may have begun before the last. To skip single '
-      'steps like this one, set train.skip_nonfinite. To go on with a lower optimizer.peak_lr, add '
-      f'a run that starts from base.checkpoint({run.plain_name!r}, step={steps[0]}{state}).')
+      f'{run.name}: {problem}. All numbers in its checkpoints, of steps '
+      f'{", ".join(map(str, steps))}, are finite; the trouble may have begun before the last of '
+      'them. To skip single steps like this one, set train.skip_nonfinite. To go on with a lower '
+      f'optimizer.peak_lr, add a run that starts from base.checkpoint({run.plain_name!r}, '
+      f'step={steps[0]}{state}).')

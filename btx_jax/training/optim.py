@@ -43,8 +43,10 @@ def join(trained, fixed) -> dict:
 
 
 def squares(tree) -> dict:
-  """The sum of the squares of each layer and expert: a tree of float32 [layers, experts], or fewer
-  of these axes. A sum is finite if all numbers are, and none is beyond 1e19 or so."""
+  """The sum of squares per layer and expert: a tree of float32 [layers, experts], or fewer axes.
+
+  A sum is finite if all its numbers are, and their squares fit float32: none is above some 1e19.
+  """
   def of(path, x):
     first = checksums.leading_axes(sharding.path_of(path))
     return jnp.square(x.astype(jnp.float32)).sum(range(first, x.ndim))
@@ -53,7 +55,7 @@ def squares(tree) -> dict:
 
 
 def are_finite(*trees) -> jax.Array:
-  """Whether all numbers in some trees are finite."""
+  """Whether all numbers in these trees are finite: a bool scalar."""
   return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(trees)]).all()
 
 
@@ -68,9 +70,9 @@ def norms_by_part(squares) -> dict[str, jax.Array]:
 
 def unless(is_sound: jax.Array, opt_state: optax.OptState, before: optax.OptState
            ) -> optax.OptState:
-  """The optimizer state, or the one before if `is_sound` is False.
+  """The optimizer state, or `before` if `is_sound` is False.
 
-  The count that the learning rate is a function of goes on: the rate follows the step.
+  The count that determines the learning rate advances anyway: the rate follows the step.
   """
   counts = schedule_counts(before)
   return jax.tree.map_with_path(

@@ -20,19 +20,19 @@ from btx_jax.training.metrics import Mark, MetricsFile
 class Recorder(contextlib.ExitStack):
   """Keeps the sums of an interval, from one line to the next; a context manager.
 
-  All processes keep them, because all must save the same. Process 0 writes.
+  All processes keep them, because all must save the same position. Only process 0 writes.
 
   Attributes:
     domains: names of the domains.
     tokens_by_domain: number of targets trained on so far, by domain.
-    skipped_in_a_row: number of steps up to the last one that were all skipped.
+    skipped_in_a_row: number of consecutive skipped steps, up to the last step.
   """
 
   def __init__(self, run: Run, folder: str, domains: list[str], log_every: int, start: int,
                position: Mapping[str, Any], sink_names: Sequence[str], progress: Progress):
     """
     Args:
-      run: what is recorded.
+      run: the run to record.
       folder: the run's directory.
       domains: names of the domains, in the order of the figures of a step.
       log_every: steps between lines.
@@ -72,7 +72,7 @@ class Recorder(contextlib.ExitStack):
 
   @property
   def health(self) -> dict[str, Any]:
-    """What a manifest says about trouble so far; see health_at."""
+    """The fields of a manifest on trouble so far; see health_at."""
     return health_at({'skipped': self._skipped, 'spike': self._spike})
 
   @property
@@ -80,9 +80,9 @@ class Recorder(contextlib.ExitStack):
     return dict(zip(self.domains, self._targets.tolist()))
 
   def position(self) -> dict[str, Any]:
-    """All that a run which continues from here needs for the same lines; plain data.
+    """Plain data from which a continued run writes the same lines as one that was not stopped.
 
-    All processes must call it. Lines written so far are on the disk when it returns.
+    All processes must call this. Lines written so far are on the disk when it returns.
     """
     return {'tokens_by_domain': self.tokens_by_domain,
             'interval': {name: sums.tolist() for name, sums in self._sums.items()},
@@ -119,9 +119,9 @@ class Recorder(contextlib.ExitStack):
     self._end_step(step, metrics)
 
   def skip_step(self, step: int, problem: str):
-    """Counts a step that changed nothing, because its numbers are not finite.
+    """Counts a step that was skipped because its numbers are not finite.
 
-    `problem` says which, see not_finite.describe. It is printed the first time.
+    `problem` says which they are, see not_finite.describe. It is printed the first time.
     """
     if not self._skipped:
       say(f'{self._run.name}: {problem}. The step is skipped, and so are others like it, at most '

@@ -1,8 +1,8 @@
-"""What follows when a checkpoint cannot be saved: the run goes on, and tries again later.
+"""Failed saves: a run whose checkpoint cannot be saved continues, and tries again later.
 
 It ends when too many saves in a row have failed (config.checkpoint_patience), or one that is
-needed: the last, one that another run starts from, or one after SIGTERM. It also ends when its
-directory vanishes.
+needed: the last one, one that another run starts from, or one after SIGTERM. It also ends when
+its directory vanishes.
 """
 
 import contextlib
@@ -20,32 +20,32 @@ _UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp.*')
 # How errors of tensorstore begin, which are ValueErrors.
 _STATUS = re.compile(r'[A-Z]{4,}(_[A-Z]+)*: ')
 
-_TRIES, _PAUSE = 10, 0.2  # to delete what is written meanwhile; seconds between them
+_TRIES, _PAUSE = 10, 0.2  # attempts to delete what is still being written; seconds between them
 
 
 class Failures:
-  """The saves of a run that failed since it was started.
+  """The failed saves of a run since this process started it.
 
   Attributes:
-    count: how many.
-    in_a_row: how many since a checkpoint was saved.
+    count: their number.
+    in_a_row: their number since the last successful save.
   """
 
   def __init__(self):
     self.count, self.in_a_row, self._last = 0, 0, ''
 
   def add(self, step: int, problem: str):
-    """Counts the save of a step."""
+    """Counts a failed save, of a step."""
     self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
     self._last = f'the checkpoint of step {step:,} could not be saved: {problem}'
 
   def end_row(self):
-    """A checkpoint was saved."""
+    """Notes that a checkpoint was saved."""
     self.in_a_row = 0
 
   @property
   def sentence(self) -> str:
-    """The last failure, and what became of it; '' if there was none."""
+    """The last failure, and what followed, in words; '' if there was none."""
     if not self.count:
       return ''
     if not self.in_a_row:
@@ -54,18 +54,18 @@ class Failures:
     return f'{self._last}{row}. The next one is tried when it is due'
 
   def error(self, folder: str, steps: list[int]) -> RunError:
-    """The error that ends the run, if the checkpoints of these steps are kept."""
+    """The error that ends the run; `steps` are those of the checkpoints that it has."""
     kept = f'Its newest checkpoint is of step {steps[-1]:,}' if steps else 'It has no checkpoint'
     return RunError(f'{os.path.dirname(folder)}: {self._last}. {kept}. Once there is room and the '
                     'disk works, the same command continues from there.')
 
 
 def problem_in(error: Exception, folder: str, size: int) -> str | None:
-  """What an error of a save says about storage; None if it has another cause.
+  """Describes an error of a save in words if storage is its cause; None otherwise.
 
   Args:
     error: the error.
-    folder: of the checkpoints.
+    folder: the directory of checkpoints.
     size: bytes of the state.
   """
   if isinstance(error, RunError | UsageError):
@@ -87,12 +87,12 @@ def problem_in(error: Exception, folder: str, size: int) -> str | None:
 def shortage(folder: str, size: int, count: int) -> str:
   """A warning if the disk has too little room for checkpoints; '' if it has enough.
 
-  It may be wrong: checkpoints are compressed, and others write and delete, too.
+  It is an estimate: checkpoints are compressed, and other programs write and delete too.
 
   Args:
-    folder: of the checkpoints.
+    folder: the directory of checkpoints.
     size: bytes of the state.
-    count: how many more checkpoints there will be at the same time.
+    count: how many more checkpoints will exist at the same time.
   """
   free = storage.free_bytes(folder)
   if free is None or free >= size * count:
@@ -103,9 +103,9 @@ def shortage(folder: str, size: int, count: int) -> str:
 
 
 def clear_unfinished(folder: str, after_failure: bool = False):
-  """Deletes what interrupted or failed saves left in a directory of checkpoints; process 0 does.
+  """Deletes, on process 0, what interrupted or failed saves left in a directory of checkpoints.
 
-  `after_failure`: whether a save has just failed; then other parts of it may still be written.
+  `after_failure`: whether a save has just failed; parts of it may then still be written.
   """
   def clear():
     tries = _TRIES if after_failure else 1
@@ -117,7 +117,7 @@ def clear_unfinished(folder: str, after_failure: bool = False):
 
 
 def _clear(folder: str) -> bool:
-  """Returns whether there was anything to delete."""
+  """Deletes unfinished checkpoints once; returns whether there were any."""
   found = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)
            ] if os.path.isdir(folder) else []
   for name in found:
@@ -125,14 +125,14 @@ def _clear(folder: str) -> bool:
   return bool(found)
 
 
-class Place:
-  """A directory that a run writes to, and that may vanish meanwhile."""
+class Directory:
+  """A directory that a run writes to, and that may vanish during the run."""
 
   def __init__(self, folder: str):
     self._folder, self._identity = folder, _identity(folder)
 
   def check(self):
-    """Raises RunError if the directory is gone, or if another one has its path now."""
+    """Raises RunError if the directory is gone, or if its path now leads to another one."""
     if _identity(self._folder) == self._identity:
       return
     _clear(self._folder)  # tensorstore makes missing directories while it writes
@@ -149,7 +149,7 @@ def check_present(folder: str):
 
 
 def gone(folder: str) -> RunError:
-  """The error of a directory that vanished during a run."""
+  """The error if a directory vanished during a run."""
   return RunError(f'{folder} is gone: it was deleted, moved or unmounted during the run. Put it '
                   'back, and the same command continues from its newest checkpoint.')
 

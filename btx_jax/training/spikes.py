@@ -1,10 +1,10 @@
-"""Notices when the loss rises far beyond what it was."""
+"""Detects a loss far above those of the steps before it."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-LAST = 100  # losses that the next one is compared with; before there are so many, none is
+LAST = 100  # number of earlier losses that a loss is compared with; with fewer, it is not
 # Standard deviations above their mean. Single batches have long tails: three or four would warn
 # about harmless ones in any long run.
 DEVIATIONS = 6.0
@@ -15,8 +15,8 @@ def describe(step: int, loss: float, before: Sequence[float]) -> str:
 
   Args:
     step: the step.
-    loss: its loss.
-    before: the losses of the steps before it.
+    loss: its loss, in nats.
+    before: the losses of the steps before it, oldest first.
   """
   if len(before) < LAST:
     return ''
