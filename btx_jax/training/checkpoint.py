@@ -29,8 +29,8 @@ from btx_jax.terminal import say
 from btx_jax.training import checksums, damage, saving
 from btx_jax.training.step import TrainState
 
-_EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on from '
-            'it; its parameters can be read')
+_EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on '
+            'from it; its parameters can be read')
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
 
 
