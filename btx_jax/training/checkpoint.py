@@ -32,8 +32,7 @@ from btx_jax.training import checksums, damage, saving
 from btx_jax.training.step import TrainState
 
 _EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on '
-            'from it; '
-            'its parameters can be read')
+            'from it; its parameters can be read')
 _CHUNK = 1 << 26  # bytes of an array that are read or written at once
 _MARGIN = 1 << 26  # bytes that several processes leave for metadata, besides the arrays
 
