@@ -25,7 +25,7 @@ from btx_jax.model.source import Arrays, Source
 from btx_jax.model.trees import check_params
 from btx_jax.run import Objective
 from btx_jax.study import manifest
-from btx_jax.training import checkpoint
+from btx_jax.training import slices
 
 
 def load(path: str, shardings: Any = None) -> tuple[Config, dict]:
@@ -190,9 +190,9 @@ def _open(path: str) -> tuple[Source, Config]:
     raise UsageError(f'load: {path} is neither a Hugging Face folder (it has no config.json) nor '
                      'the directory of a run (it has no manifest.json).')
   folder = os.path.join(path, 'checkpoints')
-  step = max(checkpoint.kept_steps(folder), default=None)
+  step = max(slices.kept_steps(folder), default=None)
   if step is None:
     raise UsageError(f'load: {path} has no checkpoint: its run is {found["state"]}, of '
                      f'{found["spec"]["steps"]} steps. Train it, or write what a run of 0 steps '
                      'is with the command export.')
-  return checkpoint.Saved(folder, step, found['identity']), Config(**found['spec']['model'])
+  return slices.Saved(folder, step, found['identity']), Config(**found['spec']['model'])

@@ -16,8 +16,8 @@ from btx_jax.run import Optimizer
 from btx_jax.study import compatibility, continued, manifest, plan, sources, state
 from btx_jax.study.study import Study
 from btx_jax.training import metrics, optim
-from btx_jax.training.checkpoint import Saved
 from btx_jax.training.program import SingleRun
+from btx_jax.training.slices import Saved
 from tests import studies
 from tests.data_test import flat
 from tests.edit_test import Unmeasured

@@ -18,7 +18,7 @@ from btx_jax.devices import sharding
 from btx_jax.errors import RunError
 from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest, params, sources
-from btx_jax.training import checkpoint, checksums, damage
+from btx_jax.training import checkpoint, checksums, damage, slices
 from tests import studies
 from tests.helpers import assert_trees_equal, final_params
 
@@ -57,7 +57,7 @@ def read_all(study) -> dict[str, np.ndarray]:
                                         for path in ('embed', 'layers/ffn/up')} | {'step': ()}}
   found = {}
   for item, shape_of in wanted.items():
-    saved = checkpoint.Saved(sources.checkpoints(study, run), run.steps,
+    saved = slices.Saved(sources.checkpoints(study, run), run.steps,
                              sources.identity(study, run), item)
     for path, shape in shape_of.items():
       found[f'{item}/{path}'] = saved.read(path, tuple(slice(0, n) for n in shape))
@@ -157,7 +157,7 @@ def test_status_says_which_checkpoints_are_sound(copy):
 @pytest.mark.parametrize('when', ['before it is read', 'while it is read'])
 def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(
     copy, monkeypatch, when):
-  read, folders = checkpoint.problem_in, []
+  read, folders = slices.problem_in, []
 
   def problem_in(folder, step, identity):
     if step == 2:
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(
   def sleep(_):  # meanwhile the deletion goes on
     shutil.rmtree(os.path.join(folders[-1], '2'))
 
-  monkeypatch.setattr(checkpoint, 'problem_in', problem_in)
+  monkeypatch.setattr(slices, 'problem_in', problem_in)
   monkeypatch.setattr(status.time, 'sleep', sleep)
   monkeypatch.setattr(status.locks, 'is_locked', lambda folder: True)
   found = status.collect(copy, check=True)
@@ -182,14 +182,14 @@ def test_damage_that_another_process_notices(copy, monkeypatch):
   given = sources.checkpoints(copy, run), STEPS, sources.identity(copy, run)
   shares = []
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(checkpoint, 'problem_in', lambda *asked: shares.append(asked[-1]) or '')
-  monkeypatch.setattr(checkpoint.distributed, 'gather', lambda own: [own, 'it cannot be read'])
+  monkeypatch.setattr(slices, 'problem_in', lambda *asked: shares.append(asked[-1]) or '')
+  monkeypatch.setattr(slices.distributed, 'gather', lambda own: [own, 'it cannot be read'])
   with pytest.raises(damage.Damaged, match=f'{STEPS} is damaged: it cannot be read'):
-    checkpoint._check_together(*given)
+    slices.check_together(*given)
   assert shares == [(0, 2)]
   monkeypatch.undo()
   spoil(os.path.join(of_step(copy, STEPS), 'params'))
-  assert sorted(bool(checkpoint.problem_in(*given, (i, 2))) for i in range(2))[-1]
+  assert sorted(bool(slices.problem_in(*given, (i, 2))) for i in range(2))[-1]
 
 
 def test_a_damaged_end_of_a_complete_run_is_trained_again(study, copy):

@@ -16,7 +16,7 @@ import pytest
 
 from btx_jax import storage
 from btx_jax.errors import RunError
-from btx_jax.training import checkpoint, loop, saving, spikes
+from btx_jax.training import checkpoint, loop, saving, slices, spikes
 from tests.killed_metrics_test import (
   DOMAINS,
   RUN,
@@ -202,7 +202,7 @@ def test_only_unfinished_checkpoints_are_cleared(tmp_path):
 def test_which_checkpoints_are_sound(study):
   study.train()
   folder = study.folder / 'checkpoints'
-  assert [checkpoint.problem_in(str(folder), step, '0' * 16) for step in (4, 10, 11)] == [''] * 3
+  assert [slices.problem_in(str(folder), step, '0' * 16) for step in (4, 10, 11)] == [''] * 3
   def exchange(item):
     shutil.rmtree(folder / '11' / item)
     shutil.copytree(folder / '10' / item, folder / '11' / item)
@@ -218,7 +218,7 @@ def test_which_checkpoints_are_sound(study):
                      'renamed': rename}.items():
     shutil.copytree(folder / '11', study.folder / 'sound')
     harm()
-    found[what] = checkpoint.problem_in(str(folder), 11, '0' * 16)
+    found[what] = slices.problem_in(str(folder), 11, '0' * 16)
     shutil.rmtree(folder / '11')
     shutil.move(study.folder / 'sound', folder / '11')
   assert found.pop('no parameters')
@@ -226,7 +226,7 @@ def test_which_checkpoints_are_sound(study):
       'parameters of another step': 'the checksum of embed in params differs from what was saved',
       'position of another step': 'its position in the data is not what was saved',
       'renamed': 'it belongs to step 4'}
-  assert checkpoint.problem_in(str(folder), 10, '1' * 16).startswith('it belongs to another run')
+  assert slices.problem_in(str(folder), 10, '1' * 16).startswith('it belongs to another run')
 
 
 def test_several_processes_do_not_try_a_save_that_may_not_fit(study, monkeypatch):
@@ -251,7 +251,7 @@ def test_checkpoints_of_the_layout_before_are_refused_in_words(study, monkeypatc
     study.train(lambda step: raised(Killed) if step == 3 else None)
   monkeypatch.undo()
   problem = 'an earlier version wrote it, without the sums of an interval, so no run can go on'
-  assert checkpoint.problem_in(
+  assert slices.problem_in(
       str(study.folder / 'checkpoints'), 2, '0' * 16).startswith(problem)
   with pytest.raises(RunError, match=f'checkpoints/2 is damaged: {problem}'):
     study.train()

@@ -20,9 +20,10 @@ _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slic
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'devices/meeting', 'library',
                   'generation/generate', 'generation/settings', 'commands/prompts',
                   'commands/generate', 'commands/generators', 'commands/exported',
-                  'training/checkpoint', 'training/damage', 'training/saving', 'data/damage',
-                  'convert/unfinished', 'scoring/continuations', 'scoring/find_tasks',
-                  'scoring/harness', 'data/questions')
+                  'training/checkpoint', 'training/slices', 'training/damage',
+                  'training/saving', 'data/damage', 'convert/unfinished',
+                  'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
+                  'data/questions')
 
 CONFIG = '''
 import pathlib, sys

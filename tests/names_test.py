@@ -17,7 +17,7 @@ from btx_jax.errors import UsageError
 from btx_jax.files import naming
 from btx_jax.pipeline import Pipeline
 from btx_jax.study import plan
-from btx_jax.training import checkpoint
+from btx_jax.training import checkpoint, slices
 from btx_jax.training.step import TrainState
 from tests import studies
 from tests.helpers import assert_trees_equal
@@ -44,7 +44,7 @@ def test_a_checkpoint_is_that_of_its_path_and_of_no_other(tmp_path, name, other)
       step, state, position = kept.newest(state_of(-1))
     assert (step, position) == (1, {'rows': 1})
     alone = checkpoint.load_params(folder, 1, state_of(-1).params, IDENTITY)
-    saved = checkpoint.Saved(folder, 1, IDENTITY).read('embed', (slice(0, 4), slice(0, 2)))
+    saved = slices.Saved(folder, 1, IDENTITY).read('embed', (slice(0, 4), slice(0, 2)))
     for found in (state.params['embed'], alone['embed'], saved):
       np.testing.assert_array_equal(found, np.full((4, 2), value))
 
@@ -55,7 +55,7 @@ def test_a_checkpoint_is_refused_where_a_library_would_go_elsewhere(tmp_path, na
   folder.mkdir()
   for use in (lambda path: checkpoint.Checkpoints(path, IDENTITY),
               lambda path: checkpoint.load_params(path, 1, {}, IDENTITY),
-              lambda path: checkpoint.Saved(path, 1, IDENTITY)):
+              lambda path: slices.Saved(path, 1, IDENTITY)):
     with pytest.raises(UsageError, match='cannot hold checkpoints, because'):
       use(str(folder / 'checkpoints'))
   assert not os.listdir(folder)
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_refused_where_a_library_would_go_elsewhere(tmp_path, na
   with checkpoint.Checkpoints(str(link / 'checkpoints'), IDENTITY) as kept:
     kept.save(1, state_of(3), {'rows': 1})
     kept.save(2, state_of(4), {'rows': 1})
-  saved = checkpoint.Saved(str(link / 'checkpoints'), 2, IDENTITY)
+  saved = slices.Saved(str(link / 'checkpoints'), 2, IDENTITY)
   np.testing.assert_array_equal(saved.read('embed', (slice(0, 4), slice(0, 2))), 4)
 
 

@@ -23,7 +23,7 @@ from btx_jax.pipeline import Pipeline
 from btx_jax.run import seed_of
 from btx_jax.study import context, sources
 from btx_jax.study.study import Study
-from btx_jax.training import checkpoint
+from btx_jax.training import checkpoint, slices
 from btx_jax.training.step import TrainState
 from tests import studies
 from tests.helpers import Arrays, assert_trees_equal, final_params, initial_params, random_params
@@ -193,7 +193,7 @@ def test_numbers_that_are_not_finite_are_found_in_a_checkpoint(tmp_path):
   with checkpoint.Checkpoints(str(tmp_path), '0' * 16) as checkpoints:
     state = TrainState(jax.numpy.int32(3), params, {'count': jax.numpy.int32(0)})
     checkpoints.save(3, state, {'step': 3})
-  saved = checkpoint.Saved(str(tmp_path), 3, '0' * 16)
+  saved = slices.Saved(str(tmp_path), 3, '0' * 16)
   saved.read('embed', (slice(0, 1), slice(0, 2)))
   with pytest.raises(UsageError, match=r'/3: embed has numbers that are not finite'):
     saved.read('embed', (slice(1, 2), slice(0, 2)))

@@ -55,22 +55,22 @@ def collect(study: Study, check: bool = False) -> dict[str, Any]:
 
 def _problems(study: Study, run: Run) -> dict[int, str]:
   """What is wrong with each kept checkpoint of a run, by step; '' if it is sound."""
-  from btx_jax.training import checkpoint  # imports orbax, which takes seconds
+  from btx_jax.training import slices  # imports orbax, which takes seconds
   folder, found = sources.checkpoints(study, run), {}
-  for step in checkpoint.kept_steps(folder):
+  for step in slices.kept_steps(folder):
     try:
-      problem = checkpoint.problem_in(folder, step, sources.identity(study, run))
+      problem = slices.problem_in(folder, step, sources.identity(study, run))
     except RunError:
-      if step in checkpoint.kept_steps(folder):
+      if step in slices.kept_steps(folder):
         raise
       continue
     # A run that is being trained deletes its old checkpoints, file by file.
     until = time.monotonic() + _DELETION
     while problem and locks.is_locked(study.folder(run.name)) and time.monotonic() < until:
-      if step not in checkpoint.kept_steps(folder):
+      if step not in slices.kept_steps(folder):
         break
       time.sleep(_DELETION / 10)
-    if step in checkpoint.kept_steps(folder):
+    if step in slices.kept_steps(folder):
       found[step] = problem
   return found
 

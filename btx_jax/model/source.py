@@ -24,7 +24,7 @@ class Extent(NamedTuple):
 class Source(Protocol):
   """The parameters of one model, read by slices.
 
-  Implemented by hugging_face.Folder, checkpoint.Saved, sources.Aligned and Arrays, and by the
+  Implemented by hugging_face.Folder, slices.Saved, sources.Aligned and Arrays, and by the
   mixtures and averages of btx.py.
   """
 

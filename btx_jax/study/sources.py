@@ -30,7 +30,7 @@ def final(study: Study, run: Run) -> Source:
   """The parameters that a run has after its last step."""
   if not run.steps:
     return start(study, run)
-  from btx_jax.training.checkpoint import Saved
+  from btx_jax.training.slices import Saved
   return Saved(checkpoints(study, run), run.steps, identity(study, run))
 
 
@@ -102,7 +102,7 @@ def identity(study: Study, run: Run) -> str:
 
 def kept(study: Study, run: Run) -> list[int]:
   """The steps of a run that have a checkpoint on disk, in order."""
-  from btx_jax.training.checkpoint import kept_steps
+  from btx_jax.training.slices import kept_steps
   return kept_steps(checkpoints(study, run))
 
 

@@ -12,7 +12,7 @@ from btx_jax.run import Run
 from btx_jax.study import params, sources
 from btx_jax.study.params import Branches
 from btx_jax.study.study import Study
-from btx_jax.training import checkpoint, optim
+from btx_jax.training import checkpoint, optim, slices
 from btx_jax.training.program import Program
 from btx_jax.training.step import TrainState
 
@@ -39,7 +39,7 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None,
   if not run.state:
     return program.create_state(parameters)
   source = run.sources[0]
-  stored: Any = checkpoint.Saved(sources.checkpoints(study, source), source.steps,
+  stored: Any = slices.Saved(sources.checkpoints(study, source), source.steps,
                                  sources.identity(study, source), 'train')
   if run.edit:
     stored = Edited(stored, run.edit.kept, {} if run.routers else run.edit.kept)
@@ -55,7 +55,7 @@ def initial(study: Study, run: Run, mesh: Mesh, branches: Branches | None,
 class Edited:
   """A mixture's moments after an edit of its experts: those of new experts are zero."""
 
-  def __init__(self, stored: checkpoint.Saved, experts: Mapping[int, int],
+  def __init__(self, stored: slices.Saved, experts: Mapping[int, int],
                columns: Mapping[int, int]):
     """`experts`: index of an expert here -> its index in the mixture, for experts that keep their
     moments; `columns`: the same for the experts' columns in the routers."""

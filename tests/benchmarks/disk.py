@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from btx_jax.training import checkpoint, metrics
+from btx_jax.training import metrics, slices
 from tests import studies
 
 LARGE = 1 << 30  # bytes
@@ -55,8 +55,8 @@ def result(work: pathlib.Path) -> dict:
     values = json.loads(manifest.read_text())
     values = values.get('content', values)
     checkpoints = str(folder / 'checkpoints')
-    step = checkpoint.kept_steps(checkpoints)[-1]
-    saved = checkpoint.Saved(checkpoints, step, values['identity'])
+    step = slices.kept_steps(checkpoints)[-1]
+    saved = slices.Saved(checkpoints, step, values['identity'])
     saved.check_all()
     lines = [{key: value for key, value in line.items() if key not in _OF_THE_MACHINE}
              for line in metrics.read(str(folder))]

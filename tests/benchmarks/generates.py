@@ -26,7 +26,7 @@ from btx_jax.devices.mesh import make_mesh
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.study import manifest
-from btx_jax.training import checkpoint
+from btx_jax.training import slices
 
 PROMPTS = (
     'def read_lines(path):\n    """Returns the lines of a file',
@@ -45,7 +45,7 @@ def parameters(run: str, folder: str):
   """The model of a run, and its parameters rounded as an export has them."""
   told, exported = manifest.read(run), hugging_face.Folder(folder)
   model = Config(**told['spec']['model'])
-  saved = checkpoint.Saved(os.path.join(run, 'checkpoints'), told['spec']['steps'],
+  saved = slices.Saved(os.path.join(run, 'checkpoints'), told['spec']['steps'],
                            told['identity'])
 
   def read(key_path, like):
