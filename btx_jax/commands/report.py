@@ -39,7 +39,7 @@ from btx_jax.run import Run, lineage
 from btx_jax.scoring import regression
 from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
-from btx_jax.terminal import format_number
+from btx_jax.terminal import format_number, say
 from btx_jax.training import metrics
 
 
@@ -58,6 +58,10 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
   found = status.collect(study)
   if found['notes']:
     raise UsageError(f'There is nothing to report: {found["notes"][0]}')
+  for run in found['runs']:
+    for warning in run['warnings']:
+      if metrics.NAME in warning:  # the curves are drawn from what is left
+        say(f'warning: {run["name"]}: {warning}')
   results = seeds.results(study)
   changes, effects = regression.regressions(study), regression.effects(study)
   compared = _compared(results, baseline)

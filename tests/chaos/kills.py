@@ -8,6 +8,7 @@ except with two processes, for which the product keeps none.
 from collections.abc import Callable, Mapping, Sequence
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -173,11 +174,14 @@ def _end(processes: list[subprocess.Popen], command: Sequence[str], log: str) ->
 
 
 def _tracebacks(log: str, count: int, kill: dict[str, Any]) -> list[str]:
-  """The tracebacks after a kill; not those of Python's own imports, which nothing can catch."""
+  """The tracebacks after a kill; not of what Python or jax do at their start and end, where
+  nothing can catch a Ctrl-C."""
   result = []
   for index in range(count):
     with open(f'{log}.{index}', encoding='utf-8', errors='replace') as file:
       text = file.read()
-    if 'Traceback (most recent call last)' in text and kill['stage'] != 'start':
+    errors = re.findall(r'^Traceback \(most recent call last\):\n(?: .*\n|\n)*(\w+)', text,
+                        re.MULTILINE)
+    if kill['stage'] != 'start' and {*errors} - {'KeyboardInterrupt'}:
       result.append(f'traceback: {kill} {text[-1500:]}')
   return result
