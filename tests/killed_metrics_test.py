@@ -288,7 +288,7 @@ def test_more_skipped_steps_in_a_row_than_allowed_end_the_run(
   with pytest.raises(Killed):
     train(tmp_path, killed=11, run=run)
   with pytest.raises(RunError, match=r'btx: step 11 on text of code, math: the gradient is not fi'
-                     r'nite in embed; the parameters before it were finite\..* of steps 4, 8, 10, '):
+                     r'nite in embed; the parameters before it were finite\..* of steps 4, 8, 10'):
     train(tmp_path, run=run)
   assert max(InMemory.stored) == 10
   said = capsys.readouterr().out
