@@ -52,13 +52,16 @@ def test_a_study_mixes_copies_with_other_units_reinitialised(text, tmp_path):
       'mixed': base.run(base.mix('copy/0', 'copy/1')),
   }
   pipeline = Pipeline(config, str(tmp_path / 'work'))
-  pipeline.train()
-  seed, mixed = final_params(pipeline, 'seed'), final_params(pipeline, 'mixed')
-  np.testing.assert_array_equal(mixed['layers']['attn']['q'], seed['layers']['attn']['q'])
-  up, experts = seed['layers']['ffn']['up'], mixed['layers']['ffn']['experts']['up']
-  same = [float(np.mean(np.asarray(up) == np.asarray(experts[:, e]))) for e in range(2)]
-  assert same == [0.5, 0.5]
-  assert (np.asarray(experts[:, 0]) != np.asarray(experts[:, 1])).any()
-  copy = sources.final(pipeline, pipeline.runs['copy/1'])
-  index = tuple(slice(0, n) for n in up.shape)
-  np.testing.assert_array_equal(copy.read('layers/ffn/up', index), experts[:, 1])
+  pipeline.train('seed')
+
+  def whole_of(name, path, shape):
+    source = sources.final(pipeline, pipeline.runs[name])
+    return np.asarray(source.read(path, tuple(slice(0, n) for n in shape)))
+
+  seed = final_params(pipeline, 'seed')
+  q, up = (np.asarray(seed['layers'][part][name]) for part, name in (('attn', 'q'), ('ffn', 'up')))
+  np.testing.assert_array_equal(whole_of('mixed', 'layers/attn/q', q.shape), q)
+  experts = whole_of('mixed', 'layers/ffn/experts/up', (up.shape[0], 2, *up.shape[1:]))
+  assert [float(np.mean(up == experts[:, e])) for e in range(2)] == [0.5, 0.5]
+  assert (experts[:, 0] != experts[:, 1]).any()
+  np.testing.assert_array_equal(whole_of('copy/1', 'layers/ffn/up', up.shape), experts[:, 1])
