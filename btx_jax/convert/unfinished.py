@@ -113,11 +113,7 @@ def _refuse(partial: str, found: list[str]) -> None:
 
 
 def _marked_as(folder: str) -> dict[str, Any]:
-  try:
-    found = sealed.read(os.path.join(folder, MARK))
-  except (OSError, ValueError):
-    return {}
-  return found if isinstance(found, dict) else {}
+  return sealed.read_or_empty(os.path.join(folder, MARK))
 
 
 def _names_in(folder: str) -> list[str]:

@@ -145,11 +145,7 @@ def _stamp(path: str) -> list[int]:
 
 
 def _checked(folder: str) -> dict[str, Any]:
-  try:
-    found = sealed.read(os.path.join(folder, _STAMPS))
-  except (OSError, ValueError):
-    return {}
-  return found if isinstance(found, dict) else {}
+  return sealed.read_or_empty(os.path.join(folder, _STAMPS))
 
 
 def _note(folder: str, stamps: Mapping[str, Sequence[int]]) -> None:

@@ -324,6 +324,6 @@ def read_meta(folder: str) -> dict:
   except OSError as error:
     raise UsageError(f'{folder} does not hold tokens written by btx_jax ({error}); use another '
                      '--workdir.') from error
-  except (ValueError, TypeError, KeyError) as error:
-    raise damage.Damaged(folder, kept_out.META, f'{error or type(error).__name__}') from error
+  except ValueError as error:
+    raise damage.Damaged(folder, kept_out.META, str(error)) from error
   return found

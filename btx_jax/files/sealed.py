@@ -41,6 +41,15 @@ def read(path: str) -> Any:
   return found
 
 
+def read_or_empty(path: str) -> dict[str, Any]:
+  """The content of a JSON file that may be deleted; {} if it does not exist or is damaged."""
+  try:
+    found = read(path)
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
 def read_if_sound(path: str) -> dict[str, Any]:
   """The content of a JSON file with scores; {} if it does not exist or is damaged.
 

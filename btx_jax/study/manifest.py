@@ -24,8 +24,7 @@ _SHAPE = {
     'seconds?': float, 'tokens_by_domain?': {str: float}, 'versions?': dict,
     'earlier_versions?': list, 'saved?': str, 'started?': str, 'updated?': str, 'devices?': str,
     'processes?': int, 'error?': str, 'best?': (None, {'step': int, 'bits_per_byte': float}),
-    'from_best?': object, 'metrics?': [int],
-    'storage?': [str]}
+    'from_best?': object, 'metrics?': [int], 'storage?': [str]}
 
 
 def identity(spec: dict) -> str:
@@ -48,7 +47,7 @@ def read(folder: str) -> dict | None:
     return None
   except NotADirectoryError:
     raise  # --workdir is wrong, not the manifest
-  except (OSError, ValueError, TypeError, KeyError) as error:
+  except (OSError, ValueError) as error:
     raise UsageError(f'{path} is not a btx_jax manifest, or is damaged ({error}); restore a copy, '
                      'use another --workdir, or delete that folder to train the run again.'
                      ) from error

@@ -23,6 +23,7 @@ from btx_jax.model import llama
 from btx_jax.outer import Outer
 from btx_jax.run import Run
 from btx_jax.training import batches, optim
+from btx_jax.training.one_run import OneRun
 from btx_jax.training.step import TrainState, TrainStep, make_train_step
 
 
@@ -117,12 +118,11 @@ def make_step(train_step: TrainStep, outer: Outer, steps: int, skip_nonfinite: b
   return step
 
 
-class Workers:
+class Workers(OneRun):
   """The program of a run with several workers; see program.Program for what each member does."""
 
   def __init__(self, run: Run, outer: Outer, mesh: jax.sharding.Mesh, num_domains: int):
-    self.runs: Sequence[Run] = [run]
-    self.slots = 1
+    super().__init__(run)
     self._mesh, self._workers = mesh, outer.workers
     self._of_one = dataclasses.replace(run, batch_size=run.batch_size // outer.workers)
     self._rows = self._of_one.batch_size // run.microbatches  # of one worker's microbatch
@@ -143,22 +143,10 @@ class Workers:
   def create_state(self, params: dict) -> TrainState:
     return self._create(params)
 
-  def join_states(self, states: Sequence[TrainState]) -> TrainState:
-    state, = states
-    return state
-
-  def branch_state(self, state: TrainState, branch: int) -> TrainState:
-    del branch
-    return state
-
   def step(self, state: TrainState, batch: dict[str, jax.Array], active: Sequence[bool]
            ) -> tuple[TrainState, dict[str, Any]]:
     del active  # the only run always is
     return self._step(state, batch)
-
-  def branch_metrics(self, metrics: dict[str, Any], branch: int) -> dict[str, Any]:
-    del branch
-    return metrics
 
   def batches(self, orders: Sequence[grain.MapDataset], first_step: int, last_step: int
               ) -> Iterator[mixture.Batch]:

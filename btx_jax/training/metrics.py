@@ -34,6 +34,7 @@ share of held-out pairs that the model ranks as the data does (scoring/ranking.p
 from collections.abc import Iterator
 import contextlib
 import errno
+import functools
 import json
 import os
 import time
@@ -58,7 +59,7 @@ class Mark(NamedTuple):
 
   Attributes:
     size: the number of bytes before it.
-    crc32: the checksum of these bytes.
+    crc32: their checksum.
     late: lines after it that could not be written because the disk was full.
   """
   size: int = 0
@@ -163,7 +164,7 @@ class MetricsFile:
 
 
 def end_of(folder: str) -> Mark:
-  """The end of the file in a run directory; the beginning if there is no file."""
+  """A mark at the end of a run's file; at the beginning if the file does not exist."""
   try:
     with inputs.open_file(os.path.join(folder, NAME)) as file:
       found = file.read()
@@ -173,8 +174,20 @@ def end_of(folder: str) -> Mark:
 
 
 def problem(folder: str, end: Mark) -> str:
-  """What is wrong with a file that should end at a mark, as a sentence; '' if nothing."""
+  """How a file differs from what its end mark promises, as a sentence; '' if it does not."""
   path = os.path.join(folder, NAME)
+  try:
+    stat = os.stat(path)
+    stamp = stat.st_size, stat.st_mtime_ns, stat.st_ino
+  except OSError:
+    stamp = None
+  return _problem(path, end, stamp)
+
+
+@functools.lru_cache(256)
+def _problem(path: str, end: Mark, stamp: tuple[int, ...] | None) -> str:
+  """`problem` of a file with this stamp: `status --watch` asks again every two seconds."""
+  del stamp
   _, found = _up_to(path, end)
   if not found and end.size and os.path.getsize(path) > end.size:
     found = 'has lines that the run did not write'

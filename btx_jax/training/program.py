@@ -25,6 +25,7 @@ from btx_jax.model.config import Config
 from btx_jax.run import Objective, Optimizer, Run
 from btx_jax.training import batches, optim
 from btx_jax.training.diloco import Workers
+from btx_jax.training.one_run import OneRun
 from btx_jax.training.step import TrainState, create_state, make_train_step
 
 
@@ -104,15 +105,14 @@ def make_program(runs: Sequence[Run], mesh: jax.sharding.Mesh, num_domains: int)
   return StackedBranches(runs, mesh, num_domains)
 
 
-class SingleRun:
+class SingleRun(OneRun):
   """The program of one run over the whole mesh.
 
   Runs that differ only in text, length, learning rates and seed share what is compiled.
   """
 
   def __init__(self, run: Run, mesh: jax.sharding.Mesh, num_domains: int):
-    self.runs: Sequence[Run] = [run]
-    self.slots = 1
+    super().__init__(run)
     self._run, self._mesh = run, mesh
     self._rows = run.batch_size // run.microbatches  # of a microbatch, on all devices
     self._shared = _shared(run.model, run.objective, _without_schedule(run.optimizer),
@@ -129,23 +129,11 @@ class SingleRun:
   def create_state(self, params: dict) -> TrainState:
     return self._shared.create(params)
 
-  def join_states(self, states: Sequence[TrainState]) -> TrainState:
-    state, = states
-    return state
-
-  def branch_state(self, state: TrainState, branch: int) -> TrainState:
-    del branch
-    return state
-
   def step(self, state: TrainState, batch: dict[str, jax.Array], active: Sequence[bool]
            ) -> tuple[TrainState, dict[str, Any]]:
     del active  # the only branch always is
     rate = self._rate(optim.updates(state.opt_state))
     return self._shared.step(state, batch, rate, self._seed)
-
-  def branch_metrics(self, metrics: dict[str, Any], branch: int) -> dict[str, Any]:
-    del branch
-    return metrics
 
   def batches(self, orders: Sequence[grain.MapDataset], first_step: int, last_step: int
               ) -> Iterator[mixture.Batch]:
