@@ -9,8 +9,8 @@ import pytest
 from btx_jax import errors, storage
 
 # As tensorstore 0.1 reports them for a tmpfs that is full, or that was mounted read-only.
-TENSORSTORE = ('{}: Error writing "c/0" in OCDBT database at local file "/work/4/": Failed '
-               'writing: "/work/4/d/ee52.__lock": Failed to write 1198713 bytes to file 4: {} '
+TENSORSTORE = ('{}: Error writing "c/0" in OCDBT database at local file "/full/4/": Failed '
+               'writing: "/full/4/d/ee52.__lock": Failed to write 1198713 bytes to file 4: {} '
                "[os_error_code='{}']")
 
 
@@ -25,14 +25,14 @@ def caused(error: Exception) -> Exception:
 
 
 @pytest.mark.parametrize('error, message', [
-    (of_tensorstore(errno.ENOSPC), 'No space is left for /work/4/d/ee52 ('),
-    (caused(of_tensorstore(errno.ENOSPC)), 'No space is left for /work/4/d/ee52 ('),
-    (of_tensorstore(errno.EDQUOT), 'No space is left for /work/4/d/ee52 (the quota is used up).'),
+    (of_tensorstore(errno.ENOSPC), 'No space is left for /full/4/d/ee52 ('),
+    (caused(of_tensorstore(errno.ENOSPC)), 'No space is left for /full/4/d/ee52 ('),
+    (of_tensorstore(errno.EDQUOT), 'No space is left for /full/4/d/ee52 (the quota is used up).'),
     (of_tensorstore(errno.EFBIG, 'OUT_OF_RANGE'), '(files of this size are not allowed there).'),
     (of_tensorstore(errno.EROFS, 'PERMISSION_DENIED'),
-     'The disk of /work/4/d/ee52 cannot be written or read: Read-only file system.'),
+     'The disk of /full/4/d/ee52 cannot be written or read: Read-only file system.'),
     (of_tensorstore(errno.EIO, 'UNKNOWN'),
-     'The disk of /work/4/d/ee52 cannot be written or read: Input/output error.'),
+     'The disk of /full/4/d/ee52 cannot be written or read: Input/output error.'),
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 'No space is left for a file (the disk is'),
     (ValueError('RESOURCE_EXHAUSTED: the cache pool is too small'), 'Out of memory.'),
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 28 bytes'),

@@ -54,8 +54,8 @@ def collect(study: Study, check: bool = False) -> dict[str, Any]:
 
 
 def _problems(study: Study, run: Run) -> dict[int, str]:
-  """What is wrong with each kept checkpoint of a run, by step; '' if it is sound."""
-  from btx_jax.training import slices  # imports orbax, which takes seconds
+  """The problem of each kept checkpoint of a run, by step; '' for a sound one."""
+  from btx_jax.training import slices  # imports jax, which takes seconds
   folder, found = sources.checkpoints(study, run), {}
   for step in slices.kept_steps(folder):
     try:

@@ -35,13 +35,13 @@ _ITEM = 64  # characters that an item of a list counts as
 # Filters and methods that pad text by a number that is their argument.
 _PADDING = ('batch', 'center', 'expandtabs', 'indent', 'ljust', 'rjust', 'slice', 'truncate',
             'wordwrap', 'zfill')
-# Filters and methods that make a list of the characters of a text.
+# Filters and methods that can turn a text into a list of its characters.
 _LISTING = ('batch', 'dictsort', 'groupby', 'list', 'map', 'max', 'min', 'reject', 'rejectattr',
             'select', 'selectattr', 'slice', 'sort', 'splitlines', 'sum', 'unique', 'wordcount')
 
 
 class _Render(threading.local):
-  """What the rendering in this thread has left: the time it must end, and characters to compute."""
+  """The budget of the rendering in this thread: when it must end, and the characters left."""
   until, left = 0.0, 0
 
 
@@ -155,7 +155,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
       old, new = map(str, given[:2])
       self.spend(value.count(old) * len(new))
     elif name == 'join' or name == 'joined':
-      # Of the filter the value is the list; of the method, it is the separator.
+      # The filter is applied to the list, the method to the separator.
       items, between = (args[0] if args else (), value) if isinstance(value, str | bytes) and (
           args and not isinstance(args[0], str)) else (value, given[0] if given else '')
       if isinstance(items, list | tuple | dict | str):
@@ -299,7 +299,7 @@ def _check_name(name) -> None:
 
 
 def _weight(value) -> int:
-  """The size of a value: the characters of a text; 8 for each item of a list, tuple or dict."""
+  """The size of a value: a text's length, or 8 per item of a list, tuple or dict."""
   if isinstance(value, str | bytes):
     return len(value)
   return _ITEM // 8 * len(value) if isinstance(value, list | tuple | dict) else 0

@@ -97,7 +97,7 @@ def _validated(batches: Iterable) -> Iterator[tuple[Any, str]]:
 
 
 def _damage_of(batch) -> str:
-  """What is wrong with a batch, in words; '' if nothing, or only the encoding of plain text."""
+  """The damage to a batch, in words; '' if there is none, or only text that is not UTF-8."""
   import pyarrow as pa
   for column in batch.columns:
     try:

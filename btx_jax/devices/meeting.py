@@ -36,7 +36,7 @@ _FAREWELL = 5.0  # seconds in which all must have received the verdict and hung 
 
 @dataclasses.dataclass
 class _Roll:
-  """What process 0 knows about the processes.
+  """The state of the meeting on process 0.
 
   Attributes:
     me: process 0 itself.

@@ -34,6 +34,6 @@ def shapes_of_rows(rows: tuple[int, ...], length: int, over: NamedSharding
 
 def read_ahead(batches: grain.MapDataset, first_step: int, last_step: int
                ) -> Iterator[mixture.Batch]:
-  """The batches of these steps, counted from 1; the next four are read in a thread."""
+  """Yields the batches of these steps, counted from 1; a thread reads four ahead."""
   return iter(batches[first_step - 1:last_step].to_iter_dataset(
       grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

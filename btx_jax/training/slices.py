@@ -21,7 +21,7 @@ from btx_jax.model.source import Index
 from btx_jax.training import checksums, damage
 
 EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on '
-            'from it; its parameters can be read')
+           'from it; its parameters can be read')
 CHUNK = 1 << 26  # bytes of an array that are read or written at once
 
 
@@ -34,6 +34,7 @@ def kept_steps(folder: str) -> list[int]:
 
 
 def step_folder(folder: str, step: int) -> str:
+  """The directory of a checkpoint; raises RunError, on all processes, if there is none."""
   path = os.path.join(naming.checkpoint_path(folder), str(step))
   if not distributed.broadcast(lambda: os.path.isdir(path)):
     raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
@@ -70,8 +71,8 @@ def problem_in(folder: str, step: int, identity: str, share: tuple[int, int] = (
 class Saved:
   """The parameters of a checkpoint as a source, read slice by slice; or its optimizer state.
 
-  Reading a slice decodes every chunk that it touches, see _chunks. The first time that a slice of a
-  layer or expert is read, the whole layer or expert is compared with its checksum.
+  Reading a slice decodes every chunk that it touches, see checkpoint.py. The first time that a
+  slice of a layer or expert is read, the whole layer or expert is compared with its checksum.
   """
 
   def __init__(self, folder: str, step: int, identity: str, item: str = 'params'):

@@ -20,7 +20,7 @@ from btx_jax.training import metrics, slices
 from tests import studies
 
 LARGE = 1 << 30  # bytes
-# Of the room that the study takes in the end, which is more than it has at any earlier time.
+# Shares of the space that the finished study takes, which is the most it ever takes.
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 SENTENCE = re.compile(r'btx_jax: .*(No space is left for|no space is left for)')
 _OF_THE_MACHINE = ('time', 'tokens_per_second', 'mfu', 'input_wait', 'memory')
