@@ -252,8 +252,9 @@ def _strings(given: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def run(init: ConfigDict, domains: dict[str, float] | None = None, steps: int = 0,
-        match_flops_of: tuple[str, ...] = (), model: dict | None = None,
-        optimizer: dict | None = None, train: dict | None = None) -> ConfigDict:
+        match_flops_of: tuple[str, ...] = (), match_total_flops_of: str = '',
+        model: dict | None = None, optimizer: dict | None = None, train: dict | None = None
+        ) -> ConfigDict:
   """One training run. Without domains and steps it is the model that it starts from, and takes no
   space of its own.
 
@@ -264,11 +265,14 @@ def run(init: ConfigDict, domains: dict[str, float] | None = None, steps: int = 
     steps: optimizer steps.
     match_flops_of: instead of `steps`: train for the FLOPs that these runs take together. What a
       run freezes saves FLOPs: the gradients that are not computed do not count.
+    match_total_flops_of: instead of `steps`: train until this run has taken as many FLOPs as that
+      one, counting for both every run that it descends from.
     model, optimizer, train: fields of the section of that name that differ in this run.
   """
   return ConfigDict({
       'init': init, 'domains': {name: float(weight) for name, weight in (domains or {}).items()},
-      'steps': steps, 'match_flops_of': _names(match_flops_of), 'model': model or {},
+      'steps': steps, 'match_flops_of': _names(match_flops_of),
+      'match_total_flops_of': match_total_flops_of, 'model': model or {},
       'optimizer': optimizer or {}, 'train': train or {}})
 
 

@@ -4,7 +4,7 @@ A run = (initialiser, data mixture, model, optimizer), and nothing else: the see
 the finetune of a mixture are the same kind of thing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -444,9 +444,14 @@ def lineage(run: Run, until: Callable[[Run], bool] = lambda _: False) -> list[Ru
 
   If several runs start from different steps of one run, it is there once, with the most steps.
   """
-  found = {run.name: run}
-  for source in () if until(run) else run.sources:
-    for each in lineage(source, until):
+  return [run, *lineage_of([] if until(run) else run.sources, until)]
+
+
+def lineage_of(runs: Iterable[Run], until: Callable[[Run], bool] = lambda _: False) -> list[Run]:
+  """These runs and all that they come from, each once; see lineage."""
+  found: dict[str, Run] = {}
+  for run in runs:
+    for each in lineage(run, until):
       known = found.get(each.name, each)
       found[each.name] = max(known, each, key=_length)
   return list(found.values())

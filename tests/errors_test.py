@@ -366,7 +366,10 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     (new(init='base.checkpoint("sed")'), "runs.new.init names 'sed', which is not a run; did "
      "you mean 'seed'?"),
     (new(match_flops_of='("sed",)', steps='0'), "runs.new.match_flops_of names 'sed'"),
-    (new(match_flops_of='("seed",)'), 'runs.new has both steps = 5 and match_flops_of; give one.'),
+    (new(match_flops_of='("seed",)'),
+     "runs.new has steps = 5 and match_flops_of = ('seed',); give one of them."),
+    (new(match_total_flops_of='"seed"', steps='0'),
+     "runs.new.match_total_flops_of = 'seed': that run takes"),
     (new(init='base.checkpoint("new")'), 'in a circle: new -> new'),
     ('config.runs["data/x"] = config.runs.seed', "'data/x' cannot be the name of a run"),
     ('config.seeds = (0, 1)\nconfig.runs["seed-1/x"] = config.runs.seed',

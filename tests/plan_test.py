@@ -10,7 +10,7 @@ from btx_jax import run as run_lib
 from btx_jax.configs import demo
 from btx_jax.errors import UsageError
 from btx_jax.model.config import param_paths
-from btx_jax.run import frozen
+from btx_jax.run import frozen, lineage
 from btx_jax.study import plan
 from tests import studies
 from tests.helpers import TINY, TINY_MIXTURE
@@ -83,6 +83,25 @@ def test_ready_lists_of_what_is_frozen():
       'layers/ffn/down', 'layers/ffn/gate', 'layers/ffn/up']
 
 
+def test_a_run_matches_the_flops_of_another_with_all_that_both_descend_from(tmp_path):
+  config = config_of(
+      tmp_path,
+      trunk=base.run(base.checkpoint('seed'), {'code': 1}, steps=40,
+                     optimizer={'schedule': 'constant'}),
+      expert=base.run(base.checkpoint('trunk', step=30, state=True), {'code': 1}, steps=10),
+      frozen=base.run(base.checkpoint('seed'), {'math': 1}, match_total_flops_of='expert',
+                      train={'freeze': base.FREEZE_ALL_BUT_EXPERTS}),
+      dense=base.run(base.checkpoint('seed'), {'code': 1}, steps=120),
+      mixed=base.run(base.mix('expert', 'frozen'), {'code': 1}, match_total_flops_of='dense'))
+  runs = plan.make_plan(config, 300)
+  totals = {name: sum(run.flops for run in lineage(runs[name]))
+            for name in ('expert', 'frozen', 'dense', 'mixed')}
+  assert runs['expert'].steps + 30 == 40 < runs['frozen'].steps
+  for name, reference in (('frozen', 'expert'), ('mixed', 'dense')):
+    of_step = runs[name].flops / runs[name].steps
+    assert abs(totals[name] - totals[reference]) <= of_step / 2
+
+
 def edit(**fields):
   return base.run(**{'init': base.checkpoint('seed'), 'domains': {'code': 1}, 'steps': 5} | fields)
 
@@ -98,7 +117,10 @@ def edit(**fields):
     (edit(domains={'code': 0, 'math': 0}), 'at least one weight must be positive'),
     (edit(domains={}), 'at least one weight must be positive'),
     (edit(steps=0), 'steps = 0 must be at least 1'),
-    (edit(match_flops_of=('seed',)), 'has both steps = 5 and match_flops_of'),
+    (edit(match_flops_of=('seed',)),
+     r"has steps = 5 and match_flops_of = \('seed',\); give one of them"),
+    (edit(match_total_flops_of='sed', steps=0), r"match_total_flops_of names 'sed'"),
+    (edit(match_total_flops_of='seed', steps=0), 'so nothing is left to train it for'),
     (edit(match_flops_of=('sed',), steps=0), r"match_flops_of names 'sed'"),
     (edit(model={'dim': 32}), r'changes the parameters: dim = 32 \(it starts from 16\)'),
     (edit(train={'balance_loss': -1.0}), 'balance_loss = -1.0'),

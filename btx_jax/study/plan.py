@@ -33,6 +33,7 @@ from btx_jax.run import (
   Optimizer,
   Run,
   lineage,
+  lineage_of,
 )
 from btx_jax.study import compatibility, continued, edits
 
@@ -193,7 +194,8 @@ def _fields_to_share(run: Run) -> dict:
 
 
 def _ordered(entries, stacked: Sequence[str]) -> list[str]:
-  """The names, each after its sources and `match_flops_of`, with stacked runs side by side."""
+  """The names, each after its sources and those whose FLOPs it matches; stacked runs side by side.
+  """
   order: list[str] = []
 
   def visit(name: str, path: tuple[str, ...]):
@@ -205,8 +207,8 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
     together = stacked if name in stacked else (name,)
     for one in together:
       entry = entries[one]
-      for kind in ('init', 'match_flops_of'):
-        for needed in sources_of(entry.init) if kind == 'init' else entry.match_flops_of:
+      for kind, names in (('init', sources_of(entry.init)), *_matched(entry)):
+        for needed in names:
           if needed not in entries:
             raise UsageError(f'runs.{one}.{kind} names {needed!r}, which is not a run; '
                              f'{nearest(needed, entries)}')
@@ -221,6 +223,13 @@ def _ordered(entries, stacked: Sequence[str]) -> list[str]:
   return order
 
 
+def _matched(entry) -> list[tuple[str, tuple[str, ...]]]:
+  """The fields that name runs whose FLOPs an entry matches, and the names."""
+  total = entry.match_total_flops_of
+  return [('match_flops_of', entry.match_flops_of),
+          ('match_total_flops_of', (total,) if total else ())]
+
+
 def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
               tokenizer: Tokenizer | None, at_hand: bool, best: int | None) -> Run:
   entry, trained = config.runs[name], domains.trained(config.domains)
@@ -230,7 +239,7 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
   pretrained = _pretrained(name, config, at_hand)
   # A run without domains and steps is what it starts from.
   untrained = entry.init.kind != RANDOM and not (
-      entry.domains or entry.steps or entry.match_flops_of)
+      entry.domains or entry.steps or any(names for _, names in _matched(entry)))
   if entry.init.kind == ENSEMBLE and not untrained:
     raise UsageError(f'runs.{name} is an ensemble, which is several models and not trained as one: '
                      'give it no domains and steps. Train an expert further by a run that starts '
@@ -264,7 +273,8 @@ def _make_run(name: str, config, runs: Mapping[str, Run], vocab_size: int,
       name=name, init=entry.init.kind, sources=sources, recipe=recipe, expert_names=names,
       weights={} if untrained else _weights(name, entry.domains, config.domains), model=model,
       optimizer=optimizer, seq_len=config.data.seq_len, batch_size=train['batch_size'],
-      steps=0 if untrained else _steps(name, config, runs, model, objective, train['batch_size']),
+      steps=0 if untrained else _steps(
+          name, config, runs, sources, model, objective, train['batch_size']),
       microbatches=train['microbatches'], objective=objective, seed=config.seed,
       folder=pretrained.path if pretrained else '', content=pretrained.hash if pretrained else '',
       vocabulary=vocabulary, routers=routers, edit=edit, selector=selects,
@@ -347,20 +357,38 @@ def _check_batch(name: str, seq_len: int, batch_size: int, microbatches: int):
                      f'train.microbatches = {microbatches}.')
 
 
-def _steps(name: str, config, runs: Mapping[str, Run], model: model_config.Config,
-           objective: Objective, batch_size: int) -> int:
+def _steps(name: str, config, runs: Mapping[str, Run], sources: Sequence[Run],
+           model: model_config.Config, objective: Objective, batch_size: int) -> int:
   """The steps of a run that is trained."""
   entry, seq_len = config.runs[name], config.data.seq_len
+  given = [('steps', entry.steps), *_matched(entry)]
+  given = [(field, value) for field, value in given if value]
+  if len(given) > 1:
+    fields = ' and '.join(f'{field} = {entry[field]!r}' for field, _ in given)
+    raise UsageError(f'runs.{name} has {fields}; give one of them.')
   steps = entry.steps
-  if entry.match_flops_of:
-    if steps:
-      raise UsageError(f'runs.{name} has both steps = {steps} and match_flops_of; give one.')
+  if entry.match_flops_of or entry.match_total_flops_of:
     per_step = batch_size * seq_len * model_config.train_flops_per_token(
         model, seq_len, objective.frozen_paths(model))
-    steps = round(sum(runs[other].flops for other in entry.match_flops_of) / per_step)
+    steps = round(_flops_to_match(name, entry, runs, sources) / per_step)
   if steps < 1:
     raise UsageError(f'runs.{name}.steps = {steps} must be at least 1.')
   return steps
+
+
+def _flops_to_match(name: str, entry, runs: Mapping[str, Run], sources: Sequence[Run]) -> int:
+  """The FLOPs that a run takes itself, of which it gives no steps."""
+  if entry.match_flops_of:
+    return sum(runs[other].flops for other in entry.match_flops_of)
+  total = sum(run.flops for run in lineage(runs[entry.match_total_flops_of]))
+  spent = sum(run.flops for run in lineage_of(sources))
+  if spent >= total:
+    raise UsageError(
+        f'runs.{name}.match_total_flops_of = {entry.match_total_flops_of!r}: that run takes '
+        f'{total / 1e12:,.3g} TFLOP with all that it descends from, and what {name!r} starts from '
+        f'takes {spent / 1e12:,.3g} already, so nothing is left to train it for. Name a longer '
+        'run, or shorten those.')
+  return total - spent
 
 
 def _start(name: str, config, runs: Mapping[str, Run], best: int | None):
