@@ -42,6 +42,13 @@ REPLAY = {**{domain: 3 for domain in NEW}, OLD: 1}
 RATES = {'dense': 1e-3, 'diloco': 1e-3, 'sparse': 1e-3, 'expert': 1e-3, 'ffn': 1e-3,
          'finetune': 1e-3}
 CANDIDATES = ('3e-4', '1e-3', '3e-3')
+# DiLoCo's outer optimizer as in its paper, and two forms of local SGD: the plain mean, at two
+# intervals. All three are tried by :rates, which favours this rival.
+MEETINGS = {
+    'diloco': {'workers': 4, 'sync_every': 50},
+    'diloco_mean': {'workers': 4, 'sync_every': 50, 'outer_rate': 1.0, 'outer_momentum': 0.0},
+    'diloco_often': {'workers': 4, 'sync_every': 10, 'outer_rate': 1.0, 'outer_momentum': 0.0}}
+DILOCO = MEETINGS['diloco']
 SPLITS = (5, 10, 25, 50)  # percent of the compute in the joint finetune
 _FREEZE = {'freeze': base.FREEZE_ALL_BUT_EXPERTS}
 _FORMS = {'': (0, 1, 2), 'rates': (100,), 'split': (0,), 'crossover': (0,), 'later': (0,)}
@@ -109,11 +116,10 @@ def _dense(seed: str, steps: int):
   """One dense model of as many FLOPs as all experts. What the others match is `dense/blend`."""
   run = lambda domains, family='dense', **train: base.run(
       base.checkpoint(seed), domains, len(NEW) * steps, optimizer=_rate(family), train=train)
-  meets = {'workers': 4, 'sync_every': 50}
   return {
       'dense/blend': run(demo.BLEND), 'dense/new': run(dict.fromkeys(NEW, 1)),
-      'dense/replay': run(REPLAY), 'dense/diloco': run(demo.BLEND, 'diloco', **meets),
-      'dense/diloco_domains': run(demo.BLEND, 'diloco', **meets, worker_rows='domain')}
+      'dense/replay': run(REPLAY), 'dense/diloco': run(demo.BLEND, 'diloco', **DILOCO),
+      'dense/diloco_domains': run(demo.BLEND, 'diloco', **DILOCO, worker_rows='domain')}
 
 
 def _sparse(seed: str):
@@ -178,8 +184,8 @@ def rates():
       return base.run(init, domains, steps, optimizer={'peak_lr': at}, **fields)
     runs |= {
         f'dense/{rate}': run(branch, demo.BLEND, len(NEW) * steps),
-        f'diloco/{rate}': run(branch, demo.BLEND, len(NEW) * steps,
-                              train={'workers': 4, 'sync_every': 50}),
+        **{f'{outer}/{rate}': run(branch, demo.BLEND, len(NEW) * steps, train=settings)
+           for outer, settings in MEETINGS.items()},
         f'sparse/{rate}': run(base.mix(*['seed'] * 4), demo.BLEND,
                               match_total_flops_of=f'dense/{rate}'),
         f'finetune/{rate}': run(base.mix('seed', *mixed), demo.BLEND,
