@@ -52,7 +52,9 @@ def get_config(form: str = ''):
   config.model.update(dtype='bfloat16', remat='projections')
   shared = 8 * len(setting.blend)
   config.train.batch_size = max(round(ROWS / shared), 1) * shared
-  config.mesh.expert = 1  # the model is small, and any number of domains fits any number of devices
+  # The workers of DiLoCo and the experts of mixtures share this axis of devices. Without a general
+  # domain they differ in number.
+  config.mesh.expert = 0 if old else 1
   config.evaluation.update(tokens=131_072, batch_size=0)
   config.checkpoint_every = 250
   config.checkpoints_kept = 1
