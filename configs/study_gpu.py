@@ -16,7 +16,7 @@ After the colon, in any order, with commas between them:
              `ffn/ridge` and `ffn/finetuned`). If no domain is named, the text is that of
              configs/demo.py, with its prose in place of `general`.
   steps=N    steps of an expert, 4 or more, of about 65,536 tokens each. The default is 1,000: give
-             a domain at least 16 M tokens, and no row reads them more than four times. The demo's
+             a domain 20 M tokens or more, and no row reads them more than four times. The demo's
              text has about 2 M tokens per domain: there the default is 120.
   rates      instead of the rows, each kind of run at three learning rates, half as long, with a
              seed that is in no table. RATES is where the rows take theirs from.
