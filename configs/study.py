@@ -30,6 +30,9 @@ Other forms, each of one seed:
   :later      a domain that arrives later, one that is withdrawn, and an expert that is upgraded.
 """
 
+from collections.abc import Mapping
+import dataclasses
+
 from btx_jax import base
 from btx_jax.configs import demo
 
@@ -37,20 +40,49 @@ SEED, EXPERT = 1000, 200  # steps
 NEW = ('code', 'math', 'knowledge')
 OLD = 'prose'
 OF_SEED = {**demo.BLEND, OLD: 7}
-REPLAY = {**{domain: 3 for domain in NEW}, OLD: 1}
 # Chosen by :rates, with a seed that is in no table.
-RATES = {'dense': 1e-3, 'diloco': 1e-3, 'sparse': 1e-3, 'expert': 1e-3, 'ffn': 1e-3,
-         'finetune': 1e-3}
+RATES = {'dense': 1e-3, 'diloco': 1e-3, 'sparse': 1e-3, 'expert': 3e-3, 'averaged': 1e-3,
+         'ffn': 3e-3, 'finetune': 3e-4}
 CANDIDATES = ('3e-4', '1e-3', '3e-3')
 # DiLoCo's outer optimizer as in its paper, and two forms of local SGD: the plain mean, at two
 # intervals. All three are tried by :rates, which favours this rival.
 MEETINGS = {
-    'diloco': {'workers': 4, 'sync_every': 50},
-    'diloco_mean': {'workers': 4, 'sync_every': 50, 'outer_rate': 1.0, 'outer_momentum': 0.0},
-    'diloco_often': {'workers': 4, 'sync_every': 10, 'outer_rate': 1.0, 'outer_momentum': 0.0}}
-DILOCO = MEETINGS['diloco']
+    'diloco': {'sync_every': 50},
+    'diloco_mean': {'sync_every': 50, 'outer_rate': 1.0, 'outer_momentum': 0.0},
+    'diloco_often': {'sync_every': 10, 'outer_rate': 1.0, 'outer_momentum': 0.0}}
+DILOCO = MEETINGS['diloco_mean']
 SPLITS = (5, 10, 25, 50)  # percent of the compute in the joint finetune
 _FREEZE = {'freeze': base.FREEZE_ALL_BUT_EXPERTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """The text, the length and the learning rates of the rows.
+
+  Attributes:
+    new: the domains that get an expert, at least two.
+    old: the domain of the seed's own text. '' if there is none: then the seed is no expert where
+      text sets routers or a selector, and the rows `dense/new` and `dense/replay` are left out.
+    expert: steps of an expert.
+    rates: the learning rate of each family in RATES.
+  """
+  new: tuple[str, ...] = NEW
+  old: str = OLD
+  expert: int = EXPERT
+  rates: Mapping[str, float] = dataclasses.field(default_factory=lambda: RATES)
+
+  @property
+  def blend(self) -> dict[str, int]:
+    """All domains, with equal weights."""
+    return dict.fromkeys((*self.new, *([self.old] if self.old else [])), 1)
+
+  @property
+  def copies(self) -> int:
+    """The experts of a mixture of the seed and all experts."""
+    return len(self.new) + 1
+
+
+LAPTOP = Setting()
 _FORMS = {'': (0, 1, 2), 'rates': (100,), 'split': (0,), 'crossover': (0,), 'later': (0,)}
 
 
@@ -94,107 +126,130 @@ def _decayed(trunk: str, domains, steps: int, rate: float, before: int = 0, **fi
       steps=steps - steps * 4 // 5, optimizer={'peak_lr': rate, 'decay': 1.0}, **fields)
 
 
-def main(seed: str = 'seed', length: float = 1.0):
-  """The rows of the table, from a seed model, with experts `length` times as long."""
-  steps = round(EXPERT * length)
-  dense = _dense(seed, steps)
-  whole, most = _experts(seed, steps), _experts(seed, steps * 3 // 4, 'expert75')
-  ffn, most_ffn = _ffn_experts(seed), _ffn_experts(seed, 'ffn75', 'expert75')
+def main(seed: str = 'seed', setting: Setting = LAPTOP):
+  """The rows of the table, from a seed model."""
+  steps = setting.expert
+  dense = _dense(seed, steps, setting)
+  whole = _experts(seed, steps, setting=setting)
+  most = _experts(seed, steps * 3 // 4, 'expert75', setting)
+  ffn = _ffn_experts(seed, setting=setting)
+  most_ffn = _ffn_experts(seed, 'ffn75', 'expert75', setting)
+  by_text = lambda experts: base.mix(
+      *_chosen_by_text(seed, experts, setting), routers=_ridge(seed, setting))
   return {
-      **dense, **_sparse(seed), **whole,
-      **_merged(seed, whole), 'btx/unfinetuned': base.run(base.mix(seed, *_ends(whole))),
-      'btx/ridge': base.run(base.mix(seed, *_ends(whole), routers=_ridge(seed))),
-      **most, 'btx/finetuned': _finetuned(base.mix(seed, *_ends(most))),
+      **dense, **_sparse(seed, setting), **whole,
+      **_merged(seed, whole, setting), 'btx/unfinetuned': base.run(base.mix(seed, *_ends(whole))),
+      'btx/ridge': base.run(by_text(whole)),
+      **most, 'btx/finetuned': _finetuned(base.mix(seed, *_ends(most)), setting=setting),
       **ffn, 'ffn/unfinetuned': base.run(base.mix(seed, *ffn)),
-      'ffn/ridge': base.run(base.mix(seed, *ffn, routers=_ridge(seed))),
-      **most_ffn, 'ffn/finetuned': _finetuned(
-          base.mix(seed, *most_ffn, routers=_ridge(seed))),
+      'ffn/ridge': base.run(by_text(ffn)),
+      **most_ffn, 'ffn/finetuned': _finetuned(by_text(most_ffn), setting=setting),
   }
 
 
-def _dense(seed: str, steps: int):
+def _dense(seed: str, steps: int, setting: Setting = LAPTOP):
   """One dense model of as many FLOPs as all experts. What the others match is `dense/blend`."""
+  blend, new = setting.blend, setting.new
   run = lambda domains, family='dense', **train: base.run(
-      base.checkpoint(seed), domains, len(NEW) * steps, optimizer=_rate(family), train=train)
+      base.checkpoint(seed), domains, len(new) * steps, optimizer=_rate(family, setting),
+      train=train)
+  meets = {'workers': len(blend), **DILOCO}
+  of_new = {
+      'dense/new': run(dict.fromkeys(new, 1)),
+      'dense/replay': run({**dict.fromkeys(new, 9 / len(new)), setting.old: 1})}
   return {
-      'dense/blend': run(demo.BLEND), 'dense/new': run(dict.fromkeys(NEW, 1)),
-      'dense/replay': run(REPLAY), 'dense/diloco': run(demo.BLEND, 'diloco', **DILOCO),
-      'dense/diloco_domains': run(demo.BLEND, 'diloco', **DILOCO, worker_rows='domain')}
+      'dense/blend': run(blend), **(of_new if setting.old else {}),
+      'dense/diloco': run(blend, 'diloco', **meets),
+      'dense/diloco_domains': run(blend, 'diloco', **meets, worker_rows='domain')}
 
 
-def _sparse(seed: str):
+def _sparse(seed: str, setting: Setting = LAPTOP):
   """Mixtures from the start: copies of the seed, redrawn copies, random experts."""
   copy = lambda redraw: base.run(base.checkpoint(seed, redraw=redraw))
-  redrawn = {f'redrawn/{i}': copy(0.5) for i in range(4)}
-  random = {f'random/{i}': copy(1.0) for i in range(4)}
-  run = lambda names: base.run(base.mix(*names), demo.BLEND, match_total_flops_of='dense/blend',
-                               optimizer=_rate('sparse'))
-  return {**redrawn, **random, 'sparse/copies': run([seed] * 4), 'sparse/redrawn': run(redrawn),
-          'sparse/random': run(random)}
+  redrawn = {f'redrawn/{i}': copy(0.5) for i in range(setting.copies)}
+  random = {f'random/{i}': copy(1.0) for i in range(setting.copies)}
+  run = lambda names: base.run(
+      base.mix(*names), setting.blend, match_total_flops_of='dense/blend',
+      optimizer=_rate('sparse', setting))
+  return {**redrawn, **random, 'sparse/copies': run([seed] * setting.copies),
+          'sparse/redrawn': run(redrawn), 'sparse/random': run(random)}
 
 
-def _experts(seed: str, steps: int, kind: str = 'expert'):
-  """An expert for each new domain. Trunks of the length of EXPERT serve all that are shorter."""
-  at = {'schedule': 'constant', **_rate('expert')}
-  trunks = {f'trunk/{domain}': base.run(base.checkpoint(seed), {domain: 1},
-                                        steps=EXPERT * 4 // 5, optimizer=at) for domain in NEW}
+def _experts(seed: str, steps: int, kind: str = 'expert', setting: Setting = LAPTOP):
+  """An expert for each new domain. Trunks of the length of the longest serve all."""
+  at = {'schedule': 'constant', **_rate('expert', setting)}
+  trunks = {f'trunk/{domain}': base.run(
+      base.checkpoint(seed), {domain: 1}, steps=setting.expert * 4 // 5, optimizer=at)
+            for domain in setting.new}
   return trunks | {f'{kind}/{domain}': _decayed(
-      f'trunk/{domain}', {domain: 1}, steps, RATES['expert']) for domain in NEW}
+      f'trunk/{domain}', {domain: 1}, steps, setting.rates['expert']) for domain in setting.new}
 
 
-def _ffn_experts(seed: str, kind: str = 'ffn', like: str = 'expert'):
+def _ffn_experts(seed: str, kind: str = 'ffn', like: str = 'expert', setting: Setting = LAPTOP):
   """Experts that train their feed-forward layers only, for the FLOPs of the whole ones."""
   return {f'{kind}/{domain}': base.run(
       base.checkpoint(seed), {domain: 1}, match_total_flops_of=f'{like}/{domain}', train=_FREEZE,
-      optimizer=_rate('ffn')) for domain in NEW}
+      optimizer=_rate('ffn', setting)) for domain in setting.new}
 
 
-def _finetuned(mix, reference: str = 'dense/blend'):
+def _finetuned(mix, reference: str = 'dense/blend', setting: Setting = LAPTOP):
   """A mixture finetuned on all domains, for what is left of the compute."""
-  return base.run(mix, demo.BLEND, match_total_flops_of=reference, optimizer=_rate('finetune'))
+  return base.run(mix, setting.blend, match_total_flops_of=reference,
+                  optimizer=_rate('finetune', setting))
 
 
-def _merged(seed: str, experts):
+def _merged(seed: str, experts, setting: Setting = LAPTOP):
   """Branch-Train-Merge: the seed and its experts kept whole."""
-  names = (seed, *_ends(experts))
   return {
-      'merge/posterior': base.run(base.ensemble(*names, selector=base.posterior())),
-      'merge/learned': base.run(base.ensemble(*names, layers=1, selector=_ridge(seed)))}
+      'merge/posterior': base.run(
+          base.ensemble(seed, *_ends(experts), selector=base.posterior())),
+      'merge/learned': base.run(base.ensemble(
+          *_chosen_by_text(seed, experts, setting), reader=seed, layers=1,
+          selector=_ridge(seed, setting)))}
+
+
+def _chosen_by_text(seed: str, experts, setting: Setting) -> list[str]:
+  """The models between which text chooses: the seed is one if it has text of its own."""
+  return [*([seed] if setting.old else []), *_ends(experts)]
 
 
 def _ends(experts) -> list[str]:
   return [name for name in experts if not name.startswith('trunk/')]
 
 
-def _ridge(seed: str):
-  return base.from_text('ridge', labels=((seed, OLD),))
+def _ridge(seed: str, setting: Setting = LAPTOP):
+  return base.from_text('ridge', labels=((seed, setting.old),) if setting.old else ())
 
 
-def _rate(family: str) -> dict[str, float]:
-  return {'peak_lr': RATES[family]}
+def _rate(family: str, setting: Setting = LAPTOP) -> dict[str, float]:
+  return {'peak_lr': setting.rates[family]}
 
 
-def rates():
+def rates(setting: Setting = LAPTOP):
   """Each family at each of CANDIDATES, for half the FLOPs of the table's rows."""
-  steps, runs, branch = EXPERT // 2, {}, base.checkpoint('seed')
-  mixed = {f'mixed/{domain}': base.run(branch, {domain: 1}, steps * 3 // 4,
-                                       optimizer={'peak_lr': 1e-3}) for domain in NEW}
+  steps, runs, branch = setting.expert // 2, {}, base.checkpoint('seed')
+  blend, new = setting.blend, setting.new
   for rate in CANDIDATES:
     def run(init, domains, steps=0, at=float(rate), **fields):
       return base.run(init, domains, steps, optimizer={'peak_lr': at}, **fields)
-    runs |= {
-        f'dense/{rate}': run(branch, demo.BLEND, len(NEW) * steps),
-        **{f'{outer}/{rate}': run(branch, demo.BLEND, len(NEW) * steps, train=settings)
-           for outer, settings in MEETINGS.items()},
-        f'sparse/{rate}': run(base.mix(*['seed'] * 4), demo.BLEND,
-                              match_total_flops_of=f'dense/{rate}'),
-        f'finetune/{rate}': run(base.mix('seed', *mixed), demo.BLEND,
-                                match_total_flops_of=f'dense/{rate}')}
-    for domain in NEW:
+    mixed = {f'mixed/{rate}/{domain}': run(branch, {domain: 1}, steps * 3 // 4) for domain in new}
+    for domain in new:
       runs[f'expert/{rate}/{domain}'] = run(branch, {domain: 1}, steps)
       runs[f'ffn/{rate}/{domain}'] = run(
           branch, {domain: 1}, match_total_flops_of=f'expert/{rate}/{domain}', train=_FREEZE)
-  return mixed | runs
+    match = {'match_total_flops_of': f'dense/{rate}'}
+    runs |= {
+        f'dense/{rate}': run(branch, blend, len(new) * steps),
+        **{f'{outer}/{rate}': run(branch, blend, len(new) * steps,
+                                  train={'workers': len(blend), **meets})
+           for outer, meets in MEETINGS.items()},
+        f'sparse/{rate}': run(base.mix(*['seed'] * setting.copies), blend, **match),
+        **mixed,
+        f'averaged/{rate}': run(base.mix('seed', *mixed), blend, at=setting.rates['finetune'],
+                                **match),
+        f'finetune/{rate}': run(base.mix('seed', *(f'mixed/1e-3/{each}' for each in new)), blend,
+                                **match)}
+  return runs
 
 
 def split():

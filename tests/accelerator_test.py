@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from btx_jax.devices.mesh import make_mesh
+from btx_jax.devices.mesh import BRANCH_BATCH_AXES, make_mesh
 from btx_jax.model import attention, balance, config, llama, moe
 from btx_jax.model.config import Config
 from btx_jax.run import Objective, Optimizer
@@ -49,6 +49,21 @@ def test_attention_is_the_kernel_of_the_platform_and_the_same_function():
   (value, grads), (expected, expected_grads) = ours(q, k, v), plain(q, k, v)
   np.testing.assert_allclose(value, expected, rtol=2e-2)
   for found, like in zip(grads, expected_grads, strict=True):
+    found, like = np.float32(found), np.float32(like)
+    np.testing.assert_allclose(found, like, atol=2e-2 * np.abs(like).max())
+
+
+def test_attention_mapped_over_branches_is_the_same_function():
+  q, k, v = (normal((3, 2, n, 512, 64), seed).astype(jnp.bfloat16)
+             for seed, n in enumerate((4, 2, 2)))
+  segments = jnp.int32(np.sort(np.random.default_rng(0).integers(1, 4, (3, 2, 512))))
+
+  def grads(implementation):
+    f = lambda *args: attention.attention(*args, implementation, BRANCH_BATCH_AXES)
+    total = lambda *qkv: jnp.sin(jax.vmap(f)(*qkv, segments).astype(jnp.float32)).sum()
+    return jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+
+  for found, like in zip(grads('auto'), grads('xla'), strict=True):
     found, like = np.float32(found), np.float32(like)
     np.testing.assert_allclose(found, like, atol=2e-2 * np.abs(like).max())
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.devices.mesh import AXES
+from btx_jax.devices.mesh import AXES, BRANCH_BATCH_AXES
 from btx_jax.errors import UsageError
 from btx_jax.model import attention, llama
 from btx_jax.model.config import REMATS, Config, num_params, train_flops_per_token
@@ -142,6 +142,23 @@ def test_attention_gradients_against_jax_nn():
   with jax.numpy_rank_promotion('allow'):  # jax.nn's own code promotes
     expected = jax.jit(jax.grad(reference, (0, 1, 2)))(q, k, v)
   assert_trees_close(jax.jit(jax.grad(ours, (0, 1, 2)))(q, k, v), expected, rtol=1e-5)
+
+
+def test_attention_mapped_over_branches_gives_the_kernel_of_gpus_a_mask_of_every_head(monkeypatch):
+  """jax's rule for vmap over that kernel reshapes the mask to [branches * B, N, T, T]."""
+  branches, B, N, T = 3, 2, 4, 16
+  q, k, v = (normal((branches, B, n, T, 6), seed) for seed, n in enumerate((N, 2, 2)))
+  segments = jnp.int32(np.sort(np.random.default_rng(0).integers(1, 4, (branches, B, T))))
+  plain = jax.nn.dot_product_attention
+
+  def kernel(*qkv, mask, implementation):
+    assert (mask.shape, implementation) == ((B, N, T, T), 'cudnn')
+    return plain(*qkv, mask=mask, implementation='xla')
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', kernel)
+  found, expected = (jax.jit(jax.vmap(lambda *args, form=form: attention.attention(
+      *args, form, BRANCH_BATCH_AXES)))(q, k, v, segments) for form in ('cudnn', 'xla'))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_rotary_embeddings_see_distances_only_and_keep_far_positions_apart():

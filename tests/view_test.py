@@ -154,6 +154,17 @@ def test_a_mixture_that_continues_from_a_step_has_claims_too(tmp_path):
   assert [subject for subject, _ in groups] == [claims.EXPERTS, 'btx', 'more']
 
 
+def test_copies_that_nothing_has_trained_are_no_experts_with_claims(tmp_path):
+  config = finished.two_mixtures()
+  copies = ('redrawn/0', 'redrawn/1')
+  config.runs.update(dict.fromkeys(copies, base.run(base.checkpoint('seed', redraw=0.5))))
+  config.runs['redrawn'] = base.run(base.mix('seed', *copies), finished.BLEND, steps=50)
+  study = finished.write(config, str(tmp_path))
+  assert 'redrawn' in {row['name'] for row in table.rows(study)}
+  groups = claims.by_subject(claims.checks(study, table.rows(study)))
+  assert [subject for subject, _ in groups] == [claims.EXPERTS, 'btx', ROUTERS, LAST]
+
+
 # Differences
 
 

@@ -193,14 +193,15 @@ def _main_domain(run: Run) -> str:
 
 
 def _branches(run: Run) -> list[Run]:
-  """The branches in a mixture of one seed and its branches, all of them experts; else none."""
+  """The branches in a mixture of one seed and its branches, all of them trained; else none."""
   if run.init != MIX or not {source.plain_name for source in run.sources} <= set(run.expert_names):
     return []
   branches = [source for source in run.sources if source.init == CHECKPOINT]
   seeds = {branch.sources[0].name for branch in branches}
   rest = {source.name for source in run.sources} - {branch.name for branch in branches}
   of_end = not any(branch.from_step for branch in branches)  # another step is not measured
-  return branches if of_end and len(seeds) == 1 and rest <= seeds else []
+  trained = all(branch.weights for branch in branches)  # and not only redrawn
+  return branches if of_end and trained and len(seeds) == 1 and rest <= seeds else []
 
 
 def _stages(run: Run) -> list[Run]:

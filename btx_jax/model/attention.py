@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from btx_jax.devices import sharding
-from btx_jax.devices.mesh import BATCH_AXES
+from btx_jax.devices.mesh import BATCH_AXES, BRANCH_BATCH_AXES
 from btx_jax.model.config import Config
 
 _QUERY_BLOCKS = 4
@@ -69,8 +69,11 @@ def attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, implementation='auto',
     implementation = _implementation_of_platform(q_BNTH)
   if implementation == 'splash' and q_BNTH.shape[2] % _LANES == 0:
     return _splash(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes)
-  form = _cudnn if implementation == 'cudnn' else _plain
-  return checkpoint_name(form(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT), 'attended')
+  if implementation == 'cudnn':
+    y_BNTH = _cudnn(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes)
+  else:
+    y_BNTH = _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT)
+  return checkpoint_name(y_BNTH, 'attended')
 
 
 def _implementation_of_platform(q_BNTH) -> str:
@@ -110,9 +113,12 @@ def _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
   return jnp.concatenate(outputs, axis=3).reshape(B, N, T, H)
 
 
-def _cudnn(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
+def _cudnn(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes):
+  B, N, T, _ = q_BNTH.shape
   q, k, v = (x.swapaxes(1, 2) for x in (q_BNTH, k_BKTH, v_BKTH))
-  mask = _visible(segment_ids_BT, 0, q.shape[1])[:, None]
+  mask = _visible(segment_ids_BT, 0, T)[:, None]
+  if batch_axes == BRANCH_BATCH_AXES:  # mapped over branches: jax's vmap wants a mask of every head
+    mask = jnp.broadcast_to(mask, (B, N, T, T))
   y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='cudnn')
   return y.swapaxes(1, 2)
 
