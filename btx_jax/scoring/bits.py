@@ -11,8 +11,10 @@ from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
+from btx_jax.fitting import passes
 from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
+from btx_jax.run import dense_model
 from btx_jax.scoring import ranking, units
 from btx_jax.training.step import forward
 
@@ -133,11 +135,38 @@ def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mes
       nll_EBT = jax.device_get([step(params, batch, masked_E) for masked_E in masks_EE])
       for of_expert, nll_BT in zip(nll, nll_EBT):
         of_expert.append(nll_BT)
-    scored = [_score(of_expert, tokens, tokenizer, length, stride) for of_expert in nll]
-    result[domain] = {'bits_per_byte': [score['bits_per_byte'] for score in scored],
-                      'units': {'nll': [score['units']['nll'] for score in scored],
-                                'bytes': scored[0]['units']['bytes']}}
+    result[domain] = _together(
+        [_score(of_expert, tokens, tokenizer, length, stride) for of_expert in nll])
   return result
+
+
+def each_expert_alone(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
+                      batch_size: int, tokenizer: Tokenizer, stride: int = 0) -> dict[str, dict]:
+  """Scores a mixture as `evaluate` does, once with each of its experts for every token.
+
+  In all layers the token goes to this expert alone, with weight 1, and the routers have no effect:
+  a dense model of the expert and of the weights that all experts share.
+
+  Args:
+    cfg: a mixture; see `evaluate` for the other arguments.
+
+  Returns:
+    what `without_each_expert` returns, of the experts alone.
+  """
+  found: dict[str, list[dict]] = {domain: [] for domain in held_out}
+  for number in range(cfg.num_experts):
+    alone = passes.expert_of(params, number)
+    for domain, tokens in held_out.items():
+      nll_N = token_nll(dense_model(cfg), alone, tokens, mesh, length, batch_size, stride)
+      found[domain].append(units.score(nll_N, tokens, tokenizer))
+  return {domain: _together(scored) for domain, scored in found.items()}
+
+
+def _together(scored: list[dict]) -> dict[str, Any]:
+  """The scores of a split by expert, from that with each expert; see `without_each_expert`."""
+  return {'bits_per_byte': [score['bits_per_byte'] for score in scored],
+          'units': {'nll': [score['units']['nll'] for score in scored],
+                    'bytes': scored[0]['units']['bytes']}}
 
 
 def _score(nll: list[np.ndarray], tokens: Tokens, tokenizer: Tokenizer, length: int, stride: int
