@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from btx_jax.data import mixture
@@ -15,7 +16,7 @@ from btx_jax.fitting import passes
 from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
 from btx_jax.run import dense_model
-from btx_jax.scoring import ranking, units
+from btx_jax.scoring import ranking, routing, units
 from btx_jax.training.step import forward
 
 _SHOWN = 256  # tokens of each domain whose gates are stored one by one
@@ -26,7 +27,8 @@ def _eval_step(cfg: Config, mesh):
   """Compiles (params, batch [B, T]) -> loss of each target in nats [B, T], routing.
 
   `routing` is None for a dense model, else (gates summed over tokens [L, E], number of these
-  tokens, gates of the first row averaged over layers [T, E]).
+  tokens, gates of the first row averaged over layers [T, E], and for each token the number of the
+  expert with the largest gate, plus 1 [B, T, L]).
   """
   def score(params, batch):
     scores = forward(cfg, params, batch)
@@ -34,8 +36,10 @@ def _eval_step(cfg: Config, mesh):
       return scores.token_nll, None
     gates_LBTk, ids_LBTk = scores.routed.gates, scores.routed.ids
     first_TE = dense_gates(gates_LBTk[:, 0], ids_LBTk[:, 0], cfg.num_experts).mean(0)
-    sums = scores.routed.sums
-    return scores.token_nll, (sums.gates.sum(1), sums.count[0].sum(), first_TE)
+    sums, largest_LBT1 = scores.routed.sums, gates_LBTk.argmax(-1, keepdims=True)
+    chosen_BTL = jnp.moveaxis(jnp.take_along_axis(ids_LBTk, largest_LBT1, -1)[..., 0], 0, -1)
+    return scores.token_nll, (sums.gates.sum(1), sums.count[0].sum(), first_TE,
+                              (chosen_BTL + 1).astype(jnp.uint16))
 
   return sharding.jit_replicated(score, mesh)
 
@@ -72,12 +76,13 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
 
   Returns:
     domain -> what units.score returns; for pairs also `preferred`, see ranking.py; for a mixture
-    also `gates`, the mean gate of each expert in each layer, [L][E], and `sample`, the first tokens
-    of the text: their `pieces`, and their `gates` averaged over layers, [pieces][E].
+    also `gates`, the mean gate of each expert in each layer, [L][E]; `sample`, the first tokens
+    of the text: their `pieces`, and their `gates` averaged over layers, [pieces][E]; and `routing`,
+    see routing.count.
   """
-  result = {}
+  result, firsts = {}, {}
   for domain, tokens in held_out.items():
-    nll, count = [], 0.0
+    nll, chosen, count = [], [], 0.0
     gates, sample = np.zeros(()), None
     for first, batch in _batches(tokens, mesh, length, batch_size, stride):
       nll_BT, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
@@ -85,6 +90,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       if routed is not None:
         gates = gates + np.asarray(routed[0], np.float64)
         count += float(routed[1])
+        chosen.append(routed[3])
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
     result[domain] = _score(nll, tokens, tokenizer, length, stride)
@@ -92,6 +98,10 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       result[domain]['preferred'] = ranking.preferred(cfg, params, tokens, mesh, length, batch_size)
     if sample:
       result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}
+      firsts[domain] = mixture.by_token(tokens, np.concatenate(chosen), length, stride)
+  if firsts:
+    for domain, counts in routing.count(firsts, held_out, tokenizer, cfg.num_experts).items():
+      result[domain]['routing'] = counts
   return result
 
 

@@ -11,7 +11,7 @@ from btx_jax.errors import UsageError
 from btx_jax.files import sealed, shapes
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
 from btx_jax.run import HUGGING_FACE, MIX, Run, averaged_model, lineage, reader_model
-from btx_jax.scoring import builtin
+from btx_jax.scoring import builtin, routing
 from btx_jax.selector import Merge
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -21,7 +21,7 @@ _SIZES = {'documents?': int, 'tokens?': int, 'bytes?': int, 'words?': int}
 # What the code that reads scores relies on, by domain.
 _SCORE = {'bits_per_byte': float, **_SIZES, 'units?': {'nll': [float], 'bytes': [int]},
           'gates?': [[float]], 'share?': [float], 'switches?': float, 'forward_flops?': float,
-          'sample?': {'pieces': [str], 'gates': [[float]]}}
+          'sample?': {'pieces': [str], 'gates': [[float]]}, 'routing?': routing.SHAPE}
 _SCORES = {'bits_per_byte': [float], **_SIZES, 'units?': {'nll': [[float]], 'bytes': [int]}}
 # Stages that are no rows of the results table: the final model without each of its experts; and by
 # the stage of a mixture, each of its experts alone beside the weights that all share.
