@@ -24,6 +24,7 @@ Computed from stored scores alone, so it needs no devices.
 """
 
 from collections.abc import Mapping, Sequence
+import statistics
 from typing import Any
 
 from btx_jax.run import CHECKPOINT, MIX, Run, parts_of, recipe_of
@@ -66,10 +67,10 @@ def of_study(study: Study) -> list[dict[str, Any]]:
     for each: `name`, `run` and `series` (see Run.plain_name), `experts` (their names); `domains`:
     domain -> `expert` and `expert_final`, the number of its own expert before and after the
     finetune, the scores SCORES, the costs COSTS, and `errors`: cost -> its standard error from the
-    text, paired by unit; `mean`: SCORES and COSTS as
-    means over the domains; and `by_expert`: the scores of each expert on each domain, domain ->
-    [E], as `own`, `oracle_start` and `oracle_final`. What was not measured is None: `oracle_final`,
-    `final` and `gained` of a mixture that is not trained, and `own` of pretrained experts.
+    text, paired by unit; `mean`: SCORES, COSTS and `errors` of the means over the domains; and
+    `by_expert`: the scores of each expert on each domain, domain -> [E], as `own`, `oracle_start`
+    and `oracle_final`. What was not measured is None: `oracle_final`, `final` and `gained` of a
+    mixture that is not trained, and `own` of pretrained experts.
   """
   return list(filter(None, (_of_run(study, model.run) for model in scores.models(study)
                             if model.stage == scores.FINAL and not why_not(model.run))))
@@ -128,8 +129,7 @@ def _of_run(study: Study, run: Run) -> dict[str, Any] | None:
   return {
       'name': run.name, 'run': run.plain_name, 'series': run.series,
       'experts': list(run.expert_names), 'domains': domains,
-      'mean': {kind: _mean([of_domain[kind] for of_domain in domains.values()])
-               for kind in (*SCORES, *COSTS)},
+      'mean': _mean_of([*domains.values()]),
       'by_expert': {kind: {domain: [found and found[domain]['bits_per_byte']
                                     for found in of_experts] for domain in domains}
                     for kind, of_experts in by_expert.items() if any(of_experts)}}
@@ -176,7 +176,22 @@ def _costs(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
   return {**result, 'errors': errors}
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-  """The mean over the domains; None if one is not known."""
+def _mean_of(domains: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """The means of SCORES and COSTS over the domains, and their `errors`."""
+  result: dict[str, Any] = {
+      kind: mean([of_domain[kind] for of_domain in domains]) for kind in (*SCORES, *COSTS)}
+  return result | {'errors': {
+      cost: error_bars.error_of_mean(of_domain['errors'][cost] for of_domain in domains)
+      for cost in COSTS}}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+  """The mean; None if one of the values is not known."""
   known = [value for value in values if value is not None]
-  return sum(known) / len(known) if len(known) == len(values) else None
+  return statistics.fmean(known) if len(known) == len(values) else None
+
+
+def spread(values: Sequence[float | None]) -> float | None:
+  """The sample standard deviation of at least two values; None if one of them is not known."""
+  known = [value for value in values if value is not None]
+  return statistics.stdev(known) if len(known) == len(values) else None

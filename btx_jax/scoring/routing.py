@@ -120,8 +120,8 @@ def over_represented(pieces: Sequence[str], counts_PE: np.ndarray, totals_E: np.
   p_P, q_P = counts_PE[:, expert] / max(totals_E[expert], 1), every_P / max(totals_E.sum(), 1)
   ratio_P = np.divide(p_P, q_P, out=np.ones_like(q_P), where=p_P > 0)
   adds_P = p_P * np.log(ratio_P)
-  return [(pieces[i], int(counts_PE[i, expert]), int(every_P[i]))
-          for i in np.argsort(-adds_P, kind='stable')[:_SHOWN].tolist() if adds_P[i] > 0]
+  most = map(int, np.argsort(-adds_P, kind='stable')[:_SHOWN])
+  return [(pieces[i], int(counts_PE[i, expert]), int(every_P[i])) for i in most if adds_P[i] > 0]
 
 
 def class_of(piece: str) -> str:
