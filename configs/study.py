@@ -28,6 +28,8 @@ Other forms, each of one seed:
   :split      5, 10, 25 and 50 % of the compute in the joint finetune.
   :crossover  seeds 0.25 and 4 times as long, and experts 0.5 and 4 times as long.
   :later      a domain that arrives later, one that is withdrawn, and an expert that is upgraded.
+  :routing    `btx/finetuned` with other routers, and without load balancing: the mixtures of the
+              paper's figures 3 to 6, which the report draws side by side.
 """
 
 from btx_jax import base
@@ -44,7 +46,8 @@ RATES = {'dense': 1e-3, 'diloco': 1e-3, 'sparse': 1e-3, 'expert': 1e-3, 'ffn': 1
 CANDIDATES = ('3e-4', '1e-3', '3e-3')
 SPLITS = (5, 10, 25, 50)  # percent of the compute in the joint finetune
 _FREEZE = {'freeze': base.FREEZE_ALL_BUT_EXPERTS}
-_FORMS = {'': (0, 1, 2), 'rates': (100,), 'split': (0,), 'crossover': (0,), 'later': (0,)}
+_FORMS = {'': (0, 1, 2), 'rates': (100,), 'split': (0,), 'crossover': (0,), 'later': (0,),
+          'routing': (0,)}
 
 
 def get_config(form: str = ''):
@@ -58,7 +61,8 @@ def get_config(form: str = ''):
   config.checkpoint_every = 500
   config.checks.expert_gain = 0.0
   config.seeds = _FORMS[form]
-  make = {'': main, 'rates': rates, 'split': split, 'crossover': crossover, 'later': later}
+  make = {'': main, 'rates': rates, 'split': split, 'crossover': crossover, 'later': later,
+          'routing': routing}
   config.runs = {**seeds(), **make[form]()}
   return config
 
@@ -199,6 +203,22 @@ def split():
     name = 'btx/finetuned' if percent == 25 else f'split/{percent}'
     runs |= {**experts, name: _finetuned(base.mix('seed', *_ends(experts)))}
   return runs
+
+
+def routing():
+  """The finetuned mixture of the table with other routers, and without load balancing."""
+  experts = _experts('seed', EXPERT * 3 // 4, 'expert75')
+  run = lambda **fields: base.run(
+      base.mix('seed', *_ends(experts)), demo.BLEND, match_total_flops_of='dense/blend',
+      optimizer=_rate('finetune'), **fields)
+  return {
+      'dense/blend': _dense('seed', EXPERT)['dense/blend'], **experts,
+      'btx/finetuned': run(),
+      'routing/unbalanced': run(train={'balance_loss': 0.0}),
+      'routing/switch': run(model={'router': 'switch'}),
+      'routing/soft': run(model={'router': 'soft'}),
+      'routing/sample_top_1': run(model={'router': 'sample_top_1'}, train={'balance_loss': 0.0}),
+  }
 
 
 def later():
