@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from btx_jax import base
 from btx_jax.data.tokens import Tokens
 from btx_jax.pipeline import Pipeline
 from btx_jax.scoring import bits, decomposition, error_bars, scores, units
+from btx_jax.study import manifest
+from btx_jax.study.study import Study
 from tests import studies
 from tests.helpers import TINY_MIXTURE, random_params, use_mesh
 from tests.regression_test import Pieces
@@ -37,8 +40,7 @@ def study(text, tmp_path_factory):
       'hashed': base.run(base.mix('seed', 'ffn/code', 'ffn/math'), model={'router': 'hash'}),
       'equal': base.run(base.mix('seed', 'again')),
       'copies': base.run(base.mix('seed', 'seed'), BLEND, steps=4),
-      'dropped': base.run(base.drop('ffn', 'seed'), BLEND, steps=4),
-      'halves': base.run(base.mix('seed', 'ffn/code', arrangement='split', chunks=2)),
+      'dropped': base.run(base.drop('ffn', 'seed')),
   }
   pipeline = Pipeline(config, str(tmp_path_factory.mktemp('study')))
   pipeline.train()
@@ -56,9 +58,21 @@ def own(study, name, domain):
 
 def test_all_mixtures_of_whole_experts_are_taken_apart(study, found):
   assert found.keys() == {'btx', 'longer', 'ffn', 'hashed', 'equal', 'copies', 'dropped'}
-  assert decomposition.remarks(study) == [
-      'halves: no expert is measured alone, because its experts are parts of runs.']
+  assert decomposition.remarks(study) == []
   assert json.loads(json.dumps([*found.values()])) == [*found.values()]
+
+
+def test_experts_that_are_parts_of_runs_cannot_be_measured_alone(tmp_path, monkeypatch):
+  config = studies.modular_config(pathlib.Path('nowhere'))
+  config.evaluation.oracle = True
+  config.runs.update({
+      'halves': base.run(base.mix('seed', 'code', arrangement='split', chunks=2)),
+      'blend': base.run(base.mix('seed', 'code', arrangement='blend'), BLEND, steps=2),
+      'whole': base.run(base.mix('seed', 'code'))})
+  monkeypatch.setattr(Study, 'state', lambda self, name: manifest.COMPLETE)
+  assert decomposition.remarks(Study(config, str(tmp_path))) == [
+      f'{name}: no expert is measured alone, because its experts are parts of runs.'
+      for name in ('halves', 'blend')]
 
 
 def test_the_parts_add_up_and_are_the_scores_of_the_rows(study, found):
@@ -116,6 +130,12 @@ def test_an_edit_has_the_experts_that_are_left(study, found):
     assert scored == [own(study, name, domain) for name in ('ffn/code', 'ffn/math')]
     assert found['dropped']['by_expert']['oracle_start'][domain] == pytest.approx(scored, abs=1e-6)
   assert found['dropped']['domains']['math']['expert'] == 1
+
+
+def test_the_own_expert_of_a_domain_is_the_one_trained_on_it_even_if_another_is_better():
+  of_experts = [{'code': {'bits_per_byte': score}} for score in (0.5, 1.0, 0.9)]
+  assert decomposition._best('code', ['prose', 'code', 'code'], of_experts) == 2
+  assert decomposition._best('code', ['prose', '', ''], of_experts) == 0
 
 
 def test_measured_experts_are_not_measured_again(study):

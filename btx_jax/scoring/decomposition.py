@@ -146,9 +146,10 @@ def _split(found: _Scores, experts: int) -> Sequence[_Scores]:
   """Scores by expert, as bits.each_expert_alone returns them, as those of each expert."""
   if not found:
     return [None] * experts
-  return [{domain: {'bits_per_byte': score['bits_per_byte'][number], 'units': {
+  return [{domain: {'bits_per_byte': score['bits_per_byte'][number]} | ({'units': {
       'nll': score['units']['nll'][number], 'bytes': score['units']['bytes']}}
-           for domain, score in found.items()} for number in range(experts)]
+      if 'units' in score else {}) for domain, score in found.items()}
+          for number in range(experts)]
 
 
 def _best(domain: str, labels: Sequence[str], of_experts: Sequence[_Scores]) -> int:
