@@ -13,10 +13,10 @@ HEADINGS = ('own expert', 'averaging', 'routing', 'finetune', 'mixture', 'plain 
             'own expert alone afterwards')
 _LESS = ('own expert alone afterwards', 'plain average')  # left out on a narrow terminal
 ABOUT = (
-    'own expert: bits per byte of the expert that was trained on the domain, before it was mixed. '
-    'averaging: what it adds that all other weights were averaged (its feed-forward layers alone '
-    'serve the whole domain). routing: what the first routers add. finetune: what the finetune '
-    'adds. These four add up to the mixture.')
+    'own expert: bits per byte of the expert that was trained on the domain, before it was mixed; '
+    'if there is none, of the best expert. averaging: what it adds that all weights but those of '
+    'the experts were averaged, if every token goes to the own expert. routing: what the first '
+    'routers add to that. finetune: what the finetune adds. These four add up to the mixture.')
 
 
 def show(study: Study) -> None:
