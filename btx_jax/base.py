@@ -151,6 +151,11 @@ def get_config() -> ConfigDict:
       # helps which domain. It takes as long as measuring the mixture once per expert. Mixtures of
       # the router 'hash' are left out.
       'mask_experts': False,
+      # Also measures, for each mixture of whole experts, every expert alone beside the weights that
+      # all of them share, before and after the mixture is trained. With the scores of the rows of
+      # the table this shows what averaging the experts cost, what routing cost, and what the
+      # finetune gained. It takes about as long as measuring the mixture once per expert and stage.
+      'oracle': False,
       # Tasks to score models on: built-in tasks, and tasks of lm-evaluation-harness. Built-in tasks
       # need the extra `demo`, ask about text that no run is trained on, and are scored for every
       # model of the table. 'arithmetic', 'factbook': the text generated greedily must equal the

@@ -54,7 +54,16 @@ def train_runs(name: str, workdir: str):
                    '--profile': flag.PROFILE.value, '--workdir': os.path.realpath(workdir)})
   import jax
 
-  from btx_jax.commands import answers_table, claims, measured, regression, report, seeds, table
+  from btx_jax.commands import (
+    answers_table,
+    claims,
+    decomposition,
+    measured,
+    regression,
+    report,
+    seeds,
+    table,
+  )
   from btx_jax.pipeline import Pipeline
   from btx_jax.terminal import say, show
 
@@ -78,6 +87,7 @@ def train_runs(name: str, workdir: str):
     if answers_table.names(results.rows):
       show(answers_table.as_table(results.rows))
     regression.show(pipeline)
+    decomposition.show(pipeline)
     show(claims.as_text(results.checks))
     say(f'Report: {report.write_report(pipeline, name)}')
     if name == 'demo':

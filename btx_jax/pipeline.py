@@ -19,7 +19,16 @@ from btx_jax.files import locks
 from btx_jax.fitting import fit, reference, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import BEST, Run
-from btx_jax.scoring import answers, bits, builtin, ensemble, regression, scores, selected
+from btx_jax.scoring import (
+  answers,
+  bits,
+  builtin,
+  decomposition,
+  ensemble,
+  regression,
+  scores,
+  selected,
+)
 from btx_jax.selector import TFIDF, Merge
 from btx_jax.study import (
   changes,
@@ -133,10 +142,10 @@ class Pipeline(Study):
                     for source in run.sources],
     }
 
-  def evaluate(self, model: Config, parameters) -> dict[str, dict]:
-    """Bits per byte of every domain's held-out text, see evaluate.bits."""
+  def evaluate(self, model: Config, parameters, measure=bits.evaluate) -> dict[str, dict]:
+    """Bits per byte of every domain's held-out text, by a function of scoring/bits.py."""
     text = self.prepare_text()
-    return bits.evaluate(
+    return measure(
         model, parameters, text.held_out, self.mesh, self.config.data.seq_len,
         self.config.evaluation.batch_size, text.tokenizer, self.config.evaluation.stride)
 
@@ -361,18 +370,23 @@ class Pipeline(Study):
         scored = scores.read_answers(self, run, stage)
         result.append((name, stage, scores.read(self, run, stage) is None,
                        [task for task in tasks if task not in scored]))
+        if self.config.evaluation.oracle and stage in scores.ALONE and (
+            not decomposition.why_not(run)):
+          alone = scores.ALONE[stage]
+          result.append((name, alone, scores.read(self, run, alone) is None, []))
       if models and self.config.evaluation.mask_experts and not regression.why_unmasked(run.model):
         result.append((run.name, scores.MASKED, scores.read(self, run, scores.MASKED) is None, []))
       return [each for each in result if each[2] or each[3]]
 
     make = {scores.START: params.initial, scores.AVERAGE: params.average,
-            scores.FINAL: params.final, scores.MASKED: params.final}
+            scores.FINAL: params.final, scores.MASKED: params.final,
+            scores.ALONE[scores.START]: params.initial, scores.ALONE[scores.FINAL]: params.final}
     tasks = [name for name in builtin.own(self.config.evaluation.tasks)
              if not answers.why_not(run, name)]
     wanted = distributed.broadcast(missing)
     made = parameters = None
     for name, stage, is_unmeasured, unanswered in wanted:
-      if not run.selector and made is not make[stage]:  # two stages use the final model
+      if not run.selector and made is not make[stage]:  # several stages use one model
         made, parameters = make[stage], None  # one model at a time
         parameters = made(self, run, self.mesh)
       shown = os.path.join(run.series, name)
@@ -395,7 +409,10 @@ class Pipeline(Study):
       return selected.evaluate(self, run, self.prepare_text(), self.mesh)
     if stage == scores.MASKED:
       say(f'{shown}: measuring without each of its {run.model.num_experts} experts')
-      return self._without_each_expert(run.model, parameters)
+      return self.evaluate(run.model, parameters, bits.without_each_expert)
+    if stage in scores.BY_EXPERT:
+      say(f'{shown}: measuring each of its {run.model.num_experts} experts alone')
+      return self.evaluate(run.model, parameters, bits.each_expert_alone)
     say(f'{shown}: measuring')
     found = self.evaluate(scores.sizes(run, stage), parameters)
     for domain, values in found.items():
@@ -417,9 +434,3 @@ class Pipeline(Study):
       say(f'{run.name}: held-out loss was lowest at step {best.step:,}, not at its end; that '
           'checkpoint is kept')
     manifest.write(folder, before | {'best': best.found, 'end_compared': True})
-
-  def _without_each_expert(self, model: Config, parameters) -> dict[str, dict]:
-    return bits.without_each_expert(
-        model, parameters, self.prepare_text().held_out, self.mesh, self.config.data.seq_len,
-        self.config.evaluation.batch_size, self.prepare_text().tokenizer,
-        self.config.evaluation.stride)

@@ -24,10 +24,13 @@ from them.
 
 Other forms, each of one seed:
 
-  :rates      each family at three learning rates and half the length. RATES has the best.
+  :rates      each family at three learning rates and half the length. RATES has the best: of
+              experts that are averaged, for the finetuned mixture; of others, on their own domains.
   :split      5, 10, 25 and 50 % of the compute in the joint finetune.
   :crossover  seeds 0.25 and 4 times as long, and experts 0.5 and 4 times as long.
   :later      a domain that arrives later, one that is withdrawn, and an expert that is upgraded.
+  :routing    `btx/finetuned` with other routers, and without load balancing: the mixtures of the
+              paper's figures 3 to 6, which the report draws side by side.
 """
 
 from collections.abc import Mapping
@@ -83,7 +86,8 @@ class Setting:
 
 
 LAPTOP = Setting()
-_FORMS = {'': (0, 1, 2), 'rates': (100,), 'split': (0,), 'crossover': (0,), 'later': (0,)}
+_FORMS = {'': (0, 1, 2), 'rates': (100,), 'split': (0,), 'crossover': (0,), 'later': (0,),
+          'routing': (0,)}
 
 
 def get_config(form: str = ''):
@@ -92,12 +96,13 @@ def get_config(form: str = ''):
                      f"{', '.join(f':{name}' for name in _FORMS if name)}.")
   config = demo.get_config()
   config.data.held_out = 0.05
-  config.evaluation.tasks = ()
+  config.evaluation.update(tasks=(), oracle=True)
   config.optimizer.schedule = 'wsd'
   config.checkpoint_every = 500
   config.checks.expert_gain = 0.0
   config.seeds = _FORMS[form]
-  make = {'': main, 'rates': rates, 'split': split, 'crossover': crossover, 'later': later}
+  make = {'': main, 'rates': rates, 'split': split, 'crossover': crossover, 'later': later,
+          'routing': routing}
   config.runs = {**seeds(), **make[form]()}
   return config
 
@@ -131,15 +136,16 @@ def main(seed: str = 'seed', setting: Setting = LAPTOP):
   steps = setting.expert
   dense = _dense(seed, steps, setting)
   whole = _experts(seed, steps, setting=setting)
-  most = _experts(seed, steps * 3 // 4, 'expert75', setting)
+  averaged = _experts(seed, steps, 'averaged', setting)
+  most = _experts(seed, steps * 3 // 4, 'averaged75', setting)
   ffn = _ffn_experts(seed, setting=setting)
-  most_ffn = _ffn_experts(seed, 'ffn75', 'expert75', setting)
+  most_ffn = _ffn_experts(seed, 'ffn75', 'averaged75', setting)
   by_text = lambda experts: base.mix(
       *_chosen_by_text(seed, experts, setting), routers=_ridge(seed, setting))
   return {
-      **dense, **_sparse(seed, setting), **whole,
-      **_merged(seed, whole, setting), 'btx/unfinetuned': base.run(base.mix(seed, *_ends(whole))),
-      'btx/ridge': base.run(by_text(whole)),
+      **dense, **_sparse(seed, setting), **whole, **_merged(seed, whole, setting),
+      **averaged, 'btx/unfinetuned': base.run(base.mix(seed, *_ends(averaged))),
+      'btx/ridge': base.run(by_text(averaged)),
       **most, 'btx/finetuned': _finetuned(base.mix(seed, *_ends(most)), setting=setting),
       **ffn, 'ffn/unfinetuned': base.run(base.mix(seed, *ffn)),
       'ffn/ridge': base.run(by_text(ffn)),
@@ -176,13 +182,20 @@ def _sparse(seed: str, setting: Setting = LAPTOP):
 
 
 def _experts(seed: str, steps: int, kind: str = 'expert', setting: Setting = LAPTOP):
-  """An expert for each new domain. Trunks of the length of the longest serve all."""
-  at = {'schedule': 'constant', **_rate('expert', setting)}
-  trunks = {f'trunk/{domain}': base.run(
+  """An expert for each new domain. Trunks of the length of the longest serve all.
+
+  Args:
+    kind: 'expert' for those that are kept whole; 'averaged', and a length in percent, for those
+      that are averaged.
+  """
+  family = kind.rstrip('0123456789')
+  trunk, rate = f'trunk/{family}', setting.rates[family]
+  at = {'schedule': 'constant', 'peak_lr': rate}
+  trunks = {f'{trunk}/{domain}': base.run(
       base.checkpoint(seed), {domain: 1}, steps=setting.expert * 4 // 5, optimizer=at)
             for domain in setting.new}
-  return trunks | {f'{kind}/{domain}': _decayed(
-      f'trunk/{domain}', {domain: 1}, steps, setting.rates['expert']) for domain in setting.new}
+  return trunks | {f'{kind}/{domain}': _decayed(f'{trunk}/{domain}', {domain: 1}, steps, rate)
+                   for domain in setting.new}
 
 
 def _ffn_experts(seed: str, kind: str = 'ffn', like: str = 'expert', setting: Setting = LAPTOP):
@@ -256,10 +269,26 @@ def split():
   """The paper's form with other shares of the compute in its joint finetune."""
   runs = {'dense/blend': _dense('seed', EXPERT)['dense/blend']}
   for percent in SPLITS:
-    experts = _experts('seed', EXPERT * (100 - percent) // 100, f'expert{100 - percent}')
+    experts = _experts('seed', EXPERT * (100 - percent) // 100, f'averaged{100 - percent}')
     name = 'btx/finetuned' if percent == 25 else f'split/{percent}'
     runs |= {**experts, name: _finetuned(base.mix('seed', *_ends(experts)))}
   return runs
+
+
+def routing():
+  """The finetuned mixture of the table with other routers, and without load balancing."""
+  experts = _experts('seed', EXPERT * 3 // 4, 'averaged75')
+  run = lambda **fields: base.run(
+      base.mix('seed', *_ends(experts)), demo.BLEND, match_total_flops_of='dense/blend',
+      optimizer=_rate('finetune'), **fields)
+  return {
+      'dense/blend': _dense('seed', EXPERT)['dense/blend'], **experts,
+      'btx/finetuned': run(),
+      'routing/unbalanced': run(train={'balance_loss': 0.0}),
+      'routing/switch': run(model={'router': 'switch'}),
+      'routing/soft': run(model={'router': 'soft'}),
+      'routing/sample_top_1': run(model={'router': 'sample_top_1'}, train={'balance_loss': 0.0}),
+  }
 
 
 def later():
@@ -270,10 +299,10 @@ def later():
   third = base.run(base.checkpoint('seed'), before, len(first) * EXPERT, optimizer=_rate('dense'))
   run = lambda name, domains, like: base.run(
       base.checkpoint(name), domains, match_flops_of=like, optimizer=_rate('dense'))
-  arrived = (f'trunk/{new}', f'expert/{new}')
-  upgraded = {**_longer('trunk/code', 'code', 2), 'ffn2/code': _ffn_experts(
+  arrived = (f'trunk/expert/{new}', f'expert/{new}')
+  upgraded = {**_longer('trunk/expert/code', 'code', 2), 'ffn2/code': _ffn_experts(
       'seed', 'ffn2', 'expert2')['ffn2/code']}
-  more = ('trunk/code', 'expert/code')
+  more = ('trunk/expert/code', 'expert/code')
   return runs | {
       # The fourth domain arrives; its rivals have as many FLOPs as its expert.
       'three/dense': third,
@@ -322,7 +351,7 @@ def _cell(prefix: str, seed: str, steps: int):
   train = lambda domains, steps, family: base.run(
       base.checkpoint(seed), domains, steps, optimizer=_rate(family))
   whole = {f'{prefix}/expert/{domain}': train({domain: 1}, steps, 'expert') for domain in NEW}
-  most = {f'{prefix}/expert75/{domain}': train({domain: 1}, steps * 3 // 4, 'expert')
+  most = {f'{prefix}/averaged75/{domain}': train({domain: 1}, steps * 3 // 4, 'averaged')
           for domain in NEW}
   ffn = {f'{prefix}/ffn/{domain}': base.run(
       base.checkpoint(seed), {domain: 1}, match_total_flops_of=f'{prefix}/expert/{domain}',

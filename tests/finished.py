@@ -11,7 +11,7 @@ import numpy as np
 from btx_jax import base
 from btx_jax.data import domains, tokens
 from btx_jax.run import MIX, Run, lineage
-from btx_jax.scoring import error_bars, scores
+from btx_jax.scoring import error_bars, routing, scores
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.training import metrics
@@ -31,6 +31,7 @@ def two_mixtures():
   config.data.seq_len = 256
   config.model.update(dim=128, ffn_dim=352, num_layers=4, num_heads=4, num_kv_heads=4)
   config.train.batch_size = 8
+  config.evaluation.oracle = True
   experts = {f'expert/{name}': base.run(base.checkpoint('seed'), {name: 1}, steps=130)
              for name in DOMAINS if name != 'prose'}
   config.runs = {
@@ -71,6 +72,9 @@ def write(config, workdir: str, at_hand: bool = True) -> Study:
     for model in scores.models_of(study, run):
       scores.write(study, run, model.stage, {
           name: _score(run, model.stage, name) for name in config.domains})
+      if model.stage in scores.ALONE and run.model.num_experts and config.evaluation.oracle:
+        scores.write(study, run, scores.ALONE[model.stage], {
+            name: _alone(run, model.stage, name) for name in config.domains})
   return study
 
 
@@ -112,8 +116,26 @@ def _score(run: Run, stage: str, domain: str) -> dict:
                'forward_flops': 3.4e6}
   elif run.model.num_experts and stage != scores.AVERAGE:
     result |= {'gates': rng.dirichlet([0.5] * run.model.num_experts, run.model.num_layers).tolist(),
-               'sample': _sample(domain, run.model.num_experts, rng)}
+               'sample': _sample(domain, run.model.num_experts, rng),
+               'routing': _routing(run, rng)}
   return result
+
+
+def _alone(run: Run, stage: str, domain: str) -> dict:
+  """The scores of each expert alone."""
+  found = [_score(run, f'{stage} {number}', domain) for number in range(run.model.num_experts)]
+  return {'bits_per_byte': [score['bits_per_byte'] for score in found], 'units': {
+      'nll': [score['units']['nll'] for score in found], 'bytes': found[0]['units']['bytes']}}
+
+
+def _routing(run: Run, rng) -> dict:
+  """First choices, as routing.count returns them."""
+  pieces, experts, layers = [' the', 'ing', '12', '\n', '("'], run.model.num_experts, [0, 2, 3]
+  return {'first': rng.integers(1, 9000, (run.model.num_layers, experts)).tolist(),
+          'layers': layers, 'pieces': pieces,
+          'by_piece': rng.integers(0, 90, (len(layers), len(pieces), experts)).tolist(),
+          'by_class': rng.integers(
+              100, 900, (len(layers), len(routing.CLASSES), experts)).tolist()}
 
 
 def _sample(domain: str, experts: int, rng) -> dict:

@@ -4,7 +4,8 @@ from matplotlib.text import Text
 import numpy as np
 import pytest
 
-from btx_jax.commands import drawing, pictures
+from btx_jax.commands import drawing, mixture_pictures, pictures
+from btx_jax.scoring import decomposition
 
 NAMES = ['a$x', '_hidden', '<b>&"\'', '$\\frac{1}{2}$', 'мат^{a}', '日\t']
 ENTRIES = [{'difference': 0.1 * i, 'error': 0.02 * i or None, 'spread': 0.01}
@@ -13,7 +14,12 @@ RUN = {'tokens': [1, 2], 'flops': [1e9, 2e9], 'loss': [3.0, 2.0],
        'loss_by_domain': [dict.fromkeys(NAMES, 1.0)] * 2}
 GATES = {name: np.full((2, len(NAMES)), 0.1) for name in NAMES}
 FIGURES = np.full((3, 2, len(NAMES)), 0.1)
+PARTS = {kind: 1.0 + 0.1 * i for i, kind in enumerate(decomposition.SCORES)}
 PICTURES = {
+    'parts': lambda: mixture_pictures.decomposition(
+        dict.fromkeys([*NAMES, 'mean'], dict.fromkeys(NAMES, PARTS))),
+    'choices': lambda: mixture_pictures.choices(
+        dict.fromkeys(NAMES, GATES), dict.fromkeys(NAMES, NAMES)),
     'differences': lambda: pictures.differences(
         dict.fromkeys([*NAMES, 'mean'], ENTRIES), NAMES, NAMES[0]),
     'curves': lambda: pictures.curves(dict.fromkeys(NAMES, RUN)),
@@ -60,6 +66,31 @@ def test_differences_are_drawn_in_their_place_with_their_errors(monkeypatch):
   np.testing.assert_allclose(bars, [[-0.21, -0.19], [-0.26, -0.24]])
   assert [text.get_text() for text in axis.texts] == [
       '0', '-0.200 ±0.010', '-0.250 ±0.010', '+9.000 ±0.010']
+
+
+def test_the_parts_of_a_score_lead_from_the_expert_to_the_mixture(monkeypatch):
+  figures = []
+  monkeypatch.setattr(drawing, 'png', figures.append)
+  untrained = PARTS | {'oracle_start': 1.0, 'final': None, 'oracle_final': None}
+  mixture_pictures.decomposition({'mean': {'btx': PARTS, 'ridge': untrained}})
+  axis = figures[0].axes[0]
+  bars = [(round(bar.get_x(), 6), round(bar.get_x() + bar.get_width(), 6)) for bar in axis.patches]
+  # own 1.0, oracle_start 1.2, start 1.3, final 1.5; then without averaging and without a finetune.
+  assert bars == [(1.0, 1.2), (1.2, 1.3), (1.5, 1.3), (1.0, 1.0), (1.0, 1.3)]
+  ends = [line.get_xdata()[0] for line in axis.get_lines() if line.get_marker() == 'o']
+  assert ends == [1.0, 1.5, 1.0, 1.3]
+
+
+def test_first_choices_are_stacked_over_the_layers(monkeypatch):
+  figures = []
+  monkeypatch.setattr(drawing, 'png', figures.append)
+  shares = {'code': [[0.25, 0.75], [1.0, 0.0]], 'math': [[0.5, 0.5], [0.0, 1.0]]}
+  mixture_pictures.choices({'a': shares, 'b': shares}, {'a': ['seed', 'code'], 'b': ['code', 'x']})
+  assert len(figures[0].axes) == 4
+  first, _, third, _ = (axis.patches for axis in figures[0].axes)
+  assert [(bar.get_y(), bar.get_height()) for bar in first] == [
+      (0, 0.25), (0, 1), (0.25, 0.75), (1, 0)]
+  assert first[2].get_facecolor() == third[0].get_facecolor()  # 'code' in both mixtures
 
 
 def test_another_font_is_used_for_what_the_first_lacks():

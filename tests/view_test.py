@@ -16,8 +16,10 @@ from btx_jax.commands import (
   claims,
   compare,
   data,
+  decomposition,
   differences,
   measured,
+  mixture_pictures,
   pictures,
   regression,
   report,
@@ -28,6 +30,7 @@ from btx_jax.commands import (
 )
 from btx_jax.data import duplicates
 from btx_jax.data.corpora import Group
+from btx_jax.scoring import decomposition as parts_of
 from btx_jax.scoring import error_bars, scores
 from btx_jax.scoring.regression import regressions
 from btx_jax.study.study import Study
@@ -54,6 +57,8 @@ def _no_pictures():
   with pytest.MonkeyPatch.context() as patch:
     for name in ('differences', 'curves', 'curves_by_domain', 'experts', 'load', 'graph'):
       patch.setattr(pictures, name, lambda *_: b'drawn')
+    for name in ('decomposition', 'choices'):
+      patch.setattr(mixture_pictures, name, lambda *_: b'drawn')
     yield
 
 
@@ -87,6 +92,8 @@ def shown_tables(study):
            claims.as_text(results.checks), data.as_table(described(finished.DOMAINS)),
            data.files_table(described(finished.DOMAINS)), compare.summary_table(compared()),
            compare.layer_table(compared())]
+  parts = decomposition.over_seeds(parts_of.of_study(study))
+  found += [decomposition.means_table(parts), decomposition.domains_table(parts[0])]
   return found
 
 
@@ -285,6 +292,24 @@ def test_the_csv_quotes_names(single):
   row = table.rows(single)[0] | {'name': 'a,"b"\nc'}
   line, = csv.DictReader(io.StringIO(table_files.as_csv([row])))
   assert line['model'] == 'a,"b"\nc'
+
+
+def test_the_page_takes_each_mixture_apart_and_shows_where_tokens_go(study, written):
+  page, figures = written
+  mixtures = ['btx', ROUTERS, LAST]
+  section = page[page.index('id="parts"'):page.index('id="routing"')].replace('<wbr>', '')
+  means = parts_of.of_study(study)
+  assert [each['run'] for each in means if each['series'] in ('', 'seed-0')] == mixtures
+  assert figures['decomposition'] == json.loads(json.dumps(means))
+  for name in mixtures:
+    assert f'{name} by domain</summary>' in section
+  assert ('sample standard deviation' in section) == bool(study.config.seeds)
+  routed = page[page.index('id="routing"'):page.index('id="experts-1"')].replace('<wbr>', '')
+  rows = re.findall(r'<td class="name">(.*?)</td>', routed)
+  assert rows == ['btx unfinetuned', 'btx', f'{ROUTERS} unfinetuned', ROUTERS, LAST]
+  where = page[page.index('Which tokens go where'):].replace('<wbr>', '')
+  assert re.search('\u201c\u2423the\u201d [0-9]+ of [0-9]+', where)
+  assert figures['routing'][0]['labels'][:2] == ['seed', 'code']
 
 
 # The command line

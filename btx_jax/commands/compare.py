@@ -26,12 +26,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from btx_jax.commands import decomposition as decomposition_table
 from btx_jax.convert import names
 from btx_jax.errors import UsageError
 from btx_jax.files.writing import replacing
 from btx_jax.model.config import Config
 from btx_jax.model.source import Source
 from btx_jax.run import Run, common_ancestors
+from btx_jax.scoring import decomposition
 from btx_jax.study import compatibility, manifest, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import Table, format_number, say, show
@@ -187,6 +189,8 @@ def compare_sources(study: Study, name: str) -> dict:
 def print_comparison(study: Study, name: str) -> None:
   """Compares a mixture's sources, writes WORKDIR/compare.json, and prints the tables.
 
+  If the experts were measured alone (evaluation.oracle), it also prints what averaging them cost.
+
   Raises what `compare_sources` raises.
   """
   found = compare_sources(study, name)
@@ -198,6 +202,9 @@ def print_comparison(study: Study, name: str) -> None:
     show(layer_table(found))
   for line in remarks(found):
     say(line)
+  for entry in decomposition_table.over_seeds(
+      [each for each in decomposition.of_study(study) if each['name'] == name]):
+    show(decomposition_table.domains_table(entry))
   say(f'All figures: {path}')
 
 

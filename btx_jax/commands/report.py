@@ -23,6 +23,7 @@ from btx_jax.commands import (
   measured,
   pictures,
   report_experts,
+  report_mixtures,
   report_runs,
   seeds,
   settings,
@@ -36,7 +37,7 @@ from btx_jax.data import domains
 from btx_jax.errors import UsageError
 from btx_jax.files.writing import replacing
 from btx_jax.run import Run, lineage
-from btx_jax.scoring import regression
+from btx_jax.scoring import decomposition, regression, scores
 from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
 from btx_jax.terminal import format_number, say
@@ -64,6 +65,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
         say(f'warning: {run["name"]}: {warning}')
   results = seeds.results(study)
   changes, effects = regression.regressions(study), regression.effects(study)
+  parts, routed = decomposition.of_study(study), report_mixtures.routings(study)
   compared = _compared(results, baseline)
   folder = os.path.join(study.workdir, 'report')
   with replacing(os.path.join(folder, 'report.json')) as file:
@@ -72,6 +74,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
                'runs': found['runs'], **_by_seed(results),
                'tasks': task_table.of_study(study),
                'regressions': changes, 'without_each_expert': effects,
+               'decomposition': parts, 'routing': routed,
                'manifests': {run.name: recorded.read(study.folder(run.name)) or {}
                              for run in study.runs.values()},
                'text': report_runs.metas(study)}, file, indent=1)
@@ -83,7 +86,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
   save = functools.partial(_save_picture, folder)
   page = _template().render(
       config_name=config_name,
-      **_contents(study, found['runs'], results, compared, changes, effects, save))
+      **_contents(study, found['runs'], results, compared, changes, effects, parts, routed, save))
   path = os.path.join(folder, 'report.html')
   with replacing(path) as file:
     # Paths may not be UTF-8, and HTML has no control characters.
@@ -145,7 +148,8 @@ def _save_picture(folder: str, name: str, png: bytes, alt: str) -> pictures.Pict
 
 def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
               compared: dict[str, Any] | None, changes: list[dict[str, Any]],
-              effects: list[dict[str, Any]], save: pictures.SavePicture) -> dict[str, Any]:
+              effects: list[dict[str, Any]], parts: list[dict[str, Any]],
+              routed: list[dict[str, Any]], save: pictures.SavePicture) -> dict[str, Any]:
   """The data that report.html renders; sections without results yet are empty.
 
   Args:
@@ -155,6 +159,8 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
     compared: see _compared.
     changes: see regression.regressions.
     effects: see regression.effects.
+    parts: see decomposition.of_study.
+    routed: see report_mixtures.routings.
     save: saves a picture.
   """
   lines = {name: [line for line in metrics.read(study.folder(name)) if 'loss' in line]
@@ -174,8 +180,11 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'tasks': _tasks(study),
       'training': _training(study, lines, save),
       'mixtures': report_experts.mixtures(
-          study, lines, {each['name']: each for each in effects}, save),
-      'remarks': regression.remarks(study),
+          study, lines, {each['name']: each for each in effects},
+          {each['run']: each for each in routed if each['stage'] == scores.FINAL}, save),
+      'parts': report_mixtures.parts(parts, save),
+      'routing': report_mixtures.side_by_side(routed, save),
+      'remarks': [*regression.remarks(study), *decomposition.remarks(study)],
       'graph': report_runs.graph(study, runs, save),
       'costs': [report_runs.cost(study, found, lines[found['name']]) for found in runs],
       'settings': settings.of_study(study),

@@ -1,11 +1,12 @@
 """The report's sections on experts: which ones a mixture or ensemble uses for which domain."""
 
+from collections.abc import Mapping
 from typing import Any
 import urllib.parse
 
 import numpy as np
 
-from btx_jax.commands import pictures
+from btx_jax.commands import pictures, report_mixtures
 from btx_jax.commands import regression as regression_table
 from btx_jax.commands.table import Row
 from btx_jax.run import Run
@@ -24,53 +25,57 @@ def ensembles(study: Study, rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def mixtures(study: Study, lines: dict[str, list], effects: dict[str, dict[str, Any]],
-              save: pictures.SavePicture) -> list[dict[str, Any]]:
+             routed: Mapping[str, dict[str, Any]], save: pictures.SavePicture
+             ) -> list[dict[str, Any]]:
   """The section of each mixture, see `_mixture`; for several seeds only the first with results."""
   found = {}
   for run in study.runs.values():
     if run.model.num_experts and not found.get(run.plain_name):
-      found[run.plain_name] = _mixture(study, run, lines[run.name], effects.get(run.name), save)
+      found[run.plain_name] = _mixture(
+          study, run, lines[run.name], effects.get(run.name), routed.get(run.name), save)
   return list(filter(None, found.values()))
 
 
 def _mixture(study: Study, run: Run, lines: list[dict[str, Any]], effect: dict[str, Any] | None,
-             save: pictures.SavePicture) -> dict[str, Any] | None:
+             routed: dict[str, Any] | None, save: pictures.SavePicture) -> dict[str, Any] | None:
   """Which experts serve which domain: their gates, the cost of removing each (`effect`, see
-  regression.effects), their load over time, and a piece of text."""
+  regression.effects), their load over time, the tokens that go to each (`routed`, see
+  report_mixtures.routings), and a piece of text."""
   file_name = run.name.replace('/', '_')
   if sum(name.replace('/', '_') == file_name for name in study.runs) > 1:
     file_name = urllib.parse.quote(run.name, safe='')
-  routed = [line for line in lines if 'routing' in line]
+  logged = [line for line in lines if 'routing' in line]
   start, final = scores.read(study, run, scores.START), scores.read(study, run, scores.FINAL)
   stages = {title: {domain: score['gates'] for domain, score in found.items()}
             for title, found in (('before', start), ('after' if run.steps else 'before', final))
             if found}
-  if not stages and not routed:
+  if not stages and not logged:
     return None
   result = {'name': run.name, 'stages': list(stages), 'gates': None, 'load': None, 'dropped': None,
             'effects': effect and {'headings': regression_table.effects_headings(effect),
                                    'rows': regression_table.effects_cells(effect)},
             'experts': [{'name': name, 'color': _tint(i, 0.6)}
                         for i, name in enumerate(run.expert_names)],
+            'routing': routed and report_mixtures.tokens(routed),
             'samples': {domain: _sample(run, score['sample']['pieces'], score['sample']['gates'])
                         for domain, score in (final or {}).items()}}
   if stages:
     result['gates'] = save(f'experts_{file_name}', pictures.experts(stages, run.expert_names),
                            f'Experts by domain and layer of {run.name}')
-  if routed:
+  if logged:
     load, information, entropy = (
-        np.asarray([line['routing'][key] for line in routed])
+        np.asarray([line['routing'][key] for line in logged])
         for key in ('load', 'mutual_information', 'entropy'))
     result['load'] = save(
         f'load_{file_name}',
-        pictures.load([line['step'] for line in routed], load, information, entropy,
+        pictures.load([line['step'] for line in logged], load, information, entropy,
                       run.expert_names),
         f'Load of the experts of {run.name}')
-    if 'dropped' in routed[-1]['routing']:
-      first, last = (np.asarray(routed[at]['routing']['dropped']) for at in (0, -1))
+    if 'dropped' in logged[-1]['routing']:
+      first, last = (np.asarray(logged[at]['routing']['dropped']) for at in (0, -1))
       result['dropped'] = {
-          'first': first.mean(), 'first_step': routed[0]['step'], 'last': last.mean(),
-          'last_step': routed[-1]['step'], 'most': last.max()}
+          'first': first.mean(), 'first_step': logged[0]['step'], 'last': last.mean(),
+          'last_step': logged[-1]['step'], 'most': last.max()}
   return result
 
 

@@ -5,15 +5,18 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from btx_jax.data import mixture
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import sharding
+from btx_jax.fitting import passes
 from btx_jax.model.balance import dense_gates
 from btx_jax.model.config import Config
-from btx_jax.scoring import ranking, units
+from btx_jax.run import dense_model
+from btx_jax.scoring import ranking, routing, units
 from btx_jax.training.step import forward
 
 _SHOWN = 256  # tokens of each domain whose gates are stored one by one
@@ -24,7 +27,8 @@ def _eval_step(cfg: Config, mesh):
   """Compiles (params, batch [B, T]) -> loss of each target in nats [B, T], routing.
 
   `routing` is None for a dense model, else (gates summed over tokens [L, E], number of these
-  tokens, gates of the first row averaged over layers [T, E]).
+  tokens, gates of the first row averaged over layers [T, E], and for each token the number of the
+  expert with the largest gate, plus 1 [B, T, L]).
   """
   def score(params, batch):
     scores = forward(cfg, params, batch)
@@ -32,8 +36,10 @@ def _eval_step(cfg: Config, mesh):
       return scores.token_nll, None
     gates_LBTk, ids_LBTk = scores.routed.gates, scores.routed.ids
     first_TE = dense_gates(gates_LBTk[:, 0], ids_LBTk[:, 0], cfg.num_experts).mean(0)
-    sums = scores.routed.sums
-    return scores.token_nll, (sums.gates.sum(1), sums.count[0].sum(), first_TE)
+    sums, largest_LBT1 = scores.routed.sums, gates_LBTk.argmax(-1, keepdims=True)
+    chosen_BTL = jnp.moveaxis(jnp.take_along_axis(ids_LBTk, largest_LBT1, -1)[..., 0], 0, -1)
+    return scores.token_nll, (sums.gates.sum(1), sums.count[0].sum(), first_TE,
+                              (chosen_BTL + 1).astype(jnp.uint16))
 
   return sharding.jit_replicated(score, mesh)
 
@@ -70,12 +76,13 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
 
   Returns:
     domain -> what units.score returns; for pairs also `preferred`, see ranking.py; for a mixture
-    also `gates`, the mean gate of each expert in each layer, [L][E], and `sample`, the first tokens
-    of the text: their `pieces`, and their `gates` averaged over layers, [pieces][E].
+    also `gates`, the mean gate of each expert in each layer, [L][E]; `sample`, the first tokens
+    of the text: their `pieces`, and their `gates` averaged over layers, [pieces][E]; and `routing`,
+    see routing.count.
   """
-  result = {}
+  result, firsts = {}, {}
   for domain, tokens in held_out.items():
-    nll, count = [], 0.0
+    nll, chosen, count = [], [], 0.0
     gates, sample = np.zeros(()), None
     for first, batch in _batches(tokens, mesh, length, batch_size, stride):
       nll_BT, routed = jax.device_get(_eval_step(cfg, mesh)(params, batch))
@@ -83,6 +90,7 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       if routed is not None:
         gates = gates + np.asarray(routed[0], np.float64)
         count += float(routed[1])
+        chosen.append(routed[3])
         sample = sample or {'pieces': tokenizer.pieces(first),
                             'gates': routed[2][:len(first)].round(3).tolist()}
     result[domain] = _score(nll, tokens, tokenizer, length, stride)
@@ -90,6 +98,10 @@ def evaluate(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: 
       result[domain]['preferred'] = ranking.preferred(cfg, params, tokens, mesh, length, batch_size)
     if sample:
       result[domain] |= {'gates': (gates / count).tolist(), 'sample': sample}
+      firsts[domain] = mixture.by_token(tokens, np.concatenate(chosen), length, stride)
+  if firsts:
+    for domain, counts in routing.count(firsts, held_out, tokenizer, cfg.num_experts).items():
+      result[domain]['routing'] = counts
   return result
 
 
@@ -133,11 +145,38 @@ def without_each_expert(cfg: Config, params, held_out: Mapping[str, Tokens], mes
       nll_EBT = jax.device_get([step(params, batch, masked_E) for masked_E in masks_EE])
       for of_expert, nll_BT in zip(nll, nll_EBT):
         of_expert.append(nll_BT)
-    scored = [_score(of_expert, tokens, tokenizer, length, stride) for of_expert in nll]
-    result[domain] = {'bits_per_byte': [score['bits_per_byte'] for score in scored],
-                      'units': {'nll': [score['units']['nll'] for score in scored],
-                                'bytes': scored[0]['units']['bytes']}}
+    result[domain] = _together(
+        [_score(of_expert, tokens, tokenizer, length, stride) for of_expert in nll])
   return result
+
+
+def each_expert_alone(cfg: Config, params, held_out: Mapping[str, Tokens], mesh, length: int,
+                      batch_size: int, tokenizer: Tokenizer, stride: int = 0) -> dict[str, dict]:
+  """Scores a mixture as `evaluate` does, once with each of its experts for every token.
+
+  In all layers the token goes to this expert alone, with weight 1, and the routers have no effect:
+  a dense model of the expert and of the weights that all experts share.
+
+  Args:
+    cfg: a mixture; see `evaluate` for the other arguments.
+
+  Returns:
+    what `without_each_expert` returns, of the experts alone.
+  """
+  found: dict[str, list[dict]] = {domain: [] for domain in held_out}
+  for number in range(cfg.num_experts):
+    alone = passes.expert_of(params, number)
+    for domain, tokens in held_out.items():
+      nll_N = token_nll(dense_model(cfg), alone, tokens, mesh, length, batch_size, stride)
+      found[domain].append(units.score(nll_N, tokens, tokenizer))
+  return {domain: _together(scored) for domain, scored in found.items()}
+
+
+def _together(scored: list[dict]) -> dict[str, Any]:
+  """The scores of a split by expert, from that with each expert; see `without_each_expert`."""
+  return {'bits_per_byte': [score['bits_per_byte'] for score in scored],
+          'units': {'nll': [score['units']['nll'] for score in scored],
+                    'bytes': scored[0]['units']['bytes']}}
 
 
 def _score(nll: list[np.ndarray], tokens: Tokens, tokenizer: Tokenizer, length: int, stride: int

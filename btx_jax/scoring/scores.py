@@ -11,7 +11,7 @@ from btx_jax.errors import UsageError
 from btx_jax.files import sealed, shapes
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
 from btx_jax.run import HUGGING_FACE, MIX, Run, averaged_model, lineage, reader_model
-from btx_jax.scoring import builtin
+from btx_jax.scoring import builtin, routing
 from btx_jax.selector import Merge
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -21,9 +21,13 @@ _SIZES = {'documents?': int, 'tokens?': int, 'bytes?': int, 'words?': int}
 # What the code that reads scores relies on, by domain.
 _SCORE = {'bits_per_byte': float, **_SIZES, 'units?': {'nll': [float], 'bytes': [int]},
           'gates?': [[float]], 'share?': [float], 'switches?': float, 'forward_flops?': float,
-          'sample?': {'pieces': [str], 'gates': [[float]]}}
-_MASKED = {'bits_per_byte': [float], **_SIZES, 'units?': {'nll': [[float]], 'bytes': [int]}}
-MASKED = 'masked'  # the final model without each of its experts; no row of the results table
+          'sample?': {'pieces': [str], 'gates': [[float]]}, 'routing?': routing.SHAPE}
+_SCORES = {'bits_per_byte': [float], **_SIZES, 'units?': {'nll': [[float]], 'bytes': [int]}}
+# Stages that are no rows of the results table: the final model without each of its experts; and by
+# the stage of a mixture, each of its experts alone beside the weights that all share.
+MASKED = 'masked'
+ALONE = {START: 'alone_start', FINAL: 'alone_final'}
+BY_EXPERT = (MASKED, *ALONE.values())
 
 
 class Model(NamedTuple):
@@ -132,12 +136,13 @@ def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
 
 def _are_sound(domains: Any, study: Study, stage: str) -> bool:
   """Whether scores by domain are what the code that reads them relies on."""
-  if shapes.misfit(domains, {str: _MASKED if stage == MASKED else _SCORE}):
+  by_expert = stage in BY_EXPERT
+  if shapes.misfit(domains, {str: _SCORES if by_expert else _SCORE}):
     return False
   measured = [score['units'] for score in domains.values() if 'units' in score]
   return {*domains} == {*study.config.domains} and all(
       len(nll) == len(units['bytes'])
-      for units in measured for nll in (units['nll'] if stage == MASKED else [units['nll']]))
+      for units in measured for nll in (units['nll'] if by_expert else [units['nll']]))
 
 
 def write(study: Study, run: Run, stage: str, scores: dict) -> None:

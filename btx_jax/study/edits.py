@@ -183,7 +183,7 @@ def routers(init, run: Run, domains: Sequence[str]) -> tuple[RoutersFromText | N
       new = run.sources[source]
       label = next(iter(new.weights)) if len(new.weights) == 1 else ''
     else:
-      label = _label(run.sources[0], number)
+      label = domain_of(run.sources[0], number)
     if label:
       known[name] = label
   if given.kind == AS_BEFORE and before and before.routers:
@@ -228,18 +228,18 @@ def _only_routers_since(run: Run, before: Run) -> bool:
     mixture = mixture.sources[0]
 
 
-def _label(mixture: Run, number: int) -> str:
+def domain_of(mixture: Run, number: int) -> str:
   """The domain of a mixture's expert; '' if it is not known."""
   if mixture.routers:
     return mixture.routers.labels[number]
   if mixture.edit:
     source, inner = mixture.edit.parts[number]
-    return _label(mixture.sources[source], inner)
+    return domain_of(mixture.sources[source], inner)
   if mixture.init == CHECKPOINT and mixture.model.num_experts:
-    return _label(mixture.sources[0], number)
+    return domain_of(mixture.sources[0], number)
   if mixture.init == MIX:
     found = [each for each in mixture.sources if each.plain_name == mixture.expert_names[number]]
-    return _label(found[0], OWN) if found else ''
+    return domain_of(found[0], OWN) if found else ''
   return next(iter(mixture.weights)) if number == OWN and len(mixture.weights) == 1 else ''
 
 
