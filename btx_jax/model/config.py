@@ -292,7 +292,7 @@ def train_flops_by_part(cfg: Config, length: int, frozen: Collection[str] = ()) 
   trained = set(sizes).difference(frozen)
   through_layers = trains_layers(cfg, frozen)
   head = 'embed' if cfg.tied_head else 'head'
-  found = dict.fromkeys(FLOP_PARTS, 0)
+  found: dict[str, int] = {part: 0 for part in FLOP_PARTS}
   for path, size in sizes.items():
     if path.startswith('layers/') and not path.endswith(('scale', '_bias')):
       found[_flop_part(path)] += 2 * size * (1 + through_layers + (path in trained))

@@ -111,7 +111,7 @@ def overhead_per_token(cfg: Config, length: int, frozen: Collection[str], tokens
     second_pass: whether the routing of the batch is computed first (balance_scope 'batch').
     logits_again: whether the backward pass computes the logits again (losses on pairs).
   """
-  again = _recomputed(cfg, length, frozen, logits_again)
+  again = _recomputed(cfg, length, frozen, form, logits_again)
   second = train_flops_by_part(cfg, length, param_paths(cfg)) | {HEAD: 0} if second_pass else {}
   passes = (train_flops_by_part(cfg, length, frozen), again, second)
 
@@ -128,13 +128,14 @@ def overhead_per_token(cfg: Config, length: int, frozen: Collection[str], tokens
                + total(HEAD) * (chunked / tokens - 1)))
 
 
-def _recomputed(cfg: Config, length: int, frozen: Collection[str], logits_again: bool
-                ) -> dict[str, int]:
+def _recomputed(cfg: Config, length: int, frozen: Collection[str], form: str,
+                logits_again: bool) -> dict[str, int]:
   """FLOPs per token of the matmuls that the backward pass computes again, by part.
 
   `cfg.remat` says which outputs are kept (llama.REMAT_POLICIES). Plain attention is always computed
-  again, because its gradient needs more than its output. The last matmul of a feed-forward layer
-  never is: nothing but the residual stream needs its output.
+  again, because its gradient needs more than its output. The last matmul of a feed-forward layer is
+  not: nothing but the residual stream needs its output. But the loops over pieces compute it all
+  the same.
   """
   whole = train_flops_by_part(cfg, length, param_paths(cfg))
   found = {HEAD: whole[HEAD]} if logits_again else {}
@@ -144,7 +145,10 @@ def _recomputed(cfg: Config, length: int, frozen: Collection[str], logits_again:
   sizes = param_sizes(cfg, active=True)
   queries_keys_values = 2 * sum(sizes[f'layers/attn/{name}'] for name in 'qkv')
   found |= {part: flops for part, flops in whole.items() if part != HEAD}
-  found[FEED_FORWARD] = 0 if 'hidden' in kept else whole[FEED_FORWARD] * 2 // 3
+  if 'hidden' in kept:
+    found[FEED_FORWARD] = 0
+  elif not cfg.num_experts or form != 'pieces':
+    found[FEED_FORWARD] = found[FEED_FORWARD] * 2 // 3
   if 'qkv' in kept:
     found[PROJECTIONS] -= queries_keys_values
   return found

@@ -216,7 +216,7 @@ def _fit_flops(study: Study, run: Run) -> int | None:
     figures = routers.figures(study, run)
   except UsageError:  # damaged
     return None
-  return None if shapes.misfit(figures, FIGURES) else fit_flops(run, figures)
+  return fit_flops(run, figures) if figures and not shapes.misfit(figures, FIGURES) else None
 
 
 def _ratio(count: float, whole: int | None) -> float | None:
