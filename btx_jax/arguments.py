@@ -22,7 +22,11 @@ BASELINE = flags.DEFINE_string(
     'baseline', '', 'report: the model that the others are compared with; default the first.')
 LATEX = flags.DEFINE_bool(
     'latex', False, 'report: print the table for LaTeX (package booktabs), and write nothing.')
-JSON = flags.DEFINE_bool('json', False, 'status, evaluate, generate, preflight: print JSON.')
+MACHINES = flags.DEFINE_integer(
+    'machines', 4, 'ledger: the machines of each run that is not trained apart and has no '
+    'train.workers.', lower_bound=1)
+JSON = flags.DEFINE_bool(
+    'json', False, 'status, ledger, evaluate, generate, preflight: print JSON.')
 TOPOLOGY = flags.DEFINE_string(
     'topology', None,
     'preflight: the devices to compile for, such as v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')

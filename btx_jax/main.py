@@ -13,6 +13,8 @@ other commands:
              training is left to the command without --run
   report     writes the report with the results so far (--baseline: the model that others are
              compared with; --latex: prints the table for LaTeX instead)
+  ledger     shows what each model cost with all that it descends from: tokens, FLOPs, device time,
+             bytes between machines (--machines; --json: as JSON)
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
   evaluate   scores --run, or a pretrained --model, which needs no --config: on the text --on, or
@@ -135,6 +137,14 @@ def write_report(name: str, workdir: str):
     print(report.latex_table(study), end='')
   else:
     say(f'Report: {report.write_report(study, name, flag.BASELINE.value)}')
+
+
+def show_ledger(name: str, workdir: str):
+  """Shows what each model cost."""
+  del name
+  from btx_jax.commands.ledger import print_ledger
+  from btx_jax.study.study import Study
+  print_ledger(Study(flag.CONFIG.value, workdir), flag.MACHINES.value, flag.JSON.value)
 
 
 def describe_data(name: str, workdir: str):
@@ -262,9 +272,9 @@ def compile_for_topology(name: str, workdir: str):
 
 
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
-            'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_model,
-            'generate': generate_text, 'export': export_model, 'rename': rename_run,
-            'preflight': compile_for_topology}
+            'ledger': show_ledger, 'data': describe_data, 'compare': compare_experts,
+            'evaluate': evaluate_model, 'generate': generate_text, 'export': export_model,
+            'rename': rename_run, 'preflight': compile_for_topology}
 
 
 def run_command(argv: list[str]):

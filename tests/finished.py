@@ -63,6 +63,8 @@ def write(config, workdir: str, at_hand: bool = True) -> Study:
     started = manifest.begin(run.name, spec)
     manifest.write(study.folder(run.name), started | {
         'state': manifest.COMPLETE, 'steps_done': run.steps, 'seconds': 0.4 * run.steps,
+        'tokens_by_domain': {name: round(share * run.tokens)
+                             for name, share in run.weights.items()},
         'started': '2026-11-28T05:04:36+00:00', 'saved': '2026-11-28T06:04:36+00:00',
         'devices': '1 x cpu', 'processes': 1, 'versions': {
             'btx_jax': '0.1.0, commit 0123456789ab', 'python': '3.11.7', 'jax': '0.10.2'}})

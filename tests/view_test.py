@@ -28,10 +28,11 @@ from btx_jax.commands import (
   table,
   table_files,
 )
+from btx_jax.commands import ledger as ledger_table
 from btx_jax.data import duplicates
 from btx_jax.data.corpora import Group
 from btx_jax.scoring import decomposition as parts_of
-from btx_jax.scoring import error_bars, scores
+from btx_jax.scoring import error_bars, ledger, scores
 from btx_jax.scoring.regression import regressions
 from btx_jax.study.study import Study
 from tests import finished
@@ -89,7 +90,8 @@ def shown_tables(study):
   results = seeds.results(study)
   found = [status.as_table(status.collect(study)), table.as_table(results.rows, results.note),
            measured.as_table(results.rows), regression.changes_table(regressions(study)),
-           claims.as_text(results.checks), data.as_table(described(finished.DOMAINS)),
+           claims.as_text(results.checks), ledger_table.as_table(ledger.rows(study), 4),
+           data.as_table(described(finished.DOMAINS)),
            data.files_table(described(finished.DOMAINS)), compare.summary_table(compared()),
            compare.layer_table(compared())]
   parts = decomposition.over_seeds(parts_of.of_study(study))
@@ -228,6 +230,17 @@ def test_times_are_in_a_unit_that_suits_them(written):
   assert '>52 s</td>' in costs and '>3 min</td>' in costs and '0 min' not in costs
 
 
+def test_the_page_has_the_ledger_of_every_model(study, written):
+  page, _ = written
+  shown = page[page.index('id="ledger"'):page.index('id="settings"')].replace('<wbr>', '')
+  rows = ledger.rows(study)
+  for group in ledger_table.groups(rows, ledger.MACHINES):
+    assert f'<h3>{group.title}</h3>' in shown
+    for row, cells in zip(rows, group.cells):
+      cells = ''.join(f'<td>{cell}</td>' for cell in cells)
+      assert f'<td class="name">{row["name"]}</td>{cells}' in re.sub(r'\n', '', shown)
+
+
 def test_heads_are_aligned_as_their_cells(written):
   page, _ = written
   for head, row in re.findall(r'<tr>(<th.*?)</tr>\s*<tr>\s*(<td(?! class="name group).*?)</tr>',
@@ -252,6 +265,7 @@ def test_the_json_has_all_that_the_page_has(study, written):
   assert figures['differences']['baseline'] == 'btx'
   assert figures['manifests'].keys() == study.runs.keys()
   assert figures['text']['code']['held_out']['documents'] == 21
+  assert figures['ledger'] == json.loads(json.dumps(ledger.rows(study)))
 
 
 def test_the_csv_has_all_figures_unrounded(study, written):

@@ -32,12 +32,13 @@ from btx_jax.commands import (
   table_files,
   task_table,
 )
+from btx_jax.commands import ledger as ledger_table
 from btx_jax.commands import regression as regression_table
 from btx_jax.data import domains
 from btx_jax.errors import UsageError
 from btx_jax.files.writing import replacing
 from btx_jax.run import Run, lineage
-from btx_jax.scoring import decomposition, regression, scores
+from btx_jax.scoring import decomposition, ledger, regression, scores
 from btx_jax.study import manifest, recorded
 from btx_jax.study.study import Study
 from btx_jax.terminal import format_number, say
@@ -66,6 +67,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
   results = seeds.results(study)
   changes, effects = regression.regressions(study), regression.effects(study)
   parts, routed = decomposition.of_study(study), report_mixtures.routings(study)
+  spent = ledger.rows(study)
   compared = _compared(results, baseline)
   folder = os.path.join(study.workdir, 'report')
   with replacing(os.path.join(folder, 'report.json')) as file:
@@ -77,7 +79,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
                'decomposition': parts, 'routing': routed,
                'manifests': {run.name: recorded.read(study.folder(run.name)) or {}
                              for run in study.runs.values()},
-               'text': report_runs.metas(study)}, file, indent=1)
+               'ledger': spent, 'text': report_runs.metas(study)}, file, indent=1)
   if results.rows:
     for name, text in (('report.csv', table_files.as_csv(results.rows)),
                        ('report.tex', table_files.as_latex(results.rows, results.note))):
@@ -86,7 +88,8 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
   save = functools.partial(_save_picture, folder)
   page = _template().render(
       config_name=config_name,
-      **_contents(study, found['runs'], results, compared, changes, effects, parts, routed, save))
+      **_contents(study, found['runs'], results, compared, changes, effects, parts, routed, spent,
+                  save))
   path = os.path.join(folder, 'report.html')
   with replacing(path) as file:
     # Paths may not be UTF-8, and HTML has no control characters.
@@ -149,7 +152,8 @@ def _save_picture(folder: str, name: str, png: bytes, alt: str) -> pictures.Pict
 def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
               compared: dict[str, Any] | None, changes: list[dict[str, Any]],
               effects: list[dict[str, Any]], parts: list[dict[str, Any]],
-              routed: list[dict[str, Any]], save: pictures.SavePicture) -> dict[str, Any]:
+              routed: list[dict[str, Any]], spent: list[ledger.Row], save: pictures.SavePicture
+              ) -> dict[str, Any]:
   """The data that report.html renders; sections without results yet are empty.
 
   Args:
@@ -161,6 +165,7 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
     effects: see regression.effects.
     parts: see decomposition.of_study.
     routed: see report_mixtures.routings.
+    spent: see ledger.rows.
     save: saves a picture.
   """
   lines = {name: [line for line in metrics.read(study.folder(name)) if 'loss' in line]
@@ -187,6 +192,7 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'remarks': [*regression.remarks(study), *decomposition.remarks(study)],
       'graph': report_runs.graph(study, runs, save),
       'costs': [report_runs.cost(study, found, lines[found['name']]) for found in runs],
+      'ledger': _ledger(spent),
       'settings': settings.of_study(study),
       'texts': report_runs.texts(study),
   }
@@ -223,6 +229,15 @@ def _tasks(study: Study) -> dict[str, Any]:
   """The table of scores on tasks."""
   found = task_table.of_study(study)
   return {'headings': task_table.headings(found), 'rows': list(task_table.cells(found))}
+
+
+def _ledger(spent: list[ledger.Row]) -> dict[str, Any]:
+  """What each model cost."""
+  return {'title': ledger_table.TITLE, 'about': ledger_table.about(ledger.MACHINES),
+          'groups': [
+              {'title': group.title, 'headings': ['model', *group.headings],
+               'rows': [[row['name'], *cells] for row, cells in zip(spent, group.cells)]}
+              for group in ledger_table.groups(spent, ledger.MACHINES)] if spent else []}
 
 
 def _training(study: Study, lines: dict[str, list], save: pictures.SavePicture

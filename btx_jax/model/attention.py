@@ -12,9 +12,7 @@ import numpy as np
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES, BRANCH_BATCH_AXES
 from btx_jax.model.config import Config
-
-_QUERY_BLOCKS = 4
-_LANES = 128  # TPU lane count: the splash kernel needs T to be a multiple
+from btx_jax.model.overhead import LANES, attention_of, query_blocks
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:
@@ -66,27 +64,14 @@ def attention(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, implementation='auto',
     [B, N, T, H], in the dtype of the queries.
   """
   if implementation == 'auto':
-    implementation = _implementation_of_platform(q_BNTH)
-  if implementation == 'splash' and q_BNTH.shape[2] % _LANES == 0:
+    implementation = attention_of(sharding.platform(), q_BNTH.dtype.name, *q_BNTH.shape[2:])
+  if implementation == 'splash' and q_BNTH.shape[2] % LANES == 0:
     return _splash(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes)
   if implementation == 'cudnn':
     y_BNTH = _cudnn(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT, batch_axes)
   else:
     y_BNTH = _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT)
   return checkpoint_name(y_BNTH, 'attended')
-
-
-def _implementation_of_platform(q_BNTH) -> str:
-  """The kernel of the target platform where it supports such queries, else 'xla'."""
-  *_, T, H = q_BNTH.shape
-  platform = sharding.platform()
-  if platform == 'tpu' and T % _LANES == 0:
-    return 'splash'
-  # cuDNN cannot differentiate masked attention over an odd number of positions.
-  supported = q_BNTH.dtype == jnp.bfloat16 and T % 2 == 0 and H % 8 == 0 and H <= 128
-  if platform == 'gpu' and supported:
-    return 'cudnn'
-  return 'xla'
 
 
 def _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
@@ -97,7 +82,7 @@ def _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
   B, N, T, H = q_BNTH.shape
   K = k_BKTH.shape[1]
   q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H) * H**-0.5
-  blocks = _QUERY_BLOCKS if T % _QUERY_BLOCKS == 0 else 1
+  blocks = query_blocks(T)
   outputs = []
   for end in range(T // blocks, T + 1, T // blocks):
     start = end - T // blocks

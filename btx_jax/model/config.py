@@ -25,6 +25,10 @@ DISPATCHES = ('auto', 'pieces', 'grouped', 'gather')
 ROUTERS = ('top_k', 'softmax_top_k', 'switch', 'soft', 'sample_top_1', 'hash')
 # Routers that choose by scores, so that a bias can change the choice.
 SCORING = ('top_k', 'softmax_top_k', 'switch')
+# What matmuls belong to: the weights of feed-forward layers or experts, those of attention, its
+# products with keys and values, routers, and the output head.
+FEED_FORWARD, PROJECTIONS, SCORES, ROUTING, HEAD = FLOP_PARTS = (
+    'feed-forward', 'projections', 'scores', 'routers', 'head')
 _AT_LEAST_1 = ('vocab_size', 'dim', 'ffn_dim', 'num_layers', 'num_heads', 'num_kv_heads',
                'rope_original_length')
 _LARGEST_SIZE = 2**31 - 1  # of a dimension, as indices have 32 bits
@@ -257,7 +261,12 @@ def forward_flops_per_token(cfg: Config, length: int, head: bool = True) -> int:
 
 
 def train_flops_per_token(cfg: Config, length: int, frozen: Collection[str] = ()) -> int:
-  """FLOPs of the matmuls of forward and backward per token, two per multiply-add.
+  """FLOPs of the matmuls of forward and backward per token: the sum of train_flops_by_part."""
+  return sum(train_flops_by_part(cfg, length, frozen).values())
+
+
+def train_flops_by_part(cfg: Config, length: int, frozen: Collection[str] = ()) -> dict[str, int]:
+  """FLOPs of forward and backward per token, two per multiply-add, for each of FLOP_PARTS.
 
   With w the weights of a matmul that a token uses, a step computes
 
@@ -270,9 +279,9 @@ def train_flops_per_token(cfg: Config, length: int, frozen: Collection[str] = ()
   head trains with the embedding. Attention over `length` positions, without the masked half, costs
   three times its forward pass if the layers pay for gradients of inputs, and once otherwise.
 
-  Routers count; the embedding lookup is not a matmul. Recomputation (remat), the forward pass that
-  balance_scope 'batch' adds and the padding of expert buffers do not count, because they are not
-  useful work; tokens that 'switch' drops do.
+  Routers count; the embedding lookup is not a matmul. What is not useful work does not count: the
+  masked half of attention, recomputation (remat), the forward pass that balance_scope 'batch' adds,
+  and padding. overhead.py counts these. Tokens that 'switch' drops do count.
 
   Args:
     cfg: of the model.
@@ -281,12 +290,26 @@ def train_flops_per_token(cfg: Config, length: int, frozen: Collection[str] = ()
   """
   sizes = param_sizes(cfg, active=True)
   trained = set(sizes).difference(frozen)
-  through_layers = any(path == 'embed' or path.startswith('layers/') for path in trained)
-  through_head = bool(trained - {'head'})
+  through_layers = trains_layers(cfg, frozen)
   head = 'embed' if cfg.tied_head else 'head'
-  total = sizes[head] * (1 + through_head + (head in trained))
+  found: dict[str, int] = {part: 0 for part in FLOP_PARTS}
   for path, size in sizes.items():
     if path.startswith('layers/') and not path.endswith(('scale', '_bias')):
-      total += size * (1 + through_layers + (path in trained))
-  scores = cfg.num_layers * cfg.num_heads * cfg.head_dim * length  # QK and AV, half of each
-  return 2 * (total + scores * (3 if through_layers else 1))
+      found[_flop_part(path)] += 2 * size * (1 + through_layers + (path in trained))
+  products = cfg.num_layers * cfg.num_heads * cfg.head_dim * length  # QK and AV, half of each
+  found[SCORES] = 2 * products * (3 if through_layers else 1)
+  found[HEAD] = 2 * sizes[head] * (1 + bool(trained - {'head'}) + (head in trained))
+  return found
+
+
+def trains_layers(cfg: Config, frozen: Collection[str] = ()) -> bool:
+  """Whether gradients flow through the layers: something in them trains, or the embedding."""
+  return any(path == 'embed' or path.startswith('layers/')
+             for path in set(param_paths(cfg)).difference(frozen))
+
+
+def _flop_part(path: str) -> str:
+  """The part of the FLOPs that a layer's weights belong to."""
+  if path.endswith('router'):
+    return ROUTING
+  return PROJECTIONS if '/attn/' in path else FEED_FORWARD

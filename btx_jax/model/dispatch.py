@@ -26,8 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from btx_jax.model import grouped, permute
-
-_TILE = 128  # rows of a TPU's tile
+from btx_jax.model.overhead import buffer_rows
 
 
 def dispatch_pieces(x_nD, experts, gates_nk, ids_nk, capacity, shards):
@@ -71,7 +70,7 @@ def dispatch_in_rounds(x_nD, experts, gates_nk, ids_nk, capacity, shards, swiglu
   """
   (n, D), k = x_nD.shape, ids_nk.shape[1]
   E, pairs = len(experts['up']) * shards, n * k
-  C = min(n, _whole_tiles(math.ceil(capacity * n)))
+  C = buffer_rows(n, capacity)
   rounds = math.ceil(n / C)
 
   expert_p = jnp.where(ids_nk < 0, E, ids_nk).reshape(pairs)
@@ -162,11 +161,6 @@ def dispatch_all(x_nD, experts, gates_nk, ids_nk, shards, swiglu):
   y_sD = swiglu(x_sD, share_s1, count_e, experts)
   y_nD = _sum_choices(permute.from_slots(y_sD, pair_s, slot_p), k)
   return jax.lax.psum_scatter(y_nD, 'expert', tiled=True) if shards > 1 else y_nD
-
-
-def _whole_tiles(rows: int) -> int:
-  """Rounds up to whole tiles, from one tile on: XLA pads grouped matmuls of other sizes."""
-  return rows if rows < _TILE else math.ceil(rows / _TILE) * _TILE
 
 
 def _sort_by_expert(expert_p, num_experts: int):

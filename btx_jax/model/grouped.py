@@ -18,7 +18,6 @@ rows after the last group, and for rows of buffers that are not filled.
 
 from collections.abc import Callable
 import functools
-import math
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -26,11 +25,7 @@ import jax.numpy as jnp
 
 from btx_jax.devices import sharding
 from btx_jax.model import linear, permute
-
-# Lengths of pieces in units of a balanced load, and the fewest rows that are worth a matmul. Long
-# pieces make the most of a matmul, short ones leave few rows empty; each is one more loop to
-# compile.
-_LENGTHS, _SHORTEST = (1, 1 / 4, 1 / 16), 32
+from btx_jax.model.overhead import piece_lengths
 
 
 def swiglu_ragged(x_rD, share_r1, size_e, experts) -> jax.Array:
@@ -96,7 +91,7 @@ def swiglu_in_pieces(x_rD, share_r1, size_e, experts) -> jax.Array:
 
 
 def _forward(x_rD, share_r1, size_e, experts):
-  n, lengths = len(x_rD), _lengths(len(x_rD), len(size_e))
+  n, lengths = len(x_rD), piece_lengths(len(x_rD), len(size_e))
   x_rD, share_r1 = _padded(x_rD, lengths), _padded(share_r1, lengths)
   empty_rF = jnp.zeros((len(x_rD), experts['up'].shape[-1]), x_rD.dtype)
 
@@ -119,7 +114,7 @@ def _forward(x_rD, share_r1, size_e, experts):
 
 def _backward(residuals, dy_rD):
   x_rD, share_r1, size_e, experts, gate_rF, up_rF = residuals
-  n, lengths = len(dy_rD), _lengths(len(dy_rD), len(size_e))
+  n, lengths = len(dy_rD), piece_lengths(len(dy_rD), len(size_e))
   dy_rD = _padded(dy_rD, lengths)
 
   def one_expert(by_row, expert):
@@ -164,12 +159,6 @@ def _over_pieces(piece: Callable, carry, start, size, lengths: list[int]):
         0, count, functools.partial(body, start=start, length=length), carry)
     start, size = start + count * length, size - count * length
   return carry
-
-
-def _lengths(num_rows: int, num_experts: int) -> list[int]:
-  """Lengths of pieces in rows, longest first."""
-  lengths = {max(_SHORTEST, math.ceil(share * num_rows / num_experts)) for share in _LENGTHS}
-  return sorted(lengths, reverse=True)
 
 
 def _padded(x, lengths):

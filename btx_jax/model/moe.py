@@ -14,6 +14,7 @@ from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.model import dispatch
 from btx_jax.model.config import Config
 from btx_jax.model.linear import swiglu
+from btx_jax.model.overhead import dispatch_of
 
 
 def dense_experts(x_BTD, experts, gates_BTE) -> jax.Array:
@@ -58,7 +59,7 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form: str = Config.dispat
                 and sharding.holds_experts(mesh.shape['expert'], E))
   shards = mesh.shape['expert'] if is_sharded else 1
   if form == 'auto':
-    form = _form_of_platform(E // shards)
+    form = dispatch_of(sharding.platform(), E // shards)
   capacity = dispatch_factor * (expected_k or ids_BTk.shape[-1]) / E
   on_device = functools.partial(_on_device, form=form, capacity=capacity, shards=shards)
   if mesh.empty:
@@ -70,18 +71,6 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form: str = Config.dispat
   return jax.shard_map(functools.partial(on_device, width_axis=width_axis),
                        in_specs=(rows, weights, rows, rows), out_specs=rows)(
                            x_BTD, experts, gates_BTk, ids_BTk)
-
-
-def _form_of_platform(experts_per_device: int) -> str:
-  """Picks the form for the target platform.
-
-  With one expert per device a grouped matmul is a plain matmul over the whole buffer, which suits
-  GPUs too.
-  """
-  platform = sharding.platform()
-  if platform == 'tpu' or (platform == 'gpu' and experts_per_device == 1):
-    return 'grouped'
-  return 'pieces'
 
 
 def _on_device(x_BTD, experts, gates_BTk, ids_BTk, form, capacity, shards, width_axis):

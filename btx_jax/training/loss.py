@@ -21,8 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES
-
-TOKENS_PER_CHUNK = 512
+from btx_jax.model.overhead import TOKENS_PER_CHUNK
 
 
 def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
