@@ -157,7 +157,7 @@ DEMO = '--config=configs/demo.py'
     (['generate', '--model=README.md'], '--model=README.md is not the folder of a pretrained'),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
-    ([DEMO, 'export', '--run=seed', '--to=none'], "export reads 'seed', which is missing; run --ru"),
+    ([DEMO, 'export', '--run=seed', '--to=none'], "export reads 'seed', which is missing; run"),
     ([DEMO, 'export', '--run=seed', '--to=docs'], 'docs already exists; name another'),
     ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "dtype = 'float16'; did you"),
     ([DEMO, 'preflight'], 'preflight needs --topology=KIND:SIZE, like v5p:4x4x4'),
@@ -748,6 +748,47 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
 def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
   assert not (tmp_path / 'work' / 'seed').exists()
+
+
+# Rows
+
+
+@pytest.fixture
+def finished_row(run, config, work, tmp_path):
+  """The flag for a folder with the row of the seed, and the file."""
+  flag = f'--config.rows={tmp_path / "rows"}'
+  done = run(config(), 'rows', f'--workdir={work}', flag)
+  assert '1 of 5 runs are complete and measured; their rows are in' in done.stdout, done
+  return flag, tmp_path / 'rows' / 'seed.json'
+
+
+@pytest.mark.parametrize('lines, message', [
+    ('config.runs.seed.steps = 2', '  seed was trained with steps 1 and has 2 now\nNothing was chan'),
+    ('config.evaluation.tokens = 300', '  seed: evaluation.tokens was 200 and is 300 now\nNothing w'),
+    ('config.domains.math = base.domain(str(here / "other.jsonl"))\n'
+     '(here / "other.jsonl").write_text(\'{"text": "other text"}\\n\' * 400)',
+     '  seed was trained with a different tokenizer\n'),
+])
+def test_a_row_that_is_not_of_this_config(run, config, finished_row, tmp_path, lines, message):
+  flag, file = finished_row
+  done = run(config(lines), f'--workdir={tmp_path / "new"}', flag)
+  check(done, message)
+  assert f'delete {file} to train' in done.stderr
+  assert not (tmp_path / 'new' / 'seed').exists()
+
+
+def test_a_row_where_more_is_needed(run, config, finished_row, tmp_path):
+  flag, file = finished_row
+  asked = config(), f'--workdir={tmp_path / "new"}', flag
+  check(run(*asked, '--run=new'), f"--run=new starts from 'seed', of which only the row in "
+        f'{file.parent} is here, without its parameters; run --run=seed first.')
+  check(run(*asked, 'export', '--run=seed', f'--to={tmp_path / "export"}'), 'export reads ')
+  content = file.read_text()
+  for damage in ('{', content.replace('"seed"', '"sead"'), content[:-9], '[]', '{"manifest": {}}'):
+    file.write_text(damage)
+    check(run(*asked), f'{file} is not the row of a finished run, or is damaged (')
+  assert not (tmp_path / 'new' / 'seed').exists()
+  check(run(config(), 'rows', f'--workdir={tmp_path / "new"}'), 'rows needs a folder to write to')
 
 
 # Directories
