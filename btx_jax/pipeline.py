@@ -33,6 +33,7 @@ from btx_jax.study import (
   recorded,
   sources,
   state,
+  twins,
 )
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
@@ -211,6 +212,8 @@ class Pipeline(Study):
     lines += [line for run in wanted if (line := context.remark(run))]
     lines += continued.remarks([run for run in wanted if self.state(run.name) == MISSING])
     lines += self._about_rows(wanted)
+    if wanted:
+      lines += twins.remarks(self.runs.values())
     for line in dict.fromkeys(lines):
       say(line)
     for run in wanted:

@@ -763,10 +763,11 @@ def finished_row(run, config, work, tmp_path):
 
 
 @pytest.mark.parametrize('lines, message', [
-    ('config.runs.seed.steps = 2', '  seed was trained with steps 1 and has 2 now\nNothing was chan'),
-    ('config.evaluation.tokens = 300', '  seed: evaluation.tokens was 200 and is 300 now\nNothing w'),
+    ('config.runs.seed.steps = 2', '  seed was trained with steps 1 and has 2 now\nNothing was'),
+    ('config.evaluation.tokens = 300', '  seed: evaluation.tokens was 200 and is 300 now\n'),
     ('config.domains.math = base.domain(str(here / "other.jsonl"))\n'
-     '(here / "other.jsonl").write_text(\'{"text": "other text"}\\n\' * 400)',
+     '(here / "other.jsonl").write_text("".join(f\'{{"text": "other text {i}"}}\\n\' '
+     'for i in range(200)))',
      '  seed was trained with a different tokenizer\n'),
 ])
 def test_a_row_that_is_not_of_this_config(run, config, finished_row, tmp_path, lines, message):

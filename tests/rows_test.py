@@ -1,5 +1,5 @@
-"""Finished rows: what the working directory no longer has is shown as before, and trained again only
-if a run needs its parameters."""
+"""Finished rows: what the working directory no longer has is shown as before, and is trained again
+only if a run needs its parameters."""
 
 import json
 import os
