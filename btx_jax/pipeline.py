@@ -230,7 +230,7 @@ class Pipeline(Study):
       yield f'{len(left)} runs are not trained, because {self.config.rows} has their rows'
     if needed:
       yield (f'{", ".join(needed)}: trained again, because other runs need the parameters, which '
-             f'rows do not have')
+             'rows do not have')
     versions: dict[str, list[str]] = {}
     for run in left:
       version = (self.manifest_of(run.name) or {})['versions'].get('btx_jax', 'unknown')

@@ -150,21 +150,21 @@ def crossover_picture(gaps: Mapping[str, Mapping[str, Gap | None]],
                       sizes: Mapping[str, tuple[float, float]]) -> bytes:
   """The gap of each form to dense against the tokens of the seed, and of each expert."""
   figure, axes = drawing.panels(2, 2, 3.0, left=0.7, legend=[*_FORMS], above=0.1, between=0.6)
-  for axis, cells, which, label in ((axes[0], tuple(_SEEDS), 0, 'seed'),
+  for axis, cells, which, label in ((axes[0], tuple(_SEEDS), 0, 'the seed'),
                                     (axes[1], _EXPERTS, 1, 'each expert')):
-    axis.axhline(0, color='#999999', linewidth=0.8)
     for i, form in enumerate(_FORMS):
       known = [(sizes[cell][which], found) for cell in cells if (found := gaps[cell][form])]
       axis.errorbar([x for x, _ in known], [found.value for _, found in known],
                     [found.error or 0.0 for _, found in known], color=pictures.color(i + 1),
                     marker='o', markersize=3, linewidth=1.2)
+    axis.axhline(0, color='#999999', linewidth=0.8)  # after the lines of the legend
     axis.set_xscale('log', base=2)
     at = [sizes[cell][which] for cell in cells]
     axis.set_xticks(at, [f'{x:.2g}' for x in at])
     axis.minorticks_off()
     axis.set_xlabel(f'tokens of {label}, M')
   axes[0].set_ylabel('bits per byte above dense')
-  drawing.legend(figure, axes[0], ['zero', *_FORMS][1:])
+  drawing.legend(figure, axes[0], [*_FORMS])
   return drawing.png(figure)
 
 
