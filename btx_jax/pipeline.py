@@ -390,9 +390,11 @@ class Pipeline(Study):
   # Measuring
 
   def _unmeasured(self, run: Run) -> list[tuple[str, str, bool, list[str]]]:
-    """What is not measured of a complete run: (name, stage, whether bits per byte are missing, the
+    """What is not measured of a finished run: (name, stage, whether bits per byte are missing, the
     tasks that are missing)."""
-    models = [(model.name, model.stage) for model in scores.models(self) if model.run is run]
+    if self.state(run.name) not in manifest.FINISHED:
+      return []
+    models = [(model.name, model.stage) for model in scores.models_of(self, run)]
     tasks = [name for name in builtin.own(self.config.evaluation.tasks)
              if not answers.why_not(run, name)]
     result = []
