@@ -184,6 +184,11 @@ def get_config() -> ConfigDict:
   # Checkpoints at multiples of this many steps are saved and never deleted; 0 is none.
   config.checkpoints_kept_every = 0
 
+  # A folder of finished rows, which the command `rows` writes: a run that is not in the working
+  # directory, and has a row there, is not trained again unless another run needs its parameters.
+  # Tables show the scores of its row. '' is none. See docs/rows.md.
+  config.rows = ''
+
   # Thresholds of the checks under the table, in bits per byte.
   config.checks = ConfigDict({
       # How much better than the seed an expert must be on its own domain.

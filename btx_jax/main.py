@@ -23,6 +23,8 @@ other commands:
              with --run or --model (--temperature, --stop, --n, --experts and more); with --chat
              it answers them as turns of a user, or holds a conversation
   export     writes the model of --run to the folder --to, in the format of Hugging Face
+  rows       writes what is kept of each finished run without its parameters to the folder
+             config.rows (docs/rows.md)
   rename     gives a run another name: rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
              fit, how long will it take, how much is sent
@@ -242,6 +244,14 @@ def export_model(name: str, workdir: str):
          flag.DTYPE.value or 'bfloat16')
 
 
+def write_finished_rows(name: str, workdir: str):
+  """Writes the rows of all finished runs."""
+  del name
+  from btx_jax.commands.rows import write_rows
+  from btx_jax.study.study import Study
+  write_rows(Study(flag.CONFIG.value, workdir))
+
+
 def rename_run(name: str, workdir: str, *names: str):
   """Gives a run another name."""
   del name
@@ -272,8 +282,9 @@ def compile_for_topology(name: str, workdir: str):
 
 
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
-            'ledger': show_ledger, 'data': describe_data, 'compare': compare_experts,
-            'evaluate': evaluate_model, 'generate': generate_text, 'export': export_model,
+            'ledger': show_ledger, 'rows': write_finished_rows, 'data': describe_data,
+            'compare': compare_experts, 'evaluate': evaluate_model, 'generate': generate_text,
+            'export': export_model,
             'rename': rename_run, 'preflight': compile_for_topology}
 
 

@@ -42,6 +42,7 @@ from btx_jax.study import (
   recorded,
   sources,
   state,
+  twins,
 )
 from btx_jax.study.study import MISSING, Study
 from btx_jax.terminal import say
@@ -135,12 +136,8 @@ class Pipeline(Study):
   def spec(self, run: Run) -> dict:
     """Everything that decides the result of a run: its manifest's `spec`."""
     text = self.prepare_text()
-    return run.spec() | {
-        'tokenizer': text.tokenizer.hash,
-        'data': {domain: text.train[domain].hash for domain in run.domains},
-        'sources': [[source.first_name, manifest.identity(self.spec(source))]
-                    for source in run.sources],
-    }
+    return manifest.full_spec(run, text.tokenizer.hash,
+                              {domain: tokens.hash for domain, tokens in text.train.items()})
 
   def evaluate(self, model: Config, parameters, measure=bits.evaluate) -> dict[str, dict]:
     """Bits per byte of every domain's held-out text, by a function of scoring/bits.py."""
@@ -165,13 +162,25 @@ class Pipeline(Study):
                          f'{self.state(source.name)}. That step is known once the run is complete, '
                          'or has been stopped after an evaluation; run '
                          f'--run={source.name} first.')
-      if not source.of_steps and self.state(source.name) != manifest.COMPLETE:
-        raise UsageError(f'--run={only} starts from {source.name!r}, which is '
-                         f'{self.state(source.name)}; run --run={source.name} first.')
-    incomplete = [run for run in asked if self.state(run.name) != manifest.COMPLETE]
-    for run in incomplete:
-      self._check_step(run, only)
-    return [run.name for run in incomplete]
+    if only:
+      sources.check_complete(self, sources.needs(asked[0]), f'--run={only} starts from')
+      incomplete = [run.name for run in asked if self.state(run.name) != manifest.COMPLETE]
+    else:
+      incomplete = self._to_train(asked)
+    for name in incomplete:
+      self._check_step(self.runs[name], only)
+    return incomplete
+
+  def _to_train(self, asked: list[Run]) -> list[str]:
+    """The runs that are not finished, and the published ones whose parameters are needed."""
+    left = [run for run in asked if self.state(run.name) not in manifest.FINISHED]
+    # Their sources are read once more, to measure what the run started from.
+    complete = [run for run in asked if self.state(run.name) == manifest.COMPLETE
+                and any(not run.steps or stage in (scores.START, scores.AVERAGE)
+                        for _, stage, *_ in self._unmeasured(run))]
+    made = {run.name for run in complete}
+    return [name for name in sources.with_published(self, [*left, *complete])
+            if name not in made]
 
   def _check_step(self, run: Run, only: str | None):
     """Raises UsageError if a run starts from a step that is not kept, and will not be saved."""
@@ -204,22 +213,51 @@ class Pipeline(Study):
 
   def _check_manifests(self):
     directories.check(self, self.spec)
+    directories.check_rows(self, self.spec)
+    scores.check_rows(self)
 
   def _say_remarks(self, wanted: Sequence[Run]):
     lines = [line for run in wanted for line in layout.uneven(run, self.mesh)]
     lines += [line for run in wanted if (line := context.remark(run))]
     lines += continued.remarks([run for run in wanted if self.state(run.name) == MISSING])
+    lines += self._about_rows(wanted)
+    if wanted:
+      lines += twins.remarks(self.runs.values())
     for line in dict.fromkeys(lines):
       say(line)
     for run in wanted:
       for line in compatibility.remarks(run):
         say(line)
 
+  def _about_rows(self, wanted: Sequence[Run]) -> Iterator[str]:
+    """Lines on the runs whose rows are here: what is trained in spite of them, and what they lack.
+    """
+    needed = [run.name for run in wanted if self.state(run.name) == manifest.PUBLISHED]
+    left = [run for run in self.runs.values()
+            if run.name not in needed and self.state(run.name) == manifest.PUBLISHED]
+    if left:
+      yield f'{len(left)} runs are not trained, because {self.config.rows} has their rows'
+    if needed:
+      yield (f'{", ".join(needed)}: trained again, because other runs need the parameters, which '
+             'rows do not have')
+    versions: dict[str, list[str]] = {}
+    for run in left:
+      version = (self.manifest_of(run.name) or {})['versions'].get('btx_jax', 'unknown')
+      versions.setdefault(version, []).append(run.name)
+      if missing := self._unmeasured(run):
+        stages = ', '.join(dict.fromkeys(stage for _, stage, *_ in missing))
+        yield (f'{run.name}: its row lacks scores that this config asks for ({stages}); '
+               f'--run={run.name} trains and measures it')
+    here = distributed.code_version() if versions else ''
+    for version, names in versions.items():
+      if version != here:
+        yield f'the rows of {len(names)} runs are of btx_jax {version}; this is {here}'
+
   def _follow_best(self):
     """Updates the plan with the current best steps, if any run starts from a best step."""
     if any(entry.init.get('step') == BEST for entry in self.config.runs.values()):
       self.runs = self.plan(distributed.broadcast(
-          lambda: recorded.best_steps(self.config, self.folder)))
+          lambda: recorded.best_steps(self.config, self.recorded, self.folder)))
 
   def _order(self, run: Run, references: Mapping[str, np.ndarray] | None = None):
     return mixture.order_of(run, self.prepare_text().train, references)
@@ -360,30 +398,33 @@ class Pipeline(Study):
 
   # Measuring
 
-  def _measure(self, run: Run) -> None:
-    """Measures the models of a complete run that were not measured yet."""
-    def missing() -> list[tuple[str, str, bool, list[str]]]:
-      """(name, stage, whether bits per byte are missing, the tasks that are missing)."""
-      models = [(model.name, model.stage) for model in scores.models(self) if model.run is run]
-      result = []
-      for name, stage in models:
-        scored = scores.read_answers(self, run, stage)
-        result.append((name, stage, scores.read(self, run, stage) is None,
-                       [task for task in tasks if task not in scored]))
-        if self.config.evaluation.oracle and stage in scores.ALONE and (
-            not decomposition.why_not(run)):
-          alone = scores.ALONE[stage]
-          result.append((name, alone, scores.read(self, run, alone) is None, []))
-      if models and self.config.evaluation.mask_experts and not regression.why_unmasked(run.model):
-        result.append((run.name, scores.MASKED, scores.read(self, run, scores.MASKED) is None, []))
-      return [each for each in result if each[2] or each[3]]
+  def _unmeasured(self, run: Run) -> list[tuple[str, str, bool, list[str]]]:
+    """What is not measured of a finished run: (name, stage, whether bits per byte are missing, the
+    tasks that are missing)."""
+    if self.state(run.name) not in manifest.FINISHED:
+      return []
+    models = [(model.name, model.stage) for model in scores.models_of(self, run)]
+    tasks = [name for name in builtin.own(self.config.evaluation.tasks)
+             if not answers.why_not(run, name)]
+    result = []
+    for name, stage in models:
+      scored = scores.read_answers(self, run, stage)
+      result.append((name, stage, scores.read(self, run, stage) is None,
+                     [task for task in tasks if task not in scored]))
+      if self.config.evaluation.oracle and stage in scores.ALONE and (
+          not decomposition.why_not(run)):
+        alone = scores.ALONE[stage]
+        result.append((name, alone, scores.read(self, run, alone) is None, []))
+    if models and self.config.evaluation.mask_experts and not regression.why_unmasked(run.model):
+      result.append((run.name, scores.MASKED, scores.read(self, run, scores.MASKED) is None, []))
+    return [each for each in result if each[2] or each[3]]
 
+  def _measure(self, run: Run) -> None:
+    """Measures the models of a run that were not measured yet, if its parameters are here."""
     make = {scores.START: params.initial, scores.AVERAGE: params.average,
             scores.FINAL: params.final, scores.MASKED: params.final,
             scores.ALONE[scores.START]: params.initial, scores.ALONE[scores.FINAL]: params.final}
-    tasks = [name for name in builtin.own(self.config.evaluation.tasks)
-             if not answers.why_not(run, name)]
-    wanted = distributed.broadcast(missing)
+    wanted = distributed.broadcast(lambda: [] if self.row(run.name) else self._unmeasured(run))
     made = parameters = None
     for name, stage, is_unmeasured, unanswered in wanted:
       if not run.selector and made is not make[stage]:  # several stages use one model
@@ -426,9 +467,11 @@ class Pipeline(Study):
     found, folder = scores.read(self, run, scores.FINAL), self.folder(run.name)
     if not found or not run.steps or not self.config.evaluation.every:
       return
-    before = manifest.read(folder) or {}
-    if before.get('end_compared'):
-      return  # what is measured anew, on other text or in other windows, is not comparable
+    before = manifest.read(folder)
+    if before is None or before.get('end_compared'):
+      # Only its row is here; or it is measured anew, which is not comparable on other text or in
+      # other windows.
+      return
     best = Best(before.get('best'))
     if not best.improves(run.steps, held_out_loss(run, found)) and best.found and trained:
       say(f'{run.name}: held-out loss was lowest at step {best.step:,}, not at its end; that '

@@ -100,6 +100,7 @@ def get_config(form: str = ''):
   config.optimizer.schedule = 'wsd'
   config.checkpoint_every = 500
   config.checks.expert_gain = 0.0
+  config.rows = 'docs/study/rows'
   config.seeds = _FORMS[form]
   make = {'': main, 'rates': rates, 'split': split, 'crossover': crossover, 'later': later,
           'routing': routing}

@@ -141,15 +141,15 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.runs.expert/code.steps=3'], "as in --config.runs['expert/code'].steps"),
     ([DEMO, 'compare'], 'compare needs --run=NAME, the mixture whose experts are compared.'),
     ([DEMO, 'compare', '--run=seed'], "'seed' is not made from several runs by base.mix(...)"),
-    ([DEMO, 'compare', '--run=btx'], "compare reads complete runs, and 'seed' is missing; run"),
+    ([DEMO, 'compare', '--run=btx'], "compare reads 'seed', which is missing; run --run=seed"),
     ([DEMO, 'evaluate', '--run=seed'], 'evaluate needs --on=FILES or --tasks=NAMES, and a model: '),
     ([DEMO, 'evaluate', '--run=seed', '--on=docs', '--tasks=a'], 'needs --on=FILES or --tasks='),
     ([DEMO, 'evaluate', '--run=routed', '--tasks=code'], "--tasks=code cannot score 'routed': "
      'ensembles are scored on choices only. Name a task that ends in _choice.'),
-    ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads complete runs, and 'seed' is missing"),
+    ([DEMO, 'evaluate', '--run=seed', '--on=docs'], "reads 'seed', which is missing"),
     ([DEMO, 'generate', '--prompt=a'], 'generate needs a model: --config=CONFIG with --'),
-    ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads complete runs, and 'seed' is missing"),
-    ([DEMO, 'generate', '--run=routed', '--prompt=a'], "reads complete runs, and 'seed' is missi"),
+    ([DEMO, 'generate', '--run=seed', '--prompt=a'], "reads 'seed', which is missing"),
+    ([DEMO, 'generate', '--run=routed', '--prompt=a'], "reads 'seed', which is missing"),
     ([DEMO, 'generate', '--run=seed', '--chat', '--n=2'], '--n=2: a conversation continues from o'),
     ([DEMO, 'generate', '--run=seed', '--experts'], "'seed' is a dense model; --experts colours"),
     ([DEMO, 'generate', '--run=seed', '--step=3', '--prompt=a'], 'is not kept. Kept steps: none.'),
@@ -157,7 +157,7 @@ DEMO = '--config=configs/demo.py'
     (['generate', '--model=README.md'], '--model=README.md is not the folder of a pretrained'),
     ([DEMO, 'export', '--to=x'], 'export needs --run=NAME'),
     ([DEMO, 'export', '--run=seed'], 'and --to=FOLDER.'),
-    ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; run --ru"),
+    ([DEMO, 'export', '--run=seed', '--to=none'], "export reads 'seed', which is missing; run"),
     ([DEMO, 'export', '--run=seed', '--to=docs'], 'docs already exists; name another'),
     ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "dtype = 'float16'; did you"),
     ([DEMO, 'preflight'], 'preflight needs --topology=KIND:SIZE, like v5p:4x4x4'),
@@ -748,6 +748,48 @@ def test_mistakes_in_a_config(run, config, tmp_path, lines, message):
 def test_text_that_cannot_be_trained_on(run, config, tmp_path, lines, message):
   check(run(config(lines), f'--workdir={tmp_path / "work"}'), message)
   assert not (tmp_path / 'work' / 'seed').exists()
+
+
+# Rows
+
+
+@pytest.fixture
+def finished_row(run, config, work, tmp_path):
+  """The flag for a folder with the row of the seed, and the file."""
+  flag = f'--config.rows={tmp_path / "rows"}'
+  done = run(config(), 'rows', f'--workdir={work}', flag)
+  assert '1 of 5 runs are complete and measured; their rows are in' in done.stdout, done
+  return flag, tmp_path / 'rows' / 'seed.json'
+
+
+@pytest.mark.parametrize('lines, message', [
+    ('config.runs.seed.steps = 2', '  seed was trained with steps 1 and has 2 now\nNothing was'),
+    ('config.evaluation.tokens = 300', '  seed: evaluation.tokens was 200 and is 300 now\n'),
+    ('config.domains.math = base.domain(str(here / "other.jsonl"))\n'
+     '(here / "other.jsonl").write_text("".join(f\'{{"text": "other text {i}"}}\\n\' '
+     'for i in range(200)))',
+     '  seed was trained with a different tokenizer\n'),
+])
+def test_a_row_that_is_not_of_this_config(run, config, finished_row, tmp_path, lines, message):
+  flag, file = finished_row
+  done = run(config(lines), f'--workdir={tmp_path / "new"}', flag)
+  check(done, message)
+  assert f'delete {file} to train' in done.stderr
+  assert not (tmp_path / 'new' / 'seed').exists()
+
+
+def test_a_row_where_more_is_needed(run, config, finished_row, tmp_path):
+  flag, file = finished_row
+  asked = config(), f'--workdir={tmp_path / "new"}', flag
+  check(run(*asked, '--run=new'), f"--run=new starts from 'seed', of which only the row in "
+        f'{file.parent} is here, without its parameters; run --run=seed first.')
+  check(run(*asked, 'export', '--run=seed', f'--to={tmp_path / "export"}'), 'export reads ')
+  content = file.read_text()
+  for damage in ('{', content.replace('"seed"', '"sead"'), content[:-9], '[]', '{"manifest": {}}'):
+    file.write_text(damage)
+    check(run(*asked), f'{file} is not the row of a finished run, or is damaged (')
+  assert not (tmp_path / 'new' / 'seed').exists()
+  check(run(config(), 'rows', f'--workdir={tmp_path / "new"}'), 'rows needs a folder to write to')
 
 
 # Directories

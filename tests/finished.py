@@ -58,8 +58,8 @@ def write(config, workdir: str, at_hand: bool = True) -> Study:
   for name in config.domains:
     _write_text(study, name)
   for run in study.runs.values():
-    spec = json.loads(json.dumps(run.spec())) | {
-        'tokenizer': 'tokens', 'data': {name: 'text' for name in run.domains}}
+    spec = json.loads(json.dumps(manifest.full_spec(
+        run, 'tokens', dict.fromkeys(config.domains, 'text'))))
     started = manifest.begin(run.name, spec)
     manifest.write(study.folder(run.name), started | {
         'state': manifest.COMPLETE, 'steps_done': run.steps, 'seconds': 0.4 * run.steps,

@@ -11,7 +11,7 @@ from btx_jax.configs import demo
 from btx_jax.errors import UsageError
 from btx_jax.model.config import param_paths
 from btx_jax.run import frozen, lineage
-from btx_jax.study import plan
+from btx_jax.study import plan, twins
 from tests import studies
 from tests.helpers import TINY, TINY_MIXTURE
 
@@ -199,3 +199,10 @@ def test_names_of_runs_may_come_in_lists():
 def test_nothing_to_do_is_said():
   with pytest.raises(UsageError, match=r'config.runs is empty'):
     plan.make_plan(base.get_config(), 300)
+
+
+def test_runs_that_differ_in_their_names_only_are_named(tmp_path):
+  twin = lambda steps: base.run(base.checkpoint('seed'), {'code': 1}, steps)
+  runs = plan.make_plan(config_of(tmp_path, one=twin(3), other=twin(3), longer=twin(4)), 300)
+  line, = twins.remarks(runs.values())
+  assert line.startswith('one and other differ in their names only')

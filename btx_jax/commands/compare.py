@@ -34,7 +34,7 @@ from btx_jax.model.config import Config
 from btx_jax.model.source import Source
 from btx_jax.run import Run, common_ancestors
 from btx_jax.scoring import decomposition
-from btx_jax.study import compatibility, manifest, sources
+from btx_jax.study import compatibility, sources
 from btx_jax.study.study import Study
 from btx_jax.terminal import Table, format_number, say, show
 
@@ -169,10 +169,8 @@ def compare_sources(study: Study, name: str) -> dict:
                      'base.mix(...); name one that is.')
   seed, why = seed_of(run)
   experts = [each for each in run.sources if each.name != seed.name]
-  for each in (seed, *experts):
-    if each.steps and not each.of_steps and study.state(each.name) != manifest.COMPLETE:
-      raise UsageError(f'compare reads complete runs, and {each.name!r} is '
-                       f'{study.state(each.name)}; run --run={each.name} first.')
+  sources.check_complete(study, [each for each in (seed, *experts) if each.steps],
+                         'compare reads')
   compared = [seed, *experts, run.sources[run.recipe.reference]]  # the last for its vocabulary
   opened = sources.aligned(study, compared, [
       sources.final(study, each) for each in compared], len(compared) - 1)[:-1]

@@ -61,11 +61,7 @@ def export_run(study: Study, name: str, folder: str, dtype: str) -> None:
 
 def check_complete(study: Study, run: Run) -> None:
   """Raises UsageError unless everything that is read to export a run is complete."""
-  for needed in sources.trained(run):
-    state = study.state(needed.name)
-    if not needed.of_steps and state != manifest.COMPLETE:
-      raise UsageError(f'export writes complete runs, and {needed.name!r} is {state}; run '
-                       f'--run={needed.name} first.')
+  sources.check_complete(study, sources.trained(run), 'export reads')
 
 
 def generation_of(run: Run, tokenizer: Tokenizer) -> generation.Generation:

@@ -72,8 +72,4 @@ def check_readable(study: Study, run: Run, command: str) -> None:
     raise UsageError(f'--run={run.name} has a different vocabulary than the tokenizer of this '
                      f'config; {command} with --model={run.folder}, which has its own tokenizer.')
   for source in run.sources if run.selector else (run,):
-    for needed in sources.trained(source):
-      state = study.state(needed.name)
-      if not needed.of_steps and state != manifest.COMPLETE:
-        raise UsageError(f'{command} reads complete runs, and {needed.name!r} is {state}; run '
-                         f'--run={needed.name} first.')
+    sources.check_complete(study, sources.trained(source), f'{command} reads')

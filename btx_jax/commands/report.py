@@ -39,7 +39,7 @@ from btx_jax.errors import UsageError
 from btx_jax.files.writing import replacing
 from btx_jax.run import Run, lineage
 from btx_jax.scoring import decomposition, ledger, regression, scores
-from btx_jax.study import manifest, recorded
+from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.terminal import format_number, say
 from btx_jax.training import metrics
@@ -77,7 +77,7 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
                'tasks': task_table.of_study(study),
                'regressions': changes, 'without_each_expert': effects,
                'decomposition': parts, 'routing': routed,
-               'manifests': {run.name: recorded.read(study.folder(run.name)) or {}
+               'manifests': {run.name: study.recorded(run.name) or {}
                              for run in study.runs.values()},
                'ledger': spent, 'text': report_runs.metas(study)}, file, indent=1)
   if results.rows:
@@ -174,7 +174,7 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'workdir': study.workdir,
       'written': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
       'runs': runs,
-      'complete': sum(run['state'] == manifest.COMPLETE for run in runs),
+      'complete': sum(run['state'] in manifest.FINISHED for run in runs),
       'models': _models(results, compared, save) if compared else None,
       'ensembles': report_experts.ensembles(study, results.rows),
       'changes': {'headings': regression_table.CHANGES, 'rows': list(

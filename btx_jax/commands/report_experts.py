@@ -58,7 +58,8 @@ def _mixture(study: Study, run: Run, lines: list[dict[str, Any]], effect: dict[s
                         for i, name in enumerate(run.expert_names)],
             'routing': routed and report_mixtures.tokens(routed),
             'samples': {domain: _sample(run, score['sample']['pieces'], score['sample']['gates'])
-                        for domain, score in (final or {}).items()}}
+                        for domain, score in (final or {}).items()
+                        if 'sample' in score}}  # a row has none
   if stages:
     result['gates'] = save(f'experts_{file_name}', pictures.experts(stages, run.expert_names),
                            f'Experts by domain and layer of {run.name}')

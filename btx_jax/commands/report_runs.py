@@ -6,7 +6,7 @@ import numpy as np
 
 from btx_jax.commands import pictures
 from btx_jax.run import CHECKPOINT, EDIT, ENSEMBLE, HUGGING_FACE, MIX, Run
-from btx_jax.study import manifest, recorded
+from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.terminal import duration, format_number
 
@@ -20,9 +20,9 @@ def graph(study: Study, runs: list[dict[str, Any]], save: pictures.SavePicture) 
   for name, found in of_name.items():
     run, state = found[0]
     if len(found) > 1:
-      done = sum(each == manifest.COMPLETE for _, each in found)
+      done = sum(each in manifest.FINISHED for _, each in found)
       state = f'complete in {done} of {len(found)} seeds'
-    seconds = sum((recorded.read(study.folder(each.name)) or {}).get('seconds', 0)
+    seconds = sum((study.recorded(each.name) or {}).get('seconds', 0)
                   for each, _ in found)
     sources[name] = [source.plain_name for source in run.sources]
     notes[name] = (f'{state}\n{sum(each.tokens for each, _ in found) / 1e6:,.1f} M tokens, '
@@ -33,7 +33,9 @@ def graph(study: Study, runs: list[dict[str, Any]], save: pictures.SavePicture) 
 def cost(study: Study, found: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
   """The cells of a run in the table of origins and costs."""
   run = study.runs[found['name']]
-  about = recorded.read(study.folder(run.name)) or {}
+  about = study.recorded(run.name) or {}
+  if found['state'] == manifest.PUBLISHED:
+    lines = [(study.row(run.name) or {})['training']]
   speeds = [(line['tokens_per_second'], line['mfu'])
             for line in lines if 'tokens_per_second' in line]
   speed, mfu = np.median(speeds, axis=0) if speeds else (None, None)

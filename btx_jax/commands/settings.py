@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from btx_jax.model.config import num_params
 from btx_jax.run import Run
-from btx_jax.study import recorded
 from btx_jax.study.study import Study
 
 # Parts of a spec that other tables show, or that only identify a run.
@@ -52,7 +51,7 @@ def of_study(study: Study) -> Settings:
 
 def _of_run(study: Study, run: Run) -> dict[str, str]:
   """The settings of a run as text, by their paths in its manifest and in that order."""
-  found = recorded.read(study.folder(run.name)) or {}
+  found = study.recorded(run.name) or {}
   spec = found.get('spec') or run.spec()
   result = {key: text for key, text in _flat(spec) if key.split('.')[0] not in _ELSEWHERE}
   if not run.steps:  # nothing was trained

@@ -25,8 +25,8 @@ _WATCH_EVERY = 2.0  # seconds
 _DELETION = 5.0  # seconds in which a checkpoint that is being deleted is gone
 _FRAME = 7  # lines for the head of the table, notes and the cursor
 _SILENT = 600.0  # seconds without new metrics after which a running run gets a warning
-_STYLES = {'complete': 'green', 'running': 'cyan', 'starting': 'cyan', 'failed': 'red',
-           'unreadable': 'red', 'stopped': 'yellow'}
+_STYLES = {'complete': 'green', 'published': 'green', 'running': 'cyan', 'starting': 'cyan',
+           'failed': 'red', 'unreadable': 'red', 'stopped': 'yellow'}
 
 
 def collect(study: Study, check: bool = False) -> dict[str, Any]:
@@ -37,11 +37,11 @@ def collect(study: Study, check: bool = False) -> dict[str, Any]:
   Returns:
     workdir, notes (sentences about the directory as a whole), text_changes (lines on text that was
     tokenized and has changed) and runs. A run has name, state
-    ('missing', 'starting', 'running', 'stopped', 'failed', 'complete', 'unreadable'), step,
-    steps, loss, preferred (for a run on pairs, the share that it ranks as the data does),
-    bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its step),
-    checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss as
-    bits_per_byte), error, and warnings. Unknown values are None. With `check` also
+    ('missing', 'starting', 'running', 'stopped', 'failed', 'complete', 'published',
+    'unreadable'), step, steps, loss, preferred (for a run on pairs, the share that it ranks as the
+    data does), bits_per_byte by domain, tokens_per_second, mfu, seconds_left, checkpoint (its
+    step), checkpoint_age in seconds, best (the step with the lowest held-out loss, and that loss
+    as bits_per_byte), error, and warnings. Unknown values are None. With `check` also
     checkpoints: for each kept step, what is wrong with its checkpoint, or '' if it is sound.
   """
   now = time.time()
@@ -79,7 +79,8 @@ def stages(study: Study) -> list[list[str]]:
   """Names of the runs that are not complete, in stages.
 
   A run starts from complete runs and runs of earlier stages only, so those of a stage can be
-  trained at the same time. Failed runs that sources.superseded returns are left out, as they are by
+  trained at the same time. Published runs are there if others need their parameters. Failed runs
+  that sources.superseded returns are left out, as they are by
   the command without --run. Runs without steps are left out unless a run that is trained descends
   from them: the command without --run makes them last, on one machine.
   """
@@ -87,11 +88,14 @@ def stages(study: Study) -> list[list[str]]:
   found: dict[int, list[str]] = {}
   needed = {each.name for run in study.runs.values() if run.steps for each in lineage(run)}
   left = {run.name for run in sources.superseded(study)}
+  to_train = sources.with_published(study, [
+      run for run in study.runs.values()
+      if study.state(run.name) not in manifest.FINISHED and run.name not in left])
   for run in study.runs.values():
     if run.name not in needed:
       continue
     depth[run.name] = 1 + max((depth[source.name] for source in run.sources), default=0)
-    if study.state(run.name) != manifest.COMPLETE and run.name not in left:
+    if run.name in to_train:
       found.setdefault(depth[run.name], []).append(run.name)
   return [found[level] for level in sorted(found)]
 
@@ -125,12 +129,12 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
             'warnings': []}
   folder = study.folder(run.name)
   try:
-    found = manifest.read(folder)
+    found, row = study.manifest_of(run.name), study.row(run.name)
   except UsageError as error:
     return result | {'state': UNREADABLE, 'error': str(error)}
   if not found:
     return result
-  lines = metrics.tail(folder)
+  lines = [row['training']] if row else metrics.tail(folder)
   measured = [line for line in lines if isinstance(line.get('loss'), int | float)]
   last = measured[-1] if measured else {}
   state, warnings = found['state'], [w for line in lines for w in line.get('warnings', [])]
@@ -147,7 +151,7 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
   if state == manifest.COMPLETE and 'metrics' in found:
     warnings += filter(None, [metrics.problem(folder, metrics.Mark(*found['metrics'][:2]))])
   warnings += _about_best(study, run, found, lines)
-  done = found.get('steps_done', 0)
+  done = 0 if row else found.get('steps_done', 0)  # what is saved here
   step = max(done, last.get('step', 0))
   rate = last.get('tokens_per_second')
   left = run.seconds_left(step, rate) if state == manifest.RUNNING else None
@@ -157,7 +161,8 @@ def _run(study: Study, run: Run, now: float) -> dict[str, Any]:
       'mfu': last.get('mfu'), 'seconds_left': left, 'bits_per_byte': _bits(study, run, lines),
       'checkpoint': done or None, 'checkpoint_age': _age(found.get('saved'), now),
       'best': found.get('best'),
-      'error': found.get('error') if state != manifest.COMPLETE else None, 'warnings': warnings}
+      'error': found.get('error') if state not in manifest.FINISHED else None,
+      'warnings': warnings}
 
 
 def _about_trouble(found: dict[str, Any], last: dict[str, Any], warnings: list[str]) -> list[str]:
@@ -176,7 +181,7 @@ def _about_best(study: Study, run: Run, found: dict[str, Any], lines: list[dict[
   """Sentences about the run's best step, if loss rose since, and the one it started from."""
   best, result = found.get('best'), []
   evaluated = [line['step'] for line in lines if 'bits_per_byte' in line]
-  complete = found['state'] == manifest.COMPLETE
+  complete = found['state'] in manifest.FINISHED
   latest = found['spec']['steps'] if complete else max(evaluated, default=0)
   if best and best['step'] < latest:
     result.append(f'held-out loss was lowest at step {best["step"]:,}, with '
@@ -184,7 +189,7 @@ def _about_best(study: Study, run: Run, found: dict[str, Any], lines: list[dict[
                   f'base.checkpoint({run.plain_name!r}, step="best") starts from it')
   if found.get('from_best') and run.sources:
     then, source = found['spec'].get('step', 0), run.sources[0]
-    now = recorded.best_step(study.folder(source.name))
+    now = recorded.best_step(study.recorded(source.name), study.folder(source.name))
     if now is not None and then not in (now, 0):
       result.append(f'started from step {then:,} of {source.name}, the best one then; '
                     'the best is now ' + (f'step {now:,}' if now else 'the last one'))

@@ -15,7 +15,7 @@ from btx_jax.model.config import FLOP_PARTS, num_params, param_sizes, train_flop
 from btx_jax.model.overhead import Overhead, attention_of, dispatch_of, overhead_per_token
 from btx_jax.run import ENSEMBLE, MIX, Run, lineage
 from btx_jax.scoring import scores
-from btx_jax.study import recorded, routers
+from btx_jax.study import routers
 from btx_jax.study.study import Study
 
 MACHINES = 4  # unless the command says otherwise
@@ -43,7 +43,7 @@ def _row(study: Study, model: scores.Model, alone: Collection[str],
   trained, own = model.trained, model.run
   # What the model is made of moves to it even if its own training came later, or never.
   made = [own, *(run for run in trained if run is not own)]
-  manifests = {run.name: recorded.read(study.folder(run.name)) or {} for run in made}
+  manifests = {run.name: study.recorded(run.name) or {} for run in made}
   tokens = _tokens(trained, manifests)
   passes = {domain: _ratio(count, texts.get(domain)) for domain, count in (tokens or {}).items()}
   flops = {part: sum(run.tokens * _parts(run)[part] for run in trained) for part in FLOP_PARTS}

@@ -1,4 +1,7 @@
-"""Reads and writes the held-out scores of a study's models, stored in the run directories."""
+"""Reads and writes the held-out scores of a study's models, stored in the run directories.
+
+Where only the row of a run is here (study/rows.py), its scores are read from the row.
+"""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -6,17 +9,19 @@ import os
 import statistics
 from typing import Any, NamedTuple
 
-from btx_jax.data import tokens
 from btx_jax.errors import UsageError
 from btx_jax.files import sealed, shapes
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
 from btx_jax.run import HUGGING_FACE, MIX, Run, averaged_model, lineage, reader_model
 from btx_jax.scoring import builtin, routing
 from btx_jax.selector import Merge
-from btx_jax.study import manifest
+from btx_jax.study import changes, manifest, rows
 from btx_jax.study.study import Study
 
 FINAL, START, AVERAGE = 'final', 'start', 'average'
+EVALUATION, ANSWERS = 'evaluation', 'answers'  # kinds of scores: bits per byte, and tasks
+# Fields of the config that scores depend on, by their names in `measured_on`.
+_FIELDS = {'length': 'data.seq_len', 'tokens': 'evaluation.tokens', 'stride': 'evaluation.stride'}
 _SIZES = {'documents?': int, 'tokens?': int, 'bytes?': int, 'words?': int}
 # What the code that reads scores relies on, by domain.
 _SCORE = {'bits_per_byte': float, **_SIZES, 'units?': {'nll': [float], 'bytes': [int]},
@@ -80,10 +85,10 @@ class Model(NamedTuple):
 
 
 def models(study: Study) -> Iterator[Model]:
-  """Yields the models of all complete runs; skips runs whose manifest cannot be read."""
+  """Yields the models of all finished runs; skips runs whose manifest cannot be read."""
   for run in study.runs.values():
     try:
-      if study.state(run.name) != manifest.COMPLETE:
+      if study.state(run.name) not in manifest.FINISHED:
         continue
     except UsageError:
       continue
@@ -122,11 +127,13 @@ def sizes(run: Run, stage: str) -> Config:
 def read(study: Study, run: Run, stage: str) -> dict[str, dict] | None:
   """Reads the scores by domain, as `bits` returns them.
 
-  None if there are none, or if they were measured on different text.
+  None if there are none, or if they were measured on different text. The scores of a row count also
+  if the text is not here.
   """
-  kept = sealed.read_if_sound(_path(study, run, stage))
   try:
-    if kept['measured_on'] != _measured_on(study, run) or not (
+    kept = _kept(study, run, stage)
+    text = kept['measured_on']['text'] if study.row(run.name) else {}
+    if kept['measured_on'] != _measured_on(study, run, text) or not (
         _are_sound(kept['domains'], study, stage)):
       return None
     return kept['domains']
@@ -147,7 +154,7 @@ def _are_sound(domains: Any, study: Study, stage: str) -> bool:
 
 def write(study: Study, run: Run, stage: str, scores: dict) -> None:
   """Stores the scores by domain that `bits` returned."""
-  sealed.write(_path(study, run, stage),
+  sealed.write(path(study, run, stage),
                {'measured_on': _measured_on(study, run), 'domains': scores}, indent=None)
 
 
@@ -157,7 +164,7 @@ def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
   Tasks that were not scored yet, or were scored on other questions, are left out.
   """
   result = {}
-  kept = _kept_answers(study, run, stage)
+  kept = _kept(study, run, stage, ANSWERS)
   for name in builtin.own(study.config.evaluation.tasks):
     with contextlib.suppress(KeyError, TypeError, UsageError):
       if kept[name]['made_from'] == _answers_made_from(study, run, name):
@@ -167,31 +174,98 @@ def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
 
 def write_answers(study: Study, run: Run, stage: str, found: Mapping[str, dict]) -> None:
   """Stores scores on built-in tasks by name, as builtin.summary returned them."""
-  kept = _kept_answers(study, run, stage)
+  kept = _kept(study, run, stage, ANSWERS)
   kept |= {name: {'made_from': _answers_made_from(study, run, name), 'found': score}
            for name, score in found.items()}
-  sealed.write(_path(study, run, stage, 'answers'), kept)
+  sealed.write(path(study, run, stage, ANSWERS), kept)
 
 
-def _kept_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
-  return sealed.read_if_sound(_path(study, run, stage, 'answers'))
+def stored(study: Study, run: Run) -> dict[str, dict[str, dict]]:
+  """All scores in the directory of a run, as its row has them: by kind and stage.
+
+  Bits per byte that were measured otherwise than this config measures are left out, and so are the
+  samples of text with gates.
+  """
+  result: dict[str, dict[str, dict]] = {}
+  for kind in (EVALUATION, ANSWERS):
+    names = [name for name in sorted(os.listdir(study.folder(run.name)))
+             if name.startswith(f'{kind}_') and name.endswith('.json')]
+    stages = [name[len(kind) + 1:-len('.json')] for name in names]
+    result[kind] = {stage: found for stage in stages if (found := _kept(study, run, stage, kind))}
+  measured_on = _measured_on(study, run)
+  result[EVALUATION] = {
+      stage: found | {'domains': {
+          domain: {key: value for key, value in score.items() if key != 'sample'}
+          for domain, score in found['domains'].items()}}
+      for stage, found in result[EVALUATION].items() if found.get('measured_on') == measured_on}
+  return result
+
+
+def check_rows(study: Study) -> None:
+  """Raises UsageError if a row has scores that cannot be compared with those measured here.
+
+  Text that is not tokenized yet is not compared.
+  """
+  found: dict[str, list[str]] = {}
+  for run in study.runs.values():
+    row = rows.read(study.config.rows, run.name) or {}
+    clauses = {clause for kept in row.get(EVALUATION, {}).values()
+               for clause in _measured_otherwise(study, kept['measured_on'])}
+    for clause in sorted(clauses):
+      found.setdefault(clause, []).append(run.name)
+  if found:
+    lines = '\n'.join(f'  {changes.listed(names)}: {clause}' for clause, names in found.items())
+    files = dict.fromkeys(rows.path(study.config.rows, name)
+                          for names in found.values() for name in names)
+    raise UsageError(f'{study.config.rows} has rows that were measured otherwise than this config '
+                     f'measures:\n{lines}\nNothing was changed. Set config.rows to another folder, '
+                     f'or delete {", ".join(files)} to train and measure again.')
+
+
+def _measured_otherwise(study: Study, was: Mapping[str, Any]) -> Iterator[str]:
+  """How the measuring of scores differs from that of the config, as clauses."""
+  now = _measured_as(study.config)
+  for field in ('length', 'tokens', 'stride'):
+    if was.get(field, 0) != now.get(field, 0):
+      yield (f'{_FIELDS[field]} was {was.get(field, 0):,} and is {now.get(field, 0):,} now')
+  text = _held_out(study, was['text'])
+  if differing := [domain for domain in sorted({*text, *was['text']})
+                   if was['text'].get(domain) != text.get(domain)]:
+    yield f'on different held-out text of {changes.listed(differing)}'
+
+
+def _kept(study: Study, run: Run, stage: str, kind: str = EVALUATION) -> dict[str, Any]:
+  """What was stored of a run at a stage, in its directory or in the row that stands for it."""
+  if row := study.row(run.name):
+    return row[kind].get(stage, {})
+  return sealed.read_if_sound(path(study, run, stage, kind))
 
 
 def _answers_made_from(study: Study, run: Run, name: str) -> dict:
-  found = manifest.read(study.folder(run.name)) or {}
+  found = study.manifest_of(run.name) or {}
   return {'run': found['identity'], **builtin.made_from(name, study.config)}
 
 
-def _path(study: Study, run: Run, stage: str, kind: str = 'evaluation') -> str:
+def path(study: Study, run: Run, stage: str, kind: str = EVALUATION) -> str:
+  """The file with the scores of a run at a stage; `kind` is EVALUATION or ANSWERS."""
   return os.path.join(study.folder(run.name), f'{kind}_{stage}.json')
 
 
-def _measured_on(study: Study, run: Run) -> dict:
-  found = manifest.read(study.folder(run.name)) or {}
-  stride = study.config.evaluation.stride
-  return {
-      'run': found['identity'],
-      'length': study.config.data.seq_len, 'tokens': study.config.evaluation.tokens,
-      **({'stride': stride} if stride else {}),
-      'text': {domain: tokens.read_meta(os.path.join(study.data_folder, domain))['hash']['held_out']
-               for domain in sorted(study.config.domains)}}
+def _measured_on(study: Study, run: Run, otherwise: Mapping[str, str] | None = None) -> dict:
+  """What scores depend on; `otherwise` has the hashes of text that is not tokenized here."""
+  found = study.manifest_of(run.name) or {}
+  return {'run': found['identity'], **_measured_as(study.config),
+          'text': _held_out(study, otherwise or {})}
+
+
+def _measured_as(config) -> dict[str, int]:
+  stride = config.evaluation.stride
+  return {'length': config.data.seq_len, 'tokens': config.evaluation.tokens,
+          **({'stride': stride} if stride else {})}
+
+
+def _held_out(study: Study, otherwise: Mapping[str, str]) -> dict[str, str | None]:
+  """The hash of each domain's held-out text; from `otherwise` if it is not tokenized here."""
+  metas = {domain: study.text_meta(domain) for domain in sorted(study.config.domains)}
+  return {domain: meta['hash']['held_out'] if meta else otherwise.get(domain)
+          for domain, meta in metas.items()}

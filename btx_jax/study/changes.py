@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from btx_jax.run import HUGGING_FACE, Optimizer, Run
-from btx_jax.study import manifest, recorded
+from btx_jax.study import manifest
 from btx_jax.study.study import Study
 
 # Fields of a spec that belong to a section of the config.
@@ -109,7 +109,7 @@ def _of_source(study: Study, source: Run, identity: str, step: int, earlier: Map
   """The changes of a source since it had this identity; `step` is the step that was taken."""
   was = earlier.get(identity)
   if was is None and identity:
-    found = recorded.read(study.folder(source.name))
+    found = study.recorded(source.name)
     if found:
       spec = found['spec']
       first = {'steps': step, 'of_steps': spec.get('steps')} if step else {}

@@ -1,4 +1,4 @@
-"""Checks that the directories of a study hold the runs of its config, and explains differences."""
+"""Checks that directories and rows are of the runs of the config, and explains differences."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import os
@@ -6,7 +6,7 @@ from typing import Any
 
 from btx_jax.errors import UsageError, nested_differences
 from btx_jax.run import Run
-from btx_jax.study import changes, manifest
+from btx_jax.study import changes, manifest, rows
 from btx_jax.study.changes import Change, listed
 from btx_jax.study.study import Study
 
@@ -27,15 +27,40 @@ def check(study: Study, spec: Callable[[Run], dict]) -> None:
                          'are; use another --workdir, or delete that folder to train it again.')
     elif any(nested_differences(found['spec'], spec(run))):
       manifests[run.name] = found
-      changed[run.name] = changes.of(study, run, found) or [
-          Change(run.name, True, '', '', 'descends from runs with different settings')]
+      changed[run.name] = _changes(study, run, found)
   if not changed:
     return
-  lines = '\n'.join(f'  {line}' for line in _lines(changed))
   folders = ', '.join(study.folder(name) for name in changed)
-  raise UsageError(f'{study.workdir} has runs that belong to another config:\n{lines}\nNothing was '
-                   f'changed. {_way_on(study, changed, manifests)}Use another --workdir, or delete '
-                   f'{folders} to train {"it" if len(changed) == 1 else "them"} again.')
+  raise UsageError(
+      f'{study.workdir} has runs that belong to another config:\n{_block(changed)}\nNothing was '
+      f'changed. {_way_on(study, changed, manifests)}Use another --workdir, or delete {folders} to '
+      f'train {"it" if len(changed) == 1 else "them"} again.')
+
+
+def check_rows(study: Study, spec: Callable[[Run], dict]) -> None:
+  """Raises UsageError unless every finished row is of the run that the config has under its name.
+
+  The arguments are those of `check`.
+  """
+  changed = {}
+  for run in study.runs.values():
+    row = rows.read(study.config.rows, run.name)
+    if row and any(nested_differences(row['manifest']['spec'], spec(run))):
+      changed[run.name] = _changes(study, run, row['manifest'])
+  if changed:
+    files = ', '.join(rows.path(study.config.rows, name) for name in changed)
+    raise UsageError(f'{study.config.rows} has rows that belong to another config:\n'
+                     f'{_block(changed)}\nNothing was changed. Set config.rows to another folder, '
+                     f'or delete {files} to train {"it" if len(changed) == 1 else "them"} again.')
+
+
+def _changes(study: Study, run: Run, found: dict[str, Any]) -> list[Change]:
+  return changes.of(study, run, found) or [
+      Change(run.name, True, '', '', 'descends from runs with different settings')]
+
+
+def _block(changed: Mapping[str, list[Change]]) -> str:
+  return '\n'.join(f'  {line}' for line in _lines(changed))
 
 
 def sentences(run: Run, found: Iterable[Change]) -> Iterator[str]:

@@ -26,6 +26,7 @@ def check(config) -> None:
   like = base.get_config()
   _check_section('', config, like)
   naming.local_path('tokenizer.path', config.tokenizer.path)
+  naming.local_path('rows', config.rows)
   for name, domain in config.domains.items():
     _check_value(f'domains.{name}', domain, like)
     _check_section(f'domains.{name}', domain, _domain_like(domain))
@@ -81,6 +82,7 @@ def with_home(config) -> Any:
   """A copy of a config in which ~ is replaced by the home directory in every path."""
   result = config.copy_and_resolve_references()
   result.tokenizer.path = os.path.expanduser(config.tokenizer.path)
+  result.rows = os.path.expanduser(config.rows)
   for run in result.runs.values():
     if 'folder' in run.init:
       run.init.folder = os.path.expanduser(run.init.folder)

@@ -10,8 +10,11 @@ from typing import Any
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
 from btx_jax.files import sealed, shapes
+from btx_jax.run import Run
 
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
+PUBLISHED = 'published'  # of a run that is complete, and only its row is here; see rows.py
+FINISHED = COMPLETE, PUBLISHED
 _NAME = 'manifest.json'
 # What the code that reads manifests relies on.
 _SPEC = {
@@ -19,7 +22,7 @@ _SPEC = {
     'sources?': [(str, [str])], 'weights?': {str: float}, 'optimizer?': dict,
     'recipe?': (None, {'router_std': float}), 'tokenizer?': str, 'data?': {str: str},
     'model?': {'dim?': int, 'num_heads?': int, 'head_dim?': int}, 'edit?': object}
-_SHAPE = {
+SHAPE = {
     'state': str, 'spec': _SPEC, 'identity': str, 'name?': str, 'steps_done?': int,
     'seconds?': float, 'tokens_by_domain?': {str: float}, 'versions?': dict,
     'earlier_versions?': list, 'saved?': str, 'started?': str, 'updated?': str, 'devices?': str,
@@ -41,7 +44,7 @@ def read(folder: str) -> dict | None:
   path = os.path.join(folder, _NAME)
   try:
     manifest = sealed.read(path)
-    if wrong := shapes.misfit(manifest, _SHAPE):
+    if wrong := shapes.misfit(manifest, SHAPE):
       raise ValueError(wrong)
   except FileNotFoundError:
     return None
@@ -84,6 +87,21 @@ def resume(manifest: dict) -> dict:
     manifest['earlier_versions'] = [
         *manifest.get('earlier_versions', []), manifest['versions']]
   return manifest | {'state': RUNNING, 'versions': _versions()}
+
+
+def full_spec(run: Run, tokenizer: str, data: Mapping[str, str]) -> dict[str, Any]:
+  """Everything that decides the result of a run: the `spec` of its manifest.
+
+  Args:
+    run: the run.
+    tokenizer: the hash of the tokenizer.
+    data: the hash of the training text of each domain.
+  """
+  return run.spec() | {
+      'tokenizer': tokenizer,
+      'data': {domain: data[domain] for domain in run.domains},
+      'sources': [[source.first_name, identity(full_spec(source, tokenizer, data))]
+                  for source in run.sources]}
 
 
 def source_names(spec: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ A pretrained folder is read in place, and a trained run from its checkpoint. A r
 what it starts from: a mixture is computed slice by slice when it is read, and stored nowhere.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import os
 
 import numpy as np
@@ -12,10 +12,11 @@ import numpy as np
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import text
 from btx_jax.data.tokenizer import vocabulary
+from btx_jax.errors import UsageError
 from btx_jax.model.config import param_paths
 from btx_jax.model.source import Extent, Index, Source
-from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, parts_of, recipe_of
-from btx_jax.study import manifest, routers
+from btx_jax.run import CHECKPOINT, HUGGING_FACE, Run, lineage, lineage_of, parts_of, recipe_of
+from btx_jax.study import edits, manifest, routers
 from btx_jax.study.redrawn import Redrawn
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -121,6 +122,51 @@ def superseded(study: Study) -> list[Run]:
       if all(other.from_step in steps for other in after):
         result.append(run)
   return result
+
+
+def check_complete(study: Study, needed: Iterable[Run], what: str) -> None:
+  """Raises UsageError unless the parameters of all needed runs are here.
+
+  Args:
+    study: whose runs they are.
+    needed: the runs; of those of which a step is needed, not the end, it is not checked.
+    what: what needs them, and a verb.
+  """
+  for run in needed:
+    state = study.state(run.name)
+    if run.of_steps or state == manifest.COMPLETE:
+      continue
+    if state == manifest.PUBLISHED:
+      raise UsageError(f'{what} {run.name!r}, of which only the row in {study.config.rows} is here,'
+                       f' without its parameters; run --run={run.name} first.')
+    raise UsageError(f'{what} {run.name!r}, which is {state}; run --run={run.name} first.')
+
+
+def needs(run: Run) -> list[Run]:
+  """The runs from whose directories a run is made: those that it starts from, and those that these
+  are computed from."""
+  found = lineage_of(run.sources, until=lambda each: each.steps > 0)
+  if run.state and run.sources[0].objective.has_reference:  # their reference is the same
+    found += needs(run.sources[0])
+  if run.edit and run.edit.stored and (before := edits.fitted(run.sources[0])):
+    found.append(before)  # it has the sums that the edit takes
+  return found
+
+
+def with_published(study: Study, runs: Iterable[Run]) -> list[str]:
+  """The names of runs that are to be made, and of all published ones that they need for it."""
+  found: dict[str, None] = {}
+
+  def visit(run: Run):
+    if run.name not in found:
+      found[run.name] = None
+      for each in needs(run):
+        if study.state(each.name) == manifest.PUBLISHED:
+          visit(study.runs[each.name])
+
+  for run in runs:
+    visit(run)
+  return [name for name in study.runs if name in found]
 
 
 class Expert:

@@ -11,7 +11,7 @@ from btx_jax.data import domains, origin, text, tokens
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import naming
 from btx_jax.run import Run
-from btx_jax.study import fields, manifest, plan, recorded
+from btx_jax.study import fields, manifest, plan, recorded, rows
 
 MISSING = 'missing'
 
@@ -56,12 +56,12 @@ class Study:
     self._plan = functools.partial(
         plan.make_plan, config,
         tokenizer.vocab_size if tokenizer else config.tokenizer.vocab_size, tokenizer, at_hand)
-    self.runs = self.plan(recorded.best_steps(config, self.folder))
+    self.runs = self.plan(recorded.best_steps(config, self.recorded, self.folder))
     self._tokenizer = tokenizer
 
   def plan(self, best: Mapping[str, int]) -> dict[str, Run]:
     """The runs, given the steps that step='best' means; see recorded.best_steps."""
-    return recorded.with_first_names(self._plan(best), self.folder)
+    return recorded.with_first_names(self._plan(best), self.recorded)
 
   @functools.cached_property
   def text_changes(self) -> list[str]:
@@ -96,9 +96,31 @@ class Study:
     """The runs of a series, and those that all series share."""
     return [run for run in self.runs.values() if run.series in ('', series)]
 
-  def state(self, name: str) -> str:
-    """The state of a run, from its manifest; 'missing' if it has none."""
+  def manifest_of(self, name: str) -> dict | None:
+    """The manifest of a run; where only its row is here, that in the row. None without either.
+
+    Raises:
+      UsageError: the file is damaged.
+    """
     found = manifest.read(self.folder(name))
+    if found is None and (row := rows.read(self.config.rows, name)):
+      return row['manifest'] | {'state': manifest.PUBLISHED}
+    return found
+
+  def recorded(self, name: str) -> dict | None:
+    """The same; None also if it is unreadable, which is reported elsewhere."""
+    try:
+      return self.manifest_of(name)
+    except (UsageError, NotADirectoryError):
+      return None
+
+  def row(self, name: str) -> dict | None:
+    """The row that stands for a run, as the working directory does not have it; else None."""
+    return None if manifest.read(self.folder(name)) else rows.read(self.config.rows, name)
+
+  def state(self, name: str) -> str:
+    """The state of a run, from its manifest; 'missing' if it has none, and no row."""
+    found = self.manifest_of(name)
     return found['state'] if found else MISSING
 
   def run(self, name: str) -> Run:
