@@ -17,6 +17,11 @@ class Outer:
   as a gradient for the outer optimizer, SGD with Nesterov momentum. All workers continue from its
   result, and keep their own moments of Adam. Between meetings they exchange nothing.
 
+  A worker minimises the mean loss over its own targets, and a meeting gives all workers the same
+  weight. So where their numbers of targets differ, meeting after each step of SGD (at outer_rate 1,
+  without momentum) is not quite data-parallel training, which gives all targets the same weight.
+  For a worker without targets in a step the gradient is zero.
+
   Attributes:
     workers: how many copies share the rows of a step; 1 is ordinary training.
     sync_every: steps from one meeting to the next. The last step always ends with one. What is

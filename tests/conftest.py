@@ -25,6 +25,22 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+# Files that take longest, most of them with few tests. They start first, so that no worker of
+# pytest-xdist is left with one of them when all others are done.
+_LONGEST = ('distributed_test.py', 'launch_test.py', 'pipeline_test.py', 'edit_test.py',
+            'stacked_test.py', 'tasks_test.py', 'writes_test.py', 'diloco_test.py',
+            'main_test.py', 'chaos_test.py', 'preference_runs_test.py')
+
+
+def pytest_configure(config):
+  config.option.loadscopereorder = False  # xdist would start with the files of most tests
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: (_LONGEST.index(item.path.name) if item.path.name in _LONGEST
+                               else len(_LONGEST)))
+
+
 @pytest.fixture(scope='session', autouse=True)
 def cache(tmp_path_factory):
   """The user's cache directory, also of commands that tests start."""

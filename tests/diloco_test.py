@@ -12,13 +12,15 @@ from btx_jax import base
 from btx_jax.data import mixture, worker_rows
 from btx_jax.outer import Outer
 from btx_jax.pipeline import Pipeline
+from btx_jax.run import Objective
 from btx_jax.training import diloco
 from btx_jax.training.diloco import Workers
 from btx_jax.training.step import create_state as create_plain
-from btx_jax.training.step import make_train_step
+from btx_jax.training.step import forward, make_train_step
 from tests import studies
 from tests.helpers import (
   TINY,
+  TINY_MIXTURE,
   assert_trees_close,
   assert_trees_equal,
   final_params,
@@ -60,6 +62,44 @@ def test_meeting_after_each_sgd_step_is_data_parallel_training():
   sgd, outer = optax.sgd(0.5), Outer(2, sync_every=1, outer_rate=1.0, outer_momentum=0.0)
   ours, plain = train(sgd, outer, batches_of(2)), train_plain(sgd, batches_of(2))
   assert_trees_close(ours.params, plain.params, rtol=1e-6, atol=1e-6)
+
+
+def rows_of_workers(batch, workers=2):
+  """A batch as its workers get it: their rows, in one microbatch."""
+  return jax.tree.map(lambda x: x.reshape(workers, 1, -1, *x.shape[1:]), batch)
+
+
+def test_workers_count_the_same_whatever_number_of_targets_they_have():
+  """Each minimises the mean over its own targets: the gradient is the mean of theirs."""
+  params, rows = random_params(TINY), rows_of_workers(random_batch(TINY, 4))
+  assert len({int(mask.sum()) for mask in rows['loss_mask']}) == 2
+
+  def mean_of_means(params):
+    found = [forward(TINY, params, jax.tree.map(lambda x, w=w: x[w, 0], rows)) for w in range(2)]
+    return sum(each.nll / each.tokens for each in found) / 2
+
+  gradient = jax.jit(jax.grad(mean_of_means))(params)
+  expected = jax.tree.map(lambda x, g: x - 0.5 * g, params, gradient)
+  sgd, outer = optax.sgd(0.5), Outer(2, sync_every=1, outer_rate=1.0, outer_momentum=0.0)
+  ours = train(sgd, outer, [random_batch(TINY, 4)])
+  assert_trees_close(ours.params, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_worker_without_targets_takes_a_zero_gradient():
+  """And counts no token in the loss of the step; the other goes half of its own way."""
+  sgd, outer = optax.sgd(0.5), Outer(2, sync_every=1, outer_rate=1.0, outer_momentum=0.0)
+  params, batch = random_params(TINY_MIXTURE), random_batch(TINY, 4)
+  batch['loss_mask'][2:] = False
+  train_step = make_train_step(TINY_MIXTURE, sgd, Objective(balance_loss=0.1, router_z=0.1), 2)
+  found, metrics = jax.jit(diloco.make_step(train_step, outer, steps=1))(
+      diloco.create_state(params, sgd, outer), rows_of_workers(batch))
+  alone, of_one = jax.jit(train_step)(
+      create_plain(params, sgd), jax.tree.map(lambda x: x[None, :2], batch))
+  expected = jax.tree.map(lambda a, b: (a + b) / 2, params, alone.params)
+  assert_trees_close(found.params, expected, rtol=1e-6, atol=1e-6)
+  assert metrics['is_finite']
+  for name in ('loss', 'balance', 'router_z', 'tokens_by_domain'):
+    np.testing.assert_allclose(metrics[name], of_one[name], rtol=1e-6)
 
 
 def test_workers_with_the_same_rows_are_one_run():
@@ -105,8 +145,7 @@ def test_a_meeting_whose_numbers_are_not_finite_is_skipped():
   sgd, outer = optax.sgd(0.5), Outer(2, sync_every=1, outer_rate=3e38)
   step = jax.jit(diloco.make_step(make_train_step(TINY, sgd), outer, steps=9, skip_nonfinite=True))
   before = diloco.create_state(random_params(TINY), sgd, outer)
-  rows = jax.tree.map(lambda x: x.reshape(2, 1, -1, *x.shape[1:]), batches_of(1)[0])
-  after, metrics = step(before, rows)
+  after, metrics = step(before, rows_of_workers(batches_of(1)[0]))
   assert not metrics['is_finite']
   assert_trees_equal(after.params, before.params)
   assert_trees_equal(after.opt_state['momentum'], before.opt_state['momentum'])

@@ -21,6 +21,7 @@ from tests import studies
 def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
   config.mesh.update(fsdp=1, expert=1, tensor=1)
+  config.train.microbatches = 1  # sooner compiled
   return config
 '''
 

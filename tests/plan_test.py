@@ -8,6 +8,7 @@ import pytest
 from btx_jax import base
 from btx_jax import run as run_lib
 from btx_jax.configs import demo
+from btx_jax.configs import study as study_config
 from btx_jax.errors import UsageError
 from btx_jax.model.config import param_paths
 from btx_jax.run import frozen, lineage
@@ -100,6 +101,22 @@ def test_a_run_matches_the_flops_of_another_with_all_that_both_descend_from(tmp_
   for name, reference in (('frozen', 'expert'), ('mixed', 'dense')):
     of_step = runs[name].flops / runs[name].steps
     assert abs(totals[name] - totals[reference]) <= of_step / 2
+
+
+def test_all_rows_of_the_study_take_the_flops_of_the_dense_one():
+  """Within one of their own steps; those that only mix or merge, within a step of each expert."""
+  config = study_config.get_config()
+  config.seeds = (0,)
+  runs = {run.plain_name: run for run in plan.make_plan(config, 4096).values()}
+  totals = {name: sum(each.flops for each in lineage(run)) for name, run in runs.items()}
+  rows = [name for name in runs if name.split('/')[0] in ('dense', 'sparse', 'btx', 'ffn', 'merge')
+          and name.split('/')[1] not in study_config.NEW]
+  assert len(rows) == 16
+  dense = runs['dense/blend']
+  for name in rows:
+    count = runs[name].steps
+    allowed = runs[name].flops / count if count else 3 * dense.flops / dense.steps
+    assert abs(totals[name] - totals['dense/blend']) <= allowed, name
 
 
 def edit(**fields):

@@ -252,6 +252,24 @@ def test_the_posterior_predicts_a_document_as_the_mean_of_its_experts_would(stud
       assert found[domain]['switches'] == 0 and sum(found[domain]['share']) == pytest.approx(1)
 
 
+def test_copies_of_a_model_score_as_the_model_itself(study, monkeypatch):
+  """Branch-Train-Merge over identical experts, by each kind of selector."""
+  text, one = study.prepare_text(), study.runs['prose']
+  monkeypatch.setattr(selector, 'BLOCK', 16)
+  monkeypatch.setattr(samples, 'seen', lambda expert, text: ['the king said', 'by the sea'])
+  merged, chosen = study.runs['posterior'], study.runs['all']
+  four = dataclasses.replace(merged, sources=(one,) * 4, expert_names=('prose',) * 4)
+  expected = scores.read(study, one, scores.FINAL)
+  for run in (four, dataclasses.replace(four, selector=Merge('tfidf', 0)),
+              dataclasses.replace(four, selector=Merge('tfidf', 1)),
+              dataclasses.replace(chosen, sources=(one,) * len(chosen.sources))):
+    with jax.set_mesh(study.mesh):
+      found = selected.evaluate(study, run, text, study.mesh)
+    for domain in DOMAINS:
+      assert found[domain]['bits_per_byte'] == pytest.approx(
+          expected[domain]['bits_per_byte'], rel=1e-6)
+
+
 @pytest.mark.parametrize('top', [1, 2])
 def test_tf_idf_predicts_with_the_experts_whose_text_is_most_similar(study, monkeypatch, top):
   """Block by block of each document; before the first comparison, with all experts."""

@@ -178,14 +178,21 @@ def _shardings(shapes: TrainState, mesh) -> TrainState:
 
 
 def _joined(metrics: dict[str, Any], params) -> dict[str, Any]:
-  """The metrics of all workers as those of one step: sums add up, and norms are averaged.
+  """The metrics of all workers as those of one step.
 
-  Numbers of any worker, or of the parameters after a meeting, that are not finite stay visible.
+  Sums by domain add up, losses are averaged over targets (or pairs), norms over workers. Numbers of
+  any worker, or of the parameters after a meeting, that are not finite stay visible.
   """
-  summed = {name: metrics[name].sum(0) for name in ('nll_by_domain', 'tokens_by_domain')}
-  loss = summed['nll_by_domain'].sum() / summed['tokens_by_domain'].sum()
-  joined = jax.tree.map(lambda x: x.mean(0), metrics) | summed | {'loss': loss}
+  summed = {name: jax.tree.map(lambda x: x.sum(0), metrics[name])
+            for name in ('nll_by_domain', 'tokens_by_domain', 'routing', 'preferences')
+            if name in metrics}
+  count_W = (metrics['preferences'].pairs if 'preferences' in metrics
+             else metrics['tokens_by_domain']).sum(1)
+  share_W = count_W / jnp.maximum(count_W.sum(), 1)
+  losses = {name: (metrics[name] * share_W).sum() for name in ('loss', 'balance', 'router_z')
+            if name in metrics}
+  joined = jax.tree.map(lambda x: x.mean(0), metrics) | summed | losses
   squares = joined['squares']
   squares |= {'new_params': jax.tree.map(jnp.maximum, squares['new_params'],
                                          optim.squares(params))}
-  return joined | {'squares': squares, 'is_finite': optim.are_finite(loss, squares)}
+  return joined | {'squares': squares, 'is_finite': optim.are_finite(joined['loss'], squares)}

@@ -200,8 +200,8 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
   """The train step: (state, batch) -> (state, metrics).
 
   It minimises `microbatch_loss`, summed over the microbatches (the leading axis of the batch)
-  and divided by the targets, or pairs, of the global batch. Only what is not frozen is
-  differentiated, clipped, and given to the optimizer.
+  and divided by the targets, or pairs, of the global batch. A batch without any has loss 0 and
+  gradient 0. Only what is not frozen is differentiated, clipped, and given to the optimizer.
 
   Args:
     cfg: of the model.
@@ -267,20 +267,21 @@ def make_train_step(cfg: Config, tx: optax.GradientTransformation,
         count, count / jnp.maximum((batch['segment_ids'] > 0).sum(), 1),
         _sum_over_microbatches(routing_of, microbatches) if whole else None)
     grads, sums = _sum_over_microbatches(gradient_of, microbatches)
-    grads = jax.tree.map(lambda g: g / sums.count, grads)
+    divisor = jnp.maximum(sums.count, 1)
+    grads = jax.tree.map(lambda g: g / divisor, grads)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = optim.join(optax.apply_updates(trained, updates), fixed)
     if cfg.router_bias and not frozen('layers/ffn/router_bias', losses.freeze):
       params = _with_balanced_bias(params, sums.by_domain['routing'], losses.balance_bias)
 
-    loss = sums.loss / sums.count
+    loss = sums.loss / divisor
     squares = {'params': optim.squares(state.params), 'gradient': optim.squares(grads),
                'new_params': optim.squares(params)}
     is_finite = optim.are_finite(loss, squares)
     if skip_nonfinite:
       params = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), params, state.params)
       opt_state = optim.unless(is_finite, opt_state, state.opt_state)
-    router_losses = {name: value / sums.count for name, value in sums.router_losses.items()}
+    router_losses = {name: value / divisor for name, value in sums.router_losses.items()}
     metrics = sums.by_domain | router_losses | {
         'loss': loss,
         'grad_norm': optax.tree.norm(grads),
