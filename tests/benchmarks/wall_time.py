@@ -34,7 +34,7 @@ from tests import studies
 from tests.jobs import Job, training
 
 SPACES, ADDRESSES, CABLE = ('btx_a', 'btx_b'), ('10.77.0.1', '10.77.0.2'), 'btx_cable'
-RATES = (100, 200)  # Mbit/s
+RATES = (50, 100, 200)  # Mbit/s
 # Of a full packet: what the token bucket counts (Ethernet, IP and TCP with time stamps), and data.
 PACKET, DATA = 1514, 1448
 TURNS, STEPS = 4, 12  # turns at each rate, and steps of a turn that are timed
@@ -71,6 +71,8 @@ class Cable:
       call('ip', '-n', space, 'addr', 'add', f'{address}/24', 'dev', CABLE)
       for device in ('lo', CABLE):
         call('ip', '-n', space, 'link', 'set', device, 'up')
+      # Others probe for the rate of the link, which changes from turn to turn.
+      call('ip', 'netns', 'exec', space, 'sysctl', '-qw', 'net.ipv4.tcp_congestion_control=reno')
     return self
 
   def __exit__(self, *_):
@@ -91,7 +93,7 @@ class Cable:
     for space in SPACES:
       if rate:
         call('tc', '-n', space, 'qdisc', 'replace', 'dev', CABLE, 'root', 'tbf', 'rate',
-             f'{rate}mbit', 'burst', '32kb', 'limit', '1mb')
+             f'{rate}mbit', 'burst', '32kb', 'limit', '16mb')
       elif 'tbf' in call('tc', '-n', space, 'qdisc', 'show', 'dev', CABLE):
         call('tc', '-n', space, 'qdisc', 'del', 'dev', CABLE, 'root')
 
