@@ -160,7 +160,7 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'export', '--run=seed', '--to=none'], "complete runs, and 'seed' is missing; run --ru"),
     ([DEMO, 'export', '--run=seed', '--to=docs'], 'docs already exists; name another'),
     ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "dtype = 'float16'; did you"),
-    ([DEMO, 'wall_time'], 'wall_time needs measured step times, and no run that a row consists of'),
+    ([DEMO, 'wall_time'], 'wall_time needs measured step times, and some are missing in '),
     ([DEMO, 'wall_time', '--machines=0'], 'flag --machines=0: 0 is not a positive integer'),
     ([DEMO, 'wall_time', '--links=1,fast'], '--links=fast is not a positive number of Gbit/s'),
     ([DEMO, 'wall_time', '--links=0'], '--links=0 is not a positive number of Gbit/s'),

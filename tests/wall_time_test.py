@@ -5,17 +5,19 @@ tests/benchmarks/wall_time.py compares them with two processes on a shaped link.
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from btx_jax import base
 from btx_jax.commands import wall_time as command
 from btx_jax.configs import study as recipe
 from btx_jax.errors import UsageError
 from btx_jax.run import lineage
 from btx_jax.study import plan, wall_time
 from btx_jax.study.wall_time import BACKWARD, Apart, Training, time_of
-from tests import finished
+from tests import finished, studies
 
 SIZE, RATE = 4e6, 1e8  # bytes, and bytes per second
 
@@ -194,6 +196,17 @@ def test_every_run_of_a_row_is_timed_once(form):
     assert sorted(flat(command.form_of(run, Seconds()))) == sorted(trained), run.name
 
 
+def test_experts_that_share_a_part_of_their_training_are_one_branch(tmp_path):
+  config: Any = studies.get_config(tmp_path)
+  train = lambda source: base.run(base.checkpoint(source), {'code': 1}, steps=5)
+  config.runs = {'seed': config.runs.seed, 'trunk': train('seed'), 'a': train('trunk'),
+                 'b': train('trunk'), 'c': train('seed'),
+                 'mixed': base.run(base.mix('a', 'c', 'b'))}
+  form = command.form_of(plan.make_plan(config, 330)['mixed'], Seconds())
+  assert names(form) == ['seed', [['c'], ['trunk', 'a', 'b']]]
+  assert form[1].sizes[1] == 2 * form[1].sizes[0]
+
+
 # The command
 
 
@@ -217,7 +230,8 @@ def test_the_command_computes_with_what_runs_have_measured(complete, capsys):
   row = rows[dense.name]
   # From 4,000 to 5,000 tokens a second on one machine
   assert dense.tokens / 5000 / 8 < row['compute'] < dense.tokens / 4000 / 8
-  size = 4 * wall_time_size(dense)
+  assert row['flops'] == dense.flops  # without those of the seed
+  size = 4 * parameters_of(dense)
   assert row['sent'] == pytest.approx(dense.steps * 2 * 7 / 8 * size)
   for link in row['links']:
     assert link['exposed'] == pytest.approx(row['sent'] * 8 / 1e9 / link['gbit'])
@@ -226,7 +240,7 @@ def test_the_command_computes_with_what_runs_have_measured(complete, capsys):
   assert rows['routed_by_a_linear_map']['break_even'] == {}  # it has other FLOPs
 
 
-def wall_time_size(run):
+def parameters_of(run):
   return sum(math.prod(shape) for shape in (
       (run.model.vocab_size, run.model.dim, 2), (run.model.num_layers, 4, run.model.dim**2),
       (run.model.num_layers, 3, run.model.dim, run.model.ffn_dim),
@@ -239,6 +253,28 @@ def test_rows_can_be_chosen(complete, capsys):
   assert [row['name'] for row in found['rows']] == ['btx', 'routed_by_a_linear_map']
   with pytest.raises(UsageError, match="--run=bt is not a row of wall_time, a run that no other"):
     command.print_wall_times(complete, 8, [1.0], 'bt')
+
+
+def test_rows_that_are_not_measured_are_named(tmp_path, capsys):
+  made = finished.write(finished.two_mixtures(), str(tmp_path))
+  last = 'btx/of_the_first_three_only/then_everything'  # by the same program as `btx`
+  for name in ('btx', last):
+    (tmp_path / name / 'metrics.jsonl').unlink()
+  assert printed(capsys, made, 8, [1.0])['not_measured'] == ['btx', last]
+  with pytest.raises(UsageError, match=f'for btx, {last}'):
+    command.print_wall_times(made, 8, [1.0], 'btx')
+
+
+def test_workers_take_the_step_times_of_a_single_run(tmp_path, capsys):
+  config: Any = finished.two_mixtures()
+  train = lambda workers: base.run(base.checkpoint('seed'), {'code': 1}, steps=100,
+                                   train={'workers': workers})
+  config.runs = {'seed': config.runs.seed, 'one': train(1), 'four': train(4)}
+  made = finished.write(config, str(tmp_path))
+  path = tmp_path / 'four' / 'metrics.jsonl'
+  path.write_text(json.dumps({'step': 100, 'tokens_per_second': 0.01}) + '\n')
+  rows = {row['kind']: row for row in printed(capsys, made, 4, [1.0])['rows']}
+  assert rows['DiLoCo']['compute'] == rows['synchronous']['compute'] < 1000
 
 
 def test_the_tables_fit_80_columns(complete, capsys, monkeypatch):

@@ -68,11 +68,12 @@ def print_wall_times(study: Study, machines: int, links: Sequence[float], name: 
     if not name or run.plain_name in (name, rival):
       _check_workers(run, machines)
   rows, missing, shared = _rows(ends.values(), _step_seconds(study))
-  if not rows:
-    raise UsageError('wall_time needs measured step times, and no run that a row consists of has '
-                     f'any in {study.workdir}. Train the runs first, for two steps or more.')
   against = next((row for row in rows if row.name == rival or (
       not rival and row.kind == _SYNCHRONOUS)), None)
+  if not rows or {name, rival} & set(missing):
+    raise UsageError('wall_time needs measured step times, and some are missing in '
+                     f'{study.workdir}, for {", ".join(missing)}. Train what they consist of '
+                     'first, for two steps or more.')
   found = _as_data([row for row in rows if not name or row.name == name or row is against],
                    against, machines, links)
   if as_json:
@@ -131,13 +132,13 @@ def _program(run: Run) -> Hashable:
 def _step_seconds(study: Study) -> dict[Hashable, float]:
   """The median time of a step on one machine, by program; of workers only if no other run has it.
   """
-  found: dict[Hashable, list[float]] = {}
-  runs = [run for run in study.runs.values() if run.workers == 1]
-  known = {_program(run) for run in runs if _measured(study, run)}
-  runs += [run for run in study.runs.values() if run.workers > 1 and _program(run) not in known]
-  for run in runs:
+  of_one: dict[Hashable, list[float]] = {}
+  of_workers: dict[Hashable, list[float]] = {}
+  for run in study.runs.values():
+    found = of_workers if run.workers > 1 else of_one
     found.setdefault(_program(run), []).extend(_measured(study, run))
-  return {program: statistics.median(times) for program, times in found.items() if times}
+  return {program: statistics.median(times) for found in (of_workers, of_one)
+          for program, times in found.items() if times}
 
 
 def _measured(study: Study, run: Run) -> list[float]:
@@ -158,7 +159,7 @@ def form_of(run: Run, seconds: Mapping[Hashable, float]) -> Form:
     seconds: of a step, by _program. Raises KeyError if a program is not there.
   """
   tops = _trained_sources(run.sources)
-  above = {name for top in tops for name in (each.name for each in lineage_of(top.sources))}
+  above = {each.name for top in tops for each in lineage_of(top.sources)}
   tops = [top for top in tops if top.name not in above]
   own = (_training(run, seconds),) if run.steps else ()
   if len(tops) < 2:
@@ -247,8 +248,7 @@ def _show(found: Mapping[str, Any], shared: Sequence[str], missing: Sequence[str
       [[row['name'], *(_time(link['total'], link['exposed']) for link in row['links'])]
        for row in rows], title='Wall time by link (of it, waiting for the link)',
       caption=f'Faster on one machine alone: {", ".join(alone)}.' if alone else ''))
-  if found['rival']:
-    compared = [row for row in rows if row['break_even']]
+  if compared := [row for row in rows if row['break_even']]:
     show(Table(
         ['', 'sent after the backward pass', 'sent during the backward pass'],
         [[row['name'], *map(_in_words, row['break_even'].values())] for row in compared],
