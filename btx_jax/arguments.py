@@ -19,17 +19,20 @@ WATCH = flags.DEFINE_bool('watch', False, 'status: repeat every two seconds, unt
 CHECK = flags.DEFINE_bool(
     'check', False, 'status: read all kept checkpoints, and show which are sound.')
 BASELINE = flags.DEFINE_string(
-    'baseline', '', 'report: the model that the others are compared with; default the first.')
+    'baseline', '', 'report, wall_time: the model that the others are compared with; default the '
+    'first, for wall_time the first that all machines train together.')
 LATEX = flags.DEFINE_bool(
     'latex', False, 'report: print the table for LaTeX (package booktabs), and write nothing.')
 MACHINES = flags.DEFINE_integer(
-    'machines', 4, 'ledger: the machines of each run that is not trained apart and has no '
-    'train.workers.', lower_bound=1)
+    'machines', 4, 'wall_time: the number of machines; ledger: those of each run that is not trained '
+    'apart and has no train.workers.', lower_bound=1)
 JSON = flags.DEFINE_bool(
-    'json', False, 'status, ledger, evaluate, generate, preflight: print JSON.')
+    'json', False, 'status, ledger, evaluate, generate, preflight, wall_time: print JSON.')
 TOPOLOGY = flags.DEFINE_string(
     'topology', None,
     'preflight: the devices to compile for, such as v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
+LINKS = flags.DEFINE_list(
+    'links', ['1', '10', '100'], 'wall_time: Gbit/s that each machine can send and receive.')
 ON = flags.DEFINE_multi_string(
     'on', [], 'evaluate: a directory, glob or file to score; may be given several times.')
 MODEL = flags.DEFINE_string(

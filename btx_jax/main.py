@@ -28,6 +28,8 @@ other commands:
   rename     gives a run another name: rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
              fit, how long will it take, how much is sent
+  wall_time  computes how long each form of training takes on --machines joined by --links, from
+             the step times of the runs so far
 
 --config.optimizer.peak_lr=1e-3 and the like set fields of the config. To run one job as several
 processes, start each with --distributed, or with --coordinator, --num_processes and --process_id
@@ -281,11 +283,34 @@ def compile_for_topology(name: str, workdir: str):
     sys.exit(1)
 
 
+def print_wall_times(name: str, workdir: str):
+  """Computes how long each form of training takes on several machines."""
+  del name
+  links = [_gigabits(each) for each in flag.LINKS.value or ['']]
+  from btx_jax.commands.wall_time import print_wall_times
+  from btx_jax.study.study import Study
+  study = Study(flag.CONFIG.value, workdir, at_hand=False)
+  print_wall_times(study, flag.MACHINES.value, links, flag.RUN.value or '', flag.BASELINE.value,
+                   flag.JSON.value)
+
+
+def _gigabits(text: str) -> float:
+  """One of --links as a number; raises UsageError unless it is positive and finite."""
+  try:
+    rate = float(text)
+  except ValueError:
+    rate = 0.0
+  if not 0 < rate < float('inf'):
+    raise UsageError(f'--links={text} is not a positive number of Gbit/s; give some, like '
+                     '--links=1,10,100.')
+  return rate
+
+
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
-            'ledger': show_ledger, 'rows': write_finished_rows, 'data': describe_data,
-            'compare': compare_experts, 'evaluate': evaluate_model, 'generate': generate_text,
-            'export': export_model,
-            'rename': rename_run, 'preflight': compile_for_topology}
+            'ledger': show_ledger, 'wall_time': print_wall_times, 'rows': write_finished_rows,
+            'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_model,
+            'generate': generate_text, 'export': export_model, 'rename': rename_run,
+            'preflight': compile_for_topology}
 
 
 def run_command(argv: list[str]):

@@ -160,6 +160,16 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, 'export', '--run=seed', '--to=none'], "export reads 'seed', which is missing; run"),
     ([DEMO, 'export', '--run=seed', '--to=docs'], 'docs already exists; name another'),
     ([DEMO, 'export', '--run=seed', '--to=x', '--dtype=float16'], "dtype = 'float16'; did you"),
+    ([DEMO, 'wall_time'], 'wall_time needs measured step times, and some are missing in '),
+    ([DEMO, 'wall_time', '--machines=0'], 'flag --machines=0: 0 is not a positive integer'),
+    ([DEMO, 'wall_time', '--links=1,fast'], '--links=fast is not a positive number of Gbit/s'),
+    ([DEMO, 'wall_time', '--links=0'], '--links=0 is not a positive number of Gbit/s'),
+    ([DEMO, 'wall_time', '--links=nan'], '--links=nan is not a positive number of Gbit/s'),
+    ([DEMO, 'wall_time', '--links='], '--links= is not a positive number of Gbit/s'),
+    ([DEMO, 'wall_time', '--run=seed'], '--run=seed is not a row of wall_time, a run that no other '
+     "starts from; valid: 'btx', 'routed'"),
+    ([DEMO, 'wall_time', '--baseline=routd'], "--baseline=routd is not a row of wall_time, a run "
+     "that no other starts from; did you mean 'routed'?"),
     ([DEMO, 'preflight'], 'preflight needs --topology=KIND:SIZE, like v5p:4x4x4'),
     ([DEMO, 'preflight', '--topology=v5p'], '--topology=v5p is not KIND:SIZE; examples are v5p:4x'),
     ([DEMO, 'preflight', '--topology=v9p:4x4x4'], "did you mean 'v5p'? Examples are v5p:4x4x4"),
@@ -865,6 +875,16 @@ def test_directories_that_something_happened_to(run, config, work):
 def test_a_baseline_that_is_not_in_the_table(run, config, seed):
   check(run(config(), f'--workdir={seed}', 'report', '--baseline=sed'),
         "--baseline=sed is not a model of the table; did you mean 'seed'?")
+
+
+@pytest.mark.parametrize('machines, message', [
+    (2, '--machines=2: the 4 workers of new need a machine each. Change --machines, or name one'),
+    (6, '--machines=6 cannot be shared evenly by the 4 workers of new.')])
+def test_machines_that_do_not_suit_the_workers(run, config, tmp_path, machines, message):
+  changed = config("config.runs.new = base.run(base.checkpoint('seed'), {'code': 1}, steps=5, "
+                   "train={'workers': 4})")
+  check(run(changed, f'--workdir={tmp_path / "work"}', 'wall_time', f'--machines={machines}'),
+        message)
 
 
 def test_a_working_directory_that_is_a_file(run, config, tmp_path):

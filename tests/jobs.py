@@ -1,5 +1,6 @@
 """The real command, as one or several processes of this machine, with fake devices."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 import os
 import re
@@ -25,11 +26,14 @@ class Job:
     arguments: of the command.
     last: further arguments of the last process alone.
     slurm: as `srun` would start it, so that jax finds the processes itself.
+    inside: for each process the words that its command begins with, such as `taskset -c 0`.
+    host: of process 0, as the others reach it.
   """
 
   def __init__(self, processes: int, devices: int, *arguments: str, last: tuple[str, ...] = (),
-               slurm: bool = False):
-    port, self.started = free_port(), []
+               slurm: bool = False, inside: Sequence[Sequence[str]] = (), host: str = 'localhost'):
+    self.port = port = free_port()
+    self.started = []
     for index in range(processes):
       environment = {**os.environ, 'PYTHONPATH': ROOT, 'JAX_PLATFORMS': 'cpu',
                      'JAX_NUM_CPU_DEVICES': str(devices)}
@@ -41,11 +45,12 @@ class Job:
             'SLURM_NTASKS': str(processes), 'SLURM_PROCID': str(index),
             'JAX_COORDINATOR_PORT': str(port)}
       elif processes > 1:
-        place = [f'--coordinator=localhost:{port}', f'--num_processes={processes}',
+        place = [f'--coordinator={host}:{port}', f'--num_processes={processes}',
                  f'--process_id={index}']
       more = last if index == processes - 1 else ()
       self.started.append(subprocess.Popen(
-          [sys.executable, '-m', 'btx_jax.main', *arguments, *place, *more], cwd=ROOT,
+          [*(inside[index] if inside else ()), sys.executable, '-m', 'btx_jax.main', *arguments,
+           *place, *more], cwd=ROOT,
           env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
 
   def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:

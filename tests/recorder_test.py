@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from btx_jax.training import metrics, routing_figures, sinks
+from btx_jax.study import plan
+from btx_jax.terminal import Progress
+from btx_jax.training import metrics, recorder, routing_figures, sinks
+from tests import studies
 
 DOMAINS = ['code', 'empty', 'prose']
 L, G, E = 2, 3, 4
@@ -119,3 +122,25 @@ def test_resuming_keeps_what_was_written_up_to_the_step(tmp_path):
   with metrics.MetricsFile(str(tmp_path)):
     pass  # a run that starts again from nothing
   assert metrics.read(str(tmp_path)) == []
+
+
+def test_the_clock_goes_on_while_a_line_is_written(text, tmp_path, monkeypatch):
+  run = plan.make_plan(studies.get_config(text), 330)['seed']
+  now = 100.0
+  monkeypatch.setattr(recorder.time, 'monotonic', lambda: now)
+  def wait_for_the_devices():
+    nonlocal now
+    now += 5
+    return {}
+  monkeypatch.setattr(recorder.hardware, 'peak_memory', wait_for_the_devices)
+  figures = {'tokens_by_domain': np.ones(1, np.int64), 'nll_by_domain': np.ones(1), 'loss': 1.0,
+             'grad_norm': 1.0, 'grad_norms': {}, 'param_norms': {}}
+  with recorder.Recorder(run, str(tmp_path), ['code'], 2, 0, {}, (),
+                         Progress({run.name: (0, run.steps)})) as made:
+    for step in range(1, 7):
+      now += 1
+      made.record_step(step, figures)
+  rates = [line['tokens_per_second'] for line in metrics.read(str(tmp_path))]
+  # Of two steps: one second each, and the five of the line before
+  assert rates == pytest.approx([run.batch_size * run.seq_len * share for share in (
+      1, 2 / 7, 2 / 7)])

@@ -145,9 +145,10 @@ class Recorder(contextlib.ExitStack):
     else:
       self._steps += 1
     if step % self._log_every == 0 or step == self._run.steps:
+      now = time.monotonic()  # writing waits for the devices, and belongs to the next interval
       if self._file:
-        self._write_line(self._file, step, metrics)
-      self._since, self._steps, self._input_wait = time.monotonic(), 0, 0.0
+        self._write_line(self._file, step, metrics, now)
+      self._since, self._steps, self._input_wait = now, 0, 0.0
       self._sums, self._unwritten = {}, []
 
   def write_evaluation(self, step: int, result: Mapping[str, Mapping]):
@@ -160,9 +161,10 @@ class Recorder(contextlib.ExitStack):
     self._sinks.send(self._file.write(
         step, **{figure: of_domains for figure, of_domains in found.items() if of_domains}))
 
-  def _write_line(self, file: MetricsFile, step: int, metrics: Mapping[str, Any] | None):
-    """Writes the line of an interval."""
-    speed = self._speed(time.monotonic())
+  def _write_line(self, file: MetricsFile, step: int, metrics: Mapping[str, Any] | None,
+                  now: float):
+    """Writes the line of an interval that ends `now`."""
+    speed = self._speed(now)
     values = self._figures_of_sums()
     if metrics:
       values |= self._figures_of_step(metrics)
