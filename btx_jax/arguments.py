@@ -23,8 +23,8 @@ BASELINE = flags.DEFINE_string(
 LATEX = flags.DEFINE_bool(
     'latex', False, 'report: print the table for LaTeX (package booktabs), and write nothing.')
 MACHINES = flags.DEFINE_integer(
-    'machines', 4, 'ledger: the machines of each run that is not trained apart and has no '
-    'train.workers.', lower_bound=1)
+    'machines', None, 'ledger: the machines of each run that is not trained apart and has no '
+    'train.workers; default 4.', lower_bound=1)
 JSON = flags.DEFINE_bool(
     'json', False, 'status, ledger, evaluate, generate, preflight: print JSON.')
 TOPOLOGY = flags.DEFINE_string(

@@ -133,8 +133,9 @@ def show_ledger(name: str, workdir: str):
   """Shows what each model cost."""
   del name
   from btx_jax.commands.ledger import print_ledger
+  from btx_jax.scoring.ledger import MACHINES
   from btx_jax.study.study import Study
-  print_ledger(Study(flag.CONFIG.value, workdir), flag.MACHINES.value, flag.JSON.value)
+  print_ledger(Study(flag.CONFIG.value, workdir), flag.MACHINES.value or MACHINES, flag.JSON.value)
 
 
 def describe_data(name: str, workdir: str):
