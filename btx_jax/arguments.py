@@ -24,8 +24,8 @@ BASELINE = flags.DEFINE_string(
 LATEX = flags.DEFINE_bool(
     'latex', False, 'report: print the table for LaTeX (package booktabs), and write nothing.')
 MACHINES = flags.DEFINE_integer(
-    'machines', 4, 'wall_time: the number of machines; ledger: those of each run that is not '
-    'trained apart and has no train.workers.', lower_bound=1)
+    'machines', None, 'wall_time: the number of machines; ledger: those of each run that is not '
+    'trained apart and has no train.workers; default 4.', lower_bound=1)
 JSON = flags.DEFINE_bool(
     'json', False, 'status, ledger, evaluate, generate, preflight, wall_time: print JSON.')
 TOPOLOGY = flags.DEFINE_string(

@@ -147,8 +147,9 @@ def show_ledger(name: str, workdir: str):
   """Shows what each model cost."""
   del name
   from btx_jax.commands.ledger import print_ledger
+  from btx_jax.scoring.ledger import MACHINES
   from btx_jax.study.study import Study
-  print_ledger(Study(flag.CONFIG.value, workdir), flag.MACHINES.value, flag.JSON.value)
+  print_ledger(Study(flag.CONFIG.value, workdir), flag.MACHINES.value or MACHINES, flag.JSON.value)
 
 
 def describe_data(name: str, workdir: str):
@@ -288,10 +289,11 @@ def print_wall_times(name: str, workdir: str):
   del name
   links = [_gigabits(each) for each in flag.LINKS.value or ['']]
   from btx_jax.commands.wall_time import print_wall_times
+  from btx_jax.scoring.ledger import MACHINES
   from btx_jax.study.study import Study
   study = Study(flag.CONFIG.value, workdir, at_hand=False)
-  print_wall_times(study, flag.MACHINES.value, links, flag.RUN.value or '', flag.BASELINE.value,
-                   flag.JSON.value)
+  print_wall_times(study, flag.MACHINES.value or MACHINES, links, flag.RUN.value or '',
+                   flag.BASELINE.value, flag.JSON.value)
 
 
 def _gigabits(text: str) -> float:
