@@ -30,7 +30,7 @@ DENSE = 'dense/blend'
 _DOMAINS = tuple(demo.BLEND)
 _MARKED = re.compile(r'(<!-- (\w+): made by docs/study\.py -->\n).*?(<!-- end -->)', re.DOTALL)
 # Runs that others are made from: no rows of the main table, by how their names begin.
-_PARTS = ('trunk/', 'expert/', 'expert75/', 'ffn75/', 'redrawn/', 'random/',
+_PARTS = ('trunk/', 'expert/', 'averaged/', 'averaged75/', 'ffn75/', 'redrawn/', 'random/',
           *(f'ffn/{domain}' for domain in config_of.NEW))
 # Forms of the crossover: the name in a cell, and the row of the main table that is the middle cell.
 _FORMS = {'merge': 'merge/learned', 'btx': 'btx/finetuned', 'ffn': 'ffn/ridge'}
@@ -213,7 +213,7 @@ def later_table(found: Found) -> str:
 def rates_table(found: Found) -> str:
   """Each family at each learning rate; the best of each is bold."""
   rows, lines = next(iter(found.rows.values())), []
-  for family in ('dense', 'diloco', 'sparse', 'finetune', 'expert', 'ffn'):
+  for family in ('dense', *config_of.MEETINGS, 'sparse', 'averaged', 'finetune', 'expert', 'ffn'):
     found_at: list[float | None] = []
     for rate in config_of.CANDIDATES:
       if family in ('expert', 'ffn'):
@@ -226,7 +226,7 @@ def rates_table(found: Found) -> str:
     best = min((score for score in found_at if score is not None), default=None)
     lines.append([family, *('-' if score is None else f'**{score:.3f}**' if score == best
                             else f'{score:.3f}' for score in found_at),
-                  f'{config_of.RATES[family]:g}'])
+                  f'{config_of.RATES[family]:g}' if family in config_of.RATES else ''])
   return _table(['family', *config_of.CANDIDATES, 'used'], lines)
 
 

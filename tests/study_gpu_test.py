@@ -27,7 +27,8 @@ def test_a_form_names_the_model_the_text_and_the_steps(form):
   assert {name: domain.paths for name, domain in config.domains.items()} == {
       'code': ('/c=1/*.txt',), 'math': ('/m',)}
   runs = runs_of(config)
-  assert [runs[name].steps for name in ('dense/blend', 'trunk/code', 'expert/code')] == [16, 6, 2]
+  assert [runs[name].steps for name in (
+      'dense/blend', 'trunk/expert/code', 'expert/code')] == [16, 6, 2]
 
 
 def test_the_plain_form_is_the_text_of_the_demo():

@@ -53,7 +53,7 @@ def test_the_tables_have_the_figures_of_the_rows(made_up, tmp_path):
     assert lines[name][7] == f'{(means - dense).mean():+.3f}'
     assert lines[name][9] == f'{(means - dense).std(ddof=1):.3f}'
     assert 0 < float(lines[name][8]) < 0.05
-  assert {line[0] for line in tables['rates']} == {*config_of.RATES}
+  assert {line[0] for line in tables['rates']} == {*config_of.RATES, *config_of.MEETINGS}
   assert [line[0] for line in tables['split']] == ['0', '0', '5', '10', '25', '50', '100']
   middle = tables['crossover'][1]
   gaps = [of_seeds[0][name]['mean'] - of_seeds[0]['dense/blend']['mean']

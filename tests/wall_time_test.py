@@ -164,12 +164,13 @@ def names(form):
 def test_the_forms_of_the_study(runs):
   form_of = lambda name: command.form_of(runs[f'seed-0/{name}'], Seconds())
   seed, new = ['trunk/seed', 'seed'], ('code', 'math', 'knowledge')
-  apart = lambda kind: [[f'trunk/{domain}', f'{kind}/{domain}'] for domain in new]
+  apart = lambda family, kind: [[f'trunk/{family}/{domain}', f'{kind}/{domain}'] for domain in new]
   assert names(form_of('dense/blend')) == [*seed, 'dense/blend']
   assert names(form_of('sparse/redrawn')) == [*seed, 'sparse/redrawn']
-  assert names(form_of('merge/posterior')) == [*seed, apart('expert')]
-  assert names(form_of('btx/unfinetuned')) == [*seed, apart('expert')]
-  assert names(form_of('btx/finetuned')) == [*seed, apart('expert75'), 'btx/finetuned']
+  assert names(form_of('merge/posterior')) == [*seed, apart('expert', 'expert')]
+  assert names(form_of('btx/unfinetuned')) == [*seed, apart('averaged', 'averaged')]
+  assert names(form_of('btx/finetuned')) == [
+      *seed, apart('averaged', 'averaged75'), 'btx/finetuned']
   assert names(form_of('ffn/ridge')) == [*seed, [[f'ffn/{domain}'] for domain in new]]
   assert form_of('dense/diloco')[-1].workers == 4 and form_of('dense/diloco')[-1].sync_every == 50
   assert sum(stage.steps for stage in form_of('merge/learned')[-1].branches[0]) == recipe.EXPERT

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from btx_jax.errors import UsageError, nearest
 from btx_jax.model.config import param_sizes
 from btx_jax.run import Run, lineage, lineage_of, trains
-from btx_jax.study import recorded, wall_time
+from btx_jax.study import wall_time
 from btx_jax.study.study import Study
 from btx_jax.study.wall_time import Apart, Form, Training
 from btx_jax.terminal import Table, show
@@ -143,12 +143,12 @@ def _step_seconds(study: Study) -> dict[Hashable, float]:
 
 def _measured(study: Study, run: Run) -> list[float]:
   """Seconds of a step, for each line of a run's metrics that has them."""
-  folder = study.folder(run.name)
-  about = recorded.read(folder)
+  about = study.recorded(run.name)
   if not about or about.get('processes', 1) > 1:  # such times include communication
     return []
+  lines = [row['training']] if (row := study.row(run.name)) else metrics.read(study.folder(run.name))
   return [run.batch_size * run.seq_len / line['tokens_per_second']
-          for line in metrics.read(folder) if line.get('tokens_per_second')]
+          for line in lines if line.get('tokens_per_second')]
 
 
 def form_of(run: Run, seconds: Mapping[Hashable, float]) -> Form:
