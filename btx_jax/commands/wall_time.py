@@ -146,7 +146,8 @@ def _measured(study: Study, run: Run) -> list[float]:
   about = study.recorded(run.name)
   if not about or about.get('processes', 1) > 1:  # such times include communication
     return []
-  lines = [row['training']] if (row := study.row(run.name)) else metrics.read(study.folder(run.name))
+  row = study.row(run.name)
+  lines = [row['training']] if row else metrics.read(study.folder(run.name))
   return [run.batch_size * run.seq_len / line['tokens_per_second']
           for line in lines if line.get('tokens_per_second')]
 
