@@ -15,13 +15,14 @@ import statistics
 import sys
 from typing import NamedTuple
 
-from btx_jax.commands import drawing, pictures, seeds, table
+from btx_jax.commands import decomposition, drawing, pictures, seeds, table
 from btx_jax.commands.table import Row
 from btx_jax.configs import demo
 from btx_jax.configs import study as config_of
 from btx_jax.files.writing import replacing
 from btx_jax.run import lineage
-from btx_jax.scoring import scores
+from btx_jax.scoring import decomposition as parts_of
+from btx_jax.scoring import ledger, scores
 from btx_jax.study.study import Study
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -50,9 +51,11 @@ class Found(NamedTuple):
   Attributes:
     study: its runs.
     rows: series -> name of a model -> its row.
+    passes: model, after its series and a slash -> the most passes over the text of a domain.
   """
   study: Study
   rows: dict[str, dict[str, Row]]
+  passes: dict[str, float | None]
 
   def of(self, *names: str) -> list[tuple[Row, ...]]:
     """The rows of these models, of each series that has them all."""
@@ -79,7 +82,8 @@ def read(form: str, workdir: str, rows: str) -> Found:
   config.rows = rows
   study = Study(config, workdir)
   return Found(study, {series: {row['name']: row for row in table.rows(study, series)}
-                       for series in study.series})
+                       for series in study.series},
+               {row['name']: row['most_passes'] for row in ledger.rows(study)})
 
 
 def gap(pairs: Sequence[tuple[Row, ...]]) -> Gap | None:
@@ -106,21 +110,30 @@ def main_table(found: Found) -> str:
       continue
     row, difference = _mean(of_seeds), gap(found.of(name, DENSE))
     spread = row.get('spread', {'mean': None, 'bits_per_byte': {}})
+    passes = [count for series in found.rows if (count := found.passes.get(f'{series}/{name}'))]
     lines.append([
         f'`{name}`', str(len(of_seeds)), _number(row['mean'], spread['mean']),
         *(_number(row['bits_per_byte'][domain], spread['bits_per_byte'].get(domain))
           for domain in _DOMAINS),
         *(_signed(difference) if name != DENSE else ['0', '', '']),
         f'{row["active_params"] / 1e6:.2f}', f'{row["total_params"] / 1e6:.2f}',
-        f'{row["forward_flops"] / 1e6:.2f}', f'{row["train_flops"] / 1e12:.1f}'])
+        f'{row["forward_flops"] / 1e6:.2f}', f'{row["train_flops"] / 1e12:.1f}',
+        *([f'{max(passes):.2f}'] if passes else [])])
   return _table(['model', 'seeds', 'mean', *_DOMAINS, f'from `{DENSE}`', '± text', '± seeds',
-                 'active M', 'total M', 'MFLOP per token', 'train TFLOP'], lines)
+                 'active M', 'total M', 'MFLOP per token', 'train TFLOP', 'most passes'], lines)
+
+
+def decomposition_table(study: Study) -> str:
+  """Where the score of each mixture comes from, as the mean over domains and seeds."""
+  return _table(['mixture', 'seeds', *decomposition.HEADINGS], [
+      [f'`{each["name"]}`', str(each['seeds']), *decomposition.cells(each['parts']['mean'])]
+      for each in decomposition.over_seeds(parts_of.of_study(study))])
 
 
 def crossover(main: Found, cells: Found) -> dict[str, dict[str, Gap | None]]:
   """cell -> form -> its gap to the dense model of that cell; '' is the cell of the main table."""
   series = cells.study.series[0]
-  middle = Found(main.study, {series: main.rows.get(series, {})})
+  middle = main._replace(rows={series: main.rows.get(series, {})})
   return {cell: {form: gap(cells.of(f'{cell}/{form}', f'{cell}/dense') if cell
                            else middle.of(name, DENSE)) for form, name in _FORMS.items()}
           for cell in dict.fromkeys([*_SEEDS, *_EXPERTS])}
@@ -237,7 +250,8 @@ def write(workdir: str, rows: str, folder: str) -> None:
   gaps, sizes, shares = crossover(main, cells), tokens(cells, main), split(main, splits)
   dense = {name: row for series in (main.rows, splits.rows)
            for name, row in series.get(splits.study.series[0], {}).items()}.get(DENSE)
-  made = {'main': main_table(main), 'crossover': crossover_table(gaps, sizes),
+  made = {'main': main_table(main), 'decomposition': decomposition_table(main.study),
+          'crossover': crossover_table(gaps, sizes),
           'split': split_table(shares), 'later': later_table(later),
           'rates': rates_table(rates)}
   path = os.path.join(folder, 'study.md')

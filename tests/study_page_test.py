@@ -76,4 +76,4 @@ def test_what_is_not_trained_is_a_dash(made_up, tmp_path):
   assert lines['sparse/copies'][1] == '2' and lines['sparse/copies'][9] == '-'  # of one seed
   assert tables['crossover'][2][2:] == ['-', '-', '-']
   page_of(tmp_path / 'nowhere', tmp_path)
-  assert (tmp_path / 'study.md').read_text().count('<!-- end -->') == 5
+  assert (tmp_path / 'study.md').read_text().count('<!-- end -->') == 6

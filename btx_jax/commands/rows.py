@@ -6,7 +6,7 @@ from typing import Any
 
 from btx_jax.errors import UsageError
 from btx_jax.run import Run
-from btx_jax.scoring import scores
+from btx_jax.scoring import ledger, scores
 from btx_jax.study import directories, manifest, routers, rows
 from btx_jax.study.study import Study
 from btx_jax.terminal import say
@@ -61,6 +61,7 @@ def of_run(study: Study, run: Run) -> dict[str, Any]:
       'manifest': {key: about[key] for key in _KEPT if key in about},
       **scores.stored(study, run),
       'training': _training(study.folder(run.name)),
+      'cost': ledger.to_keep(study, run),
       'fitted': {key: fitted[key] for key in fitted if key not in ('run', 'files')}}
 
 

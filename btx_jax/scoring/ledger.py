@@ -22,6 +22,8 @@ MACHINES = 4  # unless the command says otherwise
 _BYTES = 4  # of a parameter, a gradient or a moment: float32
 # What the model FLOPs leave out, in the order of the columns.
 BEYOND = (*Overhead._fields, 'fitting')
+# What follows from files that a finished row does not have: see to_keep.
+_KEPT = ('tokens', 'passes', 'most_passes', 'beyond', 'device_seconds')
 Row = dict[str, Any]
 
 
@@ -50,6 +52,7 @@ def _row(study: Study, model: scores.Model, alone: Collection[str],
   overheads = [overhead_of(run, manifests[run.name].get('devices', ''))
                for run in trained if run.steps]
   measured = scores.read(study, own, model.stage)
+  kept = (study.row(own.name) or {}).get('cost', {}).get(model.stage, {})
   fitted = [run for run in made if run.fitted and (model.stage != scores.AVERAGE or run is not own)]
   beyond = {name: _sum(each[name] for each in overheads) for name in Overhead._fields}
   return {
@@ -63,7 +66,16 @@ def _row(study: Study, model: scores.Model, alone: Collection[str],
       'moved': sum(moved_bytes(run, alone) for run in made),
       'active_params': model.active_params, 'total_params': model.total_params,
       'forward_flops': (
-          model.forward_flops(measured or {}) if measured or not own.selector else None)}
+          model.forward_flops(measured or {}) if measured or not own.selector else None),
+      **kept}
+
+
+def to_keep(study: Study, run: Run) -> dict[str, Row]:
+  """By stage, what of the rows of a run's models only its own working directory can tell."""
+  alone, texts = apart(study.runs.values()), _targets(study)
+  found = {model.stage: _row(study, model, alone, texts, MACHINES)
+           for model in scores.models_of(study, run)}
+  return {stage: {key: row[key] for key in _KEPT} for stage, row in found.items()}
 
 
 def overhead_of(run: Run, devices: str) -> dict[str, float | None]:

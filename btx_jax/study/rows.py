@@ -5,6 +5,8 @@
       evaluation  by stage, the content of its evaluation_STAGE.json
       answers     by stage, the content of its answers_STAGE.json
       training    its last loss and its median speed, as a line of metrics.jsonl
+      cost        by stage, what of its costs only the working directory can tell: tokens by domain,
+                  passes over the text, device time (scoring/ledger.py)
       fitted      what was measured when its routers or its selector were set from text; or {}
 
 A row stands for its run where the working directory does not have the run: the run is not trained,
@@ -22,7 +24,7 @@ from btx_jax.study import manifest
 _BY_STAGE = {str: {'measured_on': {'text': {str: str}}, 'domains': dict}}
 _SHAPE = {'manifest': manifest.SHAPE, 'evaluation': _BY_STAGE, 'answers': {str: dict},
           'training': {'step?': int, 'loss?': float, 'tokens_per_second?': float, 'mfu?': float},
-          'fitted': dict}
+          'cost': {str: dict}, 'fitted': dict}
 
 
 def path(folder: str, name: str) -> str:
