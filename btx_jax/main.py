@@ -15,6 +15,8 @@ other commands:
              compared with; --latex: prints the table for LaTeX instead)
   ledger     shows what each model cost with all that it descends from: tokens, FLOPs, device time,
              bytes between machines (--machines; --json: as JSON)
+  wall_time  computes how long each form of training takes on --machines joined by --links, from
+             the step times of the runs so far
   data       describes the text of each domain
   compare    compares the experts that --run mixes with their seed and with each other
   evaluate   scores --run, or a pretrained --model, which needs no --config: on the text --on, or
@@ -28,8 +30,6 @@ other commands:
   rename     gives a run another name: rename OLD NEW; it stays the same run
   preflight  compiles every run for the devices --topology, which need not exist here: does it
              fit, how long will it take, how much is sent
-  wall_time  computes how long each form of training takes on --machines joined by --links, from
-             the step times of the runs so far
 
 --config.optimizer.peak_lr=1e-3 and the like set fields of the config. To run one job as several
 processes, start each with --distributed, or with --coordinator, --num_processes and --process_id
@@ -309,9 +309,9 @@ def _gigabits(text: str) -> float:
 
 
 COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'report': write_report,
-            'ledger': show_ledger, 'wall_time': print_wall_times, 'rows': write_finished_rows,
-            'data': describe_data, 'compare': compare_experts, 'evaluate': evaluate_model,
-            'generate': generate_text, 'export': export_model, 'rename': rename_run,
+            'ledger': show_ledger, 'wall_time': print_wall_times, 'data': describe_data,
+            'compare': compare_experts, 'evaluate': evaluate_model, 'generate': generate_text,
+            'export': export_model, 'rows': write_finished_rows, 'rename': rename_run,
             'preflight': compile_for_topology}
 
 

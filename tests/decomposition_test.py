@@ -72,7 +72,7 @@ def test_experts_that_are_parts_of_runs_cannot_be_measured_alone(tmp_path, monke
   monkeypatch.setattr(Study, 'state', lambda self, name: manifest.COMPLETE)
   assert decomposition.remarks(Study(config, str(tmp_path))) == [
       f'{name}: no expert is measured alone, because its experts are parts of runs.'
-      for name in ('halves', 'blend')]
+      for name in ('blend', 'halves')]
 
 
 def test_the_parts_add_up_and_are_the_scores_of_the_rows(study, found):

@@ -278,7 +278,7 @@ def test_the_report_of_a_finished_study(study, copy):
   for row in table.rows(study):
     assert row['name'] in page
   assert page.count('<b class="') == len(claims.checks(study, table.rows(study)))
-  assert page.count('data:image/png') == 6
+  assert page.count('data:image/png') == 7
   assert '>since btx unfinetuned</span>' in page  # before and after
   assert '<td class="name">2 expert/math</td>' in page  # the mixture without it
   sample = scores.read(study, study.runs['btx'], scores.FINAL)['code']['sample']
