@@ -3,7 +3,7 @@
 A seed that has learned mostly prose gets three new domains: code, math and knowledge. Every row
 spends the same FLOPs on it, as many as three experts of EXPERT steps, in its own way. All runs have
 one schedule: a constant rate, then a linear decay over the last fifth. So runs of several lengths
-share a trunk, and only their decay is trained for each. docs/study.md has the rows and what follows
+can share a trunk, and only their decay is trained for each. docs/study.md has the rows and what follows
 from them.
 
   python -m btx_jax.main --config=configs/study.py --config.seeds=0
@@ -114,7 +114,8 @@ def seeds(longer: bool = False):
   runs = {'trunk/seed': base.run(base.random(), OF_SEED, steps=SEED * 4 // 5, optimizer=at),
           'seed': _decayed('trunk/seed', OF_SEED, SEED, 3e-3)}
   if longer:
-    runs['seed/quarter'] = _decayed('trunk/seed', OF_SEED, SEED // 4, 3e-3)
+    runs['seed/quarter'] = base.run(  # the trunk does not keep its step
+        base.random(), OF_SEED, steps=SEED // 4, optimizer={'peak_lr': 3e-3})
     runs['trunk/seed/4'] = base.run(base.checkpoint('trunk/seed', state=True), OF_SEED,
                                     steps=SEED * 3 * 4 // 5, optimizer=at)
     runs['seed/4'] = _decayed('trunk/seed/4', OF_SEED, SEED * 4, 3e-3, before=SEED * 4 // 5)
@@ -270,8 +271,14 @@ def split():
   """The paper's form with other shares of the compute in its joint finetune."""
   runs = {'dense/blend': _dense('seed', EXPERT)['dense/blend']}
   for percent in SPLITS:
-    experts = _experts('seed', EXPERT * (100 - percent) // 100, f'averaged{100 - percent}')
-    name = 'btx/finetuned' if percent == 25 else f'split/{percent}'
+    steps, kind = EXPERT * (100 - percent) // 100, f'averaged{100 - percent}'
+    name = f'split/{percent}'
+    if percent == 25:  # as in the table
+      experts, name = _experts('seed', steps, kind), 'btx/finetuned'
+    else:  # the trunks do not keep these steps
+      experts = {f'{kind}/{domain}': base.run(
+          base.checkpoint('seed'), {domain: 1}, steps, optimizer=_rate('averaged'))
+                 for domain in NEW}
     runs |= {**experts, name: _finetuned(base.mix('seed', *_ends(experts)))}
   return runs
 
