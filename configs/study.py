@@ -3,8 +3,8 @@
 A seed that has learned mostly prose gets three new domains: code, math and knowledge. Every row
 spends the same FLOPs on it, as many as three experts of EXPERT steps, in its own way. All runs have
 one schedule: a constant rate, then a linear decay over the last fifth. So runs of several lengths
-can share a trunk, and only their decay is trained for each. docs/study.md has the rows and what follows
-from them.
+can share a trunk, and only their decay is trained for each. docs/study.md has the rows and what
+follows from them.
 
   python -m btx_jax.main --config=configs/study.py --config.seeds=0
 
