@@ -226,6 +226,8 @@ def later_table(found: Found) -> str:
 def rates_table(found: Found) -> str:
   """Each family at each learning rate; the best of each is bold."""
   rows, lines = next(iter(found.rows.values())), []
+  used = {family: family for family in config_of.RATES if family not in config_of.MEETINGS} | {
+      name: 'diloco' for name, meets in config_of.MEETINGS.items() if meets is config_of.DILOCO}
   for family in ('dense', *config_of.MEETINGS, 'sparse', 'averaged', 'finetune', 'expert', 'ffn'):
     found_at: list[float | None] = []
     for rate in config_of.CANDIDATES:
@@ -239,7 +241,7 @@ def rates_table(found: Found) -> str:
     best = min((score for score in found_at if score is not None), default=None)
     lines.append([family, *('-' if score is None else f'**{score:.3f}**' if score == best
                             else f'{score:.3f}' for score in found_at),
-                  f'{config_of.RATES[family]:g}' if family in config_of.RATES else ''])
+                  f'{config_of.RATES[used[family]]:g}' if family in used else ''])
   return _table(['family', *config_of.CANDIDATES, 'used'], lines)
 
 

@@ -222,4 +222,4 @@ def test_runs_that_differ_in_their_names_only_are_named(tmp_path):
   twin = lambda steps: base.run(base.checkpoint('seed'), {'code': 1}, steps)
   runs = plan.make_plan(config_of(tmp_path, one=twin(3), other=twin(3), longer=twin(4)), 300)
   line, = twins.remarks(runs.values())
-  assert line.startswith('one and other differ in their names only')
+  assert line.startswith('one and other differ only in their names')

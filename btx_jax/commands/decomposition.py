@@ -14,9 +14,10 @@ HEADINGS = ('own expert', 'averaging', 'routing', 'finetune', 'mixture', 'plain 
 _LESS = ('own expert alone afterwards', 'plain average')  # left out on a narrow terminal
 ABOUT = (
     'own expert: bits per byte of the expert that was trained on the domain, before it was mixed; '
-    'if there is none, of the best expert. averaging: what it adds that all weights but those of '
-    'the experts were averaged, if every token goes to the own expert. routing: what the first '
-    'routers add to that. finetune: what the finetune adds. These four add up to the mixture.')
+    'if there is none, of the best expert. averaging: the increase from averaging all other '
+    "weights, with every token sent to its domain's own expert. routing: the further increase "
+    'from the first routers. finetune: the change from the finetune. These four add up to the '
+    'mixture.')
 
 
 def show(study: Study) -> None:

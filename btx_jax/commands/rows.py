@@ -41,7 +41,7 @@ def write_rows(study: Study) -> list[str]:
       continue
     row, before = of_run(study, run), rows.read(folder, run.name)
     if before and (largest := _difference(before, row)):
-      say(f'{run.name}: scores differ from those of the row that was there, by up to '
+      say(f'{run.name}: scores differ from those of the existing row, by up to '
           f'{largest:.2g} bits per byte')
     rows.write(folder, run.name, row)
     written.append(run.name)

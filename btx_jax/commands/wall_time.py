@@ -98,7 +98,7 @@ def _check_workers(run: Run, machines: int):
 
 def _rows(ends: Iterable[Run], seconds: Mapping[Hashable, float]
           ) -> tuple[list[Row], list[str], list[str]]:
-  """The rows, the names of those whose steps nobody has timed, and of the runs that all share.
+  """The rows, the names of those whose steps have not been timed, and of the runs that all share.
 
   Args:
     ends: runs that no other starts from.

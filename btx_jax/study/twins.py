@@ -16,5 +16,5 @@ def remarks(runs: Iterable[Run]) -> Iterator[str]:
       same.setdefault((run.series, json.dumps(spec, sort_keys=True)), []).append(run.name)
   for names in same.values():
     if len(names) > 1:
-      yield (f'{listed(names)} differ in their names only: they are the same run with other random '
-             'numbers. If one of them was meant to be another run, change it')
+      yield (f'{listed(names)} differ only in their names, so they are one run with different '
+             'random numbers. If one of them was meant to be another run, change it')
