@@ -60,6 +60,12 @@ def count(firsts: Mapping[str, np.ndarray], held_out: Mapping[str, Tokens], toke
   return result
 
 
+def shorter(counts: Mapping[str, Any], pieces: int) -> dict[str, Any]:
+  """The counts of a domain with only this many of the most frequent tokens."""
+  return {**counts, 'pieces': counts['pieces'][:pieces],
+          'by_piece': [table[:pieces] for table in counts['by_piece']]}
+
+
 def describe(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
   """What the counts of a mixture show.
 

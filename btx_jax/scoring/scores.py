@@ -30,6 +30,7 @@ _SCORE = {'bits_per_byte': float, **_SIZES, 'units?': {'nll': [float], 'bytes': 
 _SCORES = {'bits_per_byte': [float], **_SIZES, 'units?': {'nll': [[float]], 'bytes': [int]}}
 # Stages that are no rows of the results table: the final model without each of its experts; and by
 # the stage of a mixture, each of its experts alone beside the weights that all share.
+_PIECES_IN_ROW = 50
 MASKED = 'masked'
 ALONE = {START: 'alone_start', FINAL: 'alone_final'}
 BY_EXPERT = (MASKED, *ALONE.values())
@@ -184,7 +185,7 @@ def stored(study: Study, run: Run) -> dict[str, dict[str, dict]]:
   """All scores in the directory of a run, as its row has them: by kind and stage.
 
   Bits per byte that were measured otherwise than this config measures are left out, and so are the
-  samples of text with gates.
+  samples of text with gates. Of the tokens whose experts were counted, few are kept.
   """
   result: dict[str, dict[str, dict]] = {}
   for kind in (EVALUATION, ANSWERS):
@@ -195,10 +196,17 @@ def stored(study: Study, run: Run) -> dict[str, dict[str, dict]]:
   measured_on = _measured_on(study, run)
   result[EVALUATION] = {
       stage: found | {'domains': {
-          domain: {key: value for key, value in score.items() if key != 'sample'}
-          for domain, score in found['domains'].items()}}
+          domain: _short(score) for domain, score in found['domains'].items()}}
       for stage, found in result[EVALUATION].items() if found.get('measured_on') == measured_on}
   return result
+
+
+def _short(score: Mapping[str, Any]) -> dict[str, Any]:
+  """A score of a domain without what would make a row long."""
+  found = {key: value for key, value in score.items() if key != 'sample'}
+  if 'routing' in found:
+    found['routing'] = routing.shorter(found['routing'], _PIECES_IN_ROW)
+  return found
 
 
 def check_rows(study: Study) -> None:
