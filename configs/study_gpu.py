@@ -58,6 +58,7 @@ def get_config(form: str = ''):
   config.evaluation.update(tokens=131_072, batch_size=0)
   config.checkpoint_every = 250
   config.checkpoints_kept = 1
+  config.rows = 'docs/study/rows_gpu'
   rows = study.rates(setting) if of_rates else study.main(setting=setting)
   config.runs = {'seed': base.run(base.hugging_face(folder)), **rows}
   return config

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from btx_jax.configs import study_gpu
+from btx_jax.configs import study, study_gpu
 from btx_jax.run import lineage
 from btx_jax.study import plan
 from btx_jax.training import layout
@@ -33,6 +33,7 @@ def test_a_form_names_the_model_the_text_and_the_steps(form):
 
 def test_the_plain_form_is_the_text_of_the_demo():
   config = study_gpu.get_config()
+  assert config.rows != study.get_config().rows  # whose rows are of other runs of the same names
   assert config.runs.seed.init.folder == '/models/SmolLM2-135M'
   assert {domain.source for domain in config.domains.values()} == {
       'stdlib', 'arithmetic', 'factbook', 'sotu'}
