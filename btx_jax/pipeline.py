@@ -399,8 +399,8 @@ class Pipeline(Study):
   # Measuring
 
   def _unmeasured(self, run: Run) -> list[tuple[str, str, bool, list[str]]]:
-    """What is not measured of a finished run: (name, stage, whether bits per byte are missing, the
-    tasks that are missing)."""
+    """The missing scores of a finished run: (name, stage, whether bits per byte are missing, the
+    missing tasks)."""
     if self.state(run.name) not in manifest.FINISHED:
       return []
     models = [(model.name, model.stage) for model in scores.models_of(self, run)]
@@ -469,8 +469,8 @@ class Pipeline(Study):
       return
     before = manifest.read(folder)
     if before is None or before.get('end_compared'):
-      # Only its row is here; or it is measured anew, which is not comparable on other text or in
-      # other windows.
+      # Either only its row is here, or it is being measured again. That may be on other text or in
+      # other windows, and such scores are not comparable.
       return
     best = Best(before.get('best'))
     if not best.improves(run.steps, held_out_loss(run, found)) and best.found and trained:

@@ -412,6 +412,12 @@ class Run:
     return self.steps * self.batch_size * self.seq_len
 
   @property
+  def trained_params(self) -> int:
+    """The number of parameters that the optimizer changes."""
+    return sum(size for path, size in model_config.param_sizes(self.model).items()
+               if trains(path, self.objective.freeze))
+
+  @property
   def flops_per_token(self) -> int:
     """Model FLOPs of training, without the gradients that frozen parameters save."""
     return model_config.train_flops_per_token(

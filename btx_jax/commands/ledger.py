@@ -44,13 +44,13 @@ def as_table(rows: Sequence[Row], machines: int) -> terminal.Table:
 
 
 def about(machines: int) -> str:
-  """What a reader needs in order to read the figures."""
+  """A caption that explains the figures."""
   return (f'A run that is neither trained apart nor has workers counts as spread over {machines} '
           'machines. - is not known. docs/ledger.md says what each figure counts.')
 
 
 def groups(rows: Sequence[Row], machines: int) -> list[Group]:
-  """What training cost, by kind."""
+  """The tables of the ledger, one for each kind of cost."""
   domains = list(dict.fromkeys(domain for row in rows for domain in row['tokens'] or {}))
   return [
       Group('Tokens trained on, M', domains, [

@@ -232,7 +232,7 @@ def _tasks(study: Study) -> dict[str, Any]:
 
 
 def _ledger(spent: list[ledger.Row]) -> dict[str, Any]:
-  """What each model cost."""
+  """The section on the cost of each model."""
   return {'title': ledger_table.TITLE, 'about': ledger_table.about(ledger.MACHINES),
           'groups': [
               {'title': group.title, 'headings': ['model', *group.headings],

@@ -79,10 +79,10 @@ def stages(study: Study) -> list[list[str]]:
   """Names of the runs that are not complete, in stages.
 
   A run starts from complete runs and runs of earlier stages only, so those of a stage can be
-  trained at the same time. Published runs are there if others need their parameters. Failed runs
-  that sources.superseded returns are left out, as they are by
-  the command without --run. Runs without steps are left out unless a run that is trained descends
-  from them: the command without --run makes them last, on one machine.
+  trained at the same time. Published runs are included if others need their parameters. Failed runs
+  that sources.superseded returns are left out, as they are by the command without --run. Runs
+  without steps are left out unless a run that is trained descends from them: the command without
+  --run makes them last, on one machine.
   """
   depth: dict[str, int] = {}
   found: dict[int, list[str]] = {}

@@ -12,8 +12,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from btx_jax.errors import UsageError, nearest
-from btx_jax.model.config import param_sizes
-from btx_jax.run import Run, lineage, lineage_of, trains
+from btx_jax.run import Run, lineage, lineage_of
 from btx_jax.study import wall_time
 from btx_jax.study.study import Study
 from btx_jax.study.wall_time import Apart, Form, Training
@@ -34,7 +33,7 @@ class Row(NamedTuple):
     name: of its last run.
     kind: what happens on the machines, in words.
     form: its stages, without those that all rows share.
-    flops: model FLOPs of these stages.
+    flops: the model FLOPs that these stages take.
   """
   name: str
   kind: str
@@ -194,8 +193,7 @@ def _training(run: Run, seconds: Mapping[Hashable, float]) -> Training:
 
 def _size(run: Run) -> float:
   """Bytes of the parameters that train."""
-  return _FLOAT32 * sum(size for path, size in param_sizes(run.model).items()
-                        if trains(path, run.objective.freeze))
+  return _FLOAT32 * run.trained_params
 
 
 def _kind(form: Form) -> str:
@@ -207,7 +205,7 @@ def _kind(form: Form) -> str:
 
 def _as_data(rows: Sequence[Row], rival: Row | None, machines: int, links: Sequence[float]
              ) -> dict[str, Any]:
-  """What is printed, as plain data: seconds, bytes and Gbit/s."""
+  """The tables as plain data, in seconds, bytes and Gbit/s."""
   result = []
   for row in rows:
     times = [wall_time.time_of(row.form, machines, link * _GBIT) for link in links]

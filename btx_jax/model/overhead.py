@@ -1,4 +1,4 @@
-"""What a train step computes in addition to its model FLOPs (config.py), and what decides how much.
+"""FLOPs that a train step takes beyond its model FLOPs (config.py), and the choices behind them.
 
 The forms of attention and of dispatch, and the sizes of their blocks, buffers and pieces, are
 decided here, so that the programs use them and the ledger counts them. Nothing here imports jax.

@@ -1,4 +1,4 @@
-"""What each model of a study cost, with everything that it descends from: counted from files.
+"""Counts from files the cost of each model of a study, with everything that it descends from.
 
 docs/ledger.md says what each figure counts. Those that cannot be known are None: of a run whose
 manifest is missing or older, and of kernels, whose own work is not counted here.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from btx_jax.errors import UsageError
 from btx_jax.files import shapes
 from btx_jax.fitting.flops import FIGURES, fit_flops
-from btx_jax.model.config import FLOP_PARTS, num_params, param_sizes, train_flops_by_part
+from btx_jax.model.config import FLOP_PARTS, num_params, train_flops_by_part
 from btx_jax.model.overhead import Overhead, attention_of, dispatch_of, overhead_per_token
 from btx_jax.run import ENSEMBLE, MIX, Run, lineage
 from btx_jax.scoring import scores
@@ -123,7 +123,7 @@ def sent_bytes(run: Run, machines: int) -> int:
   """
   times = -(-run.steps // run.outer.sync_every) if run.outer else run.steps
   count = run.workers if run.outer else machines
-  return times * 2 * (count - 1) * _BYTES * _trained_params(run)
+  return times * 2 * (count - 1) * _BYTES * run.trained_params
 
 
 def moved_bytes(run: Run, alone: Collection[str]) -> int:
@@ -140,7 +140,7 @@ def moved_bytes(run: Run, alone: Collection[str]) -> int:
   size = 0
   for i, source in enumerate(run.sources):
     if (run.name in alone) != (source.name in alone):
-      size += num_params(source.model) + (2 * _trained_params(run) if run.state and not i else 0)
+      size += num_params(source.model) + (2 * run.trained_params if run.state and not i else 0)
   return _BYTES * size
 
 
@@ -159,11 +159,6 @@ def apart(runs: Iterable[Run]) -> set[str]:
 
 def _parts(run: Run) -> dict[str, int]:
   return train_flops_by_part(run.model, run.seq_len, run.objective.frozen_paths(run.model))
-
-
-def _trained_params(run: Run) -> int:
-  frozen = run.objective.frozen_paths(run.model)
-  return sum(size for path, size in param_sizes(run.model).items() if path not in frozen)
 
 
 def _tokens(trained: Sequence[Run], manifests: Mapping[str, dict]) -> dict[str, int] | None:
