@@ -14,6 +14,7 @@ from btx_jax import base
 from btx_jax.commands import wall_time as command
 from btx_jax.configs import study as recipe
 from btx_jax.errors import UsageError
+from btx_jax.outer import Outer
 from btx_jax.run import lineage
 from btx_jax.study import plan, wall_time
 from btx_jax.study.wall_time import BACKWARD, Apart, Training, time_of
@@ -57,14 +58,14 @@ def test_a_ring_sends_what_the_formulas_say(machines):
 def test_one_machine_computes_everything_and_sends_nothing():
   form = (dense(), experts(3), dense(10))
   assert time_of(form, 1, RATE) == pytest.approx((0.5 * (100 + 300 + 10), 0, 0))
-  assert time_of((dense(workers=4, sync_every=10),), 1, RATE) == pytest.approx((50, 0, 0))
+  assert time_of((dense(outer=Outer(4, 10)),), 1, RATE) == pytest.approx((50, 0, 0))
 
 
 def test_the_times_of_each_form_by_hand():
   assert time_of((dense(),), 4, RATE) == pytest.approx((12.5, 100 * 0.06, 100 * 6e6))
-  assert time_of((dense(workers=4, sync_every=30),), 4, RATE) == pytest.approx((
+  assert time_of((dense(outer=Outer(4, 30)),), 4, RATE) == pytest.approx((
       12.5, 4 * 0.06, 4 * 6e6))  # at steps 30, 60, 90 and 100
-  assert time_of((dense(workers=2, sync_every=50),), 4, RATE) == pytest.approx((
+  assert time_of((dense(outer=Outer(2, 50)),), 4, RATE) == pytest.approx((
       12.5, (100 + 2) * 0.04, 102 * 4e6))  # in each pair, and between the pairs
   gathered = 0.75 * 3 * SIZE
   assert time_of((experts(3), dense(10)), 4, RATE) == pytest.approx((
@@ -80,7 +81,7 @@ def test_an_expert_leaves_machines_idle_that_would_make_it_slower():
 
 
 def test_two_machines_of_two_workers_each_meet_as_two_workers_do():
-  assert time_of((dense(workers=4, sync_every=10),), 2, RATE) == pytest.approx((
+  assert time_of((dense(outer=Outer(4, 10)),), 2, RATE) == pytest.approx((
       25, 10 * 0.04, 10 * SIZE))
 
 
@@ -102,7 +103,7 @@ def test_the_slowest_expert_has_the_machine_that_is_left():
 
 
 def test_workers_that_meet_at_every_step_send_what_one_run_does():
-  assert time_of((dense(workers=4, sync_every=1),), 4, RATE) == time_of((dense(),), 4, RATE)
+  assert time_of((dense(outer=Outer(4, 1)),), 4, RATE) == time_of((dense(),), 4, RATE)
 
 
 def test_what_is_sent_during_the_backward_pass_waits_only_for_the_rest():
@@ -127,7 +128,7 @@ def test_at_the_break_even_link_both_take_equally_long():
 
 
 def test_a_form_may_be_faster_on_any_link_or_on_none():
-  assert wall_time.break_even((dense(workers=4, sync_every=10),), (dense(),), 4) == (math.inf, True)
+  assert wall_time.break_even((dense(outer=Outer(4, 10)),), (dense(),), 4) == (math.inf, True)
   assert wall_time.break_even((dense(),), (dense(90),), 4) == (math.inf, False)
   assert wall_time.break_even((dense(),), (dense(),), 4) == (math.inf, False)
 
@@ -172,7 +173,7 @@ def test_the_forms_of_the_study(runs):
   assert names(form_of('btx/finetuned')) == [
       *seed, apart('averaged', 'averaged75'), 'btx/finetuned']
   assert names(form_of('ffn/ridge')) == [*seed, [[f'ffn/{domain}'] for domain in new]]
-  assert form_of('dense/diloco')[-1].workers == 4 and form_of('dense/diloco')[-1].sync_every == 50
+  assert form_of('dense/diloco')[-1].outer == Outer(4, 50, 1.0, 0.0)
   assert sum(stage.steps for stage in form_of('merge/learned')[-1].branches[0]) == recipe.EXPERT
 
 

@@ -20,7 +20,6 @@ from btx_jax.terminal import Table, show
 from btx_jax.training import metrics
 
 _GBIT = 1e9 / 8  # bytes per second
-_FLOAT32 = 4  # bytes
 _SAME = 0.01  # a relative difference of FLOPs up to which two rows are compared
 _SYNCHRONOUS = 'synchronous'
 _UNITS = ((86400, 'days'), (3600, 'h'), (60, 'min'), (1, 's'))
@@ -169,7 +168,7 @@ def form_of(run: Run, seconds: Mapping[Hashable, float]) -> Form:
   groups: list[tuple[Form, float]] = []
   for top, form in zip(tops, forms):
     # Models that share a part of their training are one branch.
-    stages, size = dict.fromkeys(form[trunk:]), _size(top)
+    stages, size = dict.fromkeys(form[trunk:]), top.gradient_bytes
     for group in [group for group in groups if stages.keys() & set(group[0])]:
       groups.remove(group)
       stages, size = dict.fromkeys((*group[0], *stages)), size + group[1]
@@ -187,19 +186,14 @@ def _trained_sources(sources: Sequence[Run]) -> list[Run]:
 
 
 def _training(run: Run, seconds: Mapping[Hashable, float]) -> Training:
-  return Training(run.plain_name, run.steps, seconds[_program(run)], run.batch_size, _size(run),
-                  run.workers, run.outer.sync_every if run.outer else 1)
-
-
-def _size(run: Run) -> float:
-  """Bytes of the parameters that train."""
-  return _FLOAT32 * run.trained_params
+  return Training(run.plain_name, run.steps, seconds[_program(run)], run.batch_size,
+                  run.gradient_bytes, run.outer)
 
 
 def _kind(form: Form) -> str:
   if any(isinstance(stage, Apart) for stage in form):
     return 'branches' if isinstance(form[-1], Apart) else 'branches, finetune'
-  has_workers = any(stage.workers > 1 for stage in form if isinstance(stage, Training))
+  has_workers = any(stage.outer for stage in form if isinstance(stage, Training))
   return 'DiLoCo' if has_workers else _SYNCHRONOUS
 
 

@@ -15,7 +15,7 @@ from btx_jax.model.config import FLOP_PARTS, num_params, train_flops_by_part
 from btx_jax.model.overhead import Overhead, attention_of, dispatch_of, overhead_per_token
 from btx_jax.run import ENSEMBLE, MIX, Run, lineage
 from btx_jax.scoring import scores
-from btx_jax.study import routers
+from btx_jax.study import routers, wall_time
 from btx_jax.study.study import Study
 
 MACHINES = 4  # unless the command says otherwise
@@ -116,14 +116,13 @@ def overhead_of(run: Run, devices: str) -> dict[str, float | None]:
 def sent_bytes(run: Run, machines: int) -> int:
   """Bytes that all machines together send to each other while a run trains.
 
-  A ring of W machines sums a gradient of S bytes with 2 (W - 1) S sent in total. S is that of the
-  parameters that train, in float32. An ordinary run sums once a step, on W = `machines`. A run of
-  DiLoCo sums its changes at each meeting, on one machine for each of its W = train.workers. On one
-  machine nothing is sent.
+  An ordinary run sums a gradient in each step, over `machines`. A run of DiLoCo sums as many bytes
+  at each meeting, over one machine for each worker. See wall_time.all_reduce.
   """
-  times = -(-run.steps // run.outer.sync_every) if run.outer else run.steps
-  count = run.workers if run.outer else machines
-  return times * 2 * (count - 1) * _BYTES * run.trained_params
+  count, times = machines, run.steps
+  if run.outer:
+    count, times = run.workers, run.outer.meetings(run.steps)
+  return times * round(count * wall_time.all_reduce(run.gradient_bytes, count))
 
 
 def moved_bytes(run: Run, alone: Collection[str]) -> int:

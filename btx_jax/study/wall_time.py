@@ -15,6 +15,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from btx_jax.outer import Outer
+
 BACKWARD = 2 / 3  # of a step's FLOPs
 _SLOWEST, _FASTEST = 1.0, 1e15  # bytes per second, between which a break-even link is sought
 
@@ -29,16 +31,14 @@ class Training:
     seconds: of a step on one machine.
     rows: B, rows of a step.
     size: bytes of the parameters that train, and so of their gradient.
-    workers: as in outer.Outer; 1 is synchronous data parallelism.
-    sync_every: steps from one meeting of the workers to the next.
+    outer: the settings of DiLoCo; None is synchronous data parallelism.
   """
   name: str
   steps: int
   seconds: float
   rows: int
   size: float
-  workers: int = 1
-  sync_every: int = 1
+  outer: Outer | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +104,13 @@ def _together(run: Training, machines: int, bandwidth: float, hidden: float) -> 
 
   If there are fewer machines than workers, each has as many of them as the others.
   """
-  workers = math.gcd(run.workers, machines)  # as far as the link is concerned
+  outer = run.outer or Outer(workers=1)
+  workers = math.gcd(outer.workers, machines)  # as far as the link is concerned
   step = run.seconds * math.ceil(run.rows / machines) / run.rows
   summed = all_reduce(run.size, machines // workers)
-  met = all_reduce(run.size, workers)
-  meetings = math.ceil(run.steps / run.sync_every)
-  exposed = (run.steps * max(summed / bandwidth - hidden * step, 0.0)
-             + meetings * met / bandwidth)
-  return Time(run.steps * step, exposed, run.steps * summed + meetings * met)
+  met = outer.meetings(run.steps) * all_reduce(run.size, workers)
+  exposed = run.steps * max(summed / bandwidth - hidden * step, 0.0) + met / bandwidth
+  return Time(run.steps * step, exposed, run.steps * summed + met)
 
 
 def _apart(stage: Apart, machines: int, bandwidth: float, hidden: float) -> Time:
