@@ -42,18 +42,18 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Apart:
-  """Models that are trained apart; then each machine receives all of them.
+class Branches:
+  """Models that are trained apart. Then each machine receives all of them.
 
   Attributes:
-    branches: the form of each.
+    forms: of each.
     sizes: bytes of each that are sent: of the parameters that it trained.
   """
-  branches: tuple['Form', ...]
+  forms: tuple['Form', ...]
   sizes: tuple[float, ...]
 
 
-Form = tuple[Training | Apart, ...]
+Form = tuple[Training | Branches, ...]
 
 
 class Time(NamedTuple):
@@ -93,13 +93,13 @@ def time_of(form: Form, machines: int, bandwidth: float, hidden: float = 0.0) ->
   total = Time()
   for stage in form:
     if isinstance(stage, Training):
-      total = total.then(_together(stage, machines, bandwidth, hidden))
+      total = total.then(_time_of_training(stage, machines, bandwidth, hidden))
     else:
-      total = total.then(_apart(stage, machines, bandwidth, hidden))
+      total = total.then(_time_of_branches(stage, machines, bandwidth, hidden))
   return total
 
 
-def _together(run: Training, machines: int, bandwidth: float, hidden: float) -> Time:
+def _time_of_training(run: Training, machines: int, bandwidth: float, hidden: float) -> Time:
   """The time of one run on all machines, which its workers share evenly.
 
   If there are fewer machines than workers, each has as many of them as the others.
@@ -113,7 +113,7 @@ def _together(run: Training, machines: int, bandwidth: float, hidden: float) -> 
   return Time(run.steps * step, exposed, run.steps * summed + met)
 
 
-def _apart(stage: Apart, machines: int, bandwidth: float, hidden: float) -> Time:
+def _time_of_branches(stage: Branches, machines: int, bandwidth: float, hidden: float) -> Time:
   """The time of the slowest branch, and of sending every model to all machines.
 
   A branch leaves those of its machines idle that would make it slower.
@@ -122,7 +122,7 @@ def _apart(stage: Apart, machines: int, bandwidth: float, hidden: float) -> Time
     return min((time_of(branch, n, bandwidth, hidden) for n in range(1, count + 1)),
                key=lambda time: time.total)
 
-  branches = sorted(stage.branches, key=lambda branch: -on(branch, 1).total)
+  branches = sorted(stage.forms, key=lambda branch: -on(branch, 1).total)
   count = len(branches)
   if machines > count:  # as evenly as can be; the slowest have one more
     each, more = divmod(machines, count)
@@ -138,7 +138,8 @@ def _apart(stage: Apart, machines: int, bandwidth: float, hidden: float) -> Time
       Time(0.0, sent / bandwidth, sent))
 
 
-def break_even(form: Form, rival: Form, machines: int, hidden: float = 0.0) -> tuple[float, bool]:
+def break_even(form: Form, baseline: Form, machines: int, hidden: float = 0.0
+               ) -> tuple[float, bool]:
   """The bandwidth at which two forms take equally long.
 
   Returns:
@@ -146,7 +147,7 @@ def break_even(form: Form, rival: Form, machines: int, hidden: float = 0.0) -> t
     True: it is always faster; infinity and False: it never is.
   """
   def is_faster(bandwidth: float) -> bool:
-    ours, theirs = (time_of(each, machines, bandwidth, hidden).total for each in (form, rival))
+    ours, theirs = (time_of(each, machines, bandwidth, hidden).total for each in (form, baseline))
     return ours < theirs
 
   below, above = is_faster(_SLOWEST), is_faster(_FASTEST)
@@ -167,7 +168,7 @@ def shared_stages(forms: Sequence[Form]) -> int:
   """
   count = 0
   for stages in zip(*(form[:-1] for form in forms)):
-    if len(set(stages)) > 1 or isinstance(stages[0], Apart):
+    if len(set(stages)) > 1 or isinstance(stages[0], Branches):
       break
     count += 1
   return count
