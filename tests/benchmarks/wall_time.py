@@ -38,7 +38,7 @@ RATES = (50, 100, 200)  # Mbit/s
 # Of a full packet: what the token bucket counts (Ethernet, IP and TCP with time stamps), and data.
 PACKET, DATA = 1514, 1448
 TURNS, STEPS = 4, 12  # turns at each rate, and steps of a turn that are timed
-ROWS, LENGTH, SYNC_EVERY = 4, 63, 4
+ROWS, LENGTH, SYNC_EVERY = 4, 63, 2
 SKIPPED = 2  # steps after a change of the rate that are not timed: metrics come a step late
 
 
