@@ -50,6 +50,10 @@ class Outer:
       raise UsageError(f'train.worker_rows = {self.worker_rows!r}; '
                        f'{nearest(self.worker_rows, WORKER_ROWS)}')
 
+  def meetings(self, steps: int) -> int:
+    """The number of meetings in a run of so many steps."""
+    return -(-steps // self.sync_every)
+
   def check(self, weights: Mapping[str, float], batch_size: int, microbatches: int) -> None:
     """Raises UsageError unless the workers can share the rows of every step evenly.
 

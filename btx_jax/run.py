@@ -418,6 +418,11 @@ class Run:
                if trains(path, self.objective.freeze))
 
   @property
+  def gradient_bytes(self) -> int:
+    """Bytes of a gradient of these parameters, which is in float32."""
+    return 4 * self.trained_params
+
+  @property
   def flops_per_token(self) -> int:
     """Model FLOPs of training, without the gradients that frozen parameters save."""
     return model_config.train_flops_per_token(

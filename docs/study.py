@@ -11,7 +11,6 @@ Runs that are complete in WORKDIR (runs/study) count too, whether they have a ro
 from collections.abc import Iterable, Mapping, Sequence
 import os
 import re
-import statistics
 import sys
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from btx_jax.configs import study as config_of
 from btx_jax.files.writing import replacing
 from btx_jax.run import lineage
 from btx_jax.scoring import decomposition as parts_of
-from btx_jax.scoring import ledger, scores
+from btx_jax.scoring import error_bars, ledger, scores
 from btx_jax.study.study import Study
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -90,10 +89,9 @@ def gap(pairs: Sequence[tuple[Row, ...]]) -> Gap | None:
   """By how much the first of each pair is above the second; None without pairs."""
   if not pairs:
     return None
-  error = table.difference_of_means(*(_mean([pair[i] for pair in pairs]) for i in (0, 1))).error
-  values = [row['mean'] - other['mean'] for row, other in pairs]
-  return Gap(statistics.fmean(values), error,
-             statistics.stdev(values) if len(values) > 1 else None)
+  row, other = (seeds.mean_row([pair[i] for pair in pairs]) for i in (0, 1))
+  found = table.difference_of_means(row, other)
+  return Gap(found.value, found.error, error_bars.spread([a['mean'] - b['mean'] for a, b in pairs]))
 
 
 def main_table(found: Found) -> str:
@@ -108,7 +106,7 @@ def main_table(found: Found) -> str:
     if not of_seeds:
       lines.append([f'`{name}`', '0'])
       continue
-    row, difference = _mean(of_seeds), gap(found.of(name, DENSE))
+    row, difference = seeds.mean_row(of_seeds), gap(found.of(name, DENSE))
     spread = row.get('spread', {'mean': None, 'bits_per_byte': {}})
     passes = [count for series in found.rows if (count := found.passes.get(f'{series}/{name}'))]
     lines.append([
@@ -232,9 +230,10 @@ def rates_table(found: Found) -> str:
     found_at: list[float | None] = []
     for rate in config_of.CANDIDATES:
       if family in ('expert', 'ffn'):
-        own = [rows[name]['bits_per_byte'][domain] for domain in config_of.NEW
-               if (name := f'{family}/{rate}/{domain}') in rows]
-        found_at.append(statistics.fmean(own) if len(own) == len(config_of.NEW) else None)
+        found_at.append(error_bars.mean([
+            rows[name]['bits_per_byte'][domain]
+            if (name := f'{family}/{rate}/{domain}') in rows else None
+            for domain in config_of.NEW]))
       else:
         row = rows.get(f'{family}/{rate}')
         found_at.append(row['mean'] if row else None)
@@ -270,10 +269,6 @@ def write(workdir: str, rows: str, folder: str) -> None:
 def _trained(study: Study, name: str) -> float:
   """Millions of tokens of a run and all that it descends from."""
   return sum(run.tokens for run in lineage(study.runs[name])) / 1e6
-
-
-def _mean(rows: Sequence[Row]) -> Row:
-  return seeds.mean_row(rows) if len(rows) > 1 else rows[0]
 
 
 def _scores(row: Row | None) -> list[str]:

@@ -10,11 +10,16 @@ import pytest
 
 from btx_jax import base
 from btx_jax.data import mixture, worker_rows
+from btx_jax.devices import sharding
+from btx_jax.devices.hardware import UNKNOWN
 from btx_jax.outer import Outer
 from btx_jax.pipeline import Pipeline
+from btx_jax.preflight import cost, hlo
 from btx_jax.run import Objective
+from btx_jax.study import plan, wall_time
 from btx_jax.training import diloco
 from btx_jax.training.diloco import Workers
+from btx_jax.training.program import make_program
 from btx_jax.training.step import create_state as create_plain
 from btx_jax.training.step import forward, make_train_step
 from tests import studies
@@ -26,6 +31,7 @@ from tests.helpers import (
   final_params,
   random_batch,
   random_params,
+  use_mesh,
 )
 
 ADAM = optax.adam(0.01)
@@ -141,6 +147,18 @@ def test_what_no_worker_changes_stays_the_same_bit_for_bit():
   assert_trees_equal(found, params)
 
 
+def test_a_meeting_over_devices_is_that_on_one():
+  outer, params = Outer(4), random_params(TINY)
+  workers = jax.tree.map(lambda *x: jnp.stack(x), *(random_params(TINY, seed) for seed in range(4)))
+  momentum = diloco.outer_optimizer(outer).init(random_params(TINY, seed=4))
+  meet = lambda *given: jax.device_get(jax.jit(diloco.meet, static_argnums=0)(outer, *given))
+  expected = meet(params, workers, momentum)
+  with use_mesh((1, 2, 4, 1)) as mesh:
+    put = lambda tree, stacked=False: jax.device_put(tree, sharding.shardings(tree, mesh, stacked))
+    found = meet(put(params), put(workers, stacked=True), put(momentum))
+  assert_trees_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_a_meeting_whose_numbers_are_not_finite_is_skipped():
   sgd, outer = optax.sgd(0.5), Outer(2, sync_every=1, outer_rate=3e38)
   step = jax.jit(diloco.make_step(make_train_step(TINY, sgd), outer, steps=9, skip_nonfinite=True))
@@ -188,6 +206,25 @@ def test_workers_read_the_rows_of_one_run_and_take_its_flops(study):
   assert sorted(str(shared[i]) for i in range(5 * 16)) == sorted(
       str(alone[i]) for i in range(5 * 16))
   assert run.flops == dataclasses.replace(run, outer=None).flops
+
+
+@pytest.mark.parametrize('mesh, workers, shards', [((1, 1, 4, 1), 4, 1), ((1, 2, 2, 2), 2, 4)])
+def test_a_meeting_sends_what_a_ring_all_reduce_sends(text, mesh, workers, shards):
+  """And where a worker has one device, a step without a meeting sends next to nothing."""
+  run = plan.make_plan(get_config(text, workers=workers), 320)['diloco']
+  with use_mesh(mesh) as devices:
+    program = make_program([run], devices, num_domains=2).lower().compile()
+    module = hlo.parse(program.as_text())
+    sent = lambda entry: sum(cost.CostModel(
+        module._replace(entry=entry), UNKNOWN, devices, lambda *_: 1.0).total().sent.values())
+  whether, = (each for computation in module.computations.values()
+              for each in computation.values() if each.opcode == 'conditional')
+  ring = wall_time.all_reduce(4 * run.trained_params, workers)
+  without, with_meeting = sorted(map(sent, module.branches(whether)))
+  assert without == 0
+  # Norms are whole on every device; all else is sharded.
+  assert with_meeting == pytest.approx(ring / shards, rel=0.02)
+  assert shards > 1 or sent(module.entry) < 0.01 * ring
 
 
 def test_killed_between_meetings_and_resumed_is_the_same(study, text, tmp_path, monkeypatch):

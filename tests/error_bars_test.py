@@ -63,6 +63,13 @@ def test_of_equal_units_the_error_is_that_of_their_mean():
   assert error_bars.error_of_mean([3.0, None]) is None
 
 
+def test_the_mean_and_spread_over_seeds_need_all_of_them():
+  assert error_bars.mean([1.0, 3.0]) == 2 and error_bars.spread([1.0, 3.0]) == math.sqrt(2)
+  assert error_bars.mean([1.0]) == 1 and error_bars.spread([1.0]) is None
+  for unknown in ([], [None], [1.0, None, 3.0]):
+    assert error_bars.mean(unknown) is None is error_bars.spread(unknown)
+
+
 def test_an_error_that_cannot_be_known_is_none():
   assert error_bars.error_of_ratio([1.0], [10]) is None
   assert error_bars.error_of_ratio([1.0, 2.0], [10, 0]) is None

@@ -161,21 +161,23 @@ def test_bytes_by_hand(study):
   mixture = scores.num_params(runs['btx'].model)
   one_sum = 4 * 2 * 3  # bytes that 4 machines send for each parameter
   seed = one_sum * 500 * dense
-  assert found['seed']['sent'] == seed and found['seed']['moved'] == 0
+  assert found['seed']['sent_by_all'] == seed and found['seed']['checkpoint_bytes'] == 0
   # Experts send nothing; each takes the seed's checkpoint and gives its own.
-  assert found['expert/code']['sent'] == one_sum * 200 * dense
-  assert found['expert/code']['moved'] == 4 * dense
-  assert found['btx']['sent'] == one_sum * (300 * dense + 40 * mixture)
-  assert found['btx']['moved'] == found['average of btx']['moved'] == 4 * 4 * dense
+  assert found['expert/code']['sent_by_all'] == one_sum * 200 * dense
+  assert found['expert/code']['checkpoint_bytes'] == 4 * dense
+  assert found['btx']['sent_by_all'] == one_sum * (300 * dense + 40 * mixture)
+  for name in ('btx', 'average of btx'):
+    assert found[name]['checkpoint_bytes'] == 4 * 4 * dense
   # 250 steps have meetings after 100, 200 and 250, of two workers.
-  assert found['diloco']['sent'] == seed + 3 * 2 * 4 * dense
-  alone = rows_of(study, machines=1)
-  assert [alone[name]['sent'] for name in ('seed', 'btx', 'diloco')] == [0, 0, 3 * 2 * 4 * dense]
+  assert found['diloco']['sent_by_all'] == seed + 3 * 2 * 4 * dense
+  of_one = rows_of(study, machines=1)
+  assert [of_one[name]['sent_by_all'] for name in ('seed', 'btx', 'diloco')] == [
+      0, 0, 3 * 2 * 4 * dense]
 
 
 def test_only_what_some_models_of_a_mixture_descend_from_is_trained_apart(tmp_path):
   study = finished.write(finished.two_mixtures(), str(tmp_path))
-  assert ledger.apart(study.runs.values()) == {
+  assert ledger.branches_of(study.runs.values()) == {
       name for name in study.runs if name.startswith('expert/')}
 
 
@@ -197,7 +199,7 @@ def test_what_an_older_manifest_does_not_say_is_a_dash(study, changes, unknown, 
   rewritten(study, 'seed', **changes)
   for row in rows_of(study).values():
     flat = row | row['beyond']
-    fields = ('tokens', 'most_passes', 'device_seconds', 'masked', 'train_flops', 'sent')
+    fields = ('tokens', 'most_passes', 'device_seconds', 'masked', 'train_flops', 'sent_by_all')
     assert [name for name in fields if flat[name] is None] == unknown
   command.print_ledger(study, 4, as_json=False)
   assert ' - ' in capsys.readouterr().out

@@ -14,9 +14,10 @@ from btx_jax import base
 from btx_jax.commands import wall_time as command
 from btx_jax.configs import study as recipe
 from btx_jax.errors import UsageError
+from btx_jax.outer import Outer
 from btx_jax.run import lineage
 from btx_jax.study import plan, wall_time
-from btx_jax.study.wall_time import BACKWARD, Apart, Training, time_of
+from btx_jax.study.wall_time import BACKWARD, Branches, Training, time_of
 from tests import finished, studies
 
 SIZE, RATE = 4e6, 1e8  # bytes, and bytes per second
@@ -27,7 +28,7 @@ def dense(steps=100, **fields):
 
 
 def experts(count, steps=100):
-  return Apart(tuple((Training(f'expert/{i}', steps, 0.5, 32, SIZE),) for i in range(count)),
+  return Branches(tuple((Training(f'expert/{i}', steps, 0.5, 32, SIZE),) for i in range(count)),
                (SIZE,) * count)
 
 
@@ -57,14 +58,14 @@ def test_a_ring_sends_what_the_formulas_say(machines):
 def test_one_machine_computes_everything_and_sends_nothing():
   form = (dense(), experts(3), dense(10))
   assert time_of(form, 1, RATE) == pytest.approx((0.5 * (100 + 300 + 10), 0, 0))
-  assert time_of((dense(workers=4, sync_every=10),), 1, RATE) == pytest.approx((50, 0, 0))
+  assert time_of((dense(outer=Outer(4, 10)),), 1, RATE) == pytest.approx((50, 0, 0))
 
 
 def test_the_times_of_each_form_by_hand():
   assert time_of((dense(),), 4, RATE) == pytest.approx((12.5, 100 * 0.06, 100 * 6e6))
-  assert time_of((dense(workers=4, sync_every=30),), 4, RATE) == pytest.approx((
+  assert time_of((dense(outer=Outer(4, 30)),), 4, RATE) == pytest.approx((
       12.5, 4 * 0.06, 4 * 6e6))  # at steps 30, 60, 90 and 100
-  assert time_of((dense(workers=2, sync_every=50),), 4, RATE) == pytest.approx((
+  assert time_of((dense(outer=Outer(2, 50)),), 4, RATE) == pytest.approx((
       12.5, (100 + 2) * 0.04, 102 * 4e6))  # in each pair, and between the pairs
   gathered = 0.75 * 3 * SIZE
   assert time_of((experts(3), dense(10)), 4, RATE) == pytest.approx((
@@ -80,7 +81,7 @@ def test_an_expert_leaves_machines_idle_that_would_make_it_slower():
 
 
 def test_two_machines_of_two_workers_each_meet_as_two_workers_do():
-  assert time_of((dense(workers=4, sync_every=10),), 2, RATE) == pytest.approx((
+  assert time_of((dense(outer=Outer(4, 10)),), 2, RATE) == pytest.approx((
       25, 10 * 0.04, 10 * SIZE))
 
 
@@ -96,13 +97,13 @@ def test_experts_are_spread_over_the_machines_as_evenly_as_can_be(machines, roun
 
 
 def test_the_slowest_expert_has_the_machine_that_is_left():
-  stage = Apart(tuple((dense(steps),) for steps in (10, 40, 20)), (SIZE,) * 3)
+  stage = Branches(tuple((dense(steps),) for steps in (10, 40, 20)), (SIZE,) * 3)
   assert time_of((stage,), 4, math.inf).compute == pytest.approx(10)
   assert time_of((stage,), 2, math.inf).compute == pytest.approx(20)
 
 
 def test_workers_that_meet_at_every_step_send_what_one_run_does():
-  assert time_of((dense(workers=4, sync_every=1),), 4, RATE) == time_of((dense(),), 4, RATE)
+  assert time_of((dense(outer=Outer(4, 1)),), 4, RATE) == time_of((dense(),), 4, RATE)
 
 
 def test_what_is_sent_during_the_backward_pass_waits_only_for_the_rest():
@@ -112,22 +113,22 @@ def test_what_is_sent_during_the_backward_pass_waits_only_for_the_rest():
 
 
 def test_at_the_break_even_link_both_take_equally_long():
-  branches, rival = (experts(4), dense(50)), (dense(500),)  # on three machines
+  branches, baseline = (experts(4), dense(50)), (dense(500),)  # on three machines
   for hidden in (0, BACKWARD):
-    bandwidth, is_below = wall_time.break_even(branches, rival, 3, hidden)
+    bandwidth, is_below = wall_time.break_even(branches, baseline, 3, hidden)
     assert is_below
     assert time_of(branches, 3, bandwidth, hidden).total == pytest.approx(
-        time_of(rival, 3, bandwidth, hidden).total)
+        time_of(baseline, 3, bandwidth, hidden).total)
   # In closed form: seconds that the branches compute longer, and bytes that they send less.
   longer = 0.5 * 200 + 0.5 * 50 * 11 / 32 - 0.5 * 500 * 11 / 32
   less = 450 * wall_time.all_reduce(SIZE, 3) - wall_time.all_gather(4 * SIZE, 3)
-  assert wall_time.break_even(branches, rival, 3)[0] == pytest.approx(less / longer)
-  swapped, is_below = wall_time.break_even(rival, branches, 3)
+  assert wall_time.break_even(branches, baseline, 3)[0] == pytest.approx(less / longer)
+  swapped, is_below = wall_time.break_even(baseline, branches, 3)
   assert not is_below and swapped == pytest.approx(less / longer)
 
 
 def test_a_form_may_be_faster_on_any_link_or_on_none():
-  assert wall_time.break_even((dense(workers=4, sync_every=10),), (dense(),), 4) == (math.inf, True)
+  assert wall_time.break_even((dense(outer=Outer(4, 10)),), (dense(),), 4) == (math.inf, True)
   assert wall_time.break_even((dense(),), (dense(90),), 4) == (math.inf, False)
   assert wall_time.break_even((dense(),), (dense(),), 4) == (math.inf, False)
 
@@ -157,7 +158,7 @@ def runs():
 
 
 def names(form):
-  return [[names(branch) for branch in stage.branches] if isinstance(stage, Apart) else stage.name
+  return [[names(each) for each in stage.forms] if isinstance(stage, Branches) else stage.name
           for stage in form]
 
 
@@ -172,8 +173,8 @@ def test_the_forms_of_the_study(runs):
   assert names(form_of('btx/finetuned')) == [
       *seed, apart('averaged', 'averaged75'), 'btx/finetuned']
   assert names(form_of('ffn/ridge')) == [*seed, [[f'ffn/{domain}'] for domain in new]]
-  assert form_of('dense/diloco')[-1].workers == 4 and form_of('dense/diloco')[-1].sync_every == 50
-  assert sum(stage.steps for stage in form_of('merge/learned')[-1].branches[0]) == recipe.EXPERT
+  assert form_of('dense/diloco')[-1].outer == Outer(4, 50, 1.0, 0.0)
+  assert sum(stage.steps for stage in form_of('merge/learned')[-1].forms[0]) == recipe.EXPERT
 
 
 def test_what_is_frozen_is_not_sent(runs):
@@ -190,8 +191,8 @@ def test_what_is_frozen_is_not_sent(runs):
 def test_every_run_of_a_row_is_timed_once(form):
   runs = plan.make_plan(recipe.get_config(form), 4096)
   flat = lambda form: [each for stage in form for each in (
-      [name for branch in stage.branches for name in flat(branch)]
-      if isinstance(stage, Apart) else [stage.name])]
+      [name for branch in stage.forms for name in flat(branch)]
+      if isinstance(stage, Branches) else [stage.name])]
   for run in runs.values():
     trained = [each.plain_name for each in lineage(run) if each.steps]
     assert sorted(flat(command.form_of(run, Seconds()))) == sorted(trained), run.name
@@ -224,7 +225,7 @@ def printed(capsys, *arguments, **options) -> dict:
 def test_the_command_computes_with_what_runs_have_measured(complete, capsys):
   found = printed(capsys, complete, 8, [1.0, 10.0])
   rows = {row['name']: row for row in found['rows']}
-  assert found['shared'] == ['seed'] and found['rival'] == 'dense_with_the_same_flops'
+  assert found['shared'] == ['seed'] and found['baseline'] == 'dense_with_the_same_flops'
   assert rows['btx']['kind'] == 'branches, finetune'
   assert rows['routed_by_a_linear_map']['kind'] == 'branches'
   dense = complete.runs['dense_with_the_same_flops']
@@ -233,9 +234,9 @@ def test_the_command_computes_with_what_runs_have_measured(complete, capsys):
   assert dense.tokens / 5000 / 8 < row['compute'] < dense.tokens / 4000 / 8
   assert row['flops'] == dense.flops  # without those of the seed
   size = 4 * parameters_of(dense)
-  assert row['sent'] == pytest.approx(dense.steps * 2 * 7 / 8 * size)
+  assert row['sent_by_each'] == pytest.approx(dense.steps * 2 * 7 / 8 * size)
   for link in row['links']:
-    assert link['exposed'] == pytest.approx(row['sent'] * 8 / 1e9 / link['gbit'])
+    assert link['exposed'] == pytest.approx(row['sent_by_each'] * 8 / 1e9 / link['gbit'])
     assert link['total'] == pytest.approx(link['exposed'] + row['compute'])
   assert rows['btx']['break_even'].keys() == {'after_backward', 'during_backward'}
   assert rows['routed_by_a_linear_map']['break_even'] == {}  # it has other FLOPs
@@ -250,7 +251,7 @@ def parameters_of(run):
 
 def test_rows_can_be_chosen(complete, capsys):
   found = printed(capsys, complete, 8, [1.0], 'btx', 'routed_by_a_linear_map')
-  assert found['rival'] == 'routed_by_a_linear_map'
+  assert found['baseline'] == 'routed_by_a_linear_map'
   assert [row['name'] for row in found['rows']] == ['btx', 'routed_by_a_linear_map']
   with pytest.raises(UsageError, match="--run=bt is not a row of wall_time, a run that no other"):
     command.print_wall_times(complete, 8, [1.0], 'bt')

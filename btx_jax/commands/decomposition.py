@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from btx_jax import terminal
-from btx_jax.scoring import decomposition
+from btx_jax.scoring import decomposition, error_bars
 from btx_jax.scoring.decomposition import COSTS
 from btx_jax.study.study import Study
 from btx_jax.terminal import Table, format_number
@@ -84,9 +84,9 @@ def over_seeds(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _mean(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """The mean of one domain over the seeds; what one seed lacks is None."""
   result: dict[str, Any] = {
-      kind: decomposition.mean([part[kind] for part in parts])
+      kind: error_bars.mean([part[kind] for part in parts])
       for kind in (*decomposition.SCORES, *COSTS)}
   errors = parts[0]['errors']
   if len(parts) > 1:
-    errors = {cost: decomposition.spread([part[cost] for part in parts]) for cost in COSTS}
+    errors = {cost: error_bars.spread([part[cost] for part in parts]) for cost in COSTS}
   return {**result, 'errors': errors}

@@ -5,12 +5,12 @@ scores is more precise than either: its error is that of paired units, see scori
 """
 
 from collections.abc import Mapping, Sequence
-import statistics
 from typing import Any
 
 from btx_jax.commands import table
 from btx_jax.commands.table import Row
 from btx_jax.errors import UsageError, nearest
+from btx_jax.scoring import error_bars
 
 Entry = dict[str, Any]
 
@@ -49,9 +49,9 @@ def of_rows(rows: Sequence[Row], base: Row, by_series: Sequence[Sequence[Row]] =
     if len(by_series) > 1:
       pairs = [pair for series in by_series if (pair := _pair(series, row['name'], base['name']))]
       for domain, entry in entries.items():
-        entry['spread'] = _spread([
+        entry['spread'] = error_bars.spread([
             a['bits_per_byte'][domain] - b['bits_per_byte'][domain] for a, b in pairs])
-      mean['spread'] = _spread([a['mean'] - b['mean'] for a, b in pairs])
+      mean['spread'] = error_bars.spread([a['mean'] - b['mean'] for a, b in pairs])
     found.append({'name': row['name'], 'bits_per_byte': entries, 'mean': mean})
   return found
 
@@ -70,7 +70,3 @@ def _entry(found: table.Difference) -> Entry:
 def _pair(rows: Sequence[Row], name: str, base: str) -> tuple[Row, Row] | None:
   by_name = {row['name']: row for row in rows}
   return (by_name[name], by_name[base]) if {name, base} <= by_name.keys() else None
-
-
-def _spread(values: Sequence[float]) -> float | None:
-  return statistics.stdev(values) if len(values) > 1 else None

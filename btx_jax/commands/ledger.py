@@ -7,7 +7,7 @@ from typing import NamedTuple
 from btx_jax import terminal
 from btx_jax.model.config import FLOP_PARTS
 from btx_jax.scoring import ledger
-from btx_jax.scoring.ledger import BEYOND, Row
+from btx_jax.scoring.ledger import OVERHEADS, Row
 from btx_jax.study.study import Study
 
 TITLE = 'What each model cost, with all that it descends from'
@@ -22,7 +22,7 @@ class Group(NamedTuple):
 
 
 def print_ledger(study: Study, machines: int, as_json: bool) -> None:
-  """Prints the ledger of the models of all complete runs; `machines` as in ledger.sent_bytes."""
+  """Prints the ledger of the models of all complete runs; `machines` as in ledger.sent_by_all."""
   rows = ledger.rows(study, machines)
   if as_json:
     terminal.say(json.dumps({'machines': machines, 'rows': rows}, indent=1))
@@ -63,12 +63,12 @@ def groups(rows: Sequence[Row], machines: int) -> list[Group]:
             [*FLOP_PARTS, 'total', 'not computed'], [
                 [_figure(each, 1e12) for each in (
                     *row['flops'].values(), row['train_flops'], row['frozen'])] for row in rows]),
-      Group('TFLOP that the total leaves out', [_NAMES.get(name, name) for name in BEYOND], [
-          [_figure(row['beyond'][name], 1e12) for name in BEYOND] for row in rows]),
+      Group('TFLOP that the total leaves out', [_NAMES.get(name, name) for name in OVERHEADS], [
+          [_figure(row['beyond'][name], 1e12) for name in OVERHEADS] for row in rows]),
       Group(f'Devices, and what {machines} machines exchange',
             ['device time', 'GB sent in training', 'GB of checkpoints moved'], [
-                [terminal.duration(row['device_seconds']), _figure(row['sent'], 1e9),
-                 _figure(row['moved'], 1e9)] for row in rows])]
+                [terminal.duration(row['device_seconds']), _figure(row['sent_by_all'], 1e9),
+                 _figure(row['checkpoint_bytes'], 1e9)] for row in rows])]
 
 
 def _model(rows: Sequence[Row]) -> Group:

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import markupsafe
@@ -45,6 +45,31 @@ from btx_jax.terminal import format_number, say
 from btx_jax.training import metrics
 
 
+class _Figures(NamedTuple):
+  """The figures of which the page and report.json consist.
+
+  Attributes:
+    runs: see status.collect.
+    results: see seeds.results.
+    differences: from the baseline, see _differences.
+    regressions: see regression.regressions.
+    effects: of each expert, see regression.effects.
+    decomposition: see decomposition.of_study.
+    routings: see report_mixtures.routings.
+    costs: see ledger.rows.
+    tasks: see task_table.of_study.
+  """
+  runs: list[dict[str, Any]]
+  results: seeds.Results
+  differences: dict[str, Any] | None
+  regressions: list[dict[str, Any]]
+  effects: list[dict[str, Any]]
+  decomposition: list[dict[str, Any]]
+  routings: list[dict[str, Any]]
+  costs: list[ledger.Row]
+  tasks: dict[str, Any]
+
+
 def write_report(study: Study, config_name: str, baseline: str = '') -> str:
   """Writes the report; returns the path of its HTML file.
 
@@ -57,39 +82,22 @@ def write_report(study: Study, config_name: str, baseline: str = '') -> str:
     UsageError: no run of the study has been started, so there is nothing to report; or no model has
       the name `baseline`.
   """
-  found = status.collect(study)
-  if found['notes']:
-    raise UsageError(f'There is nothing to report: {found["notes"][0]}')
-  for run in found['runs']:
+  figures = _figures(study, baseline)
+  for run in figures.runs:
     for warning in run['warnings']:
       if metrics.NAME in warning:  # the curves are drawn from what is left
         say(f'warning: {run["name"]}: {warning}')
-  results = seeds.results(study)
-  changes, effects = regression.regressions(study), regression.effects(study)
-  parts, routed = decomposition.of_study(study), report_mixtures.routings(study)
-  spent = ledger.rows(study)
-  compared = _compared(results, baseline)
+  results = figures.results
   folder = os.path.join(study.workdir, 'report')
   with replacing(os.path.join(folder, 'report.json')) as file:
-    json.dump({'config': config_name, 'rows': table.without_units(results.rows),
-               'differences': compared, 'checks': results.checks,
-               'runs': found['runs'], **_by_seed(results),
-               'tasks': task_table.of_study(study),
-               'regressions': changes, 'without_each_expert': effects,
-               'decomposition': parts, 'routing': routed,
-               'manifests': {run.name: study.recorded(run.name) or {}
-                             for run in study.runs.values()},
-               'ledger': spent, 'text': report_runs.metas(study)}, file, indent=1)
+    json.dump({'config': config_name, **_as_data(study, figures)}, file, indent=1)
   if results.rows:
     for name, text in (('report.csv', table_files.as_csv(results.rows)),
                        ('report.tex', table_files.as_latex(results.rows, results.note))):
       with replacing(os.path.join(folder, name)) as file:
         file.write(text)
   save = functools.partial(_save_picture, folder)
-  page = _template().render(
-      config_name=config_name,
-      **_contents(study, found['runs'], results, compared, changes, effects, parts, routed, spent,
-                  save))
+  page = _template().render(config_name=config_name, **_contents(study, figures, save))
   path = os.path.join(folder, 'report.html')
   with replacing(path) as file:
     # Paths may not be UTF-8, and HTML has no control characters.
@@ -109,7 +117,31 @@ def latex_table(study: Study) -> str:
   return table_files.as_latex(results.rows, results.note)
 
 
-def _compared(results: seeds.Results, baseline: str) -> dict[str, Any] | None:
+def _figures(study: Study, baseline: str) -> _Figures:
+  """The figures; arguments and errors as for write_report."""
+  found = status.collect(study)
+  if found['notes']:
+    raise UsageError(f'There is nothing to report: {found["notes"][0]}')
+  results = seeds.results(study)
+  return _Figures(
+      found['runs'], results, _differences(results, baseline), regression.regressions(study),
+      regression.effects(study), decomposition.of_study(study), report_mixtures.routings(study),
+      ledger.rows(study), task_table.of_study(study))
+
+
+def _as_data(study: Study, figures: _Figures) -> dict[str, Any]:
+  """The contents of report.json."""
+  results = figures.results
+  return {'rows': table.without_units(results.rows), 'differences': figures.differences,
+          'checks': results.checks, 'runs': figures.runs, **_by_seed(results),
+          'tasks': figures.tasks, 'regressions': figures.regressions,
+          'without_each_expert': figures.effects, 'decomposition': figures.decomposition,
+          'routing': figures.routings,
+          'manifests': {run.name: study.recorded(run.name) or {} for run in study.runs.values()},
+          'ledger': figures.costs, 'text': report_runs.metas(study)}
+
+
+def _differences(results: seeds.Results, baseline: str) -> dict[str, Any] | None:
   """The differences from the baseline, see differences.of_rows; None while nothing is measured."""
   if not results.rows:
     return None
@@ -149,25 +181,9 @@ def _save_picture(folder: str, name: str, png: bytes, alt: str) -> pictures.Pict
   return pictures.Picture(f'data:image/png;base64,{base64.b64encode(png).decode()}', alt)
 
 
-def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
-              compared: dict[str, Any] | None, changes: list[dict[str, Any]],
-              effects: list[dict[str, Any]], parts: list[dict[str, Any]],
-              routed: list[dict[str, Any]], spent: list[ledger.Row], save: pictures.SavePicture
-              ) -> dict[str, Any]:
-  """The data that report.html renders; sections without results yet are empty.
-
-  Args:
-    study: whose report it is.
-    runs: see status.collect.
-    results: see seeds.results.
-    compared: see _compared.
-    changes: see regression.regressions.
-    effects: see regression.effects.
-    parts: see decomposition.of_study.
-    routed: see report_mixtures.routings.
-    spent: see ledger.rows.
-    save: saves a picture.
-  """
+def _contents(study: Study, figures: _Figures, save: pictures.SavePicture) -> dict[str, Any]:
+  """The data that report.html renders; sections without results yet are empty."""
+  runs, results = figures.runs, figures.results
   lines = {name: [line for line in metrics.read(study.folder(name)) if 'loss' in line]
            for name in study.runs}
   return {
@@ -175,24 +191,24 @@ def _contents(study: Study, runs: list[dict[str, Any]], results: seeds.Results,
       'written': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
       'runs': runs,
       'complete': sum(run['state'] in manifest.FINISHED for run in runs),
-      'models': _models(results, compared, save) if compared else None,
+      'models': _models(results, figures.differences, save) if figures.differences else None,
       'ensembles': report_experts.ensembles(study, results.rows),
       'changes': {'headings': regression_table.CHANGES, 'rows': list(
-          regression_table.changes_cells(changes))},
+          regression_table.changes_cells(figures.regressions))},
       'checks': {subject: [{'verdict': claims.verdict(check), **check} for check in found]
                  for subject, found in claims.by_subject(results.checks).items()},
       'about_checks': claims.about(results.checks),
-      'tasks': _tasks(study),
+      'tasks': _tasks(figures.tasks),
       'training': _training(study, lines, save),
       'mixtures': report_experts.mixtures(
-          study, lines, {each['name']: each for each in effects},
-          {each['run']: each for each in routed if each['stage'] == scores.FINAL}, save),
-      'parts': report_mixtures.parts(parts, save),
-      'routing': report_mixtures.side_by_side(routed, save),
+          study, lines, {each['name']: each for each in figures.effects},
+          {each['run']: each for each in figures.routings if each['stage'] == scores.FINAL}, save),
+      'parts': report_mixtures.parts(figures.decomposition, save),
+      'routing': report_mixtures.side_by_side(figures.routings, save),
       'remarks': [*regression.remarks(study), *decomposition.remarks(study)],
       'graph': report_runs.graph(study, runs, save),
       'costs': [report_runs.cost(study, found, lines[found['name']]) for found in runs],
-      'ledger': _ledger(spent),
+      'ledger': _ledger(figures.costs),
       'settings': settings.of_study(study),
       'texts': report_runs.texts(study),
   }
@@ -225,9 +241,8 @@ def _models(results: seeds.Results, compared: dict[str, Any], save: pictures.Sav
   }
 
 
-def _tasks(study: Study) -> dict[str, Any]:
+def _tasks(found: dict[str, Any]) -> dict[str, Any]:
   """The table of scores on tasks."""
-  found = task_table.of_study(study)
   return {'headings': task_table.headings(found), 'rows': list(task_table.cells(found))}
 
 

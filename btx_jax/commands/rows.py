@@ -61,7 +61,7 @@ def of_run(study: Study, run: Run) -> dict[str, Any]:
       'manifest': {key: about[key] for key in _KEPT if key in about},
       **scores.stored(study, run),
       'training': _training(study.folder(run.name)),
-      'cost': ledger.to_keep(study, run),
+      'cost': ledger.costs_to_publish(study, run),
       'fitted': {key: fitted[key] for key in fitted if key not in ('run', 'files')}}
 
 

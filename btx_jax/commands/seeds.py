@@ -5,14 +5,13 @@ models that share a seed start from the same parameters.
 """
 
 from collections.abc import Sequence
-import statistics
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from btx_jax.commands import claims, table
 from btx_jax.commands.table import Row
-from btx_jax.scoring import builtin, scores
+from btx_jax.scoring import builtin, error_bars, scores
 from btx_jax.study.study import Study
 
 
@@ -71,10 +70,13 @@ def _is_complete(study: Study, series: str, rows: Sequence[Row]) -> bool:
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-  """The means and the spread of one model's rows, at least two; training costs the same in all.
+  """The means and the spread of one model's rows; training costs the same in all.
 
-  The error from the text is that of the mean: the seeds are measured on the same units.
+  The error from the text is that of the mean: the seeds are measured on the same units. A single
+  row is returned as it is, without a spread.
   """
+  if len(rows) == 1:
+    return rows[0]
   bits = {domain: [row['bits_per_byte'][domain] for row in rows]
           for domain in rows[0]['bits_per_byte']}
   means = [row['mean'] for row in rows]
@@ -85,12 +87,12 @@ def mean_row(rows: Sequence[Row]) -> Row:
       'units': units,
       'answers': {name: builtin.mean([row['answers'][name] for row in rows])
                   for name in rows[0]['answers'] if all(name in row['answers'] for row in rows)},
-      'bits_per_byte': {domain: statistics.fmean(values) for domain, values in bits.items()},
-      'mean': statistics.fmean(means),
+      'bits_per_byte': {domain: error_bars.mean(values) for domain, values in bits.items()},
+      'mean': error_bars.mean(means),
       'spread': {
-          'bits_per_byte': {domain: statistics.stdev(values) for domain, values in bits.items()},
-          'mean': statistics.stdev(means)},
-      'forward_flops': statistics.fmean(row['forward_flops'] for row in rows),
+          'bits_per_byte': {domain: error_bars.spread(values) for domain, values in bits.items()},
+          'mean': error_bars.spread(means)},
+      'forward_flops': error_bars.mean([row['forward_flops'] for row in rows]),
       **{kind: {domain: np.mean([row[kind][domain] for row in rows], 0).tolist()
                 for domain in rows[0][kind]} for kind in ('gates', 'share', 'switches')}})
 

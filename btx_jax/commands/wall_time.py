@@ -15,12 +15,11 @@ from btx_jax.errors import UsageError, nearest
 from btx_jax.run import Run, lineage, lineage_of
 from btx_jax.study import wall_time
 from btx_jax.study.study import Study
-from btx_jax.study.wall_time import Apart, Form, Training
+from btx_jax.study.wall_time import Branches, Form, Training
 from btx_jax.terminal import Table, show
 from btx_jax.training import metrics
 
 _GBIT = 1e9 / 8  # bytes per second
-_FLOAT32 = 4  # bytes
 _SAME = 0.01  # a relative difference of FLOPs up to which two rows are compared
 _SYNCHRONOUS = 'synchronous'
 _UNITS = ((86400, 'days'), (3600, 'h'), (60, 'min'), (1, 's'))
@@ -42,16 +41,16 @@ class Row(NamedTuple):
 
 
 def print_wall_times(study: Study, machines: int, links: Sequence[float], name: str = '',
-                     rival: str = '', as_json: bool = False):
-  """Prints the times of all rows, or of a run and its rival alone.
+                     baseline: str = '', as_json: bool = False):
+  """Prints the times of all rows, or of a run and the baseline alone.
 
   Args:
     study: the study; some of its runs have metrics.
     machines: W.
     links: Gbit/s, each way.
     name: of a run; '' means all.
-    rival: the row whose break-even links are printed; '' means the first that is trained by all
-      machines together.
+    baseline: the row that the others' break-even links are with; '' means the first that is trained
+      by all machines together.
     as_json: whether to print JSON.
 
   Raises:
@@ -59,22 +58,22 @@ def print_wall_times(study: Study, machines: int, links: Sequence[float], name: 
   """
   used = {source.name for run in study.runs.values() for source in run.sources}
   ends = {run.plain_name: run for run in study.of_series(study.series[0]) if run.name not in used}
-  for given, flag in ((name, 'run'), (rival, 'baseline')):
+  for given, flag in ((name, 'run'), (baseline, 'baseline')):
     if given and given not in ends:
       raise UsageError(f'--{flag}={given} is not a row of wall_time, a run that no other starts '
                        f'from; {nearest(given, ends)}')
   for run in ends.values():
-    if not name or run.plain_name in (name, rival):
+    if not name or run.plain_name in (name, baseline):
       _check_workers(run, machines)
   rows, missing, shared = _rows(ends.values(), _step_seconds(study))
-  against = next((row for row in rows if row.name == rival or (
-      not rival and row.kind == _SYNCHRONOUS)), None)
-  if not rows or {name, rival} & set(missing):
+  base = next((row for row in rows if row.name == baseline or (
+      not baseline and row.kind == _SYNCHRONOUS)), None)
+  if not rows or {name, baseline} & set(missing):
     raise UsageError('wall_time needs measured step times, and some are missing in '
                      f'{study.workdir}, for {", ".join(missing)}. Train what they consist of '
                      'first, for two steps or more.')
-  found = _as_data([row for row in rows if not name or row.name == name or row is against],
-                   against, machines, links)
+  found = _as_data([row for row in rows if not name or row.name == name or row is base],
+                   base, machines, links)
   if as_json:
     print(json.dumps({'workdir': study.workdir, 'shared': shared, 'not_measured': missing, **found},
                      indent=2))
@@ -169,12 +168,12 @@ def form_of(run: Run, seconds: Mapping[Hashable, float]) -> Form:
   groups: list[tuple[Form, float]] = []
   for top, form in zip(tops, forms):
     # Models that share a part of their training are one branch.
-    stages, size = dict.fromkeys(form[trunk:]), _size(top)
+    stages, size = dict.fromkeys(form[trunk:]), top.gradient_bytes
     for group in [group for group in groups if stages.keys() & set(group[0])]:
       groups.remove(group)
       stages, size = dict.fromkeys((*group[0], *stages)), size + group[1]
     groups.append((tuple(stages), size))
-  return (*forms[0][:trunk], Apart(*map(tuple, zip(*groups))), *own)
+  return (*forms[0][:trunk], Branches(*map(tuple, zip(*groups))), *own)
 
 
 def _trained_sources(sources: Sequence[Run]) -> list[Run]:
@@ -187,23 +186,18 @@ def _trained_sources(sources: Sequence[Run]) -> list[Run]:
 
 
 def _training(run: Run, seconds: Mapping[Hashable, float]) -> Training:
-  return Training(run.plain_name, run.steps, seconds[_program(run)], run.batch_size, _size(run),
-                  run.workers, run.outer.sync_every if run.outer else 1)
-
-
-def _size(run: Run) -> float:
-  """Bytes of the parameters that train."""
-  return _FLOAT32 * run.trained_params
+  return Training(run.plain_name, run.steps, seconds[_program(run)], run.batch_size,
+                  run.gradient_bytes, run.outer)
 
 
 def _kind(form: Form) -> str:
-  if any(isinstance(stage, Apart) for stage in form):
-    return 'branches' if isinstance(form[-1], Apart) else 'branches, finetune'
-  has_workers = any(stage.workers > 1 for stage in form if isinstance(stage, Training))
+  if any(isinstance(stage, Branches) for stage in form):
+    return 'branches' if isinstance(form[-1], Branches) else 'branches, finetune'
+  has_workers = any(stage.outer for stage in form if isinstance(stage, Training))
   return 'DiLoCo' if has_workers else _SYNCHRONOUS
 
 
-def _as_data(rows: Sequence[Row], rival: Row | None, machines: int, links: Sequence[float]
+def _as_data(rows: Sequence[Row], base: Row | None, machines: int, links: Sequence[float]
              ) -> dict[str, Any]:
   """The tables as plain data, in seconds, bytes and Gbit/s."""
   result = []
@@ -212,19 +206,19 @@ def _as_data(rows: Sequence[Row], rival: Row | None, machines: int, links: Seque
     result.append({
         'name': row.name, 'kind': row.kind, 'flops': row.flops,
         'compute': wall_time.time_of(row.form, machines, math.inf).compute,
-        'sent': max(time.sent for time in times),
+        'sent_by_each': max(time.sent for time in times),
         'on_one_machine': wall_time.time_of(row.form, 1, math.inf).total,
         'links': [{'gbit': link, 'exposed': time.exposed, 'total': time.total}
                   for link, time in zip(links, times)],
-        'break_even': {} if rival in (None, row) or abs(
-            row.flops / rival.flops - 1) > _SAME else {
-                when: _break_even(row, rival, machines, hidden) for when, hidden in (
+        'break_even': {} if base in (None, row) or abs(
+            row.flops / base.flops - 1) > _SAME else {
+                when: _break_even(row, base, machines, hidden) for when, hidden in (
                     ('after_backward', 0.0), ('during_backward', wall_time.BACKWARD))}})
-  return {'machines': machines, 'rival': rival.name if rival else None, 'rows': result}
+  return {'machines': machines, 'baseline': base.name if base else None, 'rows': result}
 
 
-def _break_even(row: Row, rival: Row, machines: int, hidden: float) -> dict[str, Any]:
-  bandwidth, is_below = wall_time.break_even(row.form, rival.form, machines, hidden)
+def _break_even(row: Row, base: Row, machines: int, hidden: float) -> dict[str, Any]:
+  bandwidth, is_below = wall_time.break_even(row.form, base.form, machines, hidden)
   if math.isinf(bandwidth):
     return {'faster': 'always' if is_below else 'never', 'gbit': None}
   return {'faster': 'below' if is_below else 'above', 'gbit': bandwidth / _GBIT}
@@ -238,7 +232,7 @@ def _show(found: Mapping[str, Any], shared: Sequence[str], missing: Sequence[str
   show(Table(
       ['', 'trained', 'TFLOP', 'compute', 'sent by each'],
       [[row['name'], row['kind'], f'{row["flops"] / 1e12:,.1f}', _time(row['compute']),
-        _size_in_words(row['sent'])] for row in rows], names=2,
+        _size_in_words(row['sent_by_each'])] for row in rows], names=2,
       title=f'On {machines} machines', caption=' '.join(caption)))
   alone = [f'{row["name"]} at {link["gbit"]:g} Gbit/s' for row in rows for link in row['links']
            if row['on_one_machine'] < link['total']]
@@ -251,7 +245,7 @@ def _show(found: Mapping[str, Any], shared: Sequence[str], missing: Sequence[str
     show(Table(
         ['', 'sent after the backward pass', 'sent during the backward pass'],
         [[row['name'], *map(_in_words, row['break_even'].values())] for row in compared],
-        title=f'Links on which it is faster than {found["rival"]}, if gradients are',
+        title=f'Links on which it is faster than {found["baseline"]}, if gradients are',
         caption='Only rows of the same FLOPs are compared.'))
 
 

@@ -24,7 +24,6 @@ Computed from stored scores alone, so it needs no devices.
 """
 
 from collections.abc import Mapping, Sequence
-import statistics
 from typing import Any
 
 from btx_jax.run import CHECKPOINT, MIX, Run, parts_of, recipe_of
@@ -180,19 +179,8 @@ def _costs(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
 def _mean_of(domains: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """The means of SCORES and COSTS over the domains, and their `errors`."""
   result: dict[str, Any] = {
-      kind: mean([of_domain[kind] for of_domain in domains]) for kind in (*SCORES, *COSTS)}
+      kind: error_bars.mean([of_domain[kind] for of_domain in domains])
+      for kind in (*SCORES, *COSTS)}
   return result | {'errors': {
       cost: error_bars.error_of_mean(of_domain['errors'][cost] for of_domain in domains)
       for cost in COSTS}}
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-  """The mean; None if one of the values is not known."""
-  known = [value for value in values if value is not None]
-  return statistics.fmean(known) if len(known) == len(values) else None
-
-
-def spread(values: Sequence[float | None]) -> float | None:
-  """The sample standard deviation of at least two values; None if one of them is not known."""
-  known = [value for value in values if value is not None]
-  return statistics.stdev(known) if len(known) == len(values) else None

@@ -12,6 +12,7 @@ two errors together suggest. This is not the error from training, which config.s
 
 from collections.abc import Iterable, Mapping, Sequence
 import math
+import statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,18 @@ def error_of_percent(units: Units, other: Units) -> float | None:
     return None
   error = error_of_ratio(units['nll'], other['nll'])
   return None if error is None else 100 * error
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+  """The mean, of a score over the seeds, say; None if a value is not known, or there is none."""
+  known = [value for value in values if value is not None]
+  return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def spread(values: Sequence[float | None]) -> float | None:
+  """The sample standard deviation; None if a value is not known, or there are fewer than two."""
+  known = [value for value in values if value is not None]
+  return statistics.stdev(known) if len(known) == len(values) > 1 else None
 
 
 def error_of_mean(errors: Iterable[float | None]) -> float | None:

@@ -15,15 +15,15 @@ from btx_jax.model.config import FLOP_PARTS, num_params, train_flops_by_part
 from btx_jax.model.overhead import Overhead, attention_of, dispatch_of, overhead_per_token
 from btx_jax.run import ENSEMBLE, MIX, Run, lineage
 from btx_jax.scoring import scores
-from btx_jax.study import routers
+from btx_jax.study import routers, wall_time
 from btx_jax.study.study import Study
 
 MACHINES = 4  # unless the command says otherwise
 _BYTES = 4  # of a parameter, a gradient or a moment: float32
-# What the model FLOPs leave out, in the order of the columns.
-BEYOND = (*Overhead._fields, 'fitting')
-# What follows from files that a finished row does not have: see to_keep.
-_KEPT = ('tokens', 'passes', 'most_passes', 'beyond', 'device_seconds')
+# FLOPs that model FLOPs leave out, in the order of the columns.
+OVERHEADS = (*Overhead._fields, 'fitting')
+# Figures that follow from files that a finished row does not have.
+_PUBLISHED = ('tokens', 'passes', 'most_passes', 'beyond', 'device_seconds')
 Row = dict[str, Any]
 
 
@@ -32,15 +32,15 @@ def rows(study: Study, machines: int = MACHINES) -> list[Row]:
 
   A row has name; tokens and passes by domain, and most_passes, the largest of these; flops by part
   of the model (config.FLOP_PARTS), train_flops, their sum, and frozen, the FLOPs of gradients that
-  were not computed; beyond, the FLOPs that these leave out, by each name of BEYOND; device_seconds;
-  sent and moved, bytes between machines, see sent_bytes and moved_bytes; active_params,
+  were not computed; beyond, the FLOPs that these leave out, by each name of OVERHEADS;
+  device_seconds; sent_by_all and checkpoint_bytes, see the functions of these names; active_params,
   total_params and forward_flops as in the table of results. What is not known is None.
   """
-  alone, texts = apart(study.runs.values()), _targets(study)
-  return [_row(study, model, alone, texts, machines) for model in scores.models(study)]
+  branches, texts = branches_of(study.runs.values()), _targets(study)
+  return [_row(study, model, branches, texts, machines) for model in scores.models(study)]
 
 
-def _row(study: Study, model: scores.Model, alone: Collection[str],
+def _row(study: Study, model: scores.Model, branches: Collection[str],
          texts: Mapping[str, int | None], machines: int) -> Row:
   trained, own = model.trained, model.run
   # What the model is made of moves to it even if its own training came later, or never.
@@ -62,20 +62,21 @@ def _row(study: Study, model: scores.Model, alone: Collection[str],
       'frozen': sum(run.flops_unfrozen - run.flops for run in trained),
       'beyond': beyond | {'fitting': _sum(_fit_flops(study, run) for run in fitted)},
       'device_seconds': _sum(_device_seconds(run, manifests[run.name]) for run in trained),
-      'sent': sum(sent_bytes(run, 1 if run.name in alone else machines) for run in trained),
-      'moved': sum(moved_bytes(run, alone) for run in made),
+      'sent_by_all': sum(sent_by_all(run, 1 if run.name in branches else machines)
+                         for run in trained),
+      'checkpoint_bytes': sum(checkpoint_bytes(run, branches) for run in made),
       'active_params': model.active_params, 'total_params': model.total_params,
       'forward_flops': (
           model.forward_flops(measured or {}) if measured or not own.selector else None),
       **kept}
 
 
-def to_keep(study: Study, run: Run) -> dict[str, Row]:
-  """By stage, what of the rows of a run's models only its own working directory can tell."""
-  alone, texts = apart(study.runs.values()), _targets(study)
-  found = {model.stage: _row(study, model, alone, texts, MACHINES)
+def costs_to_publish(study: Study, run: Run) -> dict[str, Row]:
+  """By stage, the figures of a run's models that only its own working directory can give."""
+  branches, texts = branches_of(study.runs.values()), _targets(study)
+  found = {model.stage: _row(study, model, branches, texts, MACHINES)
            for model in scores.models_of(study, run)}
-  return {stage: {key: row[key] for key in _KEPT} for stage, row in found.items()}
+  return {stage: {key: row[key] for key in _PUBLISHED} for stage, row in found.items()}
 
 
 def overhead_of(run: Run, devices: str) -> dict[str, float | None]:
@@ -113,39 +114,37 @@ def overhead_of(run: Run, devices: str) -> dict[str, float | None]:
   return result
 
 
-def sent_bytes(run: Run, machines: int) -> int:
+def sent_by_all(run: Run, machines: int) -> int:
   """Bytes that all machines together send to each other while a run trains.
 
-  A ring of W machines sums a gradient of S bytes with 2 (W - 1) S sent in total. S is that of the
-  parameters that train, in float32. An ordinary run sums once a step, on W = `machines`. A run of
-  DiLoCo sums its changes at each meeting, on one machine for each of its W = train.workers. On one
-  machine nothing is sent.
+  An ordinary run sums a gradient in each step, over `machines`. A run of DiLoCo sums as many bytes
+  at each meeting, over one machine for each worker. See wall_time.all_reduce.
   """
-  times = -(-run.steps // run.outer.sync_every) if run.outer else run.steps
-  count = run.workers if run.outer else machines
-  return times * 2 * (count - 1) * _BYTES * run.trained_params
+  count, times = machines, run.steps
+  if run.outer:
+    count, times = run.workers, run.outer.meetings(run.steps)
+  return times * round(count * wall_time.all_reduce(run.gradient_bytes, count))
 
 
-def moved_bytes(run: Run, alone: Collection[str]) -> int:
+def checkpoint_bytes(run: Run, branches: Collection[str]) -> int:
   """Bytes of the checkpoints that are moved between machines so that a run can start.
 
-  A checkpoint moves when a run that is trained apart starts from one that is not, which is
-  branching, or the other way round, which is mixing: its parameters once, in float32, and with
-  `Run.state` the two moments of what trains.
+  A checkpoint moves when a branch starts from a run that is not one, or such a run from a branch:
+  its parameters once, in float32, and with `Run.state` the two moments of what trains.
 
   Args:
     run: the run that starts.
-    alone: names of the runs that are trained apart, see `apart`.
+    branches: see branches_of.
   """
   size = 0
   for i, source in enumerate(run.sources):
-    if (run.name in alone) != (source.name in alone):
+    if (run.name in branches) != (source.name in branches):
       size += num_params(source.model) + (2 * run.trained_params if run.state and not i else 0)
   return _BYTES * size
 
 
-def apart(runs: Iterable[Run]) -> set[str]:
-  """The names of the runs that are trained apart, on a machine each: branches.
+def branches_of(runs: Iterable[Run]) -> set[str]:
+  """The names of the branches: runs that are trained apart, on a machine each.
 
   These are the runs that some, but not all, models of a mixture or an ensemble descend from or are.
   """

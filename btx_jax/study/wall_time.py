@@ -15,6 +15,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from btx_jax.outer import Outer
+
 BACKWARD = 2 / 3  # of a step's FLOPs
 _SLOWEST, _FASTEST = 1.0, 1e15  # bytes per second, between which a break-even link is sought
 
@@ -29,31 +31,29 @@ class Training:
     seconds: of a step on one machine.
     rows: B, rows of a step.
     size: bytes of the parameters that train, and so of their gradient.
-    workers: as in outer.Outer; 1 is synchronous data parallelism.
-    sync_every: steps from one meeting of the workers to the next.
+    outer: the settings of DiLoCo; None is synchronous data parallelism.
   """
   name: str
   steps: int
   seconds: float
   rows: int
   size: float
-  workers: int = 1
-  sync_every: int = 1
+  outer: Outer | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Apart:
-  """Models that are trained apart; then each machine receives all of them.
+class Branches:
+  """Models that are trained apart. Then each machine receives all of them.
 
   Attributes:
-    branches: the form of each.
+    forms: of each.
     sizes: bytes of each that are sent: of the parameters that it trained.
   """
-  branches: tuple['Form', ...]
+  forms: tuple['Form', ...]
   sizes: tuple[float, ...]
 
 
-Form = tuple[Training | Apart, ...]
+Form = tuple[Training | Branches, ...]
 
 
 class Time(NamedTuple):
@@ -93,28 +93,27 @@ def time_of(form: Form, machines: int, bandwidth: float, hidden: float = 0.0) ->
   total = Time()
   for stage in form:
     if isinstance(stage, Training):
-      total = total.then(_together(stage, machines, bandwidth, hidden))
+      total = total.then(_time_of_training(stage, machines, bandwidth, hidden))
     else:
-      total = total.then(_apart(stage, machines, bandwidth, hidden))
+      total = total.then(_time_of_branches(stage, machines, bandwidth, hidden))
   return total
 
 
-def _together(run: Training, machines: int, bandwidth: float, hidden: float) -> Time:
+def _time_of_training(run: Training, machines: int, bandwidth: float, hidden: float) -> Time:
   """The time of one run on all machines, which its workers share evenly.
 
   If there are fewer machines than workers, each has as many of them as the others.
   """
-  workers = math.gcd(run.workers, machines)  # as far as the link is concerned
+  outer = run.outer or Outer(workers=1)
+  workers = math.gcd(outer.workers, machines)  # as far as the link is concerned
   step = run.seconds * math.ceil(run.rows / machines) / run.rows
   summed = all_reduce(run.size, machines // workers)
-  met = all_reduce(run.size, workers)
-  meetings = math.ceil(run.steps / run.sync_every)
-  exposed = (run.steps * max(summed / bandwidth - hidden * step, 0.0)
-             + meetings * met / bandwidth)
-  return Time(run.steps * step, exposed, run.steps * summed + meetings * met)
+  met = outer.meetings(run.steps) * all_reduce(run.size, workers)
+  exposed = run.steps * max(summed / bandwidth - hidden * step, 0.0) + met / bandwidth
+  return Time(run.steps * step, exposed, run.steps * summed + met)
 
 
-def _apart(stage: Apart, machines: int, bandwidth: float, hidden: float) -> Time:
+def _time_of_branches(stage: Branches, machines: int, bandwidth: float, hidden: float) -> Time:
   """The time of the slowest branch, and of sending every model to all machines.
 
   A branch leaves those of its machines idle that would make it slower.
@@ -123,7 +122,7 @@ def _apart(stage: Apart, machines: int, bandwidth: float, hidden: float) -> Time
     return min((time_of(branch, n, bandwidth, hidden) for n in range(1, count + 1)),
                key=lambda time: time.total)
 
-  branches = sorted(stage.branches, key=lambda branch: -on(branch, 1).total)
+  branches = sorted(stage.forms, key=lambda branch: -on(branch, 1).total)
   count = len(branches)
   if machines > count:  # as evenly as can be; the slowest have one more
     each, more = divmod(machines, count)
@@ -139,7 +138,8 @@ def _apart(stage: Apart, machines: int, bandwidth: float, hidden: float) -> Time
       Time(0.0, sent / bandwidth, sent))
 
 
-def break_even(form: Form, rival: Form, machines: int, hidden: float = 0.0) -> tuple[float, bool]:
+def break_even(form: Form, baseline: Form, machines: int, hidden: float = 0.0
+               ) -> tuple[float, bool]:
   """The bandwidth at which two forms take equally long.
 
   Returns:
@@ -147,7 +147,7 @@ def break_even(form: Form, rival: Form, machines: int, hidden: float = 0.0) -> t
     True: it is always faster; infinity and False: it never is.
   """
   def is_faster(bandwidth: float) -> bool:
-    ours, theirs = (time_of(each, machines, bandwidth, hidden).total for each in (form, rival))
+    ours, theirs = (time_of(each, machines, bandwidth, hidden).total for each in (form, baseline))
     return ours < theirs
 
   below, above = is_faster(_SLOWEST), is_faster(_FASTEST)
@@ -168,7 +168,7 @@ def shared_stages(forms: Sequence[Form]) -> int:
   """
   count = 0
   for stages in zip(*(form[:-1] for form in forms)):
-    if len(set(stages)) > 1 or isinstance(stages[0], Apart):
+    if len(set(stages)) > 1 or isinstance(stages[0], Branches):
       break
     count += 1
   return count

@@ -44,11 +44,32 @@ def meet(outer: Outer, params, workers, momentum):
   Returns:
     The new parameters, with which all workers go on, and the new momentum.
   """
+  workers = _sharded(workers, by_worker=False)
   # Not `at - mean`: the mean of three equal numbers may differ from them, and what is frozen would
   # move.
   gradient = jax.tree.map(lambda at, of_each: (at[None] - of_each).mean(0), params, workers)
   updates, momentum = outer_optimizer(outer).update(gradient, momentum, params)
   return optax.apply_updates(params, updates), momentum
+
+
+def _sharded(workers, by_worker: bool):
+  """`workers`, each leaf [W, ...], sharded over the mesh axis `expert`: by worker, or within each.
+
+  Workers train sharded by worker. At a meeting each device takes its part of the parameters of all
+  workers, averages it, and gathers the new parameters: together that sends what a ring all-reduce
+  sends. Left to itself, XLA gathers the old parameters too and sums whole differences, which is
+  twice the bytes. Leaves that `expert` cannot shard within a worker stay sharded by worker, and XLA
+  sums their differences by an all-reduce.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return workers
+
+  def constrain(x, spec):
+    return sharding.constrain(x, spec) if any('expert' in (axes or ()) for axes in spec) else x
+
+  return jax.tree.map(constrain, workers,
+                      sharding.partition_specs(workers, mesh, stacked=by_worker))
 
 
 def create_state(params: dict, tx: optax.GradientTransformation, outer: Outer,
@@ -95,6 +116,8 @@ def make_step(train_step: TrainStep, outer: Outer, steps: int, skip_nonfinite: b
       workers = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old),
                              workers, own['workers'])
       moments = optim.unless(is_finite, moments, own['moments'])
+    # Otherwise XLA would move them before it knows whether they meet.
+    workers = _sharded(workers, by_worker=True)
     done = state.step + 1
 
     def apart(params, momentum):

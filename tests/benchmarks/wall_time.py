@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from btx_jax import base
-from btx_jax.model.config import num_params
+from btx_jax.run import Run
 from btx_jax.study import wall_time
 from btx_jax.study.study import Study
 from btx_jax.training import metrics
@@ -38,7 +38,7 @@ RATES = (50, 100, 200)  # Mbit/s
 # Of a full packet: what the token bucket counts (Ethernet, IP and TCP with time stamps), and data.
 PACKET, DATA = 1514, 1448
 TURNS, STEPS = 4, 12  # turns at each rate, and steps of a turn that are timed
-ROWS, LENGTH, SYNC_EVERY = 4, 63, 4
+ROWS, LENGTH, SYNC_EVERY = 4, 63, 2
 SKIPPED = 2  # steps after a change of the rate that are not timed: metrics come a step late
 
 
@@ -112,18 +112,17 @@ def call(*command: str) -> str:
   return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def measure(cable: Cable, config: str, workdir: str, name: str, rates: Sequence[int]
+def measure(cable: Cable, config: str, workdir: str, run: Run, rates: Sequence[int]
             ) -> tuple[dict[int | None, float], float]:
   """Trains the run. Returns seconds of a step at each rate (None: no limit), and bytes a step."""
-  workers = {'synchronous': 1, 'diloco': 2}[name]  # along the axis `expert`
-  job = Job(2, 1, f'--config={config}', f'--workdir={workdir}', f'--run={name}',
-            f'--config.mesh.expert={workers}', inside=cable.inside(), host=ADDRESSES[0])
+  job = Job(2, 1, f'--config={config}', f'--workdir={workdir}', f'--run={run.name}',
+            f'--config.mesh.expert={run.workers}', inside=cable.inside(), host=ADDRESSES[0])
   cable.port = job.port
   seconds: dict[int | None, list[float]] = {rate: [] for rate in (None, *rates)}
   counted = []
 
   def done() -> int:
-    path = os.path.join(workdir, name, metrics.NAME)
+    path = os.path.join(workdir, run.name, metrics.NAME)
     return pathlib.Path(path).read_bytes().count(b'\n') if os.path.exists(path) else 0
 
   def steps(count: int):
@@ -146,7 +145,7 @@ def measure(cable: Cable, config: str, workdir: str, name: str, rates: Sequence[
         first += -first % SYNC_EVERY
         steps(first + STEPS)
         took = [ROWS * LENGTH / line['tokens_per_second']
-                for line in training(workdir, name)[first:first + STEPS]]
+                for line in training(workdir, run.name)[first:first + STEPS]]
         seconds[rate] += np.reshape(took, (-1, SYNC_EVERY)).mean(1).tolist()
   finally:
     for process in job.started:
@@ -158,25 +157,20 @@ def measure(cable: Cable, config: str, workdir: str, name: str, rates: Sequence[
   return medians, float(np.polyfit(count, sent, 1)[0])
 
 
-def check(name: str, size: float, measured: tuple[dict[int | None, float], float]) -> bool:
+def check(run: Run, measured: tuple[dict[int | None, float], float]) -> bool:
   """Prints what was measured beside what the model says; whether they agree."""
   seconds, sent = measured
-  workers = {'synchronous': 1, 'diloco': 2}[name]
   # With the link open, a step takes what it computes on one of two machines.
-  run = wall_time.Training(name, SYNC_EVERY, 2 * seconds[None], ROWS, size, workers, SYNC_EVERY)
-  by_model = wall_time.time_of((run,), 2, np.inf).sent
-  # What the model leaves out: the program keeps the parameters of the last meeting sharded over the
-  # machines, and gathers them for the differences, and again once they have changed.
-  gathered = 2 * wall_time.all_gather(size, 2) if workers > 1 else 0.0
-  expected = (by_model + gathered) / SYNC_EVERY
-  print(f'{name}: {sent:,.0f} bytes a step, {expected:,.0f} expected ({sent / expected - 1:+.2%}), '
-        f'of them {by_model / SYNC_EVERY:,.0f} by the model; {seconds[None]:.3f} s a step on an '
-        'open link', flush=True)
+  stage = wall_time.Training(run.name, SYNC_EVERY, 2 * seconds[None], ROWS, run.gradient_bytes,
+                             run.outer)
+  expected = wall_time.time_of((stage,), 2, np.inf).sent / SYNC_EVERY
+  print(f'{run.name}: {sent:,.0f} bytes a step, {expected:,.0f} expected '
+        f'({sent / expected - 1:+.2%}); {seconds[None]:.3f} s a step on an open link', flush=True)
   good = abs(sent / expected - 1) < 0.01
   for rate, found in seconds.items():
     if rate:
       bandwidth = rate * 1e6 / 8 * DATA / PACKET
-      total = (wall_time.time_of((run,), 2, bandwidth).total + gathered / bandwidth) / SYNC_EVERY
+      total = wall_time.time_of((stage,), 2, bandwidth).total / SYNC_EVERY
       print(f'  {rate:4} Mbit/s: {found:.3f} s a step, {total:.3f} expected '
             f'({found / total - 1:+.1%})', flush=True)
       good &= abs(found / total - 1) < 0.2
@@ -189,9 +183,8 @@ def main():
   with tempfile.TemporaryDirectory() as folder, Cable() as cable:
     studies.write_text(pathlib.Path(folder))
     workdir = os.path.join(folder, 'work')
-    good = [check(name, 4 * num_params(run.model), measure(
-        cable, f'{__file__}:{folder}', workdir, name, rates))
-            for name, run in Study(get_config(folder), workdir).runs.items()]
+    good = [check(run, measure(cable, f'{__file__}:{folder}', workdir, run, rates))
+            for run in Study(get_config(folder), workdir).runs.values()]
   sys.exit(not all(good))
 
 
