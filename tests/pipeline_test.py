@@ -406,7 +406,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
 
 
 @pytest.mark.parametrize('apply, message', [
-    (change(('train', 'batch_size'), 12), r'6 rows cannot be shared evenly by 4.*nearest.* 4 or'),
+    (lambda config: config.train.update(batch_size=12, microbatches=2),
+     r'6 rows cannot be shared evenly by 4.*nearest.* 4 or'),
     (change(('mesh', 'fsdp'), 3), r'mesh.fsdp = 3.*cannot be laid on 8 device'),
     (change(('mesh', 'data'), 4), r'must multiply to 8'),
     (change(('evaluation', 'batch_size'), 3), r'evaluation.batch_size: 3 rows'),
