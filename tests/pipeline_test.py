@@ -256,8 +256,8 @@ def test_metrics_tell_what_a_person_wants_to_know(study):
 def test_a_trace_and_events_for_tensorboard_are_written_when_asked_for(text, tmp_path):
   config = studies.get_config(text)
   config.sinks = ('tensorboard',)
-  config.runs = {'seed': base.run(base.random(), {'code': 1}, steps=5)}
-  pipeline = Pipeline(config, str(tmp_path / 'work'), profile=2)
+  config.runs = {'seed': base.run(base.random(), {'code': 1}, steps=2)}
+  pipeline = Pipeline(config, str(tmp_path / 'work'), profile=1)
   pipeline.train()
   traces = glob.glob(os.path.join(pipeline.folder('seed'), 'profile', '**', '*.*'), recursive=True)
   trace = next(path for path in traces if path.endswith('.xplane.pb'))  # for xprof
