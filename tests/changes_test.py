@@ -28,7 +28,6 @@ def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.model.num_layers = 1
-  config.train.microbatches = 1
   config.evaluation.every = 1
   config.checkpoints_kept = 1
   # The first step has the rate 0, and the others ruin the model.

@@ -12,7 +12,7 @@ import sys
 import traceback
 from typing import NamedTuple
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.jobs import PATIENCE, ROOT
 
 
 class Done(NamedTuple):
@@ -68,7 +68,7 @@ def _become(main, arguments: list[str], cwd: str, out: str, err: str):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   sys.argv = ['btx_jax', *arguments]
-  signal.alarm(300)  # rather than wait forever
+  signal.alarm(PATIENCE)  # rather than wait forever
   # As in the foreground: a shell has those in the background ignore it, and their children too.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   code = 1

@@ -62,7 +62,7 @@ def console():
   terminal.console.stderr = False
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def run(tmp_path_factory):
   """Runs commands, as tests/command.py says."""
   with command.Commands(str(tmp_path_factory.mktemp('output'))) as commands:

@@ -44,7 +44,6 @@ def get_config(folder):
   """A mixture with noisy routers, and its last three steps once more."""
   config = studies.get_config(folder)
   config.mesh.update(fsdp=1, expert=1, tensor=1)
-  config.train.microbatches = 1
   config.optimizer.update(warmup=0.0, schedule='wsd', decay=0.4)
   config.evaluation.every = 0
   config.checkpoint_every = 100

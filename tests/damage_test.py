@@ -31,7 +31,6 @@ def study(text, tmp_path_factory):
   config = studies.get_config(text)
   config.evaluation.update(every=0)
   config.mesh.update(fsdp=2, expert=1, tensor=1)
-  config.train.microbatches = 1  # sooner compiled
   config.checkpoints_kept = 3
   config.runs = {name: config.runs[name] for name in ('seed', 'expert/code')}
   pipeline = Pipeline(config, str(tmp_path_factory.mktemp('study') / 'work'))

@@ -17,9 +17,9 @@ from btx_jax.data import duplicates, splits
 from btx_jax.data.tokens import Tokens
 from btx_jax.files import sealed
 from tests import studies
+from tests.jobs import PATIENCE, ROOT
 
 BEGIN, END = 1, 2
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def split(documents, dtype=np.uint16, begins=1, ends=1):
@@ -155,7 +155,7 @@ def test_the_command_reports_it_without_jax(planted, tmp_path):
   environment = {**os.environ, 'PYTHONPATH': f'{tmp_path / "none"}{os.pathsep}{ROOT}'}
   done = subprocess.run(
       [sys.executable, '-m', 'btx_jax.main', f'--config={path}', f'--workdir={tmp_path / "work"}',
-       'data'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+       'data'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
   assert done.returncode == 0, done.stderr
   assert 'seen: prose, held-out document' in done.stdout
   assert 'code, held-out document 0' in done.stdout

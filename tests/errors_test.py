@@ -38,7 +38,6 @@ def get_config():
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.model.num_layers = 1
   config.evaluation.every = 0
-  config.train.microbatches = 1
   config.runs.seed.steps = 1
   config.runs.new = base.run(base.checkpoint('seed'), {{'code': 1}}, steps=5)
 {lines}

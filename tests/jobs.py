@@ -15,6 +15,8 @@ from btx_jax.training import metrics
 _GLOO = re.compile(r'\[Gloo\] Rank | is connected to | peer ranks\. |'
                    r'Expected number of connected peer ranks is : |\d+')
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Seconds after which a command surely hangs, also on a machine that does much else.
+PATIENCE = 900
 
 
 class Job:
@@ -53,7 +55,7 @@ class Job:
            *place, *more], cwd=ROOT,
           env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
 
-  def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
+  def end(self, timeout: float = PATIENCE) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each process, but for what Gloo prints from C++."""
     result = []
     try:
@@ -75,8 +77,8 @@ def free_port() -> int:
     return found.getsockname()[1]
 
 
-def until(holds, seconds: float = 120):
-  end = time.monotonic() + seconds
+def until(holds):
+  end = time.monotonic() + PATIENCE
   while not holds():
     assert time.monotonic() < end, 'waited in vain'
     time.sleep(0.05)

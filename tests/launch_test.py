@@ -18,7 +18,7 @@ from btx_jax.commands import status
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from tests import studies
-from tests.jobs import ROOT, free_port, training, until
+from tests.jobs import PATIENCE, ROOT, free_port, training, until
 
 CONFIG = '''
 import pathlib
@@ -29,7 +29,6 @@ def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
   config.mesh.update(fsdp=0, expert=0, tensor=1)
   config.model.num_layers = 1
-  config.train.microbatches = 1
   config.evaluation.every = 0
   config.checkpoint_every = 10_000
   data = {{'prose': 1}}
@@ -63,7 +62,7 @@ def environment(folder, **settings) -> dict[str, str]:
 
 
 def launch(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-  return subprocess.run([f'launch/{script}', *arguments], cwd=ROOT, text=True, timeout=300,
+  return subprocess.run([f'launch/{script}', *arguments], cwd=ROOT, text=True, timeout=PATIENCE,
                         capture_output=True, **options)
 
 
@@ -211,7 +210,7 @@ def test_one_node_trains_apart_is_stopped_and_goes_on_in_turn(text, tmp_path):
                             stderr=subprocess.PIPE)
   until(lambda: len(training(tmp_path / 'work', 'expert/a')) > 2 or script.poll() is not None)
   script.send_signal(signal.SIGTERM)
-  _, errors = script.communicate(timeout=120)
+  _, errors = script.communicate(timeout=PATIENCE)
   assert script.returncode == 130, errors
   of_a = tmp_path / 'work' / 'expert' / 'a'
   found = manifest.read(str(of_a))

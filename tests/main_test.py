@@ -12,8 +12,8 @@ import pytest
 
 from btx_jax import main
 from tests import studies
+from tests.jobs import PATIENCE, ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = '''
 import pathlib
 from tests import studies
@@ -21,7 +21,6 @@ from tests import studies
 def get_config():
   config = studies.get_config(pathlib.Path({text!r}))
   config.mesh.update(fsdp=1, expert=1, tensor=1)
-  config.train.microbatches = 1  # sooner compiled
   return config
 '''
 
@@ -39,7 +38,7 @@ def command(*arguments, cwd=ROOT, **variables):
   environment = {**os.environ, 'PYTHONPATH': ROOT, **variables}
   environment = {name: value for name, value in environment.items() if value is not None}
   return subprocess.run([sys.executable, '-m', 'btx_jax.main', *arguments], cwd=cwd,
-                        env=environment, capture_output=True, text=True, timeout=300)
+                        env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def compiled_programs(folder) -> set[str]:
@@ -78,7 +77,7 @@ def test_a_study_from_the_command_line_and_the_same_command_again(config, tmp_pa
 @pytest.mark.parametrize('module', ['btx_jax', 'btx_jax.main'])
 def test_help_describes_every_command_and_flag(module):
   done = subprocess.run([sys.executable, '-m', module, '--help'], cwd=ROOT, capture_output=True,
-                        text=True, timeout=60)
+                        text=True, timeout=PATIENCE)
   assert done.returncode == 0
   described = re.findall(r'^  (\w+)  +[a-z]', done.stdout, re.MULTILINE)
   assert described == [name for name in main.COMMANDS if name != 'train']

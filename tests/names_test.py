@@ -73,7 +73,6 @@ def test_a_study_of_hard_names_is_trained_exported_and_read(text, tmp_path):
   config, (run, domain) = studies.get_config(text), ('|a%20b|', '<b>$x_%')
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.model.num_layers = 1
-  config.train.microbatches = 1
   config.evaluation.update(every=0, tokens=50)
   config.tokenizer.vocab_size = 290
   config.domains = {domain: config.domains.prose}

@@ -256,8 +256,8 @@ def test_metrics_tell_what_a_person_wants_to_know(study):
 def test_a_trace_and_events_for_tensorboard_are_written_when_asked_for(text, tmp_path):
   config = studies.get_config(text)
   config.sinks = ('tensorboard',)
-  config.runs = {'seed': base.run(base.random(), {'code': 1}, steps=5)}
-  pipeline = Pipeline(config, str(tmp_path / 'work'), profile=2)
+  config.runs = {'seed': base.run(base.random(), {'code': 1}, steps=2)}
+  pipeline = Pipeline(config, str(tmp_path / 'work'), profile=1)
   pipeline.train()
   traces = glob.glob(os.path.join(pipeline.folder('seed'), 'profile', '**', '*.*'), recursive=True)
   trace = next(path for path in traces if path.endswith('.xplane.pb'))  # for xprof
@@ -406,7 +406,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
 
 
 @pytest.mark.parametrize('apply, message', [
-    (change(('train', 'batch_size'), 12), r'6 rows cannot be shared evenly by 4.*nearest.* 4 or'),
+    (lambda config: config.train.update(batch_size=12, microbatches=2),
+     r'6 rows cannot be shared evenly by 4.*nearest.* 4 or'),
     (change(('mesh', 'fsdp'), 3), r'mesh.fsdp = 3.*cannot be laid on 8 device'),
     (change(('mesh', 'data'), 4), r'must multiply to 8'),
     (change(('evaluation', 'batch_size'), 3), r'evaluation.batch_size: 3 rows'),

@@ -143,7 +143,7 @@ def edit(**fields):
     (edit(train={'balance_loss': -1.0}), 'balance_loss = -1.0'),
     (edit(optimizer={'warmup': -0.5}), 'warmup = -0.5'),
     (edit(model={'vocab_size': 400}), 'changes the parameters: vocab_size = 400'),
-    (edit(train={'batch_size': 15}), 'not a multiple of train.microbatches'),
+    (edit(train={'batch_size': 15, 'microbatches': 2}), 'not a multiple of train.microbatches'),
     (edit(train={'batch_size': 0}), 'train.batch_size = 0'),
     (edit(train={'balance_scope': 'bach'}), "'bach'; did you mean 'batch'"),
     (edit(optimizer={'peak_lr': -1.0}), 'peak_lr = -1.0'),

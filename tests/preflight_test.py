@@ -209,7 +209,8 @@ def here():
 
 
 def test_a_program_for_what_differs_and_one_for_branches_of_a_program(tmp_path, here):
-  study = miniature(tmp_path, stacked=('expert/code', 'expert/math'))
+  study = miniature(tmp_path, stacked=('expert/code', 'expert/math'),
+                    train={'microbatches': 2})
   found = list(measure.programs(study, here))
   assert [[run.name for run in p.runs] for p in found] == [
       ['seed'], ['expert/code', 'expert/math'], ['btx']]

@@ -213,7 +213,6 @@ def test_experts_that_others_trained_are_mixed(text, tmp_path, capsys, monkeypat
   two, their_ids = write_relative(tmp_path / 'two', one)
   config = study(text, tmp_path / 'one')
   config.mesh.update(fsdp=1, expert=1, tensor=1)  # compiles faster
-  config.train.microbatches = 1
   config.runs = {
       'one': base.run(base.hugging_face(str(tmp_path / 'one'))),
       'two': base.run(base.hugging_face(str(tmp_path / 'two'))),

@@ -24,7 +24,6 @@ EXPERTS = ('expert/code', 'expert/math')
 def config_of(text, folder):
   config = studies.get_config(text)
   config.mesh.update(fsdp=1, expert=1, tensor=1)
-  config.train.microbatches = 1
   config.evaluation.mask_experts = True
   config.runs['routed'] = base.run(base.ensemble('seed', *EXPERTS, selector=base.posterior()))
   config.runs['by_text'] = base.run(base.mix('seed', *EXPERTS, routers=base.from_text(

@@ -246,19 +246,14 @@ def test_the_names_of_runs_are_escaped(text, tmp_path):
 
 
 def test_status_imports_fast_and_nothing_heavy():
-  code = ('import sys, time; began = time.perf_counter(); '
+  """Seconds are the processor's, so other work on the machine hardly counts."""
+  code = ('import sys, time; began = time.process_time(); '
           'import btx_jax.main, btx_jax.commands.status; '
-          'print(time.perf_counter() - began, "jax" in sys.modules, "grain" in sys.modules, '
+          'print(time.process_time() - began, "jax" in sys.modules, "grain" in sys.modules, '
           '"matplotlib" in sys.modules)')
-  best = float('inf')
-  for _ in range(3):  # other work on the machine can only make it slower
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    seconds, *heavy = done.stdout.split()
-    assert heavy == ['False'] * 3
-    best = min(best, float(seconds))
-    if best < 2:
-      return
-  raise AssertionError(f'{best} s')
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  seconds, *heavy = done.stdout.split()
+  assert float(seconds) < 2 and heavy == ['False'] * 3
 
 
 def test_status_works_where_the_tokenizer_is_missing(study, text, tmp_path):

@@ -354,7 +354,6 @@ def test_a_run_of_zero_steps_is_its_start(models, text, tmp_path):
   config.tokenizer.path = str(root / 'seed')
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.evaluation.every = 0
-  config.train.microbatches = 1
   config.domains = {'code': config.domains.code}
   config.runs = {
       'code': base.run(base.hugging_face(str(root / 'code'))),

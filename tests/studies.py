@@ -32,7 +32,6 @@ def get_config(folder):
                       dispatch_factor=2.0)
   config.optimizer.peak_lr = 1e-2
   config.train.batch_size = 16
-  config.train.microbatches = 2
   config.mesh.update(fsdp=2, expert=2, tensor=2)
   config.evaluation.update(tokens=200, batch_size=8, every=4)
   config.log_every = 1
@@ -52,7 +51,6 @@ def modular_config(folder):
   config = get_config(folder)
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.evaluation.update(every=0, tokens=400)
-  config.train.microbatches = 1
   config.data.seq_len = 31
   config.checkpoint_every = 100
   config.runs = {

@@ -197,7 +197,7 @@ def test_two_processes_share_the_rows_and_the_first_alone_speaks(found, params, 
   btx_jax.save(folder, MODEL, params, tokenizer=str(TOKENIZER), dtype='float32')
   (code, out, errors), (other, silent, _) = Job(
       2, 1, 'evaluate', f'--model={folder}', '--tasks=letters,capital_names', '--shots=1',
-      f'--include_path={own}', f'--length={CONTEXT}', '--json').end(120)
+      f'--include_path={own}', f'--length={CONTEXT}', '--json').end()
   assert (code, other) == (0, 0), errors
   assert silent == ''
   of = {task['name']: task for task in scores['tasks']}

@@ -97,6 +97,23 @@ def test_mutual_information_is_that_of_the_decisions():
   assert routing.mutual_information([own['code']] * 2) == pytest.approx([0.0])
 
 
+def test_shares_tokens_and_classes_follow_from_the_counts():
+  """Two layers, two experts, and two tokens: digits and the start of a word."""
+  no_class = [[0, 0]] * (len(routing.CLASSES) - 2)
+
+  def counts(first, by_piece):
+    by_class = [[*table, *no_class] for table in by_piece]
+    return {'routing': {'first': first, 'layers': [0, 1], 'pieces': ['7', ' a'],
+                        'by_piece': by_piece, 'by_class': by_class}}
+
+  found = routing.describe({
+      'code': counts([[3, 1], [0, 4]], [[[3, 0], [0, 1]], [[0, 3], [0, 1]]]),
+      'math': counts([[1, 1], [1, 1]], [[[1, 0], [0, 1]], [[0, 1], [1, 0]]])})
+  assert found['share'] == {'code': [[0.75, 0.25], [0, 1]], 'math': [[0.5, 0.5], [0.5, 0.5]]}
+  assert found['tokens'] == [[[('7', 4, 4)], [(' a', 2, 2)]], [[(' a', 1, 2)], [('7', 4, 4)]]]
+  assert found['classes'] == [[[1, 0], [0, 1], *[None] * 4], [[0, 1], [0.5, 0.5], *[None] * 4]]
+
+
 def test_the_most_over_represented_tokens_come_first():
   counts_PE = np.array([[90, 10], [5, 5], [40, 0], [1, 0], [10, 90]])
   names = ['often', 'evenly', 'always', 'once', 'elsewhere']

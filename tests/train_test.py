@@ -63,14 +63,19 @@ def whole_step(cfg, mesh_shape=None):
 def step(cfg, params, batch, mesh_shape=None, tx=SGD, **settings):
   """One train step on a mesh; the new parameters and the metrics."""
   state = create_state(params, tx)
-  step_fn = make_train_step(cfg, tx, Objective(**settings), num_domains=2)
   with use_mesh(mesh_shape) as mesh:
     if mesh:
       rows = sharding.batch_sharding(mesh, leading=1)
       batch = jax.device_put(batch, rows)
       state = jax.device_put(state, sharding.shardings(state, mesh))
-    state, metrics = jax.jit(step_fn)(state, batch)
+    state, metrics = jitted_step(cfg, tx, **settings)(state, batch)
   return jax.device_get((state.params, metrics))
+
+
+@functools.cache
+def jitted_step(cfg, tx, **settings):
+  """The train step, compiled once for all tests that run the same one."""
+  return jax.jit(make_train_step(cfg, tx, Objective(**settings), num_domains=2))
 
 
 def gradient(params, new_params):
@@ -315,8 +320,7 @@ def test_entropy_probabilities_and_z_against_numpy():
 
 
 def test_norms_by_part_are_those_of_the_whole():
-  params = random_params(TINY_MIXTURE)
-  _, metrics = step(TINY_MIXTURE, params, microbatches(random_batch(TINY_MIXTURE), 1))
+  params, _, metrics = whole_step(TINY_MIXTURE)
   norms = metrics['param_norms']
   assert set(norms) == {'embed', 'head', 'attention', 'router', 'experts', 'norm'}
   whole = np.sqrt(sum((np.float64(x)**2).sum() for x in jax.tree.leaves(params)))

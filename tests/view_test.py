@@ -32,7 +32,7 @@ from btx_jax.commands import ledger as ledger_table
 from btx_jax.data import duplicates
 from btx_jax.data.corpora import Group
 from btx_jax.scoring import decomposition as parts_of
-from btx_jax.scoring import error_bars, ledger, scores
+from btx_jax.scoring import error_bars, ledger, routing, scores
 from btx_jax.scoring.regression import regressions
 from btx_jax.study.study import Study
 from tests import finished
@@ -324,6 +324,9 @@ def test_the_page_takes_each_mixture_apart_and_shows_where_tokens_go(study, writ
   where = page[page.index('Which tokens go where'):].replace('<wbr>', '')
   assert re.search('\u201c\u2423the\u201d [0-9]+ of [0-9]+', where)
   assert figures['routing'][0]['labels'][:2] == ['seed', 'code']
+  for each in figures['routing']:
+    found = scores.read(study, study.runs[each['run']], each['stage'])
+    assert each.items() >= json.loads(json.dumps(routing.describe(found))).items()
 
 
 # The command line

@@ -34,6 +34,7 @@ def get_config():
   config.evaluation.every = 0
   config.mesh.update(data=2, fsdp=2, expert=2, tensor=1)
   config.optimizer.peak_lr = 3e-3
+  config.train.microbatches = 2
   config.checkpoint_every = {steps} // 2
   data = {{'prose': 2, 'code': 1, 'math': 1}}
   config.stacked = ('code', 'math')

@@ -68,7 +68,6 @@ def get_config(arguments: str):
   name, _, folder = arguments.partition(':')
   config = studies.get_config(pathlib.Path(folder))
   config.mesh.update(fsdp=2 if name == 'processes' else 1, expert=1, tensor=1)
-  config.train.microbatches = 1
   config.evaluation.update(every=4, mask_experts=name in ('paper', 'later'))
   config.log_every = 3
   config.checkpoint_every = 2
