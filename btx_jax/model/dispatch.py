@@ -114,7 +114,7 @@ def dispatch_in_rounds(x_nD, experts, gates_nk, ids_nk, capacity, shards, swiglu
     # allocated even if the branch is not taken. One cond passes over all of them: each turn of a
     # loop would add up gradients, though they are 0.
     y_nD = jax.lax.cond(
-        C < most, lambda y_nD, *args: y_nD + _keeping_nothing(further_rounds, *args),
+        most > C, lambda y_nD, *args: y_nD + _keeping_nothing(further_rounds, *args),
         lambda y_nD, *_: y_nD, y_nD, most, *operands)
   return y_nD
 
