@@ -131,8 +131,8 @@ class CostModel:
   def _send(self, clock: '_Clock', name: str, kind: str, axes: tuple[str, ...], size: float):
     """Starts to send `size` bytes, which may overlap with other work until `name` is waited for.
     """
-    speed = self._speed(kind, axes)
-    seconds = size / speed if axes else 0.0
+    speed = self._speed(kind, axes) if axes else math.inf
+    seconds = size / speed
     clock.cost.network += seconds
     clock.cost.sent[kind, axes] += size
     clock.start(name, 'network' if speed == self._chip.network else 'links', seconds)
