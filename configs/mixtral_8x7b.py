@@ -6,9 +6,10 @@ optimizer and tokens per step are those of configs/llama2_7b.py. Each expert is 
 billion tokens of one domain, and the mixture is finetuned on 80 billion of all. Nobody has trained
 it.
 
-  python -m btx_jax.main --config=configs/mixtral_8x7b.py preflight --topology=v5p:4x4x8 --run=btx
+  python -m btx_jax.main --config=configs/mixtral_8x7b.py preflight --topology=h100:64 --run=btx \
+      --config.train.batch_size=256 --config.train.microbatches=1 --config.model.remat=full
 
-Compiled for v5p:4x4x8, h100:64 and h100:128.
+Compiled for h100:64 so; not yet for a TPU.
 """
 
 from btx_jax import base

@@ -31,7 +31,7 @@ from btx_jax.model.overhead import buffer_rows
 
 
 def dispatch_pieces(x_nD, experts, gates_nk, ids_nk, capacity, shards):
-  """Buffers, whose filled rows are multiplied piece by piece: for CPUs and GPUs.
+  """Buffers, whose filled rows are multiplied piece by piece: for CPUs.
 
   If nothing has to travel and the buffers have room for as many rows as there are choices, padding
   and rounds are unnecessary: this is then `dispatch_all` on one device.
@@ -44,8 +44,7 @@ def dispatch_pieces(x_nD, experts, gates_nk, ids_nk, capacity, shards):
 
 
 def dispatch_grouped(x_nD, experts, gates_nk, ids_nk, capacity, shards):
-  """Buffers, each multiplied whole or by the compiler's grouped matmul: for TPUs,
-  and for GPUs that hold one expert."""
+  """Buffers, each multiplied whole or by the compiler's grouped matmul: for TPUs and GPUs."""
   return dispatch_in_rounds(
       x_nD, experts, gates_nk, ids_nk, capacity, shards, grouped.buffers_ragged)
 

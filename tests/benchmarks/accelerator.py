@@ -63,12 +63,11 @@ def cases(platform: str, quick: bool) -> list[Case]:
   """What to time, the most important first."""
   from btx_jax.model.config import DISPATCHES
   from btx_jax.model.overhead import dispatch_of
-  models, forms = ('135M', '1.1B'), DISPATCHES[1:]
+  models, forms, chosen = ('135M', '1.1B'), DISPATCHES[1:], dispatch_of(platform)
   if quick:
     models, forms = ('tiny',), ('pieces',)
   found = [Case(model) for model in models]
   for experts in (4,) if quick else (4, 1):
-    chosen = dispatch_of(platform, experts)
     for form in sorted(forms, key=lambda form: form != chosen):
       found += [Case(model, experts, form, automatic=form == chosen) for model in models]
     if platform == 'gpu' and not quick:
