@@ -31,6 +31,9 @@ JSON = flags.DEFINE_bool(
 TOPOLOGY = flags.DEFINE_string(
     'topology', None,
     'preflight: the devices to compile for, such as v5p:4x4x4, v5e:16x16*2, h100:8 or cpu:8.')
+MEASURED = flags.DEFINE_string(
+    'measured', None, 'preflight: a file of steps that were timed on the same chips '
+    '(tests/benchmarks/accelerator.py writes it), for a forecast beside the bound.')
 LINKS = flags.DEFINE_list(
     'links', ['1', '10', '100'], 'wall_time: Gbit/s that each machine can send and receive.')
 ON = flags.DEFINE_multi_string(

@@ -276,11 +276,13 @@ def compile_for_topology(name: str, workdir: str):
     raise UsageError('preflight needs --topology=KIND:SIZE, like v5p:4x4x4, h100:8 or cpu:8.')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # the devices of this machine do not matter
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'  # these programs cannot run on this machine
-  from btx_jax.preflight import topology
+  from btx_jax.preflight import forecast, topology
   from btx_jax.preflight.report import print_report
   from btx_jax.study.study import Study
+  devices = topology.get(flag.TOPOLOGY.value)
+  ratios = forecast.read(flag.MEASURED.value, devices) if flag.MEASURED.value else {}
   study = Study(flag.CONFIG.value, workdir, at_hand=False)
-  if not print_report(study, topology.get(flag.TOPOLOGY.value), flag.JSON.value, flag.RUN.value):
+  if not print_report(study, devices, flag.JSON.value, flag.RUN.value, ratios):
     sys.exit(1)
 
 

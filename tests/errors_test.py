@@ -16,14 +16,14 @@ MET = set()  # those seen so far
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 # Modules whose messages are met in distributed_test.py, meeting_test.py, library_test.py,
 # generation_test.py, generate_command_test.py, select_test.py, damage_test.py, disk_test.py,
-# writes_test.py, tasks_test.py and builtin_test.py.
+# writes_test.py, tasks_test.py, builtin_test.py and preflight_test.py.
 _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'devices/meeting', 'library',
                   'generation/generate', 'generation/settings', 'commands/prompts',
                   'commands/generate', 'commands/generators', 'commands/exported',
                   'training/checkpoint', 'training/slices', 'training/damage',
                   'training/saving', 'data/damage', 'convert/unfinished',
                   'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
-                  'data/questions')
+                  'data/questions', 'preflight/forecast')
 
 CONFIG = '''
 import pathlib, sys

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from btx_jax.errors import UsageError
-from btx_jax.model import balance, config, dispatch, moe, routers
+from btx_jax.model import balance, config, dispatch, llama, moe, routers
 from tests.helpers import MESHES, TINY_MIXTURE, assert_trees_close, use_mesh
 
 B, T, D, F = 8, 6, 12, 20
@@ -139,6 +139,22 @@ def test_a_capacity_that_fits_nothing_still_drops_nothing():
   expected = jax.jit(moe.dense_experts)(x, experts, balance.dense_gates(gates, ids, 4))
   y = jax.jit(moe.sparse_experts, static_argnums=(4, 5))(x, experts, gates, ids, 'pieces', 0.1)
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('form', ['pieces', 'grouped'])
+def test_rounds_of_overflow_keep_nothing_whatever_a_policy_names(form):
+  """Of one round, activations are kept once; further rounds, which are rare, add none to them."""
+  x, experts, logits = layer(4, 2)
+  gates, ids = top_k(logits, 2)
+
+  def kept(dispatch_factor):
+    f = jax.checkpoint(
+        lambda x, gates: moe.sparse_experts(x, experts, gates, ids, form, dispatch_factor),
+        policy=llama.REMAT_POLICIES['matmuls'])
+    residuals = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], x, gates))
+    return sum(residual.shape[-1:] == (F,) for residual in residuals)
+
+  assert kept(0.5) == kept(2.0)
 
 
 def test_experts_that_cannot_be_spread_are_refused_with_the_sizes_that_can():

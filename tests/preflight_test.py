@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import types
 
 import jax
@@ -19,7 +20,7 @@ from btx_jax.devices.hardware import CHIPS, Chip
 from btx_jax.devices.mesh import AXES
 from btx_jax.errors import UsageError
 from btx_jax.model import config as model_config
-from btx_jax.preflight import cost, fitting, hlo, measure, report, topology
+from btx_jax.preflight import cost, fitting, forecast, hlo, measure, report, topology
 from btx_jax.preflight.topology import Topology
 from btx_jax.study.study import Study
 from tests import studies
@@ -121,6 +122,18 @@ SUM = '%s = ((), (s32[3])) custom-call-start(), called_computations={%dear}, cus
 SUM_DONE = 'ROOT %g = f32[10]{0} custom-call-done(%s)'
 
 
+def test_links_and_the_network_between_nodes_carry_at_the_same_time():
+  """Of two gathers, one takes the links, where the other would wait for it."""
+  other = GATHER.replace('%s', '%t')
+  body = '\n'.join(f'  {line}' for line in (
+      GATHER, other, DONE.replace('ROOT %g', '%h'), DONE.replace('%s', '%t')))
+  speeds = iter([1.0, 1.0, 0.5, 1.0])
+  with use_mesh((2, 1, 1, 1)) as mesh:
+    found = [cost.CostModel(hlo.parse(program(body)), FREE_MEMORY, mesh,
+                            lambda *_: next(speeds)).total() for _ in range(2)]
+  assert [(each.network, each.seconds) for each in found] == [(80, 80), (120, 80)]
+
+
 @pytest.mark.parametrize('lines, waiting', [
     ((GATHER, DOT, DONE), 0), ((DOT, GATHER, DONE), 40),
     ((SUM, DOT, SUM_DONE), 0), ((DOT, SUM, SUM_DONE), 40)])
@@ -152,6 +165,19 @@ def test_a_conditional_costs_what_its_cheapest_branch_does():
   body = ('  ROOT %c = f32[10]{0} conditional(%i, %a, %a), branch_computations={%dear, %cheap}')
   with use_mesh((2, 1, 1, 1)) as mesh:
     assert cost_of(program(body), mesh).seconds == 0
+
+
+@pytest.mark.parametrize('known', [True, False])
+def test_a_gpu_s_host_decides_on_conditions_and_on_loops_of_unknown_length(known):
+  """Three in each of TURNS turns: on a condition, on an inner loop's turn, and on its end."""
+  def f(x, n):
+    def body(x, _):
+      x = jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x)
+      return jax.lax.fori_loop(0, 1 if known else n, lambda _, x: jnp.tanh(x @ x), x), None
+    return jax.lax.scan(body, x, None, length=TURNS)[0]
+
+  text = jax.jit(f).lower(jnp.ones((8, 8)), jnp.int32(1)).compile().as_text()
+  assert cost_of(text).decisions == TURNS * (1 if known else 3)
 
 
 def test_what_waits_on_the_host_is_moved_slice_by_slice():
@@ -223,7 +249,7 @@ def test_a_program_for_what_differs_and_one_for_branches_of_a_program(tmp_path, 
   for program in found:
     assert program.fits and program.peak > program.state / 8
     assert program.cost.flops * 8 >= program.tokens * program.flops_per_token
-  data = report.as_data(found, here)
+  data = report.as_data(found, here, {})
   assert data['programs'][2]['memory']['checkpoint'] == mixture.state
   assert any(sent['axes'] == ('expert',) for sent in data['programs'][2]['sent'])
 
@@ -375,7 +401,49 @@ def test_a_compiler_that_jax_did_not_ask_for_is_told(monkeypatch, version, told)
 def test_a_program_that_has_no_time_shows_none(tmp_path, here):
   program = next(measure.programs(miniature(tmp_path), here))
   fast = dataclasses.replace(program)
-  table = report.as_table([fast], here)
+  table = report.as_table([fast], here, {})
   cells = dict(table.rows)
   assert cells['MFU'] == cells['step'] == '-'
   assert cells['device: peak memory'].endswith('MB')
+
+
+def timed(path, kind='NVIDIA H100 80GB HBM3', rows=(
+    {'experts': 0, 'seconds': 3.0, 'bound': 2.0}, {'experts': 0, 'seconds': 2.0, 'bound': 1.0},
+    {'experts': 0, 'seconds': 5.0, 'bound': 2.0}, {'experts': 4, 'seconds': 3.0, 'bound': 1.0},
+    {'experts': 4, 'seconds': 9.0, 'bound': 1.0, 'automatic': False},
+    {'experts': 4, 'error': 'was stopped after 9 s'})) -> str:
+  path.write_text(json.dumps({'device_kind': kind, 'rows': rows}))
+  return str(path)
+
+
+H100 = Topology('h100:8', CHIPS['h100'], (), '')
+
+
+def test_a_forecast_is_the_bound_times_what_steps_took_of_theirs(tmp_path, here):
+  ratios = forecast.read(timed(tmp_path / 'timed.json'), H100)
+  assert ratios == {'dense': (2.0, 3), 'mixture': (3.0, 1)}
+  program = next(measure.programs(miniature(tmp_path), here))
+  program = dataclasses.replace(program, cost=cost.Cost(seconds=2.0))
+  reach = lambda ratios: report.as_data(
+      [program], here._replace(chip=CHIP), ratios)['programs'][0]
+  found = reach(ratios)
+  assert found['forecast'] == {'step': 4.0, 'mfu': found['mfu'] / 2}
+  assert 'forecast' not in reach({'mixture': ratios['mixture']}) and 'forecast' not in reach({})
+  cells = dict(report.as_table([program], here._replace(chip=CHIP), ratios).rows)
+  assert cells['forecast of the step, MFU'].startswith('4.000 s, ')
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{', 'cannot be read'), ('[]', 'is not a file of timed steps'),
+    ('{"device_kind": "NVIDIA H100 80GB HBM3", "rows": [{"experts": 0}]}', 'is not a file of'),
+    ('{"device_kind": "NVIDIA H100 80GB HBM3", "rows": [{"experts": 0, "seconds": 1, "bound": 0}]}',
+     'is not a file of timed'),
+    ('{"device_kind": "NVIDIA H100 80GB HBM3", "rows": []}', 'has no step that was timed'),
+    ('{"device_kind": "cpu", "rows": []}', "of 'cpu', and --topology=h100:8 has 'NVIDIA")])
+def test_a_file_that_holds_no_such_steps_is_refused(tmp_path, content, message):
+  path = tmp_path / 'timed.json'
+  path.write_text(content)
+  with pytest.raises(UsageError, match=message):
+    forecast.read(str(path), H100)
+  with pytest.raises(UsageError, match='has no known chip'):
+    forecast.read(timed(path), H100._replace(name='cpu:8', chip=None))

@@ -85,10 +85,10 @@ class Config:
       outputs), 'full' (the layer's input), 'offload' (that input, in the host's memory).
     attention: 'auto' (the platform's own), 'xla' (anywhere), 'splash' (TPU) or 'cudnn' (NVIDIA GPU,
       bfloat16).
-    dispatch: how tokens get to experts and back, which affects speed only. 'pieces' (for CPU and
-      GPU) and 'grouped' (for TPU) send them in buffers of fixed size, and multiply the used part
-      piece by piece or in one grouped matmul; 'gather' sends all tokens to all devices; 'auto' is
-      the platform's own.
+    dispatch: how tokens get to experts and back, which affects speed only. 'pieces' (for CPUs) and
+      'grouped' (for TPUs and GPUs) send them in buffers of fixed size, and multiply the used part
+      piece by piece, or the whole at once; 'gather' sends all tokens to all devices; 'auto' is the
+      platform's own.
     dispatch_factor: all but 'gather': rows per expert in one round of dispatch, in units of a
       balanced load. Overflow goes into a further round, so that no token is dropped; this affects
       speed, and in bfloat16 the rounding of tokens whose experts are in different rounds.

@@ -25,12 +25,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from btx_jax.devices import sharding
 from btx_jax.model import grouped, permute
 from btx_jax.model.overhead import buffer_rows
 
 
 def dispatch_pieces(x_nD, experts, gates_nk, ids_nk, capacity, shards):
-  """Buffers, whose filled rows are multiplied piece by piece: for CPUs and GPUs.
+  """Buffers, whose filled rows are multiplied piece by piece: for CPUs.
 
   If nothing has to travel and the buffers have room for as many rows as there are choices, padding
   and rounds are unnecessary: this is then `dispatch_all` on one device.
@@ -43,8 +44,7 @@ def dispatch_pieces(x_nD, experts, gates_nk, ids_nk, capacity, shards):
 
 
 def dispatch_grouped(x_nD, experts, gates_nk, ids_nk, capacity, shards):
-  """Buffers, each multiplied whole or by the compiler's grouped matmul: for TPUs,
-  and for GPUs that hold one expert."""
+  """Buffers, each multiplied whole or by the compiler's grouped matmul: for TPUs and GPUs."""
   return dispatch_in_rounds(
       x_nD, experts, gates_nk, ids_nk, capacity, shards, grouped.buffers_ragged)
 
@@ -75,11 +75,12 @@ def dispatch_in_rounds(x_nD, experts, gates_nk, ids_nk, capacity, shards, swiglu
 
   expert_p = jnp.where(ids_nk < 0, E, ids_nk).reshape(pairs)
   pair_by_expert_p, rank_p, count_E = _sort_by_expert(expert_p, E)
-  start_E = jnp.cumsum(count_E) - count_E
-  slots = jnp.arange(E * C)  # slot s is row s % C of the buffer of expert s // C
 
-  def one_round(i):
-    # An expert's pairs of ranks i * C to i * C + C - 1 are sent.
+  def one_round(i, x_nD, experts, gates_nk, expert_p, pair_by_expert_p, rank_p, count_E):
+    # An expert's pairs of ranks i * C to i * C + C - 1 are sent. Slot s is row s % C of the buffer
+    # of expert s // C.
+    slots = jnp.arange(E * C)
+    start_E = jnp.cumsum(count_E) - count_E
     rank_s = slots % C + i * C
     expert_s = slots // C
     pair_s = jnp.where(
@@ -93,20 +94,44 @@ def dispatch_in_rounds(x_nD, experts, gates_nk, ids_nk, capacity, shards, swiglu
                              experts, shards, swiglu_of_buffers)
     return _sum_choices(permute.from_slots(y_ECD.reshape(E * C, D), pair_s, slot_p), k)
 
-  y_nD = one_round(0)
+  operands = x_nD, experts, gates_nk, expert_p, pair_by_expert_p, rank_p, count_E
+  y_nD = one_round(0, *operands)
   if rounds > 1:
     most = count_E.max()
     if shards > 1:  # all devices that exchange tokens must agree on another round
       most = jax.lax.pmax(most, 'expert')
 
-    def further_round(y_nD, i):
-      # Such rounds are rare, so they keep nothing for the backward pass. The checkpoint goes inside
-      # the cond: residuals of a branch are allocated even if it is not taken.
-      add_round = jax.checkpoint(lambda y_nD: y_nD + one_round(i))
-      return jax.lax.cond(i * C < most, add_round, lambda y_nD: y_nD, y_nD), None
+    def further_rounds(most, *operands):
+      def round_i(y_nD, i):
+        add_round = jax.checkpoint(lambda y_nD: y_nD + one_round(i, *operands))
+        return jax.lax.cond(i * C < most, add_round, lambda y_nD: y_nD, y_nD), None
 
-    y_nD, _ = jax.lax.scan(further_round, y_nD, jnp.arange(1, rounds))
+      none_nD = sharding.varying_like(jnp.zeros_like(operands[0]), operands[0])
+      return jax.lax.scan(round_i, none_nD, jnp.arange(1, rounds))[0]
+
+    # Such rounds are rare, so they keep nothing for the backward pass; what a branch keeps is
+    # allocated even if the branch is not taken. One cond passes over all of them: each turn of a
+    # loop would add up gradients, though they are 0.
+    y_nD = jax.lax.cond(
+        most > C, lambda y_nD, *args: y_nD + _keeping_nothing(further_rounds, *args),
+        lambda y_nD, *_: y_nD, y_nD, most, *operands)
   return y_nD
+
+
+def _keeping_nothing(f, *operands):
+  """f(*operands), of which the backward pass keeps the operands only, and computes f again.
+
+  Under a jax.checkpoint around it, jax.checkpoint would keep what the outer policy names.
+  """
+  @jax.custom_vjp
+  def apply(*operands):
+    return f(*operands)
+
+  def backward(operands, dy):
+    return jax.vjp(f, *operands)[1](dy)
+
+  apply.defvjp(lambda *operands: (f(*operands), operands), backward)
+  return apply(*operands)
 
 
 def _send_and_return(x_ECD, share_EC1, filled_E, experts, shards, swiglu_of_buffers):

@@ -3,11 +3,11 @@
 Two functions take rows sorted by expert, (x_rD, share_r1, size_e, experts) -> y_rD:
 
   swiglu_ragged      one kernel for all groups, where the compiler has a grouped matmul (TPU)
-  swiglu_in_pieces   ordinary matmuls of a few fixed lengths, for all other hardware
+  swiglu_in_pieces   ordinary matmuls of a few fixed lengths, in loops as long as the load needs
 
 Two functions take a buffer for each expert, (x_eRD, share_eR1, filled_eS, experts) -> y_eRD:
 
-  buffers_ragged     the fastest on a TPU
+  buffers_ragged     the fastest on a TPU; no loops, which a GPU's host would decide on
   buffers_in_pieces  swiglu_in_pieces of the filled rows
 
 A buffer is S blocks of C = R / S rows, one block from each device, filled from its front.

@@ -59,7 +59,7 @@ def sparse_experts(x_BTD, experts, gates_BTk, ids_BTk, form: str = Config.dispat
                 and sharding.holds_experts(mesh.shape['expert'], E))
   shards = mesh.shape['expert'] if is_sharded else 1
   if form == 'auto':
-    form = dispatch_of(sharding.platform(), E // shards)
+    form = dispatch_of(sharding.platform())
   capacity = dispatch_factor * (expected_k or ids_BTk.shape[-1]) / E
   on_device = functools.partial(_on_device, form=form, capacity=capacity, shards=shards)
   if mesh.empty:

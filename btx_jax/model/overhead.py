@@ -48,15 +48,13 @@ def attention_of(platform: str, dtype: str, length: int, head_dim: int) -> str:
   return 'xla'
 
 
-def dispatch_of(platform: str, experts_per_device: int) -> str:
+def dispatch_of(platform: str) -> str:
   """The form of dispatch that 'auto' means on a platform.
 
-  With one expert per device a grouped matmul is a plain matmul over the whole buffer, which suits
-  GPUs too.
+  On a GPU every turn of the loops over pieces, and their end, is decided by the host, for which the
+  GPU waits. Buffers have no such loops, only a condition for each layer.
   """
-  if platform == 'tpu' or (platform == 'gpu' and experts_per_device == 1):
-    return 'grouped'
-  return 'pieces'
+  return 'pieces' if platform == 'cpu' else 'grouped'
 
 
 def query_blocks(length: int) -> int:

@@ -24,6 +24,7 @@ _MATMUL_CALL = re.compile(r'\$(?:gemm|matmul)|cublas')
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="([^"]*)"')
 _WRAPPERS = ('fusion', 'async-start', 'call-start', 'custom-call-start')
+_ADDED = ('seconds', 'compute', 'memory', 'network', 'waiting', 'flops', 'decisions')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
@@ -38,6 +39,7 @@ class Cost:
     network: seconds that its collectives take.
     waiting: the part of `network` that is exposed: it overlaps with nothing.
     flops: of matmuls and kernels.
+    decisions: how often a GPU lets its host decide whether a loop goes on, or which branch to take.
     sent: bytes by (kind of collective, axes): (n - 1) / n of each buffer, twice for an all-reduce.
   """
   seconds: float = 0.0
@@ -46,12 +48,13 @@ class Cost:
   network: float = 0.0
   waiting: float = 0.0
   flops: float = 0.0
+  decisions: int = 0
   sent: dict[tuple[str, tuple[str, ...]], float] = dataclasses.field(
       default_factory=lambda: defaultdict(float))
 
   def add(self, other: 'Cost', times: int = 1):
     """Adds `other`, which runs after this, `times` times."""
-    for field in ('seconds', 'compute', 'memory', 'network', 'waiting', 'flops'):
+    for field in _ADDED:
       setattr(self, field, getattr(self, field) + times * getattr(other, field))
     for key, value in other.sent.items():
       self.sent[key] += times * value
@@ -101,10 +104,13 @@ class CostModel:
         if kind.endswith('-done'):
           clock.wait(instruction.name)
       elif kind == 'while':
-        cost.add(self._cost_of(instruction.attribute('body')), self._module.trip_count(instruction))
+        turns = self._module.trip_count(instruction)
+        cost.add(self._cost_of(instruction.attribute('body')), turns)
+        cost.decisions += turns + 1 if self._module.known_trip_count(instruction) is None else 0
       elif kind == 'conditional':
         branches = map(self._cost_of, self._module.branches(instruction))
         cost.add(min(branches, key=lambda branch: branch.seconds))
+        cost.decisions += 1
       elif kind == 'call':
         cost.add(self._cost_of(instruction.called[0]))
       elif kind not in _FREE:
@@ -125,10 +131,11 @@ class CostModel:
   def _send(self, clock: '_Clock', name: str, kind: str, axes: tuple[str, ...], size: float):
     """Starts to send `size` bytes, which may overlap with other work until `name` is waited for.
     """
-    seconds = size / self._speed(kind, axes) if axes else 0.0
+    speed = self._speed(kind, axes) if axes else math.inf
+    seconds = size / speed
     clock.cost.network += seconds
     clock.cost.sent[kind, axes] += size
-    clock.start(name, 'network', seconds)
+    clock.start(name, 'network' if speed == self._chip.network else 'links', seconds)
 
   def _send_between_slices(self, clock: '_Clock', computation: hlo.Computation,
                            instruction: hlo.Instruction):
@@ -227,12 +234,12 @@ class _Clock:
   def __init__(self, cost: Cost):
     self.cost = cost
     self._free: dict[str, float] = defaultdict(float)  # when each resource is idle again
-    self._ends: dict[str, tuple[float, bool]] = {}  # by name: when, and whether on the network
+    self._ends: dict[str, tuple[float, bool]] = {}  # by name: when, and whether it was sent
 
   def start(self, name: str, where: str, seconds: float):
-    """Starts a transfer on a resource ('network', 'memory' or 'host') once that is idle."""
+    """Starts a transfer on a resource once that is idle: 'links', 'network', 'memory' or 'host'."""
     end = self._free[where] = max(self._free[where], self.cost.seconds) + seconds
-    self._ends[name] = end, where == 'network'
+    self._ends[name] = end, where in ('links', 'network')
 
   def follow(self, name: str, other: str):
     """Lets `name` end when `other` does."""
@@ -241,10 +248,10 @@ class _Clock:
 
   def wait(self, name: str):
     """Advances the time to the end of a transfer."""
-    end, on_network = self._ends.get(name, (0.0, False))
+    end, is_sent = self._ends.get(name, (0.0, False))
     waits = max(end - self.cost.seconds, 0.0)
     self.cost.seconds += waits
-    self.cost.waiting += waits if on_network else 0
+    self.cost.waiting += waits if is_sent else 0
 
 
 def _shapes(computation: hlo.Computation, name: str):

@@ -94,11 +94,16 @@ class Module(NamedTuple):
 
   def trip_count(self, loop: Instruction) -> int:
     """How often a loop's body runs: the compiler's note, or else the bound in its condition."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if known:
-      return int(known[1])
+    known = self.known_trip_count(loop)
+    if known is not None:
+      return known
     bound = max(self._constants(loop.attribute('condition')), default=1)
     return math.ceil(bound / self._step(loop))
+
+  def known_trip_count(self, loop: Instruction) -> int | None:
+    """The compiler's note of how often a loop's body runs; None if it does not know."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    return int(known[1]) if known else None
 
   def _step(self, loop: Instruction) -> int:
     """The increment of the loop's counter per iteration: more than 1 if XLA unrolled the loop."""

@@ -1,15 +1,17 @@
 """Prints what preflight found: a table, and advice where a program does not fit; or JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import math
 import os
+import types
 
 from btx_jax import terminal
 from btx_jax.devices.hardware import Chip
 from btx_jax.model.config import REMATS
 from btx_jax.preflight import fitting, measure
 from btx_jax.preflight.cost import Cost
+from btx_jax.preflight.forecast import DENSE, MIXTURE, Ratio
 from btx_jax.preflight.measure import Measured
 from btx_jax.preflight.topology import Topology
 from btx_jax.run import HUGGING_FACE, Run
@@ -18,10 +20,19 @@ from btx_jax.terminal import say, show
 
 _TIMES = ('step: compute', 'step: memory', 'step: network (exposed)', 'step', 'MFU',
           'tokens per second', 'days, device-hours')
+_FORECAST = 'forecast of the step, MFU'
 
 
-def print_report(study: Study, topology: Topology, as_json: bool, only: str | None = None) -> bool:
+def print_report(study: Study, topology: Topology, as_json: bool, only: str | None = None,
+                 ratios: Mapping[str, Ratio] = types.MappingProxyType({})) -> bool:
   """Compiles every program of a study, or of the run `only`, and prints what it found.
+
+  Args:
+    study: whose programs.
+    topology: the devices to compile for.
+    as_json: whether to print JSON.
+    only: the name of a run.
+    ratios: from forecast.read, for a forecast beside the bound.
 
   Returns:
     Whether all of them fit.
@@ -38,7 +49,7 @@ def print_report(study: Study, topology: Topology, as_json: bool, only: str | No
   fitted = fitting.measured(study, topology, only)
   fits = all(each.fits for each in (*found, *fitted))
   if as_json:
-    data = as_data(found, topology) | {'from_text': [each.as_data() for each in fitted]}
+    data = as_data(found, topology, ratios) | {'from_text': [each.as_data() for each in fitted]}
     print(json.dumps(data, indent=1))
     return fits
   for each in fitted:
@@ -50,7 +61,10 @@ def print_report(study: Study, topology: Topology, as_json: bool, only: str | No
     say(line)
   say(f'{topology.name}: {found[0].devices} devices, compiled by {topology.compiler}. Times assume '
       'the peak rates in btx_jax/devices/hardware.py; nothing was run.')
-  show(as_table(found, topology))
+  for kind, ratio in ratios.items():
+    say(f'{kind}: {ratio.of} program(s) were timed on such chips; a step took {ratio.times:.2f} '
+        'times its bound')
+  show(as_table(found, topology, ratios))
   for program in found:
     for line in program.uneven:
       say(line)
@@ -76,11 +90,13 @@ def _names(program: Measured) -> str:
   return names if seeds == 1 else f'{names} (each of {seeds} seeds)'
 
 
-def as_table(found: list[Measured], topology: Topology) -> terminal.Table:
+def as_table(found: list[Measured], topology: Topology, ratios: Mapping[str, Ratio]
+             ) -> terminal.Table:
   """The figures, a column for each program."""
   sent = sorted({(axes, kind) for program in found if program.cost
                  for (kind, axes), size in program.cost.sent.items() if size > 1e3})
   columns = [_memory(program) | _traffic(program, sent) | _times(program, topology.chip)
+             | _decisions(program, topology.chip) | _forecast(program, topology.chip, ratios)
              for program in found]
   return terminal.Table(
       ['', *map(_names, found)],
@@ -130,6 +146,30 @@ def _times(program: Measured, chip: Chip | None) -> dict[str, str]:
       strict=True))
 
 
+def _decisions(program: Measured, chip: Chip | None) -> dict[str, str]:
+  """How often a GPU waits for its host in a step; a TPU decides by itself."""
+  if not chip or chip.torus:
+    return {}
+  return {'step: waits for the host': f'{program.cost.decisions:,}' if program.cost else '-'}
+
+
+def _forecast(program: Measured, chip: Chip | None, ratios: Mapping[str, Ratio]) -> dict[str, str]:
+  """What a step will take if it is as far from its bound as those timed; nothing without any."""
+  if not ratios:
+    return {}
+  foreseen = _foreseen(program, chip, ratios)
+  return {_FORECAST: f'{_seconds(foreseen["step"])}, {foreseen["mfu"]:.1%}' if foreseen else '-'}
+
+
+def _foreseen(program: Measured, chip: Chip | None, ratios: Mapping[str, Ratio]
+              ) -> dict[str, float]:
+  """The forecast of a step and its MFU; empty if no program of this kind was timed."""
+  ratio = ratios.get(MIXTURE if program.runs[0].model.num_experts else DENSE)
+  if not ratio or not program.cost or not chip:
+    return {}
+  return {'step': ratio.times * program.cost.seconds, 'mfu': program.mfu(chip) / ratio.times}
+
+
 def _days(program: Measured, runs: Sequence[Run], cost: Cost) -> list[float]:
   """The days that each run takes, or all branches of a stacked program together."""
   steps = [run.steps for run in runs]
@@ -175,13 +215,13 @@ def advice(program: Measured) -> list[str]:
   return lines
 
 
-def as_data(found: list[Measured], topology: Topology) -> dict:
+def as_data(found: list[Measured], topology: Topology, ratios: Mapping[str, Ratio]) -> dict:
   """Everything that was found as plain data, in bytes and seconds."""
   return {'topology': topology.name, 'compiler': topology.compiler,
-          'programs': [_as_data(program, topology) for program in found]}
+          'programs': [_as_data(program, topology, ratios) for program in found]}
 
 
-def _as_data(program: Measured, topology: Topology) -> dict:
+def _as_data(program: Measured, topology: Topology, ratios: Mapping[str, Ratio]) -> dict:
   result = {
       'runs': [run.name for run in program.runs], 'stacked': program.stacked,
       'mesh': program.mesh, 'devices': program.devices, 'fits': program.fits,
@@ -196,11 +236,14 @@ def _as_data(program: Measured, topology: Topology) -> dict:
     result['sent'] = [{'kind': kind, 'axes': axes, 'bytes': sent}
                       for (kind, axes), sent in cost.sent.items()]
     result['flops'] = cost.flops
+    result['decisions'] = cost.decisions
     if topology.chip:
       result['seconds'] = {name: getattr(cost, name) for name in (
           'compute', 'memory', 'network', 'waiting')} | {'step': cost.seconds}
       result['mfu'] = program.mfu(topology.chip)
       result['days'] = _days(program, program.runs, cost)
+      if foreseen := _foreseen(program, topology.chip, ratios):
+        result['forecast'] = foreseen
   return result
 
 

@@ -94,7 +94,7 @@ def overhead_of(run: Run, devices: str) -> dict[str, float | None]:
   tokens = run.batch_size * run.seq_len / run.microbatches / max(count, run.workers)
   form = model.dispatch
   if form == 'auto':
-    form = dispatch_of(platform, model.num_experts)
+    form = dispatch_of(platform)
   found = overhead_per_token(
       model, run.seq_len, objective.frozen_paths(model), max(round(tokens), 1), form,
       second_pass=(model.has_router and objective.balance_loss > 0
