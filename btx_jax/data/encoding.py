@@ -15,7 +15,7 @@ from btx_jax.data.tokenizer import Tokenizer
 _BATCH = 256  # documents tokenized at a time
 _BATCH_CHARS = 1_000_000  # ends a batch early: lists of ids take many times the size of the text
 # Less text than this is tokenized before other processes have started.
-_ALONE_CHARS = 8_000_000
+_ALONE_CHARS = 16_000_000
 
 
 def encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally,
