@@ -55,7 +55,7 @@ def test_any_number_of_processes_meets_the_same_error(tmp_path, mistake):
   lossy = {'type': 'Replace', 'pattern': {'String': 'z'}, 'content': 'y'}
   found = make.load(tmp_path / 'tokenizer', make.byte_level(
       normalizer=lossy if 'lossy' in mistake else None))
-  lines = records([*TEXTS[:30], *(f'z{i}' for i in range(150 if 'lossy' in mistake else 0))])
+  lines = records([*TEXTS[:30], *(f'z{i}' for i in range(105 if 'lossy' in mistake else 0))])
   lines += ['{"text"'] * (500 if 'unreadable' in mistake else 0)
   messages = []
   for processes in (1, 2):
