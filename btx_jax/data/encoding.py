@@ -1,6 +1,6 @@
 """Encodes the documents of a domain, according to the format of its records."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 import itertools
 
 import numpy as np
@@ -19,7 +19,7 @@ _ALONE_CHARS = 16_000_000
 
 
 def encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally,
-            processes: int = 0) -> Iterator[Encoded]:
+            processes: int = 0) -> Generator[Encoded]:
   """Each document of a domain as tokens, in order; other arguments as for corpora.documents.
 
   Args:
