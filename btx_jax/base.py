@@ -77,6 +77,9 @@ def get_config() -> ConfigDict:
       # Share of a domain's records (lines, rows, files) that may be unusable: they are skipped
       # and counted. More than this is an error.
       'max_skipped': 0.1,
+      # Processes that tokenize a large domain. If 0, one per core, up to 16. The tokens do not
+      # depend on it.
+      'processes': 0,
   })
 
   # Sizes of the model, and how it is computed.

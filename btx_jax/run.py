@@ -6,6 +6,7 @@ the finetune of a mixture are the same kind of thing.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -303,6 +304,11 @@ class Run:
     The series does not: a run has the same spec whether its seed is the only one or one of several.
     The name is the one that the run was started under.
     """
+    return json.loads(self._spec_json)
+
+  @functools.cached_property
+  def _spec_json(self) -> str:
+    """`spec` as JSON, in which tuples are lists; `status` of a study needs it hundreds of times."""
     spec = dataclasses.asdict(dataclasses.replace(self, sources=()))
     spec['name'] = self.first_name
     spec['sources'] = [source.first_name for source in self.sources]
@@ -318,7 +324,7 @@ class Run:
                 'step', 'outer', 'redraw'):
       if not spec[key]:
         del spec[key]
-    return json.loads(json.dumps(spec))  # tuples become lists, as when it is read back
+    return json.dumps(spec)
 
   @property
   def domains(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ _MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'devices/meeting', 
                   'training/checkpoint', 'training/slices', 'training/damage',
                   'training/saving', 'data/damage', 'convert/unfinished',
                   'scoring/continuations', 'scoring/find_tasks', 'scoring/harness',
-                  'data/questions', 'preflight/forecast')
+                  'data/questions', 'data/workers', 'preflight/forecast')
 
 CONFIG = '''
 import pathlib, sys

@@ -1,11 +1,11 @@
 """Encodes the documents of a domain, according to the format of its records."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 import itertools
 
 import numpy as np
 
-from btx_jax.data import chat_tokens, chats, corpora, pairs, token_files
+from btx_jax.data import chat_tokens, chats, corpora, pairs, token_files, workers
 from btx_jax.data.chat_tokens import REJECTED
 from btx_jax.data.domains import CHAT, PAIRS, TEXT, Domain
 from btx_jax.data.records import Document
@@ -13,17 +13,35 @@ from btx_jax.data.token_files import Encoded
 from btx_jax.data.tokenizer import Tokenizer
 
 _BATCH = 256  # documents tokenized at a time
-_BATCH_CHARS = 16_000_000  # ends a batch early: lists of ids take many times the size of the text
+_BATCH_CHARS = 1_000_000  # ends a batch early: lists of ids take many times the size of the text
+# Less text than this is tokenized before other processes have started.
+_ALONE_CHARS = 16_000_000
 
 
-def encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally
-            ) -> Iterator[Encoded]:
-  """Each document of a domain as tokens; arguments as for corpora.documents."""
+def encoded(domain: Domain, tokenizer: Tokenizer, max_skipped: float, tally: corpora.Tally,
+            processes: int = 0) -> Generator[Encoded]:
+  """Each document of a domain as tokens, in order; other arguments as for corpora.documents.
+
+  Args:
+    processes: the number of processes that tokenize a large domain; if 0, one per core. Nothing
+      that is yielded depends on it.
+
+  Raises:
+    RunError: see workers.in_order.
+  """
   kind, encode = {TEXT: (None, _texts), CHAT: (chats, _chats), PAIRS: (pairs, _pairs)}[
       domain.format]
   reader = kind.reader(tokenizer.chat_template, tokenizer.special) if kind else None
-  for batch in _batches(corpora.documents(domain, max_skipped, tally, reader)):
+  batches, chars = _batches(corpora.documents(domain, max_skipped, tally, reader)), 0
+  count = processes or workers.default_count()
+  for batch in batches:
     yield from encode(batch, tokenizer)
+    chars += sum(len(document.text) for document in batch)
+    if count > 1 and chars >= _ALONE_CHARS:
+      break
+  else:
+    return
+  yield from workers.in_order(encode, tokenizer, batches, count)
 
 
 def _texts(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:

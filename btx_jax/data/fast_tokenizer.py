@@ -52,7 +52,7 @@ class FastTokenizer(spelling.Spelling):
     if not 0 < self.vocab_size <= _MAX_IDS:
       raise UsageError(f'{path} has token ids up to {self.vocab_size - 1:,}, which must lie '
                        f'between 0 and {_MAX_IDS - 1:,}.')
-    self.files = dict(files)
+    self.files, self._options = dict(files), options
     names = {token['content']: token.get('special', False) for token in added}
     special = framing.special_tokens(
         files, self._vocabulary, [name for name, is_special in names.items() if is_special])
@@ -78,6 +78,9 @@ class FastTokenizer(spelling.Spelling):
     ids = {self._vocabulary[name]: name.encode('utf-8') for name in names}
     self._of_chats = spelling.Spelling(
         [ids.get(i, piece) for i, piece in enumerate(bytes_of)], before, ids if after_cuts else ())
+
+  def __reduce__(self):
+    return type(self), (self.files, self._path, self._options)
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""

@@ -54,8 +54,8 @@ class Written(NamedTuple):
 
 
 def write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokenizer,
-          max_skipped: float, tallies: Sequence[corpora.Tally], unless: Mapping[int, str]
-          ) -> Written:
+          max_skipped: float, tallies: Sequence[corpora.Tally], unless: Mapping[int, str],
+          processes: int = 0) -> Written:
   """Writes both splits.
 
   Args:
@@ -65,6 +65,7 @@ def write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokeniz
     max_skipped: see prepare.
     tallies: one for each part, which counts its records.
     unless: see prepare.
+    processes: see encoding.encoded.
   """
   smallest, changes, removed = None, Changes(), kept_out.Removed()
   name, has_ids = parts[0][0].name, bool(parts[0][0].id_field)
@@ -80,7 +81,8 @@ def write(folder: str, parts: Sequence[tuple[Domain, float]], tokenizer: Tokeniz
         removed.add(copy, unless[copy])
 
     for (part, threshold), tally in zip(parts, tallies):
-      for found in encoding.encoded(part, tokenizer, max_skipped, tally):
+      for found in stack.enter_context(contextlib.closing(
+          encoding.encoded(part, tokenizer, max_skipped, tally, processes))):
         text = found.document.text
         raw = text.encode('utf-8')
         if found.spelled != raw:

@@ -107,7 +107,7 @@ def _open(config, folder: str, wanted: Sequence[Domain], tokenizer: Tokenizer) -
       if not os.path.exists(path):
         say(f'{domain.name}: reading and tokenizing')
       meta = tokens.prepare(path, domain, tokenizer, config.data.held_out, config.data.max_skipped,
-                            not_trained_on)
+                            not_trained_on, config.data.processes)
     measured = tokens.load(path, 'held_out')
     if domain.is_trained:
       train[domain.name] = tokens.load(path, 'train')
@@ -137,7 +137,8 @@ def _named_held_out(config, wanted: Sequence[Domain], folder: str, tokenizer: To
       if not os.path.exists(path):
         temporary = temporary or stack.enter_context(tempfile.TemporaryDirectory())
         path = os.path.join(temporary, domain.name)
-        tokens.prepare(path, domain.only_measured(), tokenizer, 0.0, config.data.max_skipped)
+        tokens.prepare(path, domain.only_measured(), tokenizer, 0.0, config.data.max_skipped,
+                       processes=config.data.processes)
       measured = tokens.load(path, 'held_out')
       if measured.roles is None:
         _check_length(domain, measured, config.data.seq_len)

@@ -102,6 +102,7 @@ class Tokenizer(Protocol):
 
 class Sentencepiece(spelling.Spelling):
   """A sentencepiece model; see Tokenizer for the attributes."""
+  num_threads = -1  # that encode; -1 means one per core
 
   def __init__(self, files: Mapping[str, bytes], path: str,
                options: framing.Options = framing.AUTOMATIC):
@@ -121,6 +122,7 @@ class Sentencepiece(spelling.Spelling):
                        f"is a sentencepiece model. Set it to '{framing.TEXT}', or save the "
                        'tokenizer with transformers, which writes a tokenizer.json.')
     self._model = model
+    self._options = options
     self.files = dict(files)
     self.vocab_size = model.vocab_size()
     self._vocabulary = {model.id_to_piece(i): i for i in range(self.vocab_size)}
@@ -142,9 +144,13 @@ class Sentencepiece(spelling.Spelling):
                       spelling.of_space_marks(name) for name, i in self._vocabulary.items()],
                      puts_space)
 
+  def __reduce__(self):
+    return type(self), (self.files, self._path, self._options)
+
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without begin and end marks."""
-    return self._marks.encode(functools.partial(self._model.encode, num_threads=-1), texts)
+    return self._marks.encode(functools.partial(
+        self._model.encode, num_threads=self.num_threads), texts)
 
   @property
   def chat_template(self) -> chat_template.ChatTemplate:

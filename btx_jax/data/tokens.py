@@ -176,7 +176,8 @@ def document_id(folder: str, split: str, number: int) -> str:
 
 
 def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
-            max_skipped: float = 0.1, unless: Mapping[int, str] = kept_out.NOTHING) -> dict:
+            max_skipped: float = 0.1, unless: Mapping[int, str] = kept_out.NOTHING,
+            processes: int = 0) -> dict:
   """Tokenizes a domain into `folder`, unless that exists.
 
   Args:
@@ -188,6 +189,7 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
       tokenizer may lose.
     unless: hash of a document that must not be trained on -> the domain that it is held out for;
       see Tokens.document_hashes.
+    processes: the number of processes that tokenize; if 0, one per core.
 
   Returns:
     The content of meta.json. Among it are the numbers of documents, bytes and tokens of each
@@ -200,6 +202,7 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
     UsageError: the domain has fewer than two documents or too many unusable records, the
       tokenizer loses text or changes every document, nothing is left to train on, or `folder` was
       made from something else.
+    RunError: a process that tokenizes ended early.
   """
   if os.path.exists(folder):
     origin.check(os.path.dirname(folder),
@@ -209,12 +212,12 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
   made_from = _made_from(domain, tokenizer, held_out) | _describe(domain)
   try:
     with writing.new_folder(folder) as partial:
-      return _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
+      return _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless, processes)
   except OSError as error:
     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
       raise
   # Another job finished first.
-  return prepare(folder, domain, tokenizer, held_out, max_skipped, unless)
+  return prepare(folder, domain, tokenizer, held_out, max_skipped, unless, processes)
 
 
 def reopen(folder: str, domain: Domain, unless: Mapping[int, str]) -> dict:
@@ -283,7 +286,8 @@ def can_prepare(domain: Domain) -> bool:
   return True
 
 
-def _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless) -> dict:
+def _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless,
+           processes) -> dict:
   # Each domain that is read, with the share of its documents to hold out.
   parts = [(domain, domain.share(held_out))] if domain.is_trained else []
   if domain.names_held_out:
@@ -291,11 +295,11 @@ def _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless)
   # Before they are read: what changes meanwhile is then noticed.
   origin.write(partial, _paths(domain))
   tallies = [corpora.Tally() for _ in parts]
-  written = splits.write(partial, parts, tokenizer, max_skipped, tallies, unless)
+  written = splits.write(partial, parts, tokenizer, max_skipped, tallies, unless, processes)
   if written.smallest is not None:
     # Nothing was held out: hold out the document with the smallest hash.
     written = splits.write(partial, [(domain, np.nextafter(written.smallest, 1))], tokenizer,
-                           max_skipped, [corpora.Tally()], unless)
+                           max_skipped, [corpora.Tally()], unless, processes)
   meta = {'made_from': made_from, 'dtype': token_files.dtype_of(tokenizer).name,
           'vocab_size': tokenizer.vocab_size, 'hash': {},
           'changes': dataclasses.asdict(written.changes), **corpora.summary(tallies),

@@ -176,9 +176,9 @@ def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
 def write_answers(study: Study, run: Run, stage: str, found: Mapping[str, dict]) -> None:
   """Stores scores on built-in tasks by name, as builtin.summary returned them."""
   kept = _kept(study, run, stage, ANSWERS)
-  kept |= {name: {'made_from': _answers_made_from(study, run, name), 'found': score}
-           for name, score in found.items()}
-  sealed.write(path(study, run, stage, ANSWERS), kept)
+  sealed.write(path(study, run, stage, ANSWERS), kept | {
+      name: {'made_from': _answers_made_from(study, run, name), 'found': score}
+      for name, score in found.items()})
 
 
 def stored(study: Study, run: Run) -> dict[str, dict[str, dict]]:

@@ -86,10 +86,11 @@ def _changes(study: Study, run: Run, was: Mapping[str, Any], earlier: Mapping[st
       identity = each[1] if isinstance(each, list) else ''
       inherited += _of_source(study, source, identity, was.get('step', 0), earlier, texts)
   verb = 'trained' if was.get('steps') else 'made'
-  fields = list(_fields_changed(was, run.spec()))
+  now = run.spec()
+  fields = list(_fields_changed(was, now))
   for change in fields:
     yield Change(run.name, True, verb, *change)
-  for clause in _clauses(study, run, was, texts, bool(inherited or fields)):
+  for clause in _clauses(study, run, was, now, texts, bool(inherited or fields)):
     yield Change(run.name, True, verb, '', clause)
   yield from inherited
 
@@ -122,13 +123,12 @@ def _of_source(study: Study, source: Run, identity: str, step: int, earlier: Map
       yield change._replace(direct=change.root == source.name)
 
 
-def _clauses(study: Study, run: Run, was: Mapping[str, Any], texts: Mapping[str, str],
-             explained: bool) -> Iterator[str]:
+def _clauses(study: Study, run: Run, was: Mapping[str, Any], now: Mapping[str, Any],
+             texts: Mapping[str, str], explained: bool) -> Iterator[str]:
   """The changes of a run itself other than those of fields, as clauses without a subject.
 
   A change of the mixing is left out if other changes explain it.
   """
-  now = run.spec()
   if was.get('name') != now['name']:
     yield f'is the run {was.get("name")!r}, which was trained under that name'
   names = manifest.source_names(was)

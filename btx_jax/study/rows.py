@@ -14,6 +14,7 @@ and tables show its scores. So a long study can be made in parts, on several mac
 with the code. The command `rows` writes them.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -35,6 +36,9 @@ def path(folder: str, name: str) -> str:
 def read(folder: str, name: str) -> dict[str, Any] | None:
   """The row of a run in a folder of rows; None if there is none, or no such folder ('').
 
+  It is read from the disk once, as long as the file does not change: whoever gets it must not
+  change it.
+
   Raises:
     UsageError: the file exists, but it is not a row.
   """
@@ -42,14 +46,22 @@ def read(folder: str, name: str) -> dict[str, Any] | None:
     return None
   file = path(folder, name)
   try:
-    row = sealed.read(file)
-    if wrong := shapes.misfit(row, _SHAPE):
-      raise ValueError(wrong)
+    found = os.stat(file)
+    return _read(file, found.st_ino, found.st_size, found.st_mtime_ns)
   except (FileNotFoundError, NotADirectoryError):
     return None
   except (OSError, ValueError) as error:
     raise UsageError(f'{file} is not the row of a finished run, or is damaged ({error}); restore a '
                      'copy, or delete it to train the run again.') from error
+
+
+@functools.lru_cache(maxsize=1024)  # a table asks for a row a dozen times
+def _read(file: str, *facts: int) -> dict[str, Any]:
+  """The row in a file; `facts` change if the file does."""
+  del facts
+  row = sealed.read(file)
+  if wrong := shapes.misfit(row, _SHAPE):
+    raise ValueError(wrong)
   return row
 
 

@@ -42,6 +42,7 @@ class Study:
         ('checkpoint_patience', config.checkpoint_patience, 1),
         ('checkpoints_kept', config.checkpoints_kept, 1),
         ('checkpoints_kept_every', config.checkpoints_kept_every, 0),
+        ('data.processes', config.data.processes, 0),
         ('evaluation.every', config.evaluation.every, 0),
         ('evaluation.stride', config.evaluation.stride, 0),
         ('evaluation.tokens', config.evaluation.tokens, 1)):
