@@ -13,6 +13,7 @@ and says nothing about speed.
 """
 
 import argparse
+from collections.abc import Sequence
 import contextlib
 import json
 import os
@@ -31,21 +32,21 @@ DEFAULT, ROWS = (*STEPS, 'tokenizing'), (*STEPS, 'tokenizing', 'mixing')
 EXPERTS = ('eager', 'grouped_mm', 'batched_mm')
 
 
-def our_calls(row: str) -> list[str]:
+def our_calls(row: str, dtypes: Sequence[str]) -> list[str]:
   """The calls of our side, see our_side.py."""
   if row == 'tokenizing':
     return ['tokenizing', 'tokenizer alone']
   kinds = {'dense': ('dense', 'matmul'), 'mixture': ('mixture', 'equal')}[row]
-  return [f'{kind} {dtype}' for kind in kinds for dtype in sizes.DTYPES]
+  return [f'{kind} {dtype}' for kind in kinds for dtype in dtypes]
 
 
-def reference_calls(row: str) -> list[str]:
+def reference_calls(row: str, dtypes: Sequence[str]) -> list[str]:
   """The calls of the reference, see reference_side.py."""
   if row == 'tokenizing':
     return []
   if row == 'dense':
-    return our_calls(row)
-  return [f'mixture {dtype} {experts}' for dtype in sizes.DTYPES for experts in EXPERTS]
+    return our_calls(row, dtypes)
+  return [f'mixture {dtype} {experts}' for dtype in dtypes for experts in EXPERTS]
 
 
 def machine() -> dict[str, Any]:
@@ -88,18 +89,18 @@ def compared(costs: dict[str, list[Cost]], measured: sizes.Sizes) -> dict[str, t
       rows[title] = ratio(costs, ours, theirs), f'{ours} against {theirs}'
 
   add('dense step, best dtype', 'ours dense', 'reference dense')
-  for dtype in sizes.DTYPES:
+  for dtype in measured.dtypes:
     add(f'dense step, {dtype}', f'ours dense {dtype}', f'reference dense {dtype}')
     add(f'matmul, {dtype}', f'ours matmul {dtype}', f'reference matmul {dtype}')
   add('mixture step, best dtype', 'ours mixture', 'reference mixture')
-  for dtype in sizes.DTYPES:
+  for dtype in measured.dtypes:
     add(f'mixture step, {dtype}', f'ours mixture {dtype}', f'reference mixture {dtype}')
     add(f'mixture step against dense of equal FLOPs, {dtype}', f'ours mixture {dtype}',
         f'ours equal {dtype}')
   add('tokenizing', 'ours tokenizing', 'ours tokenizer alone')
   add('mixing', 'mixing ours', 'mixing cp')
   flops = our_side.step_flops(measured, 'dense')
-  for dtype in sizes.DTYPES:
+  for dtype in measured.dtypes:
     if f'ours dense {dtype}' in costs:
       peak = best(costs, f'ours matmul {dtype}')
       scale = flops / measured.matmul_flops  # matmuls of the peak that make a step
@@ -123,7 +124,7 @@ def take(asked: argparse.Namespace, measured: sizes.Sizes):
       versions |= side.versions
     for row in rows:
       calls = {f'{owner} {name}': lambda side=side, name=name: side.call(name)
-               for owner, (side, names) in started.items() for name in names(row)}
+               for owner, (side, names) in started.items() for name in names(row, measured.dtypes)}
       costs |= sides.take_turns(calls, asked.turns)
   if 'mixing' in asked.rows:
     costs |= mixing.beside_cp(pathlib.Path(asked.folder), asked.turns)

@@ -24,7 +24,7 @@ from btx_jax.data.domains import Domain
 from btx_jax.devices.mesh import make_mesh
 from btx_jax.model.config import Config, train_flops_per_token
 from tests.benchmarks import sides, turns
-from tests.benchmarks.sizes import DTYPES, Sizes
+from tests.benchmarks.sizes import Sizes
 
 TOKENIZER = sides.CHECKOUT / 'tests' / 'fixtures' / 'tokenizer'
 
@@ -72,7 +72,7 @@ def make_tokenizing(sizes: Sizes, folder: pathlib.Path, ours: bool):
     return lambda: [alone.encode_batch(texts, add_special_tokens=False) for texts in lists]
   path = folder / 'text.jsonl'
   path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in documents))
-  found, domain = tokenizer.load(str(TOKENIZER)), Domain(paths=(str(path),))
+  found, domain = tokenizer.load(str(TOKENIZER)), Domain('text', paths=(str(path),))
 
   def prepare():
     shutil.rmtree(folder / 'tokens', ignore_errors=True)
@@ -87,8 +87,9 @@ def main():
               'numpy': np.__version__, 'tokenizers': tokenizers.__version__}
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(make_mesh()):
     makers = {f'{kind} {dtype}': functools.partial(make_step, sizes, kind, dtype)
-              for kind in ('dense', 'mixture', 'equal') for dtype in DTYPES}
-    makers |= {f'matmul {dtype}': functools.partial(make_matmul, sizes, dtype) for dtype in DTYPES}
+              for kind in ('dense', 'mixture', 'equal') for dtype in sizes.dtypes}
+    makers |= {f'matmul {dtype}': functools.partial(make_matmul, sizes, dtype)
+               for dtype in sizes.dtypes}
     makers |= {name: functools.partial(make_tokenizing, sizes, pathlib.Path(folder), ours)
                for name, ours in (('tokenizing', True), ('tokenizer alone', False))}
     sides.serve(versions, makers)

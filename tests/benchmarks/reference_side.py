@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from tests.benchmarks import sides
-from tests.benchmarks.sizes import DTYPES, Sizes
+from tests.benchmarks.sizes import Sizes
 
 EXPERTS = ('eager', 'grouped_mm', 'batched_mm')  # how transformers can compute a mixture's experts
 
@@ -62,7 +62,7 @@ def main():
   torch.manual_seed(0)
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   makers = {}
-  for dtype in DTYPES:
+  for dtype in sizes.dtypes:
     makers[f'dense {dtype}'] = functools.partial(make_step, sizes, 'dense', dtype)
     makers[f'matmul {dtype}'] = functools.partial(make_matmul, sizes, dtype)
     for experts in EXPERTS:

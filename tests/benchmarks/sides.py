@@ -68,9 +68,10 @@ class Side:
     return self
 
   def __exit__(self, *_):
-    assert self._process.stdin
+    assert self._process.stdin and self._process.stdout
     self._process.stdin.close()
     self._process.wait()
+    self._process.stdout.close()
 
   def call(self, name: str) -> Cost:
     """What a call of this name takes."""

@@ -6,8 +6,6 @@ This module needs the standard library only, as sides.py does.
 import dataclasses
 import json
 
-DTYPES = ('float32', 'bfloat16')
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -17,6 +15,7 @@ class Sizes:
     rows, length: of the batch of one step.
     matmul: m, k and n of the matmul whose rate counts as the machine's peak.
     characters: of the text that is tokenized.
+    dtypes: of steps and matmuls.
   """
   vocab_size: int = 4096
   dim: int = 256
@@ -29,6 +28,7 @@ class Sizes:
   length: int = 256
   matmul: tuple[int, int, int] = (2048, 1024, 2048)
   characters: int = 8_000_000
+  dtypes: tuple[str, ...] = ('float32', 'bfloat16')
 
   @property
   def tokens(self) -> int:
@@ -45,9 +45,9 @@ class Sizes:
 
   @classmethod
   def read(cls, text: str) -> 'Sizes':
-    fields = json.loads(text)
-    return cls(**fields | {'matmul': tuple(fields['matmul'])})
+    return cls(**{name: tuple(value) if isinstance(value, list) else value
+                  for name, value in json.loads(text).items()})
 
 
 QUICK = Sizes(vocab_size=64, dim=16, ffn_dim=32, num_layers=1, num_heads=2, rows=1, length=16,
-              matmul=(64, 64, 64), characters=20_000)
+              matmul=(64, 64, 64), characters=20_000, dtypes=('float32',))
