@@ -13,6 +13,7 @@ from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES, BRANCH_BATCH_AXES
 from btx_jax.model.config import Config
 from btx_jax.model.overhead import LANES, attention_of, query_blocks
+from btx_jax.model.products import is_bfloat16_on_cpu
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:
@@ -80,7 +81,9 @@ def _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
   # after the sum over values, this is more than twice as fast on a CPU, forward and backward,
   # as jax.nn.dot_product_attention's XLA form.
   B, N, T, H = q_BNTH.shape
-  K = k_BKTH.shape[1]
+  K, dtype = k_BKTH.shape[1], q_BNTH.dtype
+  if is_bfloat16_on_cpu(q_BNTH):  # rounding the gradients of each block takes long there
+    q_BNTH, k_BKTH, v_BKTH = (x.astype(jnp.float32) for x in (q_BNTH, k_BKTH, v_BKTH))
   q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H) * H**-0.5
   blocks = query_blocks(T)
   outputs = []
@@ -94,7 +97,7 @@ def _plain(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT):
     weights = jnp.exp(scores - top)
     y = jnp.einsum('bkgts,bksh->bkgth', weights.astype(v_BKTH.dtype), v_BKTH[:, :, :end],
                    preferred_element_type=jnp.float32)
-    outputs.append((y / weights.sum(-1, keepdims=True)).astype(q_BNTH.dtype))
+    outputs.append((y / weights.sum(-1, keepdims=True)).astype(dtype))
   return jnp.concatenate(outputs, axis=3).reshape(B, N, T, H)
 
 

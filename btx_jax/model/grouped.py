@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from btx_jax.devices import sharding
 from btx_jax.model import linear, permute
 from btx_jax.model.overhead import piece_lengths
+from btx_jax.model.products import outer, product, product_transposed, wide_dtype
 
 
 def swiglu_ragged(x_rD, share_r1, size_e, experts) -> jax.Array:
@@ -92,16 +93,17 @@ def swiglu_in_pieces(x_rD, share_r1, size_e, experts) -> jax.Array:
 
 def _forward(x_rD, share_r1, size_e, experts):
   n, lengths = len(x_rD), piece_lengths(len(x_rD), len(size_e))
+  dtype, wide = x_rD.dtype, wide_dtype(x_rD)
   x_rD, share_r1 = _padded(x_rD, lengths), _padded(share_r1, lengths)
-  empty_rF = jnp.zeros((len(x_rD), experts['up'].shape[-1]), x_rD.dtype)
+  empty_rF = jnp.zeros((len(x_rD), experts['up'].shape[-1]), wide)
 
   def one_expert(out, expert):
     w, start, size = expert
 
     def piece(out, at, length):
       x_mD, share_m1 = _piece((x_rD, share_r1), at, length)
-      gate_mF, up_mF = x_mD @ w['gate'], x_mD @ w['up']
-      y_mD = linear.hidden(gate_mF, up_mF, share_m1) @ w['down']
+      gate_mF, up_mF = (product(x_mD, w[name], wide) for name in ('gate', 'up'))
+      y_mD = product(linear.hidden(gate_mF, up_mF, share_m1).astype(dtype), w['down'])
       return _write(out, (y_mD, gate_mF, up_mF), at)
 
     return _over_pieces(piece, out, start, size, lengths), None
@@ -115,6 +117,7 @@ def _forward(x_rD, share_r1, size_e, experts):
 def _backward(residuals, dy_rD):
   x_rD, share_r1, size_e, experts, gate_rF, up_rF = residuals
   n, lengths = len(dy_rD), piece_lengths(len(dy_rD), len(size_e))
+  wide = wide_dtype(dy_rD)
   dy_rD = _padded(dy_rD, lengths)
 
   def one_expert(by_row, expert):
@@ -126,10 +129,11 @@ def _backward(residuals, dy_rD):
           (x_rD, share_r1, gate_rF, up_rF, dy_rD), at, length)
       dy_mD = jnp.where((at + jnp.arange(length) < start + size)[:, None], dy_mD, 0)
       hidden_mF, hidden_vjp = jax.vjp(linear.hidden, gate_mF, up_mF, share_m1)
-      dgate_mF, dup_mF, dshare_m1 = hidden_vjp(dy_mD @ w['down'].T)
-      more = {'gate': _outer(x_mD, dgate_mF), 'up': _outer(x_mD, dup_mF),
-              'down': _outer(hidden_mF, dy_mD)}
-      dx_mD = dgate_mF @ w['gate'].T + dup_mF @ w['up'].T
+      *dhidden, dshare_m1 = hidden_vjp(product_transposed(dy_mD, w['down'], wide))
+      hidden_mF, dgate_mF, dup_mF = (x.astype(dy_mD.dtype) for x in (hidden_mF, *dhidden))
+      more = {'gate': outer(x_mD, dgate_mF, jnp.float32), 'up': outer(x_mD, dup_mF, jnp.float32),
+              'down': outer(hidden_mF, dy_mD, jnp.float32)}
+      dx_mD = product_transposed(dgate_mF, w['gate']) + product_transposed(dup_mF, w['up'])
       return _write(by_row, (dx_mD, dshare_m1), at), jax.tree.map(jnp.add, dw, more)
 
     dw = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), w)
@@ -178,8 +182,3 @@ def _write(out, rows, at):
     return jax.lax.dynamic_update_slice_in_dim(out, rows, at, 0)
 
   return jax.tree.map(write, out, rows)
-
-
-def _outer(x, dy):
-  """The gradient of weights, summed over rows and laid out as they are (see linear.py)."""
-  return jnp.einsum('nd,nf->df', x, dy, preferred_element_type=jnp.float32)

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BATCH_AXES
 from btx_jax.model.overhead import TOKENS_PER_CHUNK
+from btx_jax.model.products import outer, product, product_transposed
 
 
 def next_token_loss(hidden_BTD, head_DV, targets_BT, mask_BT,
@@ -109,8 +110,8 @@ def _nll_and_gradients(hidden_BTD, head_DV, targets_BT, mask_BT, vocab_axis):
     hidden, targets, mask = chunk
     nll, dlogits = _chunk_nll(hidden, targets, mask, head_DV, vocab_axis)
     dlogits = jnp.where(mask[:, None], dlogits, 0).astype(hidden.dtype)
-    dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
-    return (total + nll.sum(), dhead_DV), (dlogits @ head_DV.T, nll)
+    dhead_DV += outer(hidden, dlogits, jnp.float32)
+    return (total + nll.sum(), dhead_DV), (product_transposed(dlogits, head_DV), nll)
 
   zeros = (sharding.varying_like(jnp.zeros(()), hidden_BTD),
            sharding.varying_like(jnp.zeros(head_DV.shape), head_DV))
@@ -152,8 +153,8 @@ def _each_nll_backward(vocab_axis, residuals, g_BT):
     _, dlogits = _chunk_nll(hidden, targets, mask, head_DV, vocab_axis)
     # Masked before the product: jax 0.10 cannot map `dlogits * g[:, None]` over branches.
     dlogits = (dlogits * jnp.where(mask, g, 0)[:, None]).astype(hidden.dtype)
-    dhead_DV += jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32)
-    return dhead_DV, dlogits @ head_DV.T
+    dhead_DV += outer(hidden, dlogits, jnp.float32)
+    return dhead_DV, product_transposed(dlogits, head_DV)
 
   zeros = sharding.varying_like(jnp.zeros(head_DV.shape), head_DV)
   dhead_DV, dhidden = jax.lax.scan(
@@ -189,7 +190,7 @@ def _joined(chunks, like_BTD):
 
 def _chunk_nll(hidden, targets, mask, head_DV, vocab_axis):
   """Loss [tokens] of one chunk and its gradient by the logits [tokens, V], in float32."""
-  logits = jnp.dot(hidden, head_DV, preferred_element_type=jnp.float32)
+  logits = product(hidden, head_DV, jnp.float32)
   V = logits.shape[1]
   top = logits.max(1)
   if vocab_axis:

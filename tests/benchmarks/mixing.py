@@ -23,6 +23,7 @@ import numpy as np
 
 from btx_jax.convert import config_json, export, hugging_face, names, safetensors, shards
 from btx_jax.model.config import Config
+from tests.benchmarks import sides
 
 FORMS = {
     'small': Config(49152, 576, 1536, 30, 9, 3, tied_head=True),
@@ -67,8 +68,8 @@ def write(folder: pathlib.Path, model: Config, seed: int):
       config_json.to_json(model, 'bfloat16', 2048, 0.0, 0, 1)))
 
 
-def measure(title: str, *command: str):
-  """Runs a command; prints its costs."""
+def timed(*command: str):
+  """Runs a command: what it printed, its seconds, those until all is on the disk, and its usage."""
   os.sync()
   began = time.monotonic()
   process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -77,11 +78,17 @@ def measure(title: str, *command: str):
   _, status, used = os.wait4(process.pid, 0)
   ended = time.monotonic()
   os.sync()
-  print(f'{title:24} {ended - began:8.1f} {time.monotonic() - began:8.1f} '
-        f'{used.ru_maxrss / 1024:8.0f} {used.ru_utime + used.ru_stime:8.1f} '
-        f'{os.getloadavg()[0]:8.1f}', flush=True)
   if status:
     sys.exit(said)
+  return said, ended - began, time.monotonic() - began, used
+
+
+def measure(title: str, *command: str):
+  """Runs a command; prints its costs."""
+  said, seconds, on_disk, used = timed(*command)
+  print(f'{title:24} {seconds:8.1f} {on_disk:8.1f} '
+        f'{used.ru_maxrss / 1024:8.0f} {used.ru_utime + used.ru_stime:8.1f} '
+        f'{os.getloadavg()[0]:8.1f}', flush=True)
   return said
 
 
@@ -102,18 +109,50 @@ def compare(ours: str, theirs: str):
         'largest number', flush=True)
 
 
-def run(root: pathlib.Path, form: str, commands: pathlib.Path | None):
+def beside_cp(folder: pathlib.Path, turns: int, form: str = 'large') -> dict[str, list[sides.Cost]]:
+  """The costs of mixing four models and of cp of the result, in turns, until all is on the disk."""
+  root = folder / 'mixing'
+  root.mkdir()
+  try:
+    ours, copy = root / 'ours', root / 'copy'
+    export_ours = export_command(root, form, ours)
+    commands = {'mixing ours': (export_ours, ours), 'mixing cp': (('cp', '-r', ours, copy), copy)}
+
+    def call(command, written):
+      shutil.rmtree(written, ignore_errors=True)
+      _, _, on_disk, used = timed(*map(str, command))
+      return sides.Cost(on_disk, used.ru_utime + used.ru_stime)
+
+    for command, written in commands.values():  # the first is to warm up
+      call(command, written)
+    costs = {name: [] for name in commands}
+    for _ in range(turns):  # cp needs what ours has written
+      for name, each in commands.items():
+        costs[name].append(call(*each))
+    return costs
+  finally:
+    shutil.rmtree(root)
+
+
+def export_command(root: pathlib.Path, form: str, ours: pathlib.Path) -> tuple[str, ...]:
+  """Writes four models, and returns the command that makes them a mixture in the folder `ours`."""
   paths = [str(root / f'{form}{i}') for i in range(4)]
   for i, path in enumerate(paths):
     write(pathlib.Path(path), FORMS[form], i)
+  config = root / f'{form}.py'
+  config.write_text(CONFIG.format(first=paths[0], paths=paths))
+  return (sys.executable, '-m', 'btx_jax.main', f'--config={config}', '--run=btx', 'export',
+          f'--to={ours}', f'--workdir={root / "work"}')
+
+
+def run(root: pathlib.Path, form: str, commands: pathlib.Path | None):
+  paths, ours = [str(root / f'{form}{i}') for i in range(4)], root / f'{form}_ours'
+  export_ours = export_command(root, form, ours)
   read = sum(len(block) for path in paths for file in pathlib.Path(path).glob('*.safetensors')
              for block in _blocks(file))
   print(f'\n{form}: 4 models, {read / 1e9:.2f} GB\n{"":24} {"seconds":>8} {"on disk":>8} '
         f'{"peak MB":>8} {"CPU s":>8} {"load":>8}', flush=True)
-  config, ours = root / f'{form}.py', root / f'{form}_ours'
-  config.write_text(CONFIG.format(first=paths[0], paths=paths))
-  said = measure('ours', sys.executable, '-m', 'btx_jax.main', f'--config={config}', '--run=btx',
-                 'export', f'--to={ours}', f'--workdir={root / "work"}')
+  said = measure('ours', *export_ours)
   if commands:
     linear, moe = root / f'{form}_linear', root / f'{form}_moe'
     merge = {'merge_method': 'linear', 'dtype': 'bfloat16',
