@@ -94,7 +94,8 @@ def test_the_processes_do_not_import_jax():
 
 
 ENDLESS = '''
-import itertools, sys
+import itertools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from btx_jax.data import encoding, workers
 from btx_jax.data.records import Document
 from tests import make_tokenizers as make
@@ -119,7 +120,10 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, name):
     children = [int(word) for word in started.stdout.readline().split()]
     assert len(children) == 2 and all(map(_lives, children))
     started.send_signal(getattr(signal, name))
-    errors = started.communicate(timeout=60)[1]
+    try:
+      errors = started.communicate(timeout=60)[1]
+    finally:
+      started.kill()
   deadline = time.monotonic() + 60
   while any(map(_lives, children)) and time.monotonic() < deadline:
     time.sleep(0.05)
