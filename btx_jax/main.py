@@ -48,7 +48,7 @@ from btx_jax import arguments as flag
 from btx_jax import errors
 from btx_jax.devices import compiled, distributed, rollcall
 from btx_jax.errors import UsageError, nearest
-from btx_jax.files import naming
+from btx_jax.files import naming, places
 
 # jax and the modules that need it are imported inside functions, so that mistakes on the command
 # line, `status` and `jobs` answer at once.
@@ -57,7 +57,7 @@ from btx_jax.files import naming
 def train_runs(name: str, workdir: str):
   """Trains and measures the runs that are not complete; then prints and reports the results."""
   _join_processes({'config': flag.CONFIG.value.to_dict(), '--run': flag.RUN.value,
-                   '--profile': flag.PROFILE.value, '--workdir': os.path.realpath(workdir)})
+                   '--profile': flag.PROFILE.value, '--workdir': places.absolute(workdir)})
   import jax
 
   from btx_jax.commands import (
@@ -358,7 +358,7 @@ def run_command(argv: list[str]):
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = flag.WORKDIR.value or os.path.join('runs', name)
   naming.local_path('--to', flag.TO.value or '')
-  COMMANDS[command](name, naming.local_path('--workdir', workdir), *operands)
+  COMMANDS[command](name, naming.workdir(workdir), *operands)
 
 
 def recipe_path(config: str) -> str:

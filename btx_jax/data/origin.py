@@ -13,6 +13,7 @@ from typing import Any
 
 from btx_jax.data.damage import Damaged
 from btx_jax.errors import UsageError
+from btx_jax.files import places
 from btx_jax.files.writing import create
 
 FILES = 'files.jsonl'
@@ -33,7 +34,7 @@ def write(folder: str, paths: Iterable[str]) -> None:
 
 def is_noted(folder: str) -> bool:
   """Whether the files of a domain are recorded; if not, `made_from` has their number and size."""
-  return os.path.exists(os.path.join(folder, FILES))
+  return places.exists(os.path.join(folder, FILES))
 
 
 def differences(folder: str, name: str, was: Mapping[str, Any], now: Mapping[str, Any],

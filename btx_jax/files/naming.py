@@ -12,6 +12,7 @@ import re
 import unicodedata
 
 from btx_jax.errors import UsageError
+from btx_jax.files import places
 
 LONGEST = 200  # bytes of a name; file systems allow 255, and names of files add an ending
 PARTIAL = '.partial'  # ends the names of unfinished files and folders
@@ -74,16 +75,32 @@ def _problem(kind: str, name: str) -> str:
 def checkpoint_path(folder: str) -> str:
   """The absolute path of a folder that holds checkpoints, directly or below.
 
+  In a bucket, what follows the bucket's name must be as in a path of a disk.
+
   Raises:
     UsageError: orbax or tensorstore would read or write somewhere else.
   """
-  path = os.path.normpath('/' + os.path.abspath(folder).lstrip('/'))
-  found = _ELSEWHERE.search(f'{path}/')
+  path = places.absolute(folder)
+  inside = path.removeprefix(places.BUCKET)
+  found = _ELSEWHERE.search(f'{inside}/')
   if found:
     raise UsageError(f'{path!r} cannot hold checkpoints, because orbax and tensorstore do not take '
                      f'{found[0]!r} as it is. Use another --workdir; a link to this directory, '
                      'under a path without it, will do.')
   return path
+
+
+def workdir(path: str) -> str:
+  """The working directory that --workdir gives, with ~ replaced by the home directory.
+
+  Raises:
+    UsageError: it is a URL other than gs://BUCKET/PATH, or see local_path.
+  """
+  if not places.is_in_bucket(path):
+    return local_path('--workdir', path)
+  if not re.fullmatch(r'gs://[a-z0-9][a-z0-9._-]+(/[^/]+)+/?', path):
+    raise UsageError(f'--workdir = {path} is not a path in a bucket; write gs://BUCKET/PATH.')
+  return path.rstrip('/')
 
 
 def local_path(name: str, path: str) -> str:

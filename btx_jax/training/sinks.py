@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import uuid
 
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import places
 from btx_jax.run import Run
 
 TENSORBOARD, WANDB, MLFLOW = 'tensorboard', 'wandb', 'mlflow'
@@ -59,7 +60,7 @@ class Subject:
 
 def subject(run: Run, folder: str) -> Subject:
   """The Subject of a run; `folder` is the run's directory, WORKDIR/NAME."""
-  workdir = os.path.abspath(folder).removesuffix(os.path.normpath(run.name))
+  workdir = places.absolute(folder).removesuffix(os.path.normpath(run.name))
   return Subject(run.name, os.path.basename(os.path.normpath(workdir)), folder, run.spec())
 
 
@@ -86,6 +87,8 @@ class TensorBoard:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2
     from tensorboardX.summary import scalar
+    if places.is_in_bucket(folder):
+      raise UsageError('it writes to a disk, and the working directory is in a bucket')
     path = os.path.join(folder, TENSORBOARD)
     os.makedirs(path, exist_ok=True)
     proto: Any = event_pb2  # its classes are made when it is imported
