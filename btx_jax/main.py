@@ -56,6 +56,9 @@ from btx_jax.files import naming, places
 
 def train_runs(name: str, workdir: str):
   """Trains and measures the runs that are not complete; then prints and reports the results."""
+  if flag.PROFILE.value and places.is_in_bucket(workdir):
+    raise UsageError(f'--profile={flag.PROFILE.value} writes to a disk, and {workdir} is in a '
+                     'bucket; omit it, or use another --workdir.')
   _join_processes({'config': flag.CONFIG.value.to_dict(), '--run': flag.RUN.value,
                    '--profile': flag.PROFILE.value, '--workdir': places.absolute(workdir)})
   import jax

@@ -58,7 +58,7 @@ class _Handler(server.BaseHTTPRequestHandler):
     body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
     status = self.server.refuse and self.server.refuse(self.command, self.path)
     if status:
-      return self._send(status, {}, b'refused')
+      return self._send(status, {}, json.dumps({'error': {'code': status}}).encode())
     url = urllib.parse.urlsplit(self.path)
     query = urllib.parse.parse_qs(url.query)
     wanted = query.get('ifGenerationMatch')

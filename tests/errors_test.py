@@ -197,8 +197,12 @@ def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
 
 
 def test_a_bucket_is_not_a_path(run, config, tmp_path):
-  done = run(DEMO, '--workdir=gs://bucket/demo', cwd=command.ROOT)
-  check(done, '--workdir = gs://bucket/demo is a URL, not a path. Mount the bucket, or copy it')
+  done = run(DEMO, '--workdir=s3://bucket/demo', cwd=command.ROOT)
+  check(done, '--workdir = s3://bucket/demo is a URL, not a path. Copy what it leads to to a disk')
+  done = run(DEMO, '--workdir=gs://bucket', cwd=command.ROOT)
+  check(done, '--workdir = gs://bucket is not a path in a bucket; write gs://BUCKET/PATH.')
+  done = run(DEMO, '--workdir=gs://bucket/demo', '--profile=5', cwd=command.ROOT)
+  check(done, '--profile=5 writes to a disk, and gs://bucket/demo is in a bucket; omit it, or use')
   assert not os.path.exists(os.path.join(command.ROOT, 'gs:'))
   done = run(config("config.runs.new.init = base.hugging_face('gs://bucket/model')"),
              f'--workdir={tmp_path / "work"}')

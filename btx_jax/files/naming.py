@@ -111,8 +111,8 @@ def local_path(name: str, path: str) -> str:
       names the home directory of a user who does not exist.
   """
   if re.match(r'[a-z][a-z0-9]*://', path):
-    raise UsageError(f'{name} = {path} is a URL, not a path. Mount the bucket, or copy it to disk '
-                     'first; see docs/tpu_vm.md.')
+    raise UsageError(f'{name} = {path} is a URL, not a path. Copy what it leads to to a disk '
+                     'first; only --workdir may be in a bucket, see docs/tpu_vm.md.')
   expanded = os.path.expanduser(path)
   if expanded.startswith('~'):
     raise UsageError(f'{name} = {path}: there is no such home directory. Write ./{path} for a '

@@ -102,9 +102,13 @@ def beginning_with(path: str) -> list[str]:
 
 def _listed(path: str, request) -> list[bytes]:
   """The result of a request for a list; tensorstore 0.1 takes a refusal for an empty one."""
-  found = _result(path, request)
+  try:
+    found = _result(path, request)
+  except OSError:
+    generation(path)  # of which the refusal is told as such
+    raise
   if not found:
-    generation(path)  # raises the error
+    generation(path)
   return found
 
 

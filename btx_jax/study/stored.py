@@ -69,7 +69,8 @@ class Stored(NamedTuple):
     if damaged:
       raise UsageError(f'{path} is missing or damaged: it is not what was written. Delete the '
                        'directory of the run, and train the run again.')
-    return np.load(inputs.open_file(path), allow_pickle=False)
+    with inputs.open_file(path) as file:
+      return np.load(file, allow_pickle=False)
 
   def exists(self) -> bool:
     """Whether the arrays are written; the same for all processes, which wait for shared storage."""
