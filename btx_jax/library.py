@@ -19,6 +19,7 @@ from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import row_ways
 from btx_jax.errors import UsageError
+from btx_jax.files import places
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Arrays, Source
@@ -182,7 +183,7 @@ def _logits(config: Config, params, tokens_BT):
 
 
 def _open(path: str) -> tuple[Source, Config]:
-  if os.path.exists(os.path.join(path, config_json.FILE)):
+  if places.exists(os.path.join(path, config_json.FILE)):
     folder = Folder(path)
     return folder, folder.model
   found = manifest.read(path)

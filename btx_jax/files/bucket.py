@@ -9,12 +9,15 @@ from collections.abc import Iterator
 import concurrent.futures
 import contextlib
 import errno
+import fnmatch
 import io
 import os
+import re
 import tempfile
 from typing import IO, Any, BinaryIO
 
 from btx_jax.files import copies, leases, leftovers, objects, parts, places
+from btx_jax.terminal import say
 
 # Files that say that the folder they are in is whole. They are copied last, and removed first.
 _MARKS = ('meta.json', 'manifest.json', 'commit_success.txt')
@@ -33,6 +36,27 @@ class Bucket(places.Place):
 
   def is_whole(self, folder: str, last: str) -> bool:
     return objects.exists(f'{folder}/{last}')
+
+  def is_file(self, path: str) -> bool:
+    return objects.exists(path)
+
+  def all_below(self, folder: str) -> list[str]:
+    return [f'{folder}/{name}' for name in objects.below(folder)]
+
+  def matching(self, pattern: str) -> list[str]:
+    fixed = re.split(r'[*?\[]', pattern, maxsplit=1)[0].rpartition('/')[0]
+    wanted = re.compile(_as_regex(pattern))
+    return [path for path in self.all_below(fixed) if wanted.fullmatch(path)]
+
+  def files_and_broken_links(self, paths: list[str]) -> tuple[list[str], list[str]]:
+    return sorted(paths), []
+
+  def stamp(self, path: str) -> int:
+    return int.from_bytes(objects.generation(path), 'big')
+
+  def is_same(self, path: str, size: int, stamp: int) -> bool:
+    del size
+    return self.stamp(path) == stamp
 
   def names(self, folder: str) -> list[str]:
     found = objects.below(folder)
@@ -71,16 +95,30 @@ class Bucket(places.Place):
   def new_folder(self, path: str, last: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
       yield folder
-      names = [os.path.relpath(os.path.join(root, name), folder)
-               for root, _, names in os.walk(folder) for name in names]
       if self.is_whole(path, last):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        raise _exists(path)
       leases.check_held(path)
       objects.remove_below(path)  # of a writer that was killed
-      _each(lambda name: objects.write(f'{path}/{name}', _content(folder, name)),
-            [name for name in names if name not in (last, leftovers.LOCK)])
-      if not objects.write(f'{path}/{last}', _content(folder, last), objects.ABSENT):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+      self._copy(folder, path, last)
+
+  @contextlib.contextmanager
+  def filling(self, path: str, last: str) -> Iterator[str]:
+    if self.exists(path):
+      raise _exists(path)
+    with tempfile.TemporaryDirectory() as above:
+      folder = os.path.join(above, os.path.basename(path))
+      yield folder
+      say(f'{folder}: copying it to {path}')
+      self._copy(folder, path, last)
+
+  def _copy(self, folder: str, path: str, last: str) -> None:
+    """Copies a folder of this machine, the file `last` last; raises OSError if that exists."""
+    names = [os.path.relpath(os.path.join(root, name), folder)
+             for root, _, names in os.walk(folder) for name in names]
+    _each(lambda name: objects.write(f'{path}/{name}', _content(folder, name)),
+          [name for name in names if name not in (last, leftovers.LOCK)])
+    if not objects.write(f'{path}/{last}', _content(folder, last), objects.ABSENT):
+      raise _exists(path)
 
   def make_folder(self, path: str) -> None:
     del path  # it exists once it holds an object
@@ -120,6 +158,24 @@ class Bucket(places.Place):
 
   def is_locked(self, folder: str) -> bool:
     return leases.is_locked(folder)
+
+
+def _as_regex(pattern: str) -> str:
+  """A pattern of glob as a regular expression: only ** matches a slash, and none a hidden name."""
+  parts = []
+  for part in pattern.removeprefix(places.BUCKET).split('/'):
+    if part == '**':
+      parts.append(r'(?:[^./][^/]*/)*')
+      continue
+    inside = fnmatch.translate(part).removeprefix('(?s:').removesuffix(r')\Z')
+    inside = inside.replace('.*', '[^/]*')
+    hidden = '' if part.startswith('.') else r'(?!\.)'
+    parts.append(f'{hidden}{inside}/')
+  return re.escape(places.BUCKET) + ''.join(parts).removesuffix('/')
+
+
+def _exists(path: str) -> FileExistsError:
+  return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
 
 def _content(folder: str, name: str) -> bytes:

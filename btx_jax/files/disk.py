@@ -7,6 +7,7 @@ the new one, even after a kill or a power cut. Until then it has a temporary nam
 from collections.abc import Iterator
 import contextlib
 import errno
+import glob
 import os
 import shutil
 from typing import IO, Any, BinaryIO
@@ -26,6 +27,27 @@ class Disk(places.Place):
   def is_whole(self, folder: str, last: str) -> bool:
     del last
     return os.path.exists(folder)
+
+  def is_file(self, path: str) -> bool:
+    return os.path.isfile(path)
+
+  def all_below(self, folder: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(folder), '**', '*'), recursive=True,
+                     include_hidden=True)
+
+  def matching(self, pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True)
+
+  def files_and_broken_links(self, paths: list[str]) -> tuple[list[str], list[str]]:
+    files = [path for path in sorted(paths) if os.path.isfile(path)]
+    return files, sorted(path for path in set(paths).difference(files) if not os.path.exists(path))
+
+  def stamp(self, path: str) -> int:
+    return os.stat(path).st_mtime_ns
+
+  def is_same(self, path: str, size: int, stamp: int) -> bool:
+    found = os.stat(path)
+    return (found.st_size, found.st_mtime_ns) == (size, stamp)
 
   def names(self, folder: str) -> list[str]:
     return os.listdir(folder)
@@ -89,6 +111,10 @@ class Disk(places.Place):
         raise
       _sync_folder(os.path.dirname(path))
     self.remove(os.path.join(path, leftovers.LOCK))
+
+  def filling(self, path: str, last: str) -> contextlib.AbstractContextManager[str]:
+    del last
+    return contextlib.nullcontext(path)
 
   def make_folder(self, path: str) -> None:
     path = path.rstrip(os.sep) or path or '.'

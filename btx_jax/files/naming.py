@@ -90,29 +90,29 @@ def checkpoint_path(folder: str) -> str:
   return path
 
 
-def workdir(path: str) -> str:
-  """The working directory that --workdir gives, with ~ replaced by the home directory.
+def path(name: str, path: str) -> str:
+  """The path that a flag or field gives; it may lie in a bucket.
 
   Raises:
     UsageError: it is a URL other than gs://BUCKET/PATH, or see local_path.
   """
   if not places.is_in_bucket(path):
-    return local_path('--workdir', path)
+    return local_path(name, path)
   if not re.fullmatch(r'gs://[a-z0-9][a-z0-9._-]+(/[^/]+)+/?', path):
-    raise UsageError(f'--workdir = {path} is not a path in a bucket; write gs://BUCKET/PATH.')
+    raise UsageError(f'{name} = {path} is not a path in a bucket; write gs://BUCKET/PATH.')
   return path.rstrip('/')
 
 
 def local_path(name: str, path: str) -> str:
-  """The path that a flag or field gives, with ~ replaced by the home directory.
+  """The path on a disk that a flag or field gives, with ~ replaced by the home directory.
 
   Raises:
     UsageError: it is a URL like gs://bucket, which os.path would take for a relative path, or it
       names the home directory of a user who does not exist.
   """
   if re.match(r'[a-z][a-z0-9]*://', path):
-    raise UsageError(f'{name} = {path} is a URL, not a path. Copy what it leads to to a disk '
-                     'first; only --workdir may be in a bucket, see docs/tpu_vm.md.')
+    raise UsageError(f'{name} = {path} is a URL, not a path on a disk. Copy what it leads to '
+                     'there first.')
   expanded = os.path.expanduser(path)
   if expanded.startswith('~'):
     raise UsageError(f'{name} = {path}: there is no such home directory. Write ./{path} for a '

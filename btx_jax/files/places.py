@@ -49,6 +49,30 @@ class Place(abc.ABC):
     """Whether a folder that `new_folder` makes is there; `last` is the file written last."""
 
   @abc.abstractmethod
+  def is_file(self, path: str) -> bool:
+    """Whether a file exists."""
+
+  @abc.abstractmethod
+  def all_below(self, folder: str) -> list[str]:
+    """The paths of all that is in a folder and the folders in it, hidden files too."""
+
+  @abc.abstractmethod
+  def matching(self, pattern: str) -> list[str]:
+    """The paths that a pattern with *, ?, [...] and ** matches, as glob.glob with recursion."""
+
+  @abc.abstractmethod
+  def files_and_broken_links(self, paths: list[str]) -> tuple[list[str], list[str]]:
+    """Those of some paths that are files, and those that are links to nothing, in order."""
+
+  @abc.abstractmethod
+  def stamp(self, path: str) -> int:
+    """A number that changes when a file does: the time of its modification, or its generation."""
+
+  @abc.abstractmethod
+  def is_same(self, path: str, size: int, stamp: int) -> bool:
+    """Whether a file still has this size and stamp. Raises OSError if it does not exist."""
+
+  @abc.abstractmethod
   def names(self, folder: str) -> list[str]:
     """The names in a folder. Raises FileNotFoundError if there is no such folder."""
 
@@ -83,6 +107,10 @@ class Place(abc.ABC):
   @abc.abstractmethod
   def new_folder(self, path: str, last: str) -> contextlib.AbstractContextManager[str]:
     """See writing.new_folder."""
+
+  @abc.abstractmethod
+  def filling(self, path: str, last: str) -> contextlib.AbstractContextManager[str]:
+    """See writing.filling."""
 
   @abc.abstractmethod
   def make_folder(self, path: str) -> None:

@@ -50,6 +50,18 @@ def new_folder(path: str, last: str) -> contextlib.AbstractContextManager[str]:
   return places.of(path).new_folder(path, last)
 
 
+def filling(path: str, last: str) -> contextlib.AbstractContextManager[str]:
+  """Yields where to make a folder, by means that need a disk; at the end of the block it is `path`.
+
+  On a disk this is `path` itself. To a bucket the content is copied at the end, the file `last`
+  last, unless the block raises.
+
+  Raises:
+    OSError: it cannot be copied, or there is something at `path` in the bucket.
+  """
+  return places.of(path).filling(path, last)
+
+
 def create(path: str, mode: str = 'w') -> IO[Any]:
   """Opens a new file in a folder that still has its temporary name; see new_folder."""
   return disk.open_new(path, mode)

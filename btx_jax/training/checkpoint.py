@@ -301,6 +301,7 @@ def load_params(folder: str, step: int, like, identity: str):
     Damaged: they differ from what was saved, or belong to another step or run.
   """
   path = slices.step_folder(folder, step)
+  for_orbax.prepare(path)
   slices.check_together(folder, step, identity)
   with damage.reading(folder, step):
     loaded = {'params': ocp.load(path, like, checkpointable_name='params'),

@@ -15,8 +15,9 @@ from btx_jax.errors import RunError
 from btx_jax.files import places, writing
 from btx_jax.training import checksums
 
-# Errors of tensorstore and XLA that do not come from what was stored.
-_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
+# Errors of tensorstore, XLA and buckets that do not come from what was stored.
+_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED',
+               'UNAUTHENTICATED', 'http_response_code', 'curl_code', 'does not answer')
 
 
 class Damaged(RunError):

@@ -14,10 +14,11 @@ from btx_jax import storage
 from btx_jax.devices import distributed
 from btx_jax.errors import RunError, UsageError
 from btx_jax.files import places, writing
-from btx_jax.training import slices
 
 # How orbax names a checkpoint while it is written.
 _UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp.*')
+# What orbax writes last into a checkpoint in a bucket.
+LAST = 'commit_success.txt'
 # How errors of tensorstore begin, which are ValueErrors.
 _STATUS = re.compile(r'[A-Z]{4,}(_[A-Z]+)*: ')
 
@@ -78,7 +79,8 @@ def problem_in(error: Exception, folder: str, size: int) -> str | None:
     return (f'no space is left for {folder} ({disk.strerror}; it takes up to {storage.size(size)}'
             f'{left})')
   if disk:
-    return f'the disk of {folder} cannot be written: {disk.strerror}'
+    where = folder if places.is_in_bucket(folder) else f'the disk of {folder}'
+    return f'{where} cannot be written: {disk.strerror}'
   if isinstance(error, OSError) or (type(error) is ValueError and _STATUS.match(str(error))):
     text = str(error) or type(error).__name__
     return f'{folder} cannot be written ({text.strip().splitlines()[0]:.300})'
@@ -132,7 +134,7 @@ def _clear(folder: str) -> bool:
 def _is_unfinished(path: str) -> bool:
   name = os.path.basename(path)
   return bool(_UNFINISHED.fullmatch(name)) or (
-      name.isdecimal() and not places.is_whole(path, slices.LAST))
+      name.isdecimal() and not places.is_whole(path, LAST))
 
 
 class Directory:

@@ -8,6 +8,7 @@ only here, and only when a run starts.
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -88,7 +89,7 @@ class TensorBoard:
     from tensorboardX.proto import event_pb2
     from tensorboardX.summary import scalar
     if places.is_in_bucket(folder):
-      raise UsageError('it writes to a disk, and the working directory is in a bucket')
+      raise OSError(errno.EINVAL, 'event files are written to a disk', folder)
     path = os.path.join(folder, TENSORBOARD)
     os.makedirs(path, exist_ok=True)
     proto: Any = event_pb2  # its classes are made when it is imported

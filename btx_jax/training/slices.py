@@ -18,12 +18,10 @@ from btx_jax.devices import distributed
 from btx_jax.errors import RunError
 from btx_jax.files import naming, places
 from btx_jax.model.source import Index
-from btx_jax.training import checksums, damage
+from btx_jax.training import checksums, damage, saving
 
 EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on '
            'from it; its parameters can be read')
-# What orbax writes last into a checkpoint in a bucket.
-LAST = 'commit_success.txt'
 CHUNK = 1 << 26  # bytes of an array that are read or written at once
 
 
@@ -33,13 +31,14 @@ def kept_steps(folder: str) -> list[int]:
     found = [name for name in places.names(folder) if name.isdecimal()]
   except FileNotFoundError:
     return []
-  return sorted(int(name) for name in found if places.is_whole(os.path.join(folder, name), LAST))
+  return sorted(int(name) for name in found
+                if places.is_whole(os.path.join(folder, name), saving.LAST))
 
 
 def step_folder(folder: str, step: int) -> str:
   """The directory of a checkpoint; raises RunError, on all processes, if there is none."""
   path = os.path.join(naming.checkpoint_path(folder), str(step))
-  if not distributed.broadcast(lambda: places.is_whole(path, LAST)):
+  if not distributed.broadcast(lambda: places.is_whole(path, saving.LAST)):
     raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
                    f'delete {os.path.dirname(places.absolute(folder))}.')
   return path
