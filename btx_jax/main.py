@@ -243,10 +243,11 @@ def export_model(name: str, workdir: str):
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
   from btx_jax.commands.export import export_run
   from btx_jax.commands.export_ensemble import export_ensemble
+  from btx_jax.convert.export import CARD
   from btx_jax.study.study import Study
   study = Study(flag.CONFIG.value, workdir)
   export = export_ensemble if study.run(flag.RUN.value).selector else export_run
-  with writing.filling(naming.path('--to', flag.TO.value), 'README.md') as folder:
+  with writing.filling(naming.path('--to', flag.TO.value), CARD) as folder:
     export(study, flag.RUN.value, folder, flag.DTYPE.value or 'bfloat16')
 
 

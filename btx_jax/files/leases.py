@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import contextlib
 import json
 import os
+import secrets
 import threading
 import time
 from typing import Any
@@ -88,7 +89,7 @@ class _Lease:
 
   def _renew(self) -> None:
     with self._one_at_a_time:
-      found = objects.write(_path(self._folder), _mark(), self._generation)
+      found = _write(self._folder, self._generation)
       if found:
         self._generation, self._renewed = found, time.monotonic()
       else:
@@ -108,7 +109,7 @@ def _acquire(folder: str) -> bytes:
       raise flocks.in_use(folder, holder.get('holder', ''))
     over = seen and time.monotonic() - since > _LEASE
     if found.generation == objects.ABSENT or _is_dead(holder) or over:
-      if generation := objects.write(path, _mark(), found.generation):
+      if generation := _write(folder, found.generation):
         return generation
       raise flocks.in_use(folder, 'one that took it in this moment')
     if not seen:
@@ -118,13 +119,22 @@ def _acquire(folder: str) -> bytes:
     time.sleep(min(1.0, _RENEWED / 5))
 
 
+def _write(folder: str, unless_changed: bytes) -> bytes | None:
+  """Writes the lock; returns its generation, or None if it had another one than expected."""
+  mark = json.dumps({
+      'holder': flocks.this_process(), 'time': time.time(), 'process': _process(os.getpid()),
+      'write': secrets.token_hex(8)}).encode()
+  if found := objects.write(_path(folder), mark, unless_changed):
+    return found
+  try:
+    there = objects.read(_path(folder))
+  except FileNotFoundError:
+    return None
+  return there.generation if there.data == mark else None  # the answer to the write was lost
+
+
 def _path(folder: str) -> str:
   return f'{folder}/{leftovers.LOCK}'
-
-
-def _mark() -> bytes:
-  return json.dumps({'holder': flocks.this_process(), 'time': time.time(),
-                     'process': _process(os.getpid())}).encode()
 
 
 def _content(raw: bytes) -> dict[str, Any]:

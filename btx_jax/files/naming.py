@@ -98,7 +98,7 @@ def path(name: str, path: str) -> str:
   """
   if not places.is_in_bucket(path):
     return local_path(name, path)
-  if not re.fullmatch(r'gs://[a-z0-9][a-z0-9._-]+(/[^/]+)+/?', path):
+  if not re.fullmatch(r'gs://[a-z0-9][a-z0-9._-]+(/(?!\.\.?(/|$))[^/]+)+/?', path):
     raise UsageError(f'{name} = {path} is not a path in a bucket; write gs://BUCKET/PATH.')
   return path.rstrip('/')
 

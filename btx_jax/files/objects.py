@@ -58,7 +58,8 @@ def write(path: str, data: bytes, unless_changed: bytes | None = None) -> bytes 
     unless_changed: it is only written if it has this generation; ABSENT: if it does not exist.
 
   Returns:
-    the generation that it has now; None if it was not written.
+    the generation that it has now; None if it was not written. It may be None after a write whose
+    answer was lost, when tensorstore has repeated it.
   """
   return _result(path, lambda store, key: store.write(
       key, data, if_equal=unless_changed)).generation or None
@@ -70,7 +71,9 @@ def remove(path: str, unless_changed: bytes | None = None) -> None:
 
 
 def remove_below(folder: str) -> None:
-  """Removes all objects below a folder."""
+  """Removes all objects below a folder, which must not be the bucket itself."""
+  if not split(folder)[1]:
+    raise ValueError(f'{folder} is a whole bucket')
   _result(folder, lambda store, key: store.delete_range(_below(key)))
 
 
