@@ -31,7 +31,7 @@ def rename(study: Study, old: str, new: str) -> list[str]:
   for series in dict.fromkeys(['', *study.series]):
     name = os.path.join(series, old)
     here, there = study.folder(name), study.folder(os.path.join(series, new))
-    moved = {} if places.exists(here) else manifest.read(there) or {}
+    moved = {} if _is_there(here) else manifest.read(there) or {}
     # The latter after a kill at the end of this very command.
     is_done = moved.get('name') == new and moved['spec'].get('name') in (old, name)
     if moved.get('name') in (old, name) or is_done or manifest.read(here):
@@ -40,11 +40,16 @@ def rename(study: Study, old: str, new: str) -> list[str]:
     known = {run.plain_name for run in study.runs.values() if study.state(run.name) != MISSING}
     raise UsageError(f'rename: {study.folder(old)} holds no run; {nearest(old, known)}')
   for here, there in found:
-    if places.exists(here):
+    if _is_there(here):
       _check(study, here, there)
   for here, there in found:
     _move(here, there, new)
   return [there for _, there in found]
+
+
+def _is_there(folder: str) -> bool:
+  """Whether the directory of a run is there, rather than the rest of one that was moved."""
+  return places.is_whole(folder, manifest.NAME)
 
 
 def _check(study: Study, here: str, there: str):
@@ -61,7 +66,7 @@ def _check(study: Study, here: str, there: str):
 
 def _move(here: str, there: str, new: str):
   """Records the name, then moves: a run whose directory was not moved counts as not renamed."""
-  folder = here if places.exists(here) else there
+  folder = here if _is_there(here) else there
   with locks.lock_folder(folder):
     manifest.write(folder, {**(manifest.read(folder) or {}), 'name': new})
     if folder == here:
