@@ -98,7 +98,10 @@ class _Handler(server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving() -> Iterator[Proxy]:
-  """Serves a bucket NAME in the block; tensorstore and google-cloud-storage find it."""
+  """Serves a bucket NAME in the block; tensorstore and google-cloud-storage find it.
+
+  tensorstore reads the address once, so a process can use only one such block.
+  """
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
