@@ -72,8 +72,9 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     return (f'No space is left for {_path_of(disk)} ({_left(disk)}). Free some, or use another '
             '--workdir. Completed work is kept, and the same command continues from there.', 1)
   if disk:
-    return (f'The disk of {_path_of(disk)} cannot be written or read: {disk.strerror}. Completed '
-            'work is kept. Once the disk works, the same command continues from there.', 1)
+    where = _path_of(disk) if '://' in _path_of(disk) else f'The disk of {_path_of(disk)}'
+    return (f'{where} cannot be written or read: {disk.strerror}. Completed work is kept. Once it '
+            'works, the same command continues from there.', 1)
   if isinstance(error, OSError) and error.errno in (
       errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
       errno.ENAMETOOLONG):

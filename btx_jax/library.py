@@ -19,6 +19,7 @@ from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.devices import sharding
 from btx_jax.devices.mesh import row_ways
 from btx_jax.errors import UsageError
+from btx_jax.files import places, writing
 from btx_jax.model import llama
 from btx_jax.model.config import Config
 from btx_jax.model.source import Arrays, Source
@@ -88,7 +89,6 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
     True
   """
   check_params(config, params, 'save')
-  folder = os.path.expanduser(folder)
   found, descends_from = {}, generation.UNKNOWN
   if isinstance(tokenizer, str):
     beside = os.path.expanduser(tokenizer)
@@ -99,14 +99,15 @@ def save(folder: str, config: Config, params: dict, tokenizer: str | Tokenizer |
   if not max_length:
     max_length = config_json.context_length(found) if found else 4096
   experts = f'{config.num_experts} experts' if config.num_experts else 'a dense model'
-  export.export(
-      folder, config, Arrays(params), dtype, max_length=max_length,
-      balance_loss=Objective.balance_loss,
-      bos_id=tokenizer.bos_id if tokenizer else None,
-      eos_id=tokenizer.eos_id if tokenizer else None,
-      tokenizer_files=tokenizer_files(tokenizer) if tokenizer else {},
-      origin=found.get('model_type', ''), descends_from=descends_from,
-      card=f'---\nlibrary_name: transformers\n---\n\nWritten by btx_jax: {experts}.\n')
+  with writing.filling(os.path.expanduser(folder), export.CARD) as here:
+    export.export(
+        here, config, Arrays(params), dtype, max_length=max_length,
+        balance_loss=Objective.balance_loss,
+        bos_id=tokenizer.bos_id if tokenizer else None,
+        eos_id=tokenizer.eos_id if tokenizer else None,
+        tokenizer_files=tokenizer_files(tokenizer) if tokenizer else {},
+        origin=found.get('model_type', ''), descends_from=descends_from,
+        card=f'---\nlibrary_name: transformers\n---\n\nWritten by btx_jax: {experts}.\n')
 
 
 def logits(config: Config, params: dict, tokens) -> jax.Array:
@@ -182,7 +183,7 @@ def _logits(config: Config, params, tokens_BT):
 
 
 def _open(path: str) -> tuple[Source, Config]:
-  if os.path.exists(os.path.join(path, config_json.FILE)):
+  if places.exists(os.path.join(path, config_json.FILE)):
     folder = Folder(path)
     return folder, folder.model
   found = manifest.read(path)

@@ -48,7 +48,7 @@ from btx_jax import arguments as flag
 from btx_jax import errors
 from btx_jax.devices import compiled, distributed, rollcall
 from btx_jax.errors import UsageError, nearest
-from btx_jax.files import naming
+from btx_jax.files import naming, places, writing
 
 # jax and the modules that need it are imported inside functions, so that mistakes on the command
 # line, `status` and `jobs` answer at once.
@@ -56,8 +56,11 @@ from btx_jax.files import naming
 
 def train_runs(name: str, workdir: str):
   """Trains and measures the runs that are not complete; then prints and reports the results."""
+  if flag.PROFILE.value and places.is_in_bucket(workdir):
+    raise UsageError(f'--profile={flag.PROFILE.value} writes to a disk, and {workdir} is in a '
+                     'bucket; omit it, or use another --workdir.')
   _join_processes({'config': flag.CONFIG.value.to_dict(), '--run': flag.RUN.value,
-                   '--profile': flag.PROFILE.value, '--workdir': os.path.realpath(workdir)})
+                   '--profile': flag.PROFILE.value, '--workdir': places.absolute(workdir)})
   import jax
 
   from btx_jax.commands import (
@@ -190,7 +193,7 @@ def evaluate_model(name: str, workdir: str):
     return
   from btx_jax.commands import evaluate
   asked = evaluate.Asked(
-      [naming.local_path('--on', path) for path in dict.fromkeys(flag.ON.value)],
+      [naming.path('--on', path) for path in dict.fromkeys(flag.ON.value)],
       flag.TEXT_FIELD.value, flag.SEPARATOR.value, flag.LENGTH.value, flag.STRIDE.value,
       flag.FORMAT.value)
   evaluate.print_scores(*_model(workdir), asked, flag.JSON.value)
@@ -204,7 +207,7 @@ def generate_text(name: str, workdir: str):
                      '--model=FOLDER.')
   from btx_jax.commands import prompts
   from btx_jax.generation.settings import Sampling
-  found = prompts.collect(flag.PROMPT.value, naming.local_path('--prompts', flag.PROMPTS.value),
+  found = prompts.collect(flag.PROMPT.value, naming.path('--prompts', flag.PROMPTS.value),
                           flag.CHAT.value, flag.SYSTEM.value)
   if flag.CHAT.value and not found and flag.N.value > 1:
     raise UsageError(f'--n={flag.N.value}: a conversation continues from one answer; omit --n, '
@@ -230,7 +233,7 @@ def _model(workdir: str):
     if flag.CHAT_TEMPLATE.value:
       flag.CONFIG.value.tokenizer.chat_template = flag.CHAT_TEMPLATE.value
     study = Study(flag.CONFIG.value, workdir)
-  return study, flag.RUN.value or '', naming.local_path('--model', flag.MODEL.value or '')
+  return study, flag.RUN.value or '', naming.path('--model', flag.MODEL.value or '')
 
 
 def export_model(name: str, workdir: str):
@@ -240,11 +243,12 @@ def export_model(name: str, workdir: str):
     raise UsageError('export needs --run=NAME, the run whose model is written, and --to=FOLDER.')
   from btx_jax.commands.export import export_run
   from btx_jax.commands.export_ensemble import export_ensemble
+  from btx_jax.convert.export import CARD
   from btx_jax.study.study import Study
   study = Study(flag.CONFIG.value, workdir)
   export = export_ensemble if study.run(flag.RUN.value).selector else export_run
-  export(study, flag.RUN.value, naming.local_path('--to', flag.TO.value),
-         flag.DTYPE.value or 'bfloat16')
+  with writing.filling(naming.path('--to', flag.TO.value), CARD) as folder:
+    export(study, flag.RUN.value, folder, flag.DTYPE.value or 'bfloat16')
 
 
 def write_finished_rows(name: str, workdir: str):
@@ -359,8 +363,8 @@ def run_command(argv: list[str]):
                      f'btx_jax/base.py makes, not {type(flag.CONFIG.value).__name__}.')
   name = os.path.splitext(os.path.basename(config_file))[0]
   workdir = flag.WORKDIR.value or os.path.join('runs', name)
-  naming.local_path('--to', flag.TO.value or '')
-  COMMANDS[command](name, naming.local_path('--workdir', workdir), *operands)
+  naming.path('--to', flag.TO.value or '')
+  COMMANDS[command](name, naming.path('--workdir', workdir), *operands)
 
 
 def recipe_path(config: str) -> str:

@@ -15,7 +15,7 @@ from btx_jax.data import mixture
 from btx_jax.data.text import Text, open_prepared, prepare
 from btx_jax.devices import distributed
 from btx_jax.errors import RunError, UsageError
-from btx_jax.files import locks
+from btx_jax.files import locks, places
 from btx_jax.fitting import fit, reference, samples, select
 from btx_jax.model.config import Config
 from btx_jax.run import BEST, Run
@@ -359,9 +359,9 @@ class Pipeline(Study):
     """
     if not distributed.is_process_0():
       return error
-    folder = os.path.abspath(error.folder)
+    folder = places.absolute(error.folder)
     run = next((each for each in self.runs.values()
-                if os.path.abspath(sources.checkpoints(self, each)) == folder), None)
+                if places.absolute(sources.checkpoints(self, each)) == folder), None)
     kept = [step for step in sources.kept(self, run)
             if damage.has_sums(error.folder, step)] if run else []
     before = max((step for step in kept if step < error.step), default=0)

@@ -1,4 +1,4 @@
-"""Full and failing disks: which errors mean one, and how many bytes are free."""
+"""Full and failing disks, and buckets that do not answer: which errors mean one; free bytes."""
 
 from collections.abc import Iterator
 import errno
@@ -8,6 +8,8 @@ import re
 # Errors caused by the disk, not by a path or by the program.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FAILING = {errno.EROFS, errno.EIO, errno.ESTALE}
+# How tensorstore reports what the service of a bucket answered, or that it did not.
+_OF_BUCKET = re.compile(r"(?:http_response|(curl))_code='(\d+)'")
 
 
 def disk_error(error: BaseException) -> OSError | None:
@@ -26,6 +28,10 @@ def disk_error(error: BaseException) -> OSError | None:
                    if f"os_error_code='{number}'" in text or os.strerror(number) in text), None)
     if number is not None:
       return OSError(number, os.strerror(number), _path_in(text))
+    if answer := _OF_BUCKET.search(text):
+      path = re.search(r'gs://[^"\']+', text)
+      return OSError(errno.EIO, f'the bucket does not answer ({answer[1] or "HTTP"} {answer[2]})',
+                     path and path[0])
   return None
 
 

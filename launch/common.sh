@@ -77,7 +77,7 @@ check_names_of_runs() {
 # is sent to them with the package.
 check_remote_flags() {
   local words=" ${command[*]}"
-  [[ $words == *' --workdir'* ]] || fail 'needs --workdir, a directory that all machines share'
+  [[ $words == *' --workdir'* ]] || fail 'needs --workdir, like gs://BUCKET/NAME, which all machines see'
   [[ $words =~ \ --?config[\ =]configs/ ]] || fail 'needs a --config in configs/, which it sends'
 }
 

@@ -4,7 +4,7 @@
 # Step by step: docs/gke.md. Flags: launch/common.sh.
 #
 #   IMAGE=us-docker.pkg.dev/mine/btx/btx_jax \
-#       launch/gke.sh [--dry-run] --config=configs/mine.py --workdir=/mnt/btx/mine
+#       launch/gke.sh [--dry-run] --config=configs/mine.py --workdir=gs://BUCKET/mine
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -14,7 +14,6 @@ check_remote_flags
 export IMAGE=${IMAGE:?an image with this repository as its working directory}
 export ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice} TOPOLOGY=${TOPOLOGY:-4x4}
 export HOSTS=${HOSTS:-4} CHIPS=${CHIPS:-4}  # hosts of such a slice; chips of each host
-export CLAIM=${CLAIM:-btx}                  # the volume claim that is mounted at /mnt/btx
 prefix=${PREFIX:-btx}                       # JobSets are called PREFIX-RUN
 check_names_of_runs "$prefix"
 
@@ -26,7 +25,7 @@ job() {
   local ask=(kubectl get jobset "$name" --ignore-not-found --output='jsonpath={.status.terminalState}')
   text=$(< launch/gke_jobset.yaml)
   text=${text//"\${NAME}"/"$name"}
-  for key in IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS CLAIM; do
+  for key in IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS; do
     text=${text//"\${$key}"/"${!key}"}
   done
   text=${text//"\${COMMAND}"/"$(quoted "${words[@]}")"}  # last: nothing in it is a variable

@@ -3,8 +3,8 @@
 # the same time, then the finetune with the comparison on one more slice.
 # Step by step: docs/tpu_vm.md. Flags: launch/common.sh.
 #
-#   ZONE=us-east5-b SHARE=10.0.0.2:/btx DELETE=1 \
-#       launch/tpu_vm.sh [--dry-run] --config=configs/mine.py --workdir=/mnt/btx/mine
+#   ZONE=us-east5-b DELETE=1 \
+#       launch/tpu_vm.sh [--dry-run] --config=configs/mine.py --workdir=gs://BUCKET/mine
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -15,13 +15,11 @@ type=${TYPE:-v5litepod-16}             # accelerator type of a slice
 version=${VERSION:-v2-alpha-tpuv5-lite}  # its runtime version
 prefix=${PREFIX:-btx}                  # slices are called PREFIX-RUN
 check_names_of_runs "$prefix"
-extras=${EXTRAS:-tpu}                  # of the package, like tpu,demo,hf
+extras=${EXTRAS:-tpu,gcs}              # of the package, like tpu,gcs,demo,hf
 queued=${QUEUED:-}                     # 1: queued resources; slices start as there is capacity
 network=${NETWORK:-}                   # of the slices; empty: the default one of the project
 spot=${SPOT:-}                         # 1: spot slices, which are cheaper and can be preempted
 delete=${DELETE:-}                     # 1: delete a slice when its run is complete
-share=${SHARE:-}                       # HOST:/EXPORT of NFS, or gs://BUCKET, to mount at /mnt/btx
-                                       # on all hosts; empty: mounted already, or nothing shared
 
 uv=0.13.9  # installs the package
 
@@ -33,20 +31,8 @@ setup+=" && curl --proto '=https' --tlsv1.2 -LsSf https://astral.sh/uv/$uv/insta
 setup+=' && sh uv.sh && PATH=$HOME/.local/bin:$PATH'
 quoted_extras=.[$extras] quoted_extras=${quoted_extras@Q}
 setup+=" && uv venv --allow-existing --python=3.12 && uv pip install -e $quoted_extras"
-case $share in
-  gs://*) bucket=${share#gs://}
-     mount="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 ${bucket@Q} /mnt/btx" ;;
-  *) mount="sudo apt-get install -qy nfs-common && sudo mount ${share@Q} /mnt/btx"
-     # Each user may add to the share, and change what is his own.
-     mount+=' && sudo chmod a+rwx,+t /mnt/btx' ;;
-esac
-if [[ $share ]]; then
-  setup+=' && sudo mkdir -p /mnt/btx && { mountpoint -q /mnt/btx'
-  setup+=" || { sudo chown \$USER /mnt/btx && $mount; }; }"
-fi
 
 environment='cd btx_jax && . .venv/bin/activate && . launch/env.sh'
-[[ ! $share ]] || environment="export JAX_COMPILATION_CACHE_DIR=/mnt/btx/cache && $environment"
 
 # SLICE: creates it, unless it exists already.
 create() {

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 
-from btx_jax.files import leftovers, locks, writing
+from btx_jax.files import disk, flocks, leftovers, writing
 
 # The calls with which btx_jax/files/ changes what is on the disk.
 CALLS = ('open', 'write', 'pwrite', 'copy_file_range', 'fsync', 'replace', 'rename', 'remove',
@@ -30,9 +30,9 @@ class Disk:
     """`fail_at`: the call, counted from 0, that raises `error`."""
     self.calls: list[tuple] = []
     self._fail_at, self._error, self._ended = fail_at, error, False
-    monkeypatch.setattr(writing, 'os', self)
-    monkeypatch.setattr(leftovers, 'os', self)
-    for module in (writing, locks):
+    for module in (disk, leftovers, writing):
+      monkeypatch.setattr(module, 'os', self)
+    for module in (disk, flocks):
       monkeypatch.setattr(module, 'open', self._open, raising=False)
 
   def __getattr__(self, name):

@@ -16,8 +16,9 @@ MET = set()  # those seen so far
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
 # Modules whose messages are met in distributed_test.py, meeting_test.py, library_test.py,
 # generation_test.py, generate_command_test.py, select_test.py, damage_test.py, disk_test.py,
-# writes_test.py, tasks_test.py, builtin_test.py and preflight_test.py.
-_MET_ELSEWHERE = ('devices/distributed', 'devices/rollcall', 'devices/meeting', 'library',
+# writes_test.py, tasks_test.py, builtin_test.py, preflight_test.py and bucket_test.py.
+_MET_ELSEWHERE = ('files/leases', 'files/for_orbax',
+                  'devices/distributed', 'devices/rollcall', 'devices/meeting', 'library',
                   'generation/generate', 'generation/settings', 'commands/prompts',
                   'commands/generate', 'commands/generators', 'commands/exported',
                   'training/checkpoint', 'training/slices', 'training/damage',
@@ -183,10 +184,11 @@ DEMO = '--config=configs/demo.py'
     ([DEMO, '--config.domains.code.format=chat'], "domains.code.source = 'stdlib' is text, and"),
     ([DEMO, '--config.tokenizer.chat_template=chatlm'], "did you mean 'chatml'? '' is the "),
     ([DEMO, '--config.tokenizer.path=none.model'], "'none.model' cannot be read"),
-    ([DEMO, '--config.tokenizer.path=gs://b/t'], 'tokenizer.path = gs://b/t is a URL, not'),
-    ([DEMO, "--config.domains.code.paths=('gs://b/*.txt',)"], 'domains.code.paths = gs://b/*.txt'),
+    ([DEMO, '--config.tokenizer.path=s3://b/t'], 'tokenizer.path = s3://b/t is a URL, not'),
+    ([DEMO, "--config.domains.code.paths=('s3://b/*.txt',)"], 'domains.code.paths = s3://b/*.txt'),
+    ([DEMO, '--config.rows=gs://b/rows'], 'rows = gs://b/rows is a URL, not a path on a disk'),
     ([DEMO, 'export', '--run=seed', '--to=~no-one/m'], '--to = ~no-one/m: there is no such home'),
-    ([DEMO, 'export', '--run=seed', '--to=gs://b/m'], '--to = gs://b/m is a URL, not a path'),
+    ([DEMO, 'export', '--run=seed', '--to=gs://b'], '--to = gs://b is not a path in a bucket'),
 ])
 def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
   done = run(*arguments, f'--workdir={tmp_path / "work"}')
@@ -196,12 +198,16 @@ def test_mistakes_on_the_command_line(run, tmp_path, arguments, message):
 
 
 def test_a_bucket_is_not_a_path(run, config, tmp_path):
-  done = run(DEMO, '--workdir=gs://bucket/demo', cwd=command.ROOT)
-  check(done, '--workdir = gs://bucket/demo is a URL, not a path. Mount the bucket, or copy it')
+  done = run(DEMO, '--workdir=s3://bucket/demo', cwd=command.ROOT)
+  check(done, '--workdir = s3://bucket/demo is a URL, not a path on a disk. Copy what it')
+  done = run(DEMO, '--workdir=gs://bucket', cwd=command.ROOT)
+  check(done, '--workdir = gs://bucket is not a path in a bucket; write gs://BUCKET/PATH.')
+  done = run(DEMO, '--workdir=gs://bucket/demo', '--profile=5', cwd=command.ROOT)
+  check(done, '--profile=5 writes to a disk, and gs://bucket/demo is in a bucket; omit it, or use')
   assert not os.path.exists(os.path.join(command.ROOT, 'gs:'))
-  done = run(config("config.runs.new.init = base.hugging_face('gs://bucket/model')"),
+  done = run(config("config.runs.new.init = base.hugging_face('s3://bucket/model')"),
              f'--workdir={tmp_path / "work"}')
-  check(done, 'runs.new.init.folder = gs://bucket/model is a URL')
+  check(done, 'runs.new.init.folder = s3://bucket/model is a URL')
 
 
 def test_a_flag_without_its_value(run, tmp_path):

@@ -231,7 +231,7 @@ def test_killed_within_any_step(undisturbed, tmp_path, in_memory, monkeypatch, w
 
   def killed_write(self, now, **values):
     if (where, step) == ('line', now):
-      with open(self._file.name, 'a', encoding='utf-8') as file:
+      with open(self._path, 'a', encoding='utf-8') as file:
         file.write('{"step": 4, "lo')
     kill_if('line', now)
     return write(self, now, **values)

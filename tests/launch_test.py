@@ -41,7 +41,7 @@ def get_config():
 '''
 FLAGS = ('--config=configs/demo.py:full', "--config.runs['expert/code'].steps=7",
          '--config.optimizer.peak_lr=1e-3')
-SETTINGS = {'ZONE': 'us-east5-b', 'SHARE': '10.0.0.2:/btx', 'IMAGE': 'mine/btx', 'DELETE': '1'}
+SETTINGS = {'ZONE': 'us-east5-b', 'IMAGE': 'mine/btx', 'DELETE': '1'}
 RUNS = [['seed'], ['dense', 'expert/code', 'expert/knowledge', 'expert/math', 'upcycled']]
 CALLED = 'called'
 
@@ -147,7 +147,7 @@ def test_what_can_only_be_one_job_is_one(tmp_path):
     ('gpu_node.sh', FLAGS, {'GPUS': 'abc'}, 'GPUS=abc is not a number of GPUs'),
     ('gpu_node.sh', FLAGS, {'GPUS': '8', 'CUDA_VISIBLE_DEVICES': '4,5', 'JAX_PLATFORMS': ''},
      'GPUS=8, but there are 2'),
-    ('tpu_vm.sh', FLAGS, {}, 'needs --workdir, a directory that all machines share'),
+    ('tpu_vm.sh', FLAGS, {}, 'needs --workdir, like gs://BUCKET/NAME, which all machines see'),
     ('gke.sh', [f'--config={ROOT}/configs/demo.py', '--workdir=/mnt'], {},
      'needs a --config in configs/')])
 def test_what_cannot_go_well_is_not_begun(tmp_path, script, arguments, settings, why):

@@ -1,5 +1,6 @@
 """Status and report: read from files alone, fast, and whatever state the runs are in."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -203,7 +204,7 @@ def test_a_run_is_taken_as_running_where_locks_are_not_supported(study, monkeypa
   start(study, 'seed', lines=[line(1)])
   with locks.lock_folder(study.folder('seed')):
     pass
-  monkeypatch.setattr(locks.fcntl, 'lockf', no_locks)
+  monkeypatch.setattr(fcntl, 'lockf', no_locks)
   assert status_of(study, 'seed')['state'] == 'running'
 
 

@@ -53,9 +53,7 @@ def tree(folder: pathlib.Path) -> dict[str, bytes]:
 
 # Each with the reason why it does not go through files/writing.py.
 OTHER_WRITERS = {
-    'training/damage.py': 'renames checkpoints, which orbax writes',
-    'training/saving.py': 'removes what orbax left',
-    'training/metrics.py': 'syncs the lines that it appends',
+    'training/saving.py': 'removes what tensorstore made in place of a folder that is gone',
     'training/sinks.py': 'a folder that another package fills',
     'devices/compiled.py': 'a folder that jax fills'}
 CHANGES = {'rename', 'replace', 'remove', 'unlink', 'rmdir', 'mkdir', 'makedirs', 'fsync', 'pwrite',
@@ -85,7 +83,7 @@ def test_all_writing_goes_through_one_interface():
   package = pathlib.Path(btx_jax.__file__).parent
   found = {str(path.relative_to(package)): calls for path in package.rglob('*.py')
            if (calls := writers(path.read_text(encoding='utf-8')))}
-  assert all(found.pop(f'files/{name}.py') for name in ('writing', 'leftovers', 'locks'))
+  assert all(found.pop(f'files/{name}.py') for name in ('disk', 'flocks', 'leftovers', 'writing'))
   assert found.keys() <= OTHER_WRITERS.keys(), found
 
 

@@ -72,7 +72,7 @@ def _write(study: Study, run: Run, columns_DE: np.ndarray, partial: str, dtype: 
     writer.write(WEIGHT, weight_ED)
   with writing.replacing(os.path.join(partial, SELECTOR)) as file:
     json.dump(about(run), file, indent=2)
-  with writing.replacing(os.path.join(partial, 'README.md')) as file:
+  with writing.replacing(os.path.join(partial, export.CARD)) as file:
     file.writelines(_card(study, run))
 
 

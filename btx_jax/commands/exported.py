@@ -12,7 +12,7 @@ from btx_jax import base
 from btx_jax.commands.export_ensemble import SELECTOR, WEIGHT, WEIGHTS
 from btx_jax.convert.safetensors import File
 from btx_jax.errors import UsageError
-from btx_jax.files import naming
+from btx_jax.files import inputs, naming, places
 from btx_jax.run import ENSEMBLE, Run
 from btx_jax.selector import Linear
 from btx_jax.study.study import Study
@@ -20,7 +20,7 @@ from btx_jax.study.study import Study
 
 def is_ensemble(folder: str) -> bool:
   """Whether a folder holds an exported ensemble."""
-  return os.path.exists(os.path.join(folder, SELECTOR))
+  return places.exists(os.path.join(folder, SELECTOR))
 
 
 def opened(folder: str, chat_template: str = '') -> tuple[Study, Run, np.ndarray]:
@@ -38,7 +38,7 @@ def opened(folder: str, chat_template: str = '') -> tuple[Study, Run, np.ndarray
   """
   path = os.path.join(folder, SELECTOR)
   try:
-    with open(path, encoding='utf-8') as file:
+    with inputs.open_file(path) as file:
       about = json.load(file)
     names = tuple(dict.fromkeys([*about['experts'], about['reader']]))
     for name in names:  # each is that of a folder in this one

@@ -7,6 +7,7 @@ from btx_jax import base
 from btx_jax.convert import config_json
 from btx_jax.data import fast_tokenizer
 from btx_jax.errors import UsageError
+from btx_jax.files import places
 from btx_jax.run import Run
 from btx_jax.study import manifest, sources
 from btx_jax.study.study import Study
@@ -45,16 +46,16 @@ def _of_folder(folder: str, study: Study | None, length: int, chat_template: str
     length: tokens per window without a config; 0 means the model's context length, up to LONGEST.
     chat_template, chats: see `opened`.
   """
-  if os.path.isdir(folder) and manifest.read(folder):
+  if places.is_folder(folder) and manifest.read(folder):
     raise UsageError(f'--model={folder} is the directory of a run. Name the run with '
                      '--config=CONFIG and --run=NAME.')
-  if not os.path.exists(os.path.join(folder, config_json.FILE)):
+  if not places.exists(os.path.join(folder, config_json.FILE)):
     raise UsageError(f'--model={folder} is not the folder of a pretrained model: it has no '
                      f'{config_json.FILE}.')
   config: Any = base.get_config()
   fast = os.path.join(folder, fast_tokenizer.FILE)
   # A sentencepiece model, which is preferred otherwise, cannot encode special tokens in text.
-  config.tokenizer.path = fast if chats and os.path.exists(fast) else folder
+  config.tokenizer.path = fast if chats and places.exists(fast) else folder
   config.tokenizer.chat_template = chat_template
   config.runs = {_FOLDER: base.run(base.hugging_face(folder))}
   if study:

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from btx_jax import terminal
 from btx_jax.errors import RunError, UsageError
-from btx_jax.files import locks
+from btx_jax.files import locks, places
 from btx_jax.run import Run, lineage
 from btx_jax.scoring import scores
 from btx_jax.study import changes, directories, manifest, recorded, sources
@@ -104,9 +103,9 @@ def _notes(study: Study, runs: list[dict[str, Any]]) -> list[str]:
   """Sentences about a working directory that has no run of this config."""
   if any(run['state'] != MISSING for run in runs):
     return []
-  if not os.path.isdir(study.workdir):
+  if not places.is_folder(study.workdir):
     return [f'{study.workdir} does not exist yet: no run has been started there.']
-  found = sorted(os.listdir(study.workdir))
+  found = places.names(study.workdir)
   if not found:
     return [f'{study.workdir} is empty: no run has been started there.']
   named = ', '.join(found[:5]) + (', ...' if len(found) > 5 else '')

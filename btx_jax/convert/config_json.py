@@ -7,7 +7,7 @@ from typing import Any
 from btx_jax import errors
 from btx_jax.convert import names
 from btx_jax.errors import UsageError
-from btx_jax.files import git_lfs, inputs
+from btx_jax.files import git_lfs, inputs, places
 from btx_jax.model.config import ROPE_SCALINGS, Config
 
 FILE = 'config.json'
@@ -81,7 +81,7 @@ def read_json(path: str) -> dict:
 def of_folder(folder: str) -> dict:
   """The config.json of a folder; {} if it has none. Raises UsageError as `read_json` does."""
   path = os.path.join(folder, FILE)
-  return read_json(path) if os.path.exists(path) else {}
+  return read_json(path) if places.exists(path) else {}
 
 
 def from_json(found: Mapping[str, Any], path: str) -> Config:

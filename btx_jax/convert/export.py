@@ -17,6 +17,7 @@ from btx_jax.model.source import Extent, Source
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD = 5_000_000_000  # bytes per file
+CARD = 'README.md'  # the model card, in every export
 _PIECE = 1 << 24  # working bytes to convert one piece; more is not faster
 # Working bytes per element of a piece: the float32 sum, one term, the term as stored (8 of
 # float64), a copy if rows are concatenated; and, of the previous piece, which is still being
@@ -78,7 +79,7 @@ def export(folder: str, model: Config, source: Source, dtype: str, *, max_length
 
   generating = generation.to_json(descends_from, bos_id, eos_id)
   texts = {config_json.FILE: json.dumps(config, indent=2) + '\n',
-           generation.FILE: json.dumps(generating, indent=2) + '\n', 'README.md': card}
+           generation.FILE: json.dumps(generating, indent=2) + '\n', CARD: card}
   encoded = {**tokenizer_files, **{name: text.encode() for name, text in texts.items()}}
   this = json.loads(json.dumps(
       {'identity': identity, 'config': config, 'max_shard': max_shard}))

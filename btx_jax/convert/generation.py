@@ -5,6 +5,7 @@ import os
 from typing import Any, NamedTuple
 
 from btx_jax.convert.config_json import of_folder, read_json
+from btx_jax.files import places
 
 FILE = 'generation_config.json'
 # What transformers writes about itself.
@@ -28,7 +29,7 @@ UNKNOWN = Generation()
 def read(folder: str) -> Generation:
   """Reads what a Hugging Face folder says. Raises UsageError if a file there is not JSON."""
   path = os.path.join(folder, FILE)
-  settings = read_json(path) if os.path.exists(path) else {}
+  settings = read_json(path) if places.exists(path) else {}
   return Generation(settings, _each_once([*_ids(settings), *_ids(of_folder(folder))]))
 
 

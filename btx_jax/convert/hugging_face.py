@@ -16,6 +16,7 @@ from btx_jax.convert import config_json, finite, names, safetensors
 from btx_jax.convert.header import DTYPES
 from btx_jax.convert.shards import Shards
 from btx_jax.errors import UsageError
+from btx_jax.files import places
 from btx_jax.model.source import Extent, Index
 
 _MISSING = 1000  # times as many tensors as there are: config.json is wrong
@@ -43,11 +44,12 @@ class Folder:
   def __init__(self, path: str):
     self.path = path
     where = os.path.join(path, config_json.FILE)
+    here = places.local(path)
     self._json = config_json.read_json(where)
     self.model = config_json.from_json(self._json, where)
     self.kind: str = self._json['model_type']
     self.context_length = config_json.context_length(self._json)
-    self._shards = Shards(path)
+    self._shards = Shards(here)
     self._sizes = names.sizes(self.model)
     layout = names.layout_of(self.kind, self._shards.tensors)
     self._rows = {row.path: row for row in names.rows(self.model, layout)}

@@ -16,7 +16,7 @@ from btx_jax.data.domains import Domain
 from btx_jax.data.folders import LeftOut
 from btx_jax.data.records import Document, Reader, Unusable
 from btx_jax.errors import UsageError
-from btx_jax.files import git_lfs
+from btx_jax.files import git_lfs, places
 
 _CHECK_AFTER = 100  # records: a wrong config fails here, not after a whole corpus
 _EXAMPLES = 3  # places named for each reason
@@ -250,7 +250,7 @@ def describe(domain: Domain) -> str:
   if domain.source != 'files':
     return domain.source
   found = paths(domain)
-  return f'{len(found)} files, {sum(map(os.path.getsize, found))} bytes'
+  return f'{len(found)} files, {sum(os.path.getsize(places.local(each)) for each in found)} bytes'
 
 
 def paths(domain: Domain) -> list[str]:

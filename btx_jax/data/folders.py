@@ -1,12 +1,12 @@
 """The files that a path of a domain names, and those in a data folder that are not data."""
 
 from collections.abc import Iterable, Iterator
-import glob
 import os
 import re
 from typing import NamedTuple
 
 from btx_jax.data import formats
+from btx_jax.files import places
 
 HIDDEN, ABOUT, BROKEN_LINK = 'hidden', 'not data', 'broken link'
 
@@ -53,20 +53,19 @@ def find(path: str) -> Found:
   so is what only describes the records beside it or below it, like README.md or _SUCCESS.
   """
   path = os.path.expanduser(path)
-  if os.path.isfile(path):
+  place = places.of(path)
+  if place.is_file(path):
     return Found([path], [], True)
-  if os.path.isdir(path):
+  if place.is_folder(path):
     below, explicit = path.rstrip(os.sep), False
-    names = glob.glob(os.path.join(glob.escape(below), '**', '*'), recursive=True,
-                      include_hidden=True)
+    names = place.all_below(below)
   else:
-    names = glob.glob(path, recursive=True)
+    names = place.matching(path)
     below, explicit = '', bool(os.path.basename(path).strip('*'))
   hidden = dict.fromkeys(_hidden(names, below)) if below else {}
   if hidden:
     names = [name for name in names if name not in hidden and not _is_below(name, hidden)]
-  files = [name for name in sorted(names) if os.path.isfile(name)]
-  broken = sorted(name for name in set(names).difference(files) if not os.path.exists(name))
+  files, broken = place.files_and_broken_links(names)
   left_out = [*(LeftOut(name, HIDDEN) for name in hidden),
               *(LeftOut(name, BROKEN_LINK) for name in broken)]
   about = _about_records(files)

@@ -30,7 +30,7 @@ from btx_jax.data.records import (
 )
 from btx_jax.data.streams import Stream
 from btx_jax.errors import UsageError
-from btx_jax.files import git_lfs, inputs
+from btx_jax.files import git_lfs, inputs, places
 
 TEXT, CSV = 'plain text', 'CSV'
 PARQUET, ARROW, ARRAY_RECORD = 'Parquet', 'Arrow', 'ArrayRecord'
@@ -99,7 +99,7 @@ def read(path: str, text_field: str = TEXT_FIELD, id_field: str = '', separator:
     UsageError: the file has no such fields, or a package that reads it is not installed.
   """
   about = about if about is not None else Reading()
-  with inputs.open_file(path) as file:
+  with inputs.open_file(places.local(path)) as file:
     found = _records(path, file, Fields(text_field, id_field, reader), separator, about, lone)
     first = next(found, Unusable(path, EMPTY))
     yield first
@@ -194,7 +194,7 @@ def _check_fields(path: str, fields: Fields, has_text: bool, has_id: bool) -> No
 def _array_record(path: str, fields: Fields) -> Iterator[Document | Unusable]:
   from array_record.python.array_record_module import ArrayRecordReader  # installed with grain
   # No read-ahead: it would keep one block per core in memory.
-  reader = ArrayRecordReader(path, 'readahead_buffer_size:0,max_parallelism:0')
+  reader = ArrayRecordReader(places.local(path), 'readahead_buffer_size:0,max_parallelism:0')
   number = 0
   try:
     if not reader.ok():

@@ -13,6 +13,7 @@ from typing import Any
 
 from btx_jax.data.damage import Damaged
 from btx_jax.errors import UsageError
+from btx_jax.files import inputs, places
 from btx_jax.files.writing import create
 
 FILES = 'files.jsonl'
@@ -26,14 +27,14 @@ def write(folder: str, paths: Iterable[str]) -> None:
   """Records the files of a domain in the folder of its tokens."""
   with create(os.path.join(folder, FILES)) as file:
     for path in paths:
-      found = os.stat(path)
-      line = [path, found.st_size, found.st_mtime_ns, _hash(path)]
+      found = os.stat(places.local(path))
+      line = [path, found.st_size, places.of(path).stamp(path), _hash(path)]
       file.write(json.dumps(line) + '\n')
 
 
 def is_noted(folder: str) -> bool:
   """Whether the files of a domain are recorded; if not, `made_from` has their number and size."""
-  return os.path.exists(os.path.join(folder, FILES))
+  return places.exists(os.path.join(folder, FILES))
 
 
 def differences(folder: str, name: str, was: Mapping[str, Any], now: Mapping[str, Any],
@@ -110,20 +111,22 @@ def _of_files(before: Mapping[str, tuple], paths: Sequence[str]) -> Iterator[str
 
 def _of_file(path: str, before: tuple[int, int, str] | None) -> str:
   """How a file has changed; '' if it has not."""
-  found = os.stat(path)
+  if before and places.of(path).is_same(path, before[0], before[1]):
+    return ''
+  found = os.stat(places.local(path))
   if before is None:
     return f'{path} is new, with {found.st_size:,} bytes'
-  size, time, content = before
+  size, _, content = before
   if found.st_size != size:
     return f'{path} had {size:,} bytes and has {found.st_size:,} now'
-  if found.st_mtime_ns != time and _hash(path) != content:
+  if _hash(path) != content:
     return f'{path} has different content of the same size'
   return ''
 
 
 def _lines(folder: str) -> Iterator[list[Any]]:
   try:
-    with open(os.path.join(folder, FILES), encoding='utf-8') as file:
+    with inputs.open_file(os.path.join(folder, FILES)) as file:
       yield from map(json.loads, file)
   except FileNotFoundError:
     return
@@ -131,8 +134,9 @@ def _lines(folder: str) -> Iterator[list[Any]]:
 
 def _hash(path: str) -> str:
   """A hash of the beginning and the end of a file."""
-  with open(path, 'rb') as file:
+  here = places.local(path)
+  with open(here, 'rb') as file:
     digest = hashlib.sha256(file.read(_ENDS))
-    file.seek(max(os.path.getsize(path) - _ENDS, 0))
+    file.seek(max(os.path.getsize(here) - _ENDS, 0))
     digest.update(file.read(_ENDS))
   return digest.hexdigest()[:16]

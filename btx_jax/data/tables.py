@@ -18,7 +18,7 @@ from btx_jax.data.records import (
 )
 from btx_jax.data.streams import CHUNK
 from btx_jax.errors import UsageError
-from btx_jax.files import inputs
+from btx_jax.files import inputs, places
 
 _ROWS = 64  # in memory at a time
 _TEXT = ('string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view')
@@ -61,7 +61,7 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
     raise UsageError(f"{path}: Parquet and Arrow files need the package 'pyarrow': "
                      "pip install 'btx_jax[parquet]'") from error
   row = 0
-  with inputs.open_file(path) as file:
+  with inputs.open_file(places.local(path)) as file:
     try:
       table = open_table(file)
       if fields.read:

@@ -28,7 +28,7 @@ from btx_jax.data.tokenizer import load as load_tokenizer
 from btx_jax.data.tokens import Tokens
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
-from btx_jax.files import sealed, writing
+from btx_jax.files import places, sealed, writing
 from btx_jax.terminal import say
 
 _SUMS = 'tokenizer.sums.json'  # the length and hash of the files of the kept tokenizer
@@ -74,7 +74,7 @@ def _set_aside_damaged(config, folder: str, domain: Domain, tokenizer: Tokenizer
   Raises UsageError if they cannot.
   """
   path = os.path.join(folder, domain.name)
-  if not os.path.exists(path):
+  if not _is_prepared(path):
     return
   try:
     tokens.check(path)
@@ -104,7 +104,7 @@ def _open(config, folder: str, wanted: Sequence[Domain], tokenizer: Tokenizer) -
     if domain.name in found:  # compared with the config already
       meta = tokens.reopen(path, domain, not_trained_on)
     else:
-      if not os.path.exists(path):
+      if not _is_prepared(path):
         say(f'{domain.name}: reading and tokenizing')
       meta = tokens.prepare(path, domain, tokenizer, config.data.held_out, config.data.max_skipped,
                             not_trained_on, config.data.processes)
@@ -134,7 +134,7 @@ def _named_held_out(config, wanted: Sequence[Domain], folder: str, tokenizer: To
       if not domain.names_held_out:
         continue
       path = os.path.join(folder, domain.name)
-      if not os.path.exists(path):
+      if not _is_prepared(path):
         temporary = temporary or stack.enter_context(tempfile.TemporaryDirectory())
         path = os.path.join(temporary, domain.name)
         tokens.prepare(path, domain.only_measured(), tokenizer, 0.0, config.data.max_skipped,
@@ -152,6 +152,11 @@ def _check_length(domain: Domain, measured: Tokens, length: int):
     raise UsageError(
         f'domains.{domain.name}.held_out has {len(measured.ids):,} tokens, fewer than one window '
         f'of data.seq_len = {length:,}. Name files with more text, or lower data.seq_len.')
+
+
+def _is_prepared(path: str) -> bool:
+  """Whether a domain is tokenized in the folder `path`."""
+  return places.is_whole(path, kept_out.META)
 
 
 def _in_words(domain: Domain, meta: Mapping[str, Any]) -> list[str]:
@@ -191,7 +196,7 @@ def changed(config, folder: str, tokenizer: Tokenizer | None) -> dict[str, list[
   paths = {domain: os.path.join(folder, domain.name)
            for domain in domains.from_config(config.domains)}
   return {domain.name: tokens.differences(path, domain, tokenizer, config.data.held_out)
-          for domain, path in paths.items() if os.path.exists(path)}
+          for domain, path in paths.items() if _is_prepared(path)}
 
 
 def open_prepared(config, folder: str) -> Text:
@@ -228,7 +233,7 @@ def given(config, folder: str) -> Tokenizer | None:
                        'tokens, and one that is trained here has none; set tokenizer.path to a '
                        'tokenizer.json.')
     return None
-  gone = not os.path.exists(path) and os.path.exists(kept)
+  gone = not places.exists(path) and places.exists(kept)
   result = _load_kept(kept, options) if gone else load_tokenizer(path, options)
   if of_chats:
     chat_tokens.stop_id(result)  # fails early if its template cannot render a conversation
@@ -237,15 +242,22 @@ def given(config, folder: str) -> Tokenizer | None:
 
 def _load_kept(path: str, options: framing.Options) -> Tokenizer:
   """The copy of the tokenizer beside the tokens. Raises UsageError if it is damaged."""
+  folder, name = os.path.split(path)
   try:
-    _check_kept(os.path.dirname(path))
+    _check_kept(folder)
   except damage.Damaged as error:
     raise error.of_tokenizer() from error
-  return load_tokenizer(path, options)
+  return load_tokenizer(os.path.join(_files_in(folder), name), options)
+
+
+def _files_in(folder: str) -> str:
+  """Where the files of the tokenizer in `folder` can be read on this machine."""
+  return places.local(folder, deep=False)
 
 
 def _check_kept(folder: str) -> None:
   """Raises damage.Damaged if the copy of the tokenizer is damaged."""
+  folder = _files_in(folder)
   try:
     recorded = sealed.read(os.path.join(folder, _SUMS))
     if not damage.are_sums(recorded):
@@ -260,15 +272,16 @@ def _check_kept(folder: str) -> None:
 def _kept(config, folder: str) -> str:
   """Path of the tokenizer in `folder`, where its other files are too."""
   path = config.tokenizer.path
-  gone = path and not os.path.exists(path)
-  return os.path.join(folder, file_name(folder if gone else path, config.tokenizer.special))
+  gone = path and not places.exists(path)
+  return os.path.join(folder, file_name(_files_in(folder) if gone else path,
+                                        config.tokenizer.special))
 
 
 def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
   """The given tokenizer, or one trained on the text; `folder` keeps a copy of either."""
   kept, size = _kept(config, folder), config.tokenizer.vocab_size
   tokenizer = given(config, folder)
-  if not tokenizer and os.path.exists(kept):
+  if not tokenizer and places.exists(kept):
     tokenizer = _load_kept(kept, framing.options(config.tokenizer))
     if tokenizer.vocab_size != size:
       raise UsageError(f'{kept} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size '
@@ -276,7 +289,7 @@ def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
   if not tokenizer:
     say(f'tokenizer: training {size:,} pieces')
     tokenizer = train_tokenizer(_sample(config, wanted), size, framing.options(config.tokenizer))
-  missing = not os.path.exists(kept)
+  missing = not places.exists(kept)
   if not missing:
     try:
       _check_kept(folder)
@@ -288,7 +301,7 @@ def _tokenizer(config, folder: str, wanted: Sequence[Domain]) -> Tokenizer:
     for name in sorted(tokenizer.files, key=lambda name: name == last):
       with writing.replacing(os.path.join(folder, name), 'wb') as file:
         file.write(tokenizer.files[name])
-    sealed.write(os.path.join(folder, _SUMS), damage.sums(folder, list(tokenizer.files)))
+    sealed.write(os.path.join(folder, _SUMS), damage.sums(_files_in(folder), list(tokenizer.files)))
   return tokenizer
 
 

@@ -19,7 +19,7 @@ import sentencepiece as spm
 
 from btx_jax.data import chat_template, fast_tokenizer, framing, parser_check, spelling
 from btx_jax.errors import UsageError
-from btx_jax.files import inputs
+from btx_jax.files import inputs, places
 from btx_jax.files.git_lfs import check_no_pointer
 
 FILE = 'tokenizer.model'
@@ -183,12 +183,12 @@ def file_name(path: str, special: str = framing.TEXT) -> str:
   is not one (beside Llama 3's tokenizer.json lies another format of that name), or `special` tokens
   are to be encoded.
   """
-  if not os.path.isdir(path):
+  if not places.is_folder(path):
     return fast_tokenizer.FILE if path.endswith('.json') else FILE
   model, fast = (os.path.join(path, name) for name in (FILE, fast_tokenizer.FILE))
-  if not os.path.exists(model):
+  if not places.exists(model):
     return fast_tokenizer.FILE
-  if os.path.exists(fast) and (special == framing.ENCODE or _is_tiktoken(model)):
+  if places.exists(fast) and (special == framing.ENCODE or _is_tiktoken(model)):
     return fast_tokenizer.FILE
   return FILE
 
@@ -214,9 +214,9 @@ def load(path: str, options: framing.Options = framing.AUTOMATIC) -> Tokenizer:
   """
   chat_template.check_name(options.chat_template)
   main = file_name(path, options.special)
-  where = os.path.join(path, main) if os.path.isdir(path) else path
+  where = os.path.join(path, main) if places.is_folder(path) else path
   files = {name: os.path.join(os.path.dirname(where), name) for name in COMPANIONS}
-  files = {name: file for name, file in files.items() if os.path.exists(file)} | {main: where}
+  files = {name: file for name, file in files.items() if places.exists(file)} | {main: where}
   check_no_pointer(where)
   try:
     contents = {name: _read(file) for name, file in files.items()}

@@ -35,7 +35,7 @@ from btx_jax.data.framing import ENCODE
 from btx_jax.data.splits import SPLITS
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError
-from btx_jax.files import leftovers, sealed, shapes, writing
+from btx_jax.files import leftovers, places, sealed, shapes, writing
 
 _SPLIT = {'documents': int, 'tokens': int, 'bytes': int, 'answers?': int, 'written?': int}
 # What the code that reads meta.json relies on.
@@ -126,6 +126,7 @@ def load(folder: str, split: str) -> Tokens:
   Raises:
     UsageError: the folder holds no tokens, or they are damaged.
   """
+  folder = places.local(folder)
   meta = read_meta(folder)
   tokens = os.path.join(folder, f'{split}.bin')
   _check(folder, meta, split)
@@ -144,6 +145,16 @@ def load(folder: str, split: str) -> Tokens:
 
 def check(folder: str) -> None:
   """Raises damage.Damaged if a file in a folder that `prepare` wrote has changed since."""
+  here = places.local(folder)
+  try:
+    _check_all(here)
+  except damage.Damaged:
+    if here == folder:
+      raise
+    _check_all(places.local(folder, anew=True))  # only the copy may be damaged
+
+
+def _check_all(folder: str) -> None:
   meta = read_meta(folder)
   damage.check(folder, {name: each for name, each in meta.get(damage.SUMS, {}).items()
                         if name == origin.FILES})
@@ -168,7 +179,7 @@ def _check(folder: str, meta: Mapping, split: str) -> None:
 
 def document_id(folder: str, split: str, number: int) -> str:
   """The id of document `number`, counted from 0; '' if it has none or the domain has no ids."""
-  path = os.path.join(folder, f'{split}.ids.jsonl')
+  path = os.path.join(places.local(folder), f'{split}.ids.jsonl')
   if not os.path.exists(path):
     return ''
   with open(path, encoding='utf-8') as file:
@@ -204,14 +215,14 @@ def prepare(folder: str, domain: Domain, tokenizer: Tokenizer, held_out: float,
       made from something else.
     RunError: a process that tokenizes ended early.
   """
-  if os.path.exists(folder):
+  if places.is_whole(folder, kept_out.META):
     origin.check(os.path.dirname(folder),
                  {domain.name: differences(folder, domain, tokenizer, held_out)})
     return reopen(folder, domain, unless)
 
   made_from = _made_from(domain, tokenizer, held_out) | _describe(domain)
   try:
-    with writing.new_folder(folder) as partial:
+    with writing.new_folder(folder, kept_out.META) as partial:
       return _write(partial, domain, tokenizer, held_out, max_skipped, made_from, unless, processes)
   except OSError as error:
     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

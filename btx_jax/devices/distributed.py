@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from btx_jax import terminal
 from btx_jax.devices import rollcall
 from btx_jax.errors import RunError, UsageError
-from btx_jax.files import writing
+from btx_jax.files import inputs, places, writing
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
              'sentencepiece')
@@ -193,8 +193,8 @@ def check_shared(folder: str):
 
   def sees_mark() -> bool:
     try:
-      with open(path, encoding='utf-8') as file:
-        return file.read() == mark
+      with inputs.open_file(path) as file:
+        return file.read().decode() == mark
     except OSError:
       return False
 
@@ -209,7 +209,7 @@ def check_shared(folder: str):
 
 def wait_for(path: str):
   """Waits until shared storage shows a file that process 0 has written."""
-  if not _becomes_true(lambda: os.path.exists(path)):
+  if not _becomes_true(lambda: places.exists(path)):
     raise RunError(f'{path}, which process 0 has written, did not appear within '
                    f'{_STORAGE_LAG:.0f} s.')
 

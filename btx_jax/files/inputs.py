@@ -11,6 +11,8 @@ import os
 import stat
 from typing import Any, BinaryIO
 
+from btx_jax.files import places
+
 MAX_JSON = 40_000_000  # bytes of a JSON file; the index of the largest models has 20 MB
 # Most numbers, strings, lists and objects in JSON, which then takes less than 1 GB of memory.
 _MAX_VALUES = 4_000_000
@@ -25,6 +27,11 @@ def open_file(path: str) -> BinaryIO:
     OSError: the path leads to something else, such as a directory, a named pipe or a device; or
       the file does not exist or cannot be opened.
   """
+  return places.of(path).open(path)
+
+
+def open_on_disk(path: str) -> BinaryIO:
+  """open_file of a path that is not in a bucket."""
   try:
     # Without O_NONBLOCK, opening a named pipe would wait for a process that writes to it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -53,11 +60,19 @@ def read_bytes(path: str, most: int) -> bytes:
   """
   with open_file(path) as file:
     # First the size, then the length of what was read: the file may be growing.
-    found = b'' if os.fstat(file.fileno()).st_size > most else file.read(most + 1)
-    if len(found) > most or (not found and os.fstat(file.fileno()).st_size > most):
+    found = b'' if _size(file) > most else file.read(most + 1)
+    if len(found) > most or (not found and _size(file) > most):
       raise OSError(errno.EINVAL, f'it has more than {most:,} bytes, too many for such a file',
                     path)
     return found
+
+
+def _size(file: BinaryIO) -> int:
+  """The bytes of an open file, which may be growing."""
+  at = file.tell()
+  size = file.seek(0, os.SEEK_END)
+  file.seek(at)
+  return size
 
 
 def read_json(path: str, most: int = MAX_JSON) -> Any:

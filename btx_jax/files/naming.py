@@ -12,6 +12,7 @@ import re
 import unicodedata
 
 from btx_jax.errors import UsageError
+from btx_jax.files import places
 
 LONGEST = 200  # bytes of a name; file systems allow 255, and names of files add an ending
 PARTIAL = '.partial'  # ends the names of unfinished files and folders
@@ -74,11 +75,14 @@ def _problem(kind: str, name: str) -> str:
 def checkpoint_path(folder: str) -> str:
   """The absolute path of a folder that holds checkpoints, directly or below.
 
+  In a bucket, what follows the bucket's name must be as in a path of a disk.
+
   Raises:
     UsageError: orbax or tensorstore would read or write somewhere else.
   """
-  path = os.path.normpath('/' + os.path.abspath(folder).lstrip('/'))
-  found = _ELSEWHERE.search(f'{path}/')
+  path = places.absolute(folder)
+  inside = path.removeprefix(places.BUCKET)
+  found = _ELSEWHERE.search(f'{inside}/')
   if found:
     raise UsageError(f'{path!r} cannot hold checkpoints, because orbax and tensorstore do not take '
                      f'{found[0]!r} as it is. Use another --workdir; a link to this directory, '
@@ -86,16 +90,29 @@ def checkpoint_path(folder: str) -> str:
   return path
 
 
+def path(name: str, path: str) -> str:
+  """The path that a flag or field gives; it may lie in a bucket.
+
+  Raises:
+    UsageError: it is a URL other than gs://BUCKET/PATH, or see local_path.
+  """
+  if not places.is_in_bucket(path):
+    return local_path(name, path)
+  if not re.fullmatch(r'gs://[a-z0-9][a-z0-9._-]+(/(?!\.\.?(/|$))[^/]+)+/?', path):
+    raise UsageError(f'{name} = {path} is not a path in a bucket; write gs://BUCKET/PATH.')
+  return path.rstrip('/')
+
+
 def local_path(name: str, path: str) -> str:
-  """The path that a flag or field gives, with ~ replaced by the home directory.
+  """The path on a disk that a flag or field gives, with ~ replaced by the home directory.
 
   Raises:
     UsageError: it is a URL like gs://bucket, which os.path would take for a relative path, or it
       names the home directory of a user who does not exist.
   """
   if re.match(r'[a-z][a-z0-9]*://', path):
-    raise UsageError(f'{name} = {path} is a URL, not a path. Mount the bucket, or copy it to disk '
-                     'first; see docs/tpu_vm.md.')
+    raise UsageError(f'{name} = {path} is a URL, not a path on a disk. Copy what it leads to '
+                     'there first.')
   expanded = os.path.expanduser(path)
   if expanded.startswith('~'):
     raise UsageError(f'{name} = {path}: there is no such home directory. Write ./{path} for a '

@@ -1,10 +1,9 @@
-"""The one place where this package writes, renames and removes files.
+"""The one interface through which this package writes, renames and removes files.
 
-A file or folder gets its name last, after its content is on the disk: a reader sees the old one or
-the new one, even after a kill or a power cut. Until then it has a temporary name, see leftovers.py.
+A reader sees the old file or folder or the new one, even after a kill or a power cut. On a disk, a
+name is given last (disk.py); in a bucket, a file is written as a whole (bucket.py).
 """
 
-from collections.abc import Iterator
 import contextlib
 import errno
 import io
@@ -13,16 +12,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from btx_jax.files import leftovers
+from btx_jax.files import disk, places
 
 _BLOCK = 1 << 18  # bytes; fits a core's cache
 # What copy_file_range raises if the system cannot copy between two files.
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
-@contextlib.contextmanager
-def replacing(path: str, mode: str = 'w', buffering: int = -1) -> Iterator[IO[Any]]:
-  """Opens a temporary file that replaces `path` at the end of the block, unless that raises.
+def replacing(path: str, mode: str = 'w', buffering: int = -1
+              ) -> contextlib.AbstractContextManager[IO[Any]]:
+  """Opens a new file that replaces `path` at the end of the block, unless that raises.
 
   Args:
     path: the file to replace; its folder is created if it does not exist.
@@ -32,59 +31,45 @@ def replacing(path: str, mode: str = 'w', buffering: int = -1) -> Iterator[IO[An
   Raises:
     OSError: with `path`, if writing fails; the old file is kept.
   """
-  make_folder(os.path.dirname(path))
-  leftovers.clear(path)
-  partial = leftovers.new_name(path)
-  with _naming(path, partial):
-    try:
-      with leftovers.protected(partial, lambda: _open(partial, mode, buffering)) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-      with contextlib.suppress(FileNotFoundError):
-        os.remove(partial)
-      raise
-    sync_folder(os.path.dirname(path))
+  return places.of(path).replacing(path, mode, buffering)
 
 
-@contextlib.contextmanager
-def new_folder(path: str) -> Iterator[str]:
-  """Makes a folder under a temporary name, which is renamed to `path` at the end of the block.
+def new_folder(path: str, last: str) -> contextlib.AbstractContextManager[str]:
+  """Makes a folder under a temporary name, which is called `path` at the end of the block.
 
-  Yields the temporary name. If the block raises, the folder is removed with its content.
+  Yields the temporary name, which is on a disk of this machine. If the block raises, the folder is
+  removed with its content.
+
+  Args:
+    path: the folder to make.
+    last: the name of the file that says that the folder is whole. In a bucket it is written last.
 
   Raises:
     OSError: with the path in question, if writing fails or `path` exists by then.
   """
-  make_folder(os.path.dirname(path))
-  leftovers.clear(path)
-  partial = leftovers.new_name(path)
-  lock = os.path.join(partial, leftovers.LOCK)
-  with _naming(path, partial):
-    try:
-      os.mkdir(partial)
-      with leftovers.protected(partial, lambda: _open(lock, 'w')):
-        yield partial
-        sync_tree(partial)
-        os.rename(partial, path)
-    except BaseException:
-      if os.path.isdir(partial):
-        leftovers.remove_tree(partial)
-      raise
-    sync_folder(os.path.dirname(path))
-  remove(os.path.join(path, leftovers.LOCK))
+  return places.of(path).new_folder(path, last)
+
+
+def filling(path: str, last: str) -> contextlib.AbstractContextManager[str]:
+  """Yields where to make a folder, by means that need a disk; at the end of the block it is `path`.
+
+  On a disk this is `path` itself. To a bucket the content is copied at the end, the file `last`
+  last, unless the block raises.
+
+  Raises:
+    OSError: it cannot be copied, or there is something at `path` in the bucket.
+  """
+  return places.of(path).filling(path, last)
 
 
 def create(path: str, mode: str = 'w') -> IO[Any]:
   """Opens a new file in a folder that still has its temporary name; see new_folder."""
-  return _open(path, mode)
+  return disk.open_new(path, mode)
 
 
-def append(path: str) -> IO[bytes]:
-  """Opens a file to append bytes, unbuffered."""
-  return _open(path, 'ab', 0)
+def append(path: str) -> places.Log:
+  """Opens a log that `replacing` made, to add to it."""
+  return places.of(path).append(path)
 
 
 def write_at(file: int, data, at: int) -> None:
@@ -107,90 +92,36 @@ def save_array(file: IO[bytes], array: np.ndarray) -> None:
 
 def make_folder(path: str) -> None:
   """Makes a folder and the folders above it, unless they exist."""
-  path = path.rstrip(os.sep) or path or '.'
-  if os.path.isdir(path):
-    return
-  above = os.path.dirname(path)
-  if above and not os.path.exists(above):
-    make_folder(above)
-  try:
-    os.mkdir(path)
-  except FileExistsError:
-    if not os.path.isdir(path):
-      raise
-  sync_folder(above)
+  places.of(path).make_folder(path)
 
 
 def rename(old: str, new: str) -> None:
-  """Renames a file or folder; the new name is on the disk when this returns."""
-  os.rename(old, new)
-  for folder in {os.path.dirname(old), os.path.dirname(new)}:
-    sync_folder(folder)
+  """Renames a file or folder; the new name is stored when this returns."""
+  places.of(old).rename(old, new)
 
 
 def remove(path: str) -> None:
   """Removes a file if it exists."""
-  with contextlib.suppress(FileNotFoundError):
-    os.remove(path)
+  places.of(path).remove(path)
 
 
 def remove_empty(folder: str) -> None:
   """Removes a folder if it is empty and can be removed."""
-  with contextlib.suppress(OSError):
-    os.rmdir(folder)
+  places.of(folder).remove_empty(folder)
+
+
+def remove_tree(folder: str) -> None:
+  """Removes a folder with its content, as far as that is possible."""
+  places.of(folder).remove_tree(folder)
 
 
 def set_aside(path: str, word: str) -> str:
   """Renames a file or folder to PATH.WORD, or PATH.WORD-2 and so on; returns the new name."""
   name, number = f'{path}.{word}', 2
-  while os.path.lexists(name):
+  while places.exists(name) or os.path.lexists(name):
     name, number = f'{path}.{word}-{number}', number + 1
   rename(path, name)
   return name
-
-
-def sync_tree(folder: str) -> None:
-  """Returns when all files and folders in a folder are on the disk."""
-  for root, _, names in os.walk(folder):
-    for name in names:
-      if name != leftovers.LOCK:  # closing it would release the lock
-        _sync(os.path.join(root, name))
-    sync_folder(root)
-
-
-def sync_folder(folder: str) -> None:
-  """Returns when the names in a folder are on the disk, where its file system can sync folders."""
-  try:
-    _sync(folder or '.')
-  except OSError as error:
-    # FUSE and SMB may not support this for folders, and some folders can be written but not read.
-    if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
-      raise
-
-
-def _sync(path: str) -> None:
-  with _naming(path):
-    file = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(file)
-    finally:
-      os.close(file)
-
-
-def _open(path: str, mode: str, buffering: int = -1) -> IO[Any]:
-  return open(path, mode, buffering, encoding=None if 'b' in mode else 'utf-8')
-
-
-@contextlib.contextmanager
-def _naming(path: str, partial: str = '') -> Iterator[None]:
-  """Makes an OSError name `path`: calls on descriptors name no file, and `partial` is temporary."""
-  try:
-    yield
-  except OSError as error:
-    named = error.filename
-    if named is None or (partial and isinstance(named, str) and named.startswith(partial)):
-      raise OSError(error.errno, error.strerror, path) from error
-    raise
 
 
 def copy(source: int, start: int, count: int, into: int, at: int) -> int:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 import json
 import math
-import os
 import types
 
 from btx_jax import terminal
 from btx_jax.devices.hardware import Chip
+from btx_jax.files import places
 from btx_jax.model.config import REMATS
 from btx_jax.preflight import fitting, measure
 from btx_jax.preflight.cost import Cost
@@ -80,7 +80,7 @@ def missing_models(study: Study) -> list[str]:
   inits = [run.init for run in study.config.runs.values()]
   folders = {init.folder for init in inits if init.kind == HUGGING_FACE}
   return [f"{folder} does not exist: its sizes are assumed to be those of the config's section "
-          'model' for folder in sorted(folders) if not os.path.exists(folder)]
+          'model' for folder in sorted(folders) if not places.exists(folder)]
 
 
 def _names(program: Measured) -> str:

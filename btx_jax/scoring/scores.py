@@ -10,7 +10,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from btx_jax.errors import UsageError
-from btx_jax.files import sealed, shapes
+from btx_jax.files import places, sealed, shapes
 from btx_jax.model.config import Config, forward_flops_per_token, num_params, param_sizes
 from btx_jax.run import HUGGING_FACE, MIX, Run, averaged_model, lineage, reader_model
 from btx_jax.scoring import builtin, routing
@@ -189,7 +189,7 @@ def stored(study: Study, run: Run) -> dict[str, dict[str, dict]]:
   """
   result: dict[str, dict[str, dict]] = {}
   for kind in (EVALUATION, ANSWERS):
-    names = [name for name in sorted(os.listdir(study.folder(run.name)))
+    names = [name for name in places.names(study.folder(run.name))
              if name.startswith(f'{kind}_') and name.endswith('.json')]
     stages = [name[len(kind) + 1:-len('.json')] for name in names]
     result[kind] = {stage: found for stage in stages if (found := _kept(study, run, stage, kind))}

@@ -1,12 +1,12 @@
 """Reads and writes runs' scores on tasks of lm-evaluation-harness, in the run directories."""
 
 from collections.abc import Mapping
-import glob
+import fnmatch
 import os
 from typing import Any
 from urllib.parse import quote
 
-from btx_jax.files import sealed
+from btx_jax.files import places, sealed
 from btx_jax.run import Run
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
@@ -32,9 +32,10 @@ def write(study: Study, run: Run, found: Mapping[str, Any]) -> list[str]:
 def read(study: Study, run: Run) -> list[dict[str, Any]]:
   """The stored scores of a run, as tasks.score returned them; without those of an earlier model."""
   result = []
-  folder = glob.escape(study.folder(run.name))
-  for path in sorted(glob.glob(os.path.join(folder, 'tasks_*.json'))):
-    kept = sealed.read_if_sound(path)
+  folder = study.folder(run.name)
+  names = places.names(folder) if places.is_folder(folder) else []
+  for name in fnmatch.filter(names, 'tasks_*.json'):
+    kept = sealed.read_if_sound(os.path.join(folder, name))
     if kept.get('measured_on') == _measured_on(study, run):
       result += kept.get('tasks', [])
   return result

@@ -15,6 +15,7 @@ import numpy as np
 from btx_jax.convert.hugging_face import Folder
 from btx_jax.data.tokenizer import Tokenizer, file_name, vocabulary
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import inputs, places
 from btx_jax.model.config import ROPE, SIZES, param_sizes, shared_paths
 from btx_jax.run import Run, common_ancestors, dense_ancestors, frozen, lineage, recipe_of
 from btx_jax.study import edits
@@ -255,9 +256,9 @@ def vocabulary_of(folder: str, unless: Tokenizer) -> dict[str, int] | None:
     UsageError: the tokenizer there cannot be read.
   """
   file = os.path.join(folder, file_name(folder))
-  if not os.path.exists(file):
+  if not places.exists(file):
     return None
-  with open(file, 'rb') as opened:
+  with inputs.open_file(file) as opened:
     if opened.read() == unless.files.get(os.path.basename(file)):
       return None
   return vocabulary(folder)

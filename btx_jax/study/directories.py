@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from btx_jax.errors import UsageError, nested_differences
+from btx_jax.files import places
 from btx_jax.run import Run
 from btx_jax.study import changes, manifest, rows
 from btx_jax.study.changes import Change, listed
@@ -22,7 +23,7 @@ def check(study: Study, spec: Callable[[Run], dict]) -> None:
   for run in study.runs.values():
     folder, found = study.folder(run.name), manifest.read(study.folder(run.name))
     if found is None:
-      if os.path.exists(os.path.join(folder, 'checkpoints')):
+      if places.exists(os.path.join(folder, 'checkpoints')):
         raise UsageError(f'{folder} has checkpoints but no manifest.json that says what they '
                          'are; use another --workdir, or delete that folder to train it again.')
     elif any(nested_differences(found['spec'], spec(run))):

@@ -25,19 +25,19 @@ def check(config) -> None:
   """Raises UsageError for the first field that is missing, unknown or of the wrong type."""
   like = base.get_config()
   _check_section('', config, like)
-  naming.local_path('tokenizer.path', config.tokenizer.path)
+  naming.path('tokenizer.path', config.tokenizer.path)
   naming.local_path('rows', config.rows)
   for name, domain in config.domains.items():
     _check_value(f'domains.{name}', domain, like)
     _check_section(f'domains.{name}', domain, _domain_like(domain))
     for path in domain.paths:
-      naming.local_path(f'domains.{name}.paths', path)
+      naming.path(f'domains.{name}.paths', path)
     for path in _files(domain.held_out):
-      naming.local_path(f'domains.{name}.held_out', path)
+      naming.path(f'domains.{name}.held_out', path)
   for name, run in config.runs.items():
     _check_value(f'runs.{name}', run, like)
     _check_section(f'runs.{name}', run, base.run(_init_like(run.get('init')), {}))
-    naming.local_path(f'runs.{name}.init.folder', run.init.get('folder', ''))
+    naming.path(f'runs.{name}.init.folder', run.init.get('folder', ''))
     for domain, weight in run.domains.items():
       _check_value(f'runs.{name}.domains.{domain}', weight, 0.0)
     for section in _OVERRIDABLE:

@@ -15,7 +15,7 @@ from btx_jax.run import Run
 RUNNING, STOPPED, COMPLETE, FAILED = 'running', 'stopped', 'complete', 'failed'
 PUBLISHED = 'published'  # of a run that is complete, and only its row is here; see rows.py
 FINISHED = COMPLETE, PUBLISHED
-_NAME = 'manifest.json'
+NAME = 'manifest.json'
 # What the code that reads manifests relies on.
 _SPEC = {
     'name?': str, 'steps?': int, 'of_steps?': int, 'step?': int, 'init?': str,
@@ -41,7 +41,7 @@ def read(folder: str) -> dict | None:
   Raises:
     UsageError: the file exists, but it is not a manifest.
   """
-  path = os.path.join(folder, _NAME)
+  path = os.path.join(folder, NAME)
   try:
     manifest = sealed.read(path)
     if wrong := shapes.misfit(manifest, SHAPE):
@@ -64,7 +64,7 @@ def identity_in(folder: str) -> str | None:
 
 def write(folder: str, manifest: dict):
   """Replaces the manifest of a run directory in one step, so that no reader sees half of it."""
-  sealed.write(os.path.join(folder, _NAME), manifest | {'updated': now()})
+  sealed.write(os.path.join(folder, NAME), manifest | {'updated': now()})
 
 
 def begin(name: str, spec: dict) -> dict:

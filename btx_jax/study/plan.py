@@ -14,7 +14,7 @@ from btx_jax.convert.hugging_face import Folder
 from btx_jax.data import domains
 from btx_jax.data.tokenizer import Tokenizer
 from btx_jax.errors import UsageError, nearest
-from btx_jax.files import naming
+from btx_jax.files import naming, places
 from btx_jax.model import config as model_config
 from btx_jax.model.config import OF_REFERENCE, ROPE, SIZES
 from btx_jax.recipe import Edit, Recipe, expert_names, routers_from_config, sources_of
@@ -445,7 +445,7 @@ def _tokens_apart(averaged: Sequence[Run], sources: Sequence[Run]) -> list[int]:
 def _pretrained(name: str, config, at_hand: bool) -> Folder | None:
   """The pretrained folder that the run starts from, if it starts from one that exists."""
   init = config.runs[name].init
-  if init.kind != HUGGING_FACE or not (at_hand or os.path.exists(init.folder)):
+  if init.kind != HUGGING_FACE or not (at_hand or places.exists(init.folder)):
     return None
   if not config.tokenizer.path:
     raise UsageError(f'runs.{name} starts from a pretrained model, which knows only the tokenizer '

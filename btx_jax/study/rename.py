@@ -7,7 +7,7 @@ and so does its identity, which the runs that start from it have recorded. So no
 import os
 
 from btx_jax.errors import UsageError, nearest
-from btx_jax.files import locks, naming, writing
+from btx_jax.files import locks, naming, places, writing
 from btx_jax.study import manifest, plan
 from btx_jax.study.study import MISSING, Study
 
@@ -27,33 +27,38 @@ def rename(study: Study, old: str, new: str) -> list[str]:
   old, new = (name.rstrip('/') for name in (old, new))  # as a shell completes names of folders
   plan.check_name(new)
   naming.check('run', old)
-  places = []
+  found = []
   for series in dict.fromkeys(['', *study.series]):
     name = os.path.join(series, old)
     here, there = study.folder(name), study.folder(os.path.join(series, new))
-    moved = {} if os.path.exists(here) else manifest.read(there) or {}
+    moved = {} if _is_there(here) else manifest.read(there) or {}
     # The latter after a kill at the end of this very command.
     is_done = moved.get('name') == new and moved['spec'].get('name') in (old, name)
     if moved.get('name') in (old, name) or is_done or manifest.read(here):
-      places.append((here, there))
-  if not places:
+      found.append((here, there))
+  if not found:
     known = {run.plain_name for run in study.runs.values() if study.state(run.name) != MISSING}
     raise UsageError(f'rename: {study.folder(old)} holds no run; {nearest(old, known)}')
-  for here, there in places:
-    if os.path.exists(here):
+  for here, there in found:
+    if _is_there(here):
       _check(study, here, there)
-  for here, there in places:
+  for here, there in found:
     _move(here, there, new)
-  return [there for _, there in places]
+  return [there for _, there in found]
+
+
+def _is_there(folder: str) -> bool:
+  """Whether the directory of a run is there, rather than the rest of one that was moved."""
+  return places.is_whole(folder, manifest.NAME)
 
 
 def _check(study: Study, here: str, there: str):
-  if os.path.exists(there):
+  if places.exists(there):
     raise UsageError(f'rename: {there} already exists; choose another name, or rename what is '
                      'there first.')
   inside = [run.name for run in study.runs.values()
             if study.folder(run.name).startswith(here + os.sep)
-            and os.path.exists(study.folder(run.name))]
+            and places.exists(study.folder(run.name))]
   if inside or there.startswith(here + os.sep):
     raise UsageError(f'rename: {here} is also a parent of {", ".join(inside) or there}; choose '
                      'a name that does not lie in it, and rename what lies in it first.')
@@ -61,7 +66,7 @@ def _check(study: Study, here: str, there: str):
 
 def _move(here: str, there: str, new: str):
   """Records the name, then moves: a run whose directory was not moved counts as not renamed."""
-  folder = here if os.path.exists(here) else there
+  folder = here if _is_there(here) else there
   with locks.lock_folder(folder):
     manifest.write(folder, {**(manifest.read(folder) or {}), 'name': new})
     if folder == here:

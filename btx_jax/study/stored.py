@@ -14,7 +14,7 @@ import numpy as np
 
 from btx_jax.devices import distributed
 from btx_jax.errors import UsageError
-from btx_jax.files import sealed
+from btx_jax.files import inputs, sealed
 from btx_jax.files.writing import replacing, save_array
 from btx_jax.run import Run
 from btx_jax.study import manifest
@@ -69,7 +69,8 @@ class Stored(NamedTuple):
     if damaged:
       raise UsageError(f'{path} is missing or damaged: it is not what was written. Delete the '
                        'directory of the run, and train the run again.')
-    return np.load(path, allow_pickle=False)
+    with inputs.open_file(path) as file:
+      return np.load(file, allow_pickle=False)
 
   def exists(self) -> bool:
     """Whether the arrays are written; the same for all processes, which wait for shared storage."""
@@ -100,5 +101,5 @@ class Stored(NamedTuple):
 
 
 def _hash(path: str) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+  with inputs.open_file(path) as file:
+    return hashlib.sha256(file.read()).hexdigest()

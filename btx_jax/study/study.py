@@ -9,7 +9,7 @@ import os
 
 from btx_jax.data import domains, origin, text, tokens
 from btx_jax.errors import UsageError, nearest
-from btx_jax.files import naming
+from btx_jax.files import naming, places
 from btx_jax.run import Run
 from btx_jax.study import fields, manifest, plan, recorded, rows
 
@@ -52,7 +52,7 @@ class Study:
     if not config.mix.ram_gb > 0:
       raise UsageError(f'mix.ram_gb = {config.mix.ram_gb} must be positive.')
     tokenizer = None
-    if at_hand or os.path.exists(config.tokenizer.path):
+    if at_hand or places.exists(config.tokenizer.path):
       tokenizer = text.given(config, self.data_folder)
     self._plan = functools.partial(
         plan.make_plan, config,

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from btx_jax import storage
 from btx_jax.devices import distributed, sharding
-from btx_jax.files import naming
+from btx_jax.files import for_orbax, naming, places
 from btx_jax.terminal import say
 from btx_jax.training import checksums, damage, saving, slices
 from btx_jax.training.step import TrainState
@@ -54,6 +54,7 @@ class Checkpoints:
     self._folder = naming.checkpoint_path(folder)
     # orbax's own policies do not match the type that it declares for them.
     self._policy: Any = policies.AnyPreservationPolicy(kept)
+    for_orbax.prepare(self._folder)
     saving.clear_unfinished(self._folder)
     self._checkpointer = self._open()
     self._directory = saving.Directory(self._folder)
@@ -177,7 +178,7 @@ class Checkpoints:
     wanted = {'params': like.params, 'train': without_params(like), 'data': None, 'sums': None}
     with damage.reading(self._folder, step):
       for item in wanted:  # if one is missing, orbax does not wait for the others, and warns
-        os.stat(os.path.join(self._folder, str(step), item))
+        places.names(os.path.join(self._folder, str(step), item))
       loaded: dict[str, Any] = self._checkpointer.load_checkpointables(step, wanted)
       if 'json' not in loaded['data']:
         raise damage.Damaged(self._folder, step, slices.EARLIER)
@@ -300,6 +301,7 @@ def load_params(folder: str, step: int, like, identity: str):
     Damaged: they differ from what was saved, or belong to another step or run.
   """
   path = slices.step_folder(folder, step)
+  for_orbax.prepare(path)
   slices.check_together(folder, step, identity)
   with damage.reading(folder, step):
     loaded = {'params': ocp.load(path, like, checkpointable_name='params'),

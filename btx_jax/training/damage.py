@@ -12,10 +12,12 @@ import jax
 import numpy as np
 
 from btx_jax.errors import RunError
+from btx_jax.files import places, writing
 from btx_jax.training import checksums
 
-# Errors of tensorstore and XLA that do not come from what was stored.
-_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
+# Errors of tensorstore, XLA and buckets that do not come from what was stored.
+_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED',
+               'UNAUTHENTICATED', 'http_response_code', 'curl_code', 'does not answer')
 
 
 class Damaged(RunError):
@@ -59,15 +61,15 @@ class Damaged(RunError):
 
 def has_sums(folder: str, step: int) -> bool:
   """Whether a checkpoint has checksums; those of earlier versions have none."""
-  return os.path.isdir(os.path.join(folder, str(step), 'sums'))
+  return places.is_folder(os.path.join(folder, str(step), 'sums'))
 
 
 def set_aside(folder: str, step: int) -> str:
   """Renames a checkpoint to damaged-STEP, or damaged-STEP-2 and so on; returns the new name."""
   names = (f'damaged-{step}{suffix}' for suffix in itertools.chain(
       [''], (f'-{i}' for i in itertools.count(2))))
-  name = next(name for name in names if not os.path.exists(os.path.join(folder, name)))
-  os.rename(os.path.join(folder, str(step)), os.path.join(folder, name))
+  name = next(name for name in names if not places.exists(os.path.join(folder, name)))
+  writing.rename(os.path.join(folder, str(step)), os.path.join(folder, name))
   return name
 
 

@@ -17,7 +17,7 @@ import re
 import threading
 from typing import Any, Protocol
 
-from btx_jax.files import sealed
+from btx_jax.files import places, sealed
 from btx_jax.terminal import say
 from btx_jax.training import sinks
 
@@ -126,7 +126,7 @@ class _Delivery:
 
   def _deliver(self):
     state: dict[str, Any] = {'id': None, 'training': 0, 'evaluation': 0}
-    if os.path.exists(self._path):
+    if places.exists(self._path):
       state |= sealed.read(self._path)
     service = _SERVICES[self._name](self._subject, state['id'])
     state['id'] = service.id

@@ -38,11 +38,11 @@ import functools
 import json
 import os
 import time
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 import zlib
 
 from btx_jax import storage
-from btx_jax.files import inputs, shapes, writing
+from btx_jax.files import places, shapes, writing
 from btx_jax.terminal import say
 from btx_jax.training import saving
 
@@ -93,7 +93,7 @@ class MetricsFile:
     self.kept = [json.loads(line) for line in kept.splitlines()]
     with writing.replacing(path, 'wb') as file:
       file.write(kept)
-    self._folder, self._file = folder, writing.append(path)
+    self._path, self._folder, self._file = path, folder, writing.append(path)
     self._mark, self._late, self._is_full = Mark(len(kept), zlib.crc32(kept)), b'', False
     self._synced, self._unsynced = self._mark, b''  # what is on the disk, and lines after it
     self.kept += [json.loads(line) for line in mark.late.splitlines()]
@@ -128,7 +128,7 @@ class MetricsFile:
     Some file systems, like NFS, only say here that there was no room for what was written.
     """
     try:
-      os.fsync(self._file.fileno())
+      self._file.sync()
     except OSError as error:
       self._mark, self._late = self._synced, self._unsynced + self._late
       self._keep(error)
@@ -143,7 +143,7 @@ class MetricsFile:
     with contextlib.suppress(OSError):  # the next call tries again
       self._file.truncate(self._mark.size)
     if not self._is_full:
-      say(f'{self._file.name} could not be written: {error.strerror}. Its lines are kept, and '
+      say(f'{self._path} could not be written: {error.strerror}. Its lines are kept, and '
           'written once that is possible')
     self._is_full = True
 
@@ -160,13 +160,13 @@ class MetricsFile:
     self.mark()
     self._file.close()
     if self._late and error is None:
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
 
 
 def end_of(folder: str) -> Mark:
   """A mark at the end of a run's file; at the beginning if the file does not exist."""
   try:
-    with inputs.open_file(os.path.join(folder, NAME)) as file:
+    with _open(os.path.join(folder, NAME)) as file:
       found = file.read()
   except FileNotFoundError:
     return _BEGINNING
@@ -177,19 +177,18 @@ def problem(folder: str, end: Mark) -> str:
   """How a file differs from what its end mark promises, as a sentence; '' if it does not."""
   path = os.path.join(folder, NAME)
   try:
-    stat = os.stat(path)
-    stamp = stat.st_size, stat.st_mtime_ns, stat.st_ino
+    stamp = places.of(path).stamp_of_log(path)
   except OSError:
     stamp = None
   return _problem(path, end, stamp)
 
 
 @functools.lru_cache(256)
-def _problem(path: str, end: Mark, stamp: tuple[int, ...] | None) -> str:
+def _problem(path: str, end: Mark, stamp: tuple[Any, ...] | None) -> str:
   """`problem` of a file with this stamp: `status --watch` asks again every two seconds."""
   del stamp
   _, found = _up_to(path, end)
-  if not found and end.size and os.path.getsize(path) > end.size:
+  if not found and end.size and _size(path) > end.size:
     found = 'has lines that the run did not write'
   return f'{path} {found}: do not rely on its curves and rates.' if found else ''
 
@@ -199,8 +198,9 @@ def _up_to(path: str, mark: Mark) -> tuple[bytes, str]:
   if not mark.size:
     return b'', ''
   try:
-    with inputs.open_file(path) as file:
-      size = os.fstat(file.fileno()).st_size
+    with _open(path) as file:
+      size = file.seek(0, os.SEEK_END)
+      file.seek(0)
       found = file.read(mark.size) if 0 < mark.size <= size else b''
   except FileNotFoundError:
     return b'', 'is missing'
@@ -211,10 +211,19 @@ def _up_to(path: str, mark: Mark) -> tuple[bytes, str]:
   return found, '' if zlib.crc32(found) == mark.crc32 else 'is damaged'
 
 
+def _open(path: str) -> BinaryIO:
+  return places.of(path).open_log(path)
+
+
+def _size(path: str) -> int:
+  with _open(path) as file:
+    return file.seek(0, os.SEEK_END)
+
+
 def _readable(path: str) -> list[tuple[bytes, dict[str, Any]]]:
   """The readable lines of a file, raw and parsed; none if the file cannot be read."""
   try:
-    with inputs.open_file(path) as file:
+    with _open(path) as file:
       return [(line, values) for line in file.read().split(b'\n') if (values := _parsed(line))]
   except OSError:
     return []
@@ -244,7 +253,7 @@ def tail(folder: str) -> list[dict[str, Any]]:
 
 def _lines(folder: str, last_bytes: int) -> Iterator[dict[str, Any]]:
   try:
-    with inputs.open_file(os.path.join(folder, NAME)) as file:
+    with _open(os.path.join(folder, NAME)) as file:
       size = file.seek(0, os.SEEK_END)
       cut = last_bytes and size > last_bytes
       file.seek(size - last_bytes if cut else 0)

@@ -8,15 +8,17 @@ its directory vanishes.
 import contextlib
 import os
 import re
-import shutil
 import time
 
 from btx_jax import storage
 from btx_jax.devices import distributed
 from btx_jax.errors import RunError, UsageError
+from btx_jax.files import places, writing
 
 # How orbax names a checkpoint while it is written.
 _UNFINISHED = re.compile(r'\d+\.orbax-checkpoint-tmp.*')
+# What orbax writes last into a checkpoint in a bucket.
+LAST = 'commit_success.txt'
 # How errors of tensorstore begin, which are ValueErrors.
 _STATUS = re.compile(r'[A-Z]{4,}(_[A-Z]+)*: ')
 
@@ -77,7 +79,8 @@ def problem_in(error: Exception, folder: str, size: int) -> str | None:
     return (f'no space is left for {folder} ({disk.strerror}; it takes up to {storage.size(size)}'
             f'{left})')
   if disk:
-    return f'the disk of {folder} cannot be written: {disk.strerror}'
+    where = folder if places.is_in_bucket(folder) else f'the disk of {folder}'
+    return f'{where} cannot be written: {disk.strerror}'
   if isinstance(error, OSError) or (type(error) is ValueError and _STATUS.match(str(error))):
     text = str(error) or type(error).__name__
     return f'{folder} cannot be written ({text.strip().splitlines()[0]:.300})'
@@ -118,22 +121,32 @@ def clear_unfinished(folder: str, after_failure: bool = False):
 
 def _clear(folder: str) -> bool:
   """Deletes unfinished checkpoints once; returns whether there were any."""
-  found = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)
-           ] if os.path.isdir(folder) else []
-  for name in found:
-    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+  try:
+    found = [os.path.join(folder, name) for name in places.names(folder)]
+  except FileNotFoundError:
+    return False
+  found = [path for path in found if _is_unfinished(path)]
+  for path in found:
+    writing.remove_tree(path)
   return bool(found)
+
+
+def _is_unfinished(path: str) -> bool:
+  name = os.path.basename(path)
+  return bool(_UNFINISHED.fullmatch(name)) or (
+      name.isdecimal() and not places.is_whole(path, LAST))
 
 
 class Directory:
   """A directory that a run writes to, and that may vanish during the run."""
 
   def __init__(self, folder: str):
-    self._folder, self._identity = folder, _identity(folder)
+    self._folder, self._place = folder, places.of(folder)
+    self._identity = self._place.identity(folder)
 
   def check(self):
     """Raises RunError if the directory is gone, or if its path now leads to another one."""
-    if _identity(self._folder) == self._identity:
+    if self._place.identity(self._folder) == self._identity:
       return
     _clear(self._folder)  # tensorstore makes missing directories while it writes
     with contextlib.suppress(OSError):
@@ -144,7 +157,7 @@ class Directory:
 
 def check_present(folder: str):
   """Raises RunError if the directory of a run is gone."""
-  if not os.path.isdir(folder):
+  if places.of(folder).identity(folder) is None:
     raise gone(folder)
 
 
@@ -152,11 +165,3 @@ def gone(folder: str) -> RunError:
   """The error if a directory vanished during a run."""
   return RunError(f'{folder} is gone: it was deleted, moved or unmounted during the run. Put it '
                   'back, and the same command continues from its newest checkpoint.')
-
-
-def _identity(folder: str) -> tuple[int, int] | None:
-  try:
-    found = os.stat(folder)
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-  return found.st_dev, found.st_ino

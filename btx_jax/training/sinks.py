@@ -8,6 +8,7 @@ only here, and only when a run starts.
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import uuid
 
 from btx_jax.errors import UsageError, nearest
+from btx_jax.files import places
 from btx_jax.run import Run
 
 TENSORBOARD, WANDB, MLFLOW = 'tensorboard', 'wandb', 'mlflow'
@@ -59,7 +61,7 @@ class Subject:
 
 def subject(run: Run, folder: str) -> Subject:
   """The Subject of a run; `folder` is the run's directory, WORKDIR/NAME."""
-  workdir = os.path.abspath(folder).removesuffix(os.path.normpath(run.name))
+  workdir = places.absolute(folder).removesuffix(os.path.normpath(run.name))
   return Subject(run.name, os.path.basename(os.path.normpath(workdir)), folder, run.spec())
 
 
@@ -86,6 +88,8 @@ class TensorBoard:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2
     from tensorboardX.summary import scalar
+    if places.is_in_bucket(folder):
+      raise OSError(errno.EINVAL, 'event files are written to a disk', folder)
     path = os.path.join(folder, TENSORBOARD)
     os.makedirs(path, exist_ok=True)
     proto: Any = event_pb2  # its classes are made when it is imported

@@ -16,9 +16,9 @@ import tensorstore
 from btx_jax.convert import finite
 from btx_jax.devices import distributed
 from btx_jax.errors import RunError
-from btx_jax.files import naming
+from btx_jax.files import naming, places
 from btx_jax.model.source import Index
-from btx_jax.training import checksums, damage
+from btx_jax.training import checksums, damage, saving
 
 EARLIER = ('an earlier version wrote it, without the sums of an interval, so no run can go on '
            'from it; its parameters can be read')
@@ -28,17 +28,19 @@ CHUNK = 1 << 26  # bytes of an array that are read or written at once
 def kept_steps(folder: str) -> list[int]:
   """The steps of the complete checkpoints in a folder, in order."""
   try:
-    return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
+    found = [name for name in places.names(folder) if name.isdecimal()]
   except FileNotFoundError:
     return []
+  return sorted(int(name) for name in found
+                if places.is_whole(os.path.join(folder, name), saving.LAST))
 
 
 def step_folder(folder: str, step: int) -> str:
   """The directory of a checkpoint; raises RunError, on all processes, if there is none."""
   path = os.path.join(naming.checkpoint_path(folder), str(step))
-  if not distributed.broadcast(lambda: os.path.isdir(path)):
+  if not distributed.broadcast(lambda: places.is_whole(path, saving.LAST)):
     raise RunError(f'The checkpoint {path} is missing; was it deleted? To train its run again, '
-                   f'delete {os.path.dirname(os.path.abspath(folder))}.')
+                   f'delete {os.path.dirname(places.absolute(folder))}.')
   return path
 
 
@@ -199,5 +201,4 @@ class Saved:
 
   def _store(self, item: str) -> dict[str, Any]:
     """Where tensorstore finds the arrays of an item."""
-    # A file:// URL would be decoded: %20 means a space, and # and ? end the path.
-    return {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{self._path}/{item}/'}}
+    return {'driver': 'ocdbt', 'base': places.of(self._path).tensorstore(f'{self._path}/{item}')}
