@@ -328,10 +328,10 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
 
 @pytest.mark.parametrize('lines, message', [
     # The wrong name or type of a value
-    ("config.train.batch_sise = 3", "line 17: there is no field 'batch_sise' there; did you mean "
+    ("config.train.batch_sise = 3", "line 16: there is no field 'batch_sise' there; did you mean "
      "'batch_size'?"),
-    ("config.data.length = 8", 'line 17: data.length is now data.seq_len.'),
-    ("config.data.update(length=8)", 'line 17: data.length is now data.seq_len.'),
+    ("config.data.length = 8", 'line 16: data.length is now data.seq_len.'),
+    ("config.data.update(length=8)", 'line 16: data.length is now data.seq_len.'),
     ("config.train.update({'accumulation': 2})", 'train.accumulation is now train.microbatches.'),
     ("x = 2 * config.train.accumulation", 'train.accumulation is now train.microbatches.'),
     ("config.train = {'balance': 0.1}", 'btx_jax: train.balance is now train.balance_loss.'),
@@ -351,14 +351,14 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ("config.domains = {'code': {'paths': '/x'}}", 'domains.code.format is missing'),
     ("config.domains.code.paths = 5", 'paths = 5 is of type int, and must be of type tuple'),
     ("config.domains.code = base.domain([5])", 'paths = (5,) is of type tuple, and must be a'),
-    ("config.domains.code = base.domain(here)", 'mine.py, line 17: TypeError: '),
+    ("config.domains.code = base.domain(here)", 'mine.py, line 16: TypeError: '),
     ("config.domains.code = {'path': '/x'}", "domains.code.path is not a field; did you mean"),
     ("config.runs = {'a': {'init': 'random', 'steps': 3}}", 'runs.a.domains is missing'),
     ("config.seeds = (0, '1')", "seeds = (0, '1') is of type tuple, and must be a list of int"),
     ("config.seeds = 3", 'seeds = 3 is of type int, and must be of type tuple'),
     (new(init="'seed'"), "runs.new.init = 'seed' is of type str, and must be a section."),
     (new(init="{'kind': 'random'}"), 'runs.new.init.runs is missing'),
-    (new(domains="'code'"), "mine.py, line 17: AttributeError: 'str' object has no attribute"),
+    (new(domains="'code'"), "mine.py, line 16: AttributeError: 'str' object has no attribute"),
     (new(domains="{'code': 'x'}"), "ValueError: could not convert string to float: 'x'"),
     (new(steps="'3'"), "runs.new.steps = '3' is of type str, and must be an integer."),
     (new(steps='1e3'), 'runs.new.steps = 1000.0 is of type float'),
@@ -588,7 +588,7 @@ UNTRAINED = {'domains': '{}', 'steps': '0'}
     ('config.evaluation.every = -1', 'evaluation.every = -1 must be at least 0.'),
     ('config.evaluation.stride = 16', 'evaluation.stride = 16 is more than the 15 tokens of a'),
     ('config.mix.ram_gb = 0.0', 'mix.ram_gb = 0.0 must be positive.'),
-    ('config.evaluation.merge = ("all",)', 'line 17: evaluation.merge is now a run of its own, '
+    ('config.evaluation.merge = ("all",)', 'line 16: evaluation.merge is now a run of its own, '
      'base.run(base.ensemble(EXPERTS, selector=base.posterior())) or base.tfidf().'),
     ('config.data.held_out = 1.5', 'data.held_out = 1.5 must be a share between 0 and 1.'),
     ('config.data.max_skipped = 2.0', 'data.max_skipped = 2.0 must be a share from 0 to 1.'),
@@ -1102,7 +1102,7 @@ def test_what_ends_a_run(run, config, work, what, message, code):
 def test_debug_shows_where_an_error_came_from(run, config, work, tmp_path):
   mistake = config('config.train.batch_sise = 3'), f'--workdir={tmp_path / "none"}'
   check(run(*mistake, '--debug'), 'config.train.batch_sise = 3', traceback=True)
-  check(run('--nodebug', *mistake), 'mine.py, line 17: there is no field')
+  check(run('--nodebug', *mistake), 'mine.py, line 16: there is no field')
   failure = config(TRAINING.format('raise OSError(28, "full", "x")')), f'--workdir={work}'
   check(run(*failure, '--run=new', '--debug'), 'in train', code=1, traceback=True)
 
@@ -1110,7 +1110,7 @@ def test_debug_shows_where_an_error_came_from(run, config, work, tmp_path):
 def test_a_line_of_the_file_is_blamed_and_not_a_flag_that_has_the_same_word(run, config, tmp_path):
   done = run(config('config.train.steps = 3'), f'--workdir={tmp_path / "work"}',
              '--config.runs.seed.steps=2')
-  check(done, "mine.py, line 17: there is no field 'steps' there")
+  check(done, "mine.py, line 16: there is no field 'steps' there")
 
 
 def test_every_message_was_met(request):
