@@ -14,7 +14,9 @@ import re
 import sys
 from typing import NamedTuple
 
-from btx_jax.commands import decomposition, drawing, pictures, seeds, table
+import numpy as np
+
+from btx_jax.commands import decomposition, drawing, pictures, report_mixtures, seeds, table
 from btx_jax.commands.table import Row
 from btx_jax.configs import demo
 from btx_jax.configs import study as config_of
@@ -221,6 +223,23 @@ def later_table(found: Found) -> str:
       for title, names in _LATER.items())
 
 
+def routing_table(found: Found) -> str:
+  """The finetuned mixture with each router: scores, and how tokens of held-out text are routed."""
+  rows = next(iter(found.rows.values()))
+  routed = {each['name']: each for each in report_mixtures.routings(found.study)}
+  lines = []
+  for name in ('btx/finetuned', *(name for name in config_of.routing()
+                                  if name.startswith('routing/'))):
+    line = [f'`{name}`', *_scores(rows.get(name))]
+    if name in rows and name in routed:
+      shares_LE = np.mean([*routed[name]['share'].values()], 0)
+      line += [f'{np.mean(routed[name]["mutual_information"]):.2f}',
+               f'{100 * shares_LE.max(-1).mean():.0f}']
+    lines.append(line)
+  return _table(['model', 'mean', *_DOMAINS, 'mutual information, bits', '% to the busiest expert'],
+                lines)
+
+
 def rates_table(found: Found) -> str:
   """Each family at each learning rate; the best of each is bold."""
   rows, lines = next(iter(found.rows.values())), []
@@ -246,15 +265,16 @@ def rates_table(found: Found) -> str:
 
 def write(workdir: str, rows: str, folder: str) -> None:
   """Replaces the tables of FOLDER/study.md and its pictures."""
-  main, cells, splits, later, rates = (
-      read(form, workdir, rows) for form in ('', 'crossover', 'split', 'later', 'rates'))
+  main, cells, splits, later, routers, rates = (
+      read(form, workdir, rows)
+      for form in ('', 'crossover', 'split', 'later', 'routing', 'rates'))
   gaps, sizes, shares = crossover(main, cells), tokens(cells, main), split(main, splits)
   dense = {name: row for series in (main.rows, splits.rows)
            for name, row in series.get(splits.study.series[0], {}).items()}.get(DENSE)
   made = {'main': main_table(main), 'decomposition': decomposition_table(main.study),
           'crossover': crossover_table(gaps, sizes),
           'split': split_table(shares), 'later': later_table(later),
-          'rates': rates_table(rates)}
+          'routing': routing_table(routers), 'rates': rates_table(rates)}
   path = os.path.join(folder, 'study.md')
   with open(path, encoding='utf-8') as file:
     page = file.read()

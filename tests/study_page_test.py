@@ -20,7 +20,7 @@ _SEEDS = {'': (0, 1)}  # of the form with a mean; the others have one
 def made_up(tmp_path_factory):
   """A folder with the rows of all forms, made up; without a working directory."""
   folder = tmp_path_factory.mktemp('study')
-  for form in ('', 'crossover', 'split', 'later', 'rates'):
+  for form in ('', 'crossover', 'split', 'later', 'routing', 'rates'):
     config = config_of.get_config(form)
     config.seeds, config.rows = _SEEDS.get(form, config.seeds), str(folder / 'rows')
     rows.write_rows(finished.write(config, str(folder / 'work')))
@@ -60,6 +60,11 @@ def test_the_tables_have_the_figures_of_the_rows(made_up, tmp_path):
           for name in ('merge/learned', 'btx/finetuned', 'ffn/ridge')]
   assert [cell.split(' ')[0] for cell in middle[2:]] == [f'{value:+.3f}' for value in gaps]
   assert len(tables['later']) == 13
+  routed = {line[0].strip('`'): line for line in tables['routing']}
+  assert routed.keys() == {'btx/finetuned'} | {
+      f'routing/{name}' for name in ('unbalanced', 'switch', 'soft', 'sample_top_1')}
+  for name, line in routed.items():
+    assert line[1] != '-' and 0 <= float(line[6]) <= 2 and 25 <= float(line[7]) <= 100, name
   for name in ('crossover', 'split'):
     assert (tmp_path / f'study_{name}.png').read_bytes().startswith(b'\x89PNG')
 
@@ -76,4 +81,4 @@ def test_what_is_not_trained_is_a_dash(made_up, tmp_path):
   assert lines['sparse/copies'][1] == '2' and lines['sparse/copies'][9] == '-'  # of one seed
   assert tables['crossover'][2][2:] == ['-', '-', '-']
   page_of(tmp_path / 'nowhere', tmp_path)
-  assert (tmp_path / 'study.md').read_text().count('<!-- end -->') == 6
+  assert (tmp_path / 'study.md').read_text().count('<!-- end -->') == 7
