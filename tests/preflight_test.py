@@ -387,6 +387,7 @@ def test_topologies_that_nobody_knows(name, message):
 
 @pytest.mark.parametrize('version, told', [
     ('0.0.42.1', 'libtpu 0.0.42.1'),
+    ('0.0.42', 'libtpu 0.0.42'),
     ('0.0.52', 'libtpu 0.0.52, not the libtpu==0.0.42.* that jax 0.10.2 requires')])
 def test_a_compiler_that_jax_did_not_ask_for_is_told(monkeypatch, version, told):
   versions = {'libtpu': version, 'jax': '0.10.2'}

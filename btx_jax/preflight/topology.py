@@ -112,7 +112,8 @@ def _libtpu() -> str:
   found = _version('libtpu')
   wanted = next((each.split(';')[0].strip() for each in importlib.metadata.requires('jax') or ()
                  if each.startswith('libtpu')), '*')
-  if not found or fnmatch.fnmatch(found.replace(' ', '=='), wanted):
+  pinned = found.replace(' ', '==')
+  if not found or any(fnmatch.fnmatch(each, wanted) for each in (pinned, f'{pinned}.0')):
     return found
   return f'{found}, not the {wanted} that {_version("jax")} requires'
 
