@@ -151,7 +151,7 @@ def check(folder: str) -> None:
   except damage.Damaged:
     if here == folder:
       raise
-    _check_all(places.local(folder, anew=True))  # only the copy may be damaged
+    _check_all(places.local(folder, refresh=True))  # only the copy may be damaged
 
 
 def _check_all(folder: str) -> None:

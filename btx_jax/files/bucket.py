@@ -68,8 +68,8 @@ class Bucket(places.Place):
   def open(self, path: str) -> BinaryIO:
     return io.BytesIO(objects.read(path).data)
 
-  def local(self, path: str, deep: bool, anew: bool) -> str:
-    return copies.local(path, deep, anew)
+  def local(self, path: str, deep: bool, refresh: bool) -> str:
+    return copies.local(path, deep, refresh)
 
   def tensorstore(self, folder: str) -> dict[str, Any]:
     return objects.spec(f'{folder}/')

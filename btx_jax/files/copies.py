@@ -14,7 +14,7 @@ _THREADS = 4  # each has an object in memory
 _GENERATIONS = '.generations'  # beside the folders of buckets: which generation each copy is of
 
 
-def local(path: str, deep: bool, anew: bool) -> str:
+def local(path: str, deep: bool, refresh: bool) -> str:
   """A path on this machine with the content of an object, or of objects in a folder.
 
   Arguments as for places.local.
@@ -25,12 +25,13 @@ def local(path: str, deep: bool, anew: bool) -> str:
   name, key = objects.split(path)
   target = os.path.join(_cache(), name, key)
   if key and objects.exists(path):
-    _copy(path, target, anew)
+    _copy(path, target, refresh)
     return target
   wanted = [name for name in objects.below(path) if deep or '/' not in name]
   _remove_others(target, set(wanted), deep)
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    list(pool.map(lambda each: _copy(f'{path}/{each}', os.path.join(target, each), anew), wanted))
+    list(pool.map(
+        lambda each: _copy(f'{path}/{each}', os.path.join(target, each), refresh), wanted))
   return target
 
 
@@ -44,9 +45,9 @@ def _generation_of(target: str) -> str:
   return os.path.join(_cache(), _GENERATIONS, os.path.relpath(target, _cache()))
 
 
-def _copy(path: str, target: str, anew: bool) -> None:
+def _copy(path: str, target: str, refresh: bool) -> None:
   """Copies an object, unless the copy is of its generation."""
-  if not anew and os.path.exists(target) and _recorded(target) == objects.generation(path):
+  if not refresh and os.path.exists(target) and _recorded(target) == objects.generation(path):
     return
   to, found = disk.Disk(), objects.read(path)
   with to.replacing(target, 'wb', -1) as file:

@@ -55,8 +55,8 @@ class Disk(places.Place):
   def open(self, path: str) -> BinaryIO:
     return inputs.open_on_disk(path)
 
-  def local(self, path: str, deep: bool, anew: bool) -> str:
-    del deep, anew
+  def local(self, path: str, deep: bool, refresh: bool) -> str:
+    del deep, refresh
     return path
 
   def tensorstore(self, folder: str) -> dict[str, str]:

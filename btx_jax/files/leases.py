@@ -155,8 +155,10 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _process(number: Any) -> list[Any]:
-  """What identifies a process of this machine: since which boot, its name space, its number, and
-  when it started; [] if there is none, or the system does not say."""
+  """Identifies a process of this machine: the boot, the PID namespace, the PID and the start time.
+
+  [] if there is no such process, or the system does not say.
+  """
   try:
     with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
       boot = file.read().strip()

@@ -24,7 +24,7 @@ _DENIED = ('PERMISSION_DENIED', 'UNAUTHENTICATED')
 
 
 class Read(NamedTuple):
-  """What was read of an object: bytes, and its generation."""
+  """The content of an object, and its generation."""
   data: bytes
   generation: bytes
 

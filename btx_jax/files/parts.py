@@ -75,7 +75,7 @@ def open_log(path: str) -> BinaryIO:
 
 
 def stamp(path: str) -> tuple[object, ...]:
-  """What changes with the content of a log; raises FileNotFoundError if there is none."""
+  """Differs whenever the content of a log does. Raises FileNotFoundError if there is no log."""
   parts = _parts(path)
   found = objects.generation(path)
   if found == objects.ABSENT:

@@ -81,7 +81,7 @@ class Place(abc.ABC):
     """Opens a file to read; raises OSError if it cannot be opened, see inputs.open_file."""
 
   @abc.abstractmethod
-  def local(self, path: str, deep: bool, anew: bool) -> str:
+  def local(self, path: str, deep: bool, refresh: bool) -> str:
     """See `local` below."""
 
   @abc.abstractmethod
@@ -143,7 +143,7 @@ class Place(abc.ABC):
 
   @abc.abstractmethod
   def stamp_of_log(self, path: str) -> tuple[Any, ...]:
-    """What changes with the content of a log. Raises OSError if there is none."""
+    """Differs whenever the content of a log does. Raises OSError if there is no log."""
 
   @abc.abstractmethod
   def lock(self, folder: str) -> contextlib.AbstractContextManager[None]:
@@ -196,15 +196,15 @@ def names(folder: str) -> list[str]:
   return sorted(of(folder).names(folder))
 
 
-def local(path: str, deep: bool = True, anew: bool = False) -> str:
+def local(path: str, deep: bool = True, refresh: bool = False) -> str:
   """A path on this machine with the content of a file or folder: itself, or that of a copy.
 
   Args:
     path: the file or folder; if it does not exist, neither does the result.
     deep: whether to copy what is in folders inside of the folder, too.
-    anew: whether to replace a copy that was made already.
+    refresh: whether to replace a copy that was made already.
   """
-  return of(path).local(path, deep, anew)
+  return of(path).local(path, deep, refresh)
 
 
 def absolute(path: str) -> str:

@@ -4,12 +4,12 @@ The timed steps are those in a file of tests/benchmarks/accelerator.py, which ti
 reads the bound of each of them on the devices where they run.
 """
 
-import json
 import math
 import statistics
 from typing import NamedTuple
 
 from btx_jax.errors import UsageError
+from btx_jax.files import inputs
 from btx_jax.preflight.topology import Topology
 
 DENSE, MIXTURE = 'dense', 'mixture'
@@ -40,8 +40,7 @@ def read(path: str, topology: Topology) -> dict[str, Ratio]:
     UsageError: the file is not readable, not such a file, or of other chips.
   """
   try:
-    with open(path, encoding='utf-8') as file:
-      found = json.load(file)
+    found = inputs.read_json(path)
   except (OSError, ValueError) as error:
     raise UsageError(f'--measured={path} cannot be read: {error}.') from error
   try:
