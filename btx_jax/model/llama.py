@@ -13,6 +13,7 @@ Parameters (`L` layers stacked on the first axis by scan):
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -234,6 +235,11 @@ def logits(params, hidden) -> jax.Array:
 
 def shapes(cfg: Config):
   """The parameters as a tree of jax.ShapeDtypeStruct."""
+  return jax.tree.map(lambda each: each, _shapes(cfg))  # a tree of the caller's own
+
+
+@functools.cache
+def _shapes(cfg: Config):
   return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
 
 
