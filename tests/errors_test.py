@@ -1,5 +1,6 @@
 """Every error message, produced by a mistake on the command line."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ from btx_jax.files import locks
 from docs import generate
 from tests import command
 
-MESSAGES = generate.messages()
+messages = functools.cache(generate.messages)
 MET = set()  # those seen so far
 # Messages that need several TPU slices, a process that dies, or a compiler for other devices
 _OF_OTHER_MACHINES = ('TPU slices', 'Another process', 'compiler', 'no such slice')
@@ -79,7 +80,7 @@ def check(done: command.Done, message: str, code: int = 2, traceback: bool = Fal
   assert done.code == code, done.stderr
   assert ('Traceback' in done.stderr) == traceback, done.stderr
   printed = done.stderr[done.stderr.index('btx_jax: ') + len('btx_jax: '):].strip()
-  variable = {each: found for each in MESSAGES if (found := each.variable(printed)) is not None}
+  variable = {each: found for each in messages() if (found := each.variable(printed)) is not None}
   assert variable, f'not a message that docs/generate.py finds: {printed}'
   nearest = min(variable, key=lambda each: (len(variable[each]), -len(each.fixed)))
   assert nearest.code == code
@@ -1118,7 +1119,7 @@ def test_every_message_was_met(request):
   if asked.option.keyword or any('::' in argument for argument in asked.args):
     pytest.skip('only some of the mistakes were made')
   # Messages about several processes are met in distributed_test.py.
-  missing = [str(message) for message in MESSAGES
+  missing = [str(message) for message in messages()
              if message not in MET and message.module not in _MET_ELSEWHERE
              and not any(text in str(message) for text in _OF_OTHER_MACHINES)]
   assert not missing, 'no mistake in this file leads to:\n' + '\n'.join(missing)

@@ -63,13 +63,14 @@ def empty(shape):
 
 
 @pytest.mark.parametrize('entries, message', [
-    ({str(i): empty([0]) for i in range(290_000)}, 'more than 2,000,000 values'),
-    ({'a': empty([2**62] * 100_000)}, 'a lacks a valid dtype, shape'),
-    ({'a': empty([10**1000, 0])}, 'a lacks a valid dtype, shape'),
-    (f'{{"a": {DEEP}}}'.encode(), 'nested too deeply'),
-    (b'{%s}' % b','.join(b'"%d": 0' % (i // 2) for i in range(100_000)), '0 appears twice')])
+    (lambda: {str(i): empty([0]) for i in range(290_000)}, 'more than 2,000,000 values'),
+    (lambda: {'a': empty([2**62] * 100_000)}, 'a lacks a valid dtype, shape'),
+    (lambda: {'a': empty([10**1000, 0])}, 'a lacks a valid dtype, shape'),
+    (lambda: f'{{"a": {DEEP}}}'.encode(), 'nested too deeply'),
+    (lambda: b'{%s}' % b','.join(b'"%d": 0' % (i // 2) for i in range(100_000)),
+     '0 appears twice')])
 def test_headers_that_would_take_long_are_refused(model, entries, message):
-  header(model, entries)
+  header(model, entries())
   with pytest.raises(UsageError, match=message):
     Folder(model)
 

@@ -1,5 +1,7 @@
 """Re-initialised hidden units, for mixtures of one seed (Drop-Upcycling)."""
 
+import functools
+
 import numpy as np
 
 from btx_jax import base
@@ -10,18 +12,22 @@ from btx_jax.study.redrawn import Redrawn
 from tests import studies
 from tests.helpers import TINY, final_params, random_params
 
-SEED = Arrays(random_params(TINY))
 MATRICES = {'layers/ffn/gate': 1, 'layers/ffn/up': 1, 'layers/ffn/down': 0}
 
 
+@functools.cache
+def seed() -> Arrays:
+  return Arrays(random_params(TINY))
+
+
 def whole(source, path):
-  return source.read(path, tuple(slice(0, n) for n in SEED.shapes[path]))
+  return source.read(path, tuple(slice(0, n) for n in seed().shapes[path]))
 
 
 def test_the_same_units_are_reinitialised_in_all_matrices_and_the_rest_is_kept():
-  made = Redrawn(SEED, TINY, 0.5, seed=1)
-  for path, shape in SEED.shapes.items():
-    was, now = whole(SEED, path), whole(made, path)
+  made = Redrawn(seed(), TINY, 0.5, seed=1)
+  for path, shape in seed().shapes.items():
+    was, now = whole(seed(), path), whole(made, path)
     if path not in MATRICES:
       np.testing.assert_array_equal(now, was)
       continue
@@ -32,14 +38,15 @@ def test_the_same_units_are_reinitialised_in_all_matrices_and_the_rest_is_kept()
       drawn, before = (np.take(x[layer], changed, MATRICES[path]) for x in (now, was))
       np.testing.assert_allclose(drawn.std(), before.std(), rtol=0.3)
   assert set(made.units(0)) != set(made.units(1))
-  assert set(made.units(0)) != set(Redrawn(SEED, TINY, 0.5, seed=2).units(0))
+  assert set(made.units(0)) != set(Redrawn(seed(), TINY, 0.5, seed=2).units(0))
 
 
 def test_a_slice_is_that_of_the_whole():
-  made, path = Redrawn(SEED, TINY, 0.5, seed=1), 'layers/ffn/up'
+  made, path = Redrawn(seed(), TINY, 0.5, seed=1), 'layers/ffn/up'
   index = slice(1, 2), slice(3, 9), slice(2, 11)
   np.testing.assert_array_equal(made.read(path, index), whole(made, path)[index])
-  np.testing.assert_array_equal(whole(Redrawn(SEED, TINY, 0.0, seed=1), path), whole(SEED, path))
+  unchanged = Redrawn(seed(), TINY, 0.0, seed=1)
+  np.testing.assert_array_equal(whole(unchanged, path), whole(seed(), path))
 
 
 def test_a_study_mixes_copies_with_other_units_reinitialised(text, tmp_path):
