@@ -28,8 +28,6 @@ from tests.benchmarks.sides import Cost
 
 STEPS = ('dense', 'mixture')
 DEFAULT, ROWS = (*STEPS, 'tokenizing'), (*STEPS, 'tokenizing', 'mixing')
-# How transformers can compute a mixture's experts; the fastest is compared.
-EXPERTS = ('eager', 'grouped_mm', 'batched_mm')
 
 
 def our_calls(row: str, dtypes: Sequence[str]) -> list[str]:
@@ -46,7 +44,7 @@ def reference_calls(row: str, dtypes: Sequence[str]) -> list[str]:
     return []
   if row == 'dense':
     return our_calls(row, dtypes)
-  return [f'mixture {dtype} {experts}' for dtype in dtypes for experts in EXPERTS]
+  return [f'mixture {dtype} {experts}' for dtype in dtypes for experts in sizes.EXPERTS]
 
 
 def machine() -> dict[str, Any]:

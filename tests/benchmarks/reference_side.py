@@ -15,9 +15,7 @@ import torch
 import transformers
 
 from tests.benchmarks import sides
-from tests.benchmarks.sizes import Sizes
-
-EXPERTS = ('eager', 'grouped_mm', 'batched_mm')  # how transformers can compute a mixture's experts
+from tests.benchmarks.sizes import EXPERTS, Sizes
 
 
 def make_step(sizes: Sizes, kind: str, dtype: str, experts: str = ''):
