@@ -126,6 +126,30 @@ def test_copies_on_this_machine_follow_the_objects(root):
   assert not os.path.exists(places.local(f'{root}/none'))
 
 
+@pytest.mark.parametrize('size', [0, 3, 4, 5, 8])
+def test_an_object_is_copied_piece_by_piece(root, monkeypatch, size):
+  monkeypatch.setattr(objects, 'PIECE', 4)
+  text = 'abcdefgh'[:size]
+  write(f'{root}/x', text)
+  found = list(objects.pieces(f'{root}/x'))
+  assert all(len(piece.data) <= 4 for piece in found)
+  assert b''.join(piece.data for piece in found).decode() == text
+  assert pathlib.Path(places.local(f'{root}/x')).read_text() == text
+
+
+def test_an_object_that_is_replaced_while_it_is_copied_is_not_mixed(root, monkeypatch):
+  monkeypatch.setattr(objects, 'PIECE', 4)
+  write(f'{root}/x', 'old old old')
+  reading = objects.pieces(f'{root}/x')
+  next(reading)
+  write(f'{root}/x', 'new new new')
+  with pytest.raises(OSError, match='replaced while it was read'):
+    next(reading)
+  objects.remove(f'{root}/x')
+  with pytest.raises(FileNotFoundError):
+    list(objects.pieces(f'{root}/x'))
+
+
 def test_lines_in_parts_are_read_as_one(root, monkeypatch):
   monkeypatch.setattr(parts, '_LARGE', 150)
   steps = lambda: [line['step'] for line in metrics.read(root)]

@@ -10,7 +10,7 @@ import os
 
 from btx_jax.files import disk, objects
 
-_THREADS = 4  # each has an object in memory
+_THREADS = 4  # each has a piece of an object in memory
 _GENERATIONS = '.generations'  # beside the folders of buckets: which generation each copy is of
 
 
@@ -49,11 +49,13 @@ def _copy(path: str, target: str, refresh: bool) -> None:
   """Copies an object, unless the copy is of its generation."""
   if not refresh and os.path.exists(target) and _recorded(target) == objects.generation(path):
     return
-  to, found = disk.Disk(), objects.read(path)
+  to, generation = disk.Disk(), b''
   with to.replacing(target, 'wb', -1) as file:
-    file.write(found.data)
+    for piece in objects.pieces(path):
+      file.write(piece.data)
+      generation = piece.generation
   with to.replacing(_generation_of(target), 'wb', -1) as file:
-    file.write(found.generation)
+    file.write(generation)
 
 
 def _recorded(target: str) -> bytes:

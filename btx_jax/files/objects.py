@@ -7,6 +7,7 @@ tensorstore repeats a request that the service answers with 408, 429 or 5xx, or 
 about two minutes (_WAITING) the error is raised, as an OSError that names the path.
 """
 
+from collections.abc import Iterator
 import errno
 import functools
 import os
@@ -21,6 +22,7 @@ ABSENT = b'\x02'  # tensorstore's generation of an object that does not exist
 # Pauses of 1, 2, 4, 8, 16, 32, 32 and 32 seconds, give or take.
 _WAITING = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}
 _DENIED = ('PERMISSION_DENIED', 'UNAUTHENTICATED')
+PIECE = 1 << 26  # bytes
 
 
 class Read(NamedTuple):
@@ -43,10 +45,44 @@ def spec(path: str) -> dict[str, Any]:
 
 def read(path: str) -> Read:
   """Reads an object. Raises FileNotFoundError if there is none."""
-  found = _result(path, lambda store, key: store.read(key))
-  if found.state != 'value':
+  return _found(path, _result(path, lambda store, key: store.read(key)))
+
+
+def _found(path: str, result: tensorstore.KvStore.ReadResult) -> Read:
+  if result.state != 'value':
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-  return Read(found.value, found.stamp.generation)
+  return Read(result.value, result.stamp.generation)
+
+
+def pieces(path: str) -> Iterator[Read]:
+  """Reads an object, PIECE bytes at a time, so that a large one needs little memory.
+
+  Raises:
+    FileNotFoundError: there is none.
+    OSError: it was replaced meanwhile.
+  """
+  start, generation, is_last = 0, None, False
+  while not is_last:
+    piece, is_last = _piece(path, start)
+    if generation not in (None, piece.generation):
+      raise OSError(errno.ESTALE, 'it was replaced while it was read; run the command again', path)
+    start, generation = start + len(piece.data), piece.generation
+    yield piece
+
+
+def _piece(path: str, start: int) -> tuple[Read, bool]:
+  """The bytes from `start` on, PIECE at most, and whether these are the last ones."""
+  try:
+    found = _result(path, lambda store, key: store.read(
+        key, byte_range=slice(start, start + PIECE)))
+    return _found(path, found), False
+  except _OutOfRange:  # tensorstore tells nobody how many there are
+    pass
+  try:
+    return _found(path, _result(path, lambda store, key: store.read(
+        key, byte_range=slice(start, None)))), True
+  except _OutOfRange:  # the last piece was a whole one
+    return Read(b'', generation(path)), True
 
 
 def write(path: str, data: bytes, unless_changed: bytes | None = None) -> bytes | None:
@@ -136,8 +172,14 @@ def _result(path: str, request) -> Any:
     raise _as_os_error(str(error), path) from error
 
 
+class _OutOfRange(OSError):
+  """An object has fewer bytes than were asked for."""
+
+
 def _as_os_error(text: str, path: str) -> OSError:
   name, _ = split(path)
+  if text.startswith('OUT_OF_RANGE'):
+    return _OutOfRange(errno.EIO, 'the object is shorter than expected', path)
   if text.startswith('NOT_FOUND'):
     return PermissionError(errno.EACCES, f'there is no bucket {name}', path)
   if text.startswith(_DENIED):
