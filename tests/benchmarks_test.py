@@ -14,11 +14,13 @@ def test_a_quick_run_prints_ratios_and_writes_all_figures(tmp_path, capsys):
   benchmarks.main(['dense', 'tokenizing', '--quick', f'--json={file}'])
   printed, figures = capsys.readouterr().out, json.loads(file.read_text())
   assert set(figures['calls']) == {
-      'ours dense float32', 'ours matmul float32', 'ours tokenizing', 'ours tokenizer alone'}
+      'ours dense float32', 'ours matmul float32', 'ours products float32', 'ours tokenizing',
+      'ours tokenizer alone'}
   assert all(cost['seconds'] > 0 for taken in figures['calls'].values() for cost in taken)
   assert set(figures['versions']) >= {'jax', 'numpy', 'tokenizers'}
   assert figures['machine']['cores'] > 0
-  for title in ('tokenizing', 'share of the matmul peak, dense float32'):
+  for title in ('tokenizing', 'share of the matmul peak, dense float32',
+                'share of the matmuls alone, ours dense float32'):
     assert figures['ratios'][title]['seconds'] > 0 and title in printed
 
 

@@ -34,7 +34,7 @@ def our_calls(row: str, dtypes: Sequence[str]) -> list[str]:
   """The calls of our side, see our_side.py."""
   if row == 'tokenizing':
     return ['tokenizing', 'tokenizer alone']
-  kinds = {'dense': ('dense', 'matmul'), 'mixture': ('mixture', 'equal')}[row]
+  kinds = {'dense': ('dense', 'matmul', 'products'), 'mixture': ('mixture', 'equal')}[row]
   return [f'{kind} {dtype}' for kind in kinds for dtype in dtypes]
 
 
@@ -90,6 +90,8 @@ def compared(costs: dict[str, list[Cost]], measured: sizes.Sizes) -> dict[str, t
   for dtype in measured.dtypes:
     add(f'dense step, {dtype}', f'ours dense {dtype}', f'reference dense {dtype}')
     add(f'matmul, {dtype}', f'ours matmul {dtype}', f'reference matmul {dtype}')
+    add(f'matmuls of the dense step alone, {dtype}', f'ours products {dtype}',
+        f'reference products {dtype}')
   add('mixture step, best dtype', 'ours mixture', 'reference mixture')
   for dtype in measured.dtypes:
     add(f'mixture step, {dtype}', f'ours mixture {dtype}', f'reference mixture {dtype}')
@@ -97,6 +99,12 @@ def compared(costs: dict[str, list[Cost]], measured: sizes.Sizes) -> dict[str, t
         f'ours equal {dtype}')
   add('tokenizing', 'ours tokenizing', 'ours tokenizer alone')
   add('mixing', 'mixing ours', 'mixing cp')
+  for owner in ('ours', 'reference'):
+    for dtype in measured.dtypes:
+      step, alone = f'{owner} dense {dtype}', f'{owner} products {dtype}'
+      if step in costs and alone in costs:
+        rows[f'share of the matmuls alone, {step}'] = (
+            ratio(costs, step, alone), f'{alone} in {step}')
   flops = our_side.step_flops(measured, 'dense')
   for dtype in measured.dtypes:
     if f'ours dense {dtype}' in costs:

@@ -22,6 +22,7 @@ import tokenizers
 from btx_jax.data import demo, tokenizer, tokens
 from btx_jax.data.domains import Domain
 from btx_jax.devices.mesh import make_mesh
+from btx_jax.model import products
 from btx_jax.model.config import Config, train_flops_per_token
 from tests.benchmarks import sides, turns
 from tests.benchmarks.sizes import Sizes
@@ -53,6 +54,21 @@ def make_matmul(sizes: Sizes, dtype: str):
   a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
   matmul = jax.jit(jnp.matmul)
   return lambda: matmul(a, b).block_until_ready()
+
+
+def make_products(sizes: Sizes, dtype: str):
+  """The matmuls of a dense step alone."""
+  forward, of_input, of_weights = map(jax.jit, (
+      products.product, products.product_transposed, products.outer))
+  arrays = [(count, *(jnp.ones(shape, dtype) for shape in (
+      (sizes.tokens, d), (sizes.tokens, f), (d, f)))) for d, f, count in sizes.products]
+
+  def call():
+    for count, x, y, w in arrays:
+      for _ in range(count):
+        jax.block_until_ready((forward(x, w), of_input(y, w), of_weights(x, y)))
+
+  return call
 
 
 def make_tokenizing(sizes: Sizes, folder: pathlib.Path, ours: bool):
@@ -88,7 +104,8 @@ def main():
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(make_mesh()):
     makers = {f'{kind} {dtype}': functools.partial(make_step, sizes, kind, dtype)
               for kind in ('dense', 'mixture', 'equal') for dtype in sizes.dtypes}
-    makers |= {f'matmul {dtype}': functools.partial(make_matmul, sizes, dtype)
+    makers |= {f'{name} {dtype}': functools.partial(make, sizes, dtype)
+               for name, make in (('matmul', make_matmul), ('products', make_products))
                for dtype in sizes.dtypes}
     makers |= {name: functools.partial(make_tokenizing, sizes, pathlib.Path(folder), ours)
                for name, ours in (('tokenizing', True), ('tokenizer alone', False))}

@@ -55,6 +55,19 @@ def make_matmul(sizes: Sizes, dtype: str):
   return lambda: a @ b
 
 
+def make_products(sizes: Sizes, dtype: str):
+  """The matmuls of a dense step alone."""
+  tensors = [(count, *(torch.ones(shape, dtype=getattr(torch, dtype)) for shape in (
+      (sizes.tokens, d), (sizes.tokens, f), (d, f)))) for d, f, count in sizes.products]
+
+  def call():
+    for count, x, y, w in tensors:
+      for _ in range(count):
+        x @ w, y @ w.T, x.T @ y
+
+  return call
+
+
 def main():
   sizes = Sizes.read(sys.argv[1])
   torch.manual_seed(0)
@@ -63,6 +76,7 @@ def main():
   for dtype in sizes.dtypes:
     makers[f'dense {dtype}'] = functools.partial(make_step, sizes, 'dense', dtype)
     makers[f'matmul {dtype}'] = functools.partial(make_matmul, sizes, dtype)
+    makers[f'products {dtype}'] = functools.partial(make_products, sizes, dtype)
     for experts in EXPERTS:
       makers[f'mixture {dtype} {experts}'] = functools.partial(
           make_step, sizes, 'mixture', dtype, experts)

@@ -44,6 +44,15 @@ class Sizes:
     m, k, n = self.matmul
     return 2 * m * k * n
 
+  @property
+  def products(self) -> list[tuple[int, int, int]]:
+    """The matmuls of a dense step, but for attention: width in, width out, and how often.
+
+    Each is one with weights, of all tokens; the step has one forward, and two in its gradient.
+    """
+    d, f, layers = self.dim, self.ffn_dim, self.num_layers
+    return [(d, d, 4 * layers), (d, f, 2 * layers), (f, d, layers), (d, self.vocab_size, 1)]
+
   def write(self) -> str:
     return json.dumps(dataclasses.asdict(self))
 
