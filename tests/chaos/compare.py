@@ -12,7 +12,7 @@ import tensorstore as ts
 EXCLUDED_FIELDS = frozenset((
     'time', 'tokens_per_second', 'mfu', 'input_wait', 'memory',  # of metrics.jsonl
     'seconds', 'started', 'saved', 'updated', 'versions', 'earlier_versions',  # of manifests
-    'checkpoint_age', 'seconds_left',  # of report.json
+    'checkpoint_age', 'seconds_left', 'device_seconds',  # of report.json
     'checksum',  # of a JSON file; its other fields are compared
     'metrics'))  # of a checkpoint: the size and the checksum of metrics.jsonl, which has times
 # Process ids; times of files; a page and a picture with times, whose figures are in report.json.
