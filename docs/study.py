@@ -77,6 +77,24 @@ class Gap(NamedTuple):
   spread: float | None
 
 
+class Cell(NamedTuple):
+  """A cell of the crossover: a seed model and experts of these lengths.
+
+  Attributes:
+    seed_tokens: millions of tokens that the seed model was trained on.
+    expert_tokens: millions that each expert was trained on after that.
+    seed, dense: the rows of the seed model and of the dense one; None if not trained yet.
+    gaps: form -> its gap to the dense model.
+    passes: the most passes that dense or a form makes over the text of a domain; None without any.
+  """
+  seed_tokens: float
+  expert_tokens: float
+  seed: Row | None
+  dense: Row | None
+  gaps: dict[str, Gap | None]
+  passes: float | None
+
+
 def read(form: str, workdir: str, rows: str) -> Found:
   """What is known of a form of configs/study.py, in a working directory and a folder of rows."""
   config = config_of.get_config(form)
@@ -130,50 +148,48 @@ def decomposition_table(study: Study) -> str:
       for each in decomposition.over_seeds(parts_of.of_study(study))])
 
 
-def crossover(main: Found, cells: Found) -> dict[str, dict[str, Gap | None]]:
-  """cell -> form -> its gap to the dense model of that cell; '' is the cell of the main table."""
-  series = cells.study.series[0]
-  middle = main._replace(rows={series: main.rows.get(series, {})})
-  return {cell: {form: gap(cells.of(f'{cell}/{form}', f'{cell}/dense') if cell
-                           else middle.of(name, DENSE)) for form, name in _FORMS.items()}
-          for cell in dict.fromkeys([*_SEEDS, *_EXPERTS])}
-
-
-def tokens(cells: Found, main: Found) -> dict[str, tuple[float, float]]:
-  """cell -> millions of tokens of its seed, and of each of its experts."""
+def crossover(main: Found, cells: Found) -> dict[str, Cell]:
+  """The cells by name; '' is that of the main table."""
   series, result = cells.study.series[0], {}
-  for cell in dict.fromkeys([*_SEEDS, *_EXPERTS]):
-    study = cells.study if cell else main.study
-    seed = _trained(study, f'{series}/{_SEEDS.get(cell, "seed")}')
-    expert = _trained(study, f'{series}/{cell}/expert/code' if cell else f'{series}/expert/code')
-    result[cell] = seed, expert - seed
+  middle = main._replace(rows={series: main.rows.get(series, {})})
+  for name in dict.fromkeys([*_SEEDS, *_EXPERTS]):
+    found, seed = cells if name else middle, _SEEDS.get(name, 'seed')
+    dense, expert = (f'{name}/dense', f'{name}/expert/code') if name else (DENSE, 'expert/code')
+    forms = {form: f'{name}/{form}' if name else of_main for form, of_main in _FORMS.items()}
+    rows, before = found.rows[series], _trained(found.study, f'{series}/{seed}')
+    passes = [count for each in (dense, *forms.values())
+              if each in rows and (count := found.passes.get(f'{series}/{each}'))]
+    result[name] = Cell(
+        before, _trained(found.study, f'{series}/{expert}') - before, rows.get(seed),
+        rows.get(dense), {form: gap(found.of(each, dense)) for form, each in forms.items()},
+        max(passes, default=None))
   return result
 
 
-def crossover_table(gaps: Mapping[str, Mapping[str, Gap | None]],
-                    sizes: Mapping[str, tuple[float, float]]) -> str:
-  lines = [[f'{sizes[cell][0]:.2f}', f'{sizes[cell][1]:.2f}',
-            *(' ±'.join(_signed(found)[:2]) for found in of_forms.values())]
-           for cell, of_forms in gaps.items()]
-  return _table(['seed, M tokens', 'each expert, M tokens', *(f'`{form}`' for form in _FORMS)],
-                lines)
+def crossover_table(cells: Iterable[Cell]) -> str:
+  return _table(['seed, M tokens', 'each expert, M tokens', '`seed`', '`dense`',
+                 *(f'`{form}`' for form in _FORMS), 'most passes'], [
+      [f'{cell.seed_tokens:.2f}', f'{cell.expert_tokens:.2f}',
+       *('-' if row is None else f'{row["mean"]:.3f}' for row in (cell.seed, cell.dense)),
+       *(' ±'.join(_signed(found)[:2]) for found in cell.gaps.values()),
+       *([f'{cell.passes:.2f}'] if cell.passes else [])] for cell in cells])
 
 
-def crossover_picture(gaps: Mapping[str, Mapping[str, Gap | None]],
-                      sizes: Mapping[str, tuple[float, float]]) -> bytes:
+def crossover_picture(cells: Mapping[str, Cell]) -> bytes:
   """The gap of each form to dense against the tokens of the seed, and of each expert."""
   figure, axes = drawing.panels(2, 2, 3.0, left=0.7, legend=[*_FORMS], above=0.1, between=0.6)
-  for axis, cells, which, label in ((axes[0], tuple(_SEEDS), 0, 'the seed'),
-                                    (axes[1], _EXPERTS, 1, 'each expert')):
+  for axis, names, length, label in (
+      (axes[0], tuple(_SEEDS), 'seed_tokens', 'the seed'),
+      (axes[1], _EXPERTS, 'expert_tokens', 'each expert')):
+    along = [(getattr(cells[name], length), cells[name]) for name in names]
     for i, form in enumerate(_FORMS):
-      known = [(sizes[cell][which], found) for cell in cells if (found := gaps[cell][form])]
+      known = [(x, found) for x, cell in along if (found := cell.gaps[form])]
       axis.errorbar([x for x, _ in known], [found.value for _, found in known],
                     [found.error or 0.0 for _, found in known], color=pictures.color(i + 1),
                     marker='o', markersize=3, linewidth=1.2)
     axis.axhline(0, color='#999999', linewidth=0.8)  # after the lines of the legend
     axis.set_xscale('log', base=2)
-    at = [sizes[cell][which] for cell in cells]
-    axis.set_xticks(at, [f'{x:.2g}' for x in at])
+    axis.set_xticks([x for x, _ in along], [f'{x:.2g}' for x, _ in along])
     axis.minorticks_off()
     axis.set_xlabel(f'tokens of {label}, M')
   axes[0].set_ylabel('bits per byte above dense')
@@ -268,11 +284,11 @@ def write(workdir: str, rows: str, folder: str) -> None:
   main, cells, splits, later, routers, rates = (
       read(form, workdir, rows)
       for form in ('', 'crossover', 'split', 'later', 'routing', 'rates'))
-  gaps, sizes, shares = crossover(main, cells), tokens(cells, main), split(main, splits)
+  grid, shares = crossover(main, cells), split(main, splits)
   dense = {name: row for series in (main.rows, splits.rows)
            for name, row in series.get(splits.study.series[0], {}).items()}.get(DENSE)
   made = {'main': main_table(main), 'decomposition': decomposition_table(main.study),
-          'crossover': crossover_table(gaps, sizes),
+          'crossover': crossover_table(grid.values()),
           'split': split_table(shares), 'later': later_table(later),
           'routing': routing_table(routers), 'rates': rates_table(rates)}
   path = os.path.join(folder, 'study.md')
@@ -280,7 +296,7 @@ def write(workdir: str, rows: str, folder: str) -> None:
     page = file.read()
   with replacing(path) as file:
     file.write(_MARKED.sub(lambda found: found[1] + '\n' + made[found[2]] + '\n' + found[3], page))
-  for name, png in (('crossover', crossover_picture(gaps, sizes)),
+  for name, png in (('crossover', crossover_picture(grid)),
                     ('split', split_picture(shares, dense))):
     with replacing(os.path.join(folder, f'study_{name}.png'), 'wb') as file:
       file.write(png)
