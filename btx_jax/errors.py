@@ -55,6 +55,16 @@ def report_error(error: BaseException, debug: bool = False) -> int:
   return code
 
 
+def report_unraisable(found: 'sys.UnraisableHookArgs') -> None:
+  """A sys.unraisablehook: prints an error that nothing can catch, but one that tells users nothing.
+
+  Where an interrupt or a full disk ends a save, orbax closes asyncio's loop. tensorstore reports
+  to that loop what it has written, and each report would be a traceback.
+  """
+  if str(found.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(found)
+
+
 _UNEXPECTED = ('unexpected error. Completed work is kept, and the same command continues from '
                'there; if it happens again, please report it with the text above.')
 

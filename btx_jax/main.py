@@ -428,6 +428,7 @@ def _run_and_report_errors(argv: list[str]):
   """Runs the command; an error ends the process with a message and an exit code."""
   # orbax and jax log much that users do not need. orbax also logs the errors that it raises.
   logging.set_verbosity(logging.FATAL)
+  sys.unraisablehook = errors.report_unraisable
   try:
     run_command(argv)
   except (Exception, KeyboardInterrupt) as error:

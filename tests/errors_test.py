@@ -1,12 +1,15 @@
 """Every error message, produced by a mistake on the command line."""
 
+import asyncio
 import functools
 import os
 import pathlib
 import shutil
+import sys
 
 import pytest
 
+from btx_jax import errors
 from btx_jax.files import locks
 from docs import generate
 from tests import command
@@ -1098,6 +1101,23 @@ def test_what_ends_a_run(run, config, work, what, message, code):
   done = run(config(TRAINING.format(what)), f'--workdir={work}', '--run=new')
   check(done, message, code, traceback='ZeroDivision' in what)
   assert (work / 'new' / 'manifest.json').exists()  # it records what happened
+
+
+def test_reports_to_a_loop_that_orbax_has_closed_are_not_printed(monkeypatch, capsys):
+  class Late:
+    def __init__(self, report):
+      self._report = report
+
+    def __del__(self):
+      self._report()
+
+  monkeypatch.setattr(sys, 'unraisablehook', errors.report_unraisable)
+  loop = asyncio.new_event_loop()
+  loop.close()
+  Late(lambda: loop.call_soon_threadsafe(print))
+  assert not capsys.readouterr().err
+  Late(lambda: 1 / 0)
+  assert 'ZeroDivisionError' in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_came_from(run, config, work, tmp_path):
