@@ -167,12 +167,21 @@ def crossover(main: Found, cells: Found) -> dict[str, Cell]:
 
 
 def crossover_table(cells: Iterable[Cell]) -> str:
+  """The gap of each form to dense, and its gain over the seed as a share of that of dense."""
   return _table(['seed, M tokens', 'each expert, M tokens', '`seed`', '`dense`',
-                 *(f'`{form}`' for form in _FORMS), 'most passes'], [
+                 *(f'`{form}`' for form in _FORMS), *(f'gain of `{form}`' for form in _FORMS),
+                 'most passes'], [
       [f'{cell.seed_tokens:.2f}', f'{cell.expert_tokens:.2f}',
        *('-' if row is None else f'{row["mean"]:.3f}' for row in (cell.seed, cell.dense)),
        *(' ±'.join(_signed(found)[:2]) for found in cell.gaps.values()),
+       *(_share_of_gain(cell, found) for found in cell.gaps.values()),
        *([f'{cell.passes:.2f}'] if cell.passes else [])] for cell in cells])
+
+
+def _share_of_gain(cell: Cell, found: Gap | None) -> str:
+  if found is None or cell.seed is None or cell.dense is None:
+    return '-'
+  return f'{100 * (1 - found.value / (cell.seed["mean"] - cell.dense["mean"])):.0f} %'
 
 
 def crossover_picture(cells: Mapping[str, Cell]) -> bytes:

@@ -60,6 +60,9 @@ def test_the_tables_have_the_figures_of_the_rows(made_up, tmp_path):
           for name in ('merge/learned', 'btx/finetuned', 'ffn/ridge')]
   assert [cell.split(' ')[0] for cell in middle[4:7]] == [f'{value:+.3f}' for value in gaps]
   assert middle[2:4] == [f'{of_seeds[0][name]["mean"]:.3f}' for name in ('seed', 'dense/blend')]
+  seed, dense = (of_seeds[0][name]['mean'] for name in ('seed', 'dense/blend'))
+  gains = [seed - dense - value for value in gaps]
+  assert middle[7:10] == [f'{100 * gain / (seed - dense):.0f} %' for gain in gains]
   assert len(tables['later']) == 13
   routed = {line[0].strip('`'): line for line in tables['routing']}
   assert routed.keys() == {'btx/finetuned'} | {
@@ -80,6 +83,6 @@ def test_what_is_not_trained_is_a_dash(made_up, tmp_path):
   lines = {line[0].strip('`'): line for line in tables['main']}
   assert lines['btx/finetuned'][1] == '1' and lines['btx/finetuned'][7] == '-'  # no seed has both
   assert lines['sparse/copies'][1] == '2' and lines['sparse/copies'][9] == '-'  # of one seed
-  assert tables['crossover'][2][3:] == ['-'] * 5  # its seed model is there
+  assert tables['crossover'][2][3:] == ['-'] * 8  # its seed model is there
   page_of(tmp_path / 'nowhere', tmp_path)
   assert (tmp_path / 'study.md').read_text().count('<!-- end -->') == 7
