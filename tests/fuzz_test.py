@@ -155,6 +155,17 @@ def test_a_table_with_text_that_is_not_utf8_costs_its_rows_only(tmp_path):
     assert [(document.text, document.id) for document in found] == [('y', 'b')]
 
 
+def test_a_table_with_a_column_whose_name_is_not_utf8_is_damaged(tmp_path):
+  pa = pytest.importorskip('pyarrow')
+  from pyarrow import parquet
+  path = tmp_path / 'a.parquet'
+  parquet.write_table(pa.table({'text': ['x'], 'other': ['y']}), path, store_schema=False)
+  path.write_bytes(path.read_bytes().replace(b'other', b'oth\xf3r'))
+  (tmp_path / 'b.txt').write_text('sound')
+  found = [*corpora.documents(Domain('x', paths=(str(tmp_path),)), max_skipped=0.5)]
+  assert [document.text for document in found] == ['sound']
+
+
 def test_offsets_outside_of_the_memory_cost_their_rows_only(tmp_path):
   pa = pytest.importorskip('pyarrow')
   offsets = pa.py_buffer(struct.pack('<4i', 0, 1, 1 << 30, 3))

@@ -78,7 +78,8 @@ def _read(path: str, fields: Fields, open_table: Callable[[Any], _Table]
         for text, identity in zip(texts, ids):
           row += 1
           yield _from_row(text, identity if fields.id else None, f'{path}:{row}', fields.text)
-    except (pa.ArrowException, OSError) as error:  # the file itself was opened above
+    # The file itself was opened above; the names of columns need not be UTF-8.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
       yield Unusable(f'{path}:{row + 1}' if row else path, DAMAGED, f': {error}')
 
 
