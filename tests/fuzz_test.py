@@ -95,6 +95,13 @@ def test_numbers_of_a_config_json_are_in_range(model, change, message):
     Folder(model)
 
 
+def test_a_path_with_a_nul_character_is_refused():
+  with pytest.raises(UsageError, match='NUL'):
+    tokenizer.load('a\0b')
+  with pytest.raises(OSError, match='NUL'):
+    inputs.open_file('a\0b')
+
+
 def _socket(path):
   with socket.socket(socket.AF_UNIX) as made:
     made.bind(path)

@@ -39,6 +39,8 @@ def open_on_disk(path: str) -> BinaryIO:
     if error.errno == errno.ENXIO:  # a socket
       raise OSError(errno.EINVAL, 'it is a socket, not a regular file', path) from error
     raise
+  except ValueError as error:
+    raise OSError(errno.EINVAL, 'no path can have a NUL character', path) from error
   try:
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISDIR(mode):
