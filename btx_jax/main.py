@@ -368,9 +368,16 @@ def run_command(argv: list[str]):
 
 
 def recipe_path(config: str) -> str:
-  """The file of a recipe given by name, like demo:full; of anything else, only ~ is replaced."""
+  """The file of a recipe given by name, like demo:full; of anything else, only ~ is replaced.
+
+  Raises:
+    UsageError: it is something that is not a file or folder.
+  """
   config = os.path.expanduser(config)
   name, colon, argument = config.partition(':')
+  if os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
+    raise UsageError(f'--config={name} is a device, a named pipe or a socket; give a file of '
+                     'Python, as in configs/.')  # Python would read it without end
   if (os.path.sep in name or name.endswith('.py') or not name
       or os.path.isfile(name) or os.path.isfile(config)):
     return config
@@ -414,9 +421,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     app.usage(shorthelp=True, writeto_stdout=True)
     sys.exit(0)
   flags.FLAGS.set_gnu_getopt(True)  # flags may come after the command
-  argv = _with_recipe_path(argv)
   try:
+    argv = _with_recipe_path(argv)
     return flags.FLAGS(argv)
+  except UsageError as error:
+    sys.exit(errors.report_error(error))
   except flags.UnrecognizedFlagError as error:
     sys.exit(errors.report_error(UsageError(
         f'There is no flag --{error.flagname}; {nearest(error.flagname, _flag_names())}')))

@@ -98,6 +98,7 @@ DEMO = '--config=configs/demo.py'
     (['--config=configs/none.py'], '--config=configs/none.py: there is no such file (looked from'),
     (['--config='], '--config=: there is no such file'),
     (['--config=configs'], '--config=configs is not a recipe; valid: '),
+    (['--config=/dev/zero'], '--config=/dev/zero is a device, a named pipe or a socket'),
     (['--config=pyproject.toml'], 'pyproject.toml, line 3: SyntaxError: cannot assign'),
     (['--config=configs/demo.py:ful'], "configs/demo.py, line 26: ValueError: configs/demo.py has "
      "no form 'ful'"),

@@ -14,7 +14,8 @@ EXCLUDED_FIELDS = frozenset((
     'seconds', 'started', 'saved', 'updated', 'versions', 'earlier_versions',  # of manifests
     'checkpoint_age', 'seconds_left', 'device_seconds',  # of report.json
     'checksum',  # of a JSON file; its other fields are compared
-    'metrics'))  # of a checkpoint: the size and the checksum of metrics.jsonl, which has times
+    'metrics',  # of a checkpoint: the size and the checksum of metrics.jsonl, which has times
+    'unevaluated'))  # of a checkpoint: whether SIGTERM put its evaluation off, to be made up for
 # Process ids; times of files; a page and a picture with times, whose figures are in report.json.
 EXCLUDED_FILES = ('lock', 'files.jsonl', 'checked.json', 'report.html', 'graph.png')
 _POSITION, _EXCLUDED_ARRAYS = 'data/json', ('sums/data',)  # JSON with `metrics`; its checksum
