@@ -89,7 +89,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
       errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
       errno.ENAMETOOLONG):
     return f'{error.filename} cannot be written or read: {error.strerror}.', 1
-  if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in str(error):
+  if type(error).__name__ in ('JaxRuntimeError', 'ValueError') and 'Gloo' in str(error):
     return ('Another process of this job is gone; see its output for the reason. The same command '
             'on all processes continues from the last checkpoint. '
             f'({str(error).splitlines()[0]})', 1)

@@ -17,9 +17,10 @@ from btx_jax.commands import status
 from btx_jax.devices import sharding
 from btx_jax.errors import RunError
 from btx_jax.pipeline import Pipeline
+from btx_jax.scoring import scores
 from btx_jax.study import manifest, params, sources
 from btx_jax.training import checkpoint, checksums, damage, slices
-from tests import studies
+from tests import finished, studies
 from tests.helpers import assert_trees_equal, final_params
 
 STEPS = 6  # with checkpoints after 2, 4 and 6
@@ -249,6 +250,20 @@ def test_what_would_not_be_made_again_is_not_set_aside(copy, damaged, harmed, me
     copy.train('expert/code')
   assert {'2', '4', str(STEPS)} == set(os.listdir(sources.checkpoints(copy, run)))
   assert copy.state('seed') == manifest.COMPLETE
+
+
+def test_scores_are_not_taken_for_those_of_another_stage(tmp_path, capsys):
+  study = finished.write(finished.two_mixtures(), str(tmp_path))
+  run, stages = study.runs['btx'], (scores.START, scores.FINAL)
+  sound = [scores.read(study, run, stage) for stage in stages]
+  assert all(sound) and sound[0] != sound[1]
+  start, final = (scores.path(study, run, stage) for stage in stages)
+  os.rename(start, tmp_path / 'kept')
+  os.rename(final, start)
+  os.rename(tmp_path / 'kept', final)
+  assert [scores.read(study, run, stage) for stage in stages] == [None, None]
+  printed = ' '.join(capsys.readouterr().out.split())
+  assert f"{start} is damaged (its scores are those of the stage 'final')" in printed
 
 
 def test_without_a_sound_checkpoint_nothing_is_touched(copy):

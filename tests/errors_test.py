@@ -1092,6 +1092,8 @@ TRAINING = 'from btx_jax.training import loop\ndef train(*_):\n  {}\nloop.run = 
 @pytest.mark.parametrize('what, message, code', [
     ('import jax; raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room for 9 bytes")',
      'Out of memory. Lower train.batch_size', 1),
+    ('raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")',
+     'Another process of this job is gone', 1),
     ('raise OSError(28, "No space left on device", "x.bin")', 'No space is left for x.bin (', 1),
     ('raise OSError(5, "Input/output error", "x.bin")', 'The disk of x.bin cannot be', 1),
     ('raise ZeroDivisionError', 'unexpected error. Completed work is kept', 1),

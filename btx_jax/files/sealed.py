@@ -50,15 +50,22 @@ def read_or_empty(path: str) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def read_if_sound(path: str) -> dict[str, Any]:
+def read_if_sound(path: str, stage: str = '') -> dict[str, Any]:
   """The content of a JSON file with scores; {} if it does not exist or is damaged.
 
   A damaged file gets one warning: its scores can be measured again.
+
+  Args:
+    path: the file.
+    stage: the stage of the run that its scores must be of, if it names one: a file of an earlier
+      version does not, and another's may have taken its place.
   """
   try:
     found = read(path)
     if not isinstance(found, dict):
       raise ValueError('it does not hold an object')
+    if stage and found.get('stage', stage) != stage:
+      raise ValueError(f'its scores are those of the stage {found["stage"]!r}')
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:

@@ -155,8 +155,8 @@ def _are_sound(domains: Any, study: Study, stage: str) -> bool:
 
 def write(study: Study, run: Run, stage: str, scores: dict) -> None:
   """Stores the scores by domain that `bits` returned."""
-  sealed.write(path(study, run, stage),
-               {'measured_on': _measured_on(study, run), 'domains': scores}, indent=None)
+  sealed.write(path(study, run, stage), {
+      'stage': stage, 'measured_on': _measured_on(study, run), 'domains': scores}, indent=None)
 
 
 def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
@@ -176,7 +176,7 @@ def read_answers(study: Study, run: Run, stage: str) -> dict[str, dict]:
 def write_answers(study: Study, run: Run, stage: str, found: Mapping[str, dict]) -> None:
   """Stores scores on built-in tasks by name, as builtin.summary returned them."""
   kept = _kept(study, run, stage, ANSWERS)
-  sealed.write(path(study, run, stage, ANSWERS), kept | {
+  sealed.write(path(study, run, stage, ANSWERS), kept | {'stage': stage} | {
       name: {'made_from': _answers_made_from(study, run, name), 'found': score}
       for name, score in found.items()})
 
@@ -246,7 +246,7 @@ def _kept(study: Study, run: Run, stage: str, kind: str = EVALUATION) -> dict[st
   """What was stored of a run at a stage, in its directory or in the row that stands for it."""
   if row := study.row(run.name):
     return row[kind].get(stage, {})
-  return sealed.read_if_sound(path(study, run, stage, kind))
+  return sealed.read_if_sound(path(study, run, stage, kind), stage)
 
 
 def _answers_made_from(study: Study, run: Run, name: str) -> dict:
