@@ -9,7 +9,9 @@ it.
   python -m btx_jax.main --config=configs/mixtral_8x7b.py preflight --topology=h100:64 --run=btx \
       --config.train.batch_size=256 --config.train.microbatches=1 --config.model.remat=full
 
-Compiled for h100:64 so; not yet for a TPU.
+  python -m btx_jax.main --config=configs/mixtral_8x7b.py preflight --topology=v5p:4x4x8 --run=btx
+
+Compiled for h100:64 and v5p:4x4x8 so.
 """
 
 from btx_jax import base
