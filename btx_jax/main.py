@@ -46,7 +46,7 @@ from ml_collections import ConfigDict, config_flags
 
 from btx_jax import arguments as flag
 from btx_jax import errors
-from btx_jax.devices import compiled, distributed, rollcall
+from btx_jax.devices import compiled, distributed, large_pages, rollcall
 from btx_jax.errors import UsageError, nearest
 from btx_jax.files import naming, places, writing
 
@@ -319,6 +319,7 @@ COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'repo
             'compare': compare_experts, 'evaluate': evaluate_model, 'generate': generate_text,
             'export': export_model, 'rows': write_finished_rows, 'rename': rename_run,
             'preflight': compile_for_topology}
+_QUICK = {'status', 'jobs', 'ledger', 'wall_time', 'rows', 'rename', '--help', '-h'}
 
 
 def run_command(argv: list[str]):
@@ -459,6 +460,8 @@ def main(argv: list[str]):
 
 def cli():
   """Runs the command line of this process; the entry point of `btx`."""
+  if not _QUICK & set(sys.argv):
+    large_pages.restart_with_them()
   main(sys.argv)
 
 

@@ -14,6 +14,9 @@ os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + (
 # Commands that tests start keep nothing in the user's cache.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
 
+# Nor do they start again for large pages, which small models don't need.
+os.environ.setdefault('GLIBC_TUNABLES', '')
+
 import jax
 import pytest
 
