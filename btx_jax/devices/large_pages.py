@@ -13,7 +13,7 @@ import sys
 TUNABLES, WANTED = 'GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1'
 _SINCE = (2, 35)  # of glibc
 _MODES = '/sys/kernel/mm/transparent_hugepage/enabled'
-# There while the machine has an accelerator, whose steps take no memory of the host.
+# One of these exists if the machine has an accelerator: then steps use its memory.
 _ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/vfio')
 
 

@@ -76,7 +76,7 @@ def _piece(path: str, start: int) -> tuple[Read, bool]:
     found = _result(path, lambda store, key: store.read(
         key, byte_range=slice(start, start + PIECE)))
     return _found(path, found), False
-  except _OutOfRange:  # tensorstore tells nobody how many there are
+  except _OutOfRange:  # fewer bytes are left, and tensorstore does not say how many
     pass
   try:
     return _found(path, _result(path, lambda store, key: store.read(
