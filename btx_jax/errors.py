@@ -56,10 +56,10 @@ def report_error(error: BaseException, debug: bool = False) -> int:
 
 
 def report_unraisable(found: 'sys.UnraisableHookArgs') -> None:
-  """A sys.unraisablehook: prints an error that nothing can catch, but one that tells users nothing.
+  """For sys.unraisablehook: prints errors that cannot be caught, except one that is harmless.
 
-  Where an interrupt or a full disk ends a save, orbax closes asyncio's loop. tensorstore reports
-  to that loop what it has written, and each report would be a traceback.
+  If an interrupt or a full disk ends a save, orbax closes its asyncio loop. tensorstore then fails
+  to report finished writes to that loop, and Python would print a traceback for each.
   """
   if str(found.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(found)

@@ -319,7 +319,8 @@ COMMANDS = {'train': train_runs, 'status': show_status, 'jobs': list_jobs, 'repo
             'compare': compare_experts, 'evaluate': evaluate_model, 'generate': generate_text,
             'export': export_model, 'rows': write_finished_rows, 'rename': rename_run,
             'preflight': compile_for_topology}
-_QUICK = {'status', 'jobs', 'ledger', 'wall_time', 'rows', 'rename', '--help', '-h'}
+_HELP = {'--help', '-help', '-h', '-?'}
+_QUICK = _HELP | {'status', 'jobs', 'ledger', 'wall_time', 'rows', 'rename'}  # these don't compute
 
 
 def run_command(argv: list[str]):
@@ -418,15 +419,16 @@ def _flag_names() -> list[str]:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags, and reads the config file; returns the other arguments."""
-  if {'--help', '-help', '-h', '-?'} & set(argv[1:]):  # absl's own help ends with 1
+  if _HELP & set(argv[1:]):  # absl's own help ends with 1
     app.usage(shorthelp=True, writeto_stdout=True)
     sys.exit(0)
   flags.FLAGS.set_gnu_getopt(True)  # flags may come after the command
   try:
     argv = _with_recipe_path(argv)
-    return flags.FLAGS(argv)
   except UsageError as error:
     sys.exit(errors.report_error(error))
+  try:
+    return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     sys.exit(errors.report_error(UsageError(
         f'There is no flag --{error.flagname}; {nearest(error.flagname, _flag_names())}')))

@@ -78,7 +78,7 @@ class Gap(NamedTuple):
 
 
 class Cell(NamedTuple):
-  """A cell of the crossover: a seed model and experts of these lengths.
+  """One cell of the crossover: how long the seed and the experts were trained, and the results.
 
   Attributes:
     seed_tokens: millions of tokens that the seed model was trained on.

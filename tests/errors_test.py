@@ -1131,6 +1131,12 @@ def test_debug_shows_where_an_error_came_from(run, config, work, tmp_path):
   check(run(*failure, '--run=new', '--debug'), 'in train', code=1, traceback=True)
 
 
+def test_a_mistake_that_a_config_finds_itself_is_told_with_its_line(run, config, tmp_path):
+  lines = 'from btx_jax.errors import UsageError\nraise UsageError("no such folder")'
+  check(run(config(lines), f'--workdir={tmp_path / "work"}'),
+        'mine.py, line 17: UsageError: no such folder')
+
+
 def test_a_line_of_the_file_is_blamed_and_not_a_flag_that_has_the_same_word(run, config, tmp_path):
   done = run(config('config.train.steps = 3'), f'--workdir={tmp_path / "work"}',
              '--config.runs.seed.steps=2')
