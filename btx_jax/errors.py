@@ -56,13 +56,18 @@ def report_error(error: BaseException, debug: bool = False) -> int:
 
 
 def report_unraisable(found: 'sys.UnraisableHookArgs') -> None:
-  """For sys.unraisablehook: prints errors that cannot be caught, except one that is harmless.
+  """For sys.unraisablehook: prints errors that cannot be caught, except two that are harmless.
 
   If an interrupt or a full disk ends a save, orbax closes its asyncio loop. tensorstore then fails
-  to report finished writes to that loop, and Python would print a traceback for each.
+  to report finished writes to that loop, and Python would print a traceback for each. If one array
+  of a checkpoint cannot be read, orbax abandons the reads of the others, and each turns the
+  GeneratorExit by which Python ends it into an error of its own.
   """
-  if str(found.exc_value) != 'Event loop is closed':
-    sys.__unraisablehook__(found)
+  error = found.exc_value
+  if str(error) == 'Event loop is closed' or isinstance(
+      error and error.__cause__, GeneratorExit):
+    return
+  sys.__unraisablehook__(found)
 
 
 _UNEXPECTED = ('unexpected error. Completed work is kept, and the same command continues from '

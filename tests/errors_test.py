@@ -1123,6 +1123,20 @@ def test_reports_to_a_loop_that_orbax_has_closed_are_not_printed(monkeypatch, ca
   assert 'ZeroDivisionError' in capsys.readouterr().err
 
 
+def test_reads_that_orbax_has_abandoned_are_not_printed(monkeypatch, capsys):
+  async def read():
+    try:
+      await asyncio.sleep(0)
+    except BaseException as error:
+      raise ValueError('an array cannot be read') from error
+
+  monkeypatch.setattr(sys, 'unraisablehook', errors.report_unraisable)
+  abandoned = read()
+  abandoned.send(None)
+  del abandoned
+  assert not capsys.readouterr().err
+
+
 def test_debug_shows_where_an_error_came_from(run, config, work, tmp_path):
   mistake = config('config.train.batch_sise = 3'), f'--workdir={tmp_path / "none"}'
   check(run(*mistake, '--debug'), 'config.train.batch_sise = 3', traceback=True)
