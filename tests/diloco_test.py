@@ -138,23 +138,29 @@ def test_three_rounds_are_nesterov_steps_along_the_mean_change():
   assert_trees_close(ours.params, jax.tree.map(np.float32, at), rtol=1e-5, atol=1e-6)
 
 
-def test_what_no_worker_changes_stays_the_same_bit_for_bit():
-  """Parameters that are frozen, say, which other models share."""
+def test_what_is_frozen_stays_the_same_bit_for_bit():
+  """The mean of three equal numbers may differ from them; other models share these parameters."""
   outer, params = Outer(3), random_params(TINY)
   workers = jax.tree.map(lambda x: jnp.stack([x] * 3), params)
   momentum = diloco.outer_optimizer(outer).init(params)
-  found, _ = jax.jit(diloco.meet, static_argnums=0)(outer, params, workers, momentum)
-  assert_trees_equal(found, params)
+  meet = jax.jit(diloco.meet, static_argnums=(0, 4))
+  found, copies, _ = meet(outer, params, workers, momentum, ('layers/', 'scale'))
+  assert_trees_equal(found['layers'], params['layers'])
+  assert_trees_equal(copies['layers'], workers['layers'])
+  assert_trees_close(found, params, rtol=1e-6, atol=0)
+  assert not np.array_equal(found['embed'], params['embed'])
 
 
-def test_a_meeting_over_devices_is_that_on_one():
+@pytest.mark.parametrize('mesh', [(1, 2, 4, 1), (1, 2, 2, 2)])
+def test_a_meeting_over_devices_is_that_on_one(mesh):
   outer, params = Outer(4), random_params(TINY)
   workers = jax.tree.map(lambda *x: jnp.stack(x), *(random_params(TINY, seed) for seed in range(4)))
   momentum = diloco.outer_optimizer(outer).init(random_params(TINY, seed=4))
   meet = lambda *given: jax.device_get(jax.jit(diloco.meet, static_argnums=0)(outer, *given))
   expected = meet(params, workers, momentum)
-  with use_mesh((1, 2, 4, 1)) as mesh:
-    put = lambda tree, stacked=False: jax.device_put(tree, sharding.shardings(tree, mesh, stacked))
+  with use_mesh(mesh) as devices:
+    put = lambda tree, stacked=False: jax.device_put(
+        tree, sharding.shardings(tree, devices, stacked))
     found = meet(put(params), put(workers, stacked=True), put(momentum))
   assert_trees_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -208,9 +214,13 @@ def test_workers_read_the_rows_of_one_run_and_take_its_flops(study):
   assert run.flops == dataclasses.replace(run, outer=None).flops
 
 
-@pytest.mark.parametrize('mesh, workers, shards', [((1, 1, 4, 1), 4, 1), ((1, 2, 2, 2), 2, 4)])
+@pytest.mark.parametrize('mesh, workers, shards', [
+    ((1, 1, 4, 1), 4, 1), ((1, 2, 2, 2), 2, 4), ((1, 1, 2, 1), 4, 1)])
 def test_a_meeting_sends_what_a_ring_all_reduce_sends(text, mesh, workers, shards):
-  """And where a worker has one device, a step without a meeting sends next to nothing."""
+  """And where a worker has one device, a step without a meeting sends next to nothing.
+
+  Workers on the same device are averaged before anything is sent.
+  """
   run = plan.make_plan(get_config(text, workers=workers), 320)['diloco']
   with use_mesh(mesh) as devices:
     program = make_program([run], devices, num_domains=2).lower().compile()
@@ -219,7 +229,7 @@ def test_a_meeting_sends_what_a_ring_all_reduce_sends(text, mesh, workers, shard
         module._replace(entry=entry), UNKNOWN, devices, lambda *_: 1.0).total().sent.values())
   whether, = (each for computation in module.computations.values()
               for each in computation.values() if each.opcode == 'conditional')
-  ring = wall_time.all_reduce(4 * run.trained_params, workers)
+  ring = wall_time.all_reduce(4 * run.trained_params, mesh[2])
   without, with_meeting = sorted(map(sent, module.branches(whether)))
   assert without == 0
   # Norms are whole on every device; all else is sharded.

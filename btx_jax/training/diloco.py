@@ -7,6 +7,7 @@ The workers' own parameters and moments, and the outer momentum, are its optimiz
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import grain
@@ -21,7 +22,7 @@ from btx_jax.devices import sharding
 from btx_jax.devices.mesh import BRANCH_BATCH_AXES
 from btx_jax.model import llama
 from btx_jax.outer import Outer
-from btx_jax.run import Run
+from btx_jax.run import Run, frozen
 from btx_jax.training import batches, optim
 from btx_jax.training.one_run import OneRun
 from btx_jax.training.step import TrainState, TrainStep, make_train_step
@@ -32,7 +33,7 @@ def outer_optimizer(outer: Outer) -> optax.GradientTransformation:
   return optax.sgd(outer.outer_rate, momentum=outer.outer_momentum, nesterov=True)
 
 
-def meet(outer: Outer, params, workers, momentum):
+def meet(outer: Outer, params, workers, momentum, freeze: Sequence[str] = ()):
   """One outer step.
 
   Args:
@@ -40,36 +41,59 @@ def meet(outer: Outer, params, workers, momentum):
     params: those of the last meeting, in float32.
     workers: those of the workers, each leaf [W, ...].
     momentum: state of `outer_optimizer`.
+    freeze: regexes of paths that do not train; these parameters are neither sent nor changed.
 
   Returns:
-    The new parameters, with which all workers go on, and the new momentum.
+    The new parameters, the workers' copies of them, and the new momentum.
   """
-  workers = _sharded(workers, by_worker=False)
-  # Not `at - mean`: the mean of three equal numbers may differ from them, and what is frozen would
-  # move.
-  gradient = jax.tree.map(lambda at, of_each: (at[None] - of_each).mean(0), params, workers)
-  updates, momentum = outer_optimizer(outer).update(gradient, momentum, params)
-  return optax.apply_updates(params, updates), momentum
+  def gradient(path, at, of_each, mean):
+    return jnp.zeros_like(at) if frozen(path, freeze) else at - mean(of_each)
+
+  def copies(path, x, of_each):
+    return of_each if frozen(path, freeze) else jnp.broadcast_to(x, of_each.shape)
+
+  gradients = _map(gradient, params, workers, _means(params, workers))
+  updates, momentum = outer_optimizer(outer).update(gradients, momentum, params)
+  params = optax.apply_updates(params, updates)
+  return params, _map(copies, params, workers), momentum
 
 
-def _sharded(workers, by_worker: bool):
-  """`workers`, each leaf [W, ...], sharded over the mesh axis `expert`: by worker, or within each.
+def _map(f, tree, *rest):
+  """jax.tree.map, where `f` also gets the path of each leaf."""
+  return jax.tree.map_with_path(lambda path, *leaves: f(sharding.path_of(path), *leaves),
+                                tree, *rest)
 
-  Workers train sharded by worker. At a meeting each device takes its part of the parameters of all
-  workers, averages it, and gathers the new parameters: together that sends what a ring all-reduce
-  sends. Left to itself, XLA gathers the old parameters too and sums whole differences, which is
-  twice the bytes. Leaves that `expert` cannot shard within a worker stay sharded by worker, and XLA
-  sums their differences by an all-reduce.
+
+def _means(params, workers):
+  """For each leaf of `workers`, [W, ...], the function that averages it over workers.
+
+  Workers are sharded by worker, their mean within each worker, as `params` are. Sums over devices
+  are reduce-scatters: with the all-gather of the new parameters, they send what a ring all-reduce
+  sends. Left to itself, XLA would gather as well as use all-reduces, which is twice the bytes.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return workers
+    return jax.tree.map(lambda _: lambda x: x.mean(0), workers)
+  return jax.tree.map(lambda _, *specs: functools.partial(_mean_over_devices, specs=specs), workers,
+                      sharding.partition_specs(workers, mesh, stacked=True),
+                      sharding.partition_specs(params, mesh))
 
-  def constrain(x, spec):
-    return sharding.constrain(x, spec) if any('expert' in (axes or ()) for axes in spec) else x
 
-  return jax.tree.map(constrain, workers,
-                      sharding.partition_specs(workers, mesh, stacked=by_worker))
+def _mean_over_devices(of_each, specs: tuple[P, P]):
+  """The mean of an array [W, ...] over W; `specs` are its own, and that of the result."""
+  by_worker, within = specs
+  if by_worker[0] != 'expert':  # each device has a part of every worker
+    return of_each.mean(0)
+  dim = next((i for i, axes in enumerate(within) if 'expert' in (axes or ())), None)
+
+  def sum_over_devices(own):
+    own = own.sum(0)
+    if dim is None:  # of a size that `expert` cannot shard
+      return jax.lax.psum(own, 'expert')
+    return jax.lax.psum_scatter(own, 'expert', scatter_dimension=dim, tiled=True)
+
+  summed = jax.shard_map(sum_over_devices, in_specs=by_worker, out_specs=within)(of_each)
+  return summed / len(of_each)
 
 
 def create_state(params: dict, tx: optax.GradientTransformation, outer: Outer,
@@ -88,14 +112,15 @@ def create_state(params: dict, tx: optax.GradientTransformation, outer: Outer,
       'momentum': outer_optimizer(outer).init(params)})
 
 
-def make_step(train_step: TrainStep, outer: Outer, steps: int, skip_nonfinite: bool = False
-              ) -> TrainStep:
+def make_step(train_step: TrainStep, outer: Outer, steps: int, freeze: Sequence[str] = (),
+              skip_nonfinite: bool = False) -> TrainStep:
   """A step of all workers, and of the outer optimizer when they meet: a pure function.
 
   Args:
     train_step: the step of one worker, for BRANCH_BATCH_AXES.
     outer: when and how the workers meet.
     steps: of the whole run; the last one ends with a meeting.
+    freeze: regexes of paths that do not train.
     skip_nonfinite: whether all workers stay as they were in a step in which the numbers of one are
       not finite, and go on apart if those of their meeting are not.
 
@@ -116,17 +141,13 @@ def make_step(train_step: TrainStep, outer: Outer, steps: int, skip_nonfinite: b
       workers = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old),
                              workers, own['workers'])
       moments = optim.unless(is_finite, moments, own['moments'])
-    # Otherwise XLA would move them before it knows whether they meet.
-    workers = _sharded(workers, by_worker=True)
     done = state.step + 1
 
     def apart(params, momentum):
       return params, workers, momentum
 
     def together(params, momentum):
-      params, momentum = meet(outer, params, workers, momentum)
-      return params, jax.tree.map(
-          lambda x, like: jnp.broadcast_to(x, like.shape), params, workers), momentum
+      return meet(outer, params, workers, momentum, freeze)
 
     before = state.params, own['momentum']
     found = jax.lax.cond((done % outer.sync_every == 0) | (done == steps), together, apart, *before)
@@ -159,7 +180,8 @@ class Workers(OneRun):
     layout = _shardings(shapes, mesh)
     self.state_shapes = sharding.abstract(shapes, layout)
     self._create = jax.jit(create, out_shardings=layout)
-    step = make_step(train_step, outer, run.steps, run.skip_nonfinite > 0)
+    step = make_step(train_step, outer, run.steps, run.objective.freeze,
+                     run.skip_nonfinite > 0)
     self._step = jax.jit(step, donate_argnums=0,
                          out_shardings=(layout, NamedSharding(mesh, P())))
 
