@@ -37,6 +37,7 @@ processes, start each with --distributed, or with --coordinator, --num_processes
 """
 
 from collections.abc import Mapping
+import contextlib
 import os
 import sys
 from typing import Any
@@ -428,12 +429,27 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except UsageError as error:
     sys.exit(errors.report_error(error))
   try:
-    return flags.FLAGS(argv)
+    with _no_bytecode():
+      return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     sys.exit(errors.report_error(UsageError(
         f'There is no flag --{error.flagname}; {nearest(error.flagname, _flag_names())}')))
   except Exception as error:  # a config file is code: it may raise anything
     sys.exit(errors.report_error(errors.from_config(error, argv), debug='--debug' in argv))
+
+
+@contextlib.contextmanager
+def _no_bytecode():
+  """Keeps Python from storing the bytecode of a config file beside it.
+
+  It would take that for the file's, if the file changes within the same second and not in length.
+  """
+  from btx_jax import base  # noqa: F401  which configs import, and whose bytecode may be kept
+  before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+  try:
+    yield
+  finally:
+    sys.dont_write_bytecode = before
 
 
 def _run_and_report_errors(argv: list[str]):

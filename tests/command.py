@@ -27,7 +27,7 @@ class Commands:
 
   def __init__(self, folder: str):
     environment = {**os.environ, 'PYTHONPATH': ROOT, 'JAX_PLATFORMS': 'cpu', 'COLUMNS': '160',
-                   'JAX_NUM_CPU_DEVICES': '2', 'NPROC': '4'}
+                   'JAX_NUM_CPU_DEVICES': '2', 'NPROC': '4', 'PYTHONDONTWRITEBYTECODE': ''}
     self._out, self._err = os.path.join(folder, 'stdout'), os.path.join(folder, 'stderr')
     self._process = subprocess.Popen(
         [sys.executable, '-c', 'from tests import command; command.serve()'], cwd=ROOT, text=True,

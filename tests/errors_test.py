@@ -850,6 +850,13 @@ config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
   check(run(config(), *new), 'document(s) that were held out when it was tokenized and no longer')
 
 
+def test_a_config_is_read_anew_even_if_its_size_and_time_are_those_of_before(run, config, work):
+  for steps in (2, 3):
+    path = config(f'config.runs.seed.steps = {steps}')
+    os.utime(path.removeprefix('--config='), (10**9, 10**9))
+    check(run(path, f'--workdir={work}'), f'seed was trained with steps 1 and has {steps} now')
+
+
 def test_a_config_whose_path_has_a_colon_is_refused(run, config, tmp_path):
   shutil.copy(config().removeprefix('--config='), tmp_path / 'a:b.py')
   check(run(f'--config={tmp_path}/a:b.py', 'status'), 'a:b.py: a colon ends the path of a config')
