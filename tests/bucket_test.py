@@ -127,7 +127,8 @@ def test_copies_on_this_machine_follow_the_objects(root):
 
 
 @pytest.mark.parametrize('size', [0, 3, 4, 5, 8])
-def test_an_object_is_copied_piece_by_piece(root, monkeypatch, size):
+def test_an_object_is_copied_piece_by_piece_and_a_large_one_is_mentioned(
+    root, monkeypatch, capsys, size):
   monkeypatch.setattr(objects, 'PIECE', 4)
   text = 'abcdefgh'[:size]
   write(f'{root}/x', text)
@@ -135,6 +136,7 @@ def test_an_object_is_copied_piece_by_piece(root, monkeypatch, size):
   assert all(len(piece.data) <= 4 for piece in found)
   assert b''.join(piece.data for piece in found).decode() == text
   assert pathlib.Path(places.local(f'{root}/x')).read_text() == text
+  assert (f'{root}/x: copying it to ' in capsys.readouterr().out) == (size >= 4)
 
 
 def test_an_object_that_is_replaced_while_it_is_copied_is_not_mixed(root, monkeypatch):

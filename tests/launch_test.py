@@ -200,6 +200,7 @@ def write_config(text, folder, steps: int, last: str) -> str:
   return f'--config={folder / "small.py"}'
 
 
+@pytest.mark.launch
 def test_one_node_trains_apart_is_stopped_and_goes_on_in_turn(text, tmp_path):
   """With the flags of launch/env.sh: jaxlib ends a process for one that it does not know."""
   mix = "base.mix('expert/a', 'expert/b', allow='seed')"
@@ -302,6 +303,7 @@ exit "${code:-0}"
 '''
 
 
+@pytest.mark.launch
 def test_slurm_runs_an_array_of_experts_then_the_finetune_of_two_processes_each(text, tmp_path):
   stand_in(tmp_path, 'sbatch', SBATCH.format(folder=tmp_path))
   stand_in(tmp_path, 'srun', SRUN)

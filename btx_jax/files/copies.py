@@ -9,6 +9,7 @@ import concurrent.futures
 import os
 
 from btx_jax.files import disk, objects
+from btx_jax.terminal import say
 
 _THREADS = 4  # each has a piece of an object in memory
 _GENERATIONS = '.generations'  # beside the folders of buckets: which generation each copy is of
@@ -51,7 +52,9 @@ def _copy(path: str, target: str, refresh: bool) -> None:
     return
   to, generation = disk.Disk(), b''
   with to.replacing(target, 'wb', -1) as file:
-    for piece in objects.pieces(path):
+    for number, piece in enumerate(objects.pieces(path)):
+      if number == 1:  # it is large
+        say(f'{path}: copying it to {target}, for this command and later ones')
       file.write(piece.data)
       generation = piece.generation
   with to.replacing(_generation_of(target), 'wb', -1) as file:
