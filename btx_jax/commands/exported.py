@@ -59,4 +59,4 @@ def opened(folder: str, chat_template: str = '') -> tuple[Study, Run, np.ndarray
   run = dataclasses.replace(
       models[selector.reader], name=os.path.basename(os.path.normpath(folder)), init=ENSEMBLE,
       sources=models, expert_names=tuple(about['experts']), selector=selector, folder='')
-  return study, run, File(os.path.join(folder, WEIGHTS)).read(WEIGHT).T
+  return study, run, File(places.local(os.path.join(folder, WEIGHTS))).read(WEIGHT).T
