@@ -11,16 +11,21 @@ FAILING = {errno.EROFS, errno.EIO, errno.ESTALE}
 # How tensorstore reports what the service of a bucket answered, or that it did not.
 _OF_BUCKET = re.compile(r"(?:http_response|(curl))_code='(\d+)'")
 
+_REFUSALS = '401', '403'
+
 
 def disk_error(error: BaseException) -> OSError | None:
   """The error of a full or failing disk that caused an exception; None if none did.
+
+  A bucket fails also if it refuses access: what signs in may have expired, and be renewed.
 
   tensorstore raises ValueError, and its RESOURCE_EXHAUSTED, like XLA's, may mean memory or disk:
   only the number or the text of the system's error distinguishes them.
   """
   for each in _chain(error):
     if isinstance(each, OSError):
-      if each.errno in FULL | FAILING:
+      if each.errno in FULL | FAILING or (
+          each.errno == errno.EACCES and str(each.filename).startswith('gs://')):
         return each
       continue
     text = str(each)
@@ -30,7 +35,8 @@ def disk_error(error: BaseException) -> OSError | None:
       return OSError(number, os.strerror(number), _path_in(text))
     if answer := _OF_BUCKET.search(text):
       path = re.search(r'gs://[^"\']+', text)
-      return OSError(errno.EIO, f'the bucket does not answer ({answer[1] or "HTTP"} {answer[2]})',
+      does = 'refuses access' if answer[2] in _REFUSALS else 'does not answer'
+      return OSError(errno.EIO, f'the bucket {does} ({answer[1] or "HTTP"} {answer[2]})',
                      path and path[0])
   return None
 

@@ -1,6 +1,7 @@
 """Files, locks and a whole study in a bucket, on a server of the protocol (tests/buckets.py)."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.training import metrics, sinks, slices
-from tests import command, studies
+from tests import command, disk_test, studies
 from tests.helpers import assert_trees_close, assert_trees_equal, final_params
 from tests.pretrained_test import MODEL, write_model
 
@@ -373,13 +374,42 @@ def test_a_study_in_a_bucket_is_killed_and_continues_to_its_end(
   with pytest.raises(ValueError) as refused:
     slices.problem_in(checkpoints, 6, identity)
   assert errors.report_error(refused.value) == 1
-  assert ' cannot be written or read: the bucket does not answer (HTTP 401)' in (
+  assert ' cannot be written or read: the bucket refuses access (HTTP 401)' in (
       capsys.readouterr().err)
   server.refuse = None
   assert not slices.problem_in(checkpoints, 6, identity)
   objects.remove(next(f'{checkpoints}/6/params/{name}' for name in objects.below(
       f'{checkpoints}/6/params') if name.startswith('d/')))
   assert 'cannot be read' in slices.problem_in(checkpoints, 6, identity)
+
+
+@pytest.mark.parametrize('until', [8, 9], ids=['until the next save', 'over two saves'])
+def test_a_run_that_is_refused_access_for_a_while_goes_on(
+    root, server, tmp_path, monkeypatch, until):
+  """As with a full disk: it tries again at the next save, and no line of its metrics is lost."""
+  monkeypatch.setattr(disk_test, 'PATIENT', dataclasses.replace(
+      disk_test.PATIENT, checkpoint_patience=3))
+  study = disk_test.Study(f'{root}/run')
+
+  def disturb(step):
+    if step == 5:
+      study.checkpoints.wait()
+      server.refuse = lambda *_: 403
+    if step == until:
+      if study.checkpoints._unfinished:
+        study.checkpoints._unfinished.wait()
+      server.refuse = None
+
+  study.train(disturb)
+  assert places.names(f'{root}/run/checkpoints') == ['10', '11', '4']  # 4 is the best
+  undisturbed = disk_test.Study(tmp_path / 'run')
+  undisturbed.train()
+  steps = [[line['step'] for line in metrics.read(str(each.folder))]
+           for each in (study, undisturbed)]
+  assert steps[0] == steps[1]
+  failed = [sentence for each in study.troubles for sentence in each['storage']]
+  assert re.search('step 6 could not be saved: .* (is refused; sign in|refuses access)', failed[0])
+  assert len(failed) == until - 7 and study.manifest['storage'][0].endswith('Later ones were saved')
 
 
 def upload(folder: pathlib.Path, path: str):

@@ -44,6 +44,22 @@ class _Objects(fsspec.AbstractFileSystem):
     self.ls(path)  # raises FileNotFoundError if there is none
     return {'name': path, 'size': 0, 'type': 'directory'}
 
+  def exists(self, path: str, **_: Any) -> bool:
+    return self._kind(path) != ''
+
+  def isdir(self, path: str) -> bool:
+    return self._kind(path) == 'directory'
+
+  def isfile(self, path: str) -> bool:
+    return self._kind(path) == 'file'
+
+  def _kind(self, path: str) -> str:
+    """What there is; '' for nothing. For fsspec, nothing is also what access is refused to."""
+    try:
+      return self.info(path)['type']
+    except FileNotFoundError:
+      return ''
+
   def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
     path = _key(path)
     children: dict[str, str] = {}
@@ -81,8 +97,9 @@ class _New(io.BytesIO):
 
   def close(self) -> None:
     if not self.closed:
-      objects.write(self._url, self.getvalue())
-    super().close()
+      data = self.getvalue()
+      super().close()  # first: what cannot be written now must not be written later
+      objects.write(self._url, data)
 
 
 def _key(path: str) -> str:

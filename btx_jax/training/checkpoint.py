@@ -56,7 +56,8 @@ class Checkpoints:
     self._policy: Any = policies.AnyPreservationPolicy(kept)
     for_orbax.prepare(self._folder)
     saving.clear_unfinished(self._folder)
-    self._checkpointer = self._open()
+    self._steps: list[int] = []  # when there is no checkpointer
+    self._checkpointer: ocp.training.Checkpointer | None = self._open()
     self._directory = saving.Directory(self._folder)
 
   def _open(self) -> ocp.training.Checkpointer:
@@ -75,12 +76,20 @@ class Checkpoints:
     elif self._unfinished and (another := self._unfinished.wait()):
       say(f'the checkpoint of step {self._unfinished.step:,} could not be saved either: {another}')
       return
-    self._checkpointer.close()
+    if self._checkpointer:
+      self._checkpointer.close()
+
+  @property
+  def _opened(self) -> ocp.training.Checkpointer:
+    assert self._checkpointer, 'a save failed, and the next one was not begun'
+    return self._checkpointer
 
   @property
   def steps(self) -> list[int]:
     """Steps of the complete checkpoints, in order."""
-    return sorted(each.step for each in self._checkpointer.checkpoints)
+    if self._checkpointer:
+      self._steps = sorted(each.step for each in self._checkpointer.checkpoints)
+    return self._steps
 
   def save(self, step: int, state: TrainState, position: dict):
     """Saves in the background; the arrays may be donated as soon as this returns.
@@ -106,8 +115,10 @@ class Checkpoints:
     self._unfinished = _Save(step, state_bytes(state) + margin)
     if self._is_refused(self._unfinished.size):
       self._unfinished.fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    elif problem := self._reopen():
+      self._unfinished.fail(problem)
     else:
-      self._unfinished.start(self._checkpointer, items)
+      self._unfinished.start(self._opened, items)
     if any(distributed.gather(self._unfinished.has_failed)):
       self.wait()
 
@@ -120,6 +131,17 @@ class Checkpoints:
       return False
     free = distributed.broadcast(lambda: storage.free_bytes(self._folder))
     return free is not None and free < size
+
+  def _reopen(self) -> Exception | None:
+    """Opens the directory again after a failed save; returns what keeps a process from it."""
+    error = None
+    if not self._checkpointer:
+      try:
+        self._checkpointer = self._open()
+      except Exception as problem:  # orbax and tensorstore raise many kinds
+        error = problem
+    of_all = filter(None, distributed.gather(repr(error) if error else ''))
+    return error or next((OSError(errno.EIO, text, self._folder) for text in of_all), None)
 
   def wait(self):
     """Waits for the save in the background. All processes must call it.
@@ -143,7 +165,10 @@ class Checkpoints:
     self.failures.add(save.step, next(filter(None, problems)))
     say(f'{os.path.dirname(self._folder)}: {self.failures.sentence}')
     saving.clear_unfinished(self._folder, after_failure=True)
-    self._checkpointer = self._open()  # the other one would raise the error again
+    # This one would raise the error again. Without another one, these steps are what is known.
+    self._steps = [step for step in self.steps if step != save.step]
+    self._checkpointer = None
+    self._reopen()  # if that cannot be done yet, the next save tries again
     if self.failures.in_a_row >= self._patience:
       raise self.failures.error(self._folder, self.steps)
 
@@ -179,7 +204,7 @@ class Checkpoints:
     with damage.reading(self._folder, step):
       for item in wanted:  # if one is missing, orbax does not wait for the others, and warns
         places.names(os.path.join(self._folder, str(step), item))
-      loaded: dict[str, Any] = self._checkpointer.load_checkpointables(step, wanted)
+      loaded: dict[str, Any] = self._opened.load_checkpointables(step, wanted)
       if 'json' not in loaded['data']:
         raise damage.Damaged(self._folder, step, slices.EARLIER)
       loaded['data'] = json.loads(np.asarray(loaded['data']['json']).tobytes())
@@ -216,7 +241,7 @@ class Checkpoints:
     for later in [each for each in steps if each > step]:
       distributed.on_process_0(lambda later=later: damage.set_aside(self._folder, later))
     if damaged:
-      self._checkpointer.reload()
+      self._opened.reload()
     return step, state, position
 
 

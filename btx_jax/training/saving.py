@@ -108,13 +108,18 @@ def shortage(folder: str, size: int, count: int) -> str:
 def clear_unfinished(folder: str, after_failure: bool = False):
   """Deletes, on process 0, what interrupted or failed saves left in a directory of checkpoints.
 
-  `after_failure`: whether a save has just failed; parts of it may then still be written.
+  `after_failure`: whether a save has just failed. Parts of it may then still be written, or
+  nothing can be deleted yet.
   """
   def clear():
     tries = _TRIES if after_failure else 1
-    while _clear(folder) and tries > 1:
-      tries -= 1
-      time.sleep(_PAUSE)
+    try:
+      while _clear(folder) and tries > 1:
+        tries -= 1
+        time.sleep(_PAUSE)
+    except OSError as error:
+      if not after_failure or not storage.disk_error(error):
+        raise
 
   distributed.on_process_0(clear)
 
@@ -146,8 +151,13 @@ class Directory:
 
   def check(self):
     """Raises RunError if the directory is gone, or if its path now leads to another one."""
-    if self._place.identity(self._folder) == self._identity:
-      return
+    try:
+      if self._place.identity(self._folder) == self._identity:
+        return
+    except OSError as error:
+      if storage.disk_error(error):
+        return  # that cannot be known now
+      raise
     _clear(self._folder)  # tensorstore makes missing directories while it writes
     with contextlib.suppress(OSError):
       os.rmdir(self._folder)
