@@ -440,9 +440,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _no_bytecode():
-  """Keeps Python from storing the bytecode of a config file beside it.
+  """Keeps Python from storing the bytecode of a config file.
 
-  It would take that for the file's, if the file changes within the same second and not in length.
+  If the file changes, but neither its length nor the second of its time, Python would run the
+  stored bytecode.
   """
   from btx_jax import base  # noqa: F401  which configs import, and whose bytecode may be kept
   before, sys.dont_write_bytecode = sys.dont_write_bytecode, True

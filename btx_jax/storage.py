@@ -17,7 +17,7 @@ _REFUSALS = '401', '403'
 def disk_error(error: BaseException) -> OSError | None:
   """The error of a full or failing disk that caused an exception; None if none did.
 
-  A bucket fails also if it refuses access: what signs in may have expired, and be renewed.
+  A bucket that refuses access counts as failing: credentials may have expired and may be renewed.
 
   tensorstore raises ValueError, and its RESOURCE_EXHAUSTED, like XLA's, may mean memory or disk:
   only the number or the text of the system's error distinguishes them.

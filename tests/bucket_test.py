@@ -393,11 +393,14 @@ def test_two_machines_share_a_bucket_and_one_of_them_dies(root, tmp_path):
   job = Job(2, 2, *arguments, f'--workdir={root}', inside=inside)
   until(lambda: places.exists(f'{root}/seed/checkpoints/4/commit_success.txt')
         or job.started[0].poll() is not None)
+  assert job.started[0].poll() is None, job.end()
   job.started[1].kill()
   (code, _, errors), _ = job.end()
   assert code != 0, errors
-  for found, _, errors in Job(2, 2, *arguments, f'--workdir={root}', inside=inside).end():
-    assert found == 0, errors
+  (code, out, errors), (other, _, others) = Job(
+      2, 2, *arguments, f'--workdir={root}', inside=inside).end()
+  assert code == other == 0, errors + others
+  assert re.search(r'seed: [1-9]\d* of 30 steps', out)
   [(code, _, errors)] = Job(1, 4, *arguments, f'--workdir={tmp_path / "work"}').end()
   assert code == 0, errors
   for name in ('seed', 'code', 'math', 'btx'):
@@ -407,7 +410,12 @@ def test_two_machines_share_a_bucket_and_one_of_them_dies(root, tmp_path):
 @pytest.mark.parametrize('last', [8, 9], ids=['until the next save', 'over two saves'])
 def test_a_run_that_is_refused_access_for_a_while_goes_on(
     root, server, tmp_path, monkeypatch, last):
-  """As with a full disk: it tries again at the next save, and no line of its metrics is lost."""
+  """As with a full disk: it tries again at the next save, and no line of its metrics is lost.
+
+  Also if its lock could not be renewed for longer than others would wait for that.
+  """
+  monkeypatch.setattr(leases, '_RENEWED', 0.05)
+  monkeypatch.setattr(leases, '_LEASE', 0.3)
   monkeypatch.setattr(disk_test, 'PATIENT', dataclasses.replace(
       disk_test.PATIENT, checkpoint_patience=3))
   study = disk_test.Study(f'{root}/run')
@@ -416,12 +424,15 @@ def test_a_run_that_is_refused_access_for_a_while_goes_on(
     if step == 5:
       study.checkpoints.wait()
       server.refuse = lambda *_: 403
+    if step == 6:
+      time.sleep(0.5)
     if step == last:
       if study.checkpoints._unfinished:
         study.checkpoints._unfinished.wait()
       server.refuse = None
 
-  study.train(disturb)
+  with locks.lock_folder(study.folder):
+    study.train(disturb)
   assert places.names(f'{root}/run/checkpoints') == ['10', '11', '4']  # 4 is the best
   undisturbed = disk_test.Study(tmp_path / 'run')
   undisturbed.train()

@@ -142,12 +142,12 @@ def test_what_is_frozen_stays_the_same_bit_for_bit():
   """The mean of three equal numbers may differ from them; other models share these parameters."""
   outer, params = Outer(3), random_params(TINY)
   workers = jax.tree.map(lambda x: jnp.stack([x] * 3), params)
+  workers['embed'] += 0.1
   momentum = diloco.outer_optimizer(outer).init(params)
   meet = jax.jit(diloco.meet, static_argnums=(0, 4))
   found, copies, _ = meet(outer, params, workers, momentum, ('layers/', 'scale'))
   assert_trees_equal(found['layers'], params['layers'])
   assert_trees_equal(copies['layers'], workers['layers'])
-  assert_trees_close(found, params, rtol=1e-6, atol=0)
   assert not np.array_equal(found['embed'], params['embed'])
 
 
@@ -214,14 +214,14 @@ def test_workers_read_the_rows_of_one_run_and_take_its_flops(study):
   assert run.flops == dataclasses.replace(run, outer=None).flops
 
 
-@pytest.mark.parametrize('mesh, workers, shards', [
-    ((1, 1, 4, 1), 4, 1), ((1, 2, 2, 2), 2, 4), ((1, 1, 2, 1), 4, 1)])
-def test_a_meeting_sends_what_a_ring_all_reduce_sends(text, mesh, workers, shards):
+@pytest.mark.parametrize('mesh, workers, shards, freeze', [
+    ((1, 1, 4, 1), 4, 1, ()), ((1, 2, 2, 2), 2, 4, ()), ((1, 1, 2, 1), 4, 1, ('attn/',))])
+def test_a_meeting_sends_what_a_ring_all_reduce_sends(text, mesh, workers, shards, freeze):
   """And where a worker has one device, a step without a meeting sends next to nothing.
 
-  Workers on the same device are averaged before anything is sent.
+  Workers on the same device are averaged before anything is sent; what is frozen is not sent.
   """
-  run = plan.make_plan(get_config(text, workers=workers), 320)['diloco']
+  run = plan.make_plan(get_config(text, workers=workers, freeze=freeze), 320)['diloco']
   with use_mesh(mesh) as devices:
     program = make_program([run], devices, num_domains=2).lower().compile()
     module = hlo.parse(program.as_text())

@@ -54,7 +54,7 @@ class _Objects(fsspec.AbstractFileSystem):
     return self._kind(path) == 'file'
 
   def _kind(self, path: str) -> str:
-    """What there is; '' for nothing. For fsspec, nothing is also what access is refused to."""
+    """What there is; '' for nothing. Unlike fsspec's own, it is an error if access is refused."""
     try:
       return self.info(path)['type']
     except FileNotFoundError:

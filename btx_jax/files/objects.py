@@ -181,7 +181,7 @@ def _as_os_error(text: str, path: str) -> OSError:
   if text.startswith('OUT_OF_RANGE'):
     return _OutOfRange(errno.EIO, 'the object is shorter than expected', path)
   if text.startswith('NOT_FOUND'):
-    return PermissionError(errno.EACCES, f'there is no bucket {name}', path)
+    return PermissionError(errno.EPERM, f'there is no bucket {name}', path)
   if text.startswith(_DENIED):
     return PermissionError(
         errno.EACCES, f'access to the bucket {name} is refused; sign in with gcloud auth '

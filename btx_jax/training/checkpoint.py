@@ -105,7 +105,7 @@ class Checkpoints:
       RunError: too many saves in a row failed, or the folder is gone.
     """
     self.wait()
-    self._directory.check()
+    unknown = self._directory.check()
     items: dict[str, Any] = {
         'params': state.params, 'train': without_params(state), 'data': _as_json(position)}
     sums = {name: checksums.of_tree(items[name], damage.mesh_of(items[name]))
@@ -115,10 +115,12 @@ class Checkpoints:
     self._unfinished = _Save(step, state_bytes(state) + margin)
     if self._is_refused(self._unfinished.size):
       self._unfinished.fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    elif problem := self._reopen():
-      self._unfinished.fail(problem)
     else:
-      self._unfinished.start(self._opened, items)
+      is_open, error = self._reopen(unknown)
+      if error:
+        self._unfinished.fail(error)
+      elif is_open:
+        self._unfinished.start(self._opened, items)
     if any(distributed.gather(self._unfinished.has_failed)):
       self.wait()
 
@@ -132,16 +134,31 @@ class Checkpoints:
     free = distributed.broadcast(lambda: storage.free_bytes(self._folder))
     return free is not None and free < size
 
-  def _reopen(self) -> Exception | None:
-    """Opens the directory again after a failed save; returns what keeps a process from it."""
-    error = None
+  def _reopen(self, error: Exception | None = None) -> tuple[bool, Exception | None]:
+    """Opens the directory again if a failed save has closed it. All processes must call it.
+
+    Args:
+      error: what keeps this process from writing there, if that is known.
+
+    Returns:
+      whether it is open, and what keeps this process from it.
+    """
+    if not self._checkpointer and not error:
+      try:
+        places.exists(self._folder)
+      except OSError as problem:
+        error = problem
+    if any(distributed.gather(error is not None)):
+      return False, error
     if not self._checkpointer:
+      saving.clear_unfinished(self._folder, after_failure=True)
       try:
         self._checkpointer = self._open()
       except Exception as problem:  # orbax and tensorstore raise many kinds
+        if jax.process_count() > 1:
+          raise  # in orbax, the other processes wait for this one
         error = problem
-    of_all = filter(None, distributed.gather(repr(error) if error else ''))
-    return error or next((OSError(errno.EIO, text, self._folder) for text in of_all), None)
+    return self._checkpointer is not None, error
 
   def wait(self):
     """Waits for the save in the background. All processes must call it.
@@ -164,7 +181,6 @@ class Checkpoints:
       raise error
     self.failures.add(save.step, next(filter(None, problems)))
     say(f'{os.path.dirname(self._folder)}: {self.failures.sentence}')
-    saving.clear_unfinished(self._folder, after_failure=True)
     # This one would raise the error again. Without another one, these steps are what is known.
     self._steps = [step for step in self.steps if step != save.step]
     self._checkpointer = None

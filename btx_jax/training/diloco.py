@@ -41,7 +41,7 @@ def meet(outer: Outer, params, workers, momentum, freeze: Sequence[str] = ()):
     params: those of the last meeting, in float32.
     workers: those of the workers, each leaf [W, ...].
     momentum: state of `outer_optimizer`.
-    freeze: regexes of paths that do not train; these parameters are neither sent nor changed.
+    freeze: regexes of the paths of frozen parameters, which are neither sent nor changed.
 
   Returns:
     The new parameters, the workers' copies of them, and the new momentum.
@@ -81,9 +81,7 @@ def _means(params, workers):
 
 def _mean_over_devices(of_each, specs: tuple[P, P]):
   """The mean of an array [W, ...] over W; `specs` are its own, and that of the result."""
-  by_worker, within = specs
-  if by_worker[0] != 'expert':  # each device has a part of every worker
-    return of_each.mean(0)
+  by_worker, within = specs  # W is a multiple of `expert`, see layout.py
   dim = next((i for i, axes in enumerate(within) if 'expert' in (axes or ())), None)
 
   def sum_over_devices(own):
@@ -120,7 +118,7 @@ def make_step(train_step: TrainStep, outer: Outer, steps: int, freeze: Sequence[
     train_step: the step of one worker, for BRANCH_BATCH_AXES.
     outer: when and how the workers meet.
     steps: of the whole run; the last one ends with a meeting.
-    freeze: regexes of paths that do not train.
+    freeze: regexes of the paths of frozen parameters.
     skip_nonfinite: whether all workers stay as they were in a step in which the numbers of one are
       not finite, and go on apart if those of their meeting are not.
 

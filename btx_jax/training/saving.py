@@ -149,14 +149,17 @@ class Directory:
     self._folder, self._place = folder, places.of(folder)
     self._identity = self._place.identity(folder)
 
-  def check(self):
-    """Raises RunError if the directory is gone, or if its path now leads to another one."""
+  def check(self) -> OSError | None:
+    """Raises RunError if the directory is gone, or if its path now leads to another one.
+
+    Returns the error if neither can be known now; until then, nothing may be written there.
+    """
     try:
       if self._place.identity(self._folder) == self._identity:
-        return
+        return None
     except OSError as error:
       if storage.disk_error(error):
-        return  # that cannot be known now
+        return error
       raise
     _clear(self._folder)  # tensorstore makes missing directories while it writes
     with contextlib.suppress(OSError):
@@ -166,8 +169,14 @@ class Directory:
 
 
 def check_present(folder: str):
-  """Raises RunError if the directory of a run is gone."""
-  if places.of(folder).identity(folder) is None:
+  """Raises RunError if the directory of a run is gone, as far as that can be known now."""
+  try:
+    is_gone = places.of(folder).identity(folder) is None
+  except OSError as error:
+    if storage.disk_error(error):
+      return
+    raise
+  if is_gone:
     raise gone(folder)
 
 
