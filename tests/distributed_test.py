@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+from jax.experimental import multihost_utils
 import numpy as np
 import pytest
 
@@ -187,3 +188,10 @@ def test_one_process_alone_needs_nobody():
     distributed.on_process_0(lambda: (_ for _ in ()).throw(RunError('as it is')))
   distributed.initialize(None, False, {})
   assert distributed.is_process_0() and distributed.leave_job(7) == 7
+
+
+def test_a_process_that_does_something_else_ends_the_job_with_a_sentence(monkeypatch):
+  monkeypatch.setattr(distributed, '_several_processes', lambda: True)
+  monkeypatch.setattr(multihost_utils, 'process_allgather', lambda x: np.stack([x, 0 * x]))
+  with pytest.raises(RunError, match='One process of this job has failed'):
+    distributed.gather({'a': 1})

@@ -127,7 +127,12 @@ def gather(value) -> list:
   sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32))[:, 0]
   padded = 1 << int(sizes.max() - 1).bit_length()  # a power of 2: each size is compiled
   rows = multihost_utils.process_allgather(np.pad(data, (0, padded - len(data))))
-  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+  try:
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+  except ValueError as error:
+    raise RunError('One process of this job has failed, and the others cannot continue without it; '
+                   'see its output for the reason. The same command on all processes continues '
+                   'from the last checkpoint.') from error
 
 
 def check_equal(facts: Mapping[str, Any]):

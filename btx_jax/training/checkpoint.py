@@ -137,13 +137,16 @@ class Checkpoints:
   def _reopen(self, error: Exception | None = None) -> tuple[bool, Exception | None]:
     """Opens the directory again if a failed save has closed it. All processes must call it.
 
+    Of several processes, each first asks whether it can read there: in orbax, the others would wait
+    for one that could not.
+
     Args:
       error: what keeps this process from writing there, if that is known.
 
     Returns:
       whether it is open, and what keeps this process from it.
     """
-    if not self._checkpointer and not error:
+    if not error and (not self._checkpointer or jax.process_count() > 1):
       try:
         places.exists(self._folder)
       except OSError as problem:
@@ -156,7 +159,7 @@ class Checkpoints:
         self._checkpointer = self._open()
       except Exception as problem:  # orbax and tensorstore raise many kinds
         if jax.process_count() > 1:
-          raise  # in orbax, the other processes wait for this one
+          raise
         error = problem
     return self._checkpointer is not None, error
 
