@@ -10,7 +10,6 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FAILING = {errno.EROFS, errno.EIO, errno.ESTALE}
 # How tensorstore reports what the service of a bucket answered, or that it did not.
 _OF_BUCKET = re.compile(r"(?:http_response|(curl))_code='(\d+)'")
-
 _REFUSALS = '401', '403'
 
 

@@ -850,7 +850,7 @@ config.domains.wiki = base.domain(held_out=str(here / "x.jsonl"))'''
   check(run(config(), *new), 'document(s) that were held out when it was tokenized and no longer')
 
 
-def test_a_config_is_read_anew_even_if_its_size_and_time_are_those_of_before(run, config, work):
+def test_an_edited_config_is_read_again_even_if_its_size_and_time_stay_the_same(run, config, work):
   for steps in (2, 3):
     path = config(f'config.runs.seed.steps = {steps}')
     os.utime(path.removeprefix('--config='), (10**9, 10**9))

@@ -54,7 +54,10 @@ class _Objects(fsspec.AbstractFileSystem):
     return self._kind(path) == 'file'
 
   def _kind(self, path: str) -> str:
-    """What there is; '' for nothing. Unlike fsspec's own, it is an error if access is refused."""
+    """'file', 'directory', or '' if there is nothing.
+
+    Raises OSError if access is refused, where the methods of fsspec would return False.
+    """
     try:
       return self.info(path)['type']
     except FileNotFoundError:

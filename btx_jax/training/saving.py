@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import time
+from typing import Any
 
 from btx_jax import storage
 from btx_jax.devices import distributed
@@ -146,21 +147,16 @@ class Directory:
   """A directory that a run writes to, and that may vanish during the run."""
 
   def __init__(self, folder: str):
-    self._folder, self._place = folder, places.of(folder)
-    self._identity = self._place.identity(folder)
+    self._folder, self._identity = folder, places.of(folder).identity(folder)
 
   def check(self) -> OSError | None:
     """Raises RunError if the directory is gone, or if its path now leads to another one.
 
     Returns the error if neither can be known now; until then, nothing may be written there.
     """
-    try:
-      if self._place.identity(self._folder) == self._identity:
-        return None
-    except OSError as error:
-      if storage.disk_error(error):
-        return error
-      raise
+    found, error = _identity_of(self._folder)
+    if error or found == self._identity:
+      return error
     _clear(self._folder)  # tensorstore makes missing directories while it writes
     with contextlib.suppress(OSError):
       os.rmdir(self._folder)
@@ -170,14 +166,19 @@ class Directory:
 
 def check_present(folder: str):
   """Raises RunError if the directory of a run is gone, as far as that can be known now."""
+  found, error = _identity_of(folder)
+  if not error and found is None:
+    raise gone(folder)
+
+
+def _identity_of(folder: str) -> tuple[Any, OSError | None]:
+  """The identity of a directory (places.Place.identity), and what keeps it from being known now."""
   try:
-    is_gone = places.of(folder).identity(folder) is None
+    return places.of(folder).identity(folder), None
   except OSError as error:
     if storage.disk_error(error):
-      return
+      return None, error
     raise
-  if is_gone:
-    raise gone(folder)
 
 
 def gone(folder: str) -> RunError:

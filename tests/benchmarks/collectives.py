@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-from tests.benchmarks.wall_time import ADDRESSES, DATA, PACKET, Cable
+from tests.benchmarks.wall_time import ADDRESSES, Cable, bandwidth
 
 SIZE, ARRAYS, TIMES = 4_000_000, (1, 10), 5
 RATE = 100  # Mbit/s, unless another is given
@@ -53,7 +53,7 @@ def run_process(process: int, rate: int):
         jax.block_until_ready(of_all(arrays))
         took.append(time.perf_counter() - start)
       if not process:
-        expected = share * SIZE / (rate * 1e6 / 8 * DATA / PACKET)
+        expected = share * SIZE / bandwidth(rate)
         print(f'{kind}, {count} arrays: {statistics.median(took):.3f} s, '
               f'{statistics.median(took) / expected:.2f} x its bytes', flush=True)
 

@@ -108,6 +108,11 @@ class Cable:
     return total
 
 
+def bandwidth(rate: float) -> float:
+  """Bytes of data per second on a cable that is shaped to `rate` Mbit/s."""
+  return rate * 1e6 / 8 * DATA / PACKET
+
+
 def call(*command: str) -> str:
   return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -169,8 +174,7 @@ def check(run: Run, measured: tuple[dict[int | None, float], float]) -> bool:
   good = abs(sent / expected - 1) < 0.01
   for rate, found in seconds.items():
     if rate:
-      bandwidth = rate * 1e6 / 8 * DATA / PACKET
-      total = wall_time.time_of((stage,), 2, bandwidth).total / SYNC_EVERY
+      total = wall_time.time_of((stage,), 2, bandwidth(rate)).total / SYNC_EVERY
       print(f'  {rate:4} Mbit/s: {found:.3f} s a step, {total:.3f} expected '
             f'({found / total - 1:+.1%})', flush=True)
       good &= abs(found / total - 1) < 0.2
